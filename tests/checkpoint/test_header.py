@@ -1,0 +1,84 @@
+"""Headers against the reference library, and every way a file can be damaged."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from zero_sft.checkpoint.header import read_header
+from zero_sft.errors import CheckpointError
+
+
+@pytest.fixture
+def path(tmp_path):
+    tensors = {
+        "a": torch.arange(35, dtype=torch.bfloat16).view(5, 7),
+        "b.scalar": torch.tensor(3.5),
+        "c.empty": torch.zeros(0, 4),
+        "d": torch.arange(9, dtype=torch.int64),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+def write(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_offsets_are_those_of_the_reference_library(path):
+    header, raw = read_header(path), path.read_bytes()
+    with safe_open(path, framework="pt") as reference:
+        assert set(header) == set(reference.keys())
+        for name, entry in header.items():
+            want = reference.get_tensor(name)
+            assert entry.shape == tuple(want.shape)
+            assert entry.nbytes == want.numel() * want.element_size()
+            data = raw[entry.offset_bytes : entry.offset_bytes + entry.nbytes]
+            assert data == want.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("cut", [0, 7, 8, 40, -1])
+def test_truncated(path, cut):
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or corrupt"):
+        read_header(path)
+
+
+def test_longer_than_promised(path):
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(CheckpointError, match="promises"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"not json at all", b"[1, 2]", {"a": 3}, {"a": {"dtype": "F32", "shape": [2]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+    ],
+)  # fmt: skip
+def test_corrupt_headers(tmp_path, header):
+    write(tmp_path / "x.safetensors", header, b"1234")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_garbage_length(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match="a header of 18446744073709551615 bytes"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_absent(tmp_path):
+    with pytest.raises(CheckpointError, match="can't be read"):
+        read_header(tmp_path / "nothing.safetensors")

@@ -1,0 +1,75 @@
+"""The index over one file or many, and index files that lie."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from zero_sft.checkpoint.index import open_index
+from zero_sft.errors import CheckpointError
+
+
+def sharded(folder, weight_map=None):
+    save_file({"a": torch.ones(3), "b": torch.ones(2, 2)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"c": torch.ones(5)}, folder / "model-00002-of-00002.safetensors")
+    names = {"a": 1, "b": 1, "c": 2}
+    weight_map = weight_map or {name: f"model-0000{i}-of-00002.safetensors" for name, i in names.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_many_files(tmp_path):
+    sharded(tmp_path)
+    index = open_index(tmp_path)
+    assert set(index.tensors) == {"a", "b", "c"}
+    assert index.tensors["c"].file.endswith("00002-of-00002.safetensors")
+    assert index.nbytes == 4 * (3 + 4 + 5)
+
+
+def test_digest_is_of_the_contents_not_the_place(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        sharded(tmp_path / name)
+    one, two = open_index(tmp_path / "one"), open_index(tmp_path / "two")
+    assert one.digest() == two.digest()
+    save_file({"c": torch.ones(6)}, tmp_path / "two" / "model-00002-of-00002.safetensors")
+    assert one.digest() != open_index(tmp_path / "two").digest()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other.safetensors", "a/../../x.safetensors", "..\\x"])
+def test_names_outside_the_folder(tmp_path, name):
+    sharded(tmp_path, {"a": name})
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_index(tmp_path)
+
+
+def test_missing_file(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="incomplete"):
+        open_index(tmp_path)
+
+
+def test_tensor_not_where_promised(tmp_path):
+    weight_map = sharded(tmp_path)
+    sharded(tmp_path, {**weight_map, "d": weight_map["a"]})
+    with pytest.raises(CheckpointError, match="promises 'd'"):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": 5}'])
+def test_not_an_index(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        open_index(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [(None, "found nothing"), ("pytorch_model.bin", "Convert it once"), ("adapter_config.json", "Merge it")]
+)
+def test_no_weights(tmp_path, name, hint):
+    if name:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=hint):
+        open_index(tmp_path)

@@ -1,0 +1,34 @@
+"""`@pytest.mark.world_size(n)` runs a test on n CPU ranks (gloo); several sizes make several tests.
+
+A `world_size` test gets its arguments from fixtures like any other, as long as they can be pickled; `world` is detected on
+each rank.
+"""
+
+import inspect
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_generate_tests(metafunc):
+    marker = metafunc.definition.get_closest_marker("world_size")
+    if marker and len(marker.args) > 1:
+        metafunc.fixturenames.append("_world_size")
+        metafunc.parametrize("_world_size", marker.args, ids=[f"{size}ranks" for size in marker.args])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    marker = pyfuncitem.get_closest_marker("world_size")
+    if marker is None:
+        return None
+    from tests.runner import run_ranks
+
+    size = pyfuncitem.callspec.params["_world_size"] if len(marker.args) > 1 else marker.args[0]
+    names = inspect.signature(pyfuncitem.obj).parameters
+    kwargs = {name: pyfuncitem.funcargs[name] for name in names}
+    run_ranks(size, pyfuncitem.obj, kwargs, marker.kwargs.get("timeout_s", 120.0))
+    return True

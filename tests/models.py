@@ -1,0 +1,78 @@
+"""Tiny checkpoints of real architectures, with sizes that no world size divides, and the comparison with plain loading."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+# Odd widths, few heads, vocabularies and layers that 2, 3 and 8 do not divide.
+_COMMON = {"vocab_size": 131, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 64}
+
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1}),
+    "qwen2": ("Qwen2Config", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 3, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 3, "head_dim": 10}),
+    "opt": ("OPTConfig", {"hidden_size": 30, "ffn_dim": 53, "word_embed_proj_dim": 18, "do_layer_norm_before": True}),
+    "gpt2": ("GPT2Config", {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXConfig", {"hidden_size": 30, "intermediate_size": 53}),
+    "gemma": ("GemmaConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1, "head_dim": 10}),
+    "mistral": ("MistralConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1, "sliding_window": 16}),
+}  # fmt: skip
+
+
+def tiny_config(name: str, **changes):
+    """The config of a tiny model of architecture `name`."""
+    kind, sizes = ARCHITECTURES[name]
+    values = {**_COMMON, **sizes, **changes}
+    if name == "gpt2":
+        values = {key: value for key, value in values.items() if key not in _COMMON or key == "vocab_size"}
+    return getattr(transformers, kind)(**values)
+
+
+def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
+    """Save a randomised checkpoint, in several files: every parameter differs from its neighbours and from zero."""
+    shard_size = changes.pop("max_shard_size", "20KB")
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+def plain(folder: Path, dtype: torch.dtype, **kwargs):
+    """The reference: plain `from_pretrained`, before anything of ZeRO-3 is switched on."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+
+
+def zero3(bf16: bool = True, **sections) -> dict:
+    """A DeepSpeed config of stage 3."""
+    return {"zero_optimization": {"stage": 3, **sections.pop("zero_optimization", {})}, "bf16": {"enabled": bf16}, **sections}
+
+
+def assert_equal(model, reference) -> None:
+    """Every rank's shard of every parameter, its padding, and every buffer, equal to the reference bit for bit."""
+    from zero_sft.zero import shards
+
+    expected = dict(reference.named_parameters(remove_duplicate=False))
+    found = dict(model.named_parameters(remove_duplicate=False))
+    assert found.keys() == expected.keys()
+    for name, param in found.items():
+        want = expected[name].detach()
+        assert shards.is_sharded(param), name
+        assert tuple(param.ds_shape) == tuple(want.shape), name
+        assert param.dtype == want.dtype == param.ds_tensor.dtype, name
+        assert param.requires_grad == expected[name].requires_grad, name
+        span = shards.local_range(param)
+        assert torch.equal(shards.local_shard(param), want.reshape(-1)[span.start : span.stop]), name
+        shards.release_shard(param)
+    buffers = dict(reference.named_buffers())
+    assert dict(model.named_buffers()).keys() == buffers.keys()
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == buffers[name].dtype, name
+        assert torch.equal(buffer, buffers[name]), name
+    same_object = [(a, b) for a in found for b in found if a < b and expected[a] is expected[b]]
+    assert all(found[a] is found[b] for a, b in same_object), "ties"
+    assert model.training == reference.training

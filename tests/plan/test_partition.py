@@ -1,0 +1,25 @@
+"""ZeRO-3's arithmetic, held against DeepSpeed's in tests/zero and by properties here."""
+
+import pytest
+
+from zero_sft.plan.partition import partition_numel, shard_range, whole_range
+
+
+def test_worked_examples():
+    spans = [(shard_range(10, rank, 4).start, shard_range(10, rank, 4).stop) for rank in range(4)]
+    assert spans == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert [shard_range(2, rank, 4).numel for rank in range(4)] == [1, 1, 0, 0]
+    assert shard_range(0, 0, 4).padded_numel == 0
+    assert (whole_range(7).start, whole_range(7).stop) == (0, 7)
+
+
+@pytest.mark.parametrize("numel", [0, 1, 2, 7, 8, 9, 1000, 4097])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 64, 1024])
+def test_ranges_are_disjoint_covering_and_of_one_size(numel, world_size):
+    position = 0
+    for rank in range(world_size):
+        span = shard_range(numel, rank, world_size)
+        assert span.start == position
+        assert 0 <= span.numel <= span.padded_numel == partition_numel(numel, world_size)
+        position = span.stop
+    assert position == numel

@@ -1,0 +1,88 @@
+"""Reads into place, casts, pieces, threads, and files that fail under way."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from zero_sft.checkpoint.header import read_header
+from zero_sft.errors import CheckpointError
+from zero_sft.plan.plan import Read
+from zero_sft.storage import reader
+from zero_sft.storage.arena import ALIGNMENT_BYTES, Slot, allocate
+from zero_sft.storage.writer import write_at
+
+
+@pytest.fixture
+def file(tmp_path):
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(1000).to(torch.bfloat16), "b": torch.randn(777)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    return str(tmp_path / "x.safetensors"), tensors
+
+
+def read(header, name, start, stop, at=0):
+    entry = header[name]
+    offset = entry.offset_bytes + start * entry.itemsize
+    nbytes = (stop - start) * entry.itemsize
+    return Read(file=entry.file, offset_bytes=offset, nbytes=nbytes, dtype=entry.dtype, target=name, start=at)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("chunk", [4, 64, 2**25])
+def test_in_place_and_cast(file, monkeypatch, threads, chunk):
+    monkeypatch.setattr(reader, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(reader, "STAGING_BYTES", 32)
+    path, tensors = file
+    header = read_header(path)
+    memory = {"a": torch.zeros(510, dtype=torch.bfloat16), "b": torch.zeros(300, dtype=torch.bfloat16)}
+    done = reader.fill([read(header, "a", 17, 517, at=5), read(header, "b", 100, 400)], memory, threads)
+    assert done == 500 * 2 + 300 * 4
+    assert torch.equal(memory["a"][5:505], tensors["a"][17:517])
+    assert not memory["a"][:5].any()
+    assert not memory["a"][505:].any()
+    assert torch.equal(memory["b"], tensors["b"][100:400].to(torch.bfloat16))
+
+
+def test_a_file_cut_after_its_header_was_read(file):
+    path, _ = file
+    header = read_header(path)
+    os.truncate(path, header["a"].offset_bytes + 10)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors ends at byte"):
+        reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)})
+
+
+def test_a_file_that_went_away(file):
+    path, _ = file
+    header = read_header(path)
+    os.unlink(path)
+    with pytest.raises(CheckpointError, match="can't be opened"):
+        reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("policy", ["plain", "huge", "populate"])
+def test_arena_cuts_are_zeroed_aligned_and_apart(policy):
+    slots = [
+        Slot(name=str(i), numel=n, dtype=dtype, device=torch.device("cpu"))
+        for i, (n, dtype) in enumerate([(5, torch.float32), (0, torch.float32), (1000, torch.bfloat16), (3, torch.float32)])
+    ]
+    memory = allocate(slots, policy)
+    for slot in slots:
+        tensor = memory[slot.name]
+        assert tensor.shape == (slot.numel,)
+        assert tensor.dtype == slot.dtype
+        assert not tensor.any()
+        assert slot.numel == 0 or tensor.data_ptr() % ALIGNMENT_BYTES == 0
+    memory["0"].fill_(1)
+    assert not memory["3"].any()
+
+
+def test_written_bytes_are_the_tensors(tmp_path):
+    tensor = torch.randn(5000)
+    path = tmp_path / "out"
+    path.write_bytes(bytes(20100))
+    handle = os.open(path, os.O_WRONLY)
+    write_at(handle, path, tensor, 100)
+    os.close(handle)
+    assert path.read_bytes()[100:20100] == tensor.numpy().tobytes()

@@ -1,0 +1,67 @@
+"""World detection, exchanges, and failures that all ranks raise together."""
+
+import pytest
+
+from zero_sft import distributed
+from zero_sft.distributed import World
+from zero_sft.errors import CheckpointError, ConfigError, DistributedError
+
+
+def test_world_from_launcher_variables():
+    env = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert World.detect(env) == World(rank=3, world_size=8, local_rank=1, local_world_size=2)
+
+
+def test_world_from_a_slurm_step():
+    env = {
+        "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    }  # fmt: skip
+    assert World.detect(env) == World(rank=5, world_size=8, local_rank=1, local_world_size=4)
+
+
+def test_batch_script_of_slurm_is_one_process():
+    """In the batch script itself SLURM_PROCID is 0 and SLURM_NTASKS 8, but there is no step."""
+    assert World.detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == World()
+
+
+@pytest.mark.parametrize("env", [{"RANK": "x", "WORLD_SIZE": "8"}, {"RANK": "8", "WORLD_SIZE": "8"}])
+def test_unusable_variables(env):
+    with pytest.raises(ConfigError, match="RANK"):
+        World.detect(env)
+
+
+@pytest.mark.world_size(1, 3)
+def test_exchanges():
+    world = World.detect()
+    distributed.connect(world)
+    payload = bytes(range(world.rank * 5))
+    assert distributed.exchange_bytes(world, payload) == [bytes(range(r * 5)) for r in range(world.world_size)]
+    assert distributed.broadcast_bytes(world, b"abc" if world.is_main else None) == b"abc"
+    assert distributed.broadcast_bytes(world, b"" if world.is_main else None) == b""
+    assert distributed.exchange(world, {"rank": world.rank}) == [{"rank": r} for r in range(world.world_size)]
+
+
+@pytest.mark.world_size(3)
+def test_a_failure_on_one_rank_is_raised_by_all():
+    world = World.detect()
+    distributed.connect(world)
+    with pytest.raises(CheckpointError, match=r"(?s)broken.*rank 1 of 3 while reading; failed: 1"):
+        with distributed.agreed(world, "reading"):
+            if world.rank == 1:
+                raise CheckpointError("broken")
+    with pytest.raises(DistributedError, match="ZeroDivisionError"):
+        with distributed.agreed(world, "dividing"):
+            if world.rank == 2:
+                1 / 0  # noqa: B018
+    with distributed.agreed(world, "passing"):
+        pass
+
+
+@pytest.mark.world_size(3)
+def test_disagreement_names_keys_and_ranks():
+    world = World.detect()
+    distributed.connect(world)
+    distributed.agree_on(world, "config", {"a": 1, "b": [1, 2]})
+    with pytest.raises(DistributedError, match=r"(?s)a: 1 on rank 0, 2; 7 on rank 1"):
+        distributed.agree_on(world, "config", {"a": 7 if world.rank == 1 else 1, "b": 2})

@@ -1,0 +1,286 @@
+"""Loaded weights equal plain `from_pretrained`, on every architecture and world size; the model is an ordinary model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import models
+from zero_sft.errors import CheckpointError, ConfigError, DistributedError
+
+
+def load(folder, bf16=True, **kwargs):
+    from zero_sft import load_model
+
+    kwargs.setdefault("ds_config", models.zero3(bf16))
+    return load_model(str(folder), **kwargs)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return models.save_tiny("llama", tmp_path / "llama")
+
+
+@pytest.fixture
+def checkpoint(tmp_path, architecture):
+    return models.save_tiny(architecture, tmp_path / architecture)
+
+
+@pytest.mark.world_size(1, 2, 3, 8)
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_bit_for_bit_in_the_checkpoints_dtype(checkpoint):
+    reference = models.plain(checkpoint, torch.bfloat16)
+    model = load(checkpoint)
+    models.assert_equal(model, reference)
+    report = model.load_report
+    assert report.missing == report.unexpected == report.mismatched == report.cast == []
+    assert report.loader == "sharded"
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_bit_for_bit_cast_to_fp32(checkpoint):
+    reference = models.plain(checkpoint, torch.float32)
+    models.assert_equal(load(checkpoint, bf16=False), reference)
+
+
+@pytest.mark.world_size(1, 3)
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_forward_and_generate_before_the_engine(checkpoint):
+    reference = models.plain(checkpoint, torch.float32)
+    ids = torch.arange(10).view(2, 5) + 3
+    with torch.no_grad():
+        want = reference(ids).logits
+        model = load(checkpoint, bf16=False)
+        got = model(ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    options = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), reference.generate(ids, **options))
+    assert all(param.numel() == 0 for param in model.parameters() if param.ds_numel > 2), "partitioned again"
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+@pytest.mark.world_size(2)
+def test_an_engine_takes_it_as_it_is(llama):
+    """Without hooks doubled, and training step for step as the stock-loaded model does."""
+    import deepspeed
+
+    reference = models.plain(llama, torch.float32)
+    ids = torch.arange(12).view(2, 6) + 3
+    want = reference(ids).logits.detach()
+    ds = models.zero3(
+        False, train_micro_batch_size_per_gpu=2, optimizer={"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True}}
+    )
+    losses = {}
+    for loader in ("stock", "sharded"):
+        model = load(llama, ds_config=ds, loader=loader)
+        engine, *_ = deepspeed.initialize(model=model, config=ds, model_parameters=model.parameters())
+        losses[loader, "hooks"] = hooks(engine.module)
+        engine.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(engine(ids).logits, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+            engine.module.generate(ids, max_new_tokens=2, do_sample=False, synced_gpus=True)
+        engine.train()
+        losses[loader] = []
+        for _ in range(3):
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            losses[loader].append(loss.item())
+        engine.destroy()
+    assert losses["sharded"] == losses["stock"]
+    assert losses["sharded"][2] < losses["sharded"][0]
+    assert losses["sharded", "hooks"] == losses["stock", "hooks"]
+
+
+@pytest.mark.world_size(2)
+def test_each_byte_is_read_once_and_no_weight_is_sent(llama):
+    from zero_sft.checkpoint.index import open_index
+    from zero_sft.distributed import World, exchange
+
+    report = load(llama).load_report
+    assert sum(exchange(World.detect(), report.bytes_read)) == open_index(llama).nbytes
+    assert report.bytes_communicated < 64 * 1024
+    assert report.seconds > 0
+    assert report.slowest_seconds >= report.seconds
+
+
+def rewrite(folder: Path, change) -> Path:
+    """Save the checkpoint again as one file, its tensors changed."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors.update(load_file(path))
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.world_size(1, 2, 3)
+def test_missing_weights_are_initialised_alike_everywhere(llama):
+    """The same values as plain loading draws with the same seed, whatever the world size; the report says so."""
+    torch.manual_seed(11)
+    reference = models.plain(llama, torch.float32)
+    torch.manual_seed(11)
+    model = load(llama, bf16=False)
+    models.assert_equal(model, reference)
+    assert model.load_report.missing == ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
+    assert model.load_report.unexpected == ["something.else"]
+
+
+test_missing_weights_are_initialised_alike_everywhere.prepare = lambda tensors: (
+    tensors.pop("lm_head.weight"), tensors.pop("model.layers.1.mlp.up_proj.weight"),
+    tensors.update({"something.else": torch.ones(3)}),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _prepared(request):
+    """Tests that need another checkpoint than the saved one carry a `prepare`."""
+    prepare = getattr(request.function, "prepare", None)
+    if prepare is not None:
+        rewrite(request.getfixturevalue("llama"), prepare)
+
+
+@pytest.mark.world_size(2)
+def test_no_ties_between_values_that_differ(llama):
+    """Config says tied, the checkpoint holds both sides with different values: both stay, as in plain loading."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(llama)
+    config.tie_word_embeddings = True
+    reference = models.plain(llama, torch.bfloat16, config=config)
+    assert reference.lm_head.weight is not reference.model.embed_tokens.weight
+    models.assert_equal(load(llama, config=config), reference)
+
+
+@pytest.mark.world_size(2)
+def test_ties_between_equal_values(llama):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(llama)
+    config.tie_word_embeddings = True
+    reference = models.plain(llama, torch.bfloat16, config=config)
+    assert reference.lm_head.weight is reference.model.embed_tokens.weight
+    models.assert_equal(load(llama, config=config), reference)
+
+
+test_ties_between_equal_values.prepare = lambda tensors: tensors.update(
+    {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+)
+
+
+@pytest.mark.world_size(2)
+def test_the_source_of_a_tie_is_missing(llama):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(llama)
+    config.tie_word_embeddings = True
+    reference = models.plain(llama, torch.bfloat16, config=config)
+    model = load(llama, config=config)
+    models.assert_equal(model, reference)
+    assert model.load_report.missing == []
+
+
+test_the_source_of_a_tie_is_missing.prepare = lambda tensors: tensors.pop("model.embed_tokens.weight")
+
+
+@pytest.mark.world_size(2)
+def test_saved_from_the_base_model(llama):
+    """Names without the base model's prefix, and no head."""
+    torch.manual_seed(3)
+    reference = models.plain(llama, torch.bfloat16)
+    torch.manual_seed(3)
+    models.assert_equal(load(llama), reference)
+
+
+def _without_prefix(tensors):
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    tensors.clear()
+    tensors.update(renamed)
+
+
+test_saved_from_the_base_model.prepare = _without_prefix
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        ("shape", r"lm_head.weight: expected \[131, 30\], got \[130, 30\]"),
+        ("other model", "lacks most of the model's weights"),
+        ("truncated", "truncated or corrupt"),
+        ("no weights", "no weights in"),
+        ("no folder", "no such folder"),
+    ],
+)
+def test_bad_checkpoints_are_one_error_on_every_rank(llama, damage, match):
+    from zero_sft.distributed import World, exchange
+
+    folder = Path(llama) / "nothing" if damage == "no folder" else llama
+    with pytest.raises((CheckpointError, ConfigError), match=match) as caught:
+        load(folder)
+    assert len(set(exchange(World.detect(), str(caught.value)))) == 1
+
+
+@pytest.fixture(autouse=True)
+def _damaged(request):
+    damage = getattr(request.node, "callspec", None) and request.node.callspec.params.get("damage")
+    if not damage or damage == "no folder":
+        return
+    folder = request.getfixturevalue("llama")
+    if damage == "shape":
+        rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(130, 30)}))
+    elif damage == "other model":
+        rewrite(folder, lambda t: [t.update({f"encoder.{name}": t.pop(name)}) for name in list(t)])
+    elif damage == "no weights":
+        rewrite(folder, lambda t: None).joinpath("model.safetensors").unlink()
+    else:
+        path = sorted(folder.glob("*.safetensors"))[0]
+        path.write_bytes(path.read_bytes()[:-5])
+
+
+@pytest.mark.world_size(3)
+def test_a_file_unreadable_on_one_rank_ends_all(llama):
+    from unittest import mock
+
+    from zero_sft.distributed import World
+    from zero_sft.storage import reader
+
+    def broken(*args, **kwargs):
+        raise CheckpointError("model.safetensors can't be opened: Input/output error")
+
+    with pytest.raises(CheckpointError, match=r"(?s)Input/output error.*rank 1 of 3 while reading the weights; failed: 1"):
+        if World.detect().rank == 1:
+            with mock.patch.object(reader, "fill", broken):
+                load(llama)
+        else:
+            load(llama)
+
+
+@pytest.fixture
+def other(tmp_path):
+    return models.save_tiny("llama", tmp_path / "other", max_shard_size="1MB")
+
+
+@pytest.mark.world_size(2)
+def test_ranks_that_see_different_checkpoints(llama, other):
+    from zero_sft.distributed import World
+
+    with pytest.raises(DistributedError, match="disagree about the checkpoint"):
+        load(other if World.detect().rank == 1 else llama)
+
+
+@pytest.mark.world_size(1)
+def test_code_of_the_model_needs_trust(llama):
+    config = json.loads((llama / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.OwnModel"})
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load(llama)

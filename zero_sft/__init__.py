@@ -1,0 +1,36 @@
+"""zero_sft: load models under DeepSpeed ZeRO-3 shard by shard, and fine-tune them.
+
+The public API, nothing else. Names are resolved on first use, so that importing the package imports neither torch nor
+DeepSpeed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zero_sft.config import prepare_config
+    from zero_sft.export import save_pretrained
+    from zero_sft.pretrained import load_model, load_pretrained
+    from zero_sft.tokenizer import load_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = ["load_model", "load_pretrained", "load_tokenizer", "prepare_config", "save_pretrained"]
+
+_HOMES = {
+    "load_model": "zero_sft.pretrained",
+    "load_pretrained": "zero_sft.pretrained",
+    "load_tokenizer": "zero_sft.tokenizer",
+    "prepare_config": "zero_sft.config",
+    "save_pretrained": "zero_sft.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""What is on disk: headers and the index over them. Pure, standard library only."""

@@ -1,0 +1,129 @@
+"""The header of one safetensors file: where each tensor's bytes lie.
+
+A safetensors file is `u64 little-endian header length | JSON header | data`. The JSON maps each tensor's name to its dtype,
+shape and `data_offsets = [begin, end)` within the data; the data is row-major, without holes, and ends with the file
+(https://github.com/huggingface/safetensors, "Format"). Everything that a truncated or corrupt file can violate is checked
+here, before a byte of data is read, since nothing later would notice.
+"""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zero_sft.errors import CheckpointError
+
+ITEM_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits an element of each dtype, by the format's names."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own bound, which keeps a garbage length from becoming an allocation."""
+
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a checkpoint: `nbytes` bytes from `offset_bytes` of `file`, row-major in `shape`."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element. Only for dtypes of whole bytes."""
+        return ITEM_BITS[self.dtype] // 8
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, or with offsets that contradict its shapes or its size.
+    """
+    path = str(path)
+    try:
+        size_bytes = Path(path).stat().st_size
+        with Path(path).open("rb") as file:
+            prefix = file.read(_LENGTH.size)
+            header_nbytes = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
+            if not 2 <= header_nbytes <= min(MAX_HEADER_BYTES, size_bytes - _LENGTH.size):
+                raise CheckpointError(_damaged(path, f"a header of {header_nbytes} bytes in a file of {size_bytes} bytes"))
+            text = file.read(header_nbytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights."
+        ) from error
+    tensors = _parse(path, text, data_start_bytes=_LENGTH.size + header_nbytes)
+    _check_layout(path, tensors, data_start_bytes=_LENGTH.size + header_nbytes, size_bytes=size_bytes)
+    return {each.name: each for each in tensors}
+
+
+def _parse(path: str, text: bytes, data_start_bytes: int) -> list[StoredTensor]:
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except ValueError as error:
+        raise CheckpointError(_damaged(path, f"a header that is not JSON ({error})")) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(_damaged(path, "a header that is not a JSON object"))
+    return [_entry(path, name, raw, data_start_bytes) for name, raw in header.items() if name != "__metadata__"]
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTensor:
+    try:
+        dtype, shape = raw["dtype"], tuple(raw["shape"])
+        begin, end = raw["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError("negative or fractional numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(_damaged(path, f"an entry for {name!r} that is not understood ({error})")) from error
+    if dtype not in ITEM_BITS:
+        raise CheckpointError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}. Known: {', '.join(ITEM_BITS)}.")
+    expected_nbytes = math.prod(shape) * ITEM_BITS[dtype] // 8
+    if end - begin != expected_nbytes:
+        found = f"{end - begin} bytes for {name!r}, where {dtype} {list(shape)} takes {expected_nbytes}"
+        raise CheckpointError(_damaged(path, found))
+    return StoredTensor(
+        name=name, file=path, dtype=dtype, shape=shape, offset_bytes=data_start_bytes + begin, nbytes=end - begin
+    )
+
+
+def _check_layout(path: str, tensors: list[StoredTensor], data_start_bytes: int, size_bytes: int) -> None:
+    position = data_start_bytes
+    for each in sorted(tensors, key=lambda t: (t.offset_bytes, t.nbytes)):
+        if each.offset_bytes != position:
+            raise CheckpointError(_damaged(path, f"{each.name!r} at byte {each.offset_bytes}, expected at {position}"))
+        position += each.nbytes
+    if position != size_bytes:
+        raise CheckpointError(_damaged(path, f"{size_bytes} bytes, where its header promises {position}"))
+
+
+def _damaged(path: str, found: str) -> str:
+    return (
+        f"{path} is truncated or corrupt, or no safetensors file: found {found}. "
+        "Download or copy it again, and compare its size and checksum with the source's."
+    )

@@ -1,0 +1,107 @@
+"""The index of a checkpoint folder: tensor name → file, offset, shape, dtype, over one file or many.
+
+Which files belong to a checkpoint follows transformers: `model.safetensors` first, else the files that
+`model.safetensors.index.json` lists. The index file's own claims (`weight_map`) are held against the headers, so that a
+shard of another revision is noticed. Left out as yet: `pytorch_model.bin` and variants.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from zero_sft.checkpoint.header import StoredTensor, read_header
+from zero_sft.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointIndex:
+    """Every tensor of a checkpoint by its name, as the files' headers have them."""
+
+    folder: str
+    files: tuple[str, ...]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(each.nbytes for each in self.tensors.values())
+
+    def digest(self) -> str:
+        """A hash of all names, dtypes, shapes and offsets: equal on ranks that see the same files, wherever mounted."""
+        rows = sorted((name, Path(t.file).name, t.dtype, t.shape, t.offset_bytes) for name, t in self.tensors.items())
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def open_index(folder: str | Path) -> CheckpointIndex:
+    """Read the headers of the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: no weights, an index that names a missing or outside file, or a damaged file.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).is_file():
+        tensors = read_header(folder / SINGLE_FILE)
+        return CheckpointIndex(folder=str(folder), files=(str(folder / SINGLE_FILE),), tensors=tensors)
+    if (folder / INDEX_FILE).is_file():
+        return _open_shards(folder, _weight_map(folder / INDEX_FILE))
+    raise CheckpointError(_no_weights(folder))
+
+
+def _open_shards(folder: Path, weight_map: Mapping[str, str]) -> CheckpointIndex:
+    tensors: dict[str, StoredTensor] = {}
+    files = []
+    for name in sorted(set(weight_map.values())):
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names {name}, which is not in {folder}. The download is incomplete: fetch it again."
+            )
+        files.append(str(path))
+        found = read_header(path)
+        for tensor in found.values():
+            # A tensor that stands in two files is taken from the one that the index names.
+            if weight_map.get(tensor.name, name) == name:
+                tensors[tensor.name] = tensor
+    absent = sorted(name for name in weight_map if name not in tensors)
+    if absent:
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} promises {absent[0]!r} in {weight_map[absent[0]]}, whose header has no such tensor"
+            f" ({len(absent)} like it). The files are of different versions: fetch the checkpoint again."
+        )
+    return CheckpointIndex(folder=str(folder), files=tuple(files), tensors=tensors)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_bytes())
+        weight_map = content["weight_map"]
+        if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
+            raise TypeError("weight_map is empty or maps to something other than file names")
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors index ({error!r}). Fetch it again.") from error
+    for name in set(weight_map.values()):
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{path} names {name!r}, which lies outside its folder. Don't use this checkpoint.")
+    return weight_map
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    message = f"no weights in {folder}: expected {SINGLE_FILE} or {INDEX_FILE}"
+    if any(name.startswith("pytorch_model") for name in names):
+        return (
+            f"{message}, found pytorch_model.bin. Convert it once, in Python: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder); or load it with --loader stock."
+        )
+    if "adapter_config.json" in names:
+        return f"{message}, found an adapter. Merge it into its base model with PEFT's merge_and_unload and save that."
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{message}, found {shown or 'nothing'}. Name the folder that holds the weights."

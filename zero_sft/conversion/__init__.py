@@ -1,0 +1,1 @@
+"""Which source elements make which parameter. Names and shapes only: no I/O, no collectives."""

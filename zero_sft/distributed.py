@@ -1,0 +1,260 @@
+"""Who is who, small exchanges on the CPU, and failures that every rank raises together.
+
+`World` is plain data: it is detected once and passed in. All traffic of this package goes through one gloo group of its own
+(`connect`), never through NCCL: it works before a GPU is touched, its waiting does not run on the training group's clock,
+and a dead peer is noticed by its closed socket. Payloads are bytes or JSON, never pickles.
+
+A stage that can fail ends in `agreed`: either every rank passes, or every rank raises the same error. Left out: anything
+that moves weights; no weight crosses the network during a load.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zero_sft import errors
+
+logger = logging.getLogger(__name__)
+
+STAGE_TIMEOUT = datetime.timedelta(minutes=30)
+"""How long ranks wait at the end of a stage for the slowest one before the error names it."""
+
+DOWNLOAD_TIMEOUT = datetime.timedelta(hours=24)
+"""How long ranks wait for a download by another rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This process among its peers: `0 <= rank < world_size`, `0 <= local_rank < local_world_size` on its node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that talks to the person."""
+        return self.rank == 0
+
+    @classmethod
+    def detect(cls, environ: Mapping[str, str] | None = None) -> "World":
+        """Read the launcher's variables: torchrun's and DeepSpeed's first, then those of a SLURM step, else one process.
+
+        Raises:
+            ConfigError: variables that are not numbers or contradict each other.
+        """
+        env = os.environ if environ is None else environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        elif "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "").isdigit():
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        else:
+            return cls()
+        return cls._from_variables(env, names)
+
+    @classmethod
+    def _from_variables(cls, env: Mapping[str, str], names: tuple[str, str, str, str]) -> "World":
+        try:
+            rank, world_size = int(env[names[0]]), int(env[names[1]])
+            local_rank = int(env.get(names[2], "0"))
+            local = env.get(names[3], "")
+            # SLURM writes "2(x3),1": the tasks of each node. Uneven nodes are rare; the first count serves as the size.
+            local_world_size = int(local.split("(")[0].split(",")[0]) if local else local_rank + 1
+        except (KeyError, ValueError) as error:
+            raise errors.ConfigError(
+                f"the launcher's variables are not usable ({error}): expected numbers in {', '.join(names)}, got "
+                f"{ {name: env.get(name) for name in names} }. Start the job with ./launch.sh, deepspeed, torchrun or srun."
+            ) from error
+        if not 0 <= rank < world_size:
+            raise errors.ConfigError(
+                f"{names[0]}={rank} is not below {names[1]}={world_size}. Start the job with ./launch.sh or a launcher."
+            )
+        return cls(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
+
+
+class _Control:
+    """The gloo group of this package and what has gone through it; made anew when the default group changes."""
+
+    group: dist.ProcessGroup | None = None
+    parent: dist.ProcessGroup | None = None
+    bytes_sent: int = 0
+
+
+def connect(world: World) -> None:
+    """Join the default process group (made by DeepSpeed if nobody has) and make the control group. Every rank.
+
+    Raises:
+        DistributedError: a process group exists already whose size or rank is not this world's.
+    """
+    if not dist.is_initialized():
+        _start_default_group(world)
+    if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.world_size):
+        raise errors.DistributedError(
+            f"torch.distributed says rank {dist.get_rank()} of {dist.get_world_size()}, the launcher's variables say rank "
+            f"{world.rank} of {world.world_size}. Don't make a process group of another size before the load: ZeRO-3 would "
+            "silently keep the model whole."
+        )
+    default = dist.group.WORLD
+    if _Control.group is None or _Control.parent is not default:
+        _Control.group = dist.new_group(backend="gloo", timeout=DOWNLOAD_TIMEOUT)
+        _Control.parent = default
+
+
+def _start_default_group(world: World) -> None:
+    """DeepSpeed reads the rank from the environment alone, so what SLURM or a lone process lacks is written there."""
+    import deepspeed
+
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
+    if world.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if "MASTER_ADDR" not in os.environ:
+        raise errors.ConfigError(
+            "MASTER_ADDR is not set, so the ranks can't find each other. Start the job with ./launch.sh, which derives it, "
+            "or export MASTER_ADDR and MASTER_PORT."
+        )
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def bytes_communicated() -> int:
+    """Bytes that this rank has put into exchanges of this package since the process began."""
+    return _Control.bytes_sent
+
+
+def exchange_bytes(world: World, payload: bytes) -> list[bytes]:
+    """Give every rank every rank's `payload`, in rank order. Every rank; communicates."""
+    if world.world_size == 1:
+        return [payload]
+    size = torch.tensor([len(payload)], dtype=torch.int64)
+    sizes = [torch.zeros_like(size) for _ in range(world.world_size)]
+    dist.all_gather(sizes, size, group=_Control.group)
+    longest = max(1, max(int(each) for each in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
+    received = [torch.empty_like(padded) for _ in range(world.world_size)]
+    dist.all_gather(received, padded, group=_Control.group)
+    _Control.bytes_sent += (longest + 8) * (world.world_size - 1)
+    return [each[: int(n)].numpy().tobytes() for each, n in zip(received, sizes, strict=True)]
+
+
+def broadcast_bytes(world: World, payload: bytes | None) -> bytes:
+    """Give every rank what rank 0 passes (the others pass None). Every rank; communicates."""
+    if world.world_size == 1:
+        return payload or b""
+    size = torch.tensor([len(payload or b"")], dtype=torch.int64)
+    dist.broadcast(size, 0, group=_Control.group)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    if payload:
+        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+    if int(size):
+        dist.broadcast(data, 0, group=_Control.group)
+    if world.is_main:
+        _Control.bytes_sent += (int(size) + 8) * (world.world_size - 1)
+    return data.numpy().tobytes()
+
+
+def exchange(world: World, value: Any) -> list[Any]:
+    """`exchange_bytes` for a JSON value. Every rank; communicates."""
+    return [json.loads(each) for each in exchange_bytes(world, json.dumps(value).encode())]
+
+
+@contextlib.contextmanager
+def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[None]:
+    """Run a stage that can fail on any rank, and let all ranks pass or raise together. Every rank; communicates at the end.
+
+    Nothing inside may communicate: a rank that fails leaves early. The error raised is the one of the lowest failing rank,
+    in its own class if it is one of `zero_sft.errors`, else as a `DistributedError` that names its type.
+
+    Raises:
+        ZeroSftError: on every rank, if any rank failed, or did not get here within `timeout`.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others must not be left waiting
+        failure = error
+    if world.world_size == 1:
+        if failure is not None:
+            raise failure
+        return
+    _await_all(stage, timeout)
+    reports = exchange(world, None if failure is None else [type(failure).__name__, str(failure)])
+    failed = [rank for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return
+    kind, message = reports[failed[0]]
+    if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
+        ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
+        message += f"\n(rank {failed[0]} of {world.world_size} while {stage}; failed: {ranks})"
+    raise _rebuilt(kind, message) from failure
+
+
+def _await_all(stage: str, timeout: datetime.timedelta) -> None:
+    try:
+        dist.monitored_barrier(group=_Control.group, timeout=timeout, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise errors.DistributedError(
+            f"not every rank came to the end of '{stage}' within {timeout}: {error}. A rank has died, or its storage hangs; "
+            "its own log says more."
+        ) from error
+
+
+def _rebuilt(kind: str, message: str) -> errors.ZeroSftError:
+    cls = getattr(errors, kind, None)
+    if isinstance(cls, type) and issubclass(cls, errors.ZeroSftError):
+        return cls(message)
+    return errors.DistributedError(f"{kind}: {message}")
+
+
+def agree_on(world: World, what: str, values: Mapping[str, Any]) -> None:
+    """Raise one error on every rank unless all ranks hold the same JSON-able `values`. Every rank; communicates.
+
+    A digest is compared first; the values themselves travel only when it differs.
+
+    Raises:
+        DistributedError: naming the keys that differ, with each variant and the ranks that hold it.
+    """
+    import hashlib
+
+    canonical = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
+    digest = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).digest()
+    if len(set(exchange_bytes(world, digest))) == 1:
+        return
+    everyone = exchange(world, canonical)
+    lines = []
+    for key in sorted({key for each in everyone for key in each}):
+        variants: dict[str, list[int]] = {}
+        for rank, each in enumerate(everyone):
+            variants.setdefault(each.get(key, "(absent)"), []).append(rank)
+        if len(variants) > 1:
+            shown = "; ".join(f"{text[:200]} on rank {', '.join(map(str, ranks))}" for text, ranks in variants.items())
+            lines.append(f"  {key}: {shown}")
+    raise errors.DistributedError(
+        f"the ranks disagree about the {what}:\n" + "\n".join(lines) + "\nGive every rank the same files and arguments."
+    )
+
+
+def leave_with(error: BaseException, world: World) -> int:
+    """Say `error` once, on rank 0, and return the exit status for every rank. For a program's outermost handler."""
+    if world.is_main:
+        sys.stderr.write(f"\nerror: {error}\n")
+        sys.stderr.flush()
+    return 1

@@ -1,0 +1,116 @@
+"""DeepSpeed configs: a dict, a path or a shipped name, checked, and free of "auto" where a value is needed.
+
+Two readers want different things of one config: the Trainer replaces "auto" by its own arguments, `zero.Init` wants values.
+`load_ds_config` returns the config as written, for the Trainer; `concrete` fills what the load itself depends on.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zero_sft.errors import ConfigError
+from zero_sft.shipped import shipped
+
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Read and check a DeepSpeed config.
+
+    Args:
+        source: the config itself, the path of a JSON file, or the name of a shipped one (`zero3`, `zero3_offload`, ...).
+
+    Raises:
+        ConfigError: no such file or name, not JSON, or not ZeRO stage 3.
+    """
+    if isinstance(source, Mapping):
+        config, where = copy.deepcopy(dict(source)), "ds_config"
+    else:
+        path = _path_of(str(source))
+        config, where = _read_json(path), str(path)
+    stage = (config.get("zero_optimization") or {}).get("stage") if isinstance(config, dict) else None
+    if stage != 3:
+        raise ConfigError(
+            f"{where} is not a ZeRO stage 3 config: zero_optimization.stage is {stage!r}. Set it to 3, or use a shipped one: "
+            f"{', '.join(shipped_names())}."
+        )
+    return config
+
+
+def shipped_names() -> list[str]:
+    """The names of the shipped configs."""
+    return sorted(path.stem for path in shipped("ds_configs").glob("*.json"))
+
+
+def _path_of(source: str) -> Path:
+    if source in shipped_names():
+        return shipped("ds_configs", f"{source}.json")
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    raise ConfigError(f"no DeepSpeed config {source!r}: neither a file nor a shipped name ({', '.join(shipped_names())}).")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from error
+
+
+def engine_dtype(config: Mapping[str, Any], wanted: str) -> str:
+    """The dtype that parameters have under this engine: "bfloat16", "float16" or "float32".
+
+    DeepSpeed trains parameters in the engine's dtype alone, so the engine decides; where it says "auto", the `wanted` dtype
+    does. Worked example: bf16.enabled "auto" and wanted "bfloat16" → "bfloat16"; bf16 absent and wanted "bfloat16" →
+    "float32".
+    """
+    for section, name in DTYPE_NAMES.items():
+        enabled = (config.get(section) or {}).get("enabled", False)
+        if enabled is True or (enabled == "auto" and wanted == name):
+            return name
+    return "float32"
+
+
+def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world_size: int) -> dict[str, Any]:
+    """The config with every "auto" replaced or dropped, as `zero.Init` and an engine without a Trainer can take it.
+
+    Raises:
+        ConfigError: an hpZ size that does not fit the ranks.
+    """
+    result = _without_auto(config)
+    for section, name in DTYPE_NAMES.items():
+        if section in config:
+            result[section] = {**result.get(section, {}), "enabled": dtype == name}
+    result["zero_optimization"].update(hpz_size(config, local_world_size, world_size))
+    if not any(key in result for key in ("train_batch_size", "train_micro_batch_size_per_gpu")):
+        result["train_micro_batch_size_per_gpu"] = 1
+    return result
+
+
+def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) -> dict[str, int]:
+    """`{"zero_hpz_partition_size": n}` as it has to be, or {} where hpZ is off. "auto" is the ranks per node.
+
+    Raises:
+        ConfigError: a size that does not divide the number of ranks, or is larger: DeepSpeed takes the latter without a word.
+    """
+    size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size == 1:
+        return {}
+    size = local_world_size if size == "auto" else size
+    if not isinstance(size, int) or size < 1 or size > world_size or world_size % size:
+        raise ConfigError(
+            f"zero_optimization.zero_hpz_partition_size is {size!r}, which does not divide {world_size} ranks. Set it to the "
+            f'ranks per node (here {local_world_size}) or to "auto".'
+        )
+    return {"zero_hpz_partition_size": size}
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_auto(each) for key, each in value.items() if each != "auto"}
+    return copy.deepcopy(value)

@@ -1,0 +1,121 @@
+"""From a model's name to a local folder: a path as it is, or a hub id, downloaded once per file system.
+
+After this step the rest of the package knows only folders: config, weights, generation config and tokenizer are read from
+one snapshot, so a revision that moves meanwhile can't mix two states. What is fetched is what a stage needs (`CONFIG`,
+`WEIGHTS`, `TOKENIZER`), so that ranks other than 0 never hold tokenizer files of their own making. The download itself is
+huggingface_hub's.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zero_sft import distributed
+from zero_sft.distributed import World
+from zero_sft.errors import ArgumentError, CheckpointError
+
+CODE = ("*.py",)
+CONFIG = ("config.json", "generation_config.json")
+WEIGHTS = (*CONFIG, "model*.safetensors", "model.safetensors.index.json")
+TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+             "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubOptions:
+    """How to get at a model; the names and meanings of transformers' `from_pretrained`."""
+
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)  # never in a log
+    local_files_only: bool = False
+    subfolder: str = ""
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "HubOptions":
+        """Typed options from keyword arguments.
+
+        Raises:
+            ArgumentError: an unknown name, with the nearest known one.
+        """
+        known = [each.name for each in dataclasses.fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.")
+        return cls(**kwargs)
+
+
+def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: tuple[str, ...]) -> Path:
+    """The local folder of `name_or_path`. Every rank; communicates when it is a hub id.
+
+    Rank 0 downloads first; then the first rank of each node, which finds the files at once where the file system is shared;
+    then everybody looks. The waiting is on the control group, outside the training group's clock.
+
+    Raises:
+        CheckpointError: no such folder, or the hub can't provide it.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return _inside(path, hub.subfolder)
+    if _looks_like_a_path(name_or_path):
+        raise CheckpointError(f"no such folder: {name_or_path}. Name an existing folder, or a hub id such as 'org/model'.")
+    wanted = (*patterns, *CODE) if hub.trust_remote_code else patterns
+    folder = None
+    for turn in ("rank 0", "node leaders", "everyone"):
+        mine = {"rank 0": world.is_main, "node leaders": world.local_rank == 0, "everyone": True}[turn]
+        with distributed.agreed(world, f"fetching {name_or_path}", distributed.DOWNLOAD_TIMEOUT):
+            if mine and folder is None:
+                folder = _snapshot(name_or_path, hub, wanted, local_only=turn == "everyone" and not world.is_main)
+    assert folder is not None  # "everyone" has had its turn
+    return _inside(folder, hub.subfolder)
+
+
+def resolve_folder_alone(name_or_path: str, hub: HubOptions, patterns: tuple[str, ...]) -> Path:
+    """`resolve_folder` for one rank by itself (the tokenizer's rank 0). Does not communicate."""
+    return resolve_folder(name_or_path, hub, World(), patterns)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or Path(name).exists() or not name
+
+
+def _inside(folder: Path, subfolder: str) -> Path:
+    """`folder/subfolder`, which must not lead out of `folder`."""
+    if not subfolder:
+        return folder
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise CheckpointError(f"subfolder {subfolder!r} leads out of {folder}. Name a folder inside it.")
+    if not (folder / subfolder).is_dir():
+        raise CheckpointError(f"{folder} has no folder {subfolder!r}. Check --subfolder.")
+    return folder / subfolder
+
+
+def _snapshot(repo: str, hub: HubOptions, patterns: tuple[str, ...], *, local_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    prefix = f"{hub.subfolder.rstrip('/')}/" if hub.subfolder else ""
+    try:
+        found = snapshot_download(
+            repo,
+            revision=hub.revision,
+            cache_dir=hub.cache_dir,
+            token=hub.token,
+            local_files_only=hub.local_files_only or local_only,
+            allow_patterns=[prefix + each for each in patterns],
+        )
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo!r} is neither an existing folder nor a hub id ('org/model'): {error}") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"can't get the model {repo!r} from the Hugging Face hub: {reason}\nIf this machine has no internet, download the "
+            "model elsewhere and name its local folder: --model_name_or_path /path/to/the/folder"
+        ) from error
+    return Path(found)

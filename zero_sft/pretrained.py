@@ -1,0 +1,153 @@
+"""Load a model, or a model and its tokenizer, sharded from the first byte.
+
+The steps of `load_model`, in order: folder → class and dtype → skeleton → index → names → plan → arena → reads → ties, buffers
+and missing weights → report. Every rank runs all of them. Each stage that can fail ends in an agreement, so that all ranks
+go on or all raise the same error.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from zero_sft import distributed, transformers_internals
+from zero_sft import ds_config as ds_configs
+from zero_sft.config import prepare_config
+from zero_sft.distributed import World, agreed
+from zero_sft.errors import ArgumentError
+from zero_sft.hub import WEIGHTS, HubOptions, resolve_folder
+from zero_sft.report import LoadReport
+from zero_sft.sharded import Request, load_sharded
+from zero_sft.stock import load_stock
+from zero_sft.zero import internals
+
+logger = logging.getLogger(__name__)
+
+LOADERS = ("sharded", "stock")
+
+
+def load_pretrained(
+    model_name_or_path: str,
+    *,
+    ds_config: str | Path | Mapping[str, Any],
+    model_max_length: int = 512,
+    rope_parameters: dict | None = None,
+    dtype: str | torch.dtype = "auto",
+    model_class: Any = None,
+    attn_implementation: str | None = None,
+    padding_side: str = "right",
+    loader: str = "sharded",
+    **hub: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Config, model and tokenizer, as FastChat's training has them, under ZeRO-3. Every rank; communicates.
+
+    The same as `prepare_config`, `load_model` and `load_tokenizer` one after another; their arguments and errors apply.
+    """
+    from zero_sft.tokenizer import load_tokenizer  # a model alone needs no tokenizer libraries
+
+    config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
+    model = load_model(
+        model_name_or_path,
+        ds_config=ds_config,
+        config=config,
+        dtype=dtype,
+        model_class=model_class,
+        attn_implementation=attn_implementation,
+        loader=loader,
+        **hub,
+    )
+    tokenizer = load_tokenizer(model_name_or_path, model_max_length=model_max_length, padding_side=padding_side, **hub)
+    return model, tokenizer
+
+
+def load_model(
+    model_name_or_path: str,
+    *,
+    ds_config: str | Path | Mapping[str, Any],
+    config: PreTrainedConfig | None = None,
+    dtype: str | torch.dtype = "auto",
+    model_class: Any = None,
+    attn_implementation: str | None = None,
+    loader: str = "sharded",
+    **hub: Any,
+) -> PreTrainedModel:
+    """Load a model partitioned by ZeRO-3, every rank reading its own bytes. Every rank; communicates (no weights).
+
+    Args:
+        model_name_or_path: a local folder, or a hub id, which is downloaded once per file system.
+        ds_config: a DeepSpeed config of stage 3: a dict, the path of a JSON file, or a shipped name. "auto" is fine.
+        config: the model's config as `prepare_config` made it; None reads the folder's own.
+        dtype: "auto", a torch dtype or its name. It decides where the DeepSpeed config says "auto"; else the engine does.
+        model_class: a model class or an Auto class; None is `AutoModelForCausalLM`.
+        attn_implementation: as in transformers ("sdpa", "eager", "flash_attention_2", ...).
+        loader: "sharded", or "stock" for transformers' own way.
+        **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder`.
+
+    Returns:
+        An ordinary `PreTrainedModel` in evaluation mode, ready for `forward`, `generate`, `deepspeed.initialize` and
+        `Trainer`; `model.load_report` is the account of the load.
+
+    Raises:
+        ZeroSftError: the same one on every rank; its class says what was wrong.
+    """
+    if loader not in LOADERS:
+        raise ArgumentError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
+    options = HubOptions.from_kwargs(hub)
+    world = World.detect()
+    distributed.connect(world)
+    sent_before = distributed.bytes_communicated()
+    folder = resolve_folder(model_name_or_path, options, world, WEIGHTS)
+    if config is None:
+        config = prepare_config(model_name_or_path, **hub)
+    with agreed(world, "reading the DeepSpeed config"):
+        ds = ds_configs.load_ds_config(ds_config)
+        name = ds_configs.engine_dtype(ds, _wanted_dtype(dtype, config))
+        _check_dtype(dtype, name)
+        ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
+    _warn_if_untested(world)
+    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, world_size=world.world_size)
+    request = Request(
+        folder=folder,
+        config=config,
+        ds_config=ds,
+        dtype=getattr(torch, name),
+        model_class=model_class,
+        attn_implementation=attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    model = (load_stock if loader == "stock" else load_sharded)(request, world, report)
+    model.name_or_path = model.config.name_or_path = model_name_or_path
+    report.bytes_communicated = distributed.bytes_communicated() - sent_before
+    report.slowest_seconds = max(distributed.exchange(world, report.seconds))
+    model.load_report = report
+    if world.is_main:
+        logger.info(report.summary())
+    return model
+
+
+def _wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
+    """The name of the dtype that was asked for; "auto" is the config's own, as in `from_pretrained`."""
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ArgumentError(f"dtype must be 'auto', a torch dtype or its name, got {dtype!r}")
+    return name
+
+
+def _check_dtype(dtype: str | torch.dtype, engine: str) -> None:
+    asked = str(dtype).removeprefix("torch.")
+    if asked not in ("auto", engine):
+        raise ArgumentError(
+            f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "
+            'fp16.enabled in it to match (or to "auto"), or leave dtype at "auto".'
+        )
+
+
+def _warn_if_untested(world: World) -> None:
+    for warning in (internals.untested(), transformers_internals.untested()):
+        if warning and world.is_main:
+            logger.warning(warning)

@@ -1,0 +1,72 @@
+"""What a load did: an honest account, per rank and for the slowest, in numbers that can be checked."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadReport:
+    """The account of one load on one rank; the lists are the same on every rank.
+
+    `mismatched` holds `(name, expected shape, got shape)`. `bytes_read` counts checkpoint data of this rank,
+    `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall time, `slowest_seconds` that
+    of the slowest rank; `stages` splits `seconds` by stage.
+    """
+
+    loader: str
+    model: str
+    parameters: int = 0
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    cast: list[str] = field(default_factory=list)
+    dtype: str = ""
+    requests: int = 0
+    bytes_read: int = 0
+    bytes_communicated: int = 0
+    seconds: float = 0.0
+    slowest_seconds: float = 0.0
+    world_size: int = 1
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def summary(self) -> str:
+        """The report for a person, a few lines."""
+        lines = [
+            f"loaded {self.model}: {self.parameters / 1e6:,.1f} M parameters in {self.dtype} by the {self.loader} loader on "
+            f"{self.world_size} rank{'s' * (self.world_size > 1)} in {self.slowest_seconds:.2f} s (slowest rank)",
+        ]
+        if self.loader != "stock":
+            lines.append(
+                f"  each rank read {self.bytes_read / 2**20:,.1f} MiB in {self.requests:,} requests and sent "
+                f"{self.bytes_communicated / 2**10:,.1f} KiB; "
+                + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
+            )
+        for title, names in self._notable():
+            lines.append(f"  {title}: {len(names)} ({_shown(names)})")
+        return "\n".join(lines)
+
+    def _notable(self) -> list[tuple[str, Sequence[str]]]:
+        rows = [
+            ("missing, initialised as the model defines", self.missing),
+            ("unexpected, left unread", self.unexpected),
+            ("of another shape", [name for name, _, _ in self.mismatched]),
+            ("tied", self.tied),
+            (f"cast to {self.dtype}", self.cast),
+        ]
+        return [(title, names) for title, names in rows if names]
+
+
+def _shown(names: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,112 @@
+"""The model without its weights: the class a config asks for, built inside `ShardedInit`.
+
+The class is found as transformers' Auto classes find it, and constructed under the contexts that plain `from_pretrained`
+uses (meta device, default dtype, no tying), so that what comes out is the same model, parameter for parameter.
+"""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.transformers_internals import internal
+from zero_sft.zero.init import ShardedInit
+
+if TYPE_CHECKING:
+    from zero_sft.sharded import Request
+
+
+def resolve_class(
+    config: PreTrainedConfig, model_class: Any, folder: Path, trust_remote_code: bool
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The concrete model class, and the config it takes (a composite config's text part where the class wants that).
+
+    Args:
+        model_class: a `PreTrainedModel` subclass, an Auto class, or None for `AutoModelForCausalLM`.
+
+    Raises:
+        ConfigError: the Auto class knows no model for this config, or only through code that is not trusted.
+        ArgumentError: `model_class` is neither.
+    """
+    auto = AutoModelForCausalLM if model_class is None else model_class
+    if isinstance(auto, type) and issubclass(auto, PreTrainedModel):
+        return auto, config
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None:
+        raise ArgumentError(f"model_class must be a PreTrainedModel class or an Auto class, got {model_class!r}")
+    reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+    if reference and trust_remote_code:
+        return internal("get_class_from_dynamic_module")(reference, str(folder)), config
+    if type(config) not in mapping:
+        if reference:
+            raise ConfigError(
+                f"{folder} brings its own code for {auto.__name__} ({reference}), which runs only with "
+                "trust_remote_code=True (--trust_remote_code). Read the code first."
+            )
+        raise ConfigError(f"{auto.__name__} has no model for {type(config).__name__} (model_type {config.model_type!r})")
+    found = internal("_get_model_class")(config, mapping)
+    text = config.sub_configs.get("text_config")
+    return (found, config.get_text_config()) if text and getattr(found, "config_class", None) == text else (found, config)
+
+
+def build(request: "Request") -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """Construct the model inside `ShardedInit`. Every rank; does not communicate.
+
+    Returns:
+        The model, its parameters partitioned and without shards, its buffers on the meta device; and its state dict as it
+        was before that: whole meta tensors, which tell shapes and dtypes.
+    """
+    cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
+    config = copy.deepcopy(config)
+    if request.attn_implementation is not None:
+        config._attn_implementation = request.attn_implementation
+    set_dtype(config, request.dtype)
+    contexts = (
+        internal("local_torch_dtype")(request.dtype, cls.__name__),
+        internal("no_tie_weights")(),
+        internal("apply_patches")(),
+        ShardedInit(dict(request.ds_config)),
+        torch.device("meta"),
+        internal("meta_device_safe_creation_ops")(),
+    )
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        model = cls(config)
+        internal("patch_output_recorders")(model)
+        state = model.state_dict()
+        shapes = {name: torch.empty_like(tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
+    return model, shapes
+
+
+def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Write the dtype that the weights will have into a config and its parts, as `from_pretrained` does."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            part.dtype = dtype
+
+
+def read_generation_config(model: PreTrainedModel, request: "Request") -> None:
+    """Give the model the folder's generation settings, as `from_pretrained` does."""
+    if not model.can_generate() or not hasattr(model, "adjust_generation_fn"):
+        return
+    model.adjust_generation_fn(
+        None, False, None, str(request.folder), cache_dir=None, force_download=False, proxies=None, local_files_only=True,
+        token=None, revision=None, subfolder="", trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
+
+
+def keep_zero3_enabled(model: PreTrainedModel, ds_config: Mapping[str, Any]) -> None:
+    """Tell transformers that ZeRO-3 is on for as long as the model lives, unless a Trainer has told it already.
+
+    `generate` then keeps the ranks in step, and `resize_token_embeddings` gathers what it changes.
+    """
+    if not internal("is_deepspeed_zero3_enabled")():
+        model._zero_sft_hf_ds_config = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))

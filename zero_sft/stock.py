@@ -1,0 +1,42 @@
+"""transformers' own ZeRO-3 load: the way back, and the reference to compare with.
+
+`zero.Init` broadcasts every fresh parameter, rank 0 reads the whole checkpoint, and every module is gathered, overwritten and
+partitioned again: about three times the model in traffic. Its account of unexpected and mismatched names is always empty.
+"""
+
+import copy
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from zero_sft import skeleton
+from zero_sft.distributed import World, agreed
+from zero_sft.report import LoadReport
+from zero_sft.sharded import Request
+from zero_sft.transformers_internals import internal
+from zero_sft.zero import gather, shards
+
+
+def load_stock(request: Request, world: World, report: LoadReport) -> PreTrainedModel:
+    """Load through `from_pretrained` under `zero.Init`. Every rank; communicates all the weights.
+
+    Raises:
+        ZeroSftError: if a rank fails where no other is in a collective; a failure elsewhere surfaces as the library's own.
+    """
+    with agreed(world, "preparing the model's class"):
+        cls, config = skeleton.resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
+    hf_config = None
+    if not internal("is_deepspeed_zero3_enabled")():
+        hf_config = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(request.ds_config)))
+    start = time.perf_counter()
+    optional = {} if request.attn_implementation is None else {"attn_implementation": request.attn_implementation}
+    model, info = cls.from_pretrained(
+        str(request.folder), config=config, dtype=request.dtype, local_files_only=True, output_loading_info=True, **optional
+    )
+    report.seconds = time.perf_counter() - start
+    report.missing = sorted(info["missing_keys"])
+    report.parameters = sum(torch.Size(shards.full_shape(param)).numel() for param in model.parameters())
+    model._zero_sft_hf_ds_config = hf_config
+    gather.install(model)
+    return model

@@ -1,0 +1,160 @@
+"""Carry out a plan's reads: positioned reads of the files' bytes straight into the destination tensors.
+
+Where the stored dtype is the destination's and the destination is host memory, the kernel copies into place and nothing else
+touches the data. Otherwise a read goes through a staging buffer of bounded size and is cast or copied to the device from
+there; on an accelerator the buffers are pinned and two take turns, so that the copy of one overlaps the read of the next.
+Reads go in file order, several threads at a time if the rank has cores to spare.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from zero_sft.errors import CheckpointError
+from zero_sft.plan.plan import Read
+from zero_sft.storage.dtypes import TORCH_DTYPES
+
+STAGING_BYTES = 16 * 2**20
+"""One staging buffer. A reading thread has two of them where it stages at all."""
+
+_CHUNK_BYTES = 32 * 2**20  # one read call: large enough to stream, small enough for threads to share a large tensor
+
+
+def fill(reads: Sequence[Read], destinations: Mapping[str, torch.Tensor], threads: int = 1) -> int:
+    """Read every byte of `reads` into `destinations` (flat tensors by target name). Returns the bytes read.
+
+    Raises:
+        CheckpointError: a file that can't be opened or read, or ends early.
+    """
+    with contextlib.ExitStack() as stack:
+        handles = {path: stack.enter_context(_opened(path)) for path in dict.fromkeys(read.file for read in reads)}
+        pieces = [piece for read in reads for piece in _pieces(read)]
+        if threads <= 1:
+            worker = _Worker(handles, destinations)
+            for piece in pieces:
+                worker.run(piece)
+            worker.finish()
+        else:
+            _fill_threaded(pieces, handles, destinations, threads)
+    return sum(read.nbytes for read in reads)
+
+
+def _fill_threaded(
+    pieces: Sequence[Read], handles: Mapping[str, int], destinations: Mapping[str, torch.Tensor], threads: int
+) -> None:
+    queue = iter(pieces)  # next() on an iterator is atomic under the GIL, so the threads share it in file order
+
+    def work() -> None:
+        worker = _Worker(handles, destinations)
+        for piece in queue:
+            worker.run(piece)
+        worker.finish()
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be opened: {error.strerror}. Check that it exists and its rights.") from error
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _pieces(read: Read) -> Iterator[Read]:
+    """`read` in parts of at most `_CHUNK_BYTES` bytes, a whole number of elements each."""
+    if read.nbytes <= _CHUNK_BYTES:
+        yield read
+        return
+    itemsize = TORCH_DTYPES[read.dtype].itemsize
+    for skip in range(0, read.nbytes, _CHUNK_BYTES):
+        yield Read(
+            file=read.file,
+            offset_bytes=read.offset_bytes + skip,
+            nbytes=min(_CHUNK_BYTES, read.nbytes - skip),
+            dtype=read.dtype,
+            target=read.target,
+            start=read.start + skip // itemsize,
+        )
+
+
+class _Worker:
+    """What one reading thread holds: open files, destinations, and its staging buffers, made on first use."""
+
+    def __init__(self, handles: Mapping[str, int], destinations: Mapping[str, torch.Tensor]) -> None:
+        self._handles = handles
+        self._destinations = destinations
+        self._staging: list[torch.Tensor] = []
+        self._copied: list = [None, None]  # per buffer: the event after which it may be overwritten
+        self._turn = 0
+
+    def run(self, read: Read) -> None:
+        dtype = TORCH_DTYPES[read.dtype]
+        destination = self._destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
+        if destination.device.type == "cpu" and destination.dtype == dtype:
+            self._read(read, destination.view(torch.uint8), 0)
+            return
+        step = STAGING_BYTES // dtype.itemsize
+        for start in range(0, destination.numel(), step):
+            part = destination.narrow(0, start, min(step, destination.numel() - start))
+            self._read_staged(read, part, dtype, start * dtype.itemsize)
+
+    def finish(self) -> None:
+        """Wait for copies to the device that are still under way."""
+        for event in self._copied:
+            if event is not None:
+                event.synchronize()
+
+    def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
+        on_device = part.device.type != "cpu"
+        buffer = self._buffer(on_device)[: part.numel() * dtype.itemsize]
+        self._read(read, buffer, skip_bytes)
+        part.copy_(buffer.view(dtype), non_blocking=on_device)
+        if on_device:
+            from deepspeed.accelerator import get_accelerator
+
+            event = get_accelerator().Event()
+            event.record()
+            self._copied[self._turn] = event
+        self._turn = 1 - self._turn
+
+    def _buffer(self, pinned: bool) -> torch.Tensor:
+        while len(self._staging) <= self._turn:
+            buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
+            if pinned:
+                from deepspeed.accelerator import get_accelerator
+
+                buffer = get_accelerator().pin_memory(buffer)
+            self._staging.append(buffer)
+        event = self._copied[self._turn]
+        if event is not None:
+            event.synchronize()
+        return self._staging[self._turn]
+
+    def _read(self, read: Read, into: torch.Tensor, skip_bytes: int) -> None:
+        """Fill the byte tensor `into` from `skip_bytes` into `read`."""
+        view = memoryview(into.numpy())
+        position = 0
+        while position < len(view):
+            offset = read.offset_bytes + skip_bytes + position
+            try:
+                count = os.preadv(self._handles[read.file], [view[position:]], offset)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{read.file} can't be read at byte {offset} (for {read.target}): {error.strerror}."
+                ) from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{read.file} ends at byte {offset}, expected {len(view) - position} more for {read.target}: it was cut "
+                    "after its header was read. Fetch it again."
+                )
+            position += count

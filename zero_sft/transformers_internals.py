@@ -1,0 +1,93 @@
+"""Every internal of transformers that this package uses, imported in this one place.
+
+Internals are not promised to stay. When a release has moved one, importing this module raises one error that names it and
+the way back (`--loader stock`), instead of an ImportError out of the middle of a load. Untested but intact releases get a
+warning from `warn_if_untested`.
+"""
+
+import importlib
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import transformers
+
+from zero_sft.errors import UnsupportedVersionError
+
+logger = logging.getLogger(__name__)
+
+TESTED = ("5.23.0",)
+
+_WANTED = {
+    "get_model_conversion_mapping": "transformers.conversion_mapping",
+    "rename_source_key": "transformers.core_model_loading",
+    "dot_natural_key": "transformers.core_model_loading",
+    "WeightRenaming": "transformers.core_model_loading",
+    "WeightConverter": "transformers.core_model_loading",
+    "LoadStateDictInfo": "transformers.modeling_utils",
+    "meta_device_safe_creation_ops": "transformers.initialization",
+    "no_tie_weights": "transformers.initialization",
+    "local_torch_dtype": "transformers.modeling_utils",
+    "apply_patches": "transformers.modeling_utils",
+    "patch_output_recorders": "transformers.modeling_utils",
+    "_get_model_class": "transformers.models.auto.auto_factory",
+    "get_class_from_dynamic_module": "transformers.dynamic_module_utils",
+    "HfDeepSpeedConfig": "transformers.integrations",
+    "is_deepspeed_zero3_enabled": "transformers.integrations",
+}
+
+_METHODS = (
+    "_get_dtype_plan", "_adjust_missing_and_unexpected_keys", "initialize_weights",
+    "tie_weights", "get_parameter_or_buffer",
+)  # fmt: skip
+
+
+def internal(name: str) -> Any:
+    """The internal `name` of transformers.
+
+    Raises:
+        UnsupportedVersionError: this release does not have it where it was.
+    """
+    try:
+        return getattr(importlib.import_module(_WANTED[name]), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedVersionError(_moved(f"{_WANTED[name]}.{name}")) from error
+
+
+def check() -> None:
+    """Look up everything at once, so that a moved internal is found before anything is built.
+
+    Raises:
+        UnsupportedVersionError: naming the first one that is gone.
+    """
+    for name in _WANTED:
+        internal(name)
+    for name in _METHODS:
+        if not hasattr(transformers.PreTrainedModel, name):
+            raise UnsupportedVersionError(_moved(f"PreTrainedModel.{name}"))
+
+
+def loading_info(missing: Iterable[str], unexpected: Iterable[str]) -> Any:
+    """transformers' own record of missing and unexpected names, for its methods that refine it."""
+    return internal("LoadStateDictInfo")(
+        missing_keys=set(missing),
+        unexpected_keys=set(unexpected),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+
+
+def untested() -> str | None:
+    """A warning for a release that this package was not tested with, or None."""
+    if transformers.__version__ in TESTED:
+        return None
+    return f"transformers {transformers.__version__} is untested here; tested: {', '.join(TESTED)}."
+
+
+def _moved(what: str) -> str:
+    return (
+        f"transformers {transformers.__version__} has moved {what}, which the sharded loader needs; tested with "
+        f"{', '.join(TESTED)}. Install a tested release, or load with --loader stock."
+    )

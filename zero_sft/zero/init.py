@@ -1,0 +1,67 @@
+"""`ShardedInit`: `deepspeed.zero.Init` that makes ZeRO parameters without ever having their contents.
+
+`zero.Init` allocates every fresh parameter whole, broadcasts it from rank 0 and keeps a slice: one model of traffic for
+contents that a checkpoint replaces anyway. Here the model is built on the meta device, as plain `from_pretrained` builds it,
+so that modules see the shapes, dtypes and tied objects they would see there; when the outermost module is complete, each of
+its parameters becomes a ZeRO parameter in the partitioned state, whose shard is attached later (`shards.attach`). No
+allocation, no copy, no collective.
+
+The conversion waits for the outermost module, where `zero.Init` converts after each one: models that write to a child's
+weight in their own `__init__` (sinusoidal positions, weight norm) then find it whole.
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
+from torch import nn
+
+
+class ShardedInit(Init):
+    """Context in which one model is built, on every rank, without communication.
+
+    Parameters keep their identity: a Parameter object that two modules share stays shared. Those that appear later, when the
+    context is long gone (an adapter's, say), take `zero.Init`'s own way.
+
+    Args:
+        ds_config: a DeepSpeed config of stage 3 without "auto" values.
+    """
+
+    def __init__(self, ds_config: dict[str, Any]) -> None:
+        # No tensor overrides: dtype and device are the meta construction's, as in plain from_pretrained.
+        super().__init__(config_dict_or_path=ds_config, tensor_overrides=[])
+        self._outermost: nn.Module | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        outcome = super().__exit__(kind, error, trace)
+        model, self._outermost = self._outermost, None
+        if kind is None and model is not None:
+            for param in model.parameters():
+                self._zero_init_param(param)
+        return outcome
+
+    def _post_init_method(self, module: nn.Module) -> None:
+        """DeepSpeed calls this when a module's `__init__` has returned; the outermost one's returns last."""
+        self._outermost = module
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        """Make `param` a ZeRO parameter. On meta: partitioned from the start, with no shard yet."""
+        if not param.is_meta:
+            super()._zero_init_param(param)
+            return
+        self._convert_to_deepspeed_param(param)
+        dtype = self.dtype if param.is_floating_point() else param.dtype
+        hollow = nn.Parameter(torch.empty(0, dtype=dtype, device=self.local_device), requires_grad=param.requires_grad)
+        hollow.__dict__.update(param.__dict__)
+        torch.utils.swap_tensors(param, hollow)  # the object stays, its contents leave the meta device
+        padded = self._aligned_size(param)
+        param.ds_tensor = torch.empty(0, dtype=dtype, device="cpu")
+        param.ds_tensor.ds_numel = padded // param.ds_zero_partition_world_size
+        param.ds_tensor.status = PartitionedParamStatus.NOT_AVAILABLE
+        param.ds_tensor.final_location = None
+        param.ds_numel_aligned = padded
+        param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        param.ds_sharded_init = self

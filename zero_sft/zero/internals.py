@@ -1,0 +1,47 @@
+"""What this package needs of DeepSpeed beyond its public API, looked up in this one place.
+
+`check` runs before anything is built: a release that moved one of these raises one error that names it, instead of a model
+loaded wrongly. The accessors of `ds_*` attributes are in `shards.py`; what they rely on is listed here.
+"""
+
+import inspect
+
+import deepspeed
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
+
+from zero_sft.errors import UnsupportedVersionError
+
+TESTED = ("0.19.8",)
+
+_INIT_METHODS = {
+    "_post_init_method": ["self", "module"],
+    "_zero_init_param": ["self", "param"],
+    "_convert_to_deepspeed_param": ["self", "param"],
+    "_aligned_size": ["self", "param"],
+}
+
+
+def check() -> None:
+    """Raise `UnsupportedVersionError` naming the first internal that is not where this package needs it."""
+    for name, expected in _INIT_METHODS.items():
+        method = getattr(Init, name, None)
+        if method is None or list(inspect.signature(method).parameters) != expected:
+            raise UnsupportedVersionError(_moved(f"zero.Init.{name}({', '.join(expected)})"))
+    if "tensor_overrides" not in inspect.signature(Init.__init__).parameters:
+        raise UnsupportedVersionError(_moved("zero.Init's argument tensor_overrides"))
+    if not hasattr(DeepSpeedZeRoOffload, "setup_zero_stage3_hooks"):
+        raise UnsupportedVersionError(_moved("DeepSpeedZeRoOffload.setup_zero_stage3_hooks"))
+
+
+def untested() -> str | None:
+    """A warning for a release that this package was not tested with, or None."""
+    version = deepspeed.__version__.split("+")[0]
+    return None if version in TESTED else f"deepspeed {version} is untested here; tested: {', '.join(TESTED)}."
+
+
+def _moved(what: str) -> str:
+    return (
+        f"deepspeed {deepspeed.__version__} has moved {what}, which the sharded loader needs; tested with "
+        f"{', '.join(TESTED)}. Install a tested release, or load with --loader stock."
+    )

@@ -1,0 +1,127 @@
+"""Reading and writing the shards of ZeRO parameters: the accessors of `ds_*` attributes.
+
+Everything here is local: no function communicates.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, is_zero_param
+from torch import nn
+
+from zero_sft.plan.partition import FlatRange, shard_range
+from zero_sft.storage import arena
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """Where a parameter's shard lives between its uses."""
+
+    device: torch.device
+    pinned: bool
+    on_nvme: bool
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """True if `tensor` is a ZeRO-3 parameter."""
+    return is_zero_param(tensor)
+
+
+def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The whole tensor's shape, partitioned or not."""
+    return tuple(tensor.ds_shape) if is_sharded(tensor) else tuple(tensor.shape)
+
+
+def local_range(param: nn.Parameter) -> FlatRange:
+    """The flat range of `param` that this rank keeps."""
+    return shard_range(param.ds_numel, param.ds_zero_partition_rank, param.ds_zero_partition_world_size)
+
+
+def home(param: nn.Parameter) -> Home:
+    """Where DeepSpeed keeps this parameter's shard under its offload settings."""
+    init = param.ds_sharded_init
+    if init.remote_device == OffloadDeviceEnum.nvme:
+        on_nvme = init.param_swapper.swappable_tensor(numel=param.ds_tensor.ds_numel)
+        return Home(device=torch.device("cpu"), pinned=init.pin_memory and not on_nvme, on_nvme=on_nvme)
+    device = init.local_device if param.ds_persist else init.remote_device
+    device = torch.device("cpu" if device == OffloadDeviceEnum.cpu else device)
+    return Home(device=device, pinned=init.pin_memory and device.type == "cpu", on_nvme=False)
+
+
+def _slot(name: str, param: nn.Parameter) -> arena.Slot:
+    """The arena slot for this parameter's shard, padding included."""
+    where = home(param)
+    numel = param.ds_tensor.ds_numel
+    return arena.Slot(name=name, numel=numel, dtype=param.dtype, device=where.device, pinned=where.pinned)
+
+
+def attach(param: nn.Parameter, shard: torch.Tensor) -> None:
+    """Make `shard` (flat, padded length) the shard of `param`. Its contents may still be on their way."""
+    hollow = param.ds_tensor
+    shard.requires_grad = False
+    shard.ds_numel = hollow.ds_numel
+    shard.status = PartitionedParamStatus.AVAILABLE
+    shard.final_location = None
+    param.ds_tensor = shard
+
+
+def fill_shards(params: Mapping[str, nn.Parameter], fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
+    """Give every parameter its shard's memory and let `fill` write into it (flat tensors of padded length, zeroed, by name).
+
+    `fill` is called once with all shards that stay in memory, then once for each that lives on NVMe, whose memory is a swap
+    buffer that is written out and given back.
+    """
+    on_nvme = {name: param for name, param in params.items() if home(param).on_nvme}
+    memory = arena.allocate([_slot(name, param) for name, param in params.items() if name not in on_nvme])
+    for name, shard in memory.items():
+        attach(params[name], shard)
+    fill(memory)
+    for name, param in on_nvme.items():
+        buffer = param.nvme_swapper.get_buffer(param, param.ds_tensor.ds_numel)
+        shard = torch.empty(0, dtype=param.dtype, device=buffer.device)
+        shard.data = buffer.data
+        attach(param, shard)
+        shard.final_location = OffloadDeviceEnum.nvme
+        shard.zero_()
+        fill({name: shard})
+        param.nvme_swapper.swap_out_and_release([param])
+
+
+def local_shard(param: nn.Parameter) -> torch.Tensor:
+    """The real elements (no padding) of this rank's shard, flat. Brought in from NVMe if it is there."""
+    if param.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE:
+        param.nvme_swapper.swap_in([param], async_op=False)
+    return param.ds_tensor.narrow(0, 0, local_range(param).numel)
+
+
+def release_shard(param: nn.Parameter) -> None:
+    """Give back the swap buffer that `local_shard` may have taken."""
+    if param.ds_tensor.final_location == OffloadDeviceEnum.nvme:
+        param.nvme_swapper.remove_partition_and_release_buffers([param])
+
+
+def expand(param: nn.Parameter) -> None:
+    """Give `param` a whole, uninitialised tensor of its own, on this rank alone, to be filled and then `fold`ed."""
+    param.data = torch.empty(param.ds_shape, dtype=param.dtype, device=param.device)
+    param.ds_status = ZeroParamStatus.AVAILABLE
+
+
+def fold(param: nn.Parameter, into: torch.Tensor) -> None:
+    """Copy this rank's range of an expanded `param` into the flat tensor `into`, and give the whole tensor back."""
+    span = local_range(param)
+    with torch.no_grad():
+        into.narrow(0, 0, span.numel).copy_(param.data.reshape(-1)[span.start : span.stop])
+    param.data = torch.empty(0, dtype=param.dtype, device=param.device)
+    param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if this rank's parts of two tensors are equal, element for element."""
+    if not (is_sharded(one) and is_sharded(other)):
+        return torch.equal(one, other)
+    equal = full_shape(one) == full_shape(other) and torch.equal(local_shard(one), local_shard(other))
+    for each in (one, other):
+        release_shard(each)
+    return equal
