@@ -20,7 +20,8 @@ from zero_sft.distributed import World, agreed
 from zero_sft.errors import ArgumentError
 from zero_sft.hub import WEIGHTS, HubOptions, resolve_folder
 from zero_sft.report import LoadReport
-from zero_sft.sharded import Request, load_sharded
+from zero_sft.request import Request
+from zero_sft.sharded import load_sharded
 from zero_sft.stock import load_stock
 from zero_sft.zero import internals
 

@@ -8,11 +8,9 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
 from zero_sft.checkpoint.index import CheckpointIndex, open_index
@@ -22,22 +20,10 @@ from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Plan, Run, Target, plan_reads
 from zero_sft.report import LoadReport
+from zero_sft.request import Request
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather, internals, missing, shards
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What to load, resolved: a local folder, a config, a DeepSpeed config without "auto", the engine's dtype."""
-
-    folder: Path
-    config: PreTrainedConfig
-    ds_config: Mapping[str, Any]
-    dtype: torch.dtype
-    model_class: Any
-    attn_implementation: str | None
-    trust_remote_code: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

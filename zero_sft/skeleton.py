@@ -8,17 +8,15 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.request import Request
 from zero_sft.transformers_internals import internal
 from zero_sft.zero.init import ShardedInit
-
-if TYPE_CHECKING:
-    from zero_sft.sharded import Request
 
 
 def resolve_class(
@@ -54,7 +52,7 @@ def resolve_class(
     return (found, config.get_text_config()) if text and getattr(found, "config_class", None) == text else (found, config)
 
 
-def build(request: "Request") -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+def build(request: Request) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """Construct the model inside `ShardedInit`. Every rank; does not communicate.
 
     Returns:
@@ -93,7 +91,7 @@ def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
             part.dtype = dtype
 
 
-def read_generation_config(model: PreTrainedModel, request: "Request") -> None:
+def read_generation_config(model: PreTrainedModel, request: Request) -> None:
     """Give the model the folder's generation settings, as `from_pretrained` does."""
     if not model.can_generate() or not hasattr(model, "adjust_generation_fn"):
         return

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from zero_sft import skeleton
 from zero_sft.distributed import World, agreed
 from zero_sft.report import LoadReport
-from zero_sft.sharded import Request
+from zero_sft.request import Request
 from zero_sft.transformers_internals import internal
 from zero_sft.zero import gather, shards
 

@@ -10,11 +10,15 @@ The conversion waits for the outermost module, where `zero.Init` converts after 
 weight in their own `__init__` (sinusoidal positions, weight norm) then find it whole.
 """
 
+# DeepSpeed hangs its state on parameters as attributes that no stub knows.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+
 from types import TracebackType
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
+from deepspeed.utils import groups
 from torch import nn
 
 
@@ -30,7 +34,10 @@ class ShardedInit(Init):
 
     def __init__(self, ds_config: dict[str, Any]) -> None:
         # No tensor overrides: dtype and device are the meta construction's, as in plain from_pretrained.
-        super().__init__(config_dict_or_path=ds_config, tensor_overrides=[])
+        # The groups of hpZ are made once a process; a second model takes those of the first.
+        hpz = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+        group = groups._get_zero_param_intra_parallel_group() if hpz else None
+        super().__init__(config_dict_or_path=ds_config, tensor_overrides=[], zero_param_parallel_group=group)
         self._outermost: nn.Module | None = None
 
     def __exit__(

@@ -1,0 +1,132 @@
+"""What is exported reads back through plain transformers, bit for bit, and a failed export leaves the target as it was."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import models
+from zero_sft.errors import ExportError
+
+
+@pytest.fixture
+def checkpoint(tmp_path, architecture):
+    return models.save_tiny(architecture, tmp_path / architecture)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return models.save_tiny("llama", tmp_path / "llama")
+
+
+def same_state(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("max_file_bytes", [10**9, 20_000])
+def test_round_trip(checkpoint, tmp_path, max_file_bytes):
+    from zero_sft import load_model, save_pretrained
+
+    reference = models.plain(checkpoint, torch.bfloat16)
+    model = load_model(str(checkpoint), ds_config=models.zero3())
+    save_pretrained(model, tmp_path / "out", max_file_bytes=max_file_bytes)
+    del model  # and with it transformers' knowledge that ZeRO-3 is on
+    again = models.plain(tmp_path / "out", torch.bfloat16)
+    assert same_state(again, reference)
+    assert again.config.dtype == torch.bfloat16
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("model.safetensors" in files) == (max_file_bytes == 10**9)
+    assert "config.json" in files
+    assert "deepspeed" not in " ".join(path.read_text().lower() for path in (tmp_path / "out").glob("*.json"))
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+@pytest.mark.world_size(2)
+def test_after_training_through_the_engine(llama, tmp_path):
+    """The exported weights are the engine's: those that `GatheredParameters` shows after the steps."""
+    import deepspeed
+
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.zero.gather import whole
+
+    ds = models.zero3(train_micro_batch_size_per_gpu=1, optimizer={"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}})
+    model = load_model(str(llama), ds_config=ds)
+    engine, *_ = deepspeed.initialize(model=model, config=ds, model_parameters=model.parameters())
+    ids = torch.arange(8).view(1, 8) + 3
+    for _ in range(2):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    expected = {name: whole(param) for name, param in engine.module.named_parameters()}
+    save_pretrained(engine, tmp_path / "out")
+    before = models.save_tiny  # the checkpoint differs from what was trained
+    assert before
+    from safetensors.torch import load_file
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.world_size(2)
+def test_an_existing_folder_keeps_what_is_not_the_models(llama, tmp_path):
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.distributed import World
+
+    out = tmp_path / "out"
+    model = load_model(str(llama), ds_config=models.zero3())
+    save_pretrained(model, out, max_file_bytes=20_000)
+    if World.detect().is_main:
+        (out / "notes.txt").write_text("mine")
+    save_pretrained(model, out)
+    torch.distributed.barrier()
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [path.name for path in out.glob("model*")] == ["model.safetensors"]
+
+
+@pytest.mark.world_size(2)
+def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
+    from unittest import mock
+
+    from zero_sft import export, load_model, save_pretrained
+    from zero_sft.distributed import World
+
+    out = tmp_path / "out"
+    model = load_model(str(llama), ds_config=models.zero3())
+    save_pretrained(model, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(handle, path, *rest):
+        raise OSError(28, "No space left on device", str(path))
+
+    with pytest.raises(ExportError, match=r"(?s)No space left.*--output_dir"):
+        with mock.patch.object(export, "write_at", full if World.detect().rank == 1 else export.write_at):
+            save_pretrained(model, out)
+    torch.distributed.barrier()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not [path for path in Path(out).parent.iterdir() if path.name.endswith(".part")]
+
+
+def test_unwritable_is_found_before_the_training(tmp_path):
+    from zero_sft.export import require_writable
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ExportError, match="can't be written"):
+        require_writable(tmp_path / "file" / "out")
+    require_writable(tmp_path / "new" / "out")
+    assert os.listdir(tmp_path / "new" / "out") == []
+
+
+@pytest.mark.world_size(2)
+def test_tokenizer_and_generation_settings_come_along(llama, tmp_path):
+    from zero_sft import load_model, save_pretrained
+
+    settings = json.loads((llama / "generation_config.json").read_text())
+    model = load_model(str(llama), ds_config=models.zero3())
+    save_pretrained(model, tmp_path / "out")
+    again = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert again.get("eos_token_id") == settings.get("eos_token_id")

@@ -1,0 +1,22 @@
+"""What to load, fully resolved: the one value that the steps of a load hand on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to load, resolved: a local folder, a config, a DeepSpeed config without "auto", the engine's dtype."""
+
+    folder: Path
+    config: PreTrainedConfig
+    ds_config: Mapping[str, Any]
+    dtype: torch.dtype
+    model_class: Any
+    attn_implementation: str | None
+    trust_remote_code: bool
