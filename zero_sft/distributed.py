@@ -115,6 +115,8 @@ def _start_default_group(world: World) -> None:
     """DeepSpeed reads the rank from the environment alone, so what SLURM or a lone process lacks is written there."""
     import deepspeed
 
+    from zero_sft.zero.shared_memory import unlink_own
+
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
     if world.world_size == 1:
@@ -126,6 +128,8 @@ def _start_default_group(world: World) -> None:
             "or export MASTER_ADDR and MASTER_PORT."
         )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    dist.barrier()
+    unlink_own(world.rank)
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ Two readers want different things of one config: the Trainer replaces "auto" by 
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,20 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
             f'ranks per node (here {local_world_size}) or to "auto".'
         )
     return {"zero_hpz_partition_size": size}
+
+
+def require_nvme(config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless every NVMe folder that the config names can be written on this machine."""
+    for section in ("offload_param", "offload_optimizer"):
+        offload = config["zero_optimization"].get(section) or {}
+        if offload.get("device") != "nvme":
+            continue
+        path = offload.get("nvme_path")
+        if not path or not os.access(path, os.W_OK):
+            raise ConfigError(
+                f"zero_optimization.{section}.nvme_path is {path!r}, which is no folder that can be written here. Copy "
+                "the config, set nvme_path to a folder on a local NVMe disk of every node, and name the copy with --deepspeed."
+            )
 
 
 def _without_auto(value: Any) -> Any:

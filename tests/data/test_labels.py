@@ -1,0 +1,110 @@
+"""`zero_sft.data.labels`: exactly the assistant's tokens, on any tokenizer, whatever the text."""
+
+import pytest
+
+from tests.data.tiny import CHATML, byte_tokenizer, conversation, trained_text, word_tokenizer
+from zero_sft.data.labels import IGNORED, tokenise, trained_tokens
+from zero_sft.data.templates import VICUNA_SYSTEM, choose_template
+from zero_sft.errors import DataError
+
+SYSTEM_WORDS = VICUNA_SYSTEM.split(" ")
+WORDS = [SYSTEM_WORDS[0], *dict.fromkeys(f"▁{word}" for word in SYSTEM_WORDS[1:]), "▁USER:", "USER:", "▁ASSISTANT:", "▁Hi",
+         "▁Hello.", "▁More?", "▁No.", "▁"]  # fmt: skip
+
+
+def one(texts, tokenizer, template=None, longest=4096):
+    chosen = choose_template(template, tokenizer)
+    (example,) = tokenise([chosen.render(conversation(*texts))], tokenizer, chosen, longest)
+    return example
+
+
+def test_vicuna_ids_and_labels_exactly():
+    tokenizer = word_tokenizer(WORDS)
+    example = one(("Hi", "Hello.", "More?", "No."), tokenizer)
+    system = [SYSTEM_WORDS[0], *(f"▁{word}" for word in SYSTEM_WORDS[1:])]
+    turns = ["▁USER:", "▁Hi", "▁ASSISTANT:", "▁Hello.", "</s>", "USER:", "▁More?", "▁ASSISTANT:", "▁No.", "</s>"]
+    ids = tokenizer.convert_tokens_to_ids(["<s>", *system, *turns])
+    assert example.input_ids == ids
+    assert tokenizer.unk_token_id not in ids
+    trained = [False] * (1 + len(system)) + [False, False, False, True, True, False, False, False, True, True]
+    assert example.labels == [token if on else IGNORED for token, on in zip(ids, trained, strict=True)]
+    assert example.trained_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("Hi", "Hello."),
+        ("Hi", "Hello.", "More?", "No.", "Why?", "Because."),
+        ("你好", "你好,世界", "再见", "再见!"),
+        ("😀?", "😀👩‍👩‍👧‍👦 ok 🏳️‍🌈"),
+        (" a ", "  b  "),
+        ("q", "\n\nnew\tlines\n"),
+        ("def f(x):\n    return x", "f(2)  # 2\n"),
+        ("ASSISTANT: x", "USER: y ASSISTANT: z"),
+        ("e\u0301", "Grüße ẞ"),
+    ],
+)
+def test_what_is_trained_on_is_the_answers_and_their_ends(texts):
+    vicuna, chatml = byte_tokenizer(), byte_tokenizer(CHATML)
+    assert trained_text(one(texts, vicuna), vicuna) == [f" {text}</s>" for text in texts[1::2]]
+    assert trained_text(one(texts, chatml), chatml) == [f"{text}<|im_end|>" for text in texts[1::2]]
+
+
+def test_an_end_token_inside_the_text_loses_nothing():
+    tokenizer = byte_tokenizer()
+    assert trained_text(one(("a</s>b", "c</s>d"), tokenizer), tokenizer) == [" c</s>d</s>"]
+
+
+def test_empty_turns():
+    tokenizer = byte_tokenizer()
+    assert trained_text(one(("", "a", "b", ""), tokenizer), tokenizer) == [" a</s>"]
+    assert one(("a", ""), tokenizer).trained_tokens == 0
+
+
+def test_no_second_beginning_token():
+    with_bos = byte_tokenizer("{{ bos_token }}" + CHATML)
+    assert one(("Hi", "Hello."), with_bos).input_ids.count(with_bos.bos_token_id) == 1
+    assert one(("Hi", "Hello."), byte_tokenizer(CHATML)).input_ids.count(with_bos.bos_token_id) == 0
+    assert one(("Hi", "Hello."), byte_tokenizer()).input_ids.count(with_bos.bos_token_id) == 1
+
+
+def test_truncation_in_the_middle_of_an_answer():
+    tokenizer = byte_tokenizer(CHATML)
+    whole = one(("Hi", "Hello.", "More?", "No."), tokenizer)
+    prompt = len("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n") - len("<|im_start|><|im_end|><|im_start|>") + 3
+    cut = one(("Hi", "Hello.", "More?", "No."), tokenizer, longest=prompt + 3)
+    assert trained_text(cut, tokenizer) == ["Hel"]
+    assert cut.input_ids == whole.input_ids[: prompt + 3]
+    assert cut.cut_tokens == len(whole.input_ids) - prompt - 3
+    assert cut.cut_trained_tokens == len("lo.") + 1 + len("No.") + 1
+    assert one(("Hi", "Hello."), tokenizer, longest=prompt).trained_tokens == 0
+    assert whole.cut_tokens == whole.cut_trained_tokens == 0
+
+
+def test_a_tokenizer_without_offsets_is_refused():
+    class Slow:
+        is_fast = False
+        chat_template = None
+        eos_token = "</s>"
+
+        def get_added_vocab(self):
+            return {"</s>": 2}
+
+    with pytest.raises(DataError, match=r"Slow does not tell.*tokenizer\.json"):
+        one(("Hi", "Hello."), Slow())
+
+
+@pytest.mark.parametrize(
+    ("offsets", "spans", "expected"),
+    [
+        ([(0, 0), (0, 4), (4, 6), (6, 6), (6, 7)], [(5, 7)], "00111"),
+        ([(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)], [(2, 4), (6, 8)], "01010"),
+        ([(0, 2), (2, 4), (4, 6), (0, 0)], [(2, 4)], "0100"),
+        ([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [(1, 2)], "01110"),
+        ([(0, 1), (1, 2)], [], "00"),
+        ([], [(0, 1)], ""),
+    ],
+)
+def test_trained_tokens(offsets, spans, expected):
+    assert trained_tokens(offsets, spans) == [each == "1" for each in expected]

@@ -1,0 +1,314 @@
+"""`zero_sft.arguments`: what is understood, what is translated, what is refused, and what the trainer gets."""
+
+import dataclasses
+import json
+import logging
+import shlex
+
+import pytest
+
+from zero_sft.arguments import build_training_arguments, help_text, parse, wants_help
+from zero_sft.arguments.build import fit_to_device
+from zero_sft.arguments.names import REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS
+from zero_sft.arguments.parse import specifications
+from zero_sft.errors import ArgumentError
+from zero_sft.shipped import shipped
+
+# The README's command of FastChat 0.2.36, but for the two fsdp arguments and the paths.
+FASTCHAT = """
+    --model_name_or_path meta-llama/Llama-2-7b-hf --data_path data/dummy_conversation.json --bf16 True
+    --output_dir output_vicuna --num_train_epochs 3 --per_device_train_batch_size 2 --per_device_eval_batch_size 2
+    --gradient_accumulation_steps 16 --evaluation_strategy "no" --save_strategy "steps" --save_steps 1200
+    --save_total_limit 10 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine"
+    --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True
+"""
+FSDP = "--fsdp 'full_shard auto_wrap' --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer"
+
+
+def refused(*argv: str) -> str:
+    """The message with which `argv` is refused."""
+    with pytest.raises(ArgumentError) as caught:
+        parse(argv)
+    return str(caught.value)
+
+
+def test_defaults_are_fastchats():
+    parsed = parse([])
+    assert parsed.model.model_name_or_path == "facebook/opt-125m"
+    assert parsed.model.trust_remote_code is False
+    assert parsed.model.padding_side == "right"
+    assert (parsed.model.dtype, parsed.model.loader) == ("auto", "sharded")
+    assert parsed.data.training_file == shipped("examples", "conversations.json")
+    assert parsed.data.evaluation_file is None
+    assert parsed.data.lazy_preprocess is False
+    assert parsed.training == {
+        "output_dir": "output", "model_max_length": 512, "optim": "adamw_torch", "cache_dir": None, "deepspeed": "zero3",
+        "resume_from_checkpoint": None, "trust_remote_code": False,
+    }  # fmt: skip
+    assert parsed.notes == ()
+
+
+def test_fastchats_published_command_is_understood():
+    parsed = parse(shlex.split(FASTCHAT))
+    assert parsed.model.model_name_or_path == "meta-llama/Llama-2-7b-hf"
+    assert parsed.data.lazy_preprocess is True
+    expected = {
+        "bf16": True, "tf32": True, "num_train_epochs": 3.0, "gradient_accumulation_steps": 16, "eval_strategy": "no",
+        "save_steps": 1200, "learning_rate": 2e-5, "weight_decay": 0.0, "warmup_steps": 0.03, "lr_scheduler_type": "cosine",
+        "model_max_length": 2048, "activation_checkpointing": True,
+    }  # fmt: skip
+    assert {name: parsed.training[name] for name in expected} == expected
+    assert parsed.notes == (
+        "--evaluation_strategy is --eval_strategy today: taken as --eval_strategy no",
+        "--warmup_ratio is --warmup_steps today: taken as --warmup_steps 0.03",
+        "--gradient_checkpointing is --activation_checkpointing today: taken as --activation_checkpointing True",
+    )
+
+
+def test_fastchats_lora_command_passes_once_lora_is_left_out():
+    command = "--fp16 True --q_lora False --flash_attn False --deepspeed ds.json --evaluation_strategy no --tf32 True"
+    parsed = parse(command.split())
+    assert parsed.training["deepspeed"] == "ds.json"
+    assert parsed.model.attn_implementation is None
+    message = refused("--lora_r", "8", "--lora_target_modules", "q_proj", "v_proj", "--q_lora", "True")
+    assert message.count("without LoRA") == 3
+
+
+def test_what_has_no_meaning_is_refused_with_what_to_use():
+    message = refused(*shlex.split(FASTCHAT + FSDP))
+    assert "--fsdp has no meaning in this job" in message
+    assert "--fsdp_transformer_layer_cls_to_wrap" in message
+    assert "--deepspeed (zero3" in message
+    assert parse(["--fsdp", ""]).training == parse([]).training
+
+
+@pytest.mark.parametrize(
+    "argv", [["--name_of_nothing", "5"], ["--lerning_rate", "1"], ["--lerning_rate=1"], ["--lerning-rate"]]
+)
+def test_unknown_names_are_refused_with_the_nearest(argv):
+    message = refused(*argv)
+    assert "unknown argument --" in message
+    assert ("Did you mean --learning_rate?" in message) == ("lerning" in argv[0])
+
+
+def test_all_problems_are_told_at_once():
+    message = refused("--fsdp", "full_shard", "--lerning_rate", "1", "--max_steps", "many", "--bf16", "--fp16")
+    for part in ("--fsdp", "--learning_rate?", "--max_steps must be a whole number; got 'many'", "exclude each other"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--learning_rate=3e-5"], "learning_rate", 3e-5),
+        (["--learning-rate", "3e-5"], "learning_rate", 3e-5),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--bf16"], "bf16", True),
+        (["--no_bf16"], "bf16", False),
+        (["--bf16", "false"], "bf16", False),
+        (["--no_cuda"], "use_cpu", True),
+        (["--group_by_length"], "train_sampling_strategy", "group_by_length"),
+        (["--report_to", "wandb", "tensorboard"], "report_to", ["wandb", "tensorboard"]),
+        (["--report_to", "none"], "report_to", "none"),
+        (["--run_name", "--", "--seed", "3"], "run_name", "--"),
+        (["--run_name=--x"], "run_name", "--x"),
+        (["--run_name", "5"], "run_name", "5"),
+        (["--save_total_limit", "none"], "save_total_limit", None),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 2}'], "lr_scheduler_kwargs", {"num_cycles": 2}),
+        (["--deepspeed", '{"zero_optimization": {"stage": 3}}'], "deepspeed", {"zero_optimization": {"stage": 3}}),
+        (["--pad_to_multiple_of", "8"], "pad_to_multiple_of", 8),
+        (["--max_length", "64"], "model_max_length", 64),
+        (["--max_seq_length", "64", "--model_max_length", "64"], "model_max_length", 64),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+        (["--resume_from_checkpoint"], "resume_from_checkpoint", True),
+        (["--resume_from_checkpoint", "out/checkpoint-5"], "resume_from_checkpoint", "out/checkpoint-5"),
+        (["--local_rank=1", "--seed", "4"], "seed", 4),
+        (["--local_rank", "0", "--seed", "4"], "seed", 4),
+    ],
+)
+def test_command_line(argv, name, value):
+    training = parse(argv).training
+    assert training[name] == value
+    assert type(training[name]) is type(value)
+    assert "local_rank" not in training
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--max_steps", "3.5"], ["--max_steps must be a whole number", "'3.5'"]),
+        (["--learning_rate", "fast"], ["--learning_rate must be a number", "'fast'"]),
+        (["--learning_rate", "nan"], ["--learning_rate must be a number"]),
+        (["--trust_remote_code=perhaps"], ["--trust_remote_code must be True or False", "'perhaps'"]),
+        (["--padding_side", "rigth"], ["one of right, left", "'rigth'", "Did you mean right?"]),
+        (["--lr_scheduler_type", "cosin"], ["Did you mean cosine?"]),
+        (["--optim", "adam"], ["--optim must be one of adamw_torch"]),
+        (["--lr_scheduler_kwargs", "num_cycles=2"], ["a mapping (as JSON"]),
+        (["--rope_parameters", "{'rope_type': 'linear'}"], ["--rope_parameters is not JSON"]),
+        (["--seed"], ["--seed needs a value: a whole number"]),
+        (["--seed", "1", "2"], ["can't tell what '2' after --seed is"]),
+        (["--model_name_or_path", "my", "model"], ["'model' after --model_name_or_path", "quotes"]),
+        (["--model_max_length", "0"], ["--model_max_length must be more than 0; got 0"]),
+        (["--max_steps", "0"], ["--max_steps must be more than 0"]),
+        (["--max_length", "64", "--model_max_length", "128"], ["--max_length 64", "--model_max_length 128", "contradict"]),
+        (["--warmup_ratio", "1.0"], ["at least 0 and below 1"]),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "100"], ["contradict"]),
+        (["--eval_strategy", "steps"], ["--eval_strategy steps", "--eval_data_path"]),
+        (["--load_best_model_at_end"], ["--eval_data_path"]),
+        (["--bf16", "False", "--bf16_full_eval"], ["--bf16_full_eval needs --bf16 True"]),
+        (["--fp16_full_eval"], ["--fp16_full_eval needs --fp16 True"]),
+        (["--save_strategy", "best"], ["--metric_for_best_model"]),
+        (["--optim", "lomo"], ["--optim lomo can't be used", "adamw_torch"]),
+        (["--deepspeed", ""], ["--deepspeed is empty"]),
+        (["--accelerator_config", '{"split_batches": true}'], ["split_batches", "per_device_train_batch_size"]),
+        (["--packing", "True"], ["--packing has no meaning", "pads samples"]),
+        (["--assistant_only_loss", "False"], ["only the assistant's text is ever trained on"]),
+        (["--dataset_text_field", "body"], ["--data_path"]),
+        (["--torch_compile"], ["--torch_compile"]),
+        (["--push_to_hub"], ["hf upload"]),
+        (["train.toml"], ["'train.toml'", ".yaml"]),
+        (["a.yaml", "b.yaml"], ["'b.yaml'"]),
+    ],
+)
+def test_what_is_wrong_is_said(argv, parts):
+    message = refused(*argv)
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.mark.parametrize("argv", [["--packing", "False"], ["--assistant_only_loss"], ["--q_lora=False"], ["--do_train"]])
+def test_what_asks_for_nothing_passes(argv):
+    assert parse(argv).training == parse([]).training
+
+
+def test_a_token_is_never_shown():
+    parsed = parse(["--use_auth_token", "hf_secret"])
+    assert parsed.model.token == "hf_secret"
+    assert "hf_secret" not in repr(parsed.model) + str(parsed.notes)
+    assert "hf_secret" not in refused("--use_auth_token", "hf_secret", "--token", "hf_other", "--seed", "x")
+
+
+def test_yaml_file_with_the_command_line_on_top(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(
+        "model_name_or_path: some/model\nlearning_rate: 2e-5\nevaluation_strategy: no\nbf16: yes\nmax_length: 100\n"
+        "report_to: [wandb]\nrope_parameters: {rope_type: linear, factor: 2}\nlazy_preprocess: true\n"
+    )
+    parsed = parse(["--bf16", str(path), "--model_max_length", "200", "--lazy-preprocess=false"])
+    assert parsed.model.model_name_or_path == "some/model"
+    assert parsed.model.rope_parameters == {"rope_type": "linear", "factor": 2}
+    assert parsed.data.lazy_preprocess is False
+    expected = {"learning_rate": 2e-5, "eval_strategy": "no", "bf16": True, "model_max_length": 200, "report_to": ["wandb"]}
+    assert {name: parsed.training[name] for name in expected} == expected
+
+
+def test_json_file(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps({"max_steps": 3, "deepspeed": {"zero_optimization": {"stage": 3}}, "tf32": None}))
+    training = parse([str(path)]).training
+    assert (training["max_steps"], training["deepspeed"]["zero_optimization"]["stage"], training["tf32"]) == (3, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("a.yaml", "max_steps: [1]", ["--max_steps must be a whole number; got [1]", "a.yaml"]),
+        ("a.yaml", "max_steps: 3.0", ["--max_steps must be a whole number"]),
+        ("a.yaml", "model_name_or_path: 5", ["--model_name_or_path must be text; got 5"]),
+        ("a.yaml", "seed:", ["--seed must be a whole number; got None"]),
+        ("a.yaml", "lerning_rate: 1", ["unknown argument --lerning_rate. Did you mean --learning_rate? (from", "a.yaml)"]),
+        ("a.yaml", "seed: 1\nseed: 2", ["'seed' is given twice"]),
+        ("a.yaml", "- seed", ["expected lines of `name: value`, got list"]),
+        ("a.yaml", "seed: [", ["is not YAML"]),
+        ("a.json", '{"seed": 1, "seed": 2}', ["'seed' is given twice"]),
+        ("a.json", "[1]", ["expected one JSON object"]),
+        ("a.json", "{", ["is not JSON"]),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said(tmp_path, name, text, parts):
+    path = tmp_path / name
+    path.write_text(text)
+    message = refused(str(path))
+    for part in parts:
+        assert part in message, message
+
+
+def test_missing_and_empty_files(tmp_path):
+    assert "no such file" in refused(str(tmp_path / "train.yaml"))
+    (tmp_path / "train.yaml").write_text("# nothing\n")
+    assert parse([str(tmp_path / "train.yaml")]).training == parse([]).training
+
+
+def test_help_names_every_argument_that_can_be_used():
+    text = help_text()
+    assert wants_help(["--seed", "1", "--help"])
+    assert not wants_help(["--seed", "1"])
+    for title in ("Model:", "Data:", "Training:", "Training, inherited"):
+        assert f"\n{title}" in text
+    for name in specifications():
+        hidden = name in REFUSALS or name in TRANSLATIONS or name == "local_rank"
+        assert (f"\n  --{name} = " in text) != hidden, name
+    assert "--model_name_or_path = 'facebook/opt-125m'" in text
+
+
+def test_tables_name_what_exists():
+    known = specifications()
+    assert all(translation.name in known for translation in TRANSLATIONS.values())
+    assert set(REFUSED_OPTIMIZERS) <= set(known["optim"].choices)
+    for name in REFUSALS.keys() & known.keys():  # a default must never be refused
+        default = known[name].default
+        assert default in REFUSALS[name].passing or name in ("assistant_only_loss", "do_train"), (name, default)
+
+
+def test_every_field_of_the_trainer_is_an_argument():
+    from trl import SFTConfig
+
+    assert {field.name for field in dataclasses.fields(SFTConfig)} <= set(specifications())
+
+
+def test_values_are_fitted_to_a_machine_without_a_gpu(caplog):
+    with caplog.at_level(logging.WARNING):
+        fitted = fit_to_device({"tf32": True, "bf16": True}, "cpu")
+    assert fitted == {"bf16": True, "use_cpu": True}
+    assert "--tf32 is put aside" in caplog.text
+    assert fit_to_device({"tf32": True}, "cuda") == {"tf32": True}
+    for name in ("fp16", "fp16_full_eval", "activation_offloading"):
+        with pytest.raises(ArgumentError, match=f"--{name} needs an accelerator"):
+            fit_to_device({name: True}, "cpu")
+    with pytest.raises(ArgumentError, match="DS_ACCELERATOR=cpu"):
+        fit_to_device({"use_cpu": True}, "cuda")
+
+
+DS_CONFIG = {
+    "zero_optimization": {"stage": 3},
+    "bf16": {"enabled": "auto"},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+
+
+@pytest.mark.world_size(2)
+def test_build(tmp_path):
+    argv = [*shlex.split(FASTCHAT), "--output_dir", str(tmp_path / "out"), "--pad_to_multiple_of", "8"]
+    given = json.loads(json.dumps(DS_CONFIG))
+    arguments = build_training_arguments(parse(argv).training, given)
+    assert given == DS_CONFIG
+    assert (arguments.max_length, arguments.model_max_length, arguments.pad_to_multiple_of) == (2048, 2048, 8)
+    assert (arguments.bf16, arguments.use_cpu, arguments.world_size) == (True, True, 2)
+    assert (arguments.activation_checkpointing, arguments.gradient_checkpointing) == (True, True)
+    assert (arguments.remove_unused_columns, arguments.dataset_kwargs) == (False, {"skip_prepare_dataset": True})
+    assert (arguments.save_strategy, arguments.save_steps, arguments.eval_strategy) == ("steps", 1200, "no")
+    assert arguments.deepspeed_plugin.zero_stage == 3
+    assert arguments.hf_deepspeed_config.config["train_batch_size"] == 2 * 16 * 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.world_size(1)
+def test_build_says_what_the_trainer_refuses():
+    for argv, part in (
+        (["--dataloader_prefetch_factor", "2"], "dataloader_num_workers"),
+        (["--logging_steps", "1.5"], "logging_steps"),
+    ):
+        with pytest.raises(ArgumentError, match=part):
+            build_training_arguments(parse(argv).training, DS_CONFIG)

@@ -1,0 +1,437 @@
+"""The tokenizer: ids as SentencePiece's own, pad tokens, and the way from rank 0 to all the others."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from zero_sft import distributed
+from zero_sft.distributed import World
+from zero_sft.errors import ArgumentError, CheckpointError, TokenizerError
+from zero_sft.hub import HubOptions
+from zero_sft.tokenizer import PROBES, choose_pad_token, fingerprint, load_tokenizer, pack, rebuild, set_up, unpack
+
+WHEEL = ("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
+REAL = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
+"""Mistral's SentencePiece models, with 32,000 and 32,768 pieces, from the data folder of that PyPI package."""
+
+TEXTS = [
+    *PROBES[2:],
+    "Hello, world!",
+    "two  spaces and   three\tand a tab",
+    "for i in range(10):\n        print(i)  # eight before, two here\n\n\n\tend\n",
+    "繁體字と漢字かなカナ、한국어 문장. 🤯👩‍👩‍👧‍👦",
+    "नमस्ते दुनिया — مرحبا بالعالم — שלום — สวัสดี",
+    "a\u00a0b\u200bc \u0301x Z͑ͫ̓ͪ 𝔘𝔫𝔦",
+    "trailing   ",
+    "\n\nline",
+]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def real_models():
+    """Folder of real SentencePiece models, downloaded once, checked by hash, outside site-packages."""
+    cache = Path(os.environ.get("ZERO_SFT_TEST_CACHE", Path.home() / ".cache" / "zero_sft_tests"))
+    folder = cache / WHEEL[0].replace("==", "-")
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as top:
+            download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", top, WHEEL[0]]
+            if subprocess.run(download, timeout=240, capture_output=True).returncode:
+                pytest.skip(f"can't download {WHEEL[0]} from PyPI")
+            (wheel,) = Path(top).glob("*.whl")
+            assert hashlib.sha256(wheel.read_bytes()).hexdigest() == WHEEL[1], f"{WHEEL[0]} is not the one we know"
+            unpacked = Path(top) / "data"
+            unpacked.mkdir()
+            with zipfile.ZipFile(wheel) as archive:
+                for name in REAL.values():
+                    (unpacked / name).write_bytes(archive.read(f"mistral_common/data/{name}"))
+            if not folder.is_dir():
+                unpacked.rename(folder)
+    return folder
+
+
+def write_config(folder, **settings):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def sentencepiece_folder(folder, model, model_type="llama", **settings):
+    """A model folder in the manner of Vicuna's: a SentencePiece model, no tokenizer.json."""
+    write_config(folder, model_type=model_type)
+    shutil.copy(model, folder / "tokenizer.model")
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def byte_level(special):
+    """A small byte-level BPE, whose special tokens come first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*TEXTS, *PROBES, "the then there these hello help held"], trainer)
+    return tokenizer
+
+
+def chatml_folder(folder, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), model_type="qwen3", **settings):
+    """A chat model's tokenizer without an unk token, as Qwen's."""
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE, **settings}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(list(special)), **settings)
+    tokenizer.save_pretrained(write_config(folder, model_type=model_type, vocab_size=400))
+    return folder
+
+
+def opt_folder(folder):
+    """OPT's: a GPT-2 tokenizer in two files, whose unk, bos and eos are all `</s>`."""
+    byte_level(["<s>", "<pad>", "</s>"]).model.save(str(write_config(folder, model_type="opt", vocab_size=400)))
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    return folder
+
+
+def word_level_folder(folder):
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "hello": 3, "world": 4}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(write_config(folder, model_type="llama"))
+    return folder
+
+
+def ready(folder, **options):
+    return set_up(folder, HubOptions(**options), 512, "right")
+
+
+KINDS = {
+    "vicuna": ("llama", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}),
+    "llama": ("llama", {"tokenizer_class": "LlamaTokenizer"}),
+    "mistral": ("mistral", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}),
+    "bare": ("mistral", {}),
+}
+
+
+@pytest.mark.parametrize(("version", "kind"), [*(("v1", kind) for kind in KINDS), ("v3", "vicuna")])
+def test_ids_are_those_of_sentencepiece(tmp_path, real_models, version, kind):
+    import sentencepiece
+
+    model_type, settings = KINDS[kind]
+    tokenizer = ready(sentencepiece_folder(tmp_path, real_models / REAL[version], model_type, **settings))
+    own = sentencepiece.SentencePieceProcessor(model_file=str(real_models / REAL[version]))
+    assert len(tokenizer) == own.vocab_size()
+    rng = random.Random(7)
+    words = ["\n", "\t", *"日 한국 العربية हिन्दी def (x) # 👩‍👩 é Straße 1 23 ... the".split()]  # noqa: SIM905
+    gaps = [0, 1, 1, 2, 3, 4, 7, 8, 17, 33]
+    mixed = ["".join(rng.choice(words) + " " * rng.choice(gaps) for _ in range(12)) for _ in range(300)]
+    for text in [*TEXTS, *mixed]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == own.encode(text), text
+        assert tokenizer.encode(text) == [own.bos_id(), *ids]
+        assert tokenizer.decode(ids) == own.decode(ids)
+
+
+def test_a_conversion_to_other_ids_is_refused(tmp_path):
+    """A unigram model of a type for which transformers has no class, so leaves out the space before a text."""
+    import sentencepiece
+
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS * 20), model_writer=file, vocab_size=220, hard_vocab_limit=False, minloglevel=2
+        )
+    write_config(tmp_path, model_type="llama")
+    with pytest.raises(TokenizerError, match=r"to other ids than its own.*Name the model's own"):
+        ready(tmp_path)
+    write_config(tmp_path, model_type="t5")
+    assert type(ready(tmp_path)).__name__ == "T5Tokenizer"
+
+
+def test_the_one_known_difference_is_a_leading_space(tmp_path, real_models):
+    """Llama's tokenizers put a space before a text unless it has one; SentencePiece does so in any case."""
+    import sentencepiece
+
+    tokenizer = ready(sentencepiece_folder(tmp_path, real_models / REAL["v1"], tokenizer_class="LlamaTokenizer"))
+    own = sentencepiece.SentencePieceProcessor(model_file=str(real_models / REAL["v1"]))
+    for text in (" x", "  two", "    four\n"):
+        assert tokenizer.encode(text, add_special_tokens=False) == own.encode(text[1:])
+    assert tokenizer.encode("<s>", add_special_tokens=False) == [1], "a special token written out is that token"
+
+
+def test_transformers_own_ids_still_differ(tmp_path, real_models):
+    """When this fails, transformers has mended its conversion, and `_order_merges_by_score` can go."""
+    folder = sentencepiece_folder(tmp_path, real_models / REAL["v1"], tokenizer_class="LlamaTokenizer")
+    text = "two  spaces"
+    assert AutoTokenizer.from_pretrained(folder).tokenize(text) != ready(folder).tokenize(text) == ["▁two", "▁", "▁spaces"]
+
+
+@pytest.mark.world_size(1)
+def test_legacy_survives(tmp_path, real_models):
+    """`legacy` decides on the space after a special token; transformers forgets it when saving."""
+    for legacy in (True, False):
+        folder = sentencepiece_folder(tmp_path / str(legacy), real_models / REAL["v1"], tokenizer_class="LlamaTokenizer",
+                                      legacy=legacy)  # fmt: skip
+        tokenizer = load_tokenizer(str(folder), model_max_length=512)
+        assert tokenizer.legacy is legacy
+        assert tokenizer.tokenize("</s>Hello") == ["</s>", "▁Hello" if legacy else "Hello"]
+        tokenizer.save_pretrained(tmp_path / "saved")
+        saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+        assert [saved.encode(each) for each in TEXTS] == [tokenizer.encode(each) for each in TEXTS]
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_missing_packages_are_named(tmp_path, real_models, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(TokenizerError, match=rf"{package}.*pip install sentencepiece protobuf"):
+        ready(sentencepiece_folder(tmp_path, real_models / REAL["v1"]))
+
+
+# ------------------------------------------------------------------------------------------------------------- pad tokens
+
+
+def padding(special, rows=None, chat_template=None, **named):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(special), chat_template=chat_template, **named)
+    size = len(tokenizer)
+    tokenizer.pad_token, why = choose_pad_token(tokenizer, rows)
+    assert len(tokenizer) == size, "the vocabulary never grows"
+    return tokenizer.pad_token, why.split()[-1]
+
+
+@pytest.mark.parametrize(
+    ("special", "named", "pad"),
+    [
+        (["<unk>", "<s>", "</s>"], {"unk_token": "<unk>", "eos_token": "</s>"}, "<unk>"),
+        (["</s>", "<pad>"], {"unk_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}, "</s>"),  # OPT
+        (["<end>", "<im_end>"], {"pad_token": "<end>", "eos_token": "<im_end>"}, "<end>"),  # Qwen2.5-Instruct
+        (["<end>", "<image_pad>", "<fim_pad>"], {"pad_token": "<end>", "eos_token": "<end>"}, "<fim_pad>"),  # Qwen2.5
+        (["<b>", "<e>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>"], {"eos_token": "<e>"},
+         "<|finetune_right_pad_id|>"),  # Llama 3.1
+        (["<b>", "<e>", "<|reserved_special_token_0|>"], {"eos_token": "<e>"}, "<|reserved_special_token_0|>"),  # Llama 3
+        (["<e>", "<x>"], {"eos_token": "<e>"}, "<e>"),
+        (["<e>", "<keypad>"], {"eos_token": "<e>"}, "<e>"),
+    ],
+)  # fmt: skip
+def test_pad_token(special, named, pad):
+    assert padding(special, **named)[0] == pad
+
+
+def test_a_pad_token_is_no_content():
+    assert padding(["<e>", "<pad>"], eos_token="<e>", chat_template="{{ '<pad>' }}") == ("<e>", "one")
+    assert padding(["<e>", "<unused0>"], eos_token="<e>", chat_template="{{ 'x' }}") == ("<unused0>", "token")
+
+
+def test_a_pad_token_has_an_embedding():
+    """Some fine-tuned models declare a pad token that their embedding has no row for."""
+    assert padding(["<e>", "<x>", "<pad>"], rows=2, pad_token="<pad>", eos_token="<e>")[0] == "<e>"
+    with pytest.raises(TokenizerError, match=r"to pad with.*pad_token in tokenizer_config.json"):
+        padding(["<x>"])
+
+
+def test_the_choice_is_logged_in_one_line(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="zero_sft"):
+        ready(word_level_folder(tmp_path / "unk"))
+        assert not caplog.records
+        ready(chatml_folder(tmp_path / "chat"))
+    assert [record.getMessage().count("\n") for record in caplog.records] == [0]
+    assert "padding with <|endoftext|> (its own pad token)" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------------------- the packet
+
+
+def test_packet_is_plain_bytes(tmp_path):
+    packet = pack(ready(chatml_folder(tmp_path), token="hf_secret"), "a/b c")
+    assert b"hf_secret" not in packet
+    index, files = unpack(packet)
+    assert (index["label"], index["class"][1]) == ("a_b_c", "TokenizersBackend")
+    assert sorted(files) == ["tokenizer.json", "tokenizer_config.json"]
+    assert json.loads(files["tokenizer.json"])["model"]["type"] == "BPE"
+    with pytest.raises(TokenizerError, match="its index expects"):
+        unpack(packet[:-1])
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "a\\b", "..", "", "a\0b"])
+def test_packet_stays_in_its_folder(name):
+    head = json.dumps({"label": "x", "class": ["a", "b"], "files": [[name, 0]]}).encode()
+    with pytest.raises(TokenizerError, match="expected a plain file name"):
+        rebuild(len(head).to_bytes(8, "big") + head, "x")
+
+
+@pytest.mark.world_size(1)
+def test_several_chat_templates_survive(tmp_path):
+    templates = {"default": TEMPLATE, "tool_use": "tools"}
+    tokenizer = load_tokenizer(str(chatml_folder(tmp_path, chat_template=templates)), model_max_length=64)
+    assert tokenizer.chat_template == templates
+
+
+# ------------------------------------------------------------------------------------------------------------------- ranks
+
+
+def only_on_rank_0(folder):
+    """The folder's name on rank 0; elsewhere a name of something that doesn't exist there."""
+    return str(folder) if World.detect().is_main else f"/nowhere/rank{World.detect().rank}/{folder.name}"
+
+
+def no_opening_below(folder):
+    """From now on, this process fails when it opens or lists anything in `folder`."""
+
+    def watch(event, arguments):
+        if event in ("open", "os.listdir", "os.scandir") and str(folder) in str(arguments[0]):
+            os.write(2, f"rank {World.detect().rank} touched {arguments[0]}\n".encode())
+            os._exit(3)
+
+    sys.addaudithook(watch)
+
+
+MAKERS = {"chatml": chatml_folder, "opt": opt_folder, "word_level": word_level_folder}
+
+
+@pytest.mark.parametrize("kind", [*MAKERS, "vicuna", "bare"])
+@pytest.mark.world_size(3)
+def test_the_same_on_every_rank_from_files_of_rank_0(tmp_path, real_models, kind):
+    world = World.detect()
+    folder = tmp_path / kind
+    if world.is_main:
+        if kind in MAKERS:
+            MAKERS[kind](folder)
+        else:
+            model_type, settings = KINDS[kind]
+            sentencepiece_folder(folder, real_models / REAL["v1"], model_type, **settings)
+    before = set(Path(tempfile.gettempdir()).glob("zero_sft_*"))
+    tokenizer = load_tokenizer(only_on_rank_0(folder), model_max_length=77, padding_side="left")
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (77, "left")
+    assert tokenizer.name_or_path == only_on_rank_0(folder)
+    assert tokenizer.pad_token_id is not None
+    texts = [*TEXTS, " x", "</s>Hello <|im_end|>there", "hello unknown world"]
+    mine = {
+        "ids": [tokenizer.encode(each) for each in texts],
+        "plain": [tokenizer.encode(each, add_special_tokens=False) for each in texts],
+        "batch": tokenizer(texts, padding=True, truncation=True, max_length=20)["input_ids"],
+        "text": [tokenizer.decode(tokenizer.encode(each)) for each in texts],
+        "class": type(tokenizer).__qualname__,
+        "special": [tokenizer.special_tokens_map, tokenizer.all_special_ids],
+        "template": tokenizer.chat_template,
+    }
+    assert distributed.exchange(world, mine) == [mine] * world.world_size
+    if kind == "chatml":
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        assert text == "<|im_start|>user\nhi<|im_end|>\n"
+    if world.is_main:
+        plain = ready(folder)
+        assert [plain.encode(each) for each in texts] == mine["ids"]
+        assert type(plain) is type(tokenizer)
+    distributed.exchange(world, None)
+    assert set(Path(tempfile.gettempdir()).glob("zero_sft_*")) <= before, "nothing is left behind"
+
+
+@pytest.mark.world_size(2)
+def test_only_rank_0_opens_the_files(tmp_path, real_models):
+    """Here the folder is there for all; whoever but rank 0 opens or lists it dies."""
+    folder = tmp_path / "model"
+    if World.detect().is_main:
+        sentencepiece_folder(folder, real_models / REAL["v1"], tokenizer_class="LlamaTokenizer")
+    torch.distributed.barrier()
+    if not World.detect().is_main:
+        no_opening_below(tmp_path)
+    assert load_tokenizer(str(folder), model_max_length=77).encode("Hello") == [1, 22557]
+
+
+CODE = """
+from transformers import PreTrainedTokenizerFast
+
+from .mine_words import GREETING
+
+
+class MineTokenizer(PreTrainedTokenizerFast):
+    greeting = GREETING
+"""
+
+
+@pytest.mark.world_size(2)
+def test_code_travels_where_it_is_trusted(tmp_path):
+    world = World.detect()
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path / f"modules{world.rank}")
+    folder = tmp_path / "mine"
+    if world.is_main:
+        chatml_folder(folder, model_type="mine")
+        (folder / "mine.py").write_text(CODE)
+        (folder / "mine_words.py").write_text("GREETING = 'hello'\n")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config |= {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": [None, "mine.MineTokenizer"]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(only_on_rank_0(folder), model_max_length=77, trust_remote_code=True)
+    assert (type(tokenizer).__name__, tokenizer.greeting) == ("MineTokenizer", "hello")
+    with pytest.raises(TokenizerError, match="--trust_remote_code True"):
+        load_tokenizer(only_on_rank_0(folder), model_max_length=77)
+
+
+def broken_json(folder):
+    (chatml_folder(folder) / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BP')
+
+
+def not_json(folder):
+    (chatml_folder(folder) / "tokenizer_config.json").write_text("{")
+
+
+def broken_model(folder):
+    (write_config(folder, model_type="llama") / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15" + b"x" * 40)
+
+
+def no_files(folder):
+    config = write_config(folder, model_type="llama") / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+
+
+FAULTS = {
+    "missing": (lambda folder: None, CheckpointError, "no such folder"),
+    "broken_json": (broken_json, TokenizerError, "can't load the tokenizer in .*Copy its files again"),
+    "not_json": (not_json, TokenizerError, "can't load the tokenizer in .*Copy its files again"),
+    "broken_model": (broken_model, TokenizerError, "can't load the tokenizer in .*Copy its files again"),
+    "no_files": (no_files, TokenizerError, "no tokenizer files in .*expected one of tokenizer.json, tokenizer.model"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.world_size(2)
+def test_a_fault_on_rank_0_is_raised_by_all(tmp_path, fault):
+    make, error, message = FAULTS[fault]
+    if World.detect().is_main:
+        make(tmp_path / "model")
+    with pytest.raises(error, match=f"(?s){message}") as raised:
+        load_tokenizer(only_on_rank_0(tmp_path / "model"), model_max_length=77)
+    said = distributed.exchange(World.detect(), str(raised.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.world_size(2)
+def test_unusable_arguments(tmp_path):
+    for arguments, message in [
+        ({"padding_side": "middle"}, "--padding_side must be right or left; got 'middle'"),
+        ({"model_max_length": 0}, "--model_max_length must be a whole number"),
+        ({"revison": "x"}, "Did you mean revision"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            load_tokenizer(str(tmp_path), **{"model_max_length": 77, **arguments})
+
+
+def test_fingerprint_sees_what_matters(tmp_path):
+    tokenizer = ready(chatml_folder(tmp_path))
+    plain = fingerprint(tokenizer)
+    for name, value in {"padding_side": "left", "chat_template": "x", "model_max_length": 1, "pad_token": "<|im_end|>"}.items():
+        changed = ready(tmp_path)
+        setattr(changed, name, value)
+        assert fingerprint(changed) != plain, name
+    assert json.loads(json.dumps(plain)) == plain

@@ -1,0 +1,21 @@
+"""The job's arguments: FastChat's names and defaults, typed, from a command line or a file.
+
+Two steps. `parse` turns text into checked plain values: quick, pure, the same on every rank. `build_training_arguments` makes
+the Trainer's object of them, which looks for devices and registers the DeepSpeed config; so it runs after
+`distributed.connect`, and before the model is built.
+"""
+
+from zero_sft.arguments.build import build_training_arguments
+from zero_sft.arguments.groups import DataArguments, ModelArguments
+from zero_sft.arguments.help import help_text, wants_help
+from zero_sft.arguments.parse import Parsed, parse
+
+__all__ = [
+    "DataArguments",
+    "ModelArguments",
+    "Parsed",
+    "build_training_arguments",
+    "help_text",
+    "parse",
+    "wants_help",
+]

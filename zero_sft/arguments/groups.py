@@ -1,0 +1,94 @@
+"""What the model and the data groups of arguments hold. The names and defaults are FastChat's, where FastChat has them.
+
+The third group, training, is TRL's `SFTConfig` with a few fields of its own: see `training.py`, which needs TRL to be imported;
+this module needs nothing.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from zero_sft.shipped import shipped
+
+SAMPLE_CONVERSATIONS = "conversations.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArguments:
+    """Which model, from where, and how it is loaded."""
+
+    model_name_or_path: str = field(
+        default="facebook/opt-125m", metadata={"help": "The model to start from: a local folder or a hub id."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model and tokenizer code that comes with the checkpoint."}
+    )
+    padding_side: Literal["right", "left"] = field(
+        default="right", metadata={"help": "The side on which shorter samples of a batch are padded."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses where it isn't given."}
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "The weights' dtype; auto follows --bf16 and --fp16, or the DeepSpeed config."}
+    )
+    loader: Literal["sharded", "stock"] = field(
+        default="sharded",
+        metadata={"help": "sharded: every rank reads its own bytes. stock: transformers' own path, to compare or escape."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
+    token: str | bool | None = field(
+        default=None, repr=False, metadata={"help": "The hub's access token; the one of `hf auth login` by default."}
+    )
+    local_files_only: bool = field(default=False, metadata={"help": "Never ask the hub; use what was downloaded before."})
+    subfolder: str = field(default="", metadata={"help": "The model's folder inside the repository or local folder."})
+    rope_parameters: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": 'How to scale RoPE, as JSON: \'{"rope_type": "yarn", "factor": 4.0}\'. Wins over the automatic way.'},
+    )
+
+    def hub_options(self, cache_dir: str | None) -> dict[str, Any]:
+        """The `**hub` keyword arguments of the loader's functions."""
+        return {
+            "trust_remote_code": self.trust_remote_code,
+            "cache_dir": cache_dir,
+            "revision": self.revision,
+            "token": self.token,
+            "local_files_only": self.local_files_only,
+            "subfolder": self.subfolder,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataArguments:
+    """Which conversations, and how they become tokens."""
+
+    data_path: str | None = field(
+        default=None, metadata={"help": "The training conversations, JSON or JSONL; the shipped samples by default."}
+    )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Conversations to evaluate on, for --eval_strategy; none by default."}
+    )
+    lazy_preprocess: bool = field(
+        default=False, metadata={"help": "Tokenise a sample when it is needed, instead of all of them at the start."}
+    )
+    chat_template: Literal["vicuna", "model"] | None = field(
+        default=None, metadata={"help": "vicuna, or the model's own; by default the model's own if it has one, else vicuna."}
+    )
+
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={"help": "A file of prompts, a JSON list or one a line, answered before and after the training."},
+    )
+
+    @property
+    def training_file(self) -> Path:
+        """`data_path`, or the shipped sample conversations."""
+        if self.data_path is None:
+            return shipped("examples", SAMPLE_CONVERSATIONS)
+        return Path(self.data_path).expanduser()
+
+    @property
+    def evaluation_file(self) -> Path | None:
+        """`eval_data_path`, or None where nothing is to be evaluated."""
+        return None if self.eval_data_path is None else Path(self.eval_data_path).expanduser()

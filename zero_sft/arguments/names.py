@@ -1,0 +1,123 @@
+"""Names of other times and places: what they are called today, and which have no meaning in this job, and why.
+
+FastChat's published commands date from transformers 4; names that transformers or TRL have changed since are translated, with
+a line in the log. Names without a meaning under ZeRO-3 are refused with what to use instead, whether they are old ones or
+today's. A value of a refused name that asks for nothing (`--q_lora False`) passes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Translation:
+    """Today's name, and the value for each boolean where the old one was a switch; None there means it asked for nothing."""
+
+    name: str
+    values: Mapping[bool, str | None] | None = None
+    below: float | None = None
+
+
+TRANSLATIONS: dict[str, Translation] = {
+    # transformers 4
+    "evaluation_strategy": Translation(name="eval_strategy"),
+    "warmup_ratio": Translation(name="warmup_steps", below=1.0),  # steps below 1 are a ratio; 1.0 would be one step
+    "gradient_checkpointing": Translation(name="activation_checkpointing"),
+    "gradient_checkpointing_kwargs": Translation(name="activation_checkpointing_kwargs"),
+    "no_cuda": Translation(name="use_cpu"),
+    "per_gpu_train_batch_size": Translation(name="per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": Translation(name="per_device_eval_batch_size"),
+    "group_by_length": Translation(name="train_sampling_strategy", values={True: "group_by_length", False: "random"}),
+    "adafactor": Translation(name="optim", values={True: "adafactor", False: None}),
+    "torch_dtype": Translation(name="dtype"),
+    "use_auth_token": Translation(name="token"),
+    # TRL
+    "max_length": Translation(name="model_max_length"),
+    "max_seq_length": Translation(name="model_max_length"),
+    "model_revision": Translation(name="revision"),
+    "use_liger": Translation(name="use_liger_kernel"),
+    # FastChat
+    "flash_attn": Translation(name="attn_implementation", values={True: "flash_attention_2", False: None}),
+}
+
+IGNORED = frozenset({"local_rank"})
+"""What launchers add by themselves: old ones pass the rank as an argument, all of them in the environment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a name is refused, and the values of it that pass because they ask for what happens anyway."""
+
+    reason: str
+    passing: tuple[Any, ...] = (None, False, "", "no", "none", "false")
+
+
+_ZERO3 = "the model is sharded by DeepSpeed ZeRO-3; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"
+_LORA = "this release trains all parameters, sharded over the ranks, without LoRA and quantised weights; leave it out"
+_DATA = "this job prepares the data itself; name the files with --data_path and the template with --chat_template"
+_TOKENIZER = "the tokenizer is set up before training, the same on every rank; change it in the model's folder"
+_PACKING = "this release pads samples to the longest of their batch, without packing; leave it out"
+_PUSH = "the job's result is exported at its end; upload that folder with `hf upload`"
+_DDP = "gradients are exchanged by DeepSpeed, not by DDP; leave it out"
+_COMPILE = "compiled models fail in the backward pass under ZeRO-3 (DeepSpeed 0.19, torch 2.13); leave it out"
+_SHAPES = "under ZeRO-3 the optimizer sees flat pieces of the weights, never whole matrices"
+_GONE = "transformers has it no more; leave it out"
+_FAST = "every tokenizer is a fast one since transformers 5; leave it out"
+
+
+def _all(reason: str, names: str, passing: tuple[Any, ...] = Refusal(reason="").passing) -> dict[str, Refusal]:
+    return {name: Refusal(reason=reason, passing=passing) for name in names.split()}
+
+
+REFUSALS: dict[str, Refusal] = {
+    **_all(_ZERO3, "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params sharded_ddp parallelism_config"),
+    **_all(_LORA, "q_lora lora_r lora_alpha lora_dropout lora_target_modules lora_weight_path lora_bias use_peft "
+                  "load_in_4bit load_in_8bit"),
+    **_all(_DATA, "chat_template_path dataset_text_field dataset_num_proc completion_only_loss dataset_batch_size",
+           (None, "text")),
+    **_all(_DATA, "dataset_kwargs", (None, {"skip_prepare_dataset": True})),
+    "assistant_only_loss": Refusal(reason="only the assistant's text is ever trained on; leave it out", passing=(True,)),
+    "shuffle_dataset": Refusal(reason="samples are shuffled anew each epoch already; see --train_sampling_strategy"),
+    "remove_unused_columns": Refusal(reason="samples come without unused columns; leave it out"),
+    "label_names": Refusal(reason="the labels are called `labels`; leave it out", passing=(None, ["labels"])),
+    "truncation_mode": Refusal(reason="a conversation keeps its start; leave it out", passing=("keep_start",)),
+    **_all(_PACKING, "packing eval_packing padding_free"),
+    **_all(_PACKING, "packing_strategy", ("bfd",)),
+    **_all(_TOKENIZER, "eos_token pad_token"),
+    **_all(_FAST, "use_fast_tokenizer use_fast", (True,)),
+    "model_init_kwargs": Refusal(reason="the model is loaded by this job; see --dtype, --attn_implementation", passing=(None,)),
+    "use_cache": Refusal(reason="training has no use for the cache of past keys; leave it out"),
+    "auto_find_batch_size": Refusal(reason="it needs a model in one piece; see --per_device_train_batch_size"),
+    **_all(_COMPILE, "torch_compile torch_compile_backend torch_compile_mode"),
+    "optim_target_modules": Refusal(reason=_SHAPES + "; leave it out"),
+    "debug": Refusal(reason="its checks look at whole weights, which ZeRO-3 has in pieces; leave it out"),
+    **_all(_PUSH, "push_to_hub hub_token hub_private_repo hub_model_id hub_always_push hub_revision push_to_hub_model_id "
+                  "push_to_hub_organization push_to_hub_token"),
+    **_all(_PUSH, "hub_strategy", ("every_save",)),
+    **_all(_DDP, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
+    "ddp_timeout": Refusal(reason="DeepSpeed makes the process group; set DEEPSPEED_TIMEOUT (minutes)", passing=(1800,)),
+    "enable_jit_checkpoint": Refusal(reason="each rank would stop by itself and leave the others waiting; see --save_steps"),
+    "do_train": Refusal(reason="this job always trains", passing=(True,)),
+    "do_predict": Refusal(reason="this job has nothing to predict; see --eval_data_path"),
+    "logging_dir": Refusal(reason="transformers reads TENSORBOARD_LOGGING_DIR from the environment instead"),
+    "overwrite_output_dir": Refusal(reason="name another --output_dir; to go on from a checkpoint, --resume_from_checkpoint"),
+    "save_safetensors": Refusal(reason="models are always saved as safetensors; leave it out", passing=(True,)),
+    **_all("use --accelerator_config", "dispatch_batches"),
+    **_all(_GONE, "fp16_backend half_precision_backend fp16_opt_level use_mps_device use_ipex jit_mode_eval torchdynamo "
+                  "tpu_num_cores tpu_metrics_debug past_index mp_parameters ray_scope xpu_backend split_batches "
+                  "include_inputs_for_metrics include_tokens_per_second use_legacy_prediction_loop"),
+}  # fmt: skip
+
+REFUSED_OPTIMIZERS: dict[str, str] = {
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), _SHAPES),
+    **dict.fromkeys(("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _SHAPES),
+    **dict.fromkeys(("apollo_adamw_layerwise", "lomo", "adalomo"), _SHAPES),
+    "adagrad": "it fails at its first step under ZeRO-3 (DeepSpeed 0.19)",
+}
+
+REFUSED_ACCELERATOR_KEYS: dict[str, str] = {
+    "split_batches": "every rank gets batches of --per_device_train_batch_size; leave it out",
+    "dispatch_batches": "every rank reads its own samples; leave it out",
+    "use_configured_state": "this job sets up DeepSpeed itself; leave it out",
+}

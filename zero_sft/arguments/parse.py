@@ -1,0 +1,196 @@
+"""From the words of a command line to checked plain values: names translated, types fitted, contradictions found.
+
+Nothing here touches a device, a process group or a file other than the one named on the command line, and every rank
+comes to the same result. All problems are told at once.
+"""
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from zero_sft.arguments.groups import DataArguments, ModelArguments
+from zero_sft.arguments.names import (
+    IGNORED,
+    REFUSALS,
+    REFUSED_ACCELERATOR_KEYS,
+    REFUSED_OPTIMIZERS,
+    TRANSLATIONS,
+)
+from zero_sft.arguments.sources import Given, read_command_line, read_file
+from zero_sft.arguments.values import Spec, specs_of
+from zero_sft.errors import ArgumentError
+
+MODEL, DATA, TRAINING = "model", "data", "training"
+
+_POSITIVE = (
+    "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "save_total_limit",
+)  # fmt: skip
+_NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end")
+_ALWAYS = ("output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """The arguments as plain values.
+
+    `training` holds what `build_training_arguments` takes: what was given, and always `output_dir`, `model_max_length`,
+    `optim`, `cache_dir`, `deepspeed` and `resume_from_checkpoint`. `notes` are lines for the log, one for each
+    translated name.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Read a command line (without the program's name), and the file that it may name, under it. Does not communicate.
+
+    Raises:
+        ArgumentError: unknown names with the nearest known ones, values of another type, refused names with what to use
+            instead, contradictions. One error tells all of them.
+    """
+    known = specifications()
+    given, file = read_command_line(argv, readable_names())
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    notes: list[str] = []
+    for source in (read_file(file) if file else [], given):  # the command line last: it wins
+        values.update(_understood(source, known, problems, notes))
+    problems += _contradictions(values)
+    if problems:
+        raise ArgumentError("\n".join(["the arguments can't be used:", *problems] if len(problems) > 1 else problems))
+    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: known[name].default for name in _ALWAYS}}
+    for name, value in values.items():
+        groups[known[name].group][name] = value
+    model = ModelArguments(**groups[MODEL])
+    groups[TRAINING]["trust_remote_code"] = model.trust_remote_code
+    return Parsed(
+        model=model,
+        data=DataArguments(**groups[DATA]),
+        training=MappingProxyType(groups[TRAINING]),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+@functools.cache
+def specifications() -> Mapping[str, Spec]:
+    """Every argument of the three groups, by name, in the order of `--help`."""
+    from zero_sft.arguments.training import TrainingArguments
+
+    own = {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA)}
+    inherited = specs_of(TrainingArguments, TRAINING)  # SFTConfig has a `trust_remote_code` too; the model's group owns it
+    return MappingProxyType({**own, **{name: spec for name, spec in inherited.items() if name not in own}})
+
+
+@functools.cache
+def readable_names() -> Mapping[str, Spec]:
+    """Every name that is understood, with what its value may be: today's, the translated, the refused and the ignored."""
+    known = dict(specifications())
+    for name, old in TRANSLATIONS.items():
+        kinds = frozenset({"boolean"}) if old.values else known[old.name].kinds
+        choices = () if old.values else known[old.name].choices
+        known[name] = Spec(name=name, group=TRAINING, kinds=kinds, choices=choices)
+    for name in IGNORED | {each for each in REFUSALS if each not in known}:
+        known[name] = Spec(name=name)
+    return MappingProxyType(known)
+
+
+def _understood(source: Iterable[Given], known: Mapping[str, Spec], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """The values of one source under today's names; what is wrong is added to `problems`, what is worth a line to `notes`."""
+    values: dict[str, Any] = {}
+    names: dict[str, str] = {}  # today's name → the name that was used
+    for each in source:
+        try:
+            result = _one(each, known)
+        except ArgumentError as error:
+            problems.append(f"{error} (from {each.origin})")
+            continue
+        if result is None:
+            continue
+        name, value = result
+        used = names.setdefault(name, each.name)
+        if used != each.name and values[name] != value:
+            problems.append(
+                f"--{used}{_shown(name, values[name])} and --{each.name}{_shown(name, value)} contradict each other: both set "
+                f"{name}. Give one (from {each.origin})"
+            )
+        if name != each.name:
+            notes.append(f"--{each.name} is --{name} today: taken as --{name}{_shown(name, value)}")
+        values[name] = value
+    return values
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value for the log, but for what must not be in one."""
+    return "" if name == "token" else f" {value}"
+
+
+def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
+    """Today's name and the fitted value of one argument, or None where it asks for nothing."""
+    readable = readable_names()
+    if given.name in IGNORED:
+        return None
+    if given.name not in readable:
+        near = difflib.get_close_matches(given.name, readable, n=1)
+        hint = f"Did you mean --{near[0]}?" if near else "--help lists all names."
+        raise ArgumentError(f"unknown argument --{given.name}. {hint}")
+    value = readable[given.name].fit(given.value)
+    if given.name in REFUSALS:
+        refusal = REFUSALS[given.name]
+        if (value.lower() if isinstance(value, str) else value) in refusal.passing:
+            return None
+        raise ArgumentError(f"--{given.name} has no meaning in this job: {refusal.reason}")
+    if given.name not in TRANSLATIONS:
+        return given.name, value
+    old = TRANSLATIONS[given.name]
+    if old.below is not None and not 0 <= value < old.below:
+        raise ArgumentError(f"--{given.name} must be at least 0 and below {old.below:g}; got {value}")
+    if old.values:
+        value = old.values[value]
+        if value is None:
+            return None
+    return old.name, known[old.name].fit(value)
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with values that are each right by themselves."""
+    counts = {name: values[name] for name in _POSITIVE if values.get(name) is not None}
+    problems = [f"--{name} must be more than 0; got {value}" for name, value in counts.items() if value <= 0]
+    if values.get("max_steps", -1) < -1 or values.get("max_steps") == 0:
+        problems.append(f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {values['max_steps']}")
+    if values.get("eval_data_path") is None:
+        wanted = [f"--{name} {values[name]}" for name in _NEED_EVALUATION_DATA if values.get(name)]
+        if values.get("eval_strategy", "no") != "no":
+            wanted.append(f"--eval_strategy {values['eval_strategy']}")
+        problems += [f"{each} needs conversations to evaluate on: give --eval_data_path" for each in wanted]
+    if values.get("bf16") and values.get("fp16"):
+        problems.append("--bf16 True and --fp16 True exclude each other: give one")
+    problems += _precision_of_evaluation(values)
+    if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
+        problems.append("--save_strategy best needs a measure: give --metric_for_best_model loss")
+    if values.get("optim") in REFUSED_OPTIMIZERS:
+        problems.append(f"--optim {values['optim']} can't be used: {REFUSED_OPTIMIZERS[values['optim']]}; see adamw_torch")
+    if not values.get("deepspeed", "zero3"):
+        problems.append("--deepspeed is empty: this job shards the model with DeepSpeed ZeRO-3; give zero3 or a file")
+    accelerator = values.get("accelerator_config")
+    for key, reason in REFUSED_ACCELERATOR_KEYS.items():
+        if isinstance(accelerator, Mapping) and accelerator.get(key):
+            problems.append(f"--accelerator_config {key} can't be used: {reason}")
+    return problems
+
+
+def _precision_of_evaluation(values: Mapping[str, Any]) -> list[str]:
+    """The engine has one precision for all it does: DeepSpeed's "auto" would turn on training in the evaluation's."""
+    bf16, fp16 = values.get("bf16"), values.get("fp16", False)
+    trained = {"bf16": not fp16 if bf16 is None else bf16, "fp16": fp16}
+    return [
+        f"--{name}_full_eval needs --{name} True as well: under DeepSpeed training and evaluation have one precision"
+        for name, on in trained.items()
+        if values.get(f"{name}_full_eval") and not on
+    ]

@@ -1,0 +1,157 @@
+"""Where arguments come from: the words of a command line, and one YAML or JSON file.
+
+Both give names and raw values; what the names mean and whether the values fit is decided afterwards, alike for both.
+argparse was left out: it takes abbreviated names, ends the process by itself on every rank, and can't tell an argument that
+was given from a default.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zero_sft.arguments.values import FALSE_WORDS, TRUE_WORDS, Spec
+from zero_sft.errors import ArgumentError
+
+COMMAND_LINE = "the command line"
+FILE_SUFFIXES = (".yaml", ".yml", ".json")
+
+_OPTION = re.compile(r"--[A-Za-z]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """One argument as it was given: `origin` is "the command line" or the file's path."""
+
+    name: str
+    value: Any
+    origin: str
+
+
+def read_command_line(argv: Sequence[str], specs: Mapping[str, Spec]) -> tuple[list[Given], Path | None]:
+    """Split the words of a command line into arguments and the path of a file with more of them, if there is one.
+
+    `--name value`, `--name=value`, `--name a b c` where a list may stand, `--flag` for True, `--no_flag` for False. Dashes in
+    names count as underscores. `specs` holds every name that is understood; others take one value, to be refused by name.
+
+    Raises:
+        ArgumentError: a name without its value, or a word that belongs to nothing.
+    """
+    given, file, position = [], None, 0
+    while position < len(argv):
+        word = argv[position]
+        position += 1
+        if not _OPTION.match(word):
+            file = _as_file(word, file, given)
+            continue
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if equals:
+            given.append(Given(name=name, value=text, origin=COMMAND_LINE))
+            continue
+        values = _values_of(argv[position:], specs.get(name), name, specs)
+        position += len(values)
+        given.append(_given(name, values, specs))
+    return given, file
+
+
+def _values_of(rest: Sequence[str], spec: Spec | None, name: str, specs: Mapping[str, Spec]) -> list[str]:
+    """The words after `--name` that are its values."""
+    values = []
+    for word in rest:
+        if _OPTION.match(word):
+            break
+        values.append(word)
+    if spec is None:
+        return values[: 0 if _negated(name, specs) else 1]
+    if "list" in spec.kinds:
+        return values
+    if spec.kinds <= {"boolean", "none"} and values and values[0].lower() not in TRUE_WORDS + FALSE_WORDS + ("none", "null"):
+        return []
+    return values[:1]
+
+
+def _given(name: str, values: list[str], specs: Mapping[str, Spec]) -> Given:
+    spec = specs.get(name)
+    if spec is None and not values and _negated(name, specs):
+        return Given(name=_negated(name, specs), value=False, origin=COMMAND_LINE)
+    if not values:
+        if spec is not None and "boolean" not in spec.kinds:
+            raise ArgumentError(f"--{name} needs a value: {spec.expected}")
+        return Given(name=name, value=True, origin=COMMAND_LINE)
+    return Given(name=name, value=values[0] if len(values) == 1 else values, origin=COMMAND_LINE)
+
+
+def _negated(name: str, specs: Mapping[str, Spec]) -> str:
+    """The flag that `no_flag` switches off, or "" if there is none."""
+    flag = name.removeprefix("no_")
+    return flag if flag != name and flag in specs and "boolean" in specs[flag].kinds else ""
+
+
+def _as_file(word: str, file: Path | None, given: list[Given]) -> Path:
+    if word.lower().endswith(FILE_SUFFIXES) and file is None:
+        return Path(word)
+    after = f" after --{given[-1].name}" if given else ""
+    raise ArgumentError(
+        f"can't tell what {word!r}{after} is: expected --name value, or one file of arguments ({', '.join(FILE_SUFFIXES)}). "
+        "A text with spaces needs quotes; a value that begins with -- needs the form --name=value."
+    )
+
+
+def read_file(path: Path) -> list[Given]:
+    """The arguments in a YAML or JSON file: a mapping from names to values.
+
+    Raises:
+        ArgumentError: no such file, not YAML or JSON, not a mapping, or a name given twice.
+    """
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        raise ArgumentError(f"can't read the arguments file {path}: {reason}") from error
+    pairs = _json_pairs(path, text) if path.suffix.lower() == ".json" else _yaml_pairs(path, text)
+    names = [name for name, _ in pairs]
+    for name in names:
+        if not isinstance(name, str) or names.count(name) > 1:
+            problem = "is given twice" if isinstance(name, str) else "is not a name"
+            raise ArgumentError(f"{path}: {name!r} {problem}. Write each argument once, as `name: value`.")
+    return [Given(name=name.replace("-", "_"), value=value, origin=str(path)) for name, value in pairs]
+
+
+def _json_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
+    depth_first: list[list[tuple[Any, Any]]] = []
+
+    def remember(pairs: list[tuple[Any, Any]]) -> dict:
+        depth_first.append(pairs)  # the outermost mapping comes last
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=remember)
+    except ValueError as error:
+        raise ArgumentError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ArgumentError(f"{path}: expected one JSON object of names and values, got {type(content).__name__}")
+    return depth_first[-1]
+
+
+def _yaml_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise ArgumentError(
+                f"{path}: expected lines of `name: value`, got {type(loader.construct_document(node)).__name__}"
+            )
+        return [
+            (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True)) for key, value in node.value
+        ]
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path} is not YAML: {error}") from error
+    finally:
+        loader.dispose()

@@ -1,0 +1,149 @@
+"""What an argument may be, and a value made to fit it: text from a command line, or plain data from YAML and JSON.
+
+The types are read from the dataclasses' annotations, so that an argument is written down once. Two habits of YAML 1.1 are
+met here: it reads `2e-5` as text, so text that spells a number is one where a number is expected; and it reads a bare `no`
+as false, so false is "no" where "no" is a choice (`eval_strategy: no`).
+"""
+
+import dataclasses
+import difflib
+import enum
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zero_sft.errors import ArgumentError
+
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
+NONE_WORDS = ("none", "null")
+
+ANYTHING = frozenset({"boolean", "integer", "number", "text", "list", "mapping", "none"})
+
+_PLAIN = {bool: "boolean", int: "integer", float: "number", str: "text", type(None): "none", list: "list", dict: "mapping"}
+_IN_WORDS = {
+    "boolean": "True or False",
+    "integer": "a whole number",
+    "number": "a number",
+    "text": "text",
+    "list": "a list of texts",
+    "mapping": "a mapping (as JSON on the command line)",
+    "none": "none",
+}
+_INTEGER = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_MISFIT = object()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """One argument: its name, what it may be, and what is said about it."""
+
+    name: str
+    group: str = ""
+    kinds: frozenset[str] = ANYTHING
+    choices: tuple[str, ...] = ()
+    default: Any = None
+    help: str = ""
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        words = [_IN_WORDS[kind] for kind in _IN_WORDS if kind in self.kinds and not (kind == "text" and self.choices)]
+        return " or ".join([*(["one of " + ", ".join(self.choices)] if self.choices else []), *words])
+
+    def fit(self, value: Any) -> Any:
+        """`value` as this argument's type.
+
+        Raises:
+            ArgumentError: it is none of what the argument may be, with what was expected and what was given.
+        """
+        fitted = self._from_text(value) if isinstance(value, str) else self._from_data(value)
+        if fitted is _MISFIT:
+            raise ArgumentError(f"--{self.name} must be {self.expected}; got {value!r}{self._nearest(value)}")
+        return fitted
+
+    def _from_text(self, text: str) -> Any:
+        word = text.lower()
+        if "none" in self.kinds and word in NONE_WORDS:
+            return None
+        if "boolean" in self.kinds and word in (TRUE_WORDS + FALSE_WORDS if "text" not in self.kinds else ("true", "false")):
+            return word in TRUE_WORDS
+        if "integer" in self.kinds and _INTEGER.fullmatch(text):
+            return int(text)
+        if "number" in self.kinds and _NUMBER.fullmatch(text) and math.isfinite(float(text)):
+            return float(text)
+        if ("mapping" in self.kinds and text.startswith("{")) or ("list" in self.kinds and text.startswith("[")):
+            return self._from_json(text)
+        if self.choices:
+            return text if text in self.choices else _MISFIT
+        if "text" in self.kinds:
+            return text
+        return [text] if "list" in self.kinds else _MISFIT
+
+    def _from_json(self, text: str) -> Any:
+        try:
+            return self._from_data(json.loads(text))
+        except ValueError as error:
+            raise ArgumentError(f"--{self.name} is not JSON: {error}; got {text!r}") from error
+
+    def _from_data(self, value: Any) -> Any:
+        if value is None:
+            return None if "none" in self.kinds else _MISFIT
+        if isinstance(value, bool):
+            if "boolean" in self.kinds:
+                return value
+            return "no" if value is False and "no" in self.choices else _MISFIT
+        if isinstance(value, int) and "integer" in self.kinds:
+            return value
+        if isinstance(value, int | float):
+            return float(value) if "number" in self.kinds and math.isfinite(value) else _MISFIT
+        if isinstance(value, list):
+            return list(value) if "list" in self.kinds and all(isinstance(each, str) for each in value) else _MISFIT
+        if isinstance(value, Mapping):
+            return dict(value) if "mapping" in self.kinds else _MISFIT
+        return _MISFIT
+
+    def _nearest(self, value: Any) -> str:
+        near = difflib.get_close_matches(value, self.choices, n=1) if isinstance(value, str) else []
+        return f". Did you mean {near[0]}?" if near else ""
+
+
+def specs_of(group: type, name: str) -> dict[str, Spec]:
+    """The arguments that a dataclass declares, in its order; `name` is the group's."""
+    hints = typing.get_type_hints(group)
+    return {each.name: _spec(each, hints[each.name], name) for each in dataclasses.fields(group) if each.init}
+
+
+def _spec(field: dataclasses.Field, hint: Any, group: str) -> Spec:
+    kinds, choices = _kinds(hint)
+    choices = tuple(field.metadata.get("choices", ())) or choices
+    if "mapping" in kinds and field.name.endswith("_kwargs"):
+        kinds -= {"text"}  # declared for JSON text; any other text fails much later, in whatever is called with it
+    made = field.default_factory
+    default = made() if made is not dataclasses.MISSING else field.default
+    return Spec(
+        name=field.name,
+        group=group,
+        kinds=frozenset(kinds),
+        choices=choices,
+        default=None if default is dataclasses.MISSING else default,
+        help=field.metadata.get("help", "").replace("%%", "%"),
+    )
+
+
+def _kinds(hint: Any) -> tuple[set[str], tuple[str, ...]]:
+    """The kinds of value that an annotation allows, and the texts if they are few: `Literal["a"] | None` → text or none, a."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        parts = [_kinds(each) for each in arguments]
+        return set().union(*(kinds for kinds, _ in parts)), tuple(choice for _, choices in parts for choice in choices)
+    if origin is typing.Literal:
+        return {_PLAIN[type(each)] for each in arguments}, tuple(each for each in arguments if isinstance(each, str))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return {"text"}, tuple(str(each.value) for each in hint)
+    return {_PLAIN[origin or hint]} if (origin or hint) in _PLAIN else set(), ()

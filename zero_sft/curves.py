@@ -1,0 +1,37 @@
+"""The loss curve of a run as a picture, from the trainer's log."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draw training and evaluation loss over steps into a PNG. Returns False where there is nothing to draw.
+
+    Args:
+        history: the trainer's `state.log_history`: dicts with "step" and "loss" or "eval_loss".
+    """
+    curves = {
+        label: [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
+        for label, key in (("training", "loss"), ("held out", "eval_loss"))
+    }
+    if not any(curves.values()):
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    for label, points in curves.items():
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, label=label, marker="o" if len(points) < 30 else None, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per trained token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return True

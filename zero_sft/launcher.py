@@ -1,0 +1,226 @@
+"""`python -m zero_sft.launcher enable|disable|status`: let DeepSpeed's launcher take `-m`, on request, reversibly.
+
+DeepSpeed's console script `deepspeed` knows `--module` but not its short form: `deepspeed -m zero_sft.train` ends in
+"unrecognized arguments: -m". `enable` puts a small script in its place that gives DeepSpeed's own argument parser one
+more name for `--module` and then runs DeepSpeed's own `main`. Every launcher option, its values, and whatever stands
+after the user's module are therefore still parsed by DeepSpeed, in whatever release is installed: a `-m` among the
+user's own arguments stays there. The shim imports nothing of this package, so that removing this package does not
+break DeepSpeed.
+
+The original script lies beside the shim, in a hidden file; `disable` moves it back, byte for byte. An upgrade of
+DeepSpeed writes its own script over the shim: `status` says so, and `launch_note` tells the training job.
+
+Left out: patching DeepSpeed's modules (every program of the environment would see it), and touching scripts of any
+other environment. DeepSpeed is never imported here; only the files are looked at.
+"""
+
+import argparse
+import contextlib
+import enum
+import os
+import re
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from zero_sft.errors import ConfigError
+
+SCRIPT_NAMES = ("deepspeed", "ds")  # the second is DeepSpeed's own alias of the first
+MODULE_FORM = "deepspeed --num_gpus 8 --module zero_sft.train ..."
+
+_MARKER = "# zero_sft launcher shim"
+_SHIM_BODY = f'''\
+{_MARKER}: DeepSpeed's launcher, with -m as a short form of --module.
+# Undo with: python -m zero_sft.launcher disable
+import argparse
+import sys
+
+from deepspeed.launcher.runner import main
+
+_add_argument = argparse.ArgumentParser.add_argument
+
+
+def _add_argument_and_short_form(parser, *flags, **options):
+    """Register `-m` together with `--module`, so that the launcher's own parser decides what `-m` belongs to."""
+    if flags == ("--module",):
+        flags = ("-m", "--module")
+    return _add_argument(parser, *flags, **options)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser.add_argument = _add_argument_and_short_form
+    sys.exit(main())
+'''
+
+# Installers write the interpreter's path in one of two ways; the second is for paths too long (or too relocatable) for
+# a `#!` line, and is valid as shell and as Python:
+#   #!/env/bin/python3
+#   #!/bin/sh\n'''exec' /env/bin/python3 "$0" "$@"\n' '''
+_HEAD = re.compile(rb"#![^\n]*\n(?:'''exec' [^\n]*\n' '''\n)?")
+
+
+class State(enum.Enum):
+    """What the launcher script of this environment is at present; the value is what the person reads."""
+
+    ENABLED = "enabled"
+    NOT_ENABLED = "not enabled"
+    REPLACED = "was enabled but a DeepSpeed upgrade/reinstall replaced the script: run enable again"
+
+
+def enable(folders: Sequence[Path] | None = None) -> None:
+    """Put the shim in place of each launcher script, keeping the original beside it. Idempotent.
+
+    A script that DeepSpeed has rewritten since the last `enable` becomes the new original. Raises `ConfigError` if
+    there is no script, it is not DeepSpeed's, or its folder can't be written.
+    """
+    scripts = {script: _read_launcher(script) for script in _scripts(folders)}
+    for script, content in scripts.items():
+        with _writing(script):
+            mode = script.stat().st_mode & 0o7777
+            if not _is_shim(content):
+                _write_atomically(_original_of(script), content, mode)
+            _write_atomically(script, _shim_for(content), mode)
+
+
+def disable(folders: Sequence[Path] | None = None) -> None:
+    """Put back the original of each launcher script, with its mode. Does nothing where there is no shim.
+
+    Where DeepSpeed has replaced the shim by a newer script of its own, that one stays and the old original is dropped.
+    Raises `ConfigError` if an original is gone or the folder can't be written.
+    """
+    for script in _scripts(folders):
+        original = _original_of(script)
+        with _writing(script):
+            if not _is_shim(script.read_bytes()):
+                original.unlink(missing_ok=True)
+            elif original.exists():
+                original.replace(script)
+            else:
+                raise ConfigError(
+                    f"{script} is the shim of zero_sft, but its original, {original.name}, is no longer beside it. "
+                    "Reinstall it: pip install --force-reinstall --no-deps deepspeed"
+                )
+
+
+def status(folders: Sequence[Path] | None = None) -> State:
+    """Tell the state of the launcher scripts, taken together. Raises `ConfigError` if there is none."""
+    scripts = _scripts(folders)
+    shims = [_is_shim(script.read_bytes()) for script in scripts]
+    if all(shims):
+        return State.ENABLED
+    if any(shims) or any(_original_of(script).exists() for script in scripts):
+        return State.REPLACED
+    return State.NOT_ENABLED
+
+
+def launch_note(folders: Sequence[Path] | None = None) -> str | None:
+    """Return a sentence for the job's log if an upgrade of DeepSpeed took `-m` away, else None. Never raises."""
+    try:
+        taken_away = status(folders) is State.REPLACED
+    except (ConfigError, OSError):
+        return None
+    if not taken_away:
+        return None
+    return f"The launcher's -m {State.REPLACED.value} (python -m zero_sft.launcher enable)."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the one place that talks to the person. Return the exit code: 0, or 2 for a refusal."""
+    parser = argparse.ArgumentParser(
+        prog="python -m zero_sft.launcher",
+        description="Let the `deepspeed` command of this environment take -m as a short form of --module.",
+        epilog=f"Without it, write: {MODULE_FORM}",
+    )
+    parser.add_argument("action", choices=("enable", "disable", "status"), help="disable restores DeepSpeed's own script")
+    action = parser.parse_args(arguments).action
+    try:
+        if action == "enable":
+            enable()
+        elif action == "disable":
+            disable()
+        message = status().value
+    except (ConfigError, OSError) as error:
+        sys.stderr.write(f"zero_sft.launcher: {error}\n")
+        return 2
+    sys.stdout.write(f"{message}\n")
+    return 0
+
+
+def _scripts(folders: Sequence[Path] | None) -> list[Path]:
+    """Return DeepSpeed's launcher scripts in the first of `folders` that has any.
+
+    Without `folders`: where this interpreter's own installers put scripts, never somewhere else on PATH. The second
+    place differs from the first for some system-wide interpreters only.
+    """
+    if folders is None:
+        folders = (Path(sys.executable).parent, Path(sysconfig.get_path("scripts")))
+    for folder in folders:
+        script, *aliases = (folder / name for name in SCRIPT_NAMES)
+        if script.is_file():
+            return [script, *(alias for alias in aliases if alias.is_file() and b"deepspeed" in alias.read_bytes())]
+    raise ConfigError(
+        f"no `deepspeed` command in {' or '.join(dict.fromkeys(map(str, folders)))}, the scripts of {sys.executable}. "
+        "Install DeepSpeed into this environment (pip install deepspeed), or run this with the Python that has it. "
+        f"The form that needs no change to any script: {MODULE_FORM}"
+    )
+
+
+def _read_launcher(script: Path) -> bytes:
+    """Return the script's content, or raise `ConfigError` if it is not a plain script as installers write it."""
+    content = script.read_bytes()
+    if script.is_symlink():
+        problem = f"is a symbolic link to {script.resolve()}, which may serve other environments too"
+    elif not _HEAD.match(content) or b"deepspeed" not in content:
+        problem = "is not the Python script that DeepSpeed installs"
+    else:
+        return content
+    raise ConfigError(
+        f"{script} {problem}, so it stays as it is. Reinstall it (pip install --force-reinstall --no-deps deepspeed), "
+        f"or use the form that needs no change: {MODULE_FORM}"
+    )
+
+
+def _is_shim(content: bytes) -> bool:
+    return _MARKER.encode() in content
+
+
+def _shim_for(content: bytes) -> bytes:
+    """Return the shim that starts with the same interpreter as the script `content` does."""
+    head = _HEAD.match(content)
+    return (head.group() if head else b"") + _SHIM_BODY.encode()
+
+
+def _original_of(script: Path) -> Path:
+    return script.with_name(f".{script.name}.zero_sft-original")
+
+
+@contextlib.contextmanager
+def _writing(script: Path) -> Iterator[None]:
+    """Turn any refusal of the file system into a `ConfigError` with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"can't change {script}: {error.strerror or error}. Run this as the owner of {script.parent}, "
+            f"or use the form that needs no change: {MODULE_FORM}"
+        ) from error
+
+
+def _write_atomically(target: Path, content: bytes, mode: int) -> None:
+    """Write a file that nobody ever sees half written: a run of the launcher may start at any moment."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), mode)
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink()
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A few prompts, answered before and after: the quickest look at what a training did.
+
+All ranks answer together, since every forward pass gathers the parameters from all of them; the answers are the same on all.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zero_sft.data.templates import choose_template
+from zero_sft.errors import DataError
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file: a JSON list of texts, or one a line.
+
+    Raises:
+        DataError: no such file, or nothing in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}. Check --sample_prompts.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Check --sample_prompts.") from error
+    if text.lstrip().startswith("["):
+        try:
+            prompts = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON: {error}. Give a list of texts, or one prompt a line.") from error
+    else:
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts or not all(isinstance(each, str) for each in prompts):
+        raise DataError(f"{path} holds no prompts. Give a JSON list of texts, or one prompt a line.")
+    return prompts
+
+
+def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, chat_template: str | None, max_new_tokens: int) -> list[str]:
+    """Greedy answers to `prompts`. Every rank, with the same prompts; communicates in the model's forward.
+
+    Args:
+        model: partitioned, before or after `deepspeed.initialize` (the inner model, not the engine).
+        max_new_tokens: tokens an answer at most.
+    """
+    import torch
+
+    template = choose_template(chat_template, tokenizer)
+    texts = [template.prompt(each) for each in prompts]
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=template.adds_special_tokens)
+    finally:
+        tokenizer.padding_side = side
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=batch["input_ids"].to(model.device),
+            attention_mask=batch["attention_mask"].to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=True,
+        )
+    model.train(training)
+    new = out[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -1,0 +1,233 @@
+"""The job: arguments → config → tokenizer → data → model → train → export.
+
+    deepspeed --num_gpus 8 -m zero_sft.train --model_name_or_path ... --data_path ...
+
+Every rank runs `main`. What is cheap and may be wrong comes first, so that bad input is found before the weights are read;
+every such stage ends in an agreement, so that all ranks leave with the same error, said once by rank 0. Training itself is
+TRL's `SFTTrainer` on the Hugging Face Trainer and DeepSpeed.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zero_sft import distributed
+from zero_sft import ds_config as ds_configs
+from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
+from zero_sft.console import open_console, quieten_transformers
+from zero_sft.data import dataset as data
+from zero_sft.distributed import World, agreed
+from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.launcher import launch_note
+
+logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
+
+LOGS = "logs"
+"""The folder inside the output folder with what is known about the run."""
+
+ANSWER_TOKENS = 96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the job works on, read and checked, before the weights are."""
+
+    config: Any
+    tokenizer: Any
+    training_data: data.Prepared
+    evaluation_data: data.Prepared | None
+    prompts: tuple[str, ...]
+    ds_config: Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; returns the exit status. Every rank."""
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv):
+        sys.stdout.write(help_text())
+        return 0
+    world = World()
+    try:
+        world = World.detect()
+        open_console(world)
+        run(parse(argv), world)
+    except ZeroSftError as error:
+        return distributed.leave_with(error, world)
+    return 0
+
+
+def run(parsed: Parsed, world: World) -> None:
+    """Fine-tune and export. Every rank; communicates.
+
+    Raises:
+        ZeroSftError: the same on every rank.
+    """
+    for note in (*parsed.notes, launch_note()):
+        if note:
+            logger.info(note)
+    distributed.connect(world)
+    quieten_transformers(world)
+    # Ranks that were started with different arguments would part ways in the middle of a collective.
+    distributed.agree_on(world, "arguments", _shown(parsed))
+    inputs = read_inputs(parsed, world)
+    with agreed(world, "setting up the trainer's arguments"):
+        arguments = build_training_arguments(parsed.training, inputs.ds_config)
+    model = _load(parsed, arguments, inputs)
+    _train_and_export(parsed, arguments, model, inputs, world)
+
+
+def read_inputs(parsed: Parsed, world: World) -> Inputs:
+    """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
+    from zero_sft.config import prepare_config
+    from zero_sft.export import require_writable
+    from zero_sft.samples import read_prompts
+    from zero_sft.tokenizer import load_tokenizer
+
+    training = parsed.training
+    with agreed(world, "checking the DeepSpeed config and the output folder"):
+        ds = ds_configs.load_ds_config(training["deepspeed"])
+        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
+        ds_configs.require_nvme(ds)
+        prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
+        if world.is_main:
+            require_writable(training["output_dir"])
+    name, length = parsed.model.model_name_or_path, training["model_max_length"]
+    hub = parsed.model.hub_options(training["cache_dir"])
+    logger.info("reading the config of %s", name)
+    config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
+    tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
+    with agreed(world, "preparing the data"):
+        train = _prepare(parsed, parsed.data.training_file, tokenizer)
+        size = training.get("per_device_train_batch_size", 8)
+        data.require_one_batch(train.report, world_size=world.world_size, per_device_batch_size=size)
+        held_out = parsed.data.evaluation_file
+        evaluation = None if held_out is None else _prepare(parsed, held_out, tokenizer)
+    return Inputs(
+        config=config,
+        tokenizer=tokenizer,
+        training_data=train,
+        evaluation_data=evaluation,
+        prompts=prompts,
+        ds_config=ds,
+    )
+
+
+def _prepare(parsed: Parsed, path: Path, tokenizer: Any) -> data.Prepared:
+    logger.info("preparing %s", path)
+    prepared = data.prepare(
+        path,
+        tokenizer,
+        chat_template=parsed.data.chat_template,
+        model_max_length=parsed.training["model_max_length"],
+        lazy=parsed.data.lazy_preprocess,
+    )
+    for line in prepared.report.lines():
+        logger.info("  %s", line)
+    return prepared
+
+
+def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
+    """The model, under the DeepSpeed config as the Trainer has completed it. Every rank; communicates."""
+    from transformers import set_seed
+
+    from zero_sft.pretrained import load_model
+
+    set_seed(arguments.seed)
+    logger.info("loading the model")
+    return load_model(
+        parsed.model.model_name_or_path,
+        ds_config=arguments.hf_deepspeed_config.config,
+        config=inputs.config,
+        dtype=parsed.model.dtype,
+        attn_implementation=parsed.model.attn_implementation,
+        loader=parsed.model.loader,
+        **parsed.model.hub_options(parsed.training["cache_dir"]),
+    )
+
+
+def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs, world: World) -> None:
+    from transformers.trainer_utils import set_seed
+    from trl import SFTTrainer
+
+    from zero_sft.export import save_pretrained
+
+    tokenizer, report = inputs.tokenizer, model.load_report
+    before = _answers(parsed, model, inputs)
+    set_seed(arguments.seed)
+    collator = data.PaddingCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        padding_side=tokenizer.padding_side,
+        multiple_of=arguments.pad_to_multiple_of,
+    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=inputs.training_data.dataset,
+            eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
+            processing_class=tokenizer,
+            data_collator=collator,
+        )
+    except (ValueError, TypeError, ImportError) as error:  # the same on every rank: it is about the arguments
+        raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
+    logger.info("training")
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    after = _answers(parsed, trainer.accelerator.unwrap_model(trainer.model_wrapped), inputs)
+    output = Path(arguments.output_dir)
+    logger.info("writing the model to %s", output)
+    model.config.use_cache = True  # switched off for training alone, as FastChat does
+    save_pretrained(trainer.model_wrapped, output, tokenizer=tokenizer)
+    answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
+    with agreed(world, "writing the logs"):
+        if world.is_main:
+            _write_logs(output, trainer.state.log_history, report.to_dict(), answers)
+            _say_results(output, trainer.state.log_history, answers)
+
+
+def _answers(parsed: Parsed, model: Any, inputs: Inputs) -> list[str]:
+    if not inputs.prompts:
+        return []
+    from zero_sft.samples import answer
+
+    logger.info("answering %d prompts", len(inputs.prompts))
+    template = parsed.data.chat_template
+    return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
+
+
+def _write_logs(output: Path, history: list, load_report: Mapping[str, Any], answers: list) -> None:
+    """What is known about the run: the trainer's log, the load report, the answers, the loss curve. Rank 0."""
+    from zero_sft.curves import plot_loss
+
+    logs = output / LOGS
+    logs.mkdir(exist_ok=True)
+    for name, content in (("history", history), ("load_report", load_report), ("answers", answers)):
+        if content:
+            (logs / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    plot_loss(history, logs / "loss.png")
+
+
+def _say_results(output: Path, history: list, answers: list) -> None:
+    for each in answers:
+        logger.info("prompt: %s\nbefore: %s\nafter:  %s", each["prompt"], each["before"], each["after"])
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    if len(losses) > 1:
+        logger.info(
+            "loss on held-out conversations: %.3f before, %.3f after (%+.0f %%)",
+            losses[0], losses[-1], 100 * (losses[-1] / losses[0] - 1),
+        )  # fmt: skip
+    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, output / LOGS / "loss.png", output / LOGS)
+
+
+def _shown(parsed: Parsed) -> dict[str, Any]:
+    """The arguments as they can be compared and shown: without the token."""
+    model = {key: value for key, value in dataclasses.asdict(parsed.model).items() if key != "token"}
+    return {**model, **dataclasses.asdict(parsed.data), **parsed.training}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
