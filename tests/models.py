@@ -11,7 +11,10 @@ _COMMON = {"vocab_size": 131, "num_hidden_layers": 2, "num_attention_heads": 3, 
 
 ARCHITECTURES = {
     "llama": ("LlamaConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1}),
-    "qwen2": ("Qwen2Config", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 3, "tie_word_embeddings": True}),
+    "qwen2": (
+        "Qwen2Config",
+        {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
     "qwen3": ("Qwen3Config", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 3, "head_dim": 10}),
     "opt": ("OPTConfig", {"hidden_size": 30, "ffn_dim": 53, "word_embed_proj_dim": 18, "do_layer_norm_before": True}),
     "gpt2": ("GPT2Config", {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64}),

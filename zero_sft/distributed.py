@@ -86,8 +86,8 @@ class World:
 class _Control:
     """The gloo group of this package and what has gone through it; made anew when the default group changes."""
 
-    group: dist.ProcessGroup | None = None
-    parent: dist.ProcessGroup | None = None
+    group: Any = None
+    parent: Any = None
     bytes_sent: int = 0
 
 

@@ -7,7 +7,7 @@ job that dies meanwhile leaves the target as it was.
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class _explained:
             ) from error
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The state dict's parameters and persistent buffers, a shared one once, under the name that it is loaded by."""
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -124,7 +124,7 @@ def _prepare(
         tokenizer.save_pretrained(draft)
 
 
-def _write_own(path: Path, file: FileLayout, tensors: dict[str, torch.Tensor], world: World) -> None:
+def _write_own(path: Path, file: FileLayout, tensors: Mapping[str, Any], world: World) -> None:
     """Write this rank's range of every tensor in one file; whole tensors are rank 0's."""
     handle = os.open(path, os.O_WRONLY)
     try:

@@ -20,7 +20,8 @@ from zero_sft.errors import ArgumentError, CheckpointError
 CODE = ("*.py",)
 CONFIG = ("config.json", "generation_config.json")
 WEIGHTS = (*CONFIG, "model*.safetensors", "model.safetensors.index.json")
-TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "tekken.json",
+TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+             "tekken.json",
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
     if any(found):
         absent = [rank for rank, each in enumerate(found) if not each]
         raise CheckpointError(
-            f"{name_or_path} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a file "
-            "system that all nodes share, or copy it to every node."
+            f"{name_or_path} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a "
+            "file system that all nodes share, or copy it to every node."
         )
     wanted = (*patterns, *CODE) if hub.trust_remote_code else patterns
     folder = None

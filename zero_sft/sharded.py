@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -36,7 +37,7 @@ class Draft:
     resolution: Resolution
     away: Mapping[str, str]
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str) -> Any:
         """The model's parameter or buffer of that name."""
         return self.model.get_parameter_or_buffer(name)
 

@@ -93,9 +93,10 @@ def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
 
 def read_generation_config(model: PreTrainedModel, request: Request) -> None:
     """Give the model the folder's generation settings, as `from_pretrained` does."""
-    if not model.can_generate() or not hasattr(model, "adjust_generation_fn"):
+    adjust: Any = getattr(model, "adjust_generation_fn", None)
+    if adjust is None or not model.can_generate():
         return
-    model.adjust_generation_fn(
+    adjust(
         None, False, None, str(request.folder), cache_dir=None, force_download=False, proxies=None, local_files_only=True,
         token=None, revision=None, subfolder="", trust_remote_code=request.trust_remote_code,
     )  # fmt: skip

@@ -6,6 +6,7 @@ partitioned again: about three times the model in traffic. Its account of unexpe
 
 import copy
 import time
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,10 +31,18 @@ def load_stock(request: Request, world: World, report: LoadReport) -> PreTrained
     if not internal("is_deepspeed_zero3_enabled")():
         hf_config = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(request.ds_config)))
     start = time.perf_counter()
-    optional = {} if request.attn_implementation is None else {"attn_implementation": request.attn_implementation}
-    model, info = cls.from_pretrained(
-        str(request.folder), config=config, dtype=request.dtype, local_files_only=True, output_loading_info=True, **optional
+    optional: dict[str, Any] = (
+        {} if request.attn_implementation is None else {"attn_implementation": request.attn_implementation}
     )
+    loaded: Any = cls.from_pretrained(
+        str(request.folder),
+        config=config,
+        dtype=request.dtype,
+        local_files_only=True,
+        output_loading_info=True,
+        **optional,
+    )
+    model, info = loaded
     report.seconds = time.perf_counter() - start
     report.missing = sorted(info["missing_keys"])
     report.parameters = sum(torch.Size(shards.full_shape(param)).numel() for param in model.parameters())

@@ -181,7 +181,8 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     output = Path(arguments.output_dir)
     logger.info("writing the model to %s", output)
     model.config.use_cache = True  # switched off for training alone, as FastChat does
-    save_pretrained(trainer.model_wrapped, output, tokenizer=tokenizer)
+    trained: Any = trainer.model_wrapped
+    save_pretrained(trained, output, tokenizer=tokenizer)
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
     with agreed(world, "writing the logs"):
         if world.is_main:

@@ -50,6 +50,9 @@ class TrainingArguments(SFTConfig):
         default=True,
         metadata={"help": "Keep few activations and compute them again in the backward pass: less memory, slower by a fifth."},
     )
+    log_level_replica: str = field(
+        default="error", metadata={"help": "What the ranks other than 0 say; rank 0 speaks for all."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes the columns it needs."})
     dataset_kwargs: dict[str, Any] | str | None = field(
         default_factory=lambda: {"skip_prepare_dataset": True}, metadata={"help": "The data comes prepared."}

@@ -15,7 +15,7 @@ from zero_sft.plan.partition import FlatRange
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """`numel` consecutive elements of a target, from `target_start`, are those of stored tensor `source` from `source_start`."""
+    """`numel` consecutive elements of a target, from `target_start`: those of stored tensor `source` from `source_start`."""
 
     target_start: int
     source: str

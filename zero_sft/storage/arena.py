@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from zero_sft.storage import accelerator
+
 ALIGNMENT_BYTES = 512
 PAGE_POLICIES = ("plain", "huge", "populate")
 _MAP_POPULATE = getattr(mmap, "MAP_POPULATE", 0)
@@ -50,9 +52,7 @@ def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool, p
     if device.type != "cpu" or numel == 0:
         return torch.zeros(numel, dtype=dtype, device=device)
     if pinned:
-        from deepspeed.accelerator import get_accelerator
-
-        return get_accelerator().pin_memory(torch.zeros(numel, dtype=dtype))
+        return accelerator.pinned(torch.zeros(numel, dtype=dtype))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_POPULATE if page_policy == "populate" else 0)
     memory = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)
     if page_policy == "huge" and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -15,6 +15,7 @@ import torch
 
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
+from zero_sft.storage.accelerator import bytes_view, pinned, recorded_event
 from zero_sft.storage.dtypes import TORCH_DTYPES
 
 STAGING_BYTES = 16 * 2**20
@@ -120,21 +121,13 @@ class _Worker:
         self._read(read, buffer, skip_bytes)
         part.copy_(buffer.view(dtype), non_blocking=on_device)
         if on_device:
-            from deepspeed.accelerator import get_accelerator
-
-            event = get_accelerator().Event()
-            event.record()
-            self._copied[self._turn] = event
+            self._copied[self._turn] = recorded_event()
         self._turn = 1 - self._turn
 
-    def _buffer(self, pinned: bool) -> torch.Tensor:
+    def _buffer(self, for_device: bool) -> torch.Tensor:
         while len(self._staging) <= self._turn:
             buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-            if pinned:
-                from deepspeed.accelerator import get_accelerator
-
-                buffer = get_accelerator().pin_memory(buffer)
-            self._staging.append(buffer)
+            self._staging.append(pinned(buffer) if for_device else buffer)
         event = self._copied[self._turn]
         if event is not None:
             event.synchronize()
@@ -142,7 +135,7 @@ class _Worker:
 
     def _read(self, read: Read, into: torch.Tensor, skip_bytes: int) -> None:
         """Fill the byte tensor `into` from `skip_bytes` into `read`."""
-        view = memoryview(into.numpy())
+        view = bytes_view(into)
         position = 0
         while position < len(view):
             offset = read.offset_bytes + skip_bytes + position

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from zero_sft.storage.accelerator import bytes_view
+
 STAGING_BYTES = 16 * 2**20
 
 
@@ -17,7 +19,7 @@ def write_at(handle: int, path: Path, flat: torch.Tensor, offset_bytes: int) -> 
     step = STAGING_BYTES // flat.element_size()
     for start in range(0, flat.numel(), step):
         part = flat.detach().narrow(0, start, min(step, flat.numel() - start)).to("cpu").contiguous()
-        view = memoryview(part.view(torch.uint8).numpy())
+        view = bytes_view(part)
         position = 0
         while position < len(view):
             try:
