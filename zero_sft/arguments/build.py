@@ -32,7 +32,8 @@ def build_training_arguments(values: Mapping[str, Any], ds_config: Mapping[str, 
 
     from zero_sft.arguments.training import TrainingArguments
 
-    device = get_accelerator().device_name().partition(":")[0]
+    accelerator: Any = get_accelerator()
+    device = accelerator.device_name().partition(":")[0]
     fitted = fit_to_device(values, device)
     if fitted.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
         raise ArgumentError("--use_liger_kernel needs a package that isn't installed: pip install liger-kernel")

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from zero_sft.data.formats import ASSISTANT, SYSTEM, USER, Conversation
 from zero_sft.errors import DataError
 
@@ -74,7 +72,7 @@ class VicunaTemplate:
 class ModelTemplate:
     """The tokenizer's own chat template; `marks` are its tokens that may end a turn."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # PreTrainedTokenizerBase, whose stub hides methods behind a catch-all attribute
     marks: tuple[str, ...]
     name = MODEL
     adds_special_tokens = False  # chat templates write theirs themselves
@@ -164,7 +162,7 @@ def length_of_stop(ending: str, marks: tuple[str, ...]) -> int:
     return position - negative_length
 
 
-def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> VicunaTemplate | ModelTemplate:
+def choose_template(name: str | None, tokenizer: Any) -> VicunaTemplate | ModelTemplate:
     """The template called `name`; for None the tokenizer's own if it has one, else Vicuna's.
 
     Raises:
@@ -181,7 +179,7 @@ def choose_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Vic
     return ModelTemplate(tokenizer=tokenizer, marks=marks)
 
 
-def _vicuna_stop(tokenizer: PreTrainedTokenizerBase) -> str:
+def _vicuna_stop(tokenizer: Any) -> str:
     """ "</s>" where that is one token, else the model's own end token: three tokens that spell it would not stop anything."""
     if VICUNA_STOP in tokenizer.get_added_vocab():
         return VICUNA_STOP
