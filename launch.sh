@@ -25,6 +25,7 @@ Usage:
   sbatch [sbatch options] launch.sh [arguments of the job]
       On a SLURM cluster, one rank a GPU. The defaults are one node, 8 GPUs, 8 CPUs a rank and a day; override them
       before the script's name: sbatch --nodes=4 --gpus-per-node=4 --time=2:00:00 launch.sh ...
+      A job that stays pending for PartitionTimeLimit needs a smaller --time.
       Without GPUs: sbatch --gpus-per-node=0 --ntasks-per-node=<ranks> launch.sh ...
 
   ./launch.sh [arguments of the job]
@@ -207,21 +208,22 @@ slurm_gpus_per_node() {
 # Print the numbers in one of SLURM's lists, "64(x2),32" -> 64 and 32, each once, the smallest first.
 slurm_numbers() { tr ',' '\n' <<<"${1//\(*([^)])\)/}" | sort -nu; }
 
-# The job's layout: set nodes, gpus and ranks (a node), cpus (a rank). One rank a GPU, whatever number of tasks was asked
-# for; without GPUs one rank a task.
+# The job's layout: set nodes, gpus and ranks (a node), cpus (a rank). One rank a GPU, whatever number of tasks was
+# asked for; without GPUs one rank a task.
 plan_step() {
   local tasks
   nodes=$SLURM_JOB_NUM_NODES
   tasks=$(slurm_numbers "${SLURM_TASKS_PER_NODE:-1}")
   gpus=$(slurm_gpus_per_node)
+  : "${gpus:=${SLURM_GPUS_ON_NODE:-0}}"
   [[ $gpus =~ ^[0-9]+$ ]] ||
     die "the nodes of the job have different numbers of GPUs (${gpus//$'\n'/, }): ask for the same number on every" \
       "node with --gpus-per-node"
   ranks=$gpus
   if ((gpus == 0)); then
     [[ $tasks =~ ^[0-9]+$ ]] ||
-      die "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): ask for the same number on every" \
-        "node with --ntasks-per-node"
+      die "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): ask for the same number on" \
+        "every node with --ntasks-per-node"
     ranks=$tasks
   elif [[ $tasks != "$gpus" ]]; then
     note "${tasks//$'\n'/ or } tasks and $gpus GPUs on each node: starting one rank a GPU, $gpus a node"

@@ -30,12 +30,12 @@ PROMPTS = (
 )
 
 TRAINING = {
-    "num_train_epochs": 4,
+    "num_train_epochs": 1,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 5,
-    "learning_rate": 3e-4,
+    "learning_rate": 5e-4,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 4,
+    "warmup_steps": 2,
     "model_max_length": 256,
     "bf16": True,
     "activation_checkpointing": False,

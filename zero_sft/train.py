@@ -155,9 +155,11 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     from trl import SFTTrainer
 
     from zero_sft.export import save_pretrained
+    from zero_sft.zero import gather
 
     tokenizer, report = inputs.tokenizer, model.load_report
-    before = _answers(parsed, model, inputs)
+    with gather.whole_model(model):
+        before = _answers(parsed, model, inputs)
     set_seed(arguments.seed)
     collator = data.PaddingCollator(
         pad_token_id=tokenizer.pad_token_id,
@@ -177,7 +179,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
         raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
     logger.info("training")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    after = _answers(parsed, trainer.accelerator.unwrap_model(trainer.model_wrapped), inputs)
+    after = _answers_of_engine(parsed, trainer, inputs)
     output = Path(arguments.output_dir)
     logger.info("writing the model to %s", output)
     model.config.use_cache = True  # switched off for training alone, as FastChat does
@@ -198,6 +200,19 @@ def _answers(parsed: Parsed, model: Any, inputs: Inputs) -> list[str]:
     logger.info("answering %d prompts", len(inputs.prompts))
     template = parsed.data.chat_template
     return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
+
+
+def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: Inputs) -> list[str]:
+    """After the training: a small model is gathered once for all tokens, a large one module by module for each."""
+    if not inputs.prompts:
+        return []
+    from trl.models.utils import unwrap_model_for_generation
+
+    from zero_sft.zero import gather
+
+    whole = gather.is_small(trainer.model)
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=whole) as model:
+        return _answers(parsed, model, inputs)
 
 
 def _write_logs(output: Path, history: list, load_report: Mapping[str, Any], answers: list) -> None:

@@ -10,12 +10,15 @@ For inference only: what a backward pass would need is gone by then. All ranks m
 # DeepSpeed hangs its state on parameters as attributes that no stub knows.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
+import contextlib
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import nn
 
 from zero_sft.zero import shards
@@ -80,6 +83,25 @@ def _stand_down_for_engines() -> None:
 
     setup_zero_stage3_hooks.stands_down_for_engines = True  # type: ignore[attr-defined]
     DeepSpeedZeRoOffload.setup_zero_stage3_hooks = setup_zero_stage3_hooks
+
+
+SMALL_BYTES = 2 * 2**30
+"""A model up to this size may stand whole on every rank for a while."""
+
+
+def is_small(model: nn.Module) -> bool:
+    """True if the whole model takes at most `SMALL_BYTES`."""
+    return sum(math.prod(shards.full_shape(param)) * param.element_size() for param in model.parameters()) <= SMALL_BYTES
+
+
+@contextlib.contextmanager
+def whole_model(model: nn.Module) -> Iterator[None]:
+    """Keep a small model gathered, so that many forwards in a row gather once; a large one is left as it is. Every rank."""
+    if not is_small(model):
+        yield
+        return
+    with GatheredParameters(list(model.parameters())):
+        yield
 
 
 def whole(param: nn.Parameter) -> torch.Tensor:
