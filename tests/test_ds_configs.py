@@ -1,0 +1,273 @@
+"""DeepSpeed configs: the shipped files, what DeepSpeed and docs/configs.md know of their keys, and `zero_sft.ds_config`."""
+
+import copy
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
+
+from zero_sft.ds_config import concrete, engine_dtype, hpz_size, load_ds_config, require_nvme, shipped_names
+from zero_sft.errors import ConfigError
+from zero_sft.shipped import shipped
+
+NAMES = ("zero3", "zero3_nvme", "zero3_offload", "zero3_zeropp")
+DOCUMENT = Path(__file__).parents[1] / "docs" / "configs.md"
+OFFLOAD = {"offload_param": DeepSpeedZeroOffloadParamConfig, "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig}
+STAGE3 = {"zero_optimization": {"stage": 3}}
+
+
+def with_zero(**settings):
+    """A stage 3 config with these settings in its `zero_optimization`."""
+    return {"zero_optimization": {"stage": 3, **settings}}
+
+
+def keys_of(value):
+    """Every key of a config, those of its sections included."""
+    if not isinstance(value, dict):
+        return set()
+    return set(value).union(*map(keys_of, value.values()))
+
+
+def values_of(value):
+    """Every value of a config that is no section."""
+    return [each for part in value.values() for each in values_of(part)] if isinstance(value, dict) else [value]
+
+
+def fields_of(model):
+    """The keys that a DeepSpeed config class takes from a file."""
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+# The shipped files.
+
+
+def test_the_shipped_names():
+    assert tuple(shipped_names()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_file_parses_and_loads_by_name(name):
+    written = json.loads(shipped("ds_configs", f"{name}.json").read_text(encoding="utf-8"))
+    assert written["zero_optimization"]["stage"] == 3
+    assert load_ds_config(name) == written
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepspeed_knows_every_key_of_zero_optimization(name):
+    zero = load_ds_config(name)["zero_optimization"]
+    assert set(zero) <= fields_of(DeepSpeedZeroConfig)
+    for section, model in OFFLOAD.items():
+        assert set(zero.get(section, {})) <= fields_of(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deepspeed_accepts_the_file_without_auto(name):
+    zero = concrete(load_ds_config(name), "bfloat16", local_world_size=4, world_size=8)["zero_optimization"]
+    accepted = DeepSpeedZeroConfig(**zero)
+    assert accepted.stage == 3
+    assert accepted.zero_hpz_partition_size == (4 if name == "zero3_zeropp" else 1)
+    device = {"zero3_nvme": "nvme", "zero3_offload": "cpu"}.get(name)
+    for offload in (accepted.offload_param, accepted.offload_optimizer):
+        assert (None if offload is None else offload.device) == device
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_explains_every_key(name):
+    quoted = set(re.findall(r"`([^`\n]+)`", DOCUMENT.read_text(encoding="utf-8")))
+    assert keys_of(load_ds_config(name)) - quoted == set()
+    assert name in quoted
+
+
+@pytest.mark.parametrize("name", ["zero3_nvme", "zero3_offload"])
+def test_offload_takes_the_trainers_optimizer(name):
+    config = load_ds_config(name)
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert "optimizer" not in config
+
+
+# Sources.
+
+
+def test_a_dict_is_copied():
+    config = with_zero(offload_param={"device": "cpu"})
+    loaded = load_ds_config(config)
+    loaded["zero_optimization"]["offload_param"]["device"] = "none"
+    assert config == with_zero(offload_param={"device": "cpu"})
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path(tmp_path, kind):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(STAGE3))
+    assert load_ds_config(kind(path)) == STAGE3
+
+
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.json").write_text(json.dumps(STAGE3))
+    assert load_ds_config("~/mine.json") == STAGE3
+
+
+def test_a_shipped_name_goes_before_a_file(tmp_path, monkeypatch):
+    (tmp_path / "zero3").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert "bf16" in load_ds_config("zero3")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"stage: 3", b"\xff\xfe\x00"])
+def test_not_json(tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is not JSON")):
+        load_ds_config(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "stage"),
+    [
+        ({}, "None"),
+        ({"zero_optimization": None}, "None"),
+        ({"zero_optimization": {}}, "None"),
+        ({"zero_optimization": {"stage": 2}}, "2"),
+        ({"zero_optimization": {"stage": "3"}}, "'3'"),
+        ([STAGE3], "None"),
+    ],
+)
+def test_not_stage_3(tmp_path, config, stage):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"not a ZeRO stage 3 config: zero_optimization.stage is {stage}") as caught:
+        load_ds_config(path)
+    assert str(path) in str(caught.value)
+    assert ", ".join(NAMES) in str(caught.value)
+
+
+def test_a_dict_of_another_stage():
+    with pytest.raises(ConfigError, match="^ds_config is not a ZeRO stage 3 config"):
+        load_ds_config({"zero_optimization": {"stage": 1}})
+
+
+def test_an_unknown_name_is_answered_with_the_shipped_ones(tmp_path):
+    for source in ("zero4", "zero3.jsn", str(tmp_path)):
+        with pytest.raises(ConfigError, match="neither a file nor a shipped name") as caught:
+            load_ds_config(source)
+        assert repr(source) in str(caught.value)
+        assert ", ".join(NAMES) in str(caught.value)
+
+
+# Values.
+
+
+@pytest.mark.parametrize(
+    ("bf16", "fp16", "wanted", "dtype"),
+    [
+        ("auto", "auto", "bfloat16", "bfloat16"),
+        ("auto", "auto", "float16", "float16"),
+        ("auto", "auto", "float32", "float32"),
+        (True, "auto", "float16", "bfloat16"),
+        ("auto", True, "bfloat16", "bfloat16"),
+        ("auto", True, "float32", "float16"),
+        (False, True, "bfloat16", "float16"),
+        (False, "auto", "bfloat16", "float32"),
+        (True, None, "float32", "bfloat16"),
+        (None, True, "float32", "float16"),
+        (None, "auto", "bfloat16", "float32"),
+        (None, None, "bfloat16", "float32"),
+        (False, False, "float16", "float32"),
+    ],
+)
+def test_the_engines_dtype(bf16, fp16, wanted, dtype):
+    sections = {"bf16": bf16, "fp16": fp16}
+    config = STAGE3 | {section: {"enabled": value} for section, value in sections.items() if value is not None}
+    assert engine_dtype(config, wanted) == dtype
+
+
+@pytest.mark.parametrize("section", [None, {}])
+def test_an_empty_dtype_section_is_off(section):
+    assert engine_dtype(STAGE3 | {"bf16": section}, "bfloat16") == "float32"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_concrete_leaves_no_auto(name):
+    config = load_ds_config(name)
+    before = copy.deepcopy(config)
+    result = concrete(config, "float16", local_world_size=2, world_size=4)
+    assert "auto" not in values_of(result)
+    assert result["train_micro_batch_size_per_gpu"] == 1
+    assert (result["bf16"], result["fp16"]) == ({"enabled": False}, {"enabled": True})
+    assert config == before
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu"])
+def test_concrete_keeps_a_batch_size(key):
+    assert concrete(STAGE3 | {key: 16}, "float32", 1, 1) == STAGE3 | {key: 16}
+
+
+def test_concrete_adds_no_dtype_section():
+    assert concrete(STAGE3, "float32", 1, 1) == STAGE3 | {"train_micro_batch_size_per_gpu": 1}
+
+
+@pytest.mark.parametrize("settings", [{}, {"zero_hpz_partition_size": 1}])
+def test_hpz_is_off(settings):
+    assert hpz_size(with_zero(**settings), local_world_size=8, world_size=16) == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "world", "result"),
+    [("auto", 8, 16, 8), ("auto", 1, 4, 1), ("auto", 4, 4, 4), (2, 8, 16, 2), (16, 8, 16, 16)],
+)
+def test_hpz_size(size, local, world, result):
+    assert hpz_size(with_zero(zero_hpz_partition_size=size), local, world) == {"zero_hpz_partition_size": result}
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "world"),
+    [(3, 8, 16), (32, 8, 16), (0, 8, 16), (-8, 8, 16), (8.0, 8, 16), ("8", 8, 16), (None, 8, 16), ("auto", 3, 8)],
+)
+def test_hpz_size_that_does_not_fit(size, local, world):
+    config = with_zero(zero_hpz_partition_size=size)
+    with pytest.raises(ConfigError, match=f"does not divide {world} ranks") as caught:
+        hpz_size(config, local, world)
+    assert f"(here {local})" in str(caught.value)
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size"):
+        concrete(config, "float32", local, world)
+
+
+# The NVMe folder.
+
+
+@pytest.mark.parametrize("section", OFFLOAD)
+def test_nvme_folder(tmp_path, section):
+    require_nvme(with_zero(**{section: {"device": "nvme", "nvme_path": str(tmp_path)}}))
+
+
+@pytest.mark.parametrize("section", OFFLOAD)
+@pytest.mark.parametrize("path", ["missing", "", None])
+def test_nvme_folder_that_is_missing(tmp_path, section, path):
+    path = str(tmp_path / path) if path else path
+    with pytest.raises(ConfigError, match="no folder that can be written here") as caught:
+        require_nvme(with_zero(**{section: {"device": "nvme", "nvme_path": path}}))
+    assert f"zero_optimization.{section}.nvme_path is {path!r}" in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+def test_nvme_folder_that_is_not_named():
+    with pytest.raises(ConfigError, match="nvme_path is None"):
+        require_nvme(with_zero(offload_optimizer={"device": "nvme"}))
+
+
+def test_the_shipped_nvme_config_with_a_folder_of_ones_own(tmp_path):
+    config = load_ds_config("zero3_nvme")
+    for section in OFFLOAD:
+        config["zero_optimization"][section]["nvme_path"] = str(tmp_path)
+    require_nvme(config)
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero3_zeropp"])
+def test_no_nvme_no_folder(name):
+    require_nvme(load_ds_config(name))
+    require_nvme(with_zero(offload_param=None, offload_optimizer={"device": "cpu", "nvme_path": "missing"}))

@@ -1,0 +1,165 @@
+"""The job from its arguments to its export on CPU ranks, and bad input: one message, every rank out with a non-zero status."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tests.data import tiny
+
+CHAT = [
+    {
+        "id": str(i),
+        "conversations": [{"from": "human", "value": f"What is {i}?"}, {"from": "gpt", "value": f"{i} is a number."}],
+    }
+    for i in range(16)
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    tokenizer = tiny.byte_tokenizer(tiny.CHATML)
+    folder = models.save_tiny(
+        "llama", tmp_path / "model", vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "data.json").write_text(json.dumps(CHAT))
+    return folder
+
+
+def job(folder, **changes):
+    """The command line of a run of three steps."""
+    arguments = {
+        "model_name_or_path": folder / "model", "data_path": folder / "data.json", "output_dir": folder / "out",
+        "max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1, "learning_rate": 0.01,
+    }  # fmt: skip
+    arguments.update(changes)
+    return [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.world_size(2, timeout_s=200)
+def test_from_arguments_to_export(model, tmp_path):
+    from transformers import AutoTokenizer
+
+    from zero_sft import train
+
+    prompts = tmp_path / "prompts.json"
+    if not prompts.exists():
+        prompts.write_text('["What is 99?"]')
+    status = train.main(job(tmp_path, sample_prompts=prompts, eval_data_path=tmp_path / "data.json", eval_on_start=True))
+    assert status == 0
+    out = tmp_path / "out"
+    assert (out / "logs" / "loss.png").stat().st_size > 1000
+    history = json.loads((out / "logs" / "history.json").read_text())
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 3
+    report = json.loads((out / "logs" / "load_report.json").read_text())
+    assert report["loader"] == "sharded"
+    assert report["missing"] == []
+    assert len(json.loads((out / "logs" / "answers.json").read_text())) == 1
+    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(out)!r}); print('plain')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert "plain" in done.stdout, done.stderr
+    assert json.loads((out / "config.json").read_text())["use_cache"] is True
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+BAD = {
+    "no such folder": ({"model_name_or_path": "/nowhere/model"}, "no such folder: /nowhere/model"),
+    "unknown argument": ({"learning_rat": 1}, "learning_rate"),
+    "not stage 3": ({"deepspeed": '{"zero_optimization": {"stage": 2}}'}, "stage 3"),
+    "no such config": ({"deepspeed": "zero4"}, "zero3_offload"),
+    "no data": ({"data_path": "/nowhere.json"}, "/nowhere.json"),
+    "not JSON": ({"data_path": "{tmp}/broken.json"}, "broken.json"),
+    "empty data": ({"data_path": "{tmp}/empty.json"}, "empty.json"),
+    "unknown role": ({"data_path": "{tmp}/roles.json"}, "roles.json"),
+    "no conversations": ({"data_path": "{tmp}/fields.json"}, "conversations"),
+    "too little data": ({"per_device_train_batch_size": 32}, "one batch needs 64"),
+    "unwritable output": ({"output_dir": "{tmp}/data.json/out"}, "can't be written"),
+    "fsdp": ({"fsdp": "full_shard"}, "fsdp"),
+    "truncated weights": ({"model_name_or_path": "{tmp}/truncated"}, "truncated or corrupt"),
+    "context of a table": ({"model_name_or_path": "{tmp}/opt", "model_max_length": 4096}, "model_max_length"),
+}
+
+
+@pytest.fixture
+def material(model, tmp_path):
+    """Files with one fault each."""
+    (tmp_path / "broken.json").write_text('[{"id": ')
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "fields.json").write_text('[{"id": "1", "text": "x"}]')
+    roles = [{"id": "1", "conversations": [{"from": "alien", "value": "x"}]}]
+    (tmp_path / "roles.json").write_text(json.dumps(roles))
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    for path in model.iterdir():
+        data = path.read_bytes()
+        (truncated / path.name).write_bytes(data[:-9] if path.name.startswith("model-00001") else data)
+    models.save_tiny("opt", tmp_path / "opt")
+    return tmp_path
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_input_is_one_message_and_a_non_zero_status(material, fault):
+    import torch.distributed as dist
+
+    from zero_sft import train
+
+    changes, message = BAD[fault]
+    changes = {name: str(value).replace("{tmp}", str(material)) for name, value in changes.items()}
+    before = sorted(path.name for path in material.iterdir())
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = train.main(job(material, **changes))
+    assert status != 0
+    if dist.get_rank() == 0:
+        assert message in said.getvalue()
+        assert said.getvalue().count("error:") == 1
+    else:
+        assert "error" not in said.getvalue()
+    dist.barrier()
+    after = sorted(path.name for path in material.iterdir() if path.name != "out")
+    assert after == before
+    assert not list((material / "out").glob("*")) if (material / "out").exists() else True
+
+
+def launch(folder, *words, ranks=2, timeout_s=150):
+    """Through the real launcher; returns (status, output, seconds)."""
+    port = 20000 + os.getpid() % 20000
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port),
+        "--module", "zero_sft.train", *words,
+    ]  # fmt: skip
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output, time.monotonic() - start
+
+
+def test_the_launcher_passes_the_failure_on(model, tmp_path):
+    status, output, _ = launch(tmp_path, *job(tmp_path, data_path="/nowhere.json"))
+    assert status != 0
+    assert output.count("error: ") == 1
+    assert "/nowhere.json" in output
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer*_{20000 + os.getpid() % 20000}_*"))
+
+
+@pytest.mark.slow
+def test_eight_ranks_run_to_the_export(model, tmp_path):
+    status, output, _ = launch(tmp_path, *job(tmp_path, per_device_train_batch_size=1), ranks=8, timeout_s=280)
+    assert status == 0, output[-3000:]
+    assert (tmp_path / "out" / "model.safetensors").exists()
