@@ -147,7 +147,7 @@ def test_not_stage_3(tmp_path, config, stage):
 
 
 def test_a_dict_of_another_stage():
-    with pytest.raises(ConfigError, match="^ds_config is not a ZeRO stage 3 config"):
+    with pytest.raises(ConfigError, match=r"^ds_config is not a ZeRO stage 3 config"):
         load_ds_config({"zero_optimization": {"stage": 1}})
 
 

@@ -163,3 +163,23 @@ def test_eight_ranks_run_to_the_export(model, tmp_path):
     status, output, _ = launch(tmp_path, *job(tmp_path, per_device_train_batch_size=1), ranks=8, timeout_s=280)
     assert status == 0, output[-3000:]
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.world_size(2, timeout_s=500)
+@pytest.mark.parametrize("name", ["zero3_offload", "zero3_zeropp", "zero3_nvme"])
+def test_each_shipped_config_starts(model, tmp_path, name):
+    """Trains a step and exports; NVMe's with a folder and buffers that fit a test."""
+    from zero_sft import train
+    from zero_sft.shipped import shipped
+
+    config = name
+    if name == "zero3_nvme":
+        if not pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder().is_compatible():
+            pytest.skip("libaio's development files are not installed")
+        values = json.loads(shipped("ds_configs", "zero3_nvme.json").read_text())
+        for section in ("offload_param", "offload_optimizer"):
+            values["zero_optimization"][section]["nvme_path"] = str(tmp_path)
+        values["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000
+        config = json.dumps(values)
+    assert train.main(job(tmp_path, deepspeed=config, max_steps=1)) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -31,7 +31,8 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     else:
         path = _path_of(str(source))
         config, where = _read_json(path), str(path)
-    stage = (config.get("zero_optimization") or {}).get("stage") if isinstance(config, dict) else None
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage != 3:
         raise ConfigError(
             f"{where} is not a ZeRO stage 3 config: zero_optimization.stage is {stage!r}. Set it to 3, or use a shipped one: "
@@ -86,7 +87,7 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
     result = _without_auto(config)
     for section, name in DTYPE_NAMES.items():
         if section in config:
-            result[section] = {**result.get(section, {}), "enabled": dtype == name}
+            result[section] = {**(result.get(section) or {}), "enabled": dtype == name}
     result["zero_optimization"].update(hpz_size(config, local_world_size, world_size))
     if not any(key in result for key in ("train_batch_size", "train_micro_batch_size_per_gpu")):
         result["train_micro_batch_size_per_gpu"] = 1
@@ -103,12 +104,17 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
     if size == 1:
         return {}
     size = local_world_size if size == "auto" else size
-    if not isinstance(size, int) or size < 1 or size > world_size or world_size % size:
+    if type(size) is not int or not 1 <= size <= world_size or world_size % size or _across_nodes(size, local_world_size):
         raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size is {size!r}, which does not divide {world_size} ranks. Set it to the "
-            f'ranks per node (here {local_world_size}) or to "auto".'
+            f"zero_optimization.zero_hpz_partition_size is {size!r}, which does not divide {world_size} ranks, {local_world_size} "
+            f'on each node. Set it to the ranks per node (here {local_world_size}) or to "auto".'
         )
     return {"zero_hpz_partition_size": size}
+
+
+def _across_nodes(size: int, local_world_size: int) -> bool:
+    """True if a group of consecutive ranks would share some nodes with another: 3 ranks a group, 8 a node."""
+    return bool(size % local_world_size and local_world_size % size)
 
 
 def require_nvme(config: Mapping[str, Any]) -> None:
@@ -118,7 +124,7 @@ def require_nvme(config: Mapping[str, Any]) -> None:
         if offload.get("device") != "nvme":
             continue
         path = offload.get("nvme_path")
-        if not path or not os.access(path, os.W_OK):
+        if not path or not Path(path).is_dir() or not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"zero_optimization.{section}.nvme_path is {path!r}, which is no folder that can be written here. Copy "
                 "the config, set nvme_path to a folder on a local NVMe disk of every node, and name the copy with --deepspeed."
