@@ -106,8 +106,8 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
     size = local_world_size if size == "auto" else size
     if type(size) is not int or not 1 <= size <= world_size or world_size % size or _across_nodes(size, local_world_size):
         raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size is {size!r}, which does not divide {world_size} ranks, {local_world_size} "
-            f'on each node. Set it to the ranks per node (here {local_world_size}) or to "auto".'
+            f"zero_optimization.zero_hpz_partition_size is {size!r}, which does not divide {world_size} ranks, "
+            f'{local_world_size} on each node. Set it to the ranks per node (here {local_world_size}) or to "auto".'
         )
     return {"zero_hpz_partition_size": size}
 
