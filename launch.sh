@@ -61,7 +61,7 @@ die() {
 
 note() { echo "launch.sh: $*" >&2; }
 
-is_one_of() { [[ $2 =~ [[:space:]]"$1"[[:space:]] ]]; } # NAME LIST
+is_one_of() { [[ -n $1 && $2 =~ [[:space:]]"$1"[[:space:]] ]]; } # NAME LIST
 
 long_name() {
   case $1 in
@@ -112,10 +112,14 @@ split_arguments() {
 }
 
 # Set project to the folder that holds the package, or to nothing where it must be installed. SLURM runs a copy of this
-# script from its spool folder, so the script's own folder is not always the project's.
+# script from its spool folder, so the script's own folder is not always the project's; SLURM knows the original's path.
 find_project() {
-  local folder
-  for folder in "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" "${SLURM_SUBMIT_DIR:-}"; do
+  local folder own submitted=
+  own=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+  if [[ -n ${SLURM_JOB_ID:-} && ! -f $own/zero_sft/__init__.py ]]; then
+    submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/[^/ ]*.*|\1|p')
+  fi
+  for folder in "$own" "$submitted" "${SLURM_SUBMIT_DIR:-}"; do
     if [[ -n $folder && -f $folder/zero_sft/__init__.py ]]; then
       project=$folder
       export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # the ranks start in the caller's folder, not in this one
@@ -147,6 +151,7 @@ count_gpus() {
   if ((count > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
     count=${#visible[@]}
+    [[ ${visible[0]:-} != -* ]] || count=0 # CUDA shows the GPUs before the first number that is none: "-1" hides all
   fi
   echo "$count"
 }
@@ -176,6 +181,8 @@ run_here() {
     [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "ZERO_SFT_CPU_RANKS=$ranks is not a number of ranks"
     note "no GPU found: starting $ranks CPU ranks"
     launcher_options+=(--num_gpus "$ranks")
+    # Hidden GPUs stay hidden: the launcher sets CUDA_VISIBLE_DEVICES anew for its ranks, 0,1 for two.
+    [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   fi
   [[ -n ${given[--master_port]:-} ]] || launcher_options+=(--master_port "$(free_port)")
   # Unset, every rank would start a thread for each core of the machine.
@@ -226,7 +233,7 @@ plan_step() {
         "every node with --ntasks-per-node"
     ranks=$tasks
   elif [[ $tasks != "$gpus" ]]; then
-    note "${tasks//$'\n'/ or } tasks and $gpus GPUs on each node: starting one rank a GPU, $gpus a node"
+    note "tasks per node: ${tasks//$'\n'/ or }, GPUs per node: $gpus; starting one rank a GPU"
   fi
   cpus=$(slurm_numbers "$SLURM_JOB_CPUS_PER_NODE" | sed -n 1p)
   ((cpus >= ranks)) ||

@@ -89,6 +89,20 @@ def test_offload_takes_the_trainers_optimizer(name):
     assert "optimizer" not in config
 
 
+def test_nvme_keeps_no_parameter_between_uses():
+    """DeepSpeed 0.19.8 runs out of buffers, or assigns one twice, if parameters on NVMe stay gathered."""
+    zero = load_ds_config("zero3_nvme")["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 0
+    assert not {"pipeline_read", "pipeline_write"} & set(zero["offload_optimizer"])
+
+
+def test_deepspeed_reads_every_key_of_aio():
+    """It takes no notice of others: there is no class that would refuse them."""
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+
+    assert set(load_ds_config("zero3_nvme")["aio"]) <= set(AIO_DEFAULT_DICT)
+
+
 # Sources.
 
 

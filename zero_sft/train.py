@@ -236,7 +236,9 @@ def _say_results(output: Path, history: list, answers: list) -> None:
             "loss on held-out conversations: %.3f before, %.3f after (%+.0f %%)",
             losses[0], losses[-1], 100 * (losses[-1] / losses[0] - 1),
         )  # fmt: skip
-    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, output / LOGS / "loss.png", output / LOGS)
+    curve = output / LOGS / "loss.png"
+    drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
+    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)
 
 
 def _shown(parsed: Parsed) -> dict[str, Any]:
