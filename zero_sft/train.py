@@ -75,6 +75,8 @@ def run(parsed: Parsed, world: World) -> None:
     # Ranks that were started with different arguments would part ways in the middle of a collective.
     distributed.agree_on(world, "arguments", _shown(parsed))
     inputs = read_inputs(parsed, world)
+    if _offloads_optimizer(inputs.ds_config) and parsed.training["optim"] == "adamw_torch":
+        logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
     with agreed(world, "setting up the trainer's arguments"):
         arguments = build_training_arguments(parsed.training, inputs.ds_config)
     model = _load(parsed, arguments, inputs)
@@ -158,8 +160,10 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     from zero_sft.zero import gather
 
     tokenizer, report = inputs.tokenizer, model.load_report
-    with gather.whole_model(model):
-        before = _answers(parsed, model, inputs)
+    before = []
+    if inputs.prompts:
+        with gather.whole_model(model):
+            before = _answers(parsed, model, inputs)
     set_seed(arguments.seed)
     collator = data.PaddingCollator(
         pad_token_id=tokenizer.pad_token_id,
@@ -190,11 +194,10 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
         if world.is_main:
             _write_logs(output, trainer.state.log_history, report.to_dict(), answers)
             _say_results(output, trainer.state.log_history, answers)
+    trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
 
 
 def _answers(parsed: Parsed, model: Any, inputs: Inputs) -> list[str]:
-    if not inputs.prompts:
-        return []
     from zero_sft.samples import answer
 
     logger.info("answering %d prompts", len(inputs.prompts))
@@ -239,6 +242,11 @@ def _say_results(output: Path, history: list, answers: list) -> None:
     curve = output / LOGS / "loss.png"
     drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)
+
+
+def _offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def _shown(parsed: Parsed) -> dict[str, Any]:

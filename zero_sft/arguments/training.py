@@ -53,6 +53,9 @@ class TrainingArguments(SFTConfig):
     log_level_replica: str = field(
         default="error", metadata={"help": "What the ranks other than 0 say; rank 0 speaks for all."}
     )
+    log_on_each_node: bool = field(
+        default=False, metadata={"help": "Let the first rank of every node print the metrics, not only rank 0."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator takes the columns it needs."})
     dataset_kwargs: dict[str, Any] | str | None = field(
         default_factory=lambda: {"skip_prepare_dataset": True}, metadata={"help": "The data comes prepared."}

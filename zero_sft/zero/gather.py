@@ -90,7 +90,9 @@ SMALL_BYTES = 2 * 2**30
 
 
 def is_small(model: nn.Module) -> bool:
-    """True if the whole model takes at most `SMALL_BYTES`."""
+    """True if the whole model takes at most `SMALL_BYTES`, and no parameter has to pass DeepSpeed's few NVMe swap buffers."""
+    if any(getattr(param, "nvme_swapper", None) is not None for param in model.parameters()):
+        return False
     return sum(math.prod(shards.full_shape(param)) * param.element_size() for param in model.parameters()) <= SMALL_BYTES
 
 
