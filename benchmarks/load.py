@@ -89,13 +89,15 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
 
 
 def _touch_the_imports() -> None:
-    """What every way would import on first use counts for none."""
+    """What every way would import, or transformers build once a process, on first use counts for none."""
     import deepspeed.runtime.zero.stage3
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     import zero_sft.pretrained  # noqa: F401
 
     assert deepspeed
+    get_checkpoint_conversion_mapping("llama")
 
 
 def bare_read(way: str, folder: Path, world) -> object:

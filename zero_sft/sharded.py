@@ -36,10 +36,11 @@ class Draft:
     index: CheckpointIndex
     resolution: Resolution
     away: Mapping[str, str]
+    tensors: Mapping[str, Any]  # the model's own parameters and buffers, by name
 
     def tensor(self, name: str) -> Any:
         """The model's parameter or buffer of that name."""
-        return self.model.get_parameter_or_buffer(name)
+        return self.tensors[name]
 
     def lacking(self) -> list[str]:
         """The names that the checkpoint does not fill and no tie provides."""
@@ -75,7 +76,8 @@ def _draft(model: PreTrainedModel, state: Mapping[str, torch.Tensor], index: Che
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     resolution = resolve(model, shapes, index.tensors)
     away = missing.tied_away(model.all_tied_weights_keys, resolution.sources)
-    draft = Draft(model=model, state=state, index=index, resolution=resolution, away=away)
+    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
+    draft = Draft(model=model, state=state, index=index, resolution=resolution, away=away, tensors=tensors)
     _require_fit(draft)
     return draft
 

@@ -17,6 +17,7 @@ from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
 from zero_sft.storage.accelerator import bytes_view, pinned, recorded_event
 from zero_sft.storage.dtypes import TORCH_DTYPES
+from zero_sft.storage.pages import STEP_BYTES, make_present
 
 STAGING_BYTES = 16 * 2**20
 """One staging buffer. A reading thread has two of them where it stages at all."""
@@ -102,7 +103,7 @@ class _Worker:
         dtype = TORCH_DTYPES[read.dtype]
         destination = self._destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
         if destination.device.type == "cpu" and destination.dtype == dtype:
-            self._read(read, destination.view(torch.uint8), 0)
+            self._read_in_place(read, destination.view(torch.uint8))
             return
         step = STAGING_BYTES // dtype.itemsize
         for start in range(0, destination.numel(), step):
@@ -114,6 +115,12 @@ class _Worker:
         for event in self._copied:
             if event is not None:
                 event.synchronize()
+
+    def _read_in_place(self, read: Read, into: torch.Tensor) -> None:
+        for start in range(0, into.numel(), STEP_BYTES):
+            part = into.narrow(0, start, min(STEP_BYTES, into.numel() - start))
+            make_present(part)
+            self._read(read, part, start)
 
     def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
         on_device = part.device.type != "cpu"
