@@ -284,3 +284,31 @@ def test_code_of_the_model_needs_trust(llama):
     (llama / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match="trust_remote_code"):
         load(llama)
+
+
+@pytest.mark.world_size(2)
+def test_a_head_whose_class_is_a_mixin(llama):
+    """`LlamaForSequenceClassification` gets its `__init__` from a class that is no module."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(5)
+    reference = AutoModelForSequenceClassification.from_pretrained(llama, dtype=torch.bfloat16)
+    torch.manual_seed(5)
+    model = load(llama, model_class=AutoModelForSequenceClassification)
+    models.assert_equal(model, reference)
+    assert model.load_report.missing == ["score.weight"]
+
+
+@pytest.fixture
+def xlnet(tmp_path):
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    XLNetLMHeadModel(XLNetConfig(vocab_size=131, d_model=30, n_layer=2, n_head=3, d_inner=53)).save_pretrained(tmp_path / "x")
+    return tmp_path / "x"
+
+
+@pytest.mark.world_size(3)
+def test_parameters_that_ignore_the_meta_device(xlnet):
+    """XLNet makes some with `torch.FloatTensor`, on the CPU whatever the device."""
+    reference = models.plain(xlnet, torch.float32)
+    models.assert_equal(load(xlnet, bf16=False), reference)

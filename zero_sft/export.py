@@ -46,6 +46,9 @@ def save_pretrained(
     distributed.connect(world)
     inner: Any = getattr(model, "module", model)
     tensors = dict(_tensors(inner))
+    with agreed(world, f"checking {target}"):
+        if world.is_main and target.exists() and not target.is_dir():
+            raise ExportError(f"{target} is a file. Name a folder for the model.")
     files = lay_out(((n, STORED_DTYPES[t.dtype], shards.full_shape(t)) for n, t in tensors.items()), max_file_bytes)
     draft = target.parent / f".{target.name}.part"
     try:

@@ -64,11 +64,12 @@ def build(request: Request) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     if request.attn_implementation is not None:
         config._attn_implementation = request.attn_implementation
     set_dtype(config, request.dtype)
+    init = ShardedInit(dict(request.ds_config))
     contexts = (
         internal("local_torch_dtype")(request.dtype, cls.__name__),
         internal("no_tie_weights")(),
         internal("apply_patches")(),
-        ShardedInit(dict(request.ds_config)),
+        init,
         torch.device("meta"),
         internal("meta_device_safe_creation_ops")(),
     )
@@ -79,6 +80,7 @@ def build(request: Request) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         internal("patch_output_recorders")(model)
         state = model.state_dict()
         shapes = {name: torch.empty_like(tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
+    init.shard(model)
     return model, shapes
 
 

@@ -2,18 +2,17 @@
 
 `zero.Init` allocates every fresh parameter whole, broadcasts it from rank 0 and keeps a slice: one model of traffic for
 contents that a checkpoint replaces anyway. Here the model is built on the meta device, as plain `from_pretrained` builds it,
-so that modules see the shapes, dtypes and tied objects they would see there; when the outermost module is complete, each of
-its parameters becomes a ZeRO parameter in the partitioned state, whose shard is attached later (`shards.attach`). No
+so that modules see the shapes, dtypes and tied objects they would see there; when the model is complete, `shard` makes
+each of its parameters a ZeRO parameter in the partitioned state, whose shard is attached later (`shards.attach`). No
 allocation, no copy, no collective.
 
-The conversion waits for the outermost module, where `zero.Init` converts after each one: models that write to a child's
+The conversion waits for the whole model, where `zero.Init` converts after each one: models that write to a child's
 weight in their own `__init__` (sinusoidal positions, weight norm) then find it whole.
 """
 
 # DeepSpeed hangs its state on parameters as attributes that no stub knows.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -38,27 +37,17 @@ class ShardedInit(Init):
         hpz = ds_config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
         group = groups._get_zero_param_intra_parallel_group() if hpz else None
         super().__init__(config_dict_or_path=ds_config, tensor_overrides=[], zero_param_parallel_group=group)
-        self._outermost: nn.Module | None = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        outcome = super().__exit__(kind, error, trace)
-        model, self._outermost = self._outermost, None
-        if kind is None and model is not None:
-            for param in model.parameters():
-                self._zero_init_param(param)
-        return outcome
+    def shard(self, model: nn.Module) -> None:
+        """Make every parameter of a model that was built in this context a ZeRO parameter, with no shard yet."""
+        for param in list(model.parameters()):
+            self._make_hollow(param)
 
     def _post_init_method(self, module: nn.Module) -> None:
-        """DeepSpeed calls this when a module's `__init__` has returned; the outermost one's returns last."""
-        self._outermost = module
+        """DeepSpeed calls this when a module's `__init__` has returned, and would partition its parameters then."""
 
-    def _zero_init_param(self, param: nn.Parameter) -> None:
-        """Make `param` a ZeRO parameter. On meta: partitioned from the start, with no shard yet."""
-        if not param.is_meta:
-            super()._zero_init_param(param)
-            return
+    def _make_hollow(self, param: nn.Parameter) -> None:
+        """Partitioned from the start: the shape stays known, the contents are given up."""
         self._convert_to_deepspeed_param(param)
         dtype = self.dtype if param.is_floating_point() else param.dtype
         hollow = nn.Parameter(torch.empty(0, dtype=dtype, device=self.local_device), requires_grad=param.requires_grad)
