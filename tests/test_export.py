@@ -116,7 +116,7 @@ def test_unwritable_is_found_before_the_training(tmp_path):
     with pytest.raises(ExportError, match="can't be written"):
         require_writable(tmp_path / "file" / "out")
     require_writable(tmp_path / "new" / "out")
-    assert os.listdir(tmp_path / "new" / "out") == []
+    assert os.listdir(tmp_path / "new") == []
 
 
 @pytest.mark.world_size(2)

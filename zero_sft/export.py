@@ -69,6 +69,7 @@ def save_pretrained(
 def require_writable(path: str | Path) -> None:
     """Raise `ExportError` now, rather than after the training, if the folder `path` can't be made or written. Rank 0."""
     target = Path(path)
+    existed = target.exists()
     with _explained(target):
         target.mkdir(parents=True, exist_ok=True)
         probe = target / ".writable"
@@ -77,6 +78,8 @@ def require_writable(path: str | Path) -> None:
         beside = target.parent / f".{target.name}.part"
         beside.mkdir(exist_ok=True)
         beside.rmdir()
+        if not existed:
+            target.rmdir()  # a run that fails now leaves nothing behind
 
 
 class _explained:

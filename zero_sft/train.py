@@ -70,6 +70,9 @@ def run(parsed: Parsed, world: World) -> None:
     for note in (*parsed.notes, launch_note()):
         if note:
             logger.info(note)
+    logger.info(
+        "joining %d ranks; the first run on a machine compiles DeepSpeed's CPU operators, up to a minute", world.world_size
+    )
     distributed.connect(world)
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.
