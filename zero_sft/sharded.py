@@ -125,8 +125,8 @@ def _finish(draft: Draft, request: Request, world: World, report: LoadReport) ->
     absent |= _equal_ties(draft, world)
     seed = distributed.exchange(world, torch.initial_seed())[0]
     with agreed(world, "initialising what the checkpoint lacks"):
-        filled = [name for name in draft.state if name not in draft.lacking()]
         lacking = {name: draft.tensor(name) for name in draft.lacking()}
+        filled = [name for name in draft.state if name not in lacking]
         params = {name: tensor for name, tensor in lacking.items() if shards.is_sharded(tensor)}
         missing.initialise(model, filled, params, device=model.device, seed=seed)
         info = transformers_internals.loading_info(absent, draft.resolution.unexpected)

@@ -9,7 +9,6 @@ merge or split tensors; a checkpoint that needs one is refused by name, not load
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from zero_sft.checkpoint.header import StoredTensor
@@ -34,10 +33,6 @@ class Resolution:
     sources: Mapping[str, str]
     unexpected: frozenset[str]
     mismatched: tuple[Mismatch, ...]
-
-    def missing(self, expected: Mapping[str, tuple[int, ...]]) -> set[str]:
-        """The model's names that nothing in the checkpoint fills."""
-        return set(expected) - set(self.sources)
 
 
 def resolve(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> Resolution:
@@ -67,11 +62,6 @@ def resolve(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], store
             _check_dtype(stored[name])
             sources.setdefault(renamed, name)
     return Resolution(sources=sources, unexpected=frozenset(unexpected), mismatched=tuple(mismatched))
-
-
-def state_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the state dict of a model that is still whole (on meta, say)."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
 
 
 def _needs_conversion(tensor: StoredTensor, target: str) -> str:

@@ -100,6 +100,7 @@ class _Worker:
         self._turn = 0
 
     def run(self, read: Read) -> None:
+        """Carry out one read: straight into place, or staged where it is cast or goes to a device."""
         dtype = TORCH_DTYPES[read.dtype]
         destination = self._destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
         if destination.device.type == "cpu" and destination.dtype == dtype:
