@@ -174,7 +174,14 @@ def test_missing_deepspeed_is_one_error_on_stderr_with_code_2(tmp_path, monkeypa
 
 def test_main_says_the_state(scripts, monkeypatch, capsys):
     monkeypatch.setattr(sys, "executable", str(scripts / "python"))
-    for action, said in (("status", "not enabled"), ("enable", "enabled"), ("disable", "not enabled")):
+    for action, said in (
+        ("status", "not enabled"),
+        ("enable", "enabled"),
+        ("status", "enabled"),
+        ("disable", "disabled"),
+        ("disable", "disabled"),
+        ("status", "not enabled"),
+    ):
         assert launcher.main([action]) == 0
         assert capsys.readouterr().out == said + "\n"
     with pytest.raises(SystemExit, match="2"):

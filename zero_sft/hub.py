@@ -1,13 +1,14 @@
 """From a model's name to a local folder: a path as it is, or a hub id, downloaded once per file system.
 
-After this step the rest of the package knows only folders: config, weights, generation config and tokenizer are read from
-one snapshot, so a revision that moves meanwhile can't mix two states. What is fetched is what a stage needs (`CONFIG`,
-`WEIGHTS`, `TOKENIZER`), so that ranks other than 0 never hold tokenizer files of their own making. The download itself is
-huggingface_hub's.
+After this step the rest of the package knows only folders. Rank 0 says which commit a branch stands for (`pin_revision`), and
+every rank and every stage takes that one, so a branch that moves meanwhile can't mix two states. What is fetched is what a
+stage needs (`CONFIG`, `WEIGHTS`, `TOKENIZER`), so that ranks other than 0 never hold tokenizer files of their own making. The
+download itself is huggingface_hub's.
 """
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ WEIGHTS = (*CONFIG, "model*.safetensors", "model.safetensors.index.json")
 TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
              "tekken.json",
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,24 @@ class HubOptions:
         return cls(**kwargs)
 
 
+def pin_revision(name_or_path: str, hub: HubOptions, world: World) -> HubOptions:
+    """`hub` with the commit that its revision stands for now; as it is for a local folder. Every rank; communicates.
+
+    Rank 0 decides. Where the hub can't be asked, the cache's own record of the branch counts.
+
+    Raises:
+        CheckpointError: no such folder, or the hub can't provide it.
+    """
+    if _COMMIT.fullmatch(hub.revision or "") or _everywhere_local(name_or_path, hub, world):
+        return hub
+    commit = ""
+    with distributed.agreed(world, f"fetching {name_or_path}", distributed.DOWNLOAD_TIMEOUT):
+        if world.is_main:
+            commit = _snapshot(name_or_path, hub, CONFIG, local_only=False).name
+    commit = distributed.broadcast_bytes(world, commit.encode() if world.is_main else None).decode()
+    return dataclasses.replace(hub, revision=commit) if _COMMIT.fullmatch(commit) else hub
+
+
 def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: tuple[str, ...]) -> Path:
     """The local folder of `name_or_path`. Every rank; communicates when it is a hub id.
 
@@ -61,18 +82,9 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
-    with distributed.agreed(world, f"looking for {name_or_path}"):
-        local = _local_folder(name_or_path, hub)
-    # A relative path and a hub id can look alike: where one rank sees a folder, all must.
-    found = distributed.exchange(world, local is not None)
-    if all(found):
-        return local or Path(name_or_path)
-    if any(found):
-        absent = [rank for rank, each in enumerate(found) if not each]
-        raise CheckpointError(
-            f"{name_or_path} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a "
-            "file system that all nodes share, or copy it to every node."
-        )
+    if _everywhere_local(name_or_path, hub, world):
+        return _local_folder(name_or_path, hub) or Path(name_or_path)
+    hub = pin_revision(name_or_path, hub, world)
     wanted = (*patterns, *CODE) if hub.trust_remote_code else patterns
     folder = None
     for turn in ("rank 0", "node leaders", "everyone"):
@@ -83,6 +95,20 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
     if folder is None:  # can't be: "everyone" has had its turn
         raise CheckpointError(f"{name_or_path} was not found")
     return _inside(folder, hub.subfolder)
+
+
+def _everywhere_local(name_or_path: str, hub: HubOptions, world: World) -> bool:
+    """True if every rank sees a folder of that name: a relative path and a hub id can look alike. Communicates."""
+    with distributed.agreed(world, f"looking for {name_or_path}"):
+        local = _local_folder(name_or_path, hub)
+    found = distributed.exchange(world, local is not None)
+    if any(found) and not all(found):
+        absent = [rank for rank, each in enumerate(found) if not each]
+        raise CheckpointError(
+            f"{name_or_path} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a "
+            "file system that all nodes share, or copy it to every node."
+        )
+    return all(found)
 
 
 def _local_folder(name_or_path: str, hub: HubOptions) -> Path | None:
@@ -131,9 +157,27 @@ def _snapshot(repo: str, hub: HubOptions, patterns: tuple[str, ...], *, local_on
     except HFValidationError as error:
         raise CheckpointError(f"{repo!r} is neither an existing folder nor a hub id ('org/model'): {error}") from error
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"can't get the model {repo!r} from the Hugging Face hub: {reason}\nIf this machine has no internet, download the "
-            "model elsewhere and name its local folder: --model_name_or_path /path/to/the/folder"
-        ) from error
+        raise CheckpointError(_unavailable(repo, hub, error)) from error
     return Path(found)
+
+
+def _unavailable(repo: str, hub: HubOptions, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return (
+            f"the model {repo!r} is gated: accept its terms on the hub, and give a token that may read it (--token, or the "
+            "environment variable HF_TOKEN)."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"the model {repo!r} has no revision {hub.revision!r}. Check --revision: a branch, a tag or a commit's hash."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"no local folder {repo!r}, and no such model on the Hugging Face hub, or it is private and needs a token (--token, "
+            "or HF_TOKEN). Check --model_name_or_path."
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"can't get the model {repo!r} from the Hugging Face hub: {reason}\nIf this machine has no internet, download the "
+        "model elsewhere and name its local folder: --model_name_or_path /path/to/the/folder"
+    )

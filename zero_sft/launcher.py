@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             enable()
         elif action == "disable":
             disable()
-        message = status().value
+        message = "disabled" if action == "disable" else status().value
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"zero_sft.launcher: {error}\n")
         return 2

@@ -18,7 +18,7 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.config import prepare_config
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import ArgumentError
-from zero_sft.hub import WEIGHTS, HubOptions, resolve_folder
+from zero_sft.hub import WEIGHTS, HubOptions, pin_revision, resolve_folder
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.sharded import load_sharded
@@ -49,6 +49,9 @@ def load_pretrained(
     """
     from zero_sft.tokenizer import load_tokenizer  # a model alone needs no tokenizer libraries
 
+    world = World.detect()
+    distributed.connect(world)
+    hub["revision"] = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub), world).revision
     config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
     model = load_model(
         model_name_or_path,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.data.templates import choose_template
+from zero_sft.data.text import read_text
 from zero_sft.errors import DataError
 
 
@@ -18,12 +19,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         DataError: no such file, or nothing in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}. Check --sample_prompts.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Check --sample_prompts.") from error
+    text = read_text(path, expected="a JSON list of prompts, or one prompt a line", argument="--sample_prompts")
     if text.lstrip().startswith("["):
         try:
             prompts = json.loads(text)

@@ -43,6 +43,7 @@ class Inputs:
     evaluation_data: data.Prepared | None
     prompts: tuple[str, ...]
     ds_config: Mapping[str, Any]
+    hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +91,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
     from zero_sft.config import prepare_config
     from zero_sft.export import require_writable
+    from zero_sft.hub import HubOptions, pin_revision
     from zero_sft.samples import read_prompts
     from zero_sft.tokenizer import load_tokenizer
 
@@ -102,8 +104,9 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         if world.is_main:
             require_writable(training["output_dir"])
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
-    hub = parsed.model.hub_options(training["cache_dir"])
     logger.info("reading the config of %s", name)
+    hub = parsed.model.hub_options(training["cache_dir"])
+    hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
     config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
     with agreed(world, "preparing the data"):
@@ -119,6 +122,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         evaluation_data=evaluation,
         prompts=prompts,
         ds_config=ds,
+        hub=hub,
     )
 
 
@@ -151,7 +155,7 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
         dtype=parsed.model.dtype,
         attn_implementation=parsed.model.attn_implementation,
         loader=parsed.model.loader,
-        **parsed.model.hub_options(parsed.training["cache_dir"]),
+        **inputs.hub,
     )
 
 
@@ -195,7 +199,13 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
     with agreed(world, "writing the logs"):
         if world.is_main:
-            _write_logs(output, trainer.state.log_history, report.to_dict(), answers)
+            known = {
+                "arguments": _shown(parsed),
+                "history": trainer.state.log_history,
+                "load_report": report.to_dict(),
+                "answers": answers,
+            }
+            _write_logs(output, known)
             _say_results(output, trainer.state.log_history, answers)
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
 
@@ -221,16 +231,17 @@ def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: Inputs) -> list[str
         return _answers(parsed, model, inputs)
 
 
-def _write_logs(output: Path, history: list, load_report: Mapping[str, Any], answers: list) -> None:
-    """What is known about the run: the trainer's log, the load report, the answers, the loss curve. Rank 0."""
+def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
+    """What is known about the run, a JSON file each, and the loss curve. Rank 0."""
     from zero_sft.curves import plot_loss
 
     logs = output / LOGS
     logs.mkdir(exist_ok=True)
-    for name, content in (("history", history), ("load_report", load_report), ("answers", answers)):
+    for name, content in known.items():
         if content:
-            (logs / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    plot_loss(history, logs / "loss.png")
+            text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+            (logs / f"{name}.json").write_text(text, encoding="utf-8")
+    plot_loss(known["history"], logs / "loss.png")
 
 
 def _say_results(output: Path, history: list, answers: list) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zero_sft.data.text import read_text
 from zero_sft.errors import DataError
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
@@ -25,10 +26,8 @@ _LAYOUTS = {
     "conversations": ("from", "value", _FASTCHAT_ROLES),
     "messages": ("role", "content", _MESSAGE_ROLES),
 }
-_EXPECTED = (
-    'expected {"conversations": [{"from": "human", "value": ...}, ...]} or '
-    '{"messages": [{"role": "user", "content": ...}, ...]}'
-)
+_SAMPLE = '{"conversations": [{"from": "human", "value": ...}, ...]} or {"messages": [{"role": "user", "content": ...}, ...]}'
+_EXPECTED = f"expected {_SAMPLE}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,8 @@ def read_conversations(path: Path) -> Reading:
 
 def _samples(path: Path) -> Iterator[tuple[Any, str]]:
     """Each sample with its place in the file, "sample 3" or "line 3", both counted from 1."""
-    text = _text(path)
+    expected = f"{_SAMPLE}, as one JSON list or one object a line"
+    text = read_text(path, expected=expected, argument="--data_path and --eval_data_path")
     if text.lstrip()[0] == "[":
         for number, sample in enumerate(_json(text, path, first_line=1), start=1):
             yield sample, f"sample {number}"
@@ -93,22 +93,6 @@ def _samples(path: Path) -> Iterator[tuple[Any, str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _json(line, path, first_line=number), f"line {number}"
-
-
-def _text(path: Path) -> str:
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a JSON or JSONL file of conversations. Name the file itself.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError(f"no such file: {path}. Check --data_path and --eval_data_path.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}.") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty. {_EXPECTED}, as one JSON list or one object a line.")
-    return text
 
 
 def _json(text: str, path: Path, first_line: int) -> Any:

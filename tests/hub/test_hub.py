@@ -1,0 +1,135 @@
+"""Models by hub id, from a stand-in hub: one download a file system, one commit a load, tokens kept secret."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import models
+from tests.data import tiny
+from tests.hub import standin
+
+REPO = "someone/tiny"
+TOKEN = "hf_secretsecretsecret"
+
+JOB = """
+import json, logging, sys
+import torch
+logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+from zero_sft import load_pretrained
+from zero_sft.errors import ZeroSftError
+from zero_sft.zero import shards
+try:
+    model, tokenizer = load_pretrained(sys.argv[1], ds_config={"zero_optimization": {"stage": 3}}, model_max_length=32,
+                                       **json.loads(sys.argv[2]))
+except ZeroSftError as error:
+    print("RESULT", json.dumps({"error": type(error).__name__, "message": str(error)}))
+    sys.exit(3)
+total = sum(float(shards.local_shard(p).double().sum()) for p in model.parameters())
+print("RESULT", json.dumps({"sum": total, "vocabulary": len(tokenizer), "missing": model.load_report.missing}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer, as a repository has it."""
+    tokenizer = tiny.byte_tokenizer(tiny.CHATML)
+    folder = models.save_tiny("llama", tmp_path_factory.mktemp("repo") / "first", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    (folder / "unwanted.pdf").write_bytes(b"x" * 1000)
+    return folder
+
+
+def load(hub: standin.Hub, homes: list[Path], repo: str = REPO, nodes: int = 1, **options) -> tuple[list[dict], str]:
+    """`load_pretrained` on as many ranks as `homes` (their caches), over `nodes` nodes; each rank's result, and all output."""
+    port, size = str(random.randint(20000, 50000)), len(homes)
+    local = size // nodes
+    ranks = []
+    for rank, home in enumerate(homes):
+        env = {
+            **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "RANK": str(rank),
+            "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", JOB, repo, json.dumps(options)]
+        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        outputs = [each.communicate(timeout=150)[0] for each in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
+    results = []
+    for output in outputs:
+        lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+        assert lines, output[-3000:]
+        results.append(json.loads(lines[0].removeprefix("RESULT ")))
+    return results, "\n".join(outputs)
+
+
+def test_one_download_a_file_system(folder, tmp_path):
+    """Three ranks on two nodes that share a cache: every file comes once, the weights only where they are wanted."""
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]})) as hub:
+        results, _ = load(hub, [tmp_path / "shared"] * 2, nodes=2)
+        fetched = len(hub.requests)
+        weights = len(list(folder.glob("*.safetensors")))
+        assert hub.downloads(".safetensors") == weights > 1
+        assert hub.downloads("config.json") <= 3  # config, generation config, tokenizer's
+        assert hub.downloads("unwanted.pdf") == 0
+        assert all(each["missing"] == [] and each["vocabulary"] > 0 for each in results)
+        again, _ = load(hub, [tmp_path / "shared"] * 2, nodes=2, local_files_only=True)
+        assert again == results
+        assert len(hub.requests) == fetched
+
+
+def test_nodes_with_disks_of_their_own(folder, tmp_path):
+    """Each node's first rank downloads for its node; tokenizer files come to rank 0 alone."""
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]})) as hub:
+        load(hub, [tmp_path / "one", tmp_path / "two"], nodes=2)
+        assert hub.downloads(".safetensors") == 2 * len(list(folder.glob("*.safetensors")))
+        assert hub.downloads("tokenizer.json") == 1
+        assert not list((tmp_path / "two").rglob("tokenizer*"))
+
+
+def test_one_commit_for_all_stages(folder, tmp_path):
+    """Somebody pushes while the job starts: config, weights and tokenizer still are of one commit, on every rank."""
+    newer = models.save_tiny("llama", tmp_path / "newer", vocab_size=97)
+    history = [(standin.commit_hash("1"), folder), (standin.commit_hash("2"), newer)]
+    with standin.serve(standin.Hub({REPO: history}, moves=True)) as hub:
+        load(hub, [tmp_path / "one", tmp_path / "two"], nodes=2)
+    snapshots = {path.name for home in ("one", "two") for path in (tmp_path / home).rglob("snapshots/*")}
+    assert snapshots == {standin.commit_hash("1")}
+
+
+def test_revision_is_taken(folder, tmp_path):
+    newer = models.save_tiny("llama", tmp_path / "newer", vocab_size=97)
+    first, second = standin.commit_hash("1"), standin.commit_hash("2")
+    with standin.serve(standin.Hub({REPO: [(first, folder), (second, newer)]})) as hub:
+        load(hub, [tmp_path / "home"], revision=first)
+        assert {path.name for path in (tmp_path / "home").rglob("snapshots/*")} == {first}
+        results, _ = load(hub, [tmp_path / "home"], revision="nosuch")
+    assert results[0]["error"] == "CheckpointError"
+    assert "nosuch" in results[0]["message"]
+    assert "revision" in results[0]["message"]
+
+
+def test_gated_model_and_its_token(folder, tmp_path):
+    """Without the token: one error that says what to do. With it: loaded, and the token in no output."""
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]}, token=TOKEN)) as hub:
+        results, _ = load(hub, [tmp_path / "home"] * 2)
+        assert {each["error"] for each in results} == {"CheckpointError"}
+        assert "token" in results[0]["message"]
+        assert results[0]["message"] == results[1]["message"]
+        results, output = load(hub, [tmp_path / "home"] * 2, token=TOKEN)
+        assert results[0]["missing"] == []
+        assert TOKEN not in output
+
+
+def test_no_such_repository(tmp_path):
+    with standin.serve(standin.Hub({})) as hub:
+        results, _ = load(hub, [tmp_path / "home"] * 2, repo="nobody/nothing")
+    assert {each["error"] for each in results} == {"CheckpointError"}
+    assert "nobody/nothing" in results[0]["message"]

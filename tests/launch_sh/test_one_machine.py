@@ -1,0 +1,156 @@
+"""`launch.sh` on one machine: what gets to DeepSpeed's launcher."""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.launch_sh.machine import CPUS, FREE_PORT, NO_DRIVER, SMI
+
+
+def test_two_cpu_ranks_without_a_gpu(machine):
+    printed = machine.run("--model_name_or_path", "x", "--run_name", "two words", "")
+    assert "no GPU found: starting 2 CPU ranks" in printed
+    assert machine.argv("deepspeed") == [
+        *("--num_gpus", "2", "--master_port", FREE_PORT, "--module", "zero_sft.train"),
+        *("--model_name_or_path", "x", "--run_name", "two words", ""),
+    ]
+    env = machine.env("deepspeed")
+    assert env["OMP_NUM_THREADS"] == str(CPUS // 2)
+    assert env["PYTHONPATH"] == str(machine.project)
+    assert "DS_ACCELERATOR" not in env
+
+
+def test_gpu_driver_that_fails_is_no_gpu(machine):
+    machine.add("nvidia-smi", NO_DRIVER)
+    machine.run()
+    assert machine.argv("deepspeed")[:2] == ["--num_gpus", "2"]
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [("3", "2"), ("1", "8"), ("20", "1")])
+def test_cpu_ranks_from_the_environment(machine, ranks, threads):
+    machine.run(ZERO_SFT_CPU_RANKS=ranks, PYTHONPATH="/mine")
+    assert machine.argv("deepspeed")[:2] == ["--num_gpus", ranks]
+    assert machine.env("deepspeed")["OMP_NUM_THREADS"] == threads
+    assert machine.env("deepspeed")["PYTHONPATH"] == f"{machine.project}:/mine"
+
+
+@pytest.mark.parametrize("ranks", ["0", "-1", "two", "1.5"])
+def test_cpu_ranks_that_are_no_number(machine, ranks):
+    assert f"ZERO_SFT_CPU_RANKS={ranks} is not a number of ranks" in machine.run(ZERO_SFT_CPU_RANKS=ranks, status=2)
+    assert machine.started() == []
+
+
+def test_gpus_are_counted(machine):
+    machine.add("nvidia-smi", SMI)
+    machine.run("--max_steps", "2", ZERO_SFT_CPU_RANKS="5")
+    # The launcher takes all GPUs by itself; with --num_gpus it would ignore CUDA_VISIBLE_DEVICES.
+    assert machine.argv("deepspeed") == ["--master_port", FREE_PORT, "--module", "zero_sft.train", "--max_steps", "2"]
+    assert machine.env("deepspeed")["OMP_NUM_THREADS"] == str(CPUS // 4)
+
+
+def test_gpus_chosen_by_cuda_visible_devices(machine):
+    machine.add("nvidia-smi", SMI)
+    machine.run(CUDA_VISIBLE_DEVICES="3,1")
+    assert "--num_gpus" not in machine.argv("deepspeed")
+    assert machine.env("deepspeed")["CUDA_VISIBLE_DEVICES"] == "3,1"
+    assert machine.env("deepspeed")["OMP_NUM_THREADS"] == str(CPUS // 2)
+
+
+@pytest.mark.parametrize("env", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}])
+def test_hidden_gpus_are_not_used(machine, env):
+    machine.add("nvidia-smi", SMI)
+    assert "starting 2 CPU ranks" in machine.run(**env)
+    assert machine.argv("deepspeed")[:2] == ["--num_gpus", "2"]
+    assert machine.env("deepspeed")["DS_ACCELERATOR"] == "cpu"  # the launcher's ranks get CUDA_VISIBLE_DEVICES=0,1
+
+
+def test_threads_and_module_from_the_environment(machine):
+    machine.run(OMP_NUM_THREADS="7", ZERO_SFT_MODULE="my.module")
+    assert machine.env("deepspeed")["OMP_NUM_THREADS"] == "7"
+    assert machine.argv("deepspeed")[-2:] == ["--module", "my.module"]
+
+
+def test_interpreter_from_the_environment(machine, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    machine.add("python", "echo 11111", other)
+    machine.add("deepspeed", 'record other "$@"', other)
+    machine.run(ZERO_SFT_PYTHON=str(other / "python"))
+    assert machine.argv("other")[:4] == ["--num_gpus", "2", "--master_port", "11111"]
+    assert "is not an executable" in machine.run(ZERO_SFT_PYTHON=str(other / "python4"), status=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "launcher", "job"),
+    [
+        (
+            ["--num_gpus", "3", "--master_port", "1234", "--model_name_or_path", "x"],
+            ["--num_gpus", "3", "--master_port", "1234"],
+            ["--model_name_or_path", "x"],
+        ),
+        (["--num_gpus=3", "--lr", "1"], ["--num_gpus=3", "--master_port", FREE_PORT], ["--lr", "1"]),
+        (["--num_accelerators", "3", "x.yaml"], ["--num_accelerators", "3", "--master_port", FREE_PORT], ["x.yaml"]),
+        (
+            ["-i", "localhost:1,3", "--no_local_rank", "x.yaml"],
+            ["-i", "localhost:1,3", "--no_local_rank", "--master_port", FREE_PORT],
+            ["x.yaml"],
+        ),
+        (["--num_gpus", "3", "--"], ["--num_gpus", "3", "--master_port", FREE_PORT], []),
+        (["--", "--num_gpus", "3"], ["--num_gpus", "2", "--master_port", FREE_PORT], ["--num_gpus", "3"]),
+        (["--", "--help"], ["--num_gpus", "2", "--master_port", FREE_PORT], ["--help"]),
+        (["--log_level", "info"], ["--num_gpus", "2", "--master_port", FREE_PORT], ["--log_level", "info"]),
+        (["--x", "--", "--y"], ["--num_gpus", "2", "--master_port", FREE_PORT], ["--x", "--", "--y"]),
+        (["", "--lr", "1"], ["--num_gpus", "2", "--master_port", FREE_PORT], ["", "--lr", "1"]),
+    ],
+)
+def test_launcher_options_stand_before_the_jobs_arguments(machine, given, launcher, job):
+    machine.run(*given)
+    assert machine.argv("deepspeed") == [*launcher, "--module", "zero_sft.train", *job]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--num_gpus"], "--num_gpus needs a value"),
+        (["--lr", "1", "--num_gpus", "3"], "--num_gpus is an option of the launcher: put it before"),
+        (["--lr", "1", "--master_port=3"], "--master_port is an option of the launcher: put it before"),
+        (["--module", "x"], "--module is given by this script"),
+        (["--num_gpus", "2", "-m", "x"], "-m is given by this script"),
+    ],
+)
+def test_misplaced_launcher_options(machine, given, message):
+    assert message in machine.run(*given, status=2)
+    assert machine.started() == []
+
+
+def test_hostfile_decides_the_ranks(machine):
+    machine.run("-H", "/hosts", "--lr", "1")
+    assert machine.argv("deepspeed")[:4] == ["-H", "/hosts", "--master_port", FREE_PORT]
+    assert "OMP_NUM_THREADS" not in machine.env("deepspeed")
+
+
+def test_knows_the_options_of_the_installed_launcher(machine):
+    spec = find_spec("deepspeed")
+    if spec is None or not spec.origin:
+        pytest.skip("DeepSpeed is not installed")
+    tree = ast.parse((Path(spec.origin).parent / "launcher" / "runner.py").read_text())
+    given = []
+    for call in ast.walk(tree):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"):
+            continue
+        names = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+        flag = any(word.arg == "action" for word in call.keywords)
+        for name in names:
+            # without those that the script gives itself, refuses, or leaves to the job
+            if name.startswith("-") and name not in ("--module", "--no_python", "--log_level"):
+                given += [name] if flag else [name, "1"]
+    assert len(given) > 20
+    machine.run(*given, "--lr", "1")
+    assert machine.argv("deepspeed") == [*given, "--module", "zero_sft.train", "--lr", "1"]
+
+
+def test_status_of_the_launcher_is_passed_on(machine):
+    machine.run(FAKE_EXIT="17", status=17)
+    assert machine.started() == ["deepspeed"]

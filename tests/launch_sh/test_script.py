@@ -1,0 +1,26 @@
+"""`launch.sh` as a script: it can be started, is free of complaints, and explains itself."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.launch_sh.machine import ALLOCATION, SCRIPT
+
+
+def test_script_is_clean():
+    assert os.access(SCRIPT, os.X_OK)
+    subprocess.run(["bash", "-n", SCRIPT], check=True, timeout=30)
+    if shutil.which("shellcheck"):
+        done = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize("env", [{}, ALLOCATION], ids=["here", "slurm"])
+def test_help_starts_nothing(machine, option, env):
+    printed = machine.run(option, **env)
+    assert printed.startswith("Usage:")
+    assert "ZERO_SFT_CPU_RANKS" in printed
+    assert machine.started() == []

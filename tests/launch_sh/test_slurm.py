@@ -1,0 +1,142 @@
+"""`launch.sh` in a SLURM job: what gets to srun and to the ranks."""
+
+import pytest
+
+from tests.launch_sh.machine import ALLOCATION, NODES
+
+
+def option(argv: list[str], name: str) -> str | None:
+    """The value of one of srun's own options, which all are written with `=`."""
+    for word in argv:
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+        if not word.startswith("--"):
+            break
+    return None
+
+
+def test_one_task_a_gpu(machine):
+    machine.run("--model_name_or_path", "x", "--run_name", "two words", **ALLOCATION)
+    srun = machine.argv("srun")
+    wanted = {"nodes": "2", "ntasks": "4", "ntasks-per-node": "2", "cpus-per-task": "4", "gpus-per-node": "2"}
+    assert {name: option(srun, name) for name in wanted} == wanted
+    assert option(srun, "kill-on-bad-exit") == "1"
+    env = machine.env("srun")
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("node7", str(20000 + 12345 % 12000))
+    assert env["OMP_NUM_THREADS"] == "4"
+    assert "deepspeed" not in machine.started()
+
+
+def test_ranks_are_expanded_inside_the_step(machine):
+    machine.run("--run_name", "two words", "$HOME", **ALLOCATION)
+    assert "$SLURM_PROCID" in "\n".join(machine.argv("srun"))
+    assert "RANK" not in machine.env("srun")
+    assert machine.started() == ["rank0", "rank1", "rank2", "rank3", "srun"]
+    for rank in range(4):
+        assert machine.argv(f"rank{rank}") == ["-u", "-m", "zero_sft.train", "--run_name", "two words", "$HOME"]
+        env = machine.env(f"rank{rank}")
+        numbers = [env[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+        assert numbers == [str(rank), str(rank % 2), "4", "2"]
+        assert env["MASTER_ADDR"] == "node7"
+        assert env["PYTHONPATH"] == str(machine.project)
+
+
+def test_status_of_the_step_is_passed_on(machine):
+    machine.run(FAKE_EXIT="17", status=17, **ALLOCATION)
+    assert "rank0" in machine.started()
+    assert "deepspeed" not in machine.started()
+
+
+def test_one_task_a_node_on_nodes_of_eight_gpus(machine):
+    """The usual mistake: one task a node, as a launcher would want it."""
+    printed = machine.run(
+        **{
+            **ALLOCATION,
+            "SLURM_TASKS_PER_NODE": "1(x2)",
+            "SLURM_JOB_CPUS_PER_NODE": "64(x2)",
+            "FAKE_NODES": NODES + "gpu:8(IDX:0-7)",
+        }
+    )
+    assert "tasks per node: 1, GPUs per node: 8; starting one rank a GPU" in printed
+    srun = machine.argv("srun")
+    assert [option(srun, name) for name in ("ntasks", "ntasks-per-node", "cpus-per-task")] == ["16", "8", "8"]
+    assert machine.env("rank15")["LOCAL_RANK"] == "7"
+
+
+def test_fewer_cpus_than_ranks(machine):
+    printed = machine.run(
+        status=2,
+        **{
+            **ALLOCATION,
+            "SLURM_TASKS_PER_NODE": "1(x2)",
+            "SLURM_JOB_CPUS_PER_NODE": "1(x2)",
+            "FAKE_NODES": NODES + "gpu:8(IDX:0-7)",
+        },
+    )
+    assert "1 CPUs are too few for 8 ranks on each node: submit with --ntasks-per-node=8" in printed
+    assert machine.started() == []
+
+
+@pytest.mark.parametrize("gres", ["", "shard:2(IDX:0)"])
+def test_one_rank_a_task_without_gpus(machine, gres):
+    machine.run(**{**ALLOCATION, "SLURM_TASKS_PER_NODE": "3(x2)", "FAKE_NODES": NODES + gres})
+    srun = machine.argv("srun")
+    assert [option(srun, name) for name in ("ntasks", "ntasks-per-node", "cpus-per-task")] == ["6", "3", "2"]
+    assert option(srun, "gpus-per-node") is None
+
+
+def test_nodes_that_differ(machine):
+    gpus = f"{NODES}gpu:a100:2(IDX:0-1)\n{NODES}gpu:a100:4(IDX:0-3)"
+    printed = machine.run(status=2, **{**ALLOCATION, "FAKE_NODES": gpus})
+    assert "the nodes of the job have different numbers of GPUs (2, 4)" in printed
+    printed = machine.run(status=2, **{**ALLOCATION, "FAKE_NODES": NODES, "SLURM_TASKS_PER_NODE": "3,2"})
+    assert "the nodes of the job have different numbers of tasks (2, 3)" in printed
+    assert machine.started() == []
+    # CPUs may differ: every rank gets what the smallest node has for it
+    machine.run(**{**ALLOCATION, "SLURM_JOB_CPUS_PER_NODE": "64,6"})
+    assert option(machine.argv("srun"), "cpus-per-task") == "3"
+
+
+def test_every_task_sees_all_gpus_of_its_node(machine):
+    binding = ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_NTASKS_PER_GPU", "SLURM_CPUS_PER_GPU", "SLURM_GPU_BIND")
+    machine.run(**ALLOCATION, **dict.fromkeys(binding, "1"))
+    assert not set(binding) & set(machine.env("srun"))
+
+
+def test_master_given_by_the_user(machine):
+    machine.run("--master_port", "1234", "--master_addr=node8", "--lr", "1", **ALLOCATION)
+    env = machine.env("rank3")
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("node8", "1234")
+    assert machine.argv("rank3") == ["-u", "-m", "zero_sft.train", "--lr", "1"]
+
+
+def test_options_of_the_launcher_on_one_machine_are_refused(machine):
+    assert "--num_gpus is for DeepSpeed's launcher" in machine.run("--num_accelerators", "2", status=2, **ALLOCATION)
+    assert machine.started() == []
+
+
+def test_shell_of_salloc_on_the_first_node(machine):
+    machine.run(**ALLOCATION, SLURM_STEP_ID=str(0xFFFFFFFA), SLURM_STEP_NUM_TASKS="1")
+    assert "srun" in machine.started()
+
+
+def test_inside_a_step(machine):
+    step = {**ALLOCATION, "SLURM_STEP_ID": "0"}
+    assert "not with srun" in machine.run(status=2, **step, SLURM_STEP_NUM_TASKS="4")
+    assert machine.started() == []
+    machine.run(**step, SLURM_STEP_NUM_TASKS="1")  # a shell from `srun --pty bash` is a machine like any other
+    assert machine.started() == ["deepspeed"]
+
+
+@pytest.mark.parametrize("known", ["command", "submit folder"])
+def test_copy_in_the_spool_folder_finds_the_project(machine, tmp_path, known):
+    spool = tmp_path / "spool" / "job12345"
+    spool.mkdir(parents=True)
+    machine.script = machine.script.rename(spool / "slurm_script")
+    if known == "command":
+        env = {"FAKE_COMMAND": f"{machine.project}/launch.sh --model_name_or_path /models/x", "SLURM_SUBMIT_DIR": "/"}
+    else:
+        env = {"FAKE_COMMAND": "(null)", "SLURM_SUBMIT_DIR": str(machine.project)}
+    machine.run(**ALLOCATION, **env)
+    assert machine.env("rank0")["PYTHONPATH"] == str(machine.project)
+    assert str(machine.project / ".venv" / "bin" / "python") in machine.argv("srun")
