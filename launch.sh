@@ -100,7 +100,10 @@ split_arguments() {
     --module | -m | --no_python) die "$1 is given by this script; ZERO_SFT_MODULE names another module" ;;
     --) shift ;;
     *)
-      for argument in "$@"; do # a launcher option that stands too late would reach the job, which doesn't know it
+      for argument in "$@"; do
+        [[ ! $argument =~ ^(--[a-z_-]+=)?hf_[A-Za-z0-9]{30,}$ ]] ||
+          die "a token on a command line is no secret, and the launcher logs it: export HF_TOKEN instead"
+        # A launcher option that stands too late would reach the job, which doesn't know it.
         name=${argument%%=*}
         if [[ $name == --* ]] && is_one_of "$name" "$OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
           die "$name is an option of the launcher: put it before the arguments of the job"

@@ -181,11 +181,18 @@ def test_what_asks_for_nothing_passes(argv):
     assert parse(argv).training == parse([]).training
 
 
-def test_a_token_is_never_shown():
-    parsed = parse(["--use_auth_token", "hf_secret"])
+def test_a_token_is_never_shown(tmp_path):
+    """On a command line it is refused, since the launcher logs that; in a file it is taken."""
+    file = tmp_path / "arguments.yaml"
+    file.write_text("use_auth_token: hf_secret\n")
+    parsed = parse([str(file)])
     assert parsed.model.token == "hf_secret"
-    assert "hf_secret" not in repr(parsed.model) + str(parsed.notes)
-    assert "hf_secret" not in refused("--use_auth_token", "hf_secret", "--token", "hf_other", "--seed", "x")
+    assert "hf_secret" not in repr(parsed) + "".join(parsed.notes)
+    assert parse(["--token", "true"]).model.token is True
+    for name in ("token", "use_auth_token"):
+        message = refused(f"--{name}", "hf_secret", "--seed", "x")
+        assert "HF_TOKEN" in message
+        assert "hf_secret" not in message
 
 
 def test_yaml_file_with_the_command_line_on_top(tmp_path):

@@ -166,15 +166,15 @@ def _unavailable(repo: str, hub: HubOptions, error: Exception) -> str:
 
     if isinstance(error, GatedRepoError):
         return (
-            f"the model {repo!r} is gated: accept its terms on the hub, and give a token that may read it (--token, or the "
-            "environment variable HF_TOKEN)."
+            f"the model {repo!r} is gated: accept its terms on the hub, and give a token that may read it (HF_TOKEN in the "
+            "environment, or `hf auth login`)."
         )
     if isinstance(error, RevisionNotFoundError):
         return f"the model {repo!r} has no revision {hub.revision!r}. Check --revision: a branch, a tag or a commit's hash."
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"no local folder {repo!r}, and no such model on the Hugging Face hub, or it is private and needs a token (--token, "
-            "or HF_TOKEN). Check --model_name_or_path."
+            f"no local folder {repo!r}, and no such model on the Hugging Face hub, or it is private and needs a token "
+            "(HF_TOKEN). Check --model_name_or_path."
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on loopback: the routes that huggingface_hub's downloads use, and a record of who came."""
+"""A stand-in for the Hugging Face hub on loopback: the routes of huggingface_hub's downloads, and a record of requests."""
 
 import contextlib
 import hashlib

@@ -24,3 +24,12 @@ def test_help_starts_nothing(machine, option, env):
     assert printed.startswith("Usage:")
     assert "ZERO_SFT_CPU_RANKS" in printed
     assert machine.started() == []
+
+
+@pytest.mark.parametrize("words", [["--token", "hf_" + "a" * 34], ["--seed", "1", "--use_auth_token=hf_" + "b" * 34]])
+def test_a_token_never_reaches_the_launcher(machine, words):
+    said = machine.run(*words, status=2)
+    assert "HF_TOKEN" in said
+    assert "aaaa" not in said
+    assert "bbbb" not in said
+    assert machine.started() == []

@@ -38,7 +38,9 @@ class ModelArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
     token: str | bool | None = field(
-        default=None, repr=False, metadata={"help": "The hub's access token; the one of `hf auth login` by default."}
+        default=None,
+        repr=False,
+        metadata={"help": "The hub's access token, in a file of arguments only; by default HF_TOKEN or `hf auth login`."},
     )
     local_files_only: bool = field(default=False, metadata={"help": "Never ask the hub; use what was downloaded before."})
     subfolder: str = field(default="", metadata={"help": "The model's folder inside the repository or local folder."})

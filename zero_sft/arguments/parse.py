@@ -19,7 +19,7 @@ from zero_sft.arguments.names import (
     REFUSED_OPTIMIZERS,
     TRANSLATIONS,
 )
-from zero_sft.arguments.sources import Given, read_command_line, read_file
+from zero_sft.arguments.sources import COMMAND_LINE, Given, read_command_line, read_file
 from zero_sft.arguments.values import Spec, specs_of
 from zero_sft.errors import ArgumentError
 
@@ -146,6 +146,11 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
         if (value.lower() if isinstance(value, str) else value) in refusal.passing:
             return None
         raise ArgumentError(f"--{given.name} has no meaning in this job: {refusal.reason}")
+    if given.name in ("token", "use_auth_token") and isinstance(value, str) and given.origin == COMMAND_LINE:
+        raise ArgumentError(
+            f"--{given.name} on a command line is no secret: process lists show it, and the launcher logs it. Set "
+            "HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of arguments"
+        )
     if given.name not in TRANSLATIONS:
         return given.name, value
     old = TRANSLATIONS[given.name]
