@@ -20,6 +20,11 @@ ARCHITECTURES = {
     "gpt2": ("GPT2Config", {"n_embd": 30, "n_layer": 2, "n_head": 3, "n_positions": 64}),
     "gpt_neox": ("GPTNeoXConfig", {"hidden_size": 30, "intermediate_size": 53}),
     "gemma": ("GemmaConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1, "head_dim": 10}),
+    "mixtral": (
+        "MixtralConfig",
+        # torch's grouped matrix product wants rows of whole 16 bytes.
+        {"hidden_size": 24, "intermediate_size": 40, "head_dim": 10, "num_key_value_heads": 1, "num_local_experts": 5},
+    ),
     "mistral": ("MistralConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1, "sliding_window": 16}),
 }  # fmt: skip
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
 from zero_sft.checkpoint.index import CheckpointIndex, open_index
-from zero_sft.conversion.keys import Resolution, resolve
+from zero_sft.conversion.convert import Resolution, resolve
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import whole_range
-from zero_sft.plan.plan import Plan, Run, Target, plan_reads
+from zero_sft.plan.plan import Plan, Target, plan_reads
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.storage import reader
@@ -58,23 +59,30 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         internals.check()
         transformers_internals.check()
         _require_plain_weights(request)
-        model, state = skeleton.build(request)
+        bare = skeleton.build(request)
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
-        draft = _draft(model, state, open_index(request.folder))
+        draft = _draft(bare, open_index(request.folder))
         plan = plan_rank(draft)
-    agreed_on = {"index": draft.index.digest(), "names": sorted(draft.resolution.sources.items())}
+    agreed_on = {
+        "index": draft.index.digest(),
+        "names": sorted(draft.resolution.sources),
+        "transformers": transformers.__version__,
+    }
     distributed.agree_on(world, "checkpoint", agreed_on)
     with watch.stage("read"), agreed(world, "reading the weights"):
         _read(draft, plan, threads=max(1, min(4, _cores() // world.local_world_size)))
     with watch.stage("finish"):
         _finish(draft, request, world, report)
     _account(report, draft, plan)
-    return model
+    return draft.model
 
 
-def _draft(model: PreTrainedModel, state: Mapping[str, torch.Tensor], index: CheckpointIndex) -> Draft:
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    resolution = resolve(model, shapes, index.tensors)
+def _draft(bare: skeleton.Skeleton, index: CheckpointIndex) -> Draft:
+    """Match checkpoint and model, then partition the model: conversions ask it for whole shapes."""
+    model, state = bare.model, bare.state
+    resolution = resolve(model, state, index.tensors)
+    setattr(model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
+    bare.shard()
     away = missing.tied_away(model.all_tied_weights_keys, resolution.sources)
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
     draft = Draft(model=model, state=state, index=index, resolution=resolution, away=away, tensors=tensors)
@@ -85,11 +93,10 @@ def _draft(model: PreTrainedModel, state: Mapping[str, torch.Tensor], index: Che
 def plan_rank(draft: Draft) -> Plan:
     """The reads of this rank: its range of every parameter, and every buffer whole."""
     targets = []
-    for name, source in draft.resolution.sources.items():
-        tensor, numel = draft.tensor(name), draft.state[name].numel()
-        span = shards.local_range(tensor) if shards.is_sharded(tensor) else whole_range(numel)
-        run = Run(target_start=0, source=source, source_start=0, numel=numel)
-        targets.append(Target(name=name, numel=numel, span=span, runs=(run,)))
+    for name, regions in draft.resolution.sources.items():
+        tensor, whole = draft.tensor(name), draft.state[name]
+        span = shards.local_range(tensor) if shards.is_sharded(tensor) else whole_range(whole.numel())
+        targets.append(Target(name=name, shape=tuple(whole.shape), span=span, regions=regions))
     return plan_reads(targets, draft.index.tensors)
 
 
@@ -159,8 +166,9 @@ def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
     report.requests, report.bytes_read = len(plan.reads), plan.nbytes
     report.parameters = sum(tensor.numel() for name, tensor in draft.state.items() if name not in draft.away)
     report.tied = sorted(draft.away)
-    for name, source in sorted(draft.resolution.sources.items()):
-        if draft.index.tensors[source].dtype != STORED_DTYPES.get(draft.tensor(name).dtype):
+    for name, regions in sorted(draft.resolution.sources.items()):
+        stored = {draft.index.tensors[each].dtype for each in {region.source for region in regions}}
+        if stored - {STORED_DTYPES.get(draft.tensor(name).dtype)}:
             report.cast.append(name)
 
 

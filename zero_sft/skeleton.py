@@ -7,6 +7,7 @@ uses (meta device, default dtype, no tying), so that what comes out is the same 
 import contextlib
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,21 @@ def resolve_class(
     return (found, config.get_text_config()) if text and getattr(found, "config_class", None) == text else (found, config)
 
 
-def build(request: Request) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """Construct the model inside `ShardedInit`. Every rank; does not communicate.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skeleton:
+    """A model without weights. Whole and on the meta device, until `shard` makes its parameters ZeRO parameters."""
 
-    Returns:
-        The model, its parameters partitioned and without shards, its buffers on the meta device; and its state dict as it
-        was before that: whole meta tensors, which tell shapes and dtypes.
-    """
+    model: PreTrainedModel
+    state: Mapping[str, torch.Tensor]  # its whole state dict, on meta: names, shapes, dtypes
+    init: ShardedInit
+
+    def shard(self) -> None:
+        """Partition every parameter, none with a shard yet. Does not communicate."""
+        self.init.shard(self.model)
+
+
+def build(request: Request) -> Skeleton:
+    """Construct the model inside `ShardedInit`. Every rank; does not communicate."""
     cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
     config = copy.deepcopy(config)
     if request.attn_implementation is not None:
@@ -79,9 +88,8 @@ def build(request: Request) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         model = cls(config)
         internal("patch_output_recorders")(model)
         state = model.state_dict()
-        shapes = {name: torch.empty_like(tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
-    init.shard(model)
-    return model, shapes
+        whole = {name: torch.empty_like(tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
+    return Skeleton(model=model, state=whole, init=init)
 
 
 def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ _WANTED = {
     "dot_natural_key": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
     "WeightConverter": "transformers.core_model_loading",
+    "SkipParameters": "transformers.core_model_loading",
     "LoadStateDictInfo": "transformers.modeling_utils",
     "meta_device_safe_creation_ops": "transformers.initialization",
     "no_tie_weights": "transformers.initialization",

@@ -1,13 +1,18 @@
 """Plans of any rank of any world, without processes."""
 
+import math
 import random
 
 import pytest
+import torch
 
+from tests.plan.test_regions import random_tensor
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.errors import CheckpointError
+from zero_sft.plan import plan as planning
+from zero_sft.plan import regions
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import Run, Target, plan_reads
+from zero_sft.plan.plan import Target, plan_reads
 
 
 def stored(name, numel, offset, dtype="BF16"):
@@ -15,59 +20,100 @@ def stored(name, numel, offset, dtype="BF16"):
     return StoredTensor(name=name, file="f", dtype=dtype, shape=(numel,), offset_bytes=offset, nbytes=numel * size)
 
 
-def target(numel, rank, world_size, runs):
-    return Target(name="t", numel=numel, span=shard_range(numel, rank, world_size), runs=tuple(runs))
+def target(shape, rank, world_size, parts):
+    span = shard_range(math.prod(shape), rank, world_size)
+    return Target(name="t", shape=shape, span=span, regions=tuple(parts))
+
+
+def deliver(plan, local, offset_bytes=0, itemsize=2):
+    """Carry out a plan on a "file" whose element number is its contents, into the list `local`."""
+    for read in plan.reads:
+        first = (read.offset_bytes - offset_bytes) // itemsize
+        for flat in range(read.numel):
+            index, rest = [], flat
+            for size in reversed(read.sizes):
+                index.insert(0, rest % size)
+                rest //= size
+            place = sum(i * stride for i, stride in zip(index, read.source_strides, strict=True))
+            assert place * itemsize < read.nbytes
+            local[read.start + sum(i * stride for i, stride in zip(index, read.target_strides, strict=True))] = first + place
 
 
 def test_exact_offsets():
-    run = Run(target_start=0, source="s", source_start=0, numel=10)
-    plan = plan_reads([target(10, 1, 4, [run])], {"s": stored("s", 10, 100)})
-    (read,) = plan.reads
-    assert (read.offset_bytes, read.nbytes, read.start) == (106, 6, 0)
-    assert plan_reads([target(10, 3, 4, [run])], {"s": stored("s", 10, 100)}).nbytes == 2
-    assert plan_reads([target(2, 3, 4, [Run(target_start=0, source="s", source_start=0, numel=2)])],
-                      {"s": stored("s", 2, 0)}).reads == ()  # fmt: skip
+    parts = regions.whole("s", (10,))
+    (read,) = plan_reads([target((10,), 1, 4, parts)], {"s": stored("s", 10, 100)}).reads
+    assert (read.offset_bytes, read.nbytes, read.start, read.is_run) == (106, 6, 0, True)
+    assert plan_reads([target((10,), 3, 4, parts)], {"s": stored("s", 10, 100)}).nbytes == 2
+    assert plan_reads([target((2,), 3, 4, regions.whole("s", (2,)))], {"s": stored("s", 2, 0)}).reads == ()
+    (read,) = plan_reads([target((), 0, 2, regions.whole("s", ()))], {"s": stored("s", 1, 6)}).reads
+    assert (read.offset_bytes, read.nbytes, read.start, read.is_run) == (6, 2, 0, True)
 
 
 def test_pieces_of_one_parameter_from_several_tensors():
     """Elements 0..3 of the target are a[2:6], 4..8 are b[0:5]; rank 1 of 2 keeps [5, 9): b[1:5]."""
-    runs = [
-        Run(target_start=0, source="a", source_start=2, numel=4),
-        Run(target_start=4, source="b", source_start=0, numel=5),
-    ]
+    a, b = regions.narrow(regions.whole("a", (6,)), 0, 2, 6), regions.whole("b", (5,))
+    parts = regions.concatenate([((4,), a), ((5,), b)], 0)
     sources = {"a": stored("a", 6, 0), "b": stored("b", 5, 12)}
-    (read,) = plan_reads([target(9, 1, 2, runs)], sources).reads
+    (read,) = plan_reads([target((9,), 1, 2, parts)], sources).reads
     assert (read.offset_bytes, read.nbytes, read.start) == (14, 8, 0)
-    first, second = plan_reads([target(9, 0, 2, runs)], sources).reads
+    first, second = plan_reads([target((9,), 0, 2, parts)], sources).reads
     assert (first.offset_bytes, first.nbytes, first.start) == (4, 8, 0)
     assert (second.offset_bytes, second.nbytes, second.start) == (12, 2, 4)
 
 
-@pytest.mark.parametrize("runs", [
-    [Run(target_start=0, source="s", source_start=0, numel=9)],
-    [Run(target_start=1, source="s", source_start=0, numel=9)],
-    [Run(target_start=0, source="s", source_start=0, numel=6), Run(target_start=5, source="s", source_start=0, numel=5)],
-    [Run(target_start=0, source="s", source_start=5, numel=10)],
+def test_a_transposed_matrix_is_read_row_by_row():
+    """Rank 0 of 2 keeps the first 2 of 4 columns of a 3 × 4 matrix as it is stored."""
+    parts = regions.permute(regions.whole("s", (3, 4)), (1, 0))
+    (read,) = plan_reads([target((4, 3), 0, 2, parts)], {"s": stored("s", 12, 0)}).reads
+    assert (read.nbytes, read.sizes, read.source_strides, read.target_strides) == (20, (3, 2), (4, 1), (1, 3))
+
+
+@pytest.mark.parametrize("parts", [
+    regions.whole("s", (9,)),
+    regions.narrow(regions.whole("s", (20,)), 0, 1, 11),
 ])  # fmt: skip
-def test_gaps_overlaps_and_overruns_are_refused(runs):
+def test_gaps_and_overruns_are_refused(parts):
     with pytest.raises(CheckpointError):
-        plan_reads([target(10, 0, 1, runs)], {"s": stored("s", 10, 0)})
+        plan_reads([target((10,), 0, 1, parts)], {"s": stored("s", 10, 0)})
+
+
+@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize(("gap", "limit"), [(4096, 2**23), (0, 16), (6, 64)])
+def test_every_rank_gets_its_elements(monkeypatch, seed, gap, limit):
+    """Whatever a conversion did, whatever the world, and however small the ranges that are read."""
+    monkeypatch.setattr(planning, "GAP_BYTES", gap)
+    monkeypatch.setattr(planning, "SCATTER_BYTES", limit)
+    draw = random.Random(seed)
+    parts, tensor = random_tensor(draw, draw.randint(0, 5))
+    shape, numel = tuple(tensor.shape), tensor.numel()
+    world_size = draw.choice([1, 2, 3, 8])
+    source = stored("s", int(tensor.max()) + 1, 10)
+    result = []
+    for rank in range(world_size):
+        mine = target(shape, rank, world_size, parts)
+        local = [-1] * mine.span.padded_numel
+        plan = plan_reads([mine], {"s": source})
+        assert all(read.is_run or read.nbytes <= max(limit, 2) for read in plan.reads)
+        deliver(plan, local, offset_bytes=10)
+        assert all(each == -1 for each in local[mine.span.numel :])
+        result += local[: mine.span.numel]
+    assert torch.equal(torch.tensor(result), tensor.reshape(-1)), numel
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 1024])
 def test_over_all_ranks_every_byte_is_read_once(world_size):
     draw = random.Random(world_size)
     numels = [draw.randrange(0, 5000) for _ in range(20)]
-    sources, targets, offset = {}, [], 0
+    sources, wanted, offset = {}, [], 0
     for i, numel in enumerate(numels):
         sources[f"s{i}"] = stored(f"s{i}", numel, offset, draw.choice(["BF16", "F32"]))
         offset += sources[f"s{i}"].nbytes
-        targets.append((f"t{i}", numel, Run(target_start=0, source=f"s{i}", source_start=0, numel=numel)))
+        wanted.append((f"t{i}", (numel,), regions.whole(f"s{i}", (numel,))))
     covered = []
     for rank in range(world_size):
         mine = [
-            Target(name=name, numel=numel, span=shard_range(numel, rank, world_size), runs=(run,))
-            for name, numel, run in targets
+            Target(name=name, shape=shape, span=shard_range(shape[0], rank, world_size), regions=parts)
+            for name, shape, parts in wanted
         ]
         plan = plan_reads(mine, sources)
         assert plan == plan_reads(mine, sources)
@@ -77,3 +123,21 @@ def test_over_all_ranks_every_byte_is_read_once(world_size):
         assert start == position
         position = stop
     assert position == offset
+
+
+@pytest.mark.parametrize("world_size", [2, 64])
+def test_merged_experts_are_read_once(world_size):
+    """Stacked and concatenated, as Mixtral's: gate and up of each expert side by side. No byte twice, no gap read along."""
+    experts, rows, width = 5, 300, 70
+    sources, parts = {}, []
+    for i in range(experts):
+        for half in ("gate", "up"):
+            name = f"{half}{i}"
+            sources[name] = stored(name, rows * width, len(sources) * rows * width * 2)
+        pair = [((rows, width), regions.whole(f"{half}{i}", (rows, width))) for half in ("gate", "up")]
+        parts.append(((1, 2 * rows, width), regions.add_dim(regions.concatenate(pair, 0), 0)))
+    shape = (experts, 2 * rows, width)
+    merged = regions.concatenate(parts, 0)
+    plans = [plan_reads([target(shape, rank, world_size, merged)], sources) for rank in range(world_size)]
+    assert sum(plan.nbytes for plan in plans) == math.prod(shape) * 2
+    assert all(read.is_run for plan in plans for read in plan.reads)

@@ -26,7 +26,10 @@ def read(header, name, start, stop, at=0):
     entry = header[name]
     offset = entry.offset_bytes + start * entry.itemsize
     nbytes = (stop - start) * entry.itemsize
-    return Read(file=entry.file, offset_bytes=offset, nbytes=nbytes, dtype=entry.dtype, target=name, start=at)
+    return Read(
+        file=entry.file, offset_bytes=offset, nbytes=nbytes, dtype=entry.dtype, target=name, start=at,
+        sizes=(stop - start,), source_strides=(1,), target_strides=(1,),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -43,6 +46,23 @@ def test_in_place_and_cast(file, monkeypatch, threads, chunk):
     assert not memory["a"][:5].any()
     assert not memory["a"][505:].any()
     assert torch.equal(memory["b"], tensors["b"][100:400].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_are_put_apart(file, dtype):
+    """Columns 2 and 3 of a 10 × 7 matrix, transposed, with a cast and without, behind what is there already."""
+    path, tensors = file
+    entry = read_header(path)["b"]
+    scattered = Read(
+        file=path, offset_bytes=entry.offset_bytes + 2 * 4, nbytes=(9 * 7 + 2) * 4, dtype="F32", target="b", start=3,
+        sizes=(10, 2), source_strides=(7, 1), target_strides=(1, 10),
+    )  # fmt: skip
+    memory = torch.zeros(30, dtype=dtype)[:25]
+    reader.fill([scattered], {"b": memory})
+    expected = tensors["b"][:70].reshape(10, 7)[:, 2:4].T.reshape(-1).to(dtype)
+    assert torch.equal(memory[3:23], expected)
+    assert not memory[:3].any()
+    assert not memory[23:].any()
 
 
 def test_a_file_cut_after_its_header_was_read(file):

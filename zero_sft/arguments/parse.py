@@ -146,11 +146,7 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
         if (value.lower() if isinstance(value, str) else value) in refusal.passing:
             return None
         raise ArgumentError(f"--{given.name} has no meaning in this job: {refusal.reason}")
-    if given.name in ("token", "use_auth_token") and isinstance(value, str) and given.origin == COMMAND_LINE:
-        raise ArgumentError(
-            f"--{given.name} on a command line is no secret: process lists show it, and the launcher logs it. Set "
-            "HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of arguments"
-        )
+    _require_secrecy(given, value)
     if given.name not in TRANSLATIONS:
         return given.name, value
     old = TRANSLATIONS[given.name]
@@ -161,6 +157,14 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
         if value is None:
             return None
     return old.name, known[old.name].fit(value)
+
+
+def _require_secrecy(given: Given, value: object) -> None:
+    if given.name in ("token", "use_auth_token") and isinstance(value, str) and given.origin == COMMAND_LINE:
+        raise ArgumentError(
+            f"--{given.name} on a command line is no secret: process lists show it, and the launcher logs it. Set HF_TOKEN in "
+            "the environment, run `hf auth login` once, or put `token:` into a file of arguments"
+        )
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:

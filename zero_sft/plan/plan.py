@@ -1,41 +1,44 @@
 """The plan of one rank: targets × sources → reads.
 
-A target is what a rank must fill (a shard or a whole tensor); its sources say which stored elements make it, as runs that are
-contiguous on both sides. The plan cuts each run to the target's range and turns it into bytes of a file. Nothing here reads,
-allocates or communicates, so any rank of any world can be played without processes.
+A target is what a rank must fill (a shard or a whole tensor); its regions say which stored elements make it. The plan cuts
+them to the target's flat range, and cuts what is left into reads, each one range of a file whose elements are copied to
+where they belong. Nothing here reads, allocates or communicates, so any rank of any world can be played without processes.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import FlatRange
+from zero_sft.plan.regions import Region, Regions, Shape, row_major
 
+GAP_BYTES = 4096
+"""Unwanted bytes between wanted ones that are read along, a page: the file system reads them anyway."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """`numel` consecutive elements of a target, from `target_start`: those of stored tensor `source` from `source_start`."""
-
-    target_start: int
-    source: str
-    source_start: int
-    numel: int
+SCATTER_BYTES = 8 * 2**20
+"""The longest range that is read at a time where elements have to be put apart in memory, in bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What a rank fills: the elements `span` of the tensor `name`, which has `numel` elements in all."""
+    """What a rank fills: the flat range `span` of the tensor `name` of that `shape`, which `regions` make up."""
 
     name: str
-    numel: int
+    shape: Shape
     span: FlatRange
-    runs: tuple[Run, ...]
+    regions: Regions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """`nbytes` bytes from `offset_bytes` of `file`, elements of `dtype`, go to element `start` of the target's local part."""
+    """One range of a file and where its elements go.
+
+    Of the `nbytes` bytes from `offset_bytes` of `file`, seen as elements of `dtype`, the one at
+    `sum(i[d] * source_strides[d])` goes to element `start + sum(i[d] * target_strides[d])` of the target's local part, for
+    every index `i` below `sizes`.
+    """
 
     file: str
     offset_bytes: int
@@ -43,6 +46,19 @@ class Read:
     dtype: str
     target: str
     start: int
+    sizes: Shape
+    source_strides: Shape
+    target_strides: Shape
+
+    @property
+    def is_run(self) -> bool:
+        """True if the bytes are wanted as they are, one behind the other."""
+        return self.source_strides == self.target_strides == (1,)
+
+    @property
+    def numel(self) -> int:
+        """Elements that it delivers."""
+        return math.prod(self.sizes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,47 +73,161 @@ class Plan:
         return sum(read.nbytes for read in self.reads)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A strided copy: elements of flat `source` to elements of a target's local part, over a box of `sizes`."""
+
+    source: str
+    source_start: int
+    target_start: int
+    sizes: Shape
+    source_strides: Shape
+    target_strides: Shape
+
+
 def plan_reads(targets: Sequence[Target], stored: Mapping[str, StoredTensor]) -> Plan:
     """Turn what a rank must fill into reads, sorted by file and offset.
 
     Raises:
-        CheckpointError: runs that leave a gap in a target or overlap, or go past the end of their source.
+        CheckpointError: regions that leave a gap in a target, or go past the end of their source.
     """
     reads: list[Read] = []
     for target in targets:
-        _check_cover(target)
-        for run in target.runs:
-            read = _cut(target, run, stored[run.source])
-            if read is not None:
-                reads.append(read)
+        check_cover(target, stored)
+        for piece in pieces(target):
+            reads += _reads(piece, target.name, stored[piece.source])
     return Plan(reads=tuple(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target))))
 
 
-def _check_cover(target: Target) -> None:
-    """The runs of a target, in order, must cover `[0, numel)` exactly: an element left out would stay uninitialised."""
-    position = 0
-    for run in target.runs:
-        if run.target_start != position:
-            raise CheckpointError(f"{target.name}: sources cover up to element {position}, the next at {run.target_start}")
-        position += run.numel
-    if position != target.numel:
-        raise CheckpointError(f"{target.name}: sources have {position} elements, expected {target.numel}")
+def check_cover(target: Target, stored: Mapping[str, StoredTensor]) -> None:
+    """The regions of a target, which are disjoint, must have as many elements as it: one left out would stay uninitialised."""
+    covered = sum(math.prod(region.sizes) for region in target.regions)
+    if covered != math.prod(target.shape):
+        raise CheckpointError(f"{target.name}: sources give {covered} elements, expected {math.prod(target.shape)}")
+    for region in target.regions:
+        last = region.offset + sum((n - 1) * stride for n, stride in zip(region.sizes, region.strides, strict=True))
+        source = stored[region.source]
+        if last >= source.numel:
+            raise CheckpointError(f"{target.name}: reads element {last} of {source.name} in {source.file}, of {source.numel}")
 
 
-def _cut(target: Target, run: Run, source: StoredTensor) -> Read | None:
-    """The part of `run` inside the target's span, or None. Worked example: span [3,6), run of 5 from 2 → elements 3, 4, 5."""
-    start = max(run.target_start, target.span.start)
-    stop = min(run.target_start + run.numel, target.span.stop)
+def pieces(target: Target) -> Iterator[Piece]:
+    """The strided copies that fill a target's span."""
+    strides = row_major(target.shape)
+    span = target.span
+    boxes = list(_boxes(target.shape, span.start, span.stop))
+    for region in target.regions:
+        low = sum(start * stride for start, stride in zip(region.start, strides, strict=True))
+        high = low + sum((n - 1) * stride for n, stride in zip(region.sizes, strides, strict=True))
+        if high < span.start or low >= span.stop:
+            continue
+        for start, sizes in boxes:
+            piece = _intersection(region, start, sizes, strides, span.start)
+            if piece is not None:
+                yield piece
+
+
+def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
+    """The flat range `[start, stop)` of a tensor as boxes (corner, sizes). (2, 3), [1, 5) → 1 × 2 at (0, 1) and at (1, 0)."""
     if start >= stop:
-        return None
-    source_start = run.source_start + start - run.target_start
-    if source_start + stop - start > source.numel:
-        raise CheckpointError(f"{target.name}: reads past the end of {source.name} in {source.file}")
-    return Read(
+        return
+    if not shape:
+        yield (), ()
+        return
+    inner = math.prod(shape[1:])
+    (row, skip), (last, rest) = divmod(start, inner), divmod(stop, inner)
+    if skip or row == last:
+        end = rest if row == last else inner
+        yield from (((row, *corner), (1, *sizes)) for corner, sizes in _boxes(shape[1:], skip, end))
+        row += 1
+    if row < last:
+        yield (row, *(0,) * (len(shape) - 1)), (last - row, *shape[1:])
+    if rest and row <= last:
+        yield from (((last, *corner), (1, *sizes)) for corner, sizes in _boxes(shape[1:], 0, rest))
+
+
+def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, span_start: int) -> Piece | None:
+    """The part of a region inside a box of the target, as a copy with as few dimensions as it needs."""
+    source_start, target_start = region.offset, -span_start
+    dims: list[list[int]] = []  # size, source stride, target stride
+    for d, stride in enumerate(strides):
+        low = max(region.start[d], start[d])
+        high = min(region.start[d] + region.sizes[d], start[d] + sizes[d])
+        if low >= high:
+            return None
+        source_start += (low - region.start[d]) * region.strides[d]
+        target_start += low * stride
+        size, walk = high - low, region.strides[d]
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * walk and dims[-1][2] == size * stride:
+            dims[-1] = [dims[-1][0] * size, walk, stride]
+        else:
+            dims.append([size, walk, stride])
+    dims = dims or [[1, 1, 1]]
+    return Piece(
+        source=region.source,
+        source_start=source_start,
+        target_start=target_start,
+        sizes=tuple(size for size, _, _ in dims),
+        source_strides=tuple(walk for _, walk, _ in dims),
+        target_strides=tuple(stride for _, _, stride in dims),
+    )
+
+
+def _reads(piece: Piece, target: str, source: StoredTensor) -> Iterator[Read]:
+    """The ranges of a file that deliver a piece: as few as there are without reading along more than small gaps.
+
+    Dimensions are taken from the finest source stride on into one range as long as the gaps that this reads along are small;
+    over the others the ranges repeat.
+    """
+    dims = sorted(zip(piece.source_strides, piece.sizes, piece.target_strides, strict=True))
+    is_run = piece.source_strides == piece.target_strides == (1,)
+    limit = source.nbytes if is_run else SCATTER_BYTES
+    taken, reach = 0, 1  # dimensions in a range, elements of a range
+    for stride, size, _ in dims:
+        longer = reach + (size - 1) * stride
+        if (stride - reach) * source.itemsize > GAP_BYTES or longer * source.itemsize > limit:
+            break
+        taken, reach = taken + 1, longer
+    inner, outer = dims[:taken], dims[taken:]
+    if outer and (outer[0][0] - reach) * source.itemsize <= GAP_BYTES:  # a dimension that fits in parts
+        stride, size, step = outer[0]
+        part = max(1, 1 + (limit // source.itemsize - reach) // stride)
+        for first in range(0, size, part):
+            count = min(part, size - first)
+            shifted = [(stride, count, step), *outer[1:]]
+            yield from _repeated(piece, target, source, inner + shifted[:1], shifted[1:], first * stride, first * step)
+        return
+    yield from _repeated(piece, target, source, inner, outer, 0, 0)
+
+
+def _repeated(
+    piece: Piece,
+    target: str,
+    source: StoredTensor,
+    inner: list[tuple[int, int, int]],
+    outer: list[tuple[int, int, int]],
+    source_skip: int,
+    target_skip: int,
+) -> Iterator[Read]:
+    """One range over the `inner` dimensions for every index of the `outer` ones, each (source stride, size, target stride)."""
+    if outer:
+        stride, size, step = outer[-1]
+        for i in range(size):
+            skips = (source_skip + i * stride, target_skip + i * step)
+            yield from _repeated(piece, target, source, inner, outer[:-1], *skips)
+        return
+    box = [each for each in reversed(inner) if each[1] > 1] or [(1, 1, 1)]
+    reach = 1 + sum((size - 1) * stride for stride, size, _ in box)
+    yield Read(
         file=source.file,
-        offset_bytes=source.offset_bytes + source_start * source.itemsize,
-        nbytes=(stop - start) * source.itemsize,
+        offset_bytes=source.offset_bytes + (piece.source_start + source_skip) * source.itemsize,
+        nbytes=reach * source.itemsize,
         dtype=source.dtype,
-        target=target.name,
-        start=start - target.span.start,
+        target=target,
+        start=piece.target_start + target_skip,
+        sizes=tuple(size for _, size, _ in box),
+        source_strides=tuple(stride for stride, _, _ in box),
+        target_strides=tuple(step for _, _, step in box),
     )

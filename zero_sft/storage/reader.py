@@ -1,12 +1,14 @@
 """Carry out a plan's reads: positioned reads of the files' bytes straight into the destination tensors.
 
-Where the stored dtype is the destination's and the destination is host memory, the kernel copies into place and nothing else
-touches the data. Otherwise a read goes through a staging buffer of bounded size and is cast or copied to the device from
-there; on an accelerator the buffers are pinned and two take turns, so that the copy of one overlaps the read of the next.
+Where the stored dtype is the destination's, the destination is host memory and the bytes belong there one behind the other,
+the kernel copies into place and nothing else touches the data. Otherwise a read goes through a staging buffer of bounded size
+and is cast, put apart or copied to the device from there; on an accelerator the buffers are pinned and two take turns, so
+that the copy of one overlaps the read of the next.
 Reads go in file order, several threads at a time if the rank has cores to spare.
 """
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import STEP_BYTES, make_present
 
 STAGING_BYTES = 16 * 2**20
-"""One staging buffer. A reading thread has two of them where it stages at all."""
+"""One staging buffer, at least the plan's `SCATTER_BYTES`. A reading thread has two of them where it stages at all."""
 
 _CHUNK_BYTES = 32 * 2**20  # one read call: large enough to stream, small enough for threads to share a large tensor
 
@@ -73,19 +75,19 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def _pieces(read: Read) -> Iterator[Read]:
-    """`read` in parts of at most `_CHUNK_BYTES` bytes, a whole number of elements each."""
-    if read.nbytes <= _CHUNK_BYTES:
+    """`read` in parts of at most `_CHUNK_BYTES` bytes, a whole number of elements each; a scattered one is small already."""
+    if read.nbytes <= _CHUNK_BYTES or not read.is_run:
         yield read
         return
     itemsize = TORCH_DTYPES[read.dtype].itemsize
     for skip in range(0, read.nbytes, _CHUNK_BYTES):
-        yield Read(
-            file=read.file,
+        nbytes = min(_CHUNK_BYTES, read.nbytes - skip)
+        yield dataclasses.replace(
+            read,
             offset_bytes=read.offset_bytes + skip,
-            nbytes=min(_CHUNK_BYTES, read.nbytes - skip),
-            dtype=read.dtype,
-            target=read.target,
+            nbytes=nbytes,
             start=read.start + skip // itemsize,
+            sizes=(nbytes // itemsize,),
         )
 
 
@@ -100,8 +102,11 @@ class _Worker:
         self._turn = 0
 
     def run(self, read: Read) -> None:
-        """Carry out one read: straight into place, or staged where it is cast or goes to a device."""
+        """Carry out one read: straight into place, or staged where it is cast, put apart or goes to a device."""
         dtype = TORCH_DTYPES[read.dtype]
+        if not read.is_run:
+            self._read_scattered(read, dtype)
+            return
         destination = self._destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
         if destination.device.type == "cpu" and destination.dtype == dtype:
             self._read_in_place(read, destination.view(torch.uint8))
@@ -122,6 +127,18 @@ class _Worker:
             part = into.narrow(0, start, min(STEP_BYTES, into.numel() - start))
             make_present(part)
             self._read(read, part, start)
+
+    def _read_scattered(self, read: Read, dtype: torch.dtype) -> None:
+        destination = self._destinations[read.target]
+        on_device = destination.device.type != "cpu"
+        buffer = self._buffer(on_device)[: read.nbytes]
+        self._read(read, buffer, 0)
+        staged = buffer.view(dtype).to(destination.device, non_blocking=on_device)
+        place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
+        place.copy_(staged.as_strided(read.sizes, read.source_strides, staged.storage_offset()))
+        if on_device:
+            self._copied[self._turn] = recorded_event()
+        self._turn = 1 - self._turn
 
     def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
         on_device = part.device.type != "cpu"

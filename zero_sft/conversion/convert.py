@@ -1,0 +1,123 @@
+"""Which stored elements make which tensor of the model: transformers' conversion, run on provenance instead of data.
+
+Most tensors are stored as the model wants them. Where a converter merges, splits or turns tensors (experts, fused
+projections), its own operations run on `TracedTensor`s, so what comes out is what plain `from_pretrained` would compute,
+element for element, without an element having been read.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.conversion import tracing
+from zero_sft.conversion.keys import Group, match
+from zero_sft.errors import CheckpointError
+from zero_sft.plan import regions
+from zero_sft.plan.regions import Regions, Shape
+from zero_sft.storage.dtypes import TORCH_DTYPES
+from zero_sft.transformers_internals import internal, loading_info
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mismatch:
+    """A tensor whose stored shape, after conversion, is not the model's."""
+
+    name: str
+    expected: Shape
+    got: Shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolution:
+    """What a checkpoint gives a model: the regions of each tensor by the model's name, and what does not fit."""
+
+    sources: Mapping[str, Regions]
+    unexpected: frozenset[str]
+    mismatched: tuple[Mismatch, ...]
+    rules_used: tuple[Any, ...]  # transformers' rules that matched: its save reverts them
+
+
+def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> Resolution:
+    """Find for every tensor of the model the stored elements that fill it.
+
+    Args:
+        model: whole, on the meta device: operations ask it for shapes.
+        wanted: its state dict.
+        stored: the checkpoint's tensors by name.
+
+    Raises:
+        CheckpointError: the checkpoint needs an operation, or holds a dtype, that this loader can't handle.
+    """
+    rules = internal("get_model_conversion_mapping")(model)
+    names = match(model, rules, wanted, stored)
+    sources: dict[str, Regions] = {}
+    unexpected = set(names.unexpected)
+    mismatched: list[Mismatch] = []
+    for group in names.groups:
+        for name, (shape, parts) in _converted(group, model, wanted, stored).items():
+            if name not in wanted:
+                unexpected.add(name)
+            elif tuple(wanted[name].shape) != shape:
+                mismatched.append(Mismatch(name=name, expected=tuple(wanted[name].shape), got=shape))
+            else:
+                sources[name] = parts
+    return Resolution(
+        sources=sources,
+        unexpected=frozenset(unexpected),
+        mismatched=tuple(mismatched),
+        rules_used=tuple(rule for rule in rules if rule.was_used()),
+    )
+
+
+def _converted(
+    group: Group, model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]
+) -> dict[str, tuple[Shape, Regions]]:
+    """The tensors of the model that a group makes: shape and regions by name."""
+    for names in group.members.values():
+        for name in names:
+            _check_dtype(stored[name])
+    if group.converter is None:
+        first = stored[next(iter(group.members))]
+        return {group.name: (first.shape, regions.whole(first.name, first.shape))}
+    dtype = wanted[group.name].dtype  # stored dtypes may differ; as in transformers, all are cast before they are merged
+    converter = copy.deepcopy(group.converter)
+    for pattern, names in group.members.items():
+        for name in names:
+            traced = tracing.source(name, stored[name].shape, dtype)
+            converter.add_tensor(group.name, name, pattern, traced)
+    result = _run(converter, group, model, stored)
+    return {name: (tuple(traced.shape), traced.regions) for name, traced in result.items()}
+
+
+def _run(
+    converter: Any, group: Group, model: PreTrainedModel, stored: Mapping[str, StoredTensor]
+) -> dict[str, tracing.TracedTensor]:
+    info = loading_info((), ())
+    try:
+        raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None, loading_info=info)
+        result = {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
+        for name, traced in result.items():
+            if not isinstance(traced, tracing.TracedTensor):
+                raise tracing.NotTraceable(f"{name} came out as a {type(traced).__name__}")
+    except (internal("SkipParameters"), tracing.NotTraceable, regions.TooManyRegions) as error:
+        cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
+        first = stored[next(iter(group.members.values()))[0]]
+        raise CheckpointError(
+            f"{first.file}: {first.name!r} and its like can't be converted to {group.name!r} by "
+            f"{', '.join(map(repr, converter.operations))}: {cause}. If the files are complete, load with --loader stock, and "
+            "save the result once with save_pretrained."
+        ) from cause
+    return result
+
+
+def _check_dtype(tensor: StoredTensor) -> None:
+    if tensor.dtype not in TORCH_DTYPES or tensor.dtype.startswith("F8"):
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, which needs dequantising; the sharded loader takes "
+            "floating-point, integer and boolean tensors as they are. Convert the checkpoint to BF16 first."
+        )

@@ -1,0 +1,173 @@
+"""Tensors that carry no data, only their provenance: transformers' conversion operations run on them unchanged.
+
+A `TracedTensor` has a shape and dtype as any tensor, and `regions` that say which stored element each of its elements is.
+Operations that move elements about have an exact rule below; one that computes with them, or is not known here, raises
+`NotTraceable`, so that nothing is ever traced wrongly. Composite operations (reshape, chunk, flatten, movedim, ...) come
+here as the few basic ones that torch makes of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zero_sft.plan import regions
+from zero_sft.plan.regions import Regions, Shape
+
+aten = torch.ops.aten
+
+
+class NotTraceable(RuntimeError):
+    """The operation depends on values, or has no rule here."""
+
+
+class TracedTensor(torch.Tensor):
+    """A tensor without data whose elements are known by where they are stored."""
+
+    regions: Regions
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Regions) -> "TracedTensor":
+        """A contiguous tensor of `shape`, made up by the regions `parts`."""
+        traced = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device("cpu"))
+        traced.regions = parts
+        return traced
+
+    def __init__(self, *_: Any) -> None:
+        """All is done in `__new__`."""
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"TracedTensor({tuple(self.shape)}, {self.dtype}, {len(self.regions)} regions)"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        rule = _RULES.get(func.overloadpacket)
+        if rule is None:
+            raise NotTraceable(f"{func} computes with elements, or has no rule for tracing")
+        return rule(*args, **(kwargs or {}))
+
+
+def source(name: str, shape: Shape, dtype: torch.dtype, strides: Shape | None = None) -> TracedTensor:
+    """The stored tensor `name` itself; `strides` where it is stored other than row-major."""
+    return TracedTensor(shape, dtype, regions.whole(name, shape, strides=strides))
+
+
+def _dim(tensor: torch.Tensor, dim: int, extra: int = 0) -> int:
+    return dim % (tensor.dim() + extra) if tensor.dim() + extra else 0
+
+
+def _reshape(tensor: TracedTensor, shape: Sequence[int], **_: Any) -> TracedTensor:
+    sizes = list(shape)
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = tensor.numel() // known if known else 0
+    new = tuple(sizes)
+    return TracedTensor(new, tensor.dtype, regions.reshape(tensor.regions, tuple(tensor.shape), new))
+
+
+def _permute(tensor: TracedTensor, order: Sequence[int]) -> TracedTensor:
+    order = [_dim(tensor, each) for each in order]
+    return TracedTensor([tensor.shape[d] for d in order], tensor.dtype, regions.permute(tensor.regions, order))
+
+
+def _transpose(tensor: TracedTensor, dim0: int = 0, dim1: int = 1) -> TracedTensor:
+    order = list(range(tensor.dim()))
+    if order:
+        dim0, dim1 = _dim(tensor, dim0), _dim(tensor, dim1)
+        order[dim0], order[dim1] = dim1, dim0
+    return _permute(tensor, order)
+
+
+def _t(tensor: TracedTensor) -> TracedTensor:
+    return _transpose(tensor) if tensor.dim() == 2 else tensor
+
+
+def _slice(
+    tensor: TracedTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
+) -> TracedTensor:
+    dim = _dim(tensor, dim)
+    chosen = range(tensor.shape[dim])[slice(start, stop, step)]
+    shape = [*tensor.shape[:dim], len(chosen), *tensor.shape[dim + 1 :]]
+    return TracedTensor(shape, tensor.dtype, regions.narrow(tensor.regions, dim, chosen.start, chosen.stop, step))
+
+
+def _select(tensor: TracedTensor, dim: int, index: int) -> TracedTensor:
+    dim, index = _dim(tensor, dim), int(index) % tensor.shape[dim]
+    one = regions.narrow(tensor.regions, dim, index, index + 1)
+    return TracedTensor([*tensor.shape[:dim], *tensor.shape[dim + 1 :]], tensor.dtype, regions.drop_dim(one, dim))
+
+
+def _unbind(tensor: TracedTensor, dim: int = 0) -> list[TracedTensor]:
+    return [_select(tensor, dim, index) for index in range(tensor.shape[_dim(tensor, dim)])]
+
+
+def _split(tensor: TracedTensor, size: int | Sequence[int], dim: int = 0) -> list[TracedTensor]:
+    total = tensor.shape[_dim(tensor, dim)]
+    sizes = [min(size, total - start) for start in range(0, total, size)] if isinstance(size, int) else list(size)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [_slice(tensor, dim, start, start + each) for start, each in zip(starts, sizes, strict=True)]
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> TracedTensor:
+    # torch lets an empty tensor of one dimension stand beside any other.
+    parts = [_traced(each) for each in tensors if tuple(each.shape) != (0,)] or [_traced(tensors[0])]
+    first, dim = parts[0], _dim(parts[0], dim)
+    shape = [*first.shape[:dim], sum(each.shape[dim] for each in parts), *first.shape[dim + 1 :]]
+    for each in parts:
+        if each.dtype != first.dtype or [*each.shape[:dim], *each.shape[dim + 1 :]] != [*shape[:dim], *shape[dim + 1 :]]:
+            raise NotTraceable(f"concatenation of {first!r} and {each!r}")
+    return TracedTensor(shape, first.dtype, regions.concatenate([(tuple(p.shape), p.regions) for p in parts], dim))
+
+
+def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> TracedTensor:
+    dim = _dim(tensors[0], dim, extra=1)
+    return _cat([_unsqueeze(_traced(each), dim) for each in tensors], dim)
+
+
+def _unsqueeze(tensor: TracedTensor, dim: int) -> TracedTensor:
+    dim = _dim(tensor, dim, extra=1)
+    return TracedTensor([*tensor.shape[:dim], 1, *tensor.shape[dim:]], tensor.dtype, regions.add_dim(tensor.regions, dim))
+
+
+def _squeeze(tensor: TracedTensor, dims: int | Sequence[int] | None = None) -> TracedTensor:
+    chosen = range(tensor.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    result = tensor
+    for dim in sorted({_dim(tensor, each) for each in chosen}, reverse=True):
+        if tensor.dim() and tensor.shape[dim] == 1:
+            shape = [*result.shape[:dim], *result.shape[dim + 1 :]]
+            result = TracedTensor(shape, tensor.dtype, regions.drop_dim(result.regions, dim))
+    return result
+
+
+def _expand(tensor: TracedTensor, shape: Sequence[int], **_: Any) -> TracedTensor:
+    added = len(shape) - tensor.dim()
+    for _i in range(added):
+        tensor = _unsqueeze(tensor, 0)
+    new = tuple(old if size == -1 else size for size, old in zip(shape, tensor.shape, strict=True))
+    return TracedTensor(new, tensor.dtype, regions.expand(tensor.regions, tuple(tensor.shape), new))
+
+
+def _same(tensor: TracedTensor, **_: Any) -> TracedTensor:
+    return TracedTensor(tensor.shape, tensor.dtype, tensor.regions)
+
+
+def _to_copy(tensor: TracedTensor, *, dtype: torch.dtype | None = None, **_: Any) -> TracedTensor:
+    if dtype not in (None, tensor.dtype):
+        raise NotTraceable(f"a cast from {tensor.dtype} to {dtype}")
+    return _same(tensor)
+
+
+def _traced(tensor: torch.Tensor) -> TracedTensor:
+    if not isinstance(tensor, TracedTensor):
+        raise NotTraceable("a tensor that is not from the checkpoint takes part")
+    return tensor
+
+
+_RULES: dict[Any, Callable[..., Any]] = {
+    aten.view: _reshape, aten._unsafe_view: _reshape, aten.reshape: _reshape,
+    aten.permute: _permute, aten.transpose: _transpose, aten.t: _t,
+    aten.slice: _slice, aten.select: _select, aten.unbind: _unbind, aten.split: _split, aten.split_with_sizes: _split,
+    aten.cat: _cat, aten.stack: _stack, aten.unsqueeze: _unsqueeze, aten.squeeze: _squeeze, aten.expand: _expand,
+    aten.clone: _same, aten.detach: _same, aten.alias: _same, aten.lift_fresh: _same, aten._to_copy: _to_copy,
+}  # fmt: skip
