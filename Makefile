@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all test-arch lint format bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +30,9 @@ test: setup ## the tests, some minutes
 
 test-all: setup ## with those that take long
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-arch: setup ## every causal LM type of transformers against plain loading; writes docs/architectures.md
+	$(BIN)/python -m tests.sweep --write docs/architectures.md
 
 lint: setup ## format, lint, types, import contracts
 	$(BIN)/ruff format --check zero_sft tests benchmarks examples

@@ -60,8 +60,11 @@ def zero3(bf16: bool = True, **sections) -> dict:
     return {"zero_optimization": {"stage": 3, **sections.pop("zero_optimization", {})}, "bf16": {"enabled": bf16}, **sections}
 
 
-def assert_equal(model, reference) -> None:
-    """Every rank's shard of every parameter, its padding, and every buffer, equal to the reference bit for bit."""
+def assert_equal(model, reference, cast: torch.dtype | None = None) -> None:
+    """Every rank's shard of every parameter, and every buffer, equal to the reference bit for bit.
+
+    `cast`: what a floating-point parameter of the reference is cast to before the comparison, as the engine does it.
+    """
     from zero_sft.zero import shards
 
     expected = dict(reference.named_parameters(remove_duplicate=False))
@@ -69,6 +72,8 @@ def assert_equal(model, reference) -> None:
     assert found.keys() == expected.keys()
     for name, param in found.items():
         want = expected[name].detach()
+        if cast is not None and want.is_floating_point():
+            want = want.to(cast)
         assert shards.is_sharded(param), name
         assert tuple(param.ds_shape) == tuple(want.shape), name
         assert param.dtype == want.dtype == param.ds_tensor.dtype, name

@@ -13,7 +13,8 @@ class LoadReport:
 
     `mismatched` holds `(name, expected shape, got shape)`. `bytes_read` counts checkpoint data of this rank,
     `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall time, `slowest_seconds` that
-    of the slowest rank; `stages` splits `seconds` by stage.
+    of the slowest rank; `stages` splits `seconds` by stage. `operations` are the conversions by which tensors were made of
+    others, such as the merging of experts.
     """
 
     loader: str
@@ -24,6 +25,7 @@ class LoadReport:
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
     cast: list[str] = field(default_factory=list)
+    operations: list[str] = field(default_factory=list)
     dtype: str = ""
     requests: int = 0
     bytes_read: int = 0
@@ -64,6 +66,7 @@ class LoadReport:
             ("of another shape", [name for name, _, _ in self.mismatched]),
             ("tied", self.tied),
             (f"cast to {self.dtype}", self.cast),
+            ("conversions", self.operations),
         ]
         return [(title, names) for title, names in rows if names]
 

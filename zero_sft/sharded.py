@@ -166,6 +166,7 @@ def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
     report.requests, report.bytes_read = len(plan.reads), plan.nbytes
     report.parameters = sum(tensor.numel() for name, tensor in draft.state.items() if name not in draft.away)
     report.tied = sorted(draft.away)
+    report.operations = draft.resolution.operations
     for name, regions in sorted(draft.resolution.sources.items()):
         stored = {draft.index.tensors[each].dtype for each in {region.source for region in regions}}
         if stored - {STORED_DTYPES.get(draft.tensor(name).dtype)}:

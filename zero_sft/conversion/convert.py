@@ -41,6 +41,12 @@ class Resolution:
     mismatched: tuple[Mismatch, ...]
     rules_used: tuple[Any, ...]  # transformers' rules that matched: its save reverts them
 
+    @property
+    def operations(self) -> list[str]:
+        """The conversions that were run, by transformers' names: "MergeModulelist(dim=0)+Concatenate(dim=1)"."""
+        chains = [rule.operations for rule in self.rules_used if hasattr(rule, "operations")]
+        return sorted({"+".join(map(repr, chain)) for chain in chains})
+
 
 def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> Resolution:
     """Find for every tensor of the model the stored elements that fill it.
