@@ -60,16 +60,18 @@ def zero3(bf16: bool = True, **sections) -> dict:
     return {"zero_optimization": {"stage": 3, **sections.pop("zero_optimization", {})}, "bf16": {"enabled": bf16}, **sections}
 
 
-def assert_equal(model, reference, cast: torch.dtype | None = None) -> None:
+def assert_equal(model, reference, cast: torch.dtype | None = None, trainable: dict[str, bool] | None = None) -> None:
     """Every rank's shard of every parameter, and every buffer, equal to the reference bit for bit.
 
     `cast`: what a floating-point parameter of the reference is cast to before the comparison, as the engine does it.
+    `trainable`: the model's own `requires_grad`, where plain loading has lost it (it makes every loaded parameter trainable).
     """
     from zero_sft.zero import shards
 
     expected = dict(reference.named_parameters(remove_duplicate=False))
     found = dict(model.named_parameters(remove_duplicate=False))
     assert found.keys() == expected.keys()
+    trainable = trainable or {}
     for name, param in found.items():
         want = expected[name].detach()
         if cast is not None and want.is_floating_point():
@@ -77,9 +79,9 @@ def assert_equal(model, reference, cast: torch.dtype | None = None) -> None:
         assert shards.is_sharded(param), name
         assert tuple(param.ds_shape) == tuple(want.shape), name
         assert param.dtype == want.dtype == param.ds_tensor.dtype, name
-        assert param.requires_grad == expected[name].requires_grad, name
+        assert param.requires_grad == trainable.get(name, expected[name].requires_grad), f"{name}: requires_grad"
         span = shards.local_range(param)
-        assert torch.equal(shards.local_shard(param), want.reshape(-1)[span.start : span.stop]), name
+        assert torch.equal(shards.local_shard(param), want.reshape(-1)[span.start : span.stop]), f"{name}: values"
         shards.release_shard(param)
     buffers = dict(reference.named_buffers())
     assert dict(model.named_buffers()).keys() == buffers.keys()

@@ -19,7 +19,7 @@ from zero_sft.checkpoint.index import CheckpointIndex, open_index
 from zero_sft.conversion.convert import Resolution, resolve
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
-from zero_sft.plan.partition import whole_range
+from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Target, plan_reads
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
@@ -32,16 +32,25 @@ from zero_sft.zero import gather, internals, missing, shards
 class Draft:
     """A model on its way: its skeleton, what the checkpoint has for it, and the names that will share another's tensor."""
 
-    model: PreTrainedModel
-    state: Mapping[str, torch.Tensor]  # the whole state dict, on meta
+    bare: skeleton.Skeleton
     index: CheckpointIndex
     resolution: Resolution
     away: Mapping[str, str]
-    tensors: Mapping[str, Any]  # the model's own parameters and buffers, by name
+    threads: int
 
-    def tensor(self, name: str) -> Any:
-        """The model's parameter or buffer of that name."""
-        return self.tensors[name]
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.bare.model
+
+    @property
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Its whole state dict, on meta."""
+        return self.bare.state
+
+    def tensors(self) -> Mapping[str, Any]:
+        """The model's own parameters and persistent buffers, by name."""
+        return {name: each for name, each in self.model.state_dict(keep_vars=True).items() if name in self.state}
 
     def lacking(self) -> list[str]:
         """The names that the checkpoint does not fill and no tie provides."""
@@ -55,60 +64,77 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         ZeroSftError: the same on every rank.
     """
     watch = Stopwatch(report)
+    seed = distributed.exchange(world, torch.initial_seed())[0]
     with watch.stage("skeleton"), agreed(world, "building the model"):
         internals.check()
         transformers_internals.check()
         _require_plain_weights(request)
         bare = skeleton.build(request)
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
-        draft = _draft(bare, open_index(request.folder))
-        plan = plan_rank(draft)
+        draft = _draft(bare, open_index(request.folder), threads=max(1, min(4, _cores() // world.local_world_size)))
     agreed_on = {
         "index": draft.index.digest(),
         "names": sorted(draft.resolution.sources),
         "transformers": transformers.__version__,
     }
     distributed.agree_on(world, "checkpoint", agreed_on)
+    with watch.stage("initialise"), agreed(world, "initialising what the checkpoint lacks"):
+        ready = _initialise(draft, seed)
     with watch.stage("read"), agreed(world, "reading the weights"):
-        _read(draft, plan, threads=max(1, min(4, _cores() // world.local_world_size)))
+        tensors = draft.tensors()
+        wanted = [name for name in draft.resolution.sources if name not in ready and shards.is_sharded(tensors[name])]
+        plan = plan_rank(draft, {name: tensors[name] for name in wanted})
+        _read(draft, {name: tensors[name] for name in wanted}, plan)
     with watch.stage("finish"):
         _finish(draft, request, world, report)
     _account(report, draft, plan)
     return draft.model
 
 
-def _draft(bare: skeleton.Skeleton, index: CheckpointIndex) -> Draft:
-    """Match checkpoint and model, then partition the model: conversions ask it for whole shapes."""
-    model, state = bare.model, bare.state
-    resolution = resolve(model, state, index.tensors)
-    setattr(model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
-    bare.shard()
-    away = missing.tied_away(model.all_tied_weights_keys, resolution.sources)
-    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
-    draft = Draft(model=model, state=state, index=index, resolution=resolution, away=away, tensors=tensors)
+def _draft(bare: skeleton.Skeleton, index: CheckpointIndex, threads: int) -> Draft:
+    """Match checkpoint and model, which is whole still: conversions ask it for shapes."""
+    resolution = resolve(bare.model, bare.state, index.tensors)
+    setattr(bare.model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
+    away = missing.tied_away(bare.model.all_tied_weights_keys, resolution.sources)
+    draft = Draft(bare=bare, index=index, resolution=resolution, away=away, threads=threads)
     _require_fit(draft)
     return draft
 
 
-def plan_rank(draft: Draft) -> Plan:
-    """The reads of this rank: its range of every parameter, and every buffer whole."""
-    targets = []
-    for name, regions in draft.resolution.sources.items():
-        tensor, whole = draft.tensor(name), draft.state[name]
-        span = shards.local_range(tensor) if shards.is_sharded(tensor) else whole_range(whole.numel())
-        targets.append(Target(name=name, shape=tuple(whole.shape), span=span, regions=regions))
+def _initialise(draft: Draft, seed: int) -> set[str]:
+    """Buffers and what the checkpoint lacks, then partition the model. Returns the loaded names that are ready by that."""
+    targets = {name: _target(draft, name, whole_range(draft.state[name].numel())) for name in draft.resolution.sources}
+
+    def load(memory: Mapping[str, torch.Tensor]) -> None:
+        plan = plan_reads([targets[name] for name in memory], draft.index.tensors)
+        reader.fill(plan.reads, memory, draft.threads)
+
+    ready = missing.initialise(
+        draft.model,
+        loaded={name: draft.state[name].dtype for name in draft.resolution.sources},
+        tied=draft.away,
+        load=load,
+        shard=draft.bare.init.shard_parameter,
+        device=draft.bare.init.local_device,
+        seed=seed,
+    )
+    draft.bare.shard()
+    return ready
+
+
+def _target(draft: Draft, name: str, span: FlatRange) -> Target:
+    shape = tuple(draft.state[name].shape)
+    return Target(name=name, shape=shape, span=span, regions=draft.resolution.sources[name])
+
+
+def plan_rank(draft: Draft, params: Mapping[str, Any]) -> Plan:
+    """The reads of this rank: its range of every parameter."""
+    targets = [_target(draft, name, shards.local_range(param)) for name, param in params.items()]
     return plan_reads(targets, draft.index.tensors)
 
 
-def _read(draft: Draft, plan: Plan, threads: int) -> None:
-    """Give every tensor that the checkpoint fills its memory, and fill it."""
-    names = list(draft.resolution.sources)
-    params = {name: draft.tensor(name) for name in names if shards.is_sharded(draft.tensor(name))}
-    buffers = {
-        name: torch.empty(draft.state[name].shape, dtype=draft.state[name].dtype, device=draft.model.device)
-        for name in names
-        if name not in params
-    }
+def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
+    """Give every parameter its shard's memory, and fill it."""
     by_target: dict[str, list] = {}
     for read in plan.reads:
         by_target.setdefault(read.target, []).append(read)
@@ -116,26 +142,17 @@ def _read(draft: Draft, plan: Plan, threads: int) -> None:
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
         wanted = (by_target[name] for name in memory if name in by_target)
         reads = sorted((read for reads in wanted for read in reads), key=lambda read: (read.file, read.offset_bytes))
-        reader.fill(reads, memory, threads)
+        reader.fill(reads, memory, draft.threads)
 
     shards.fill_shards(params, fill)
-    fill({name: buffer.view(-1) for name, buffer in buffers.items()})
-    for name, buffer in buffers.items():
-        module, _, leaf = name.rpartition(".")
-        draft.model.get_submodule(module)._buffers[leaf] = buffer
 
 
 def _finish(draft: Draft, request: Request, world: World, report: LoadReport) -> None:
-    """Ties, buffers and missing weights; then what `from_pretrained` does last."""
+    """Ties; then what `from_pretrained` does last."""
     model = draft.model
     absent = set(draft.state) - set(draft.resolution.sources)
     absent |= _equal_ties(draft, world)
-    seed = distributed.exchange(world, torch.initial_seed())[0]
-    with agreed(world, "initialising what the checkpoint lacks"):
-        lacking = {name: draft.tensor(name) for name in draft.lacking()}
-        filled = [name for name in draft.state if name not in lacking]
-        params = {name: tensor for name, tensor in lacking.items() if shards.is_sharded(tensor)}
-        missing.initialise(model, filled, params, device=model.device, seed=seed)
+    with agreed(world, "tying weights"):
         info = transformers_internals.loading_info(absent, draft.resolution.unexpected)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
@@ -154,7 +171,8 @@ def _equal_ties(draft: Draft, world: World) -> set[str]:
     sources = draft.resolution.sources
     ties = draft.model.all_tied_weights_keys
     both = [(target, source) for target, source in ties.items() if target in sources and source in sources]
-    mine = [shards.same(draft.tensor(target), draft.tensor(source)) for target, source in both]
+    tensors = draft.tensors()
+    mine = [shards.same(tensors[target], tensors[source]) for target, source in both]
     everywhere = [all(each) for each in zip(*distributed.exchange(world, mine), strict=True)]
     for (target, _), equal in zip(both, everywhere, strict=True):
         if not equal:
@@ -167,9 +185,10 @@ def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
     report.parameters = sum(tensor.numel() for name, tensor in draft.state.items() if name not in draft.away)
     report.tied = sorted(draft.away)
     report.operations = draft.resolution.operations
+    tensors = draft.tensors()
     for name, regions in sorted(draft.resolution.sources.items()):
         stored = {draft.index.tensors[each].dtype for each in {region.source for region in regions}}
-        if stored - {STORED_DTYPES.get(draft.tensor(name).dtype)}:
+        if stored - {STORED_DTYPES.get(tensors[name].dtype)}:
             report.cast.append(name)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.request import Request
-from zero_sft.transformers_internals import internal
+from zero_sft.transformers_internals import internal, kept_dtypes
 from zero_sft.zero.init import ShardedInit
 
 
@@ -88,7 +88,12 @@ def build(request: Request) -> Skeleton:
         model = cls(config)
         internal("patch_output_recorders")(model)
         state = model.state_dict()
-        whole = {name: torch.empty_like(tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
+        kept = kept_dtypes(model, request.dtype)
+        whole = {
+            name: torch.empty_like(tensor, dtype=kept(name) or tensor.dtype)
+            for name, tensor in state.items()
+            if torch.is_tensor(tensor)
+        }
     return Skeleton(model=model, state=whole, init=init)
 
 

@@ -7,9 +7,10 @@ warning from `warn_if_untested`.
 
 import importlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import transformers
 
 from zero_sft.errors import UnsupportedVersionError
@@ -21,6 +22,7 @@ TESTED = ("5.23.0",)
 _WANTED = {
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "rename_source_key": "transformers.core_model_loading",
+    "build_glob_alternation": "transformers.core_model_loading",
     "dot_natural_key": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
     "WeightConverter": "transformers.core_model_loading",
@@ -28,6 +30,7 @@ _WANTED = {
     "LoadStateDictInfo": "transformers.modeling_utils",
     "meta_device_safe_creation_ops": "transformers.initialization",
     "no_tie_weights": "transformers.initialization",
+    "guard_torch_init_functions": "transformers.initialization",
     "local_torch_dtype": "transformers.modeling_utils",
     "apply_patches": "transformers.modeling_utils",
     "patch_output_recorders": "transformers.modeling_utils",
@@ -38,7 +41,7 @@ _WANTED = {
 }
 
 _METHODS = (
-    "_get_dtype_plan", "_adjust_missing_and_unexpected_keys", "initialize_weights",
+    "_get_dtype_plan", "_adjust_missing_and_unexpected_keys", "_initialize_weights",
     "tie_weights", "get_parameter_or_buffer",
 )  # fmt: skip
 
@@ -78,6 +81,20 @@ def loading_info(missing: Iterable[str], unexpected: Iterable[str]) -> Any:
         conversion_errors={},
         skipped_pp_keys=set(),
     )
+
+
+def kept_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """A function that tells which dtype a tensor of that name keeps though the model is loaded in `dtype`; None: no other."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda name: None
+    pattern, kept, _ = internal("build_glob_alternation")(list(plan))
+
+    def kept_dtype(name: str) -> torch.dtype | None:
+        found = pattern.search(name)
+        return plan[kept[found.lastgroup]] if found else None
+
+    return kept_dtype
 
 
 def untested() -> str | None:

@@ -16,7 +16,7 @@ weight in their own `__init__` (sinusoidal positions, weight norm) then find it 
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus, is_zero_param
 from deepspeed.utils import groups
 from torch import nn
 
@@ -39,15 +39,16 @@ class ShardedInit(Init):
         super().__init__(config_dict_or_path=ds_config, tensor_overrides=[], zero_param_parallel_group=group)
 
     def shard(self, model: nn.Module) -> None:
-        """Make every parameter of a model that was built in this context a ZeRO parameter, with no shard yet."""
+        """Make every parameter of a model built in this context, that is none yet, a ZeRO parameter, without a shard."""
         for param in list(model.parameters()):
-            self._make_hollow(param)
+            if not is_zero_param(param):
+                self.shard_parameter(param)
 
     def _post_init_method(self, module: nn.Module) -> None:
         """DeepSpeed calls this when a module's `__init__` has returned, and would partition its parameters then."""
 
-    def _make_hollow(self, param: nn.Parameter) -> None:
-        """Partitioned from the start: the shape stays known, the contents are given up."""
+    def shard_parameter(self, param: nn.Parameter) -> None:
+        """Make one parameter a ZeRO parameter in the partitioned state: its shape stays known, its contents are given up."""
         self._convert_to_deepspeed_param(param)
         dtype = self.dtype if param.is_floating_point() else param.dtype
         hollow = nn.Parameter(torch.empty(0, dtype=dtype, device=self.local_device), requires_grad=param.requires_grad)

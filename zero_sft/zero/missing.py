@@ -1,20 +1,27 @@
 """What the checkpoint lacks: tied weights, buffers that are computed, parameters to be initialised.
 
 All of it is the model's own code, run as plain `from_pretrained` runs it: what was loaded is marked, so that `_init_weights`
-leaves it alone; what is missing stands there whole while `_init_weights` fills it, on every rank alike, and each rank keeps
-its range. The random numbers come from a fork of torch's generator, seeded the same on every rank, so the values depend
-neither on the rank nor on the world size. Nothing here communicates.
+leaves it alone, and stays on the meta device, where the model's code finds its shape; what is missing stands there whole
+while `_init_weights` fills it, on every rank alike, and each rank keeps its range. Where a model writes to what was loaded
+nevertheless (plain loading does so, too), that tensor is read whole for the moment. The random numbers come from a fork of
+torch's generator, seeded the same on every rank, so the values depend neither on the rank nor on the world size. Nothing
+here communicates.
 """
 
 # DeepSpeed hangs its state on parameters as attributes that no stub knows.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
 
+from zero_sft.transformers_internals import internal
 from zero_sft.zero import shards
+from zero_sft.zero.rehearsal import Step, rehearse
+
+Load = Callable[[Mapping[str, torch.Tensor]], None]
+"""Fills whole flat tensors, by name, from the checkpoint."""
 
 
 def tied_away(tied: Mapping[str, str], loaded: Iterable[str]) -> dict[str, str]:
@@ -41,41 +48,93 @@ def tied_away(tied: Mapping[str, str], loaded: Iterable[str]) -> dict[str, str]:
 
 def initialise(
     model: PreTrainedModel,
-    filled: Iterable[str],
-    params: Mapping[str, torch.nn.Parameter],
     *,
+    loaded: Mapping[str, torch.dtype],
+    tied: Iterable[str],
+    load: Load,
+    shard: Callable[[torch.nn.Parameter], None],
     device: torch.device,
     seed: int,
-) -> None:
-    """Compute the buffers and initialise the missing parameters. Every rank.
+) -> set[str]:
+    """Compute the buffers, and initialise what the checkpoint lacks. Every rank; does not communicate.
+
+    The model is whole and on the meta device. Buffers become real; parameters that are initialised become ZeRO parameters
+    with their values, one module after the other, so that no more than one module's are whole at a time.
 
     Args:
-        filled: names (of parameters and buffers) that hold the checkpoint's values, or will by tying.
-        params: parameters to initialise, by name.
+        loaded: the parameters and buffers that the checkpoint fills, with their dtypes.
+        tied: names that will share another's tensor.
+        load: fills whole tensors from the checkpoint.
+        shard: makes one parameter a ZeRO parameter without a shard.
         device: where buffers live.
         seed: the same on every rank.
+
+    Returns:
+        The names of loaded parameters that have their values already, since the model's own initialisation changes them.
     """
-    for name in filled:
+    tied = set(tied)
+    for name in loaded.keys() | tied:
         model.get_parameter_or_buffer(name)._is_hf_initialized = True
-    _give_buffers_memory(model, device)
-    unique = {id(param): name for name, param in params.items()}
-    once = {name: params[name] for name in unique.values()}
-    for param in once.values():
-        shards.expand(param)
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+    params = {name: param for name, param in model.named_parameters() if name not in tied}
+    lacking = {name for name, param in params.items() if not getattr(param, "_is_hf_initialized", False)}
+    guard = internal("guard_torch_init_functions")
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.no_grad(), guard():
+        steps = rehearse(model)
+        last = {name: position for position, step in enumerate(steps) for name in step.writes & params.keys()}
+        _give_buffers_memory(model, device, loaded, load)
         torch.manual_seed(seed)
-        model.initialize_weights()
-
-    def fold(memory: Mapping[str, torch.Tensor]) -> None:
-        for name, shard in memory.items():
-            shards.fold(once[name], shard)
-
-    shards.fill_shards(once, fold)
-
-
-def _give_buffers_memory(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace buffers that are still on the meta device by uninitialised ones, for `_init_weights` to fill."""
+        for position, step in enumerate(steps):
+            if step.writes or step.module._buffers:
+                _perform(step, {name: params[name] for name in step.writes & params.keys()}, loaded, load)
+            for name in sorted(name for name in step.writes if last.get(name) == position):
+                _keep_range(name, params[name], shard)
+    for name in sorted(lacking - last.keys()):  # no step gives it values: zeros, rather than whatever was in memory
+        shard(params[name])
+        shards.fill_shards({name: params[name]}, lambda memory: None)
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device=device)
+        setattr(module, "_is_hf_initialized", True)  # noqa: B010 - as from_pretrained leaves it
+    return last.keys() & loaded.keys()
+
+
+def _perform(step: Step, written: Mapping[str, torch.nn.Parameter], loaded: Mapping[str, torch.dtype], load: Load) -> None:
+    """Run one step with what it writes, and its module's other parameters, in real memory; the latter go back to meta."""
+    for name, param in written.items():
+        if param.is_meta:
+            shards.move_contents(param, torch.device("cpu"))
+            if name in loaded:
+                load({name: param.data.view(-1)})
+    beside = [param for param in step.module.parameters(recurse=False) if param.is_meta]
+    for param in beside:
+        shards.move_contents(param, torch.device("cpu"))
+    step.run()
+    for param in beside:
+        shards.move_contents(param, torch.device("meta"))
+
+
+def _keep_range(name: str, param: torch.nn.Parameter, shard: Callable[[torch.nn.Parameter], None]) -> None:
+    """Make an initialised parameter a ZeRO parameter: this rank's range stays, the rest goes."""
+    whole = param.data.reshape(-1)
+    shard(param)
+
+    def fill(memory: Mapping[str, torch.Tensor]) -> None:
+        span = shards.local_range(param)
+        memory[name].narrow(0, 0, span.numel).copy_(whole[span.start : span.stop])
+
+    shards.fill_shards({name: param}, fill)
+
+
+def _give_buffers_memory(model: PreTrainedModel, device: torch.device, loaded: Mapping[str, torch.dtype], load: Load) -> None:
+    """Replace buffers on the meta device by real ones: the checkpoint's, or uninitialised ones for `_init_weights` to fill."""
+    filled: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta:
+                continue
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            real = torch.empty_like(buffer, device=device, dtype=loaded.get(name, buffer.dtype))
+            real.__dict__.update(buffer.__dict__)
+            module._buffers[leaf] = real
+            if name in loaded:
+                filled[name] = real.view(-1)
+    if filled:
+        load(filled)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, is_zero_param
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, is_zero_param
 from torch import nn
 
 from zero_sft.plan.partition import FlatRange, shard_range
@@ -105,19 +105,11 @@ def release_shard(param: nn.Parameter) -> None:
         param.nvme_swapper.remove_partition_and_release_buffers([param])
 
 
-def expand(param: nn.Parameter) -> None:
-    """Give `param` a whole, uninitialised tensor of its own, on this rank alone, to be filled and then `fold`ed."""
-    param.data = torch.empty(param.ds_shape, dtype=param.dtype, device=param.device)
-    param.ds_status = ZeroParamStatus.AVAILABLE
-
-
-def fold(param: nn.Parameter, into: torch.Tensor) -> None:
-    """Copy this rank's range of an expanded `param` into the flat tensor `into`, and give the whole tensor back."""
-    span = local_range(param)
-    with torch.no_grad():
-        into.narrow(0, 0, span.numel).copy_(param.data.reshape(-1)[span.start : span.stop])
-    param.data = torch.empty(0, dtype=param.dtype, device=param.device)
-    param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+def move_contents(param: nn.Parameter, device: torch.device) -> None:
+    """Give a whole parameter uninitialised memory on `device` (meta: none at all). The object stays the same."""
+    fresh = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=device), requires_grad=param.requires_grad)
+    fresh.__dict__.update(param.__dict__)
+    torch.utils.swap_tensors(param, fresh)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
