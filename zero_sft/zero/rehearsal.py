@@ -71,7 +71,7 @@ def _written_by(step: Step) -> set[int] | None:
     try:
         with _Written() as seen:
             step.run()
-    except Exception:  # whatever a model does with values, a tensor without any can't give it
+    except Exception:  # noqa: BLE001 - whatever a model does with values, a tensor without any can't give it
         return None
     return seen.storages
 
