@@ -20,7 +20,8 @@ from zero_sft.errors import ArgumentError, CheckpointError
 
 CODE = ("*.py",)
 CONFIG = ("config.json", "generation_config.json")
-WEIGHTS = (*CONFIG, "model*.safetensors", "model.safetensors.index.json")
+WEIGHTS = (*CONFIG, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+BIN_WEIGHTS = (*CONFIG, "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
              "tekken.json",
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
@@ -95,6 +96,19 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
     if folder is None:  # can't be: "everyone" has had its turn
         raise CheckpointError(f"{name_or_path} was not found")
     return _inside(folder, hub.subfolder)
+
+
+def resolve_weights(name_or_path: str, hub: HubOptions, world: World) -> Path:
+    """`resolve_folder` for the weights: a hub's `pytorch_model.bin` is fetched only where there are no safetensors. Every rank.
+
+    Raises:
+        CheckpointError: no such folder, or the hub can't provide it.
+    """
+    hub = pin_revision(name_or_path, hub, world)
+    folder = resolve_folder(name_or_path, hub, world, WEIGHTS)
+    if any(distributed.exchange(world, not any(folder.glob("model*.safetensors*")))):
+        folder = resolve_folder(name_or_path, hub, world, BIN_WEIGHTS)
+    return folder
 
 
 def _everywhere_local(name_or_path: str, hub: HubOptions, world: World) -> bool:

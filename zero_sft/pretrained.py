@@ -18,7 +18,7 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.config import prepare_config
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import ArgumentError
-from zero_sft.hub import WEIGHTS, HubOptions, pin_revision, resolve_folder
+from zero_sft.hub import HubOptions, pin_revision, resolve_weights
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.sharded import load_sharded
@@ -103,7 +103,7 @@ def load_model(
     world = World.detect()
     distributed.connect(world)
     sent_before = distributed.bytes_communicated()
-    folder = resolve_folder(model_name_or_path, options, world, WEIGHTS)
+    folder = resolve_weights(model_name_or_path, options, world)
     if config is None:
         config = prepare_config(model_name_or_path, **hub)
     with agreed(world, "reading the DeepSpeed config"):

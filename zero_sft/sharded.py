@@ -23,7 +23,7 @@ from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Target, plan_reads
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
-from zero_sft.storage import reader
+from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather, internals, missing, shards
 
@@ -71,7 +71,9 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         _require_plain_weights(request)
         bare = skeleton.build(request)
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
-        draft = _draft(bare, open_index(request.folder), threads=max(1, min(4, _cores() // world.local_world_size)))
+        draft = _draft(
+            bare, open_index(request.folder, torch_zip.read_header), threads=max(1, min(4, _cores() // world.local_world_size))
+        )
     agreed_on = {
         "index": draft.index.digest(),
         "names": sorted(draft.resolution.sources),

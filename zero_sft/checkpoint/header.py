@@ -31,7 +31,10 @@ _LENGTH = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a checkpoint: `nbytes` bytes from `offset_bytes` of `file`, row-major in `shape`."""
+    """One tensor of a checkpoint: `nbytes` bytes from `offset_bytes` of `file`, row-major in `shape`.
+
+    `strides`, in elements, where it is stored in another order (a `.bin` keeps views as they were).
+    """
 
     name: str
     file: str
@@ -39,6 +42,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset_bytes: int
     nbytes: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:

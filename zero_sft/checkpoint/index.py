@@ -1,13 +1,13 @@
 """The index of a checkpoint folder: tensor name → file, offset, shape, dtype, over one file or many.
 
 Which files belong to a checkpoint follows transformers: `model.safetensors` first, else the files that
-`model.safetensors.index.json` lists. The index file's own claims (`weight_map`) are held against the headers, so that a
-shard of another revision is noticed. Left out as yet: `pytorch_model.bin` and variants.
+`model.safetensors.index.json` lists, else `pytorch_model.bin` and its index. The index file's own claims (`weight_map`) are
+held against the headers, so that a shard of another revision is noticed. Left out as yet: variants.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,11 @@ from zero_sft.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+
+ReadHeader = Callable[[str | Path], dict[str, StoredTensor]]
+"""Finds the tensors of one file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,32 +42,37 @@ class CheckpointIndex:
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
-def open_index(folder: str | Path) -> CheckpointIndex:
-    """Read the headers of the checkpoint in `folder`.
+def open_index(folder: str | Path, read_bin: ReadHeader | None = None) -> CheckpointIndex:
+    """Read the headers of the checkpoint in `folder`; `read_bin` is for `pytorch_model.bin`, which takes torch.
 
     Raises:
         CheckpointError: no weights, an index that names a missing or outside file, or a damaged file.
     """
     folder = Path(folder)
-    if (folder / SINGLE_FILE).is_file():
-        tensors = read_header(folder / SINGLE_FILE)
-        return CheckpointIndex(folder=str(folder), files=(str(folder / SINGLE_FILE),), tensors=tensors)
-    if (folder / INDEX_FILE).is_file():
-        return _open_shards(folder, _weight_map(folder / INDEX_FILE))
+    layouts: list[tuple[str, str, ReadHeader]] = [(SINGLE_FILE, INDEX_FILE, read_header)]
+    if read_bin is not None:
+        layouts.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
+    for single, index, read in layouts:
+        if (folder / single).is_file():
+            tensors = read(folder / single)
+            return CheckpointIndex(folder=str(folder), files=(str(folder / single),), tensors=tensors)
+        if (folder / index).is_file():
+            return _open_shards(folder / index, read)
     raise CheckpointError(_no_weights(folder))
 
 
-def _open_shards(folder: Path, weight_map: Mapping[str, str]) -> CheckpointIndex:
+def _open_shards(index: Path, read: ReadHeader) -> CheckpointIndex:
+    folder, weight_map = index.parent, _weight_map(index)
     tensors: dict[str, StoredTensor] = {}
     files = []
     for name in sorted(set(weight_map.values())):
         path = folder / name
         if not path.is_file():
             raise CheckpointError(
-                f"{folder / INDEX_FILE} names {name}, which is not in {folder}. The download is incomplete: fetch it again."
+                f"{index} names {name}, which is not in {folder}. The download is incomplete: fetch it again."
             )
         files.append(str(path))
-        found = read_header(path)
+        found = read(path)
         for tensor in found.values():
             # A tensor that stands in two files is taken from the one that the index names.
             if weight_map.get(tensor.name, name) == name:
@@ -70,7 +80,7 @@ def _open_shards(folder: Path, weight_map: Mapping[str, str]) -> CheckpointIndex
     absent = sorted(name for name in weight_map if name not in tensors)
     if absent:
         raise CheckpointError(
-            f"{folder / INDEX_FILE} promises {absent[0]!r} in {weight_map[absent[0]]}, whose header has no such tensor"
+            f"{index} promises {absent[0]!r} in {weight_map[absent[0]]}, whose header has no such tensor"
             f" ({len(absent)} like it). The files are of different versions: fetch the checkpoint again."
         )
     return CheckpointIndex(folder=str(folder), files=tuple(files), tensors=tensors)
@@ -85,7 +95,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors index ({error!r}). Fetch it again.") from error
+        raise CheckpointError(f"{path} is not an index of weights ({error!r}). Fetch it again.") from error
     for name in set(weight_map.values()):
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
@@ -95,12 +105,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _no_weights(folder: Path) -> str:
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-    message = f"no weights in {folder}: expected {SINGLE_FILE} or {INDEX_FILE}"
-    if any(name.startswith("pytorch_model") for name in names):
-        return (
-            f"{message}, found pytorch_model.bin. Convert it once, in Python: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder); or load it with --loader stock."
-        )
+    message = f"no weights in {folder}: expected {SINGLE_FILE}, {BIN_FILE} or an index of them"
     if "adapter_config.json" in names:
         return f"{message}, found an adapter. Merge it into its base model with PEFT's merge_and_unload and save that."
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

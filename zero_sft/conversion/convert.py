@@ -89,12 +89,12 @@ def _converted(
             _check_dtype(stored[name])
     if group.converter is None:
         first = stored[next(iter(group.members))]
-        return {group.name: (first.shape, regions.whole(first.name, first.shape))}
+        return {group.name: (first.shape, regions.whole(first.name, first.shape, strides=first.strides))}
     dtype = wanted[group.name].dtype  # stored dtypes may differ; as in transformers, all are cast before they are merged
     converter = copy.deepcopy(group.converter)
     for pattern, names in group.members.items():
         for name in names:
-            traced = tracing.source(name, stored[name].shape, dtype)
+            traced = tracing.source(name, stored[name].shape, dtype, stored[name].strides)
             converter.add_tensor(group.name, name, pattern, traced)
     result = _run(converter, group, model, stored)
     return {name: (tuple(traced.shape), traced.regions) for name, traced in result.items()}

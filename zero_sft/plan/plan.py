@@ -107,8 +107,9 @@ def check_cover(target: Target, stored: Mapping[str, StoredTensor]) -> None:
     for region in target.regions:
         last = region.offset + sum((n - 1) * stride for n, stride in zip(region.sizes, region.strides, strict=True))
         source = stored[region.source]
-        if last >= source.numel:
-            raise CheckpointError(f"{target.name}: reads element {last} of {source.name} in {source.file}, of {source.numel}")
+        held = source.nbytes // source.itemsize
+        if last >= held:
+            raise CheckpointError(f"{target.name}: reads element {last} of {source.name} in {source.file}, of {held}")
 
 
 def pieces(target: Target) -> Iterator[Piece]:

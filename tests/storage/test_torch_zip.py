@@ -1,0 +1,70 @@
+"""Headers of `.bin` files: offsets against the file's bytes, views and shared storages, and files that are wrong."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from zero_sft.errors import CheckpointError
+from zero_sft.storage.torch_zip import read_header
+
+
+def stored_bytes(entry):
+    """The tensor that an entry describes, from the raw file."""
+    raw = bytearray(Path(entry.file).read_bytes()[entry.offset_bytes : entry.offset_bytes + entry.nbytes])
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}[entry.dtype]
+    strides = entry.strides or torch.empty(entry.shape, device="meta").stride()
+    return torch.frombuffer(raw, dtype=dtype).as_strided(entry.shape, strides)
+
+
+def test_offsets_are_those_of_the_bytes(tmp_path):
+    whole = torch.randn(5, 7)
+    tensors = {
+        "whole": whole, "turned": torch.randn(4, 6).t(), "integers": torch.arange(10), "half": torch.randn(3).bfloat16(),
+        "again": whole, "part": whole[2:4], "column": whole[:, 3], "parameter": torch.nn.Parameter(torch.randn(3, 3)),
+        "scalar": torch.tensor(2.5),
+    }  # fmt: skip
+    torch.save(tensors, tmp_path / "x.bin")
+    found = read_header(tmp_path / "x.bin")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(stored_bytes(found[name]), tensor.detach()), name
+    assert found["again"].offset_bytes == found["whole"].offset_bytes
+
+
+class _Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_code_in_a_file_is_never_run(tmp_path):
+    torch.save({"a": torch.ones(2), "b": _Runs(tmp_path / "ran")}, tmp_path / "x.bin")
+    with pytest.raises(CheckpointError, match="never unpickled"):
+        read_header(tmp_path / "x.bin")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_are_wrong(tmp_path):
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"before 1\.6"):
+        read_header(path)
+    torch.save({"a": torch.ones(1000)}, path)
+    os.truncate(path, 2000)
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_header(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_header(path)
+    torch.save([torch.ones(3)], path)
+    with pytest.raises(CheckpointError, match="holds a list"):
+        read_header(path)
+    torch.save({"a": torch.eye(3).to_sparse()}, path)
+    with pytest.raises(CheckpointError):
+        read_header(path)
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_header(tmp_path / "absent.bin")

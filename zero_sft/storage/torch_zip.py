@@ -1,0 +1,73 @@
+"""The header of a `pytorch_model.bin`: where each tensor's bytes lie in the zip that `torch.save` makes.
+
+torch itself reads the pickle, restricted to `weights_only` and with fake tensors, so that no data is touched and no code of the
+file is run; every storage then tells its offset in the file (`torch.load` under `FakeTensorMode`, since torch 2.7). Tensors may
+be views, in any stride, and share a storage. Left out: the format of before torch 1.6, which is no zip.
+"""
+
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.errors import CheckpointError
+from zero_sft.storage.dtypes import STORED_DTYPES
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+    """Find the tensors of one file without reading them.
+
+    Raises:
+        CheckpointError: no zip, damaged, not a plain mapping of names to tensors, or one that needs code to be unpickled.
+    """
+    path = str(path)
+    try:
+        if not Path(path).stat().st_size or not zipfile.is_zipfile(path):
+            raise CheckpointError(_not_a_zip(path))
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights."
+        ) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch has its own for each way in which a file can be wrong
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors, which is never unpickled here: {reason[:300]}\nFetch it again, or "
+            "take the model's safetensors files."
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a mapping from names to tensors.")
+    size_bytes = Path(path).stat().st_size
+    return {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
+
+
+def _stored(path: str, name: str, tensor: torch.Tensor, size_bytes: int) -> StoredTensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in STORED_DTYPES:
+        raise CheckpointError(f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}; expected a plain one.")
+    itemsize, shape, strides = tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride())
+    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if tensor.numel() else 0
+    if start is None or start + (tensor.storage_offset() + reach) * itemsize > size_bytes:
+        raise CheckpointError(f"{path}: the bytes of {name!r} are not in the file. Fetch it again.")
+    return StoredTensor(
+        name=name,
+        file=path,
+        dtype=STORED_DTYPES[tensor.dtype],
+        shape=shape,
+        offset_bytes=start + tensor.storage_offset() * itemsize,
+        nbytes=reach * itemsize,
+        strides=None if tensor.is_contiguous() else strides,
+    )
+
+
+def _not_a_zip(path: str) -> str:
+    return (
+        f"{path} is no zip file: truncated, or saved by a torch before 1.6. If it is complete, convert it once, in Python:\n"
+        f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})"
+    )
