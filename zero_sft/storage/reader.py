@@ -21,7 +21,7 @@ from zero_sft.storage.accelerator import bytes_view, pinned, recorded_event
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import STEP_BYTES, make_present
 
-STAGING_BYTES = 16 * 2**20
+STAGING_BYTES = 8 * 2**20
 """One staging buffer, at least the plan's `SCATTER_BYTES`. A reading thread has two of them where it stages at all."""
 
 _CHUNK_BYTES = 32 * 2**20  # one read call: large enough to stream, small enough for threads to share a large tensor
