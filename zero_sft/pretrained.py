@@ -20,7 +20,7 @@ from zero_sft.distributed import World, agreed
 from zero_sft.errors import ArgumentError
 from zero_sft.hub import HubOptions, pin_revision, resolve_weights
 from zero_sft.report import LoadReport
-from zero_sft.request import Request
+from zero_sft.request import Checks, Request
 from zero_sft.sharded import load_sharded
 from zero_sft.stock import load_stock
 from zero_sft.zero import internals
@@ -41,6 +41,9 @@ def load_pretrained(
     attn_implementation: str | None = None,
     padding_side: str = "right",
     loader: str = "sharded",
+    strict: bool = False,
+    verify: bool = False,
+    ignore_mismatched_sizes: bool = False,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Config, model and tokenizer, as FastChat's training has them, under ZeRO-3. Every rank; communicates.
@@ -61,6 +64,9 @@ def load_pretrained(
         model_class=model_class,
         attn_implementation=attn_implementation,
         loader=loader,
+        strict=strict,
+        verify=verify,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
         **hub,
     )
     tokenizer = load_tokenizer(model_name_or_path, model_max_length=model_max_length, padding_side=padding_side, **hub)
@@ -76,6 +82,9 @@ def load_model(
     model_class: Any = None,
     attn_implementation: str | None = None,
     loader: str = "sharded",
+    strict: bool = False,
+    verify: bool = False,
+    ignore_mismatched_sizes: bool = False,
     **hub: Any,
 ) -> PreTrainedModel:
     """Load a model partitioned by ZeRO-3, every rank reading its own bytes. Every rank; communicates (no weights).
@@ -87,7 +96,10 @@ def load_model(
         dtype: "auto", a torch dtype or its name. It decides where the DeepSpeed config says "auto"; else the engine does.
         model_class: a model class or an Auto class; None is `AutoModelForCausalLM`.
         attn_implementation: as in transformers ("sdpa", "eager", "flash_attention_2", ...).
-        loader: "sharded", or "stock" for transformers' own way.
+        loader: "sharded", or "stock" for transformers' own way, which knows none of the following three.
+        strict: a missing or unexpected name is an error.
+        verify: read back: every shard is hashed against the files, along another path than the load's.
+        ignore_mismatched_sizes: tensors of another shape than the model's are initialised anew instead of an error.
         **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder`.
 
     Returns:
@@ -121,6 +133,7 @@ def load_model(
         model_class=model_class,
         attn_implementation=attn_implementation,
         trust_remote_code=options.trust_remote_code,
+        checks=Checks(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes),
     )
     model = (load_stock if loader == "stock" else load_sharded)(request, world, report)
     model.name_or_path = model.config.name_or_path = model_name_or_path

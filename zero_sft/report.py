@@ -14,7 +14,7 @@ class LoadReport:
     `mismatched` holds `(name, expected shape, got shape)`. `bytes_read` counts checkpoint data of this rank,
     `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall time, `slowest_seconds` that
     of the slowest rank; `stages` splits `seconds` by stage. `operations` are the conversions by which tensors were made of
-    others, such as the merging of experts.
+    others, such as the merging of experts. `verified` is the number of tensors read back and found equal, if asked for.
     """
 
     loader: str
@@ -27,6 +27,7 @@ class LoadReport:
     cast: list[str] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     dtype: str = ""
+    verified: int | None = None
     requests: int = 0
     bytes_read: int = 0
     bytes_communicated: int = 0
@@ -55,6 +56,8 @@ class LoadReport:
                 f"{self.bytes_communicated / 2**10:,.1f} KiB; "
                 + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
             )
+        if self.verified is not None:
+            lines.append(f"  read back: {self.verified} tensors equal the files on every rank")
         for title, names in self._notable():
             lines.append(f"  {title}: {len(names)} ({_shown(names)})")
         return "\n".join(lines)

@@ -10,6 +10,15 @@ from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """What a load insists on: no missing or unexpected name; shards read back; or shapes that may differ, to be initialised."""
+
+    strict: bool = False
+    verify: bool = False
+    ignore_mismatched_sizes: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to load, resolved: a local folder, a config, a DeepSpeed config without "auto", the engine's dtype."""
 
@@ -20,3 +29,4 @@ class Request:
     model_class: Any
     attn_implementation: str | None
     trust_remote_code: bool
+    checks: Checks

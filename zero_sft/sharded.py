@@ -5,7 +5,7 @@ nothing communicates, so a rank that fails never leaves the others in a collecti
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
+from zero_sft.verify import verify
 from zero_sft.zero import gather, internals, missing, shards
 
 
@@ -71,9 +72,9 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         _require_plain_weights(request)
         bare = skeleton.build(request)
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
-        draft = _draft(
-            bare, open_index(request.folder, torch_zip.read_header), threads=max(1, min(4, _cores() // world.local_world_size))
-        )
+        index = open_index(request.folder, torch_zip.read_header)
+        threads = max(1, min(4, _cores() // world.local_world_size))
+        draft = _draft(bare, index, threads, request.checks.ignore_mismatched_sizes)
     agreed_on = {
         "index": draft.index.digest(),
         "names": sorted(draft.resolution.sources),
@@ -90,16 +91,21 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
     with watch.stage("finish"):
         _finish(draft, request, world, report)
     _account(report, draft, plan)
+    if request.checks.strict and (report.missing or report.unexpected):
+        raise CheckpointError(_not_strict(request, report))
+    if request.checks.verify:
+        with watch.stage("verify"):
+            report.verified = _verify(draft, request, world, ready)
     return draft.model
 
 
-def _draft(bare: skeleton.Skeleton, index: CheckpointIndex, threads: int) -> Draft:
+def _draft(bare: skeleton.Skeleton, index: CheckpointIndex, threads: int, ignore_mismatched_sizes: bool) -> Draft:
     """Match checkpoint and model, which is whole still: conversions ask it for shapes."""
     resolution = resolve(bare.model, bare.state, index.tensors)
     setattr(bare.model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
     away = missing.tied_away(bare.model.all_tied_weights_keys, resolution.sources)
     draft = Draft(bare=bare, index=index, resolution=resolution, away=away, threads=threads)
-    _require_fit(draft)
+    _require_fit(draft, ignore_mismatched_sizes)
     return draft
 
 
@@ -152,7 +158,7 @@ def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
 def _finish(draft: Draft, request: Request, world: World, report: LoadReport) -> None:
     """Ties; then what `from_pretrained` does last."""
     model = draft.model
-    absent = set(draft.state) - set(draft.resolution.sources)
+    absent = set(draft.state) - set(draft.resolution.sources) - {each.name for each in draft.resolution.mismatched}
     absent |= _equal_ties(draft, world)
     with agreed(world, "tying weights"):
         info = transformers_internals.loading_info(absent, draft.resolution.unexpected)
@@ -187,6 +193,7 @@ def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
     report.parameters = sum(tensor.numel() for name, tensor in draft.state.items() if name not in draft.away)
     report.tied = sorted(draft.away)
     report.operations = draft.resolution.operations
+    report.mismatched = [(each.name, each.expected, each.got) for each in draft.resolution.mismatched]
     tensors = draft.tensors()
     for name, regions in sorted(draft.resolution.sources.items()):
         stored = {draft.index.tensors[each].dtype for each in {region.source for region in regions}}
@@ -204,15 +211,39 @@ def _require_plain_weights(request: Request) -> None:
         )
 
 
-def _require_fit(draft: Draft) -> None:
+def _not_strict(request: Request, report: LoadReport) -> str:
+    lines = [f"{request.folder} does not have exactly the model's weights, and strict is on:"]
+    for kind in ("missing", "unexpected"):
+        names = getattr(report, kind)
+        if names:
+            lines.append(f"  {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})")
+    return "\n".join([*lines, "Take the checkpoint of this very model, or leave strict off."])
+
+
+def _verify(draft: Draft, request: Request, world: World, ready: Set[str]) -> int:
+    """Hash what this rank holds against the files; what the model's own initialisation has changed is left out."""
+    tensors = draft.tensors()
+    with agreed(world, "building the model to read back"):
+        whole = skeleton.build(request).model
+        names = [name for name in draft.resolution.sources if name not in ready]
+        held, partitions = {}, {}
+        for name in names:
+            tensor = tensors[name]
+            held[name] = shards.local_copy(tensor) if shards.is_sharded(tensor) else tensor.detach().reshape(-1)
+            partitions[name] = shards.partitions(tensor) if shards.is_sharded(tensor) else 1
+    return verify(whole, draft.resolution.groups, draft.index.tensors, held, partitions, world)
+
+
+def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
     """Refuse a checkpoint of another model: shapes that differ, or most of the weights absent."""
     mismatched = draft.resolution.mismatched
-    if mismatched:
+    if mismatched and not ignore_mismatched_sizes:
         shown = "; ".join(f"{m.name}: expected {list(m.expected)}, got {list(m.got)}" for m in mismatched[:5])
         more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
         raise CheckpointError(
             f"{draft.index.folder}: {len(mismatched)} tensors have another shape than the model's: {shown}{more}. The config "
-            "and the weights are of different models: take both from one place."
+            "and the weights are of different models: take both from one place, or set ignore_mismatched_sizes to have "
+            "such tensors initialised anew."
         )
     wanted = {name: tensor.numel() for name, tensor in draft.state.items() if name not in draft.away}
     present = sum(numel for name, numel in wanted.items() if name in draft.resolution.sources)

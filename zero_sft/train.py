@@ -155,6 +155,9 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
         dtype=parsed.model.dtype,
         attn_implementation=parsed.model.attn_implementation,
         loader=parsed.model.loader,
+        strict=parsed.model.strict,
+        verify=parsed.model.verify,
+        ignore_mismatched_sizes=parsed.model.ignore_mismatched_sizes,
         **inputs.hub,
     )
 

@@ -36,6 +36,13 @@ class ModelArguments:
         default="sharded",
         metadata={"help": "sharded: every rank reads its own bytes. stock: transformers' own path, to compare or escape."},
     )
+    strict: bool = field(default=False, metadata={"help": "A missing or unexpected weight is an error."})
+    verify: bool = field(
+        default=False, metadata={"help": "Read back: hash every shard against the files, along another path than the load's."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Initialise weights of another shape than the model's, instead of an error."}
+    )
     revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
     token: str | bool | None = field(
         default=None,

@@ -39,6 +39,7 @@ class Resolution:
     sources: Mapping[str, Regions]
     unexpected: frozenset[str]
     mismatched: tuple[Mismatch, ...]
+    groups: tuple[Group, ...]
     rules_used: tuple[Any, ...]  # transformers' rules that matched: its save reverts them
 
     @property
@@ -76,6 +77,7 @@ def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: 
         sources=sources,
         unexpected=frozenset(unexpected),
         mismatched=tuple(mismatched),
+        groups=names.groups,
         rules_used=tuple(rule for rule in rules if rule.was_used()),
     )
 
