@@ -2,8 +2,8 @@
 
 The load plans byte ranges by tracing and reads them itself. Here the stored tensors are read whole by the libraries
 (safetensors, `torch.load`), converted by transformers' own operations on real data, cut as ZeRO-3 cuts and hashed; each rank
-hashes the shards that it holds; the two must be equal. The model's tensors are shared out among the ranks, so every byte is read once more in the
-whole cluster, and a rank holds one tensor's sources at a time.
+hashes the shards that it holds; the two must be equal. The model's tensors are shared out among the ranks, so every byte is
+read once more in the whole cluster, and a rank holds one tensor's sources at a time.
 """
 
 import copy

@@ -162,8 +162,8 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
 def _require_secrecy(given: Given, value: object) -> None:
     if given.name in ("token", "use_auth_token") and isinstance(value, str) and given.origin == COMMAND_LINE:
         raise ArgumentError(
-            f"--{given.name} on a command line is no secret: process lists show it, and the launcher has logged it. Revoke it, and set HF_TOKEN in "
-            "the environment, run `hf auth login` once, or put `token:` into a file of arguments"
+            f"--{given.name} on a command line is no secret: process lists show it, and the launcher has logged it. "
+            "Revoke it, and set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of arguments"
         )
 
 
