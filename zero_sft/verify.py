@@ -101,5 +101,5 @@ def _load(tensor: StoredTensor) -> torch.Tensor:
 
 
 def _hash(tensor: torch.Tensor) -> str:
-    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    data: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=12).hexdigest()
