@@ -64,7 +64,12 @@ def pin_revision(name_or_path: str, hub: HubOptions, world: World) -> HubOptions
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
-    if _COMMIT.fullmatch(hub.revision or "") or _everywhere_local(name_or_path, hub, world):
+    return hub if _everywhere_local(name_or_path, hub, world) else _pinned(name_or_path, hub, world)
+
+
+def _pinned(name_or_path: str, hub: HubOptions, world: World) -> HubOptions:
+    """`pin_revision` for what is known to be a hub id."""
+    if _COMMIT.fullmatch(hub.revision or ""):
         return hub
     commit = ""
     with distributed.agreed(world, f"fetching {name_or_path}", distributed.DOWNLOAD_TIMEOUT):
@@ -85,7 +90,7 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
     """
     if _everywhere_local(name_or_path, hub, world):
         return _local_folder(name_or_path, hub) or Path(name_or_path)
-    hub = pin_revision(name_or_path, hub, world)
+    hub = _pinned(name_or_path, hub, world)
     wanted = (*patterns, *CODE) if hub.trust_remote_code else patterns
     folder = None
     for turn in ("rank 0", "node leaders", "everyone"):

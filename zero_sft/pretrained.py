@@ -118,11 +118,7 @@ def load_model(
     folder = resolve_weights(model_name_or_path, options, world)
     if config is None:
         config = prepare_config(model_name_or_path, **hub)
-    with agreed(world, "reading the DeepSpeed config"):
-        ds = ds_configs.load_ds_config(ds_config)
-        name = ds_configs.engine_dtype(ds, _wanted_dtype(dtype, config))
-        _check_dtype(dtype, name)
-        ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
+    ds, name = _engine(ds_config, dtype, config, world)
     _warn_if_untested(world)
     report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, world_size=world.world_size)
     request = Request(
@@ -138,11 +134,28 @@ def load_model(
     model = (load_stock if loader == "stock" else load_sharded)(request, world, report)
     model.name_or_path = model.config.name_or_path = model_name_or_path
     report.bytes_communicated = distributed.bytes_communicated() - sent_before
+    _hand_over(model, report, world)
+    return model
+
+
+def _engine(
+    ds_config: str | Path | Mapping[str, Any], dtype: str | torch.dtype, config: PreTrainedConfig, world: World
+) -> tuple[dict[str, Any], str]:
+    """The DeepSpeed config without "auto", and the name of the dtype in which its engine has parameters. Every rank."""
+    with agreed(world, "reading the DeepSpeed config"):
+        ds = ds_configs.load_ds_config(ds_config)
+        name = ds_configs.engine_dtype(ds, _wanted_dtype(dtype, config))
+        _check_dtype(dtype, name)
+        ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
+    return ds, name
+
+
+def _hand_over(model: PreTrainedModel, report: LoadReport, world: World) -> None:
+    """Complete the report, attach it to the model, and say it on rank 0. Every rank; communicates."""
     report.slowest_seconds = max(distributed.exchange(world, report.seconds))
     setattr(model, "load_report", report)  # noqa: B010 - an attribute that nn.Module's stub does not know
     if world.is_main:
         logger.info(report.summary())
-    return model
 
 
 def _wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:

@@ -25,7 +25,7 @@ from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
-from zero_sft.verify import verify
+from zero_sft.verify import Held, digest, verify
 from zero_sft.zero import gather, internals, missing, shards
 
 
@@ -111,10 +111,10 @@ def _draft(bare: skeleton.Skeleton, index: CheckpointIndex, threads: int, ignore
 
 def _initialise(draft: Draft, seed: int) -> set[str]:
     """Buffers and what the checkpoint lacks, then partition the model. Returns the loaded names that are ready by that."""
-    targets = {name: _target(draft, name, whole_range(draft.state[name].numel())) for name in draft.resolution.sources}
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
-        plan = plan_reads([targets[name] for name in memory], draft.index.tensors)
+        targets = [_target(draft, name, whole_range(draft.state[name].numel())) for name in memory]
+        plan = plan_reads(targets, draft.index.tensors)
         reader.fill(plan.reads, memory, draft.threads)
 
     ready = missing.initialise(
@@ -225,13 +225,19 @@ def _verify(draft: Draft, request: Request, world: World, ready: Set[str]) -> in
     tensors = draft.tensors()
     with agreed(world, "building the model to read back"):
         whole = skeleton.build(request).model
-        names = [name for name in draft.resolution.sources if name not in ready]
-        held, partitions = {}, {}
-        for name in names:
-            tensor = tensors[name]
-            held[name] = shards.local_copy(tensor) if shards.is_sharded(tensor) else tensor.detach().reshape(-1)
-            partitions[name] = shards.partitions(tensor) if shards.is_sharded(tensor) else 1
-    return verify(whole, draft.resolution.groups, draft.index.tensors, held, partitions, world)
+        held = {name: _held(tensors[name]) for name in draft.resolution.sources if name not in ready}
+    return verify(whole, draft.resolution.groups, draft.index.tensors, held, world)
+
+
+def _held(tensor: torch.Tensor) -> Held:
+    """Hash this rank's part of a tensor; one that lives on NVMe is in memory only for that."""
+    if not shards.is_sharded(tensor):
+        return Held(digest=digest(tensor), dtype=tensor.dtype, parts=1)
+    param: Any = tensor
+    shard = shards.local_shard(param)
+    held = Held(digest=digest(shard), dtype=shard.dtype, parts=shards.partitions(param))
+    shards.release_shard(param)
+    return held
 
 
 def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:

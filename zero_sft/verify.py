@@ -6,9 +6,9 @@ hashes the shards that it holds; the two must be equal. The model's tensors are 
 read once more in the whole cluster, and a rank holds one tensor's sources at a time.
 """
 
-import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +16,33 @@ from transformers import PreTrainedModel
 
 from zero_sft import distributed
 from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.conversion.convert import run
 from zero_sft.conversion.keys import Group
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What this rank has of a tensor: the digest of its real elements, their dtype, and into how many parts it is cut."""
+
+    digest: str
+    dtype: torch.dtype
+    parts: int
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's elements in row-major order."""
+    data: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
 def verify(
     whole: PreTrainedModel,
     groups: Sequence[Group],
     stored: Mapping[str, StoredTensor],
-    held: Mapping[str, torch.Tensor],
-    partitions: Mapping[str, int],
+    held: Mapping[str, Held],
     world: World,
 ) -> int:
     """Compare every loaded tensor with the files. Every rank; communicates hashes.
@@ -35,8 +50,7 @@ def verify(
     Args:
         whole: the model on the meta device, unpartitioned: operations ask it for shapes.
         groups: which stored tensors make which of the model's.
-        held: this rank's real elements, flat, of each tensor to be checked.
-        partitions: into how many parts each of those is cut; 1 for what every rank has whole.
+        held: what this rank has of each tensor to be checked.
 
     Returns:
         The number of tensors checked.
@@ -46,18 +60,15 @@ def verify(
     """
     expected: dict[str, list[str]] = {}
     with agreed(world, "reading the checkpoint back"):
+        files = _Files()
         for group in groups[world.rank :: world.world_size]:
-            for name, tensor in _converted(group, whole, stored, held):
-                flat = tensor.reshape(-1)
-                parts = partitions[name]
-                spans = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
-                expected[name] = [_hash(flat[span.start : span.stop]) for span in spans]
+            for name, tensor in _converted(group, whole, stored, files):
+                if name in held:
+                    flat, parts = tensor.to(held[name].dtype).reshape(-1), held[name].parts
+                    spans = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
+                    expected[name] = [digest(flat[span.start : span.stop]) for span in spans]
     merged = {name: each for mine in distributed.exchange(world, expected) for name, each in mine.items()}
-    different = []
-    for name, tensor in held.items():
-        part = 0 if partitions[name] == 1 else world.rank % partitions[name]
-        if name in merged and merged[name][part] != _hash(tensor):
-            different.append(name)
+    different = [name for name, mine in held.items() if name in merged and merged[name][world.rank % mine.parts] != mine.digest]
     everywhere = distributed.exchange(world, different)
     if any(everywhere):
         rank = next(rank for rank, names in enumerate(everywhere) if names)
@@ -73,33 +84,34 @@ def verify(
 
 
 def _converted(
-    group: Group, whole: PreTrainedModel, stored: Mapping[str, StoredTensor], held: Mapping[str, torch.Tensor]
+    group: Group, whole: PreTrainedModel, stored: Mapping[str, StoredTensor], files: "_Files"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a group makes, on real data, in the dtype in which they are held."""
+    """The tensors that a group makes, on real data."""
     if group.converter is None:
-        result: Mapping[str, Any] = {group.name: _load(stored[next(iter(group.members))])}
-    else:
-        converter = copy.deepcopy(group.converter)
-        wanted = whole.get_parameter_or_buffer(group.name).dtype
-        for pattern, names in group.members.items():
-            for name in names:
-                converter.add_tensor(group.name, name, pattern, _load(stored[name]).to(wanted))
-        result = converter.convert(group.name, model=whole, config=whole.config)
-    for name, value in result.items():
-        if name in held:
-            tensor = value[0] if isinstance(value, list) else value
-            yield name, tensor.to(held[name].dtype)
+        yield group.name, files.tensor(stored[next(iter(group.members))])
+        return
+    wanted = whole.get_parameter_or_buffer(group.name).dtype
+    yield from run(group, whole, lambda name: files.tensor(stored[name]).to(wanted)).items()
 
 
-def _load(tensor: StoredTensor) -> torch.Tensor:
-    if tensor.file.endswith(".safetensors"):
-        from safetensors import safe_open
+class _Files:
+    """The checkpoint's files as the libraries map them, each opened once."""
 
-        with safe_open(tensor.file, framework="pt") as file:
-            return file.get_tensor(tensor.name)
-    return torch.load(tensor.file, map_location="cpu", weights_only=True, mmap=True)[tensor.name].detach()
+    def __init__(self) -> None:
+        self._mapped: dict[str, Any] = {}
 
+    def tensor(self, stored: StoredTensor) -> torch.Tensor:
+        """One stored tensor, whole."""
+        is_safetensors = stored.file.endswith(".safetensors")
+        if stored.file not in self._mapped:
+            self._mapped[stored.file] = self._open(stored.file, is_safetensors)
+        file = self._mapped[stored.file]
+        return file.get_tensor(stored.name) if is_safetensors else file[stored.name].detach()
 
-def _hash(tensor: torch.Tensor) -> str:
-    data: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=12).hexdigest()
+    @staticmethod
+    def _open(path: str, is_safetensors: bool) -> Any:
+        if is_safetensors:
+            from safetensors import safe_open
+
+            return safe_open(path, framework="pt")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

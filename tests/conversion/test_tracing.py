@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from tests.plan.provenance import elements
 from zero_sft.conversion import tracing
 from zero_sft.conversion.tracing import NotTraceable
-from zero_sft.plan import regions
 
 
 def pair(*shape):
@@ -43,7 +43,7 @@ MOVES = {
 def test_as_torch_has_it(name):
     traced, tensor = (MOVES[name](each) for each in pair(6, 4))
     assert tuple(traced.shape) == tuple(tensor.shape)
-    found = regions.elements(traced.regions)
+    found = elements(traced.regions)
     assert len(found) == tensor.numel()
     assert all(place == int(tensor[index]) for index, (_, place) in found.items())
 

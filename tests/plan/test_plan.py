@@ -29,7 +29,7 @@ def deliver(plan, local, offset_bytes=0, itemsize=2):
     """Carry out a plan on a "file" whose element number is its contents, into the list `local`."""
     for read in plan.reads:
         first = (read.offset_bytes - offset_bytes) // itemsize
-        for flat in range(read.numel):
+        for flat in range(math.prod(read.sizes)):
             index, rest = [], flat
             for size in reversed(read.sizes):
                 index.insert(0, rest % size)

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from tests.plan.provenance import elements
 from zero_sft.plan import regions
 
 
@@ -66,7 +67,7 @@ def random_tensor(draw, steps):
 def test_as_torch_has_it(seed):
     draw = random.Random(seed)
     parts, tensor = random_tensor(draw, draw.randint(1, 7))
-    found = regions.elements(parts)
+    found = elements(parts)
     assert len(found) == tensor.numel() == sum(math.prod(each.sizes) for each in parts)
     assert all(place == int(tensor[index]) for index, (_, place) in found.items())
 

@@ -6,7 +6,7 @@ element for element, without an element having been read.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,22 +93,33 @@ def _converted(
         first = stored[next(iter(group.members))]
         return {group.name: (first.shape, regions.whole(first.name, first.shape, strides=first.strides))}
     dtype = wanted[group.name].dtype  # stored dtypes may differ; as in transformers, all are cast before they are merged
+
+    def traced(name: str) -> torch.Tensor:
+        return tracing.source(name, stored[name].shape, dtype, stored[name].strides)
+
+    result = _traced(group, model, traced, stored)
+    return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
+
+
+def run(group: Group, model: PreTrainedModel, source: Callable[[str], torch.Tensor], info: Any = None) -> dict[str, Any]:
+    """Run a group's converter on `source(name)` of each stored name; the tensors that it makes, by the model's names.
+
+    `model` is whole. An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given,
+    as transformers' `SkipParameters`.
+    """
     converter = copy.deepcopy(group.converter)
     for pattern, names in group.members.items():
         for name in names:
-            traced = tracing.source(name, stored[name].shape, dtype, stored[name].strides)
-            converter.add_tensor(group.name, name, pattern, traced)
-    result = _run(converter, group, model, stored)
-    return {name: (tuple(traced.shape), traced.regions) for name, traced in result.items()}
+            converter.add_tensor(group.name, name, pattern, source(name))
+    raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None, loading_info=info)
+    return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
 
 
-def _run(
-    converter: Any, group: Group, model: PreTrainedModel, stored: Mapping[str, StoredTensor]
+def _traced(
+    group: Group, model: PreTrainedModel, source: Callable[[str], torch.Tensor], stored: Mapping[str, StoredTensor]
 ) -> dict[str, tracing.TracedTensor]:
-    info = loading_info((), ())
     try:
-        raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None, loading_info=info)
-        result = {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
+        result = run(group, model, source, loading_info((), ()))
         for name, traced in result.items():
             if not isinstance(traced, tracing.TracedTensor):
                 raise tracing.NotTraceable(f"{name} came out as a {type(traced).__name__}")
@@ -117,8 +128,8 @@ def _run(
         first = stored[next(iter(group.members.values()))[0]]
         raise CheckpointError(
             f"{first.file}: {first.name!r} and its like can't be converted to {group.name!r} by "
-            f"{', '.join(map(repr, converter.operations))}: {cause}. If the files are complete, load with --loader stock, and "
-            "save the result once with save_pretrained."
+            f"{', '.join(map(repr, group.converter.operations))}: {cause}. If the files are complete, load with --loader "
+            "stock, and save the result once with save_pretrained."
         ) from cause
     return result
 

@@ -55,11 +55,6 @@ class Read:
         """True if the bytes are wanted as they are, one behind the other."""
         return self.source_strides == self.target_strides == (1,)
 
-    @property
-    def numel(self) -> int:
-        """Elements that it delivers."""
-        return math.prod(self.sizes)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

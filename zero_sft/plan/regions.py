@@ -12,7 +12,6 @@ elements each, offsets 0, 1, 2, stride 3.
 Pure, standard library only. Left out: anything that computes with elements.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -240,13 +239,3 @@ def _cut(values: Shape, dim: int) -> Shape:
 
 def _insert(values: Shape, dim: int, value: int) -> Shape:
     return (*values[:dim], value, *values[dim:])
-
-
-def elements(regions: Regions) -> dict[Shape, tuple[str, int]]:
-    """Every element's index and its place in its source. For tests: as slow as it looks."""
-    result = {}
-    for each in regions:
-        for index in itertools.product(*map(range, each.sizes)):
-            place = each.offset + sum(i * stride for i, stride in zip(index, each.strides, strict=True))
-            result[tuple(i + low for i, low in zip(index, each.start, strict=True))] = (each.source, place)
-    return result

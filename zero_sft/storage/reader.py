@@ -136,15 +136,17 @@ class _Worker:
         staged = buffer.view(dtype).to(destination.device, non_blocking=on_device)
         place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
         place.copy_(staged.as_strided(read.sizes, read.source_strides, staged.storage_offset()))
-        if on_device:
-            self._copied[self._turn] = recorded_event()
-        self._turn = 1 - self._turn
+        self._end_turn(on_device)
 
     def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
         on_device = part.device.type != "cpu"
         buffer = self._buffer(on_device)[: part.numel() * dtype.itemsize]
         self._read(read, buffer, skip_bytes)
         part.copy_(buffer.view(dtype), non_blocking=on_device)
+        self._end_turn(on_device)
+
+    def _end_turn(self, on_device: bool) -> None:
+        """The other buffer is next; this one may be overwritten when the copy from it to the device has ended."""
         if on_device:
             self._copied[self._turn] = recorded_event()
         self._turn = 1 - self._turn

@@ -24,17 +24,10 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         CheckpointError: no zip, damaged, not a plain mapping of names to tensors, or one that needs code to be unpickled.
     """
     path = str(path)
+    size_bytes = _size_of_zip(path)
     try:
-        if not Path(path).stat().st_size or not zipfile.is_zipfile(path):
-            raise CheckpointError(_not_a_zip(path))
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights."
-        ) from error
-    except CheckpointError:
-        raise
     except Exception as error:  # torch has its own for each way in which a file can be wrong
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
@@ -43,8 +36,20 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a mapping from names to tensors.")
-    size_bytes = Path(path).stat().st_size
     return {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
+
+
+def _size_of_zip(path: str) -> int:
+    try:
+        size_bytes = Path(path).stat().st_size
+        is_zip = bool(size_bytes) and zipfile.is_zipfile(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights."
+        ) from error
+    if not is_zip:
+        raise CheckpointError(_not_a_zip(path))
+    return size_bytes
 
 
 def _stored(path: str, name: str, tensor: torch.Tensor, size_bytes: int) -> StoredTensor:

@@ -99,15 +99,6 @@ def local_shard(param: nn.Parameter) -> torch.Tensor:
     return param.ds_tensor.narrow(0, 0, local_range(param).numel)
 
 
-def local_copy(param: nn.Parameter) -> torch.Tensor:
-    """The real elements of this rank's shard, flat; a copy where it lives on NVMe, whose buffers are few."""
-    shard = local_shard(param)
-    if param.ds_tensor.final_location == OffloadDeviceEnum.nvme:
-        shard = shard.clone()
-        release_shard(param)
-    return shard
-
-
 def partitions(param: nn.Parameter) -> int:
     """Into how many parts a parameter is cut."""
     return param.ds_zero_partition_world_size
