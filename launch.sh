@@ -141,6 +141,9 @@ find_python() {
     python=$(command -v python || command -v python3) ||
       die "no python on PATH: activate an environment, or set ZERO_SFT_PYTHON"
   fi
+  # DeepSpeed compiles its operators with the first ninja on PATH; another one's version makes it compile them again.
+  PATH=$(dirname "$python"):$PATH
+  export PATH
 }
 
 # --- One machine -----------------------------------------------------------------------------------------------------

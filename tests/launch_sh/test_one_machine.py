@@ -19,6 +19,7 @@ def test_two_cpu_ranks_without_a_gpu(machine):
     env = machine.env("deepspeed")
     assert env["OMP_NUM_THREADS"] == str(CPUS // 2)
     assert env["PYTHONPATH"] == str(machine.project)
+    assert env["PATH"].split(":")[0] == str(machine.project / ".venv" / "bin")
     assert "DS_ACCELERATOR" not in env
 
 
