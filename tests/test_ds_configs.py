@@ -285,3 +285,36 @@ def test_the_shipped_nvme_config_with_a_folder_of_ones_own(tmp_path):
 def test_no_nvme_no_folder(name):
     require_nvme(load_ds_config(name))
     require_nvme(with_zero(offload_param=None, offload_optimizer={"device": "cpu", "nvme_path": "missing"}))
+
+
+# Precision, as DeepSpeed reads it.
+
+
+@pytest.mark.parametrize("enabled", [True, 1, "true", "True", "on", "1"])
+@pytest.mark.parametrize("section", ["bf16", "bfloat16"])
+def test_spellings_of_true_that_deepspeed_takes(section, enabled):
+    from deepspeed.runtime.precision_config import get_bfloat16_config
+
+    written = {**STAGE3, section: {"enabled": enabled}}
+    assert get_bfloat16_config(written).enabled is True
+    config = load_ds_config(written)
+    assert config["bf16"] == {"enabled": True}
+    assert "bfloat16" not in config
+    assert engine_dtype(config, "float32") == "bfloat16"
+    assert concrete(config, "bfloat16", 1, 1)["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize("enabled", [False, 0, "false", "off"])
+def test_spellings_of_false(enabled):
+    assert engine_dtype(load_ds_config({**STAGE3, "fp16": {"enabled": enabled}}), "float16") == "float32"
+
+
+@pytest.mark.parametrize("section", [True, "auto", [], {"enabled": "perhaps"}, {"enabled": None}, {"enabled": 2}])
+def test_precision_that_is_not_understood(section):
+    with pytest.raises(ConfigError, match=r'bf16 is .* Write it as \{"enabled": true\}'):
+        load_ds_config({**STAGE3, "bf16": section})
+
+
+def test_both_precisions():
+    with pytest.raises(ConfigError, match="both bf16 and fp16"):
+        load_ds_config({**STAGE3, "bf16": {"enabled": 1}, "fp16": {"enabled": True}})

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from zero_sft.errors import ConfigError
 from zero_sft.shipped import shipped
 
@@ -24,7 +26,7 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         source: the config itself, the path of a JSON file, or the name of a shipped one (`zero3`, `zero3_offload`, ...).
 
     Raises:
-        ConfigError: no such file or name, not JSON, or not ZeRO stage 3.
+        ConfigError: no such file or name, not JSON, not ZeRO stage 3, or a precision that DeepSpeed would not understand.
     """
     if isinstance(source, Mapping):
         config, where = copy.deepcopy(dict(source)), "ds_config"
@@ -38,6 +40,33 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             f"{where} is not a ZeRO stage 3 config: zero_optimization.stage is {stage!r}. Set it to 3, or use a shipped one: "
             f"{', '.join(shipped_names())}."
         )
+    return _plain_precision(config, where)
+
+
+def _plain_precision(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The config with `bf16` and `fp16` in their plain spelling, which every later reader understands alike.
+
+    DeepSpeed also reads the section's old name, `bfloat16`, where `bf16` is absent, and takes 1, "true" or "on" as true; the
+    Trainer does neither, and would train in another precision than the engine.
+    """
+    old = config.pop("bfloat16", None)
+    if old is not None and config.get("bf16") is None:
+        config["bf16"] = old
+    for section in DTYPE_NAMES:
+        if config.get(section) is None:
+            config.pop(section, None)
+            continue
+        written = config[section]
+        enabled = written.get("enabled", False) if isinstance(written, dict) else written
+        try:
+            plain = enabled if enabled == "auto" else pydantic.TypeAdapter(bool).validate_python(enabled)
+        except pydantic.ValidationError:
+            plain = None
+        if plain is None or not isinstance(written, dict):
+            raise ConfigError(f'{where}: {section} is {json.dumps(written)}. Write it as {{"enabled": true}}, false or "auto".')
+        config[section] = {**written, "enabled": plain}
+    if all(config.get(section, {}).get("enabled") is True for section in DTYPE_NAMES):
+        raise ConfigError(f"{where} enables both bf16 and fp16. Set one of them to false.")
     return config
 
 
@@ -87,7 +116,7 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
     result = _without_auto(config)
     for section, name in DTYPE_NAMES.items():
         if section in config:
-            result[section] = {**(result.get(section) or {}), "enabled": dtype == name}
+            result[section] = {**(result[section] or {}), "enabled": dtype == name}
     result["zero_optimization"].update(hpz_size(config, local_world_size, world_size))
     if not any(key in result for key in ("train_batch_size", "train_micro_batch_size_per_gpu")):
         result["train_micro_batch_size_per_gpu"] = 1

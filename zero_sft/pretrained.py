@@ -144,8 +144,9 @@ def _engine(
     """The DeepSpeed config without "auto", and the name of the dtype in which its engine has parameters. Every rank."""
     with agreed(world, "reading the DeepSpeed config"):
         ds = ds_configs.load_ds_config(ds_config)
-        name = ds_configs.engine_dtype(ds, _wanted_dtype(dtype, config))
-        _check_dtype(dtype, name)
+        wanted = _wanted_dtype(dtype, config)
+        name = ds_configs.engine_dtype(ds, wanted)
+        _check_dtype(dtype, wanted, name)
         ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
     return ds, name
 
@@ -162,15 +163,14 @@ def _wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
     """The name of the dtype that was asked for; "auto" is the config's own, as in `from_pretrained`."""
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if not isinstance(getattr(torch, name, None), torch.dtype):
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
         raise ArgumentError(f"dtype must be 'auto', a torch dtype or its name, got {dtype!r}")
-    return name
+    return str(found).removeprefix("torch.")  # torch.half is another name of torch.float16
 
 
-def _check_dtype(dtype: str | torch.dtype, engine: str) -> None:
-    asked = str(dtype).removeprefix("torch.")
-    if asked not in ("auto", engine):
+def _check_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+    if dtype != "auto" and asked != engine:
         raise ArgumentError(
             f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "
             'fp16.enabled in it to match (or to "auto"), or leave dtype at "auto".'

@@ -11,7 +11,8 @@ from typing import Any
 class LoadReport:
     """The account of one load on one rank; the lists are the same on every rank.
 
-    `mismatched` holds `(name, expected shape, got shape)`. `bytes_read` counts checkpoint data of this rank,
+    `mismatched` holds `(name, expected shape, got shape)`; `doubled` are stored names that several files have, of which the
+    last file's was taken, as in `from_pretrained`. `bytes_read` counts checkpoint data of this rank,
     `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall time, `slowest_seconds` that
     of the slowest rank; `stages` splits `seconds` by stage. `operations` are the conversions by which tensors were made of
     others, such as the merging of experts. `verified` is the number of tensors read back and found equal, if asked for.
@@ -23,6 +24,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
     cast: list[str] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
@@ -67,6 +69,7 @@ class LoadReport:
             ("missing, initialised as the model defines", self.missing),
             ("unexpected, left unread", self.unexpected),
             ("of another shape", [name for name, _, _ in self.mismatched]),
+            ("in several files, the last one's taken", self.doubled),
             ("tied", self.tied),
             (f"cast to {self.dtype}", self.cast),
             ("conversions", self.operations),

@@ -5,7 +5,7 @@ nothing communicates, so a rank that fails never leaves the others in a collecti
 """
 
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
 from zero_sft.checkpoint.index import CheckpointIndex, open_index
-from zero_sft.conversion.convert import Resolution, resolve
+from zero_sft.conversion.convert import Mismatch, Resolution, resolve
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import FlatRange, whole_range
@@ -115,7 +115,7 @@ def _initialise(draft: Draft, seed: int) -> set[str]:
     def load(memory: Mapping[str, torch.Tensor]) -> None:
         targets = [_target(draft, name, whole_range(draft.state[name].numel())) for name in memory]
         plan = plan_reads(targets, draft.index.tensors)
-        reader.fill(plan.reads, memory, draft.threads)
+        reader.fill(plan.reads, memory, draft.threads, draft.index.stamps)
 
     ready = missing.initialise(
         draft.model,
@@ -150,7 +150,7 @@ def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
         wanted = (by_target[name] for name in memory if name in by_target)
         reads = sorted((read for reads in wanted for read in reads), key=lambda read: (read.file, read.offset_bytes))
-        reader.fill(reads, memory, draft.threads)
+        reader.fill(reads, memory, draft.threads, draft.index.stamps)
 
     shards.fill_shards(params, fill)
 
@@ -192,6 +192,7 @@ def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
     report.requests, report.bytes_read = len(plan.reads), plan.nbytes
     report.parameters = sum(tensor.numel() for name, tensor in draft.state.items() if name not in draft.away)
     report.tied = sorted(draft.away)
+    report.doubled = list(draft.index.doubled)
     report.operations = draft.resolution.operations
     report.mismatched = [(each.name, each.expected, each.got) for each in draft.resolution.mismatched]
     tensors = draft.tensors()
@@ -226,7 +227,7 @@ def _verify(draft: Draft, request: Request, world: World, ready: Set[str]) -> in
     with agreed(world, "building the model to read back"):
         whole = skeleton.build(request).model
         held = {name: _held(tensors[name]) for name in draft.resolution.sources if name not in ready}
-    return verify(whole, draft.resolution.groups, draft.index.tensors, held, world)
+    return verify(whole, draft.resolution.groups, draft.index, held, world)
 
 
 def _held(tensor: torch.Tensor) -> Held:
@@ -244,13 +245,7 @@ def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
     """Refuse a checkpoint of another model: shapes that differ, or most of the weights absent."""
     mismatched = draft.resolution.mismatched
     if mismatched and not ignore_mismatched_sizes:
-        shown = "; ".join(f"{m.name}: expected {list(m.expected)}, got {list(m.got)}" for m in mismatched[:5])
-        more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
-        raise CheckpointError(
-            f"{draft.index.folder}: {len(mismatched)} tensors have another shape than the model's: {shown}{more}. The config "
-            "and the weights are of different models: take both from one place, or set ignore_mismatched_sizes to have "
-            "such tensors initialised anew."
-        )
+        raise CheckpointError(_misfit(draft.index.folder, mismatched))
     wanted = {name: tensor.numel() for name, tensor in draft.state.items() if name not in draft.away}
     present = sum(numel for name, numel in wanted.items() if name in draft.resolution.sources)
     if 2 * present < sum(wanted.values()):
@@ -260,6 +255,21 @@ def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
             f"{draft.index.folder} lacks most of the model's weights ({present:,} of {sum(wanted.values()):,} elements found). "
             f"The model wants {examples}, ...; the files have {found}, .... Name a checkpoint of {type(draft.model).__name__}."
         )
+
+
+def _misfit(folder: str, mismatched: Sequence[Mismatch]) -> str:
+    shown = "; ".join(f"{m.name}: expected {list(m.expected)}, got {list(m.got)}" for m in mismatched[:5])
+    more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
+    count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
+    message = f"{folder}: {count} another shape than the model's: {shown}{more}."
+    absent = [name for each in mismatched for name in each.absent]
+    if absent:
+        others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
+        return f"{message} It is made of parts, of which the files lack {absent[0]!r}{others}: fetch the checkpoint again."
+    return (
+        f"{message} The config and the weights are of different models, or parts are missing: take both from one place, or set "
+        "ignore_mismatched_sizes to have such tensors initialised anew."
+    )
 
 
 def _cores() -> int:

@@ -15,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from zero_sft import distributed
-from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.checkpoint.index import CheckpointIndex
+from zero_sft.checkpoint.stamp import require_unchanged
 from zero_sft.conversion.convert import run
 from zero_sft.conversion.keys import Group
 from zero_sft.distributed import World, agreed
@@ -41,7 +42,7 @@ def digest(tensor: torch.Tensor) -> str:
 def verify(
     whole: PreTrainedModel,
     groups: Sequence[Group],
-    stored: Mapping[str, StoredTensor],
+    index: CheckpointIndex,
     held: Mapping[str, Held],
     world: World,
 ) -> int:
@@ -60,9 +61,9 @@ def verify(
     """
     expected: dict[str, list[str]] = {}
     with agreed(world, "reading the checkpoint back"):
-        files = _Files()
+        files = _Files(index)
         for group in groups[world.rank :: world.world_size]:
-            for name, tensor in _converted(group, whole, stored, files):
+            for name, tensor in _converted(group, whole, files):
                 if name in held:
                     flat, parts = tensor.to(held[name].dtype).reshape(-1), held[name].parts
                     spans = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
@@ -74,7 +75,7 @@ def verify(
         rank = next(rank for rank, names in enumerate(everywhere) if names)
         names = sorted({name for each in everywhere for name in each})
         raise CheckpointError(
-            f"read back, {len(names)} tensors differ from the files: {', '.join(names[:5])} (first on rank {rank}). The files "
+            f"read back, other than the files: {', '.join(names[:5])} ({len(names)} in all, first on rank {rank}). The files "
             "changed while they were read, or storage or memory is faulty. Load again, and compare the files' checksums."
         )
     unread = sorted(held.keys() - merged.keys())
@@ -83,30 +84,31 @@ def verify(
     return len(held)
 
 
-def _converted(
-    group: Group, whole: PreTrainedModel, stored: Mapping[str, StoredTensor], files: "_Files"
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _converted(group: Group, whole: PreTrainedModel, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that a group makes, on real data."""
     if group.converter is None:
-        yield group.name, files.tensor(stored[next(iter(group.members))])
+        yield group.name, files.tensor(next(iter(group.members)))
         return
     wanted = whole.get_parameter_or_buffer(group.name).dtype
-    yield from run(group, whole, lambda name: files.tensor(stored[name]).to(wanted)).items()
+    yield from run(group, whole, lambda name: files.tensor(name).to(wanted)).items()
 
 
 class _Files:
     """The checkpoint's files as the libraries map them, each opened once."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: CheckpointIndex) -> None:
+        self._index = index
         self._mapped: dict[str, Any] = {}
 
-    def tensor(self, stored: StoredTensor) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, whole."""
-        is_safetensors = stored.file.endswith(".safetensors")
-        if stored.file not in self._mapped:
-            self._mapped[stored.file] = self._open(stored.file, is_safetensors)
-        file = self._mapped[stored.file]
-        return file.get_tensor(stored.name) if is_safetensors else file[stored.name].detach()
+        path = self._index.tensors[name].file
+        is_safetensors = path.endswith(".safetensors")
+        if path not in self._mapped:
+            require_unchanged(path, path, self._index.stamps.get(path))
+            self._mapped[path] = self._open(path, is_safetensors)
+        file = self._mapped[path]
+        return file.get_tensor(name) if is_safetensors else file[name].detach()
 
     @staticmethod
     def _open(path: str, is_safetensors: bool) -> Any:

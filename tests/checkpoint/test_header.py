@@ -63,6 +63,7 @@ def test_longer_than_promised(path):
         {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
         {"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"[" * 100_000, b'{"a":' * 100_000,
         {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in ("overlapping", "tensors")},
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
     ],

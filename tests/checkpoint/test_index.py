@@ -58,7 +58,20 @@ def test_tensor_not_where_promised(tmp_path):
         open_index(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": 5}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": 5}',
+        '{"weight_map": {"a": ""}}',
+        "[" * 100_000,
+    ],
+)
 def test_not_an_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="not an index of weights"):
@@ -70,4 +83,29 @@ def test_no_weights(tmp_path, name, hint):
     if name:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=hint):
+        open_index(tmp_path)
+
+
+def test_of_a_name_in_two_files_the_last_counts_as_in_from_pretrained(tmp_path):
+    sharded(tmp_path)
+    save_file({"c": torch.ones(5), "a": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
+    index = open_index(tmp_path)
+    assert index.tensors["a"].file.endswith("00002-of-00002.safetensors")
+    assert index.doubled == ("a",)
+
+
+def test_a_file_without_tensors(tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="only a header"):
+        open_index(tmp_path)
+
+
+def test_folders_in_place_of_files(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder"):
+        open_index(tmp_path)
+    (tmp_path / "model.safetensors").rmdir()
+    sharded(tmp_path, {"a": "sub"})
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(CheckpointError, match="names 'sub', which is a folder"):
         open_index(tmp_path)

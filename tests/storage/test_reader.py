@@ -1,12 +1,16 @@
 """Reads into place, casts, pieces, threads, and files that fail under way."""
 
+import contextlib
 import os
+import shutil
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from zero_sft.checkpoint.header import read_header
+from zero_sft.checkpoint.stamp import stamp
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
 from zero_sft.storage import reader
@@ -79,6 +83,28 @@ def test_a_file_that_went_away(file):
     os.unlink(path)
     with pytest.raises(CheckpointError, match="can't be opened"):
         reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("change", ["replaced", "written to", "written to while it is read"])
+def test_a_file_that_is_another_than_when_its_header_was_read(file, change):
+    path, _ = file
+    header, stamps = read_header(path), {path: stamp(path)}
+    memory = {"a": torch.zeros(1000, dtype=torch.bfloat16)}
+    assert reader.fill([read(header, "a", 0, 1000)], memory, stamps=stamps)
+
+    def touch():
+        os.utime(path, ns=(1, 1))
+
+    if change == "replaced":
+        shutil.copy2(path, f"{path}.new")
+        os.replace(f"{path}.new", path)
+    elif change == "written to":
+        touch()
+    with contextlib.ExitStack() as stack:
+        if change == "written to while it is read":
+            stack.enter_context(mock.patch.object(reader, "_pieces", lambda each: [touch() or each]))
+        with pytest.raises(CheckpointError, match="was replaced or written to after its header was read"):
+            reader.fill([read(header, "a", 0, 1000)], memory, stamps=stamps)
 
 
 @pytest.mark.parametrize("policy", ["plain", "huge", "populate"])

@@ -82,7 +82,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 def _parse(path: str, text: bytes, data_start_bytes: int) -> list[StoredTensor]:
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(_damaged(path, f"a header that is not JSON ({error})")) from error
     if not isinstance(header, dict):
         raise CheckpointError(_damaged(path, "a header that is not a JSON object"))
@@ -98,7 +98,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTensor:
     try:
-        dtype, shape = raw["dtype"], tuple(raw["shape"])
+        dtype, shape = str(raw["dtype"]), tuple(raw["shape"])
         begin, end = raw["data_offsets"]
         numbers = (*shape, begin, end)
         if not all(type(n) is int and n >= 0 for n in numbers):

@@ -7,11 +7,12 @@ held against the headers, so that a shard of another revision is noticed. Left o
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from zero_sft.checkpoint.header import StoredTensor, read_header
+from zero_sft.checkpoint.stamp import Stamp, stamp
 from zero_sft.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -25,11 +26,16 @@ ReadHeader = Callable[[str | Path], dict[str, StoredTensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by its name, as the files' headers have them."""
+    """Every tensor of a checkpoint by its name, as the files' headers have them.
+
+    `stamps` say, by path, which files they were; `doubled` are the names that stand in several files, or elsewhere than the
+    index says.
+    """
 
     folder: str
-    files: tuple[str, ...]
+    stamps: Mapping[str, Stamp]
     tensors: Mapping[str, StoredTensor]
+    doubled: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -53,48 +59,65 @@ def open_index(folder: str | Path, read_bin: ReadHeader | None = None) -> Checkp
     if read_bin is not None:
         layouts.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
     for single, index, read in layouts:
+        if (folder / single).is_dir():
+            raise CheckpointError(f"{folder / single} is a folder, expected a file. Name the folder that holds the weights.")
         if (folder / single).is_file():
-            tensors = read(folder / single)
-            return CheckpointIndex(folder=str(folder), files=(str(folder / single),), tensors=tensors)
+            return _open_files([folder / single], read)
         if (folder / index).is_file():
             return _open_shards(folder / index, read)
     raise CheckpointError(_no_weights(folder))
 
 
+def _open_files(paths: Sequence[Path], read: ReadHeader) -> CheckpointIndex:
+    """The tensors of all files. Of a name that stands in several the last file's counts, as in plain `from_pretrained`."""
+    tensors: dict[str, StoredTensor] = {}
+    stamps: dict[str, Stamp] = {}
+    doubled: set[str] = set()
+    for path in paths:
+        stamps[str(path)] = stamp(path)
+        found = read(path)
+        doubled |= found.keys() & tensors.keys()
+        tensors |= found
+    if not tensors:
+        raise CheckpointError(
+            f"{paths[0]} holds no tensors, only a header. Fetch it again, or name the folder that has the weights."
+        )
+    return CheckpointIndex(folder=str(paths[0].parent), stamps=stamps, tensors=tensors, doubled=tuple(sorted(doubled)))
+
+
 def _open_shards(index: Path, read: ReadHeader) -> CheckpointIndex:
     folder, weight_map = index.parent, _weight_map(index)
-    tensors: dict[str, StoredTensor] = {}
-    files = []
-    for name in sorted(set(weight_map.values())):
-        path = folder / name
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    for path in paths:
         if not path.is_file():
-            raise CheckpointError(
-                f"{index} names {name}, which is not in {folder}. The download is incomplete: fetch it again."
-            )
-        files.append(str(path))
-        found = read(path)
-        for tensor in found.values():
-            # A tensor that stands in two files is taken from the one that the index names.
-            if weight_map.get(tensor.name, name) == name:
-                tensors[tensor.name] = tensor
-    absent = sorted(name for name in weight_map if name not in tensors)
-    if absent:
+            found = "is a folder" if path.is_dir() else f"is not in {folder}"
+            raise CheckpointError(f"{index} names {path.name!r}, which {found}. The download is incomplete: fetch it again.")
+    result = _open_files(paths, read)
+    astray = sorted(
+        name for name, file in weight_map.items() if name not in result.doubled and _file_of(result, name) != str(folder / file)
+    )
+    if astray:
+        more = f" (and {len(astray) - 1} others)" if len(astray) > 1 else ""
         raise CheckpointError(
-            f"{index} promises {absent[0]!r} in {weight_map[absent[0]]}, whose header has no such tensor"
-            f" ({len(absent)} like it). The files are of different versions: fetch the checkpoint again."
+            f"{index} promises {astray[0]!r} in {weight_map[astray[0]]}, whose header has no such tensor{more}. "
+            "The files are of different versions: fetch the checkpoint again."
         )
-    return CheckpointIndex(folder=str(folder), files=tuple(files), tensors=tensors)
+    return result
+
+
+def _file_of(index: CheckpointIndex, name: str) -> str | None:
+    return index.tensors[name].file if name in index.tensors else None
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_bytes())
         weight_map = content["weight_map"]
-        if not weight_map or not all(isinstance(k, str) and isinstance(v, str) for k, v in weight_map.items()):
+        if not weight_map or not all(isinstance(k, str) and v and isinstance(v, str) for k, v in weight_map.items()):
             raise TypeError("weight_map is empty or maps to something other than file names")
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not an index of weights ({error!r}). Fetch it again.") from error
     for name in set(weight_map.values()):
         pure = PurePosixPath(name)

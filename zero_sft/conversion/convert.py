@@ -6,7 +6,7 @@ element for element, without an element having been read.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,12 @@ from zero_sft.transformers_internals import internal, loading_info
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """A tensor whose stored shape, after conversion, is not the model's."""
+    """A tensor whose stored shape, after conversion, is not the model's; and what its parts' numbering shows to be absent."""
 
     name: str
     expected: Shape
     got: Shape
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,8 @@ def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: 
             if name not in wanted:
                 unexpected.add(name)
             elif tuple(wanted[name].shape) != shape:
-                mismatched.append(Mismatch(name=name, expected=tuple(wanted[name].shape), got=shape))
+                absent = tuple(group.absent())
+                mismatched.append(Mismatch(name=name, expected=tuple(wanted[name].shape), got=shape, absent=absent))
             else:
                 sources[name] = parts
     return Resolution(
@@ -86,9 +88,13 @@ def _converted(
     group: Group, model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[Shape, Regions]]:
     """The tensors of the model that a group makes: shape and regions by name."""
-    for names in group.members.values():
-        for name in names:
-            _check_dtype(stored[name])
+    if group.rivals:
+        raise CheckpointError(
+            f"{stored[group.rivals[0]].file}: {group.rivals[0]!r} and {group.stored[0]!r} both make the model's {group.name!r}: "
+            "the checkpoint has it whole and in parts. Which of them is meant can't be known: keep one, or fetch it again."
+        )
+    for name in group.stored:
+        _check_dtype(stored[name])
     if group.converter is None:
         first = stored[next(iter(group.members))]
         return {group.name: (first.shape, regions.whole(first.name, first.shape, strides=first.strides))}
@@ -125,13 +131,23 @@ def _traced(
                 raise tracing.NotTraceable(f"{name} came out as a {type(traced).__name__}")
     except (internal("SkipParameters"), tracing.NotTraceable, regions.TooManyRegions) as error:
         cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
-        first = stored[next(iter(group.members.values()))[0]]
-        raise CheckpointError(
-            f"{first.file}: {first.name!r} and its like can't be converted to {group.name!r} by "
-            f"{', '.join(map(repr, group.converter.operations))}: {cause}. If the files are complete, load with --loader "
-            "stock, and save the result once with save_pretrained."
-        ) from cause
+        raise CheckpointError(_not_converted(group, stored, cause)) from cause
     return result
+
+
+def _not_converted(group: Group, stored: Mapping[str, StoredTensor], cause: BaseException | None) -> str:
+    names, absent = group.stored, group.absent()
+    where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} others" if len(names) > 1 else "")
+    message = f"{where} can't be made into {group.name!r} by {', '.join(map(repr, group.converter.operations))}: {cause}."
+    if absent:
+        return f"{message} The checkpoint lacks {_shown(absent)}: fetch it again."
+    if isinstance(cause, (tracing.NotTraceable, regions.TooManyRegions)):
+        return f"{message} Load with --loader stock, and save the result once with save_pretrained."
+    return f"{message} The files are incomplete, or of another model than the config: take both from one place."
+
+
+def _shown(names: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} others" if len(names) > limit else "")
 
 
 def _check_dtype(tensor: StoredTensor) -> None:

@@ -18,12 +18,43 @@ from zero_sft.transformers_internals import internal
 class Group:
     """Stored tensors that make up one tensor of the model, or several: by themselves, or through a converter.
 
-    `name` is the model's (first) tensor; `members` are the stored names by the converter's pattern that they matched.
+    `name` is the model's (first) tensor; `members` are the stored names by the converter's pattern that they matched;
+    `rivals` are stored names that would make the same tensor another way: a merged tensor beside its parts.
     """
 
     name: str
     converter: Any = None
     members: dict[str, list[str]] = field(default_factory=dict)
+    rivals: list[str] = field(default_factory=list)
+
+    @property
+    def stored(self) -> list[str]:
+        """All members."""
+        return [name for names in self.members.values() for name in names]
+
+    def absent(self) -> list[str]:
+        """Names that the members' own numbering promises and the checkpoint lacks: experts 0, 1, 3 promise a 2."""
+        numbered = [_numbered(names) for names in self.members.values()]
+        everywhere = {number for each in numbered if each for number in each[1]}
+        return [
+            template.format(number)
+            for template, numbers in filter(None, numbered)
+            for number in sorted(set(range(max(everywhere) + 1)) - numbers)
+        ]
+
+
+def _numbered(names: Sequence[str]) -> tuple[str, set[int]] | None:
+    """`["a.0.w", "a.2.w"]` → `("a.{}.w", {0, 2})`; None where the names don't differ in one number alone."""
+    split = [name.split(".") for name in names]
+    if len({len(parts) for parts in split}) != 1:
+        return None
+    columns = [set(column) for column in zip(*split, strict=True)]
+    varying = [at for at, column in enumerate(columns) if len(column) > 1]
+    if len(varying) != 1 or not all(each.isdecimal() for each in columns[varying[0]]):
+        return None
+    parts = [part.replace("{", "{{").replace("}", "}}") for part in split[0]]
+    parts[varying[0]] = "{}"
+    return ".".join(parts), {int(each) for each in columns[varying[0]]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +86,9 @@ def match(model: PreTrainedModel, rules: Sequence[Any], wanted: Mapping[str, Any
         converter = None if pattern is None else by_pattern.get(pattern)
         if renamed in wanted:
             group = groups.setdefault(renamed, Group(name=renamed, converter=converter))
+            if (converter is None) != (group.converter is None):
+                group.rivals.append(name)
+                continue
             group.members.setdefault(name if converter is None else str(pattern), []).append(name)
         elif converter is not None:
             unexpected |= {renamed.replace(converter.target_patterns[0], each) for each in converter.target_patterns}

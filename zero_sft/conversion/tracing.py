@@ -116,7 +116,8 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> TracedTensor:
     shape = [*first.shape[:dim], sum(each.shape[dim] for each in parts), *first.shape[dim + 1 :]]
     for each in parts:
         if each.dtype != first.dtype or [*each.shape[:dim], *each.shape[dim + 1 :]] != [*shape[:dim], *shape[dim + 1 :]]:
-            raise NotTraceable(f"concatenation of {first!r} and {each!r}")
+            shapes = f"{list(first.shape)} and {list(each.shape)}"
+            raise RuntimeError(f"tensors of {shapes} ({first.dtype} and {each.dtype}) can't be joined along dimension {dim}")
     return TracedTensor(shape, first.dtype, regions.concatenate([(tuple(p.shape), p.regions) for p in parts], dim))
 
 
@@ -132,7 +133,7 @@ def _unsqueeze(tensor: TracedTensor, dim: int) -> TracedTensor:
 
 def _squeeze(tensor: TracedTensor, dims: int | Sequence[int] | None = None) -> TracedTensor:
     chosen = range(tensor.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
-    result = tensor
+    result = _same(tensor)
     for dim in sorted({_dim(tensor, each) for each in chosen}, reverse=True):
         if tensor.dim() and tensor.shape[dim] == 1:
             shape = [*result.shape[:dim], *result.shape[dim + 1 :]]

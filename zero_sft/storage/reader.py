@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from zero_sft.checkpoint.stamp import Stamp, require_unchanged
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
 from zero_sft.storage.accelerator import bytes_view, pinned, recorded_event
@@ -27,14 +28,24 @@ STAGING_BYTES = 8 * 2**20
 _CHUNK_BYTES = 32 * 2**20  # one read call: large enough to stream, small enough for threads to share a large tensor
 
 
-def fill(reads: Sequence[Read], destinations: Mapping[str, torch.Tensor], threads: int = 1) -> int:
+def fill(
+    reads: Sequence[Read],
+    destinations: Mapping[str, torch.Tensor],
+    threads: int = 1,
+    stamps: Mapping[str, Stamp] | None = None,
+) -> int:
     """Read every byte of `reads` into `destinations` (flat tensors by target name). Returns the bytes read.
 
+    Args:
+        stamps: by path, which file it was when the reads were planned.
+
     Raises:
-        CheckpointError: a file that can't be opened or read, or ends early.
+        CheckpointError: a file that can't be opened or read, ends early, or is no longer the one that was planned.
     """
+    stamps = stamps or {}
     with contextlib.ExitStack() as stack:
-        handles = {path: stack.enter_context(_opened(path)) for path in dict.fromkeys(read.file for read in reads)}
+        paths = dict.fromkeys(read.file for read in reads)
+        handles = {path: stack.enter_context(_opened(path, stamps.get(path))) for path in paths}
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
             worker = _Worker(handles, destinations)
@@ -63,13 +74,16 @@ def _fill_threaded(
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _opened(path: str, expected: Stamp | None) -> Iterator[int]:
+    """The file, opened; it must be the `expected` one, both now and after the body has read from it."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise CheckpointError(f"{path} can't be opened: {error.strerror}. Check that it exists and its rights.") from error
     try:
+        require_unchanged(path, handle, expected)
         yield handle
+        require_unchanged(path, handle, expected)
     finally:
         os.close(handle)
 

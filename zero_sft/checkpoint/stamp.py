@@ -1,0 +1,38 @@
+"""Which file it was: kept with its header, and compared when its data is read, as a header tells nothing of another file's bytes."""
+
+import os
+from dataclasses import dataclass
+
+from zero_sft.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """A file's identity and the time of its last change, as this machine sees them. Not comparable between nodes."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
+def stamp(file: str | os.PathLike[str] | int) -> Stamp:
+    """The stamp of a path or an open file.
+
+    Raises:
+        CheckpointError: it can't be looked at.
+    """
+    try:
+        found = os.stat(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be looked at: {error.strerror}. Check that it exists and its rights.") from error
+    return Stamp(device=found.st_dev, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
+
+
+def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: Stamp | None) -> None:
+    """Raise `CheckpointError` if `file` (`path`, or that file opened) is another than the one whose header was read."""
+    if expected is not None and stamp(file) != expected:
+        raise CheckpointError(
+            f"{path} was replaced or written to after its header was read. Wait until nothing writes the checkpoint any more "
+            "(a download, a copy, another job's export), and load again."
+        )
