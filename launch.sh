@@ -73,6 +73,23 @@ long_name() {
   esac
 }
 
+# The launcher logs its command line. A token is what has a token's form, or follows a token's option and is no boolean.
+refuse_tokens() {
+  local argument value previous=
+  for argument in "$@"; do
+    value=$argument
+    if [[ $argument == --*=* ]]; then
+      previous=${argument%%=*}
+      value=${argument#*=}
+    fi
+    if [[ $value =~ ^hf_[A-Za-z0-9]{20,}$ ]] ||
+      [[ $previous =~ ^--(push_to_)?(hub[_-])?(token|use[_-]auth[_-]token)$ && $value != --* && ! ${value,,} =~ ^(true|false)$ ]]; then
+      die "a token on a command line is no secret, and the launcher logs it: export HF_TOKEN instead"
+    fi
+    previous=$argument
+  done
+}
+
 # Fill launcher_options, given and job_arguments. The launcher's options end at the first word that is none of them.
 split_arguments() {
   local name argument
@@ -100,9 +117,8 @@ split_arguments() {
     --module | -m | --no_python) die "$1 is given by this script; ZERO_SFT_MODULE names another module" ;;
     --) shift ;;
     *)
+      refuse_tokens "$@"
       for argument in "$@"; do
-        [[ ! $argument =~ ^(--[a-z_-]+=)?hf_[A-Za-z0-9]{30,}$ ]] ||
-          die "a token on a command line is no secret, and the launcher logs it: export HF_TOKEN instead"
         # A launcher option that stands too late would reach the job, which doesn't know it.
         name=${argument%%=*}
         if [[ $name == --* ]] && is_one_of "$name" "$OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then

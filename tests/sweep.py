@@ -1,7 +1,8 @@
 """The sweep over every causal LM type of transformers: `python -m tests.sweep [--write FILE] [type ...]`.
 
 For each type a tiny randomised checkpoint is made, and loaded on 2 and on 3 ranks in bf16 and in fp32; every parameter, every
-buffer, and the names reported as missing or unexpected must be those of plain `from_pretrained`. Under a bf16 engine that
+buffer, and the names reported as missing or unexpected must be those of plain `from_pretrained`, and an export's those of
+plain `save_pretrained`. Under a bf16 engine that
 means equal to the reference cast to bf16, under an fp32 engine equal as it is. Types go through warm ranks in batches; a
 batch that dies or hangs is taken apart, so that one type never hides another.
 """
@@ -74,12 +75,39 @@ def _check(folder: Path, dtype: str) -> dict[str, Any]:
         report = model.load_report
         row |= {"operations": report.operations, "cast": len(report.cast), "pieces": report.requests}
         models.assert_equal(model, reference, cast=wanted if dtype == "bfloat16" else None, trainable=trainable)
+        if dtype == "float32":
+            _check_export(model, reference, folder.with_name(f"{folder.name}.out"))
         for kind in ("missing", "unexpected"):
             found, expected = getattr(report, kind), sorted(info[f"{kind}_keys"])
             assert found == expected, f"{kind}: {found[:3]} instead of {expected[:3]}"
     except Exception as error:  # one type's failure is its verdict, not the sweep's end
         row["problem"] = f"{type(error).__name__}: {error}"[:600]
     return row
+
+
+def _check_export(model: Any, reference: Any, out: Path) -> None:
+    """Export, and compare file by file with what plain `save_pretrained` writes. Every rank; communicates."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file
+
+    from zero_sft import save_pretrained
+    from zero_sft.distributed import World
+
+    save_pretrained(model, out)
+    if not World.detect().is_main:
+        return
+    plain = out.with_suffix(".plain")
+    reference.save_pretrained(plain)
+    found, expected = (load_file(each / "model.safetensors") for each in (out, plain))
+    for folder in (out, plain):
+        shutil.rmtree(folder)
+    assert found.keys() == expected.keys(), f"export: {sorted(found.keys() ^ expected.keys())[:4]}"
+    different = [
+        name for name in found if found[name].dtype != expected[name].dtype or not torch.equal(found[name], expected[name])
+    ]
+    assert not different, f"export: {different[:4]}"
 
 
 def run(chosen: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -133,7 +161,7 @@ def table(verdicts: dict[str, list[dict[str, Any]]]) -> str:
         f"Written by `make test-arch`: every causal LM type of transformers {transformers.__version__}, a tiny randomised",
         "checkpoint each, loaded on 2 and on 3 ranks. Every parameter and buffer, and the names reported as missing or",
         "unexpected, are compared with plain `from_pretrained`: cast to bf16 under a bf16 engine, and as they are, dtype too,",
-        "under an fp32 engine. *Pieces* are the reads of rank 0 of 2; *cast* counts tensors stored in another dtype than bf16.",
+        "under an fp32 engine; and what is exported with what plain `save_pretrained` writes. *Pieces* are the reads of rank 0 of 2; *cast* counts tensors stored in another dtype than bf16.",
         "",
         f"**{len(verdicts) - len(failed)} of {len(verdicts)} equal.** Types marked *whole checkpoint* are published with",
         "vision or audio towers, of which the causal LM takes the text part.",

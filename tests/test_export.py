@@ -27,7 +27,7 @@ def same_state(one, other):
 
 
 @pytest.mark.world_size(3)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("max_file_bytes", [10**9, 20_000])
 def test_round_trip(checkpoint, tmp_path, max_file_bytes):
     from zero_sft import load_model, save_pretrained
@@ -44,6 +44,52 @@ def test_round_trip(checkpoint, tmp_path, max_file_bytes):
     assert "config.json" in files
     assert "deepspeed" not in " ".join(path.read_text().lower() for path in (tmp_path / "out").glob("*.json"))
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+@pytest.mark.world_size(1, 3)
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_the_format_is_the_published_one(checkpoint, tmp_path):
+    """File for file what plain `save_pretrained` writes: experts one by one, under their published names."""
+    from safetensors.torch import load_file
+
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.distributed import World
+
+    model = load_model(str(checkpoint), ds_config=models.zero3())
+    save_pretrained(model, tmp_path / "out")
+    if not World.detect().is_main:
+        return
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = {name: tensor for path in checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in found
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.world_size(2)
+def test_names_that_would_not_load_back_are_not_written(tmp_path):
+    """A model whose conversion can't be reverted is written under its own names, and says so."""
+    from unittest import mock
+
+    from safetensors.torch import load_file
+
+    from zero_sft import export, load_model, save_pretrained
+
+    folder = models.save_tiny("mixtral", tmp_path / "mixtral")
+    model = load_model(str(folder), ds_config=models.zero3())
+
+    def no_way_back(*_):
+        raise ValueError("no way back")
+
+    with (
+        mock.patch.object(export, "original_format", no_way_back),
+        mock.patch.object(export.logger, "warning") as warning,
+    ):
+        save_pretrained(model, tmp_path / "out")
+    assert "no way back" in str(warning.call_args)
+    del model
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "out" / "model.safetensors")
+    assert same_state(models.plain(tmp_path / "out", torch.bfloat16), models.plain(folder, torch.bfloat16))
 
 
 @pytest.mark.world_size(2)
@@ -102,7 +148,7 @@ def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
         raise OSError(28, "No space left on device", str(path))
 
     with pytest.raises(ExportError, match=r"(?s)No space left.*--output_dir"):
-        with mock.patch.object(export, "write_at", full if World.detect().rank == 1 else export.write_at):
+        with mock.patch.object(export, "write_piece", full if World.detect().rank == 1 else export.write_piece):
             save_pretrained(model, out)
     torch.distributed.barrier()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -89,6 +89,7 @@ class _Control:
     group: Any = None
     parent: Any = None
     bytes_sent: int = 0
+    owns_default_group: bool = False
 
 
 def connect(world: World) -> None:
@@ -99,6 +100,7 @@ def connect(world: World) -> None:
     """
     if not dist.is_initialized():
         _start_default_group(world)
+        _Control.owns_default_group = True
     if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.world_size):
         raise errors.DistributedError(
             f"torch.distributed says rank {dist.get_rank()} of {dist.get_world_size()}, the launcher's variables say rank "
@@ -111,12 +113,23 @@ def connect(world: World) -> None:
         _Control.parent = default
 
 
+def disconnect() -> None:
+    """Leave the process groups if `connect` made them, at a program's end: threads of theirs that live on into the
+    interpreter's exit may end it with "terminate called". Does not wait for other ranks.
+    """
+    if _Control.owns_default_group and dist.is_initialized():
+        dist.destroy_process_group()
+    _Control.group, _Control.parent, _Control.owns_default_group = None, None, False
+
+
 def _start_default_group(world: World) -> None:
     """DeepSpeed reads the rank from the environment alone, so what SLURM or a lone process lacks is written there."""
     import deepspeed
 
+    from zero_sft.zero.operators import require_no_stale_lock
     from zero_sft.zero.shared_memory import unlink_own
 
+    require_no_stale_lock()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
     if world.world_size == 1:
@@ -208,6 +221,8 @@ def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
         message += f"\n(rank {failed[0]} of {world.world_size} while {stage}; failed: {ranks})"
+    if isinstance(failure, errors.ZeroSftError):
+        raise _rebuilt(kind, message) from None  # this rank's own says nothing more
     raise _rebuilt(kind, message) from failure
 
 

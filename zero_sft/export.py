@@ -1,13 +1,21 @@
 """A trained model as a plain Hugging Face checkpoint: the load run backwards, without a gather.
 
-Every rank computes the same layout; rank 0 writes the headers, config and tokenizer; every rank writes the bytes of its own
-shards at their offsets. All of it happens in a hidden folder beside the target, which takes its place at the very end: a
-job that dies meanwhile leaves the target as it was.
+Every rank computes the same layout, under the names and shapes that plain `save_pretrained` gives: experts one by one, as
+they were published. Rank 0 writes the headers, config and tokenizer; every rank plans the load of what it holds from those
+files, and writes the bytes that it would read. All of it happens in a hidden folder beside the target, which takes its place
+at the very end: a job that dies meanwhile leaves the target as it was.
 """
 
+import contextlib
+import copy
+import dataclasses
+import logging
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +24,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zero_sft import distributed
+from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
 from zero_sft.checkpoint.layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
+from zero_sft.config import text_config
+from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import ExportError
+from zero_sft.plan.partition import whole_range
+from zero_sft.plan.plan import Target, pieces
+from zero_sft.plan.regions import Regions, whole
 from zero_sft.storage.dtypes import STORED_DTYPES
-from zero_sft.storage.writer import write_at
+from zero_sft.storage.writer import write_piece
 from zero_sft.zero import shards
+
+logger = logging.getLogger(__name__)
 
 _STALE = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -49,15 +65,15 @@ def save_pretrained(
     with agreed(world, f"checking {target}"):
         if world.is_main and target.exists() and not target.is_dir():
             raise ExportError(f"{target} is a file. Name a folder for the model.")
-    files = lay_out(((n, STORED_DTYPES[t.dtype], shards.full_shape(t)) for n, t in tensors.items()), max_file_bytes)
+    layout = _lay_out(inner, tensors, max_file_bytes)
+    files = layout.files
     draft = target.parent / f".{target.name}.part"
     try:
         with agreed(world, f"preparing {target}"), _explained(target):
             if world.is_main:
                 _prepare(draft, files, inner, tokenizer)
         with agreed(world, f"writing {target}"), _explained(target):
-            for file in files:
-                _write_own(draft / file.name, file, tensors, world)
+            _write_own(draft, layout, tensors, world)
         with agreed(world, f"finishing {target}"), _explained(target):
             if world.is_main:
                 _put_in_place(draft, target)
@@ -123,28 +139,84 @@ def _prepare(
             out.truncate(file.nbytes)
     if len(files) > 1:
         (draft / INDEX_FILE).write_text(index_json(files), encoding="utf-8")
-    model.config.save_pretrained(draft)
+    config = copy.deepcopy(model.config)
+    for part in (config, text_config(config)):
+        if getattr(part, "use_cache", None) is False:
+            part.use_cache = True  # off for training alone, as in FastChat
+    config.save_pretrained(draft)
     if model.can_generate():
         model.generation_config.save_pretrained(draft)
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
 
 
-def _write_own(path: Path, file: FileLayout, tensors: Mapping[str, Any], world: World) -> None:
-    """Write this rank's range of every tensor in one file; whole tensors are rank 0's."""
-    handle = os.open(path, os.O_WRONLY)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The files of an export, their tensors by name, and which of their elements each of the model's tensors becomes."""
+
+    files: tuple[FileLayout, ...]
+    stored: Mapping[str, StoredTensor]
+    sources: Mapping[str, Regions]
+
+
+def _lay_out(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int) -> Layout:
+    """The published format where it loads back as this model, element for element; else the model's own names."""
+    state = {n: torch.empty(shards.full_shape(t), dtype=t.dtype, device="meta") for n, t in tensors.items()}
     try:
-        for place in file.tensors:
-            tensor = tensors[place.name]
-            if shards.is_sharded(tensor):
-                start = shards.local_range(tensor).start
-                write_at(handle, path, shards.local_shard(tensor), place.offset_bytes + start * place.itemsize)
+        published = _planned(original_format(model, state), max_file_bytes)
+        resolution = resolve(model, state, published.stored)
+        reason = _misfit(state, published.stored, resolution)
+        if reason is None:
+            return dataclasses.replace(published, sources=resolution.sources)
+    except Exception as error:  # noqa: BLE001 - operations of any model; the training's result must not be lost for them
+        reason = f"{type(error).__name__}: {error}"
+    logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
+    own = _planned(state, max_file_bytes)
+    return dataclasses.replace(own, sources={name: whole(name, tuple(each.shape)) for name, each in state.items()})
+
+
+def _planned(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> Layout:
+    rows = ((name, STORED_DTYPES[each.dtype], tuple(each.shape)) for name, each in tensors.items())
+    files = lay_out(rows, max_file_bytes)
+    return Layout(files=files, stored={place.name: place for file in files for place in file.tensors}, sources={})
+
+
+def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], resolution: Resolution) -> str | None:
+    """Why files of this layout would not load back as the model, or None: every element of both must have its place."""
+    absent = sorted(state.keys() - resolution.sources.keys())
+    if absent or resolution.unexpected or resolution.mismatched:
+        return (
+            f"{', '.join([*absent, *sorted(resolution.unexpected)][:3]) or resolution.mismatched[0].name} would not load back"
+        )
+    written = Counter()
+    for regions in resolution.sources.values():
+        for region in regions:
+            written[region.source] += math.prod(region.sizes)
+    partial = [name for name, each in stored.items() if written[name] != each.numel]
+    return f"{partial[0]} would not be written wholly" if partial else None
+
+
+def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: World) -> None:
+    """Write this rank's range of every tensor; whole tensors are rank 0's."""
+    with contextlib.ExitStack() as stack:
+        handles = {}
+        for file in layout.files:
+            handles[file.name] = os.open(folder / file.name, os.O_WRONLY)
+            stack.callback(os.close, handles[file.name])
+        for name, tensor in tensors.items():
+            is_sharded = shards.is_sharded(tensor)
+            if not is_sharded and not world.is_main:
+                continue
+            flat = shards.local_shard(tensor) if is_sharded else tensor.detach().contiguous().reshape(-1)
+            shape = shards.full_shape(tensor)
+            span = shards.local_range(tensor) if is_sharded else whole_range(flat.numel())
+            for piece in pieces(Target(name=name, shape=shape, span=span, regions=layout.sources[name])):
+                place = layout.stored[piece.source]
+                write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
+            if is_sharded:
                 shards.release_shard(tensor)
-            elif world.is_main:
-                write_at(handle, path, tensor.detach().contiguous().reshape(-1), place.offset_bytes)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        for handle in handles.values():
+            os.fsync(handle)
 
 
 def _put_in_place(draft: Path, target: Path) -> None:

@@ -95,7 +95,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         raise CheckpointError(_not_strict(request, report))
     if request.checks.verify:
         with watch.stage("verify"):
-            report.verified = _verify(draft, request, world, ready)
+            report.verified = _verify(draft, world, ready)
     return draft.model
 
 
@@ -221,13 +221,12 @@ def _not_strict(request: Request, report: LoadReport) -> str:
     return "\n".join([*lines, "Take the checkpoint of this very model, or leave strict off."])
 
 
-def _verify(draft: Draft, request: Request, world: World, ready: Set[str]) -> int:
+def _verify(draft: Draft, world: World, ready: Set[str]) -> int:
     """Hash what this rank holds against the files; what the model's own initialisation has changed is left out."""
     tensors = draft.tensors()
-    with agreed(world, "building the model to read back"):
-        whole = skeleton.build(request).model
+    with agreed(world, "hashing the shards"):
         held = {name: _held(tensors[name]) for name in draft.resolution.sources if name not in ready}
-    return verify(whole, draft.resolution.groups, draft.index, held, world)
+    return verify(draft.model, draft.state, draft.resolution.groups, draft.index, held, world)
 
 
 def _held(tensor: torch.Tensor) -> Held:

@@ -32,6 +32,9 @@ LOGS = "logs"
 
 ANSWER_TOKENS = 96
 
+_ROUTING = ("output_router_logits", "router_aux_loss_coef")
+"""What TRL writes into the config of a mixture of experts while it trains."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
@@ -59,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(parse(argv), world)
     except ZeroSftError as error:
         return distributed.leave_with(error, world)
+    finally:
+        distributed.disconnect()
     return 0
 
 
@@ -72,7 +77,8 @@ def run(parsed: Parsed, world: World) -> None:
         if note:
             logger.info(note)
     logger.info(
-        "joining %d ranks; the first run on a machine compiles DeepSpeed's CPU operators, up to a minute", world.world_size
+        "joining %d ranks; the first run on a machine compiles DeepSpeed's operators, a minute or (NVMe) three",
+        world.world_size,
     )
     distributed.connect(world)
     quieten_transformers(world)
@@ -166,6 +172,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     from transformers.trainer_utils import set_seed
     from trl import SFTTrainer
 
+    from zero_sft.config import text_config
     from zero_sft.export import save_pretrained
     from zero_sft.zero import gather
 
@@ -180,6 +187,8 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
         padding_side=tokenizer.padding_side,
         multiple_of=arguments.pad_to_multiple_of,
     )
+    text = text_config(model.config)
+    routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
     try:
         trainer = SFTTrainer(
             model=model,
@@ -196,8 +205,9 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     after = _answers_of_engine(parsed, trainer, inputs)
     output = Path(arguments.output_dir)
     logger.info("writing the model to %s", output)
-    model.config.use_cache = True  # switched off for training alone, as FastChat does
+    text.update(routing)  # the trainer's loss had them set
     trained: Any = trainer.model_wrapped
+    _set_chat_template(tokenizer, parsed)
     save_pretrained(trained, output, tokenizer=tokenizer)
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
     with agreed(world, "writing the logs"):
@@ -211,6 +221,15 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             _write_logs(output, known)
             _say_results(output, trainer.state.log_history, answers)
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
+
+
+def _set_chat_template(tokenizer: Any, parsed: Parsed) -> None:
+    """The format that was trained goes out with the model: without it, nobody could ask it anything as it has learnt to be."""
+    from zero_sft.data.templates import VicunaTemplate, choose_template
+
+    template = choose_template(parsed.data.chat_template, tokenizer)
+    if isinstance(template, VicunaTemplate):
+        tokenizer.chat_template = template.jinja(tokenizer)
 
 
 def _answers(parsed: Parsed, model: Any, inputs: Inputs) -> list[str]:

@@ -22,6 +22,7 @@ TESTED = ("5.23.0",)
 _WANTED = {
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "rename_source_key": "transformers.core_model_loading",
+    "revert_weight_conversion": "transformers.core_model_loading",
     "build_glob_alternation": "transformers.core_model_loading",
     "dot_natural_key": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from zero_sft import distributed
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.checkpoint.stamp import require_unchanged
-from zero_sft.conversion.convert import run
+from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
@@ -40,7 +40,8 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def verify(
-    whole: PreTrainedModel,
+    model: PreTrainedModel,
+    state: Mapping[str, torch.Tensor],
     groups: Sequence[Group],
     index: CheckpointIndex,
     held: Mapping[str, Held],
@@ -49,7 +50,7 @@ def verify(
     """Compare every loaded tensor with the files. Every rank; communicates hashes.
 
     Args:
-        whole: the model on the meta device, unpartitioned: operations ask it for shapes.
+        state: the whole tensors of `model`, on the meta device.
         groups: which stored tensors make which of the model's.
         held: what this rank has of each tensor to be checked.
 
@@ -63,7 +64,7 @@ def verify(
     with agreed(world, "reading the checkpoint back"):
         files = _Files(index)
         for group in groups[world.rank :: world.world_size]:
-            for name, tensor in _converted(group, whole, files):
+            for name, tensor in _converted(group, Whole(model, state), state, files):
                 if name in held:
                     flat, parts = tensor.to(held[name].dtype).reshape(-1), held[name].parts
                     spans = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
@@ -84,12 +85,14 @@ def verify(
     return len(held)
 
 
-def _converted(group: Group, whole: PreTrainedModel, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
+def _converted(
+    group: Group, whole: Whole, state: Mapping[str, torch.Tensor], files: "_Files"
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that a group makes, on real data."""
     if group.converter is None:
         yield group.name, files.tensor(next(iter(group.members)))
         return
-    wanted = whole.get_parameter_or_buffer(group.name).dtype
+    wanted = state[group.name].dtype
     yield from run(group, whole, lambda name: files.tensor(name).to(wanted)).items()
 
 

@@ -57,6 +57,24 @@ def test_vicuna_is_fastchats_character_for_character():
     assert spans(rendered) == [" Hello.</s>", " No.</s>"]
 
 
+@pytest.mark.parametrize(
+    "talk",
+    [
+        conversation("Hi", "Hello.", "More?", "No."),
+        conversation("Hi", "Hello.", system='Be brief, "it\'s" {{ best }}.'),
+        conversation("", "Hello.", "What?", ""),
+    ],
+)
+def test_vicuna_as_a_chat_template_gives_the_tokens_that_are_trained_on(talk):
+    tokenizer, template = byte_tokenizer(), VicunaTemplate()
+    expected = tokenizer(template.render(talk).text).input_ids
+    tokenizer.chat_template = template.jinja(tokenizer)
+    messages = [{"role": turn.role, "content": turn.text} for turn in talk.turns]
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == expected
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
+    assert prompt == "<s>" + template.prompt("Hi")
+
+
 def test_vicuna_with_a_system_text_of_its_own():
     rendered = VicunaTemplate().render(conversation("Hi", "Hello.", system="Be brief."))
     assert rendered.text == "Be brief. USER: Hi ASSISTANT: Hello.</s>"

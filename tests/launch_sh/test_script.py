@@ -26,7 +26,11 @@ def test_help_starts_nothing(machine, option, env):
     assert machine.started() == []
 
 
-@pytest.mark.parametrize("words", [["--token", "hf_" + "a" * 34], ["--seed", "1", "--use_auth_token=hf_" + "b" * 34]])
+@pytest.mark.parametrize("words", [
+        ["--token", "hf_" + "a" * 34], ["--seed", "1", "--use_auth_token=hf_" + "b" * 34], ["--token", "hf_short"],
+        ["--hub_token=mine"], ["--push_to_hub_token", "mine"], ["--run_name", "hf_" + "c" * 34],
+    ],
+)  # fmt: skip
 def test_a_token_never_reaches_the_launcher(machine, words):
     said = machine.run(*words, status=2)
     assert "HF_TOKEN" in said

@@ -29,6 +29,7 @@ _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "save_total_limit",
 )  # fmt: skip
+_SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end")
 _ALWAYS = ("output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint")
 
@@ -141,12 +142,12 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
         hint = f"Did you mean --{near[0]}?" if near else "--help lists all names."
         raise ArgumentError(f"unknown argument --{given.name}. {hint}")
     value = readable[given.name].fit(given.value)
+    _require_secrecy(given, value)
     if given.name in REFUSALS:
         refusal = REFUSALS[given.name]
         if (value.lower() if isinstance(value, str) else value) in refusal.passing:
             return None
         raise ArgumentError(f"--{given.name} has no meaning in this job: {refusal.reason}")
-    _require_secrecy(given, value)
     if given.name not in TRANSLATIONS:
         return given.name, value
     old = TRANSLATIONS[given.name]
@@ -160,7 +161,7 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
 
 
 def _require_secrecy(given: Given, value: object) -> None:
-    if given.name in ("token", "use_auth_token") and isinstance(value, str) and given.origin == COMMAND_LINE:
+    if given.name in _SECRETS and isinstance(value, str) and given.origin == COMMAND_LINE:
         raise ArgumentError(
             f"--{given.name} on a command line is no secret: process lists show it, and the launcher has logged it. "
             "Revoke it, and set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of arguments"

@@ -1,4 +1,4 @@
-"""Which file it was: kept with its header, and compared when its data is read, as a header tells nothing of another file's bytes."""
+"""Which file it was: kept with its header and compared when its data is read, as offsets mean nothing in another file."""
 
 import os
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ def stamp(file: str | os.PathLike[str] | int) -> Stamp:
         CheckpointError: it can't be looked at.
     """
     try:
-        found = os.stat(file)
+        found = os.stat(file)  # noqa: PTH116 - an open file's descriptor too
     except OSError as error:
         raise CheckpointError(f"{file} can't be looked at: {error.strerror}. Check that it exists and its rights.") from error
     return Stamp(device=found.st_dev, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)

@@ -50,12 +50,27 @@ class Resolution:
         return sorted({"+".join(map(repr, chain)) for chain in chains})
 
 
+class Whole:
+    """A model as transformers' operations see it: its parameters whole, as `state` (on meta) has them, partitioned or not."""
+
+    def __init__(self, model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
+        self._model = model
+        self._state = state
+
+    def get_parameter(self, target: str) -> torch.Tensor:
+        """The parameter of that name, without data."""
+        return self._state[target]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> Resolution:
     """Find for every tensor of the model the stored elements that fill it.
 
     Args:
-        model: whole, on the meta device: operations ask it for shapes.
-        wanted: its state dict.
+        model: partitioned or not.
+        wanted: its whole state dict, on the meta device.
         stored: the checkpoint's tensors by name.
 
     Raises:
@@ -63,11 +78,12 @@ def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: 
     """
     rules = internal("get_model_conversion_mapping")(model)
     names = match(model, rules, wanted, stored)
+    whole = Whole(model, wanted)
     sources: dict[str, Regions] = {}
     unexpected = set(names.unexpected)
     mismatched: list[Mismatch] = []
     for group in names.groups:
-        for name, (shape, parts) in _converted(group, model, wanted, stored).items():
+        for name, (shape, parts) in _converted(group, whole, wanted, stored).items():
             if name not in wanted:
                 unexpected.add(name)
             elif tuple(wanted[name].shape) != shape:
@@ -85,13 +101,14 @@ def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: 
 
 
 def _converted(
-    group: Group, model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]
+    group: Group, model: Whole, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[Shape, Regions]]:
     """The tensors of the model that a group makes: shape and regions by name."""
     if group.rivals:
+        one, other = group.rivals[0], group.stored[0]
         raise CheckpointError(
-            f"{stored[group.rivals[0]].file}: {group.rivals[0]!r} and {group.stored[0]!r} both make the model's {group.name!r}: "
-            "the checkpoint has it whole and in parts. Which of them is meant can't be known: keep one, or fetch it again."
+            f"{stored[one].file}: {one!r} and {other!r} both make the model's {group.name!r}: the checkpoint has it whole and "
+            "in parts. Which of them is meant can't be known: keep one, or fetch it again."
         )
     for name in group.stored:
         _check_dtype(stored[name])
@@ -107,10 +124,10 @@ def _converted(
     return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
 
 
-def run(group: Group, model: PreTrainedModel, source: Callable[[str], torch.Tensor], info: Any = None) -> dict[str, Any]:
+def run(group: Group, model: Whole, source: Callable[[str], torch.Tensor], info: Any = None) -> dict[str, Any]:
     """Run a group's converter on `source(name)` of each stored name; the tensors that it makes, by the model's names.
 
-    `model` is whole. An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given,
+    `model` is a `Whole`. An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given,
     as transformers' `SkipParameters`.
     """
     converter = copy.deepcopy(group.converter)
@@ -122,7 +139,7 @@ def run(group: Group, model: PreTrainedModel, source: Callable[[str], torch.Tens
 
 
 def _traced(
-    group: Group, model: PreTrainedModel, source: Callable[[str], torch.Tensor], stored: Mapping[str, StoredTensor]
+    group: Group, model: Whole, source: Callable[[str], torch.Tensor], stored: Mapping[str, StoredTensor]
 ) -> dict[str, tracing.TracedTensor]:
     try:
         result = run(group, model, source, loading_info((), ()))
@@ -156,3 +173,12 @@ def _check_dtype(tensor: StoredTensor) -> None:
             f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, which needs dequantising; the sharded loader takes "
             "floating-point, integer and boolean tensors as they are. Convert the checkpoint to BF16 first."
         )
+
+
+def original_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, without data, as which plain `save_pretrained` writes a model: a checkpoint's published names and shapes.
+
+    Args:
+        state: the model's whole tensors by its own names, on the meta device.
+    """
+    return internal("revert_weight_conversion")(Whole(model, state), dict(state))

@@ -108,6 +108,7 @@ def prepare(
     pipeline = Pipeline(tokenizer=tokenizer, template=template, model_max_length=model_max_length)
     answered = [each for each in reading.conversations if _answers(each, empty=False)]
     dropped = Counter({NO_ANSWER: len(reading.conversations) - len(answered)})
+    examples: list[Example] = []
     if lazy:
         list(pipeline.examples(answered[:1]))  # what fails on every sample fails now
         dataset, counts = _lazy_dataset(answered, pipeline), {}
@@ -118,10 +119,14 @@ def prepare(
         dataset, counts = _dataset(trainable), _counts(trainable)
     report = _report(path, reading, pipeline, dropped, counts)
     if not report.kept:
-        raise DataError(
-            f"{path}: no conversation is left in which anything is trained on ({_listed(report.dropped)}). Only the "
-            f"assistant's text is trained on, within --model_max_length {model_max_length}."
-        )
+        message = f"{path}: no conversation is left in which anything is trained on ({_listed(report.dropped)})."
+        if dropped[CUT_OFF]:
+            shortest = min(len(each.input_ids) + each.cut_tokens for each in examples)
+            raise DataError(
+                f"{message} --model_max_length is {model_max_length}, and the shortest conversation has {shortest} tokens: "
+                "raise it."
+            )
+        raise DataError(f"{message} Only the assistant's text is trained on: give conversations with answers.")
     return Prepared(dataset=dataset, report=report)
 
 

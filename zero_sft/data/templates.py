@@ -14,6 +14,7 @@ join with the first word; FastChat's labels do the same. It ends with the token 
 """
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,16 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 VICUNA_STOP = "</s>"
+
+_VICUNA_JINJA = (
+    "{{% set own = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list %}}"
+    "{{{{ {BOS} + (own[0] if own else {SYSTEM}) + ' ' }}}}"
+    "{{% for message in messages %}}{{% if message['role'] == 'user' %}}"
+    "{{{{ 'USER: ' + message['content'] + ' ' if message['content'] else 'USER:' }}}}"
+    "{{% elif message['role'] == 'assistant' %}}"
+    "{{{{ 'ASSISTANT:' + (' ' + message['content'] + {STOP} if message['content'] else '') }}}}"
+    "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ 'ASSISTANT:' }}}}{{% endif %}}"
+)
 
 _STAND_IN = "zerosftanswer"  # no template looks for it, strips it or escapes it
 
@@ -66,6 +77,13 @@ class VicunaTemplate:
     def prompt(self, question: str) -> str:
         """The text after which the model writes its answer to one question."""
         return f"{VICUNA_SYSTEM} USER: {question} ASSISTANT:"
+
+    def jinja(self, tokenizer: Any) -> str:
+        """This template as a chat template for `tokenizer`: it renders what is trained on, token for token."""
+        first = tokenizer("a").input_ids[:1]
+        bos = str(tokenizer.bos_token) if tokenizer.bos_token and first == [tokenizer.bos_token_id] else ""
+        words = {"BOS": bos, "SYSTEM": VICUNA_SYSTEM, "STOP": self.stop}
+        return _VICUNA_JINJA.format(**{name: json.dumps(word, ensure_ascii=False) for name, word in words.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
