@@ -12,10 +12,12 @@ class LoadReport:
     """The account of one load on one rank; the lists are the same on every rank.
 
     `mismatched` holds `(name, expected shape, got shape)`; `doubled` are stored names that several files have, of which the
-    last file's was taken, as in `from_pretrained`. `bytes_read` counts checkpoint data of this rank,
-    `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall time, `slowest_seconds` that
-    of the slowest rank; `stages` splits `seconds` by stage. `operations` are the conversions by which tensors were made of
-    others, such as the merging of experts. `verified` is the number of tensors read back and found equal, if asked for.
+    last file's was taken, as in `from_pretrained`. `dequantised` tensors were multiplied by their scales while they were read;
+    `untraced` ones, with the bytes that a node held for each, were computed from whole stored tensors. `bytes_read` counts
+    checkpoint data of this rank, `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall
+    time, `slowest_seconds` that of the slowest rank; `stages` splits `seconds` by stage. `operations` are the conversions by
+    which tensors were made of others, such as the merging of experts. `verified` is the number of tensors read back and found
+    equal, if asked for.
     """
 
     loader: str
@@ -27,6 +29,8 @@ class LoadReport:
     doubled: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
     cast: list[str] = field(default_factory=list)
+    dequantised: list[str] = field(default_factory=list)
+    untraced: list[tuple[str, int]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     dtype: str = ""
     verified: int | None = None
@@ -72,6 +76,8 @@ class LoadReport:
             ("in several files, the last one's taken", self.doubled),
             ("tied", self.tied),
             (f"cast to {self.dtype}", self.cast),
+            ("dequantised while reading", self.dequantised),
+            ("computed from whole tensors, once a node", [name for name, _ in self.untraced]),
             ("conversions", self.operations),
         ]
         return [(title, names) for title, names in rows if names]

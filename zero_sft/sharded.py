@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
 from zero_sft.checkpoint.index import CheckpointIndex, open_index
-from zero_sft.conversion.convert import Mismatch, Resolution, resolve
+from zero_sft.checkpoint.scaled import ScaledTensor
+from zero_sft.computed import compute, shared
+from zero_sft.conversion.convert import Mismatch, Resolution, Whole, resolve
+from zero_sft.conversion.quantised import dequantise, quantizer_for
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import FlatRange, whole_range
-from zero_sft.plan.plan import Plan, Target, plan_reads
+from zero_sft.plan.plan import Plan, Read, Target, plan_reads
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.storage import reader, torch_zip
@@ -49,13 +52,18 @@ class Draft:
         """Its whole state dict, on meta."""
         return self.bare.state
 
+    @property
+    def whole(self) -> Whole:
+        """The model as conversions see it."""
+        return Whole(self.model, self.state)
+
     def tensors(self) -> Mapping[str, Any]:
         """The model's own parameters and persistent buffers, by name."""
         return {name: each for name, each in self.model.state_dict(keep_vars=True).items() if name in self.state}
 
     def lacking(self) -> list[str]:
         """The names that the checkpoint does not fill and no tie provides."""
-        return [name for name in self.state if name not in self.resolution.sources and name not in self.away]
+        return [name for name in self.state if name not in self.resolution.loaded and name not in self.away]
 
 
 def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrainedModel:
@@ -69,15 +77,15 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
     with watch.stage("skeleton"), agreed(world, "building the model"):
         internals.check()
         transformers_internals.check()
-        _require_plain_weights(request)
+        quantizer = quantizer_for(request.config, str(request.folder))
         bare = skeleton.build(request)
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
         index = open_index(request.folder, torch_zip.read_header)
         threads = max(1, min(4, _cores() // world.local_world_size))
-        draft = _draft(bare, index, threads, request.checks.ignore_mismatched_sizes)
+        draft = _draft(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
     agreed_on = {
         "index": draft.index.digest(),
-        "names": sorted(draft.resolution.sources),
+        "names": sorted(draft.resolution.loaded),
         "transformers": transformers.__version__,
     }
     distributed.agree_on(world, "checkpoint", agreed_on)
@@ -88,9 +96,12 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         wanted = [name for name in draft.resolution.sources if name not in ready and shards.is_sharded(tensors[name])]
         plan = plan_rank(draft, {name: tensors[name] for name in wanted})
         _read(draft, {name: tensors[name] for name in wanted}, plan)
+    with watch.stage("compute"):
+        computed_bytes = _compute(draft, ready, world, report)
     with watch.stage("finish"):
         _finish(draft, request, world, report)
     _account(report, draft, plan)
+    report.bytes_read += computed_bytes
     if request.checks.strict and (report.missing or report.unexpected):
         raise CheckpointError(_not_strict(request, report))
     if request.checks.verify:
@@ -99,11 +110,14 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
     return draft.model
 
 
-def _draft(bare: skeleton.Skeleton, index: CheckpointIndex, threads: int, ignore_mismatched_sizes: bool) -> Draft:
+def _draft(
+    bare: skeleton.Skeleton, index: CheckpointIndex, quantizer: Any, threads: int, ignore_mismatched_sizes: bool
+) -> Draft:
     """Match checkpoint and model, which is whole still: conversions ask it for shapes."""
-    resolution = resolve(bare.model, bare.state, index.tensors)
-    setattr(bare.model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
-    away = missing.tied_away(bare.model.all_tied_weights_keys, resolution.sources)
+    resolution = resolve(bare.model, bare.state, index.tensors, quantizer)
+    if quantizer is None:  # what was dequantised is saved as any model of its kind
+        setattr(bare.model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
+    away = missing.tied_away(bare.model.all_tied_weights_keys, resolution.loaded)
     draft = Draft(bare=bare, index=index, resolution=resolution, away=away, threads=threads)
     _require_fit(draft, ignore_mismatched_sizes)
     return draft
@@ -113,13 +127,16 @@ def _initialise(draft: Draft, seed: int) -> set[str]:
     """Buffers and what the checkpoint lacks, then partition the model. Returns the loaded names that are ready by that."""
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
-        targets = [_target(draft, name, whole_range(draft.state[name].numel())) for name in memory]
-        plan = plan_reads(targets, draft.index.tensors)
-        reader.fill(plan.reads, memory, draft.threads, draft.index.stamps)
+        traced = [name for name in memory if name in draft.resolution.sources]
+        targets = [_target(draft, name, whole_range(draft.state[name].numel())) for name in traced]
+        _fill(draft, plan_reads(targets, draft.resolution.stored).reads, memory)
+        for name in memory.keys() - draft.resolution.sources.keys():
+            made, _ = compute(draft.resolution.computed[name], draft.whole, draft.state, draft.index)
+            memory[name].copy_(made[name].reshape(-1))
 
     ready = missing.initialise(
         draft.model,
-        loaded={name: draft.state[name].dtype for name in draft.resolution.sources},
+        loaded={name: draft.state[name].dtype for name in draft.resolution.loaded},
         tied=draft.away,
         load=load,
         shard=draft.bare.init.shard_parameter,
@@ -138,7 +155,7 @@ def _target(draft: Draft, name: str, span: FlatRange) -> Target:
 def plan_rank(draft: Draft, params: Mapping[str, Any]) -> Plan:
     """The reads of this rank: its range of every parameter."""
     targets = [_target(draft, name, shards.local_range(param)) for name, param in params.items()]
-    return plan_reads(targets, draft.index.tensors)
+    return plan_reads(targets, draft.resolution.stored)
 
 
 def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
@@ -150,15 +167,48 @@ def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
         wanted = (by_target[name] for name in memory if name in by_target)
         reads = sorted((read for reads in wanted for read in reads), key=lambda read: (read.file, read.offset_bytes))
-        reader.fill(reads, memory, draft.threads, draft.index.stamps)
+        _fill(draft, reads, memory)
 
     shards.fill_shards(params, fill)
+
+
+def _fill(draft: Draft, reads: Sequence[Read], memory: Mapping[str, torch.Tensor]) -> None:
+    reader.fill(reads, memory, draft.threads, draft.index.stamps, dequantise)
+
+
+def _compute(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> int:
+    """The tensors that come out of whole ones, group by group. Every rank; communicates. Returns the bytes read here."""
+    tensors, read_bytes = draft.tensors(), 0
+    for group in {id(each): each for each in draft.resolution.computed.values()}.values():
+        mine = [name for name, each in draft.resolution.computed.items() if each is group]
+        wanted = [name for name in mine if name not in ready and shards.is_sharded(tensors[name])]
+        if not wanted:
+            continue
+        made: dict[str, torch.Tensor] | None = None
+        with agreed(world, f"computing {wanted[0]}"):
+            if world.local_rank == 0:
+                made, nbytes = compute(group, draft.whole, draft.state, draft.index)
+                read_bytes += nbytes
+        with shared(made, wanted, world) as whole:
+            made = None
+
+            def fill(memory: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor] = whole) -> None:
+                for name, shard in memory.items():
+                    span = shards.local_range(tensors[name])
+                    shard[: span.numel].copy_(whole[name].reshape(-1)[span.start : span.stop])
+
+            with agreed(world, f"keeping {wanted[0]}"):
+                shards.fill_shards({name: tensors[name] for name in wanted}, fill)
+        sources = sum(draft.index.tensors[name].nbytes for name in group.stored)
+        results = sum(draft.state[name].numel() * draft.state[name].itemsize for name in wanted)
+        report.untraced += [(name, sources + results) for name in wanted]
+    return read_bytes
 
 
 def _finish(draft: Draft, request: Request, world: World, report: LoadReport) -> None:
     """Ties; then what `from_pretrained` does last."""
     model = draft.model
-    absent = set(draft.state) - set(draft.resolution.sources) - {each.name for each in draft.resolution.mismatched}
+    absent = set(draft.state) - draft.resolution.loaded - {each.name for each in draft.resolution.mismatched}
     absent |= _equal_ties(draft, world)
     with agreed(world, "tying weights"):
         info = transformers_internals.loading_info(absent, draft.resolution.unexpected)
@@ -176,7 +226,7 @@ def _equal_ties(draft: Draft, world: World) -> set[str]:
 
     The others stay apart, and the model's list of ties forgets them, as in plain `from_pretrained`. Communicates.
     """
-    sources = draft.resolution.sources
+    sources = draft.resolution.loaded
     ties = draft.model.all_tied_weights_keys
     both = [(target, source) for target, source in ties.items() if target in sources and source in sources]
     tensors = draft.tensors()
@@ -197,19 +247,13 @@ def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
     report.mismatched = [(each.name, each.expected, each.got) for each in draft.resolution.mismatched]
     tensors = draft.tensors()
     for name, regions in sorted(draft.resolution.sources.items()):
-        stored = {draft.index.tensors[each].dtype for each in {region.source for region in regions}}
+        parts = [draft.resolution.stored[each] for each in {region.source for region in regions}]
+        if any(isinstance(part, ScaledTensor) for part in parts):
+            report.dequantised.append(name)
+            continue
+        stored = {part.dtype for part in parts}
         if stored - {STORED_DTYPES.get(tensors[name].dtype)}:
             report.cast.append(name)
-
-
-def _require_plain_weights(request: Request) -> None:
-    quantised = getattr(request.config, "quantization_config", None)
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise CheckpointError(
-            f"{request.folder} is quantised ({method}); training needs plain weights. Dequantise it once with transformers "
-            "(from_pretrained, dequantize, save_pretrained) and name that folder."
-        )
 
 
 def _not_strict(request: Request, report: LoadReport) -> str:
@@ -225,7 +269,7 @@ def _verify(draft: Draft, world: World, ready: Set[str]) -> int:
     """Hash what this rank holds against the files; what the model's own initialisation has changed is left out."""
     tensors = draft.tensors()
     with agreed(world, "hashing the shards"):
-        held = {name: _held(tensors[name]) for name in draft.resolution.sources if name not in ready}
+        held = {name: _held(tensors[name]) for name in draft.resolution.loaded if name not in ready}
     return verify(draft.model, draft.state, draft.resolution.groups, draft.index, held, world)
 
 
@@ -246,7 +290,7 @@ def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
     if mismatched and not ignore_mismatched_sizes:
         raise CheckpointError(_misfit(draft.index.folder, mismatched))
     wanted = {name: tensor.numel() for name, tensor in draft.state.items() if name not in draft.away}
-    present = sum(numel for name, numel in wanted.items() if name in draft.resolution.sources)
+    present = sum(numel for name, numel in wanted.items() if name in draft.resolution.loaded)
     if 2 * present < sum(wanted.values()):
         examples = ", ".join(sorted(draft.lacking())[:3])
         found = ", ".join(sorted(draft.index.tensors)[:3])

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from zero_sft.conversion.quantised import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.request import Request
 from zero_sft.transformers_internals import internal, kept_dtypes
@@ -69,7 +70,7 @@ class Skeleton:
 def build(request: Request) -> Skeleton:
     """Construct the model inside `ShardedInit`. Every rank; does not communicate."""
     cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
-    config = copy.deepcopy(config)
+    config = unquantised(copy.deepcopy(config))
     if request.attn_implementation is not None:
         config._attn_implementation = request.attn_implementation
     set_dtype(config, request.dtype)

@@ -19,6 +19,7 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.checkpoint.stamp import require_unchanged
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
+from zero_sft.conversion.quantised import reads_raw
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
@@ -92,8 +93,8 @@ def _converted(
     if group.converter is None:
         yield group.name, files.tensor(next(iter(group.members)))
         return
-    wanted = state[group.name].dtype
-    yield from run(group, whole, lambda name: files.tensor(name).to(wanted)).items()
+    wanted, raw = state[group.name].dtype, reads_raw(group.converter)
+    yield from run(group, whole, lambda name: files.tensor(name) if raw else files.tensor(name).to(wanted)).items()
 
 
 class _Files:

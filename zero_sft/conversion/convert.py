@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.conversion import tracing
 from zero_sft.conversion.keys import Group, match
+from zero_sft.conversion.quantised import Joiner, reads_raw
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
+from zero_sft.plan.plan import Stored
 from zero_sft.plan.regions import Regions, Shape
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.transformers_internals import internal, loading_info
@@ -38,10 +40,17 @@ class Resolution:
     """What a checkpoint gives a model: the regions of each tensor by the model's name, and what does not fit."""
 
     sources: Mapping[str, Regions]
+    stored: Mapping[str, Stored]  # what regions name: the checkpoint's tensors, and pairs of them that are multiplied
+    computed: Mapping[str, Group]  # tensors that come out of operations on whole tensors
     unexpected: frozenset[str]
     mismatched: tuple[Mismatch, ...]
     groups: tuple[Group, ...]
     rules_used: tuple[Any, ...]  # transformers' rules that matched: its save reverts them
+
+    @property
+    def loaded(self) -> frozenset[str]:
+        """The model's tensors that the checkpoint fills."""
+        return frozenset(self.sources) | frozenset(self.computed)
 
     @property
     def operations(self) -> list[str]:
@@ -65,34 +74,45 @@ class Whole:
         return getattr(self._model, name)
 
 
-def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]) -> Resolution:
+def resolve(
+    model: PreTrainedModel,
+    wanted: Mapping[str, torch.Tensor],
+    stored: Mapping[str, StoredTensor],
+    quantizer: Any = None,
+) -> Resolution:
     """Find for every tensor of the model the stored elements that fill it.
 
     Args:
         model: partitioned or not.
         wanted: its whole state dict, on the meta device.
         stored: the checkpoint's tensors by name.
+        quantizer: transformers' own, if the checkpoint is quantised; it adds operations that dequantise.
 
     Raises:
-        CheckpointError: the checkpoint needs an operation, or holds a dtype, that this loader can't handle.
+        CheckpointError: parts that are missing or contradict each other, or a dtype that can't be read.
     """
-    rules = internal("get_model_conversion_mapping")(model)
+    rules = internal("get_model_conversion_mapping")(model, hf_quantizer=quantizer)
     names = match(model, rules, wanted, stored)
-    whole = Whole(model, wanted)
+    run_on = _Tracing(whole=Whole(model, wanted), wanted=wanted, stored=stored, joiner=Joiner(stored, quantizer))
     sources: dict[str, Regions] = {}
+    computed: dict[str, Group] = {}
     unexpected = set(names.unexpected)
     mismatched: list[Mismatch] = []
     for group in names.groups:
-        for name, (shape, parts) in _converted(group, whole, wanted, stored).items():
+        for name, (shape, parts) in run_on.converted(group).items():
             if name not in wanted:
                 unexpected.add(name)
             elif tuple(wanted[name].shape) != shape:
                 absent = tuple(group.absent())
                 mismatched.append(Mismatch(name=name, expected=tuple(wanted[name].shape), got=shape, absent=absent))
+            elif parts is None:
+                computed[name] = group
             else:
                 sources[name] = parts
     return Resolution(
         sources=sources,
+        stored={**stored, **run_on.joiner.joined},
+        computed=computed,
         unexpected=frozenset(unexpected),
         mismatched=tuple(mismatched),
         groups=names.groups,
@@ -100,56 +120,86 @@ def resolve(model: PreTrainedModel, wanted: Mapping[str, torch.Tensor], stored: 
     )
 
 
-def _converted(
-    group: Group, model: Whole, wanted: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor]
-) -> dict[str, tuple[Shape, Regions]]:
-    """The tensors of the model that a group makes: shape and regions by name."""
-    if group.rivals:
-        one, other = group.rivals[0], group.stored[0]
-        raise CheckpointError(
-            f"{stored[one].file}: {one!r} and {other!r} both make the model's {group.name!r}: the checkpoint has it whole and "
-            "in parts. Which of them is meant can't be known: keep one, or fetch it again."
-        )
-    for name in group.stored:
-        _check_dtype(stored[name])
-    if group.converter is None:
-        first = stored[next(iter(group.members))]
-        return {group.name: (first.shape, regions.whole(first.name, first.shape, strides=first.strides))}
-    dtype = wanted[group.name].dtype  # stored dtypes may differ; as in transformers, all are cast before they are merged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tracing:
+    """Groups to regions: what the conversion of a checkpoint's groups has in common."""
 
-    def traced(name: str) -> torch.Tensor:
-        return tracing.source(name, stored[name].shape, dtype, stored[name].strides)
+    whole: Whole
+    wanted: Mapping[str, torch.Tensor]
+    stored: Mapping[str, StoredTensor]
+    joiner: Joiner
 
-    result = _traced(group, model, traced, stored)
-    return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
+    def converted(self, group: Group) -> dict[str, tuple[Shape, Regions | None]]:
+        """The tensors of the model that a group makes: shape, and regions unless its operations have to be run."""
+        if group.rivals:
+            one, other = group.rivals[0], group.stored[0]
+            raise CheckpointError(
+                f"{self.stored[one].file}: {one!r} and {other!r} both make the model's {group.name!r}: the checkpoint has it "
+                "whole and in parts. Which of them is meant can't be known: keep one, or fetch it again."
+            )
+        if group.converter is None:
+            first = self.stored[next(iter(group.members))]
+            _check_dtype(first)
+            return {group.name: (first.shape, regions.whole(first.name, first.shape, strides=first.strides))}
+        dtype = self.wanted[
+            group.name
+        ].dtype  # stored dtypes may differ; as in transformers, all are cast before they are merged
+
+        def traced(name: str) -> torch.Tensor:
+            return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
+
+        try:
+            result = run(group, self.whole, traced, loading_info((), ()), self.joiner.install)
+            for name, tensor in result.items():
+                if not isinstance(tensor, tracing.TracedTensor):
+                    raise tracing.NotTraceable(f"{name} came out as a {type(tensor).__name__}")
+                for source in {region.source for region in tensor.regions} & self.stored.keys():
+                    _check_dtype(self.stored[source])
+        except (internal("SkipParameters"), tracing.NotTraceable, regions.TooManyRegions) as error:
+            cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
+            if isinstance(cause, (tracing.NotTraceable, regions.TooManyRegions)):
+                return self._shapes(group)
+            raise CheckpointError(_not_converted(group, self.stored, cause)) from cause
+        return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
+
+    def _shapes(self, group: Group) -> dict[str, tuple[Shape, Regions | None]]:
+        """What operations that can't be traced will make, found on tensors without data."""
+        raw = reads_raw(group.converter)
+
+        def hollow(name: str) -> torch.Tensor:
+            stored = self.stored[name]
+            if stored.dtype not in TORCH_DTYPES:
+                raise CheckpointError(f"{stored.file}: {name!r} is stored as {stored.dtype}, which torch can't read.")
+            dtype = TORCH_DTYPES[stored.dtype] if raw else self.wanted[group.name].dtype
+            return torch.empty(stored.shape, dtype=dtype, device="meta")
+
+        try:
+            result = run(group, self.whole, hollow, loading_info((), ()))
+        except (internal("SkipParameters"), RuntimeError) as error:
+            cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
+            raise CheckpointError(_not_converted(group, self.stored, cause)) from cause
+        return {name: (tuple(tensor.shape), None) for name, tensor in result.items()}
 
 
-def run(group: Group, model: Whole, source: Callable[[str], torch.Tensor], info: Any = None) -> dict[str, Any]:
+def run(
+    group: Group,
+    model: Whole,
+    source: Callable[[str], torch.Tensor],
+    info: Any = None,
+    prepare: Callable[[Any], None] = lambda _: None,
+) -> dict[str, Any]:
     """Run a group's converter on `source(name)` of each stored name; the tensors that it makes, by the model's names.
 
     `model` is a `Whole`. An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given,
-    as transformers' `SkipParameters`.
+    as transformers' `SkipParameters`. `prepare` may change the converter, which is a copy.
     """
     converter = copy.deepcopy(group.converter)
+    prepare(converter)
     for pattern, names in group.members.items():
         for name in names:
             converter.add_tensor(group.name, name, pattern, source(name))
     raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None, loading_info=info)
     return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
-
-
-def _traced(
-    group: Group, model: Whole, source: Callable[[str], torch.Tensor], stored: Mapping[str, StoredTensor]
-) -> dict[str, tracing.TracedTensor]:
-    try:
-        result = run(group, model, source, loading_info((), ()))
-        for name, traced in result.items():
-            if not isinstance(traced, tracing.TracedTensor):
-                raise tracing.NotTraceable(f"{name} came out as a {type(traced).__name__}")
-    except (internal("SkipParameters"), tracing.NotTraceable, regions.TooManyRegions) as error:
-        cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
-        raise CheckpointError(_not_converted(group, stored, cause)) from cause
-    return result
 
 
 def _not_converted(group: Group, stored: Mapping[str, StoredTensor], cause: BaseException | None) -> str:
@@ -158,8 +208,6 @@ def _not_converted(group: Group, stored: Mapping[str, StoredTensor], cause: Base
     message = f"{where} can't be made into {group.name!r} by {', '.join(map(repr, group.converter.operations))}: {cause}."
     if absent:
         return f"{message} The checkpoint lacks {_shown(absent)}: fetch it again."
-    if isinstance(cause, (tracing.NotTraceable, regions.TooManyRegions)):
-        return f"{message} Load with --loader stock, and save the result once with save_pretrained."
     return f"{message} The files are incomplete, or of another model than the config: take both from one place."
 
 
@@ -170,8 +218,9 @@ def _shown(names: Sequence[str], limit: int = 3) -> str:
 def _check_dtype(tensor: StoredTensor) -> None:
     if tensor.dtype not in TORCH_DTYPES or tensor.dtype.startswith("F8"):
         raise CheckpointError(
-            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, which needs dequantising; the sharded loader takes "
-            "floating-point, integer and boolean tensors as they are. Convert the checkpoint to BF16 first."
+            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, and there are neither scales for it nor a "
+            "quantization_config that would say what its numbers mean. Take the whole checkpoint with its config, or an "
+            "unquantised one."
         )
 
 

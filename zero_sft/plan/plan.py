@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.checkpoint.scaled import ScaledTensor, ScaleRows
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import FlatRange
 from zero_sft.plan.regions import Region, Regions, Shape, row_major
@@ -19,6 +20,11 @@ GAP_BYTES = 4096
 
 SCATTER_BYTES = 8 * 2**20
 """The longest range that is read at a time where elements have to be put apart in memory, in bytes."""
+
+SCALED_BYTES = 2**20
+"""The same where elements are multiplied by scales, which takes some 16 bytes of memory for each."""
+
+Stored = StoredTensor | ScaledTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,7 @@ class Read:
     sizes: Shape
     source_strides: Shape
     target_strides: Shape
+    scales: ScaleRows | None = None
 
     @property
     def is_run(self) -> bool:
@@ -65,7 +72,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes that this rank reads."""
-        return sum(read.nbytes for read in self.reads)
+        return sum(read.nbytes + (read.scales.nbytes if read.scales else 0) for read in self.reads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +87,7 @@ class Piece:
     target_strides: Shape
 
 
-def plan_reads(targets: Sequence[Target], stored: Mapping[str, StoredTensor]) -> Plan:
+def plan_reads(targets: Sequence[Target], stored: Mapping[str, Stored]) -> Plan:
     """Turn what a rank must fill into reads, sorted by file and offset.
 
     Raises:
@@ -94,7 +101,7 @@ def plan_reads(targets: Sequence[Target], stored: Mapping[str, StoredTensor]) ->
     return Plan(reads=tuple(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target))))
 
 
-def check_cover(target: Target, stored: Mapping[str, StoredTensor]) -> None:
+def check_cover(target: Target, stored: Mapping[str, Stored]) -> None:
     """The regions of a target, which are disjoint, must have as many elements as it: one left out would stay uninitialised."""
     covered = sum(math.prod(region.sizes) for region in target.regions)
     if covered != math.prod(target.shape):
@@ -171,7 +178,7 @@ def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, sp
     )
 
 
-def _reads(piece: Piece, target: str, source: StoredTensor) -> Iterator[Read]:
+def _reads(piece: Piece, target: str, source: Stored) -> Iterator[Read]:
     """The ranges of a file that deliver a piece: as few as there are without reading along more than small gaps.
 
     Dimensions are taken from the finest source stride on into one range as long as the gaps that this reads along are small;
@@ -179,7 +186,7 @@ def _reads(piece: Piece, target: str, source: StoredTensor) -> Iterator[Read]:
     """
     dims = sorted(zip(piece.source_strides, piece.sizes, piece.target_strides, strict=True))
     is_run = piece.source_strides == piece.target_strides == (1,)
-    limit = source.nbytes if is_run else SCATTER_BYTES
+    limit = SCALED_BYTES if isinstance(source, ScaledTensor) else source.nbytes if is_run else SCATTER_BYTES
     taken, reach = 0, 1  # dimensions in a range, elements of a range
     for stride, size, _ in dims:
         longer = reach + (size - 1) * stride
@@ -201,7 +208,7 @@ def _reads(piece: Piece, target: str, source: StoredTensor) -> Iterator[Read]:
 def _repeated(
     piece: Piece,
     target: str,
-    source: StoredTensor,
+    source: Stored,
     inner: list[tuple[int, int, int]],
     outer: list[tuple[int, int, int]],
     source_skip: int,
@@ -216,9 +223,10 @@ def _repeated(
         return
     box = [each for each in reversed(inner) if each[1] > 1] or [(1, 1, 1)]
     reach = 1 + sum((size - 1) * stride for stride, size, _ in box)
+    start = piece.source_start + source_skip
     yield Read(
         file=source.file,
-        offset_bytes=source.offset_bytes + (piece.source_start + source_skip) * source.itemsize,
+        offset_bytes=source.offset_bytes + start * source.itemsize,
         nbytes=reach * source.itemsize,
         dtype=source.dtype,
         target=target,
@@ -226,4 +234,5 @@ def _repeated(
         sizes=tuple(size for _, size, _ in box),
         source_strides=tuple(stride for stride, _, _ in box),
         target_strides=tuple(step for _, _, step in box),
+        scales=source.scale_rows(start, reach) if isinstance(source, ScaledTensor) else None,
     )

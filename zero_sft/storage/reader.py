@@ -10,17 +10,21 @@ Reads go in file order, several threads at a time if the rank has cores to spare
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.checkpoint.stamp import Stamp, require_unchanged
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
 from zero_sft.storage.accelerator import bytes_view, pinned, recorded_event
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import STEP_BYTES, make_present
+
+Dequantise = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+"""(rows, cols) of quantised numbers and a (rows of blocks, columns of blocks) grid of scales → (rows, cols) of that dtype."""
 
 STAGING_BYTES = 8 * 2**20
 """One staging buffer, at least the plan's `SCATTER_BYTES`. A reading thread has two of them where it stages at all."""
@@ -33,37 +37,49 @@ def fill(
     destinations: Mapping[str, torch.Tensor],
     threads: int = 1,
     stamps: Mapping[str, Stamp] | None = None,
+    dequantise: Dequantise | None = None,
 ) -> int:
     """Read every byte of `reads` into `destinations` (flat tensors by target name). Returns the bytes read.
 
     Args:
         stamps: by path, which file it was when the reads were planned.
+        dequantise: the arithmetic of reads that have scales.
 
     Raises:
         CheckpointError: a file that can't be opened or read, ends early, or is no longer the one that was planned.
     """
     stamps = stamps or {}
     with contextlib.ExitStack() as stack:
-        paths = dict.fromkeys(read.file for read in reads)
+        paths = dict.fromkeys(path for read in reads for path in _files(read))
         handles = {path: stack.enter_context(_opened(path, stamps.get(path))) for path in paths}
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
-            worker = _Worker(handles, destinations)
+            worker = _Worker(handles, destinations, dequantise)
             for piece in pieces:
                 worker.run(piece)
             worker.finish()
         else:
-            _fill_threaded(pieces, handles, destinations, threads)
-    return sum(read.nbytes for read in reads)
+            _fill_threaded(pieces, handles, destinations, threads, dequantise)
+    return sum(read.nbytes + (read.scales.nbytes if read.scales else 0) for read in reads)
+
+
+def _files(read: Read) -> Iterator[str]:
+    yield read.file
+    if read.scales is not None:
+        yield read.scales.file
 
 
 def _fill_threaded(
-    pieces: Sequence[Read], handles: Mapping[str, int], destinations: Mapping[str, torch.Tensor], threads: int
+    pieces: Sequence[Read],
+    handles: Mapping[str, int],
+    destinations: Mapping[str, torch.Tensor],
+    threads: int,
+    dequantise: Dequantise | None,
 ) -> None:
     queue = iter(pieces)  # next() on an iterator is atomic under the GIL, so the threads share it in file order
 
     def work() -> None:
-        worker = _Worker(handles, destinations)
+        worker = _Worker(handles, destinations, dequantise)
         for piece in queue:
             worker.run(piece)
         worker.finish()
@@ -90,7 +106,7 @@ def _opened(path: str, expected: Stamp | None) -> Iterator[int]:
 
 def _pieces(read: Read) -> Iterator[Read]:
     """`read` in parts of at most `_CHUNK_BYTES` bytes, a whole number of elements each; a scattered one is small already."""
-    if read.nbytes <= _CHUNK_BYTES or not read.is_run:
+    if read.nbytes <= _CHUNK_BYTES or not read.is_run or read.scales is not None:
         yield read
         return
     itemsize = TORCH_DTYPES[read.dtype].itemsize
@@ -108,9 +124,12 @@ def _pieces(read: Read) -> Iterator[Read]:
 class _Worker:
     """What one reading thread holds: open files, destinations, and its staging buffers, made on first use."""
 
-    def __init__(self, handles: Mapping[str, int], destinations: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, handles: Mapping[str, int], destinations: Mapping[str, torch.Tensor], dequantise: Dequantise | None
+    ) -> None:
         self._handles = handles
         self._destinations = destinations
+        self._dequantise = dequantise
         self._staging: list[torch.Tensor] = []
         self._copied: list = [None, None]  # per buffer: the event after which it may be overwritten
         self._turn = 0
@@ -118,6 +137,9 @@ class _Worker:
     def run(self, read: Read) -> None:
         """Carry out one read: straight into place, or staged where it is cast, put apart or goes to a device."""
         dtype = TORCH_DTYPES[read.dtype]
+        if read.scales is not None:
+            self._read_scaled(read, read.scales, dtype)
+            return
         if not read.is_run:
             self._read_scattered(read, dtype)
             return
@@ -147,10 +169,32 @@ class _Worker:
         on_device = destination.device.type != "cpu"
         buffer = self._buffer(on_device)[: read.nbytes]
         self._read(read, buffer, 0)
-        staged = buffer.view(dtype).to(destination.device, non_blocking=on_device)
-        place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
-        place.copy_(staged.as_strided(read.sizes, read.source_strides, staged.storage_offset()))
+        _put_apart(read, buffer.view(dtype).to(destination.device, non_blocking=on_device), destination)
         self._end_turn(on_device)
+
+    def _read_scaled(self, read: Read, scales: ScaleRows, dtype: torch.dtype) -> None:
+        """Rows of the weight, of which only the wanted elements are read, times their scales, one row of blocks at a time."""
+        destination = self._destinations[read.target]
+        rows = -(-(scales.skip + read.nbytes) // scales.width)
+        padded = -(-scales.width // scales.block_cols) * scales.block_cols
+        flat = torch.zeros(rows * scales.width, dtype=torch.uint8)
+        self._read(read, flat.narrow(0, scales.skip, read.nbytes), 0)
+        weight = torch.zeros(rows, padded, dtype=torch.uint8)
+        weight[:, : scales.width] = flat.view(rows, scales.width)
+        weight = weight.view(dtype)
+        grid = torch.empty(scales.nbytes, dtype=torch.uint8)
+        self._read_at(scales.file, grid, scales.offset_bytes, read.target)
+        grid = grid.view(TORCH_DTYPES[scales.dtype]).view(-1, scales.columns)
+        assert self._dequantise is not None, "reads with scales need the arithmetic for them"
+        result = torch.empty(rows, scales.width, dtype=destination.dtype)
+        row = 0
+        for number in range(len(grid)):
+            end = min(rows, (number + 1) * scales.block_rows - scales.first_row)
+            part = self._dequantise(weight[row:end], grid[number : number + 1], destination.dtype)
+            result[row:end] = part[:, : scales.width]
+            row = end
+        wanted = result.view(-1).narrow(0, scales.skip, read.nbytes)
+        _put_apart(read, wanted.to(destination.device), destination)
 
     def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
         on_device = part.device.type != "cpu"
@@ -176,19 +220,26 @@ class _Worker:
 
     def _read(self, read: Read, into: torch.Tensor, skip_bytes: int) -> None:
         """Fill the byte tensor `into` from `skip_bytes` into `read`."""
+        self._read_at(read.file, into, read.offset_bytes + skip_bytes, read.target)
+
+    def _read_at(self, file: str, into: torch.Tensor, offset_bytes: int, target: str) -> None:
         view = bytes_view(into)
         position = 0
         while position < len(view):
-            offset = read.offset_bytes + skip_bytes + position
+            offset = offset_bytes + position
             try:
-                count = os.preadv(self._handles[read.file], [view[position:]], offset)
+                count = os.preadv(self._handles[file], [view[position:]], offset)
             except OSError as error:
-                raise CheckpointError(
-                    f"{read.file} can't be read at byte {offset} (for {read.target}): {error.strerror}."
-                ) from error
+                raise CheckpointError(f"{file} can't be read at byte {offset} (for {target}): {error.strerror}.") from error
             if count == 0:
                 raise CheckpointError(
-                    f"{read.file} ends at byte {offset}, expected {len(view) - position} more for {read.target}: it was cut "
+                    f"{file} ends at byte {offset}, expected {len(view) - position} more for {target}: it was cut "
                     "after its header was read. Fetch it again."
                 )
             position += count
+
+
+def _put_apart(read: Read, elements: torch.Tensor, destination: torch.Tensor) -> None:
+    """Copy what was read to where it belongs, cast on the way."""
+    place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
+    place.copy_(elements.as_strided(read.sizes, read.source_strides, elements.storage_offset()))

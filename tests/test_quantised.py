@@ -1,0 +1,139 @@
+"""FP8 checkpoints against plain loading, which dequantises on a CPU; and what can't be dequantised is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import architectures, models, quantised
+from zero_sft.errors import CheckpointError
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.fixture
+def checkpoint(tmp_path, architecture):
+    if architecture == "deepseek_v3":
+        folder = architectures.save(architecture, tmp_path / architecture)
+        return quantised.fp8(folder, block=(1, 1))
+    return quantised.fp8(models.save_tiny(architecture, tmp_path / architecture, **SIZES), block=(8, 16))
+
+
+@pytest.mark.world_size(1, 2, 3)
+@pytest.mark.parametrize("architecture", ["llama", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_as_plain_loading_dequantises(checkpoint, dtype):
+    from zero_sft import load_model
+
+    wanted = getattr(torch, dtype)
+    reference = models.plain(checkpoint, wanted)
+    model = load_model(str(checkpoint), ds_config=models.zero3(bf16=dtype == "bfloat16"), dtype=dtype, verify=True)
+    for param in reference.parameters():
+        param.data = param.data.to(wanted)  # plain loading leaves what is not quantised as it is stored
+    models.assert_equal(model, reference, cast=wanted if dtype == "bfloat16" else None)
+    report = model.load_report
+    assert not report.missing
+    assert not report.unexpected
+    assert not report.untraced
+    assert any(".mlp." in name for name in report.dequantised)
+    assert not hasattr(model.config, "quantization_config")
+
+
+@pytest.fixture
+def ragged(tmp_path):
+    """Sizes that blocks do not divide, as DeepSeek-V3's own: (576, 7168) in blocks of 128 × 128. Plain loading refuses it."""
+    folder = models.save_tiny("llama", tmp_path / "ragged")
+    plain = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return quantised.fp8(folder, block=(8, 16)), plain
+
+
+@pytest.mark.world_size(1, 3)
+def test_blocks_cut_short_at_the_edges(ragged):
+    from zero_sft import load_model
+    from zero_sft.zero.gather import whole
+
+    folder, plain = ragged
+    model = load_model(str(folder), ds_config=models.zero3(bf16=False), dtype="float32")
+    for name, param in model.named_parameters():
+        got = whole(param)
+        if name in model.load_report.dequantised:
+            weight, scales = quantised.quantise(plain[name], (8, 16))
+            spread = scales.repeat_interleave(8, 0).repeat_interleave(16, 1)[: weight.shape[0], : weight.shape[1]]
+            assert torch.equal(got, weight.float() * spread), name
+        else:
+            assert torch.equal(got, plain[name].float()), name
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return quantised.fp8(models.save_tiny("llama", tmp_path / "llama", **SIZES), block=(8, 16))
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_reads_its_blocks_alone(llama):
+    from zero_sft import load_model
+
+    model = load_model(str(llama), ds_config=models.zero3())
+    total = sum(path.stat().st_size for path in llama.glob("*.safetensors"))
+    assert model.load_report.bytes_read < 0.62 * total
+
+
+@pytest.mark.world_size(2)
+def test_the_export_is_plain(llama, tmp_path):
+    from zero_sft import load_model, save_pretrained
+
+    reference = models.plain(llama, torch.bfloat16)
+    model = load_model(str(llama), ds_config=models.zero3())
+    save_pretrained(model, tmp_path / "out")
+    del model
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    again = models.plain(tmp_path / "out", torch.bfloat16)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in reference.state_dict().items())
+
+
+def refused(folder, settings):
+    from zero_sft import load_model
+
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        load_model(str(folder), ds_config=models.zero3())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "nobody_knows"}, "nobody_knows"),
+        ({"bits": 4}, "None"),
+    ],
+)
+def test_formats_that_transformers_does_not_dequantise(llama, settings, said):
+    message = refused(llama, settings)
+    assert "is quantised" in message
+    assert said in message
+
+
+def test_scales_that_fit_no_block(llama):
+    from safetensors.torch import save_file
+
+    for path in llama.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+        if name in tensors:
+            tensors[name] = torch.ones(7, 3)
+            save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    message = refused(llama, config["quantization_config"])
+    assert "up_proj" in message
+    assert "[7, 3]" in message
+
+
+def test_eight_bits_without_scales(llama):
+    message = refused(llama, None)
+    assert "F8_E4M3" in message
+    assert "quantization_config" in message

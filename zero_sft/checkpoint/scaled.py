@@ -1,0 +1,119 @@
+"""A tensor that is stored as 8-bit numbers and a grid of scales, one for each block of it.
+
+Element `(r, c)` of the weight, seen as a matrix of all its leading dimensions by the last one, is `weight[r, c] *
+scales[r // block_rows, c // block_cols]`. The blocks at the lower and right edge may be cut short. A range of the weight needs
+its own bytes and the rows of scales beside it, nothing else: that is what makes dequantising local.
+"""
+
+import math
+from dataclasses import dataclass
+
+from zero_sft.checkpoint.header import StoredTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleRows:
+    """The scales of one range of a weight, and how they lie over it.
+
+    The range begins `skip` elements into a row of `width` elements, which is row `first_row` of its block. The scales are rows
+    of `columns` numbers in `nbytes` bytes from `offset_bytes` of `file`.
+    """
+
+    file: str
+    dtype: str
+    offset_bytes: int
+    nbytes: int
+    columns: int
+    block_rows: int
+    block_cols: int
+    width: int
+    skip: int
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledTensor:
+    """What `StoredTensor` is for plain tensors: offsets count elements of `weight`, one byte each."""
+
+    name: str
+    weight: StoredTensor
+    scales: StoredTensor
+    block_rows: int
+    block_cols: int
+
+    @property
+    def file(self) -> str:
+        """The file of the weight."""
+        return self.weight.file
+
+    @property
+    def dtype(self) -> str:
+        """The stored dtype of the weight."""
+        return self.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's shape."""
+        return self.weight.shape
+
+    @property
+    def offset_bytes(self) -> int:
+        """Where the weight begins in its file."""
+        return self.weight.offset_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self.weight.nbytes
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element of the weight."""
+        return self.weight.itemsize
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        return self.weight.numel
+
+    def scale_rows(self, start: int, count: int) -> ScaleRows:
+        """The scales of `count` elements from element `start` of the flat weight on."""
+        width = self.shape[-1] if self.shape else 1
+        columns = -(-width // self.block_cols)
+        row, skip = divmod(start, width)
+        first, last = row // self.block_rows, (start + count - 1) // width // self.block_rows
+        itemsize = self.scales.itemsize
+        return ScaleRows(
+            file=self.scales.file,
+            dtype=self.scales.dtype,
+            offset_bytes=self.scales.offset_bytes + first * columns * itemsize,
+            nbytes=(last - first + 1) * columns * itemsize,
+            columns=columns,
+            block_rows=self.block_rows,
+            block_cols=self.block_cols,
+            width=width,
+            skip=skip,
+            first_row=row - first * self.block_rows,
+        )
+
+
+def blocks(weight: StoredTensor, scales: StoredTensor, configured: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of a block: as configured where the grid of scales is that one, else as the grid divides the weight.
+
+    Worked example: (576, 7168) with scales (5, 56) and blocks of (128, 128) is cut into those; the last ones have 64 rows.
+
+    Raises:
+        ValueError: a grid that fits neither.
+    """
+    *outer, rows, cols = (1, *weight.shape) if len(weight.shape) < 2 else weight.shape
+    matrices = math.prod(outer)
+    if scales.numel == 1:
+        return matrices * rows, cols
+    *_, grid_rows, grid_cols = (1, *scales.shape)
+    block, is_configured = (rows // max(grid_rows, 1), cols // max(grid_cols, 1)), False
+    if configured is not None and (-(-rows // configured[0]), -(-cols // configured[1])) == (grid_rows, grid_cols):
+        block, is_configured = configured, True
+    is_even = rows == grid_rows * block[0] and cols == grid_cols * block[1]
+    if scales.numel != matrices * grid_rows * grid_cols or not (is_even or (is_configured and matrices == 1)):
+        raise ValueError(f"scales of {list(scales.shape)} don't divide a weight of {list(weight.shape)}")
+    return block

@@ -1,0 +1,95 @@
+"""Tensors that have to be computed: conversions that can't be traced, run once a node on whole tensors, one group at a time.
+
+The first rank of each node reads the group's stored tensors and runs transformers' own operations on them; the node's ranks map
+the result from shared memory and keep their ranges. A node holds one group's sources and results at a time.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from zero_sft import distributed
+from zero_sft.checkpoint.index import CheckpointIndex
+from zero_sft.conversion.convert import Whole, run
+from zero_sft.conversion.keys import Group
+from zero_sft.conversion.quantised import reads_raw
+from zero_sft.distributed import World, agreed
+from zero_sft.plan.partition import whole_range
+from zero_sft.plan.plan import Target, plan_reads
+from zero_sft.plan.regions import whole
+from zero_sft.storage import reader
+from zero_sft.storage.dtypes import TORCH_DTYPES
+
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def compute(
+    group: Group, model: Whole, state: Mapping[str, torch.Tensor], index: CheckpointIndex
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Read a group's stored tensors whole and run its operations; what they make, and the bytes read. Does not communicate."""
+    raw = reads_raw(group.converter)
+    read_bytes = 0
+
+    def source(name: str) -> torch.Tensor:
+        nonlocal read_bytes
+        stored = index.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
+        regions = whole(name, stored.shape, strides=stored.strides)
+        target = Target(name=name, shape=stored.shape, span=whole_range(stored.numel), regions=regions)
+        read_bytes += reader.fill(plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, stamps=index.stamps)
+        return tensor if raw else tensor.to(state[group.name].dtype)
+
+    return run(group, model, source), read_bytes
+
+
+@contextlib.contextmanager
+def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], world: World) -> Iterator[dict[str, torch.Tensor]]:
+    """What this node's first rank has made (the others pass None), mapped by every rank of the node. Communicates.
+
+    The memory goes away with the last map of it, and its file when the body ends.
+    """
+    path: Path | None = None
+    described: list = []
+    try:
+        with agreed(world, "sharing what was computed"):
+            if tensors is not None:
+                path = _write([tensors[name] for name in names])
+                described = [[str(tensors[name].dtype).removeprefix("torch."), list(tensors[name].shape)] for name in names]
+        everyone = distributed.exchange(world, [str(path or ""), described])
+        where, rows = everyone[world.rank - world.local_rank]
+        with agreed(world, "mapping what was computed"):
+            mapped = _mapped(Path(where), [(getattr(torch, dtype), tuple(shape)) for dtype, shape in rows])
+        yield dict(zip(names, mapped, strict=True))
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def _write(tensors: Sequence[torch.Tensor]) -> Path:
+    nbytes = sum(_padded(tensor.nbytes) for tensor in tensors)
+    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * nbytes
+    handle, name = tempfile.mkstemp(prefix="zero_sft-", dir=_SHARED_MEMORY if has_room else None)
+    with os.fdopen(handle, "wb") as file:
+        for tensor in tensors:
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+    return Path(name)
+
+
+def _mapped(path: Path, rows: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[torch.Tensor]:
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in rows]
+    memory = torch.from_file(str(path), shared=False, size=sum(map(_padded, sizes)), dtype=torch.uint8)
+    starts = [sum(map(_padded, sizes[:i])) for i in range(len(sizes))]
+    return [
+        memory[start : start + size].view(dtype).view(shape)
+        for start, size, (dtype, shape) in zip(starts, sizes, rows, strict=True)
+    ]
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64

@@ -1,0 +1,111 @@
+"""Quantised checkpoints: transformers' quantizer in its dequantising mode, and which of its work is local.
+
+Everything that transformers can dequantise while it loads is: its quantizer adds operations to the conversion rules. 8-bit
+floats with a grid of scales (DeepSeek-V3's layout) are local, element for element, so those operations are traced: the result
+is a `ScaledTensor`, of which a rank reads the blocks that cover its range. The others run on whole tensors.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.checkpoint.scaled import ScaledTensor, blocks
+from zero_sft.conversion import tracing
+from zero_sft.errors import CheckpointError
+from zero_sft.transformers_internals import internal
+
+
+def quantizer_for(config: PreTrainedConfig, where: str) -> Any:
+    """transformers' quantizer for a config that says its weights are quantised, set to dequantise; None for plain weights.
+
+    Raises:
+        CheckpointError: a format that transformers does not dequantise, or not without a package that is missing.
+    """
+    settings = _settings(config)
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = getattr(method, "value", method)
+    try:
+        if isinstance(settings, dict):
+            settings = internal("AutoQuantizationConfig").from_dict(dict(settings))
+        dequantises = hasattr(settings, "dequantize")
+        settings.dequantize = True
+        quantizer = internal("AutoHfQuantizer").from_config(settings, pre_quantized=True)
+        dequantises = dequantises and "dequantize" in quantizer.get_load_operations()
+    except ImportError as error:
+        raise CheckpointError(f"{where} is quantised ({method}), and dequantising it needs a package: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{where} is quantised ({method}) in a way that transformers doesn't know: {error}") from error
+    if not dequantises:
+        raise CheckpointError(
+            f"{where} is quantised ({method}), which transformers can't dequantise while loading; training needs plain "
+            "weights. Take the model's unquantised checkpoint."
+        )
+    return quantizer
+
+
+def _settings(config: PreTrainedConfig) -> Any:
+    """The config's own, or that of its text part, as transformers looks for it."""
+    own = getattr(config, "quantization_config", None)
+    if own:
+        return own
+    try:
+        return getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    except ValueError:  # several text parts
+        return None
+
+
+def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    """`config` without its word that weights are quantised; changed in place."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        if part is not None and hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def reads_raw(converter: Any) -> bool:
+    """True if a converter's operations want what is stored as it is stored, not cast to the model's dtype."""
+    return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
+
+
+class Joiner:
+    """Stands in for the arithmetic of `Fp8Dequantize` while its operation is traced, and collects what it joins."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor], quantizer: Any) -> None:
+        self._stored = stored
+        size = getattr(getattr(quantizer, "quantization_config", None), "weight_block_size", None)
+        self._configured = (int(size[0]), int(size[1])) if size else None
+        self.joined: dict[str, ScaledTensor] = {}
+
+    def install(self, converter: Any) -> None:
+        """Make the dequantising operations of a converter's copy join provenances."""
+        for operation in converter.operations:
+            if isinstance(operation, internal("Fp8Dequantize")):
+                operation._dequantize_one = self._join
+
+    def _join(self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
+        weight, grid = self._whole(quantized), self._whole(scales)
+        if not weight.dtype.startswith("F8"):
+            raise tracing.NotTraceable(f"{weight.name} is stored as {weight.dtype}, several numbers a byte")
+        rows, cols = blocks(weight, grid, self._configured)
+        name = f"{weight.name} * {grid.name}"
+        self.joined[name] = ScaledTensor(name=name, weight=weight, scales=grid, block_rows=rows, block_cols=cols)
+        return tracing.source(name, weight.shape, output_dtype or quantized.dtype)
+
+    def _whole(self, tensor: torch.Tensor) -> StoredTensor:
+        if not isinstance(tensor, tracing.TracedTensor) or len(tensor.regions) != 1:
+            raise tracing.NotTraceable("scales of a tensor that is not stored in one piece")
+        stored = self._stored[tensor.regions[0].source]
+        if stored.strides is not None or tuple(tensor.shape) != stored.shape:
+            raise tracing.NotTraceable(f"scales of {stored.name}, which is not stored row by row")
+        return stored
+
+
+def dequantise(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """transformers' own arithmetic: (rows, cols) of 8-bit floats and a grid of scales that divides them → that dtype."""
+    return internal("Fp8Dequantize")(None)._dequantize_one(weight, scales, output_dtype=dtype)
