@@ -38,3 +38,23 @@ def fp8(folder: Path, block: tuple[int, int], *, suffix: str = "_scale_inv", sca
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def mxfp4(folder: Path) -> Path:
+    """Turn the gpt-oss checkpoint in `folder` into an MXFP4 one: random blocks of 32 4-bit numbers and their exponents."""
+    torch.manual_seed(3)
+    for path in folder.glob("*.safetensors"):
+        tensors = {}
+        for name, tensor in load_file(path).items():
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                experts, rows, cols = tensor.shape  # the model's own order; stored turned
+                tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, cols, rows // 32, 16), dtype=torch.uint8)
+                tensors[f"{name}_scales"] = torch.randint(115, 130, (experts, cols, rows // 32), dtype=torch.uint8)
+            else:
+                tensors[name] = tensor
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

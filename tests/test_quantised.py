@@ -137,3 +137,34 @@ def test_eight_bits_without_scales(llama):
     message = refused(llama, None)
     assert "F8_E4M3" in message
     assert "quantization_config" in message
+
+
+@pytest.fixture
+def gpt_oss(tmp_path):
+    from transformers import AutoModelForCausalLM, GptOssConfig
+
+    config = GptOssConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_local_experts=3, vocab_size=131, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "gpt_oss")
+    return quantised.mxfp4(tmp_path / "gpt_oss")
+
+
+@pytest.mark.world_size(1, 2, 3)
+def test_what_can_not_be_traced_is_computed_once_a_node(gpt_oss):
+    from pathlib import Path
+
+    from zero_sft import distributed, load_model
+    from zero_sft.distributed import World
+
+    reference = models.plain(gpt_oss, torch.bfloat16)
+    model = load_model(str(gpt_oss), ds_config=models.zero3(), verify=True)
+    models.assert_equal(model, reference, cast=torch.bfloat16)
+    report = model.load_report
+    assert [name.rsplit(".", 1)[1] for name, _ in report.untraced] == ["down_proj", "gate_up_proj"] * 2
+    assert all(peak > 0 for _, peak in report.untraced)
+    read = distributed.exchange(World.detect(), report.bytes_read)
+    stored = sum(path.stat().st_size for path in gpt_oss.glob("*.safetensors"))
+    assert sum(read) < 1.05 * stored
+    assert not list(Path("/dev/shm").glob("zero_sft-*"))

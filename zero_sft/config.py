@@ -57,7 +57,7 @@ def prepare_config(
         model_max_length: the longest sequence, in tokens. Beyond the model's context its RoPE is scaled linearly.
         rope_parameters: how to scale instead, in transformers' terms (`rope_type`, `factor`, ...); laid over the
             model's own, so that `rope_theta` stays. It wins over `model_max_length`.
-        **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder`.
+        **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.
 
     Raises:
         ConfigError: an unusable config or argument, or positions that can't reach `model_max_length`.

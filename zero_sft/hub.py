@@ -20,12 +20,13 @@ from zero_sft.errors import ArgumentError, CheckpointError
 
 CODE = ("*.py",)
 CONFIG = ("config.json", "generation_config.json")
-WEIGHTS = (*CONFIG, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-BIN_WEIGHTS = (*CONFIG, "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+BIN_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
              "tekken.json",
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
 
+_VARIANT = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -39,6 +40,7 @@ class HubOptions:
     token: str | bool | None = field(default=None, repr=False)  # never in a log
     local_files_only: bool = False
     subfolder: str = ""
+    variant: str | None = None
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "HubOptions":
@@ -53,6 +55,9 @@ class HubOptions:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.")
+        variant = kwargs.get("variant")
+        if variant is not None and not _VARIANT.fullmatch(variant):
+            raise ArgumentError(f"variant {variant!r} is no part of a file's name; expected one like fp16.")
         return cls(**kwargs)
 
 
@@ -110,10 +115,24 @@ def resolve_weights(name_or_path: str, hub: HubOptions, world: World) -> Path:
         CheckpointError: no such folder, or the hub can't provide it.
     """
     hub = pin_revision(name_or_path, hub, world)
-    folder = resolve_folder(name_or_path, hub, world, WEIGHTS)
-    if any(distributed.exchange(world, not any(folder.glob("model*.safetensors*")))):
-        folder = resolve_folder(name_or_path, hub, world, BIN_WEIGHTS)
+    wanted = _patterns(WEIGHTS, hub.variant)
+    folder = resolve_folder(name_or_path, hub, world, (*CONFIG, *wanted))
+    if any(distributed.exchange(world, not any(next(folder.glob(each), None) for each in wanted))):
+        folder = resolve_folder(name_or_path, hub, world, (*CONFIG, *_patterns(BIN_WEIGHTS, hub.variant)))
     return folder
+
+
+def _patterns(names: tuple[str, ...], variant: str | None) -> tuple[str, ...]:
+    """The files' names under a variant: `model.fp16.safetensors`, and parts with the variant before or after their numbers."""
+    if variant is None:
+        return names
+    result = []
+    for name in names:
+        stem, kind = name.rsplit(".", 1)
+        result.append(f"{stem}.{variant}.{kind}")
+        if "*" in name:
+            result.append(f"{stem.replace('-*', '')}.{variant}-*.{kind}")
+    return tuple(result)
 
 
 def _everywhere_local(name_or_path: str, hub: HubOptions, world: World) -> bool:

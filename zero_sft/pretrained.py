@@ -100,7 +100,7 @@ def load_model(
         strict: a missing or unexpected name is an error.
         verify: read back: every shard is hashed against the files, along another path than the load's.
         ignore_mismatched_sizes: tensors of another shape than the model's are initialised anew instead of an error.
-        **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder`.
+        **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.
 
     Returns:
         An ordinary `PreTrainedModel` in evaluation mode, ready for `forward`, `generate`, `deepspeed.initialize` and
@@ -129,6 +129,7 @@ def load_model(
         model_class=model_class,
         attn_implementation=attn_implementation,
         trust_remote_code=options.trust_remote_code,
+        variant=options.variant,
         checks=Checks(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes),
     )
     model = (load_stock if loader == "stock" else load_sharded)(request, world, report)

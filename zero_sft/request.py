@@ -29,4 +29,5 @@ class Request:
     model_class: Any
     attn_implementation: str | None
     trust_remote_code: bool
+    variant: str | None
     checks: Checks

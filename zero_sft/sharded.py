@@ -80,7 +80,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         quantizer = quantizer_for(request.config, str(request.folder))
         bare = skeleton.build(request)
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
-        index = open_index(request.folder, torch_zip.read_header)
+        index = open_index(request.folder, torch_zip.read_header, request.variant)
         threads = max(1, min(4, _cores() // world.local_world_size))
         draft = _draft(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
     agreed_on = {

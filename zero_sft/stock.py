@@ -39,6 +39,7 @@ def load_stock(request: Request, world: World, report: LoadReport) -> PreTrained
         config=config,
         dtype=request.dtype,
         local_files_only=True,
+        variant=request.variant,
         output_loading_info=True,
         **optional,
     )

@@ -88,7 +88,7 @@ def _check_arguments(model_max_length: int, padding_side: str) -> None:
 def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_side: str) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, ready for training; a TokenizerError for whatever is wrong. Rank 0, by itself."""
     settings = dataclasses.asdict(options) | {"model_max_length": model_max_length, "padding_side": padding_side}
-    del settings["revision"], settings["subfolder"]  # the folder is those already
+    del settings["revision"], settings["subfolder"], settings["variant"]  # the folder is those already
     try:
         tokenizer = _open(folder, settings)
     except ZeroSftError:

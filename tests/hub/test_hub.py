@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests import models
 from tests.data import tiny
@@ -126,6 +129,44 @@ def test_gated_model_and_its_token(folder, tmp_path):
         results, output = load(hub, [tmp_path / "home"] * 2, token=TOKEN)
         assert results[0]["missing"] == []
         assert TOKEN not in output
+
+
+def bin_repository(folder, target):
+    """The same repository with its weights as `pytorch_model.bin` alone."""
+    shutil.copytree(folder, target)
+    tensors = {name: tensor for path in target.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in target.glob("*.safetensors*"):
+        path.unlink()
+    torch.save(tensors, target / "pytorch_model.bin")
+    return target
+
+
+def test_bin_files_where_there_is_nothing_better(folder, tmp_path):
+    """Without safetensors `pytorch_model.bin` is fetched, once; beside safetensors it never is."""
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]})) as hub:
+        expected, _ = load(hub, [tmp_path / "safe"] * 2)
+    both = bin_repository(folder, tmp_path / "both")
+    for path in folder.glob("*.safetensors*"):
+        shutil.copy(path, both)
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("2"), both)]})) as hub:
+        load(hub, [tmp_path / "second"] * 2)
+        assert hub.downloads(".bin") == 0
+    alone = bin_repository(folder, tmp_path / "alone")
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("3"), alone)]})) as hub:
+        results, _ = load(hub, [tmp_path / "third"] * 2)
+        assert hub.downloads(".bin") == 1
+    assert results == expected
+
+
+def test_a_variants_files_alone_are_fetched(folder, tmp_path):
+    repository = tmp_path / "variant"
+    shutil.copytree(folder, repository)
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    save_file(tensors, repository / "model.fp16.safetensors", metadata={"format": "pt"})
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), repository)]})) as hub:
+        results, _ = load(hub, [tmp_path / "home"] * 2, variant="fp16")
+        assert hub.downloads(".safetensors") == 1
+    assert results[0]["missing"] == []
 
 
 def test_no_such_repository(tmp_path):

@@ -51,6 +51,9 @@ class ModelArguments:
     )
     local_files_only: bool = field(default=False, metadata={"help": "Never ask the hub; use what was downloaded before."})
     subfolder: str = field(default="", metadata={"help": "The model's folder inside the repository or local folder."})
+    variant: str | None = field(
+        default=None, metadata={"help": "Which files of the weights: fp16 takes model.fp16.safetensors."}
+    )
     rope_parameters: dict[str, Any] | None = field(
         default=None,
         metadata={"help": 'How to scale RoPE, as JSON: \'{"rope_type": "yarn", "factor": 4.0}\'. Wins over the automatic way.'},
@@ -65,6 +68,7 @@ class ModelArguments:
             "token": self.token,
             "local_files_only": self.local_files_only,
             "subfolder": self.subfolder,
+            "variant": self.variant,
         }
 
 

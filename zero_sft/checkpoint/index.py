@@ -2,7 +2,8 @@
 
 Which files belong to a checkpoint follows transformers: `model.safetensors` first, else the files that
 `model.safetensors.index.json` lists, else `pytorch_model.bin` and its index. The index file's own claims (`weight_map`) are
-held against the headers, so that a shard of another revision is noticed. Left out as yet: variants.
+held against the headers, so that a shard of another revision is noticed.
+With a variant, "fp16", they are `model.fp16.safetensors`, `model.safetensors.index.fp16.json` and so on.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ class CheckpointIndex:
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
-def open_index(folder: str | Path, read_bin: ReadHeader | None = None) -> CheckpointIndex:
+def open_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
     """Read the headers of the checkpoint in `folder`; `read_bin` is for `pytorch_model.bin`, which takes torch.
 
     Raises:
@@ -58,14 +59,21 @@ def open_index(folder: str | Path, read_bin: ReadHeader | None = None) -> Checkp
     layouts: list[tuple[str, str, ReadHeader]] = [(SINGLE_FILE, INDEX_FILE, read_header)]
     if read_bin is not None:
         layouts.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
-    for single, index, read in layouts:
+    for plain_single, plain_index, read in layouts:
+        single, index = _of_variant(plain_single, variant), _of_variant(plain_index, variant)
         if (folder / single).is_dir():
             raise CheckpointError(f"{folder / single} is a folder, expected a file. Name the folder that holds the weights.")
         if (folder / single).is_file():
             return _open_files([folder / single], read)
         if (folder / index).is_file():
             return _open_shards(folder / index, read)
-    raise CheckpointError(_no_weights(folder))
+    raise CheckpointError(_no_weights(folder, variant))
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """`model.safetensors` → `model.fp16.safetensors`."""
+    stem, kind = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{kind}"
 
 
 def _open_files(paths: Sequence[Path], read: ReadHeader) -> CheckpointIndex:
@@ -126,9 +134,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _no_weights(folder: Path) -> str:
+def _no_weights(folder: Path, variant: str | None) -> str:
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-    message = f"no weights in {folder}: expected {SINGLE_FILE}, {BIN_FILE} or an index of them"
+    expected = f"{_of_variant(SINGLE_FILE, variant)}, {_of_variant(BIN_FILE, variant)}"
+    message = f"no weights in {folder}: expected {expected} or an index of them"
     if "adapter_config.json" in names:
         return f"{message}, found an adapter. Merge it into its base model with PEFT's merge_and_unload and save that."
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
