@@ -244,7 +244,7 @@ def test_hpz_size(size, local, world, result):
 )
 def test_hpz_size_that_does_not_fit(size, local, world):
     config = with_zero(zero_hpz_partition_size=size)
-    with pytest.raises(ConfigError, match=f"does not divide {world} ranks") as caught:
+    with pytest.raises(ConfigError, match=f"no whole number that divides {world} ranks") as caught:
         hpz_size(config, local, world)
     assert f"(here {local})" in str(caught.value)
     with pytest.raises(ConfigError, match="zero_hpz_partition_size"):
@@ -318,3 +318,33 @@ def test_precision_that_is_not_understood(section):
 def test_both_precisions():
     with pytest.raises(ConfigError, match="both bf16 and fp16"):
         load_ds_config({**STAGE3, "bf16": {"enabled": 1}, "fp16": {"enabled": True}})
+
+
+# Mistakes in it, before anything is built.
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train_batch_size": "4"}, "train_batch_size is '4'"),
+        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu is 0"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "2"}}, "no whole number"),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "DeepSpeed refuses"),
+        ({"zero_optimization": {"stage": 3, "no_such_key": 1}}, "no_such_key"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}, "reduce_bucket_size"),
+    ],
+)
+def test_mistakes_are_config_errors(changes, said, tmp_path):
+    from tests import models
+    from zero_sft import load_model
+
+    folder = models.save_tiny("llama", tmp_path / "llama")
+    with pytest.raises(ConfigError) as caught:
+        load_model(str(folder), ds_config={**STAGE3, **changes})
+    assert said in str(caught.value)
+
+
+def test_absent_batch_sizes_may_be_null():
+    config = concrete({**STAGE3, "train_batch_size": None, "train_micro_batch_size_per_gpu": None}, "float32", 1, 1)
+    assert config["train_micro_batch_size_per_gpu"] == 1
+    assert "train_batch_size" not in config

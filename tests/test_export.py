@@ -174,3 +174,38 @@ def test_tokenizer_and_generation_settings_come_along(llama, tmp_path):
     save_pretrained(model, tmp_path / "out")
     again = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert again.get("eos_token_id") == settings.get("eos_token_id")
+
+
+@pytest.mark.world_size(2)
+def test_only_former_weights_are_replaced(llama, tmp_path):
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.distributed import World
+
+    out = tmp_path / "out"
+    former = ["model-00001-of-00009.safetensors", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+    others = ["model-backup.safetensors", "model_notes.safetensors", "model.fp16.safetensors", "pytorch_model_fsdp.bin"]
+    model = load_model(str(llama), ds_config=models.zero3())
+    if World.detect().is_main:
+        out.mkdir()
+        for name in (*former, *others):
+            (out / name).write_bytes(b"x")
+    torch.distributed.barrier()
+    save_pretrained(model, out)
+    names = {path.name for path in out.iterdir()}
+    assert names >= {*others, "model.safetensors"}
+    assert not names & set(former)
+
+
+def test_pad_token_and_cache_in_what_is_saved(llama, tmp_path):
+    from tests.data import tiny
+    from zero_sft import load_model, prepare_config, save_pretrained
+
+    tokenizer = tiny.byte_tokenizer()
+    model = load_model(str(llama), ds_config=models.zero3(), config=prepare_config(str(llama)))
+    assert model.config.use_cache is False
+    save_pretrained(model, tmp_path / "out", tokenizer=tokenizer)
+    config, generation = (
+        json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")
+    )
+    assert config["pad_token_id"] == generation["pad_token_id"] == tokenizer.pad_token_id
+    assert config["use_cache"] is True

@@ -312,3 +312,24 @@ def test_parameters_that_ignore_the_meta_device(xlnet):
     """XLNet makes some with `torch.FloatTensor`, on the CPU whatever the device."""
     reference = models.plain(xlnet, torch.float32)
     models.assert_equal(load(xlnet, bf16=False), reference)
+
+
+@pytest.mark.world_size(2)
+def test_transformers_knows_of_zero3_as_long_as_a_model_lives(llama):
+    import gc
+
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from zero_sft import load_model
+
+    for _ in range(3):
+        model = load_model(str(llama), ds_config=models.zero3())  # the former one is freed when this is there
+        gc.collect()
+        assert is_deepspeed_zero3_enabled()
+    other = load_model(str(llama), ds_config=models.zero3(), loader="stock")
+    del model
+    gc.collect()
+    assert is_deepspeed_zero3_enabled()
+    del other
+    gc.collect()
+    assert not is_deepspeed_zero3_enabled()

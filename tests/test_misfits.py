@@ -61,6 +61,17 @@ def test_one_expert_too_many(mixtral):
     assert "another shape than the model's" in refusal_after(mixtral, change)
 
 
+def test_an_expert_far_beyond_the_others(mixtral):
+    """Nothing is lacking between them: one is too many."""
+
+    def change(tensors, _):
+        tensors[f"{EXPERT}.77.w2.weight"] = tensors[f"{EXPERT}.0.w2.weight"].clone()
+
+    message = refusal_after(mixtral, change)
+    assert "too many" in message
+    assert "lack" not in message
+
+
 @pytest.mark.parametrize("target", ["gate_up_proj", "down_proj"])
 def test_experts_whole_and_in_parts(mixtral, target):
     def change(tensors, count):

@@ -64,7 +64,7 @@ def prepare_config(
         CheckpointError: no such folder, or the hub can't provide it.
         DistributedError: the ranks hold different configs; names the keys and the ranks.
     """
-    options = HubOptions.from_kwargs(hub)
+    options = HubOptions.from_kwargs(hub, prepare_config)
     world = World.detect()
     distributed.connect(world)
     return prepare_config_in(world, model_name_or_path, options, model_max_length, rope_parameters)

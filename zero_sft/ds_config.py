@@ -16,6 +16,7 @@ import pydantic
 from zero_sft.errors import ConfigError
 from zero_sft.shipped import shipped
 
+_BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -118,7 +119,12 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
         if section in config:
             result[section] = {**(result[section] or {}), "enabled": dtype == name}
     result["zero_optimization"].update(hpz_size(config, local_world_size, world_size))
-    if not any(key in result for key in ("train_batch_size", "train_micro_batch_size_per_gpu")):
+    for key in [key for key in _BATCH_SIZES if result.get(key, 0) is None]:
+        del result[key]
+    for key in _BATCH_SIZES:
+        if key in result and (type(result[key]) is not int or result[key] < 1):
+            raise ConfigError(f'{key} is {result[key]!r}. Set it to a whole number from 1 on, or to "auto".')
+    if not any(key in result for key in _BATCH_SIZES[:2]):
         result["train_micro_batch_size_per_gpu"] = 1
     return result
 
@@ -135,7 +141,7 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
     size = local_world_size if size == "auto" else size
     if type(size) is not int or not 1 <= size <= world_size or world_size % size or _across_nodes(size, local_world_size):
         raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size is {size!r}, which does not divide {world_size} ranks, "
+            f"zero_optimization.zero_hpz_partition_size is {size!r}, which is no whole number that divides {world_size} ranks, "
             f'{local_world_size} on each node. Set it to the ranks per node (here {local_world_size}) or to "auto".'
         )
     return {"zero_hpz_partition_size": size}

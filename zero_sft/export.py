@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ from zero_sft.zero import shards
 
 logger = logging.getLogger(__name__)
 
-_STALE = ("model*.safetensors", INDEX_FILE, "pytorch_model*.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?")
+"""The files that a checkpoint of a model consists of, under the names that transformers writes."""
 
 
 def save_pretrained(
@@ -57,7 +59,7 @@ def save_pretrained(
     Raises:
         ExportError: the folder can't be written, or is not the same on all ranks.
     """
-    target = Path(path)
+    target = Path(path).expanduser()
     world = World.detect()
     distributed.connect(world)
     inner: Any = getattr(model, "module", model)
@@ -143,9 +145,13 @@ def _prepare(
     for part in (config, text_config(config)):
         if getattr(part, "use_cache", None) is False:
             part.use_cache = True  # off for training alone, as in FastChat
+    generation = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    if tokenizer is not None and tokenizer.pad_token_id is not None:
+        for part in (config, text_config(config), *([] if generation is None else [generation])):
+            part.pad_token_id = tokenizer.pad_token_id  # what belongs together says the same
     config.save_pretrained(draft)
-    if model.can_generate():
-        model.generation_config.save_pretrained(draft)
+    if generation is not None:
+        generation.save_pretrained(draft)
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
 
@@ -231,7 +237,6 @@ def _put_in_place(draft: Path, target: Path) -> None:
         if (target / each.name).is_dir():
             shutil.rmtree(target / each.name)
         each.replace(target / each.name)
-    for pattern in _STALE:
-        for old in target.glob(pattern):
-            if old.name not in names:
-                old.unlink()
+    for old in target.iterdir():
+        if _WEIGHTS.fullmatch(old.name) and old.name not in names:
+            old.unlink()

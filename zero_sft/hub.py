@@ -8,8 +8,9 @@ download itself is huggingface_hub's.
 
 import dataclasses
 import difflib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,17 @@ class HubOptions:
     variant: str | None = None
 
     @classmethod
-    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> "HubOptions":
-        """Typed options from keyword arguments.
+    def from_kwargs(cls, kwargs: Mapping[str, Any], function: Callable[..., Any] | None = None) -> "HubOptions":
+        """Typed options from keyword arguments; `function` is the one that took them, whose own are known, too.
 
         Raises:
             ArgumentError: an unknown name, with the nearest known one.
         """
-        known = [each.name for each in dataclasses.fields(cls)]
+        own = [each.name for each in dataclasses.fields(cls)]
+        named = inspect.signature(function).parameters.values() if function else ()
+        known = [*(each.name for each in named if each.kind is inspect.Parameter.KEYWORD_ONLY), *own]
         for name in kwargs:
-            if name not in known:
+            if name not in own:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.")

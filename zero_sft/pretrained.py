@@ -54,7 +54,7 @@ def load_pretrained(
 
     world = World.detect()
     distributed.connect(world)
-    hub["revision"] = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub), world).revision
+    hub["revision"] = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub, load_pretrained), world).revision
     config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
     model = load_model(
         model_name_or_path,
@@ -111,7 +111,7 @@ def load_model(
     """
     if loader not in LOADERS:
         raise ArgumentError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
-    options = HubOptions.from_kwargs(hub)
+    options = HubOptions.from_kwargs(hub, load_model)
     world = World.detect()
     distributed.connect(world)
     sent_before = distributed.bytes_communicated()

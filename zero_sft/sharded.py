@@ -310,8 +310,8 @@ def _misfit(folder: str, mismatched: Sequence[Mismatch]) -> str:
         others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
         return f"{message} It is made of parts, of which the files lack {absent[0]!r}{others}: fetch the checkpoint again."
     return (
-        f"{message} The config and the weights are of different models, or parts are missing: take both from one place, or set "
-        "ignore_mismatched_sizes to have such tensors initialised anew."
+        f"{message} The config and the weights are of different models, or parts are missing or too many: take both from one "
+        "place, or set ignore_mismatched_sizes to have such tensors initialised anew."
     )
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from zero_sft.conversion.quantised import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.request import Request
-from zero_sft.transformers_internals import internal, kept_dtypes
+from zero_sft.transformers_internals import internal, kept_dtypes, zero3_config
 from zero_sft.zero.init import ShardedInit
 
 
@@ -74,7 +74,13 @@ def build(request: Request) -> Skeleton:
     if request.attn_implementation is not None:
         config._attn_implementation = request.attn_implementation
     set_dtype(config, request.dtype)
-    init = ShardedInit(dict(request.ds_config))
+    try:
+        init = ShardedInit(dict(request.ds_config))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
+        reason = str(error).strip() or type(error).__name__
+        raise ConfigError(
+            f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones."
+        ) from error
     contexts = (
         internal("local_torch_dtype")(request.dtype, cls.__name__),
         internal("no_tie_weights")(),
@@ -119,9 +125,8 @@ def read_generation_config(model: PreTrainedModel, request: Request) -> None:
 
 
 def keep_zero3_enabled(model: PreTrainedModel, ds_config: Mapping[str, Any]) -> None:
-    """Tell transformers that ZeRO-3 is on for as long as the model lives, unless a Trainer has told it already.
+    """Tell transformers that ZeRO-3 is on for as long as the model lives.
 
     `generate` then keeps the ranks in step, and `resize_token_embeddings` gathers what it changes.
     """
-    if not internal("is_deepspeed_zero3_enabled")():
-        model._zero_sft_hf_ds_config = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
+    model._zero_sft_hf_ds_config = zero3_config(ds_config)

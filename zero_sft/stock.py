@@ -4,7 +4,6 @@
 partitioned again: about three times the model in traffic. Its account of unexpected and mismatched names is always empty.
 """
 
-import copy
 import time
 from typing import Any
 
@@ -15,7 +14,7 @@ from zero_sft import skeleton
 from zero_sft.distributed import World, agreed
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
-from zero_sft.transformers_internals import internal
+from zero_sft.transformers_internals import zero3_config
 from zero_sft.zero import gather, shards
 
 
@@ -27,9 +26,7 @@ def load_stock(request: Request, world: World, report: LoadReport) -> PreTrained
     """
     with agreed(world, "preparing the model's class"):
         cls, config = skeleton.resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
-    hf_config = None
-    if not internal("is_deepspeed_zero3_enabled")():
-        hf_config = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(request.ds_config)))
+    hf_config = zero3_config(request.ds_config)
     start = time.perf_counter()
     optional: dict[str, Any] = (
         {} if request.attn_implementation is None else {"attn_implementation": request.attn_implementation}

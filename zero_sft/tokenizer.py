@@ -54,7 +54,7 @@ def load_tokenizer(
         TokenizerError: no usable tokenizer there; CheckpointError: no such folder; ArgumentError: an argument out of
             range. Always the same one on every rank.
     """
-    options = HubOptions.from_kwargs(hub)
+    options = HubOptions.from_kwargs(hub, load_tokenizer)
     world = World.detect()
     distributed.connect(world)
     original, packet = None, None
@@ -100,6 +100,8 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
         ) from error
     config = _read_json(folder / "config.json")
     pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
+    if tokenizer.pad_token not in (None, pad):
+        logger.info("pad token: %s instead of %s (%s), also in what is saved", pad, tokenizer.pad_token, why)
     tokenizer.pad_token = pad
     if why != "unk":
         logger.warning("no usable unk token in the tokenizer of %s; padding with %s (%s)", folder, pad, why)

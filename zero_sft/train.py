@@ -77,7 +77,7 @@ def run(parsed: Parsed, world: World) -> None:
         if note:
             logger.info(note)
     logger.info(
-        "joining %d ranks; the first run on a machine compiles DeepSpeed's operators, a minute or (NVMe) three",
+        "joining the ranks, %d; the first run on a machine compiles DeepSpeed's operators, a minute or (NVMe) three",
         world.world_size,
     )
     distributed.connect(world)
@@ -98,6 +98,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     from zero_sft.config import prepare_config
     from zero_sft.export import require_writable
     from zero_sft.hub import HubOptions, pin_revision
+    from zero_sft.resume import require_resumable
     from zero_sft.samples import read_prompts
     from zero_sft.tokenizer import load_tokenizer
 
@@ -107,6 +108,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
         ds_configs.require_nvme(ds)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
+        require_resumable(training.get("resume_from_checkpoint"), training["output_dir"], world.world_size)
+        _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
         if world.is_main:
             require_writable(training["output_dir"])
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
@@ -130,6 +133,13 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         ds_config=ds,
         hub=hub,
     )
+
+
+def _require_other_folder(model: str, output_dir: str) -> None:
+    if Path(output_dir).exists() and Path(model).exists() and Path(model).samefile(output_dir):
+        raise ArgumentError(
+            f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another."
+        )
 
 
 def _prepare(parsed: Parsed, path: Path, tokenizer: Any) -> data.Prepared:
@@ -198,8 +208,9 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             processing_class=tokenizer,
             data_collator=collator,
         )
-    except (ValueError, TypeError, ImportError) as error:  # the same on every rank: it is about the arguments
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
+    trainer.create_model_card = lambda *_, **__: None  # it would be taken for the exported model's
     logger.info("training")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     after = _answers_of_engine(parsed, trainer, inputs)

@@ -5,9 +5,10 @@ the way back (`--loader stock`), instead of an ImportError out of the middle of 
 warning from `warn_if_untested`.
 """
 
+import copy
 import importlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -85,6 +86,18 @@ def loading_info(missing: Iterable[str], unexpected: Iterable[str]) -> Any:
         conversion_errors={},
         skipped_pp_keys=set(),
     )
+
+
+def zero3_config(ds_config: Mapping[str, Any]) -> Any:
+    """What tells transformers that ZeRO-3 is on, for as long as somebody holds it: the one that does already, or a new one.
+
+    transformers keeps a weak reference to the last one made; so each model holds the same one, and the first model's end is
+    not the end of the others'.
+    """
+    module = importlib.import_module("transformers.integrations.deepspeed")
+    reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
+    active = reference() if reference is not None and internal("is_deepspeed_zero3_enabled")() else None
+    return active or internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
 
 
 def kept_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:

@@ -26,7 +26,7 @@ def test_an_old_lock(tmp_path, monkeypatch, operator):
 
 
 def test_a_young_lock_is_named(tmp_path, monkeypatch):
-    path = lock(tmp_path, "py311_cpu/cpu_adam", 5, monkeypatch)
+    path = lock(tmp_path, "py311_cpu/cpu_adam", 90, monkeypatch)
     warnings = []
     monkeypatch.setattr(logger, "warning", lambda text, *values: warnings.append(text % values))
     require_no_stale_lock()

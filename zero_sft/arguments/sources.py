@@ -93,6 +93,8 @@ def _negated(name: str, specs: Mapping[str, Spec]) -> str:
 def _as_file(word: str, file: Path | None, given: list[Given]) -> Path:
     if word.lower().endswith(FILE_SUFFIXES) and file is None:
         return Path(word)
+    if given and isinstance(given[-1].value, bool) and not word.startswith("-"):
+        raise ArgumentError(f"--{given[-1].name} {word}: expected True or False, or nothing after it")
     after = f" after --{given[-1].name}" if given else ""
     raise ArgumentError(
         f"can't tell what {word!r}{after} is: expected --name value, or one file of arguments ({', '.join(FILE_SUFFIXES)}). "

@@ -103,7 +103,8 @@ def resolve(
             if name not in wanted:
                 unexpected.add(name)
             elif tuple(wanted[name].shape) != shape:
-                absent = tuple(group.absent())
+                too_many = any(got > expected for got, expected in zip(shape, wanted[name].shape, strict=False))
+                absent = () if too_many else tuple(group.absent())
                 mismatched.append(Mismatch(name=name, expected=tuple(wanted[name].shape), got=shape, absent=absent))
             elif parts is None:
                 computed[name] = group

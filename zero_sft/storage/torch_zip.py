@@ -36,7 +36,14 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a mapping from names to tensors.")
-    return {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
+    found = {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
+    nested = [name for name, value in content.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
+    if nested and not found:
+        raise CheckpointError(
+            f"{path} holds no tensors itself, but a mapping of them under {nested[0]!r}. Save that alone, once, in Python:\n"
+            f"  import torch; torch.save(torch.load({path!r}, weights_only=True)[{nested[0]!r}], {path!r})"
+        )
+    return found
 
 
 def _size_of_zip(path: str) -> int:

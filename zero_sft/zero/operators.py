@@ -13,6 +13,9 @@ from zero_sft.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+YOUNG_SECONDS = 30
+"""A lock that young is this job's own: another of its ranks has just begun to compile."""
+
 STALE_SECONDS = 20 * 60
 """No operator of DeepSpeed takes that long to compile."""
 
@@ -29,6 +32,8 @@ def require_no_stale_lock() -> None:
         except FileNotFoundError:  # that build has just ended
             continue
         remedy = f"If nothing compiles there any more, a killed run has left it, and this one would wait for ever: rm {lock}"
+        if age < YOUNG_SECONDS:
+            continue
         if age > STALE_SECONDS:
             raise ConfigError(f"DeepSpeed's operator {lock.parent.name} has been locked for {age / 60:.0f} minutes. {remedy}")
         logger.warning("waiting for another process that compiles DeepSpeed's operator %s. %s", lock.parent.name, remedy)
