@@ -108,6 +108,13 @@ def test_each_byte_is_read_once_and_no_weight_is_sent(llama):
     assert report.bytes_communicated < 64 * 1024
     assert report.seconds > 0
     assert report.slowest_seconds >= report.seconds
+    assert [each["bytes_read"] for each in report.ranks] == exchange(World.detect(), report.bytes_read)
+    assert report.slowest_seconds == max(each["seconds"] for each in report.ranks)
+    assert report.peak_host_bytes >= report.bytes_read
+    table = report.summary()
+    assert "slowest, rank" in table
+    assert f"{sum(each['requests'] for each in report.ranks):,.0f}" in table
+    assert json.loads(report.to_json())["ranks"] == report.ranks
 
 
 def rewrite(folder: Path, change) -> Path:

@@ -23,6 +23,7 @@ from zero_sft.report import LoadReport
 from zero_sft.request import Checks, Request
 from zero_sft.sharded import load_sharded
 from zero_sft.stock import load_stock
+from zero_sft.storage.memory import Watermark
 from zero_sft.zero import internals
 
 logger = logging.getLogger(__name__)
@@ -132,10 +133,11 @@ def load_model(
         variant=options.variant,
         checks=Checks(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes),
     )
+    start = Watermark.now()
     model = (load_stock if loader == "stock" else load_sharded)(request, world, report)
     model.name_or_path = model.config.name_or_path = model_name_or_path
     report.bytes_communicated = distributed.bytes_communicated() - sent_before
-    _hand_over(model, report, world)
+    _hand_over(model, report, start, world)
     return model
 
 
@@ -152,9 +154,10 @@ def _engine(
     return ds, name
 
 
-def _hand_over(model: PreTrainedModel, report: LoadReport, world: World) -> None:
+def _hand_over(model: PreTrainedModel, report: LoadReport, start: Watermark, world: World) -> None:
     """Complete the report, attach it to the model, and say it on rank 0. Every rank; communicates."""
-    report.slowest_seconds = max(distributed.exchange(world, report.seconds))
+    report.peak_host_bytes, report.peak_device_bytes = Watermark.now().growth_since(start)
+    report.gather(distributed.exchange(world, report.numbers()))
     setattr(model, "load_report", report)  # noqa: B010 - an attribute that nn.Module's stub does not know
     if world.is_main:
         logger.info(report.summary())

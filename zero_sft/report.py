@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ class LoadReport:
     checkpoint data of this rank, `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall
     time, `slowest_seconds` that of the slowest rank; `stages` splits `seconds` by stage. `operations` are the conversions by
     which tensors were made of others, such as the merging of experts. `verified` is the number of tensors read back and found
-    equal, if asked for.
+    equal, if asked for. `peak_host_bytes` and `peak_device_bytes` are what this rank held at most over what it had at the
+    start; `ranks` has the numbers of every rank, in order.
     """
 
     loader: str
@@ -39,8 +40,20 @@ class LoadReport:
     bytes_communicated: int = 0
     seconds: float = 0.0
     slowest_seconds: float = 0.0
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
     world_size: int = 1
     stages: dict[str, float] = field(default_factory=dict)
+    ranks: list[dict[str, float]] = field(default_factory=list)
+
+    def numbers(self) -> dict[str, float]:
+        """This rank's own numbers, for the others."""
+        return {name: getattr(self, name) for name, _, _, _ in _ROWS} | {f"stage {k}": v for k, v in self.stages.items()}
+
+    def gather(self, everyone: list[dict[str, float]]) -> None:
+        """Take in the numbers of all ranks."""
+        self.ranks = everyone
+        self.slowest_seconds = max(each["seconds"] for each in everyone)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -56,17 +69,26 @@ class LoadReport:
             f"loaded {self.model}: {self.parameters / 1e6:,.1f} M parameters in {self.dtype} by the {self.loader} loader on "
             f"{self.world_size} rank{'s' * (self.world_size > 1)} in {self.slowest_seconds:.2f} s (slowest rank)",
         ]
-        if self.loader != "stock":
-            lines.append(
-                f"  each rank read {self.bytes_read / 2**20:,.1f} MiB in {self.requests:,} requests and sent "
-                f"{self.bytes_communicated / 2**10:,.1f} KiB; "
-                + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
-            )
+        lines += self._table()
         if self.verified is not None:
             lines.append(f"  read back: {self.verified} tensors equal the files on every rank")
         for title, names in self._notable():
             lines.append(f"  {title}: {len(names)} ({_shown(names)})")
         return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        """The numbers of this rank, of the slowest, and of all together, a row each."""
+        everyone = self.ranks or [self.numbers()]
+        slowest = max(range(len(everyone)), key=lambda rank: everyone[rank]["seconds"])
+        columns = {"rank 0": everyone[0], f"slowest, rank {slowest}": everyone[slowest]}
+        rows = [(name, title, unit, combine) for name, title, unit, combine in _ROWS if any(each[name] for each in everyone)]
+        rows[1:1] = [(f"stage {stage}", f"  {stage}", 1.0, max) for stage in self.stages]
+        lines = [f"  {'':24}" + "".join(f"{title:>20}" for title in (*columns, "all ranks"))]
+        for name, title, unit, combine in rows:
+            values = [each.get(name, 0) for each in columns.values()] + [combine(each.get(name, 0) for each in everyone)]
+            digits = 2 if unit == 1.0 else 1 if unit > 1 else 0
+            lines.append(f"  {title:24}" + "".join(f"{value / (unit or 1):>20,.{digits}f}" for value in values))
+        return lines
 
     def _notable(self) -> list[tuple[str, Sequence[str]]]:
         rows = [
@@ -81,6 +103,17 @@ class LoadReport:
             ("conversions", self.operations),
         ]
         return [(title, names) for title, names in rows if names]
+
+
+_ROWS: tuple[tuple[str, str, float, Callable[[Iterable[float]], float]], ...] = (
+    ("seconds", "seconds", 1.0, max),
+    ("bytes_read", "MiB read", 2**20, sum),
+    ("requests", "read requests", 0, sum),
+    ("bytes_communicated", "KiB sent", 2**10, sum),
+    ("peak_host_bytes", "peak MiB on the host", 2**20, max),
+    ("peak_device_bytes", "peak MiB on the device", 2**20, max),
+)
+"""Name, title, unit (0: a count), and how the ranks' numbers are put together."""
 
 
 def _shown(names: Sequence[str], limit: int = 3) -> str:

@@ -90,18 +90,18 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
     }
     distributed.agree_on(world, "checkpoint", agreed_on)
     with watch.stage("initialise"), agreed(world, "initialising what the checkpoint lacks"):
-        ready = _initialise(draft, seed)
+        ready = _initialise(draft, request, seed)
     with watch.stage("read"), agreed(world, "reading the weights"):
         tensors = draft.tensors()
         wanted = [name for name in draft.resolution.sources if name not in ready and shards.is_sharded(tensors[name])]
         plan = plan_rank(draft, {name: tensors[name] for name in wanted})
         _read(draft, {name: tensors[name] for name in wanted}, plan)
-    with watch.stage("compute"):
-        computed_bytes = _compute(draft, ready, world, report)
+    if draft.resolution.computed:
+        with watch.stage("compute"):
+            _compute(draft, ready, world, report)
     with watch.stage("finish"):
         _finish(draft, request, world, report)
     _account(report, draft, plan)
-    report.bytes_read += computed_bytes
     if request.checks.strict and (report.missing or report.unexpected):
         raise CheckpointError(_not_strict(request, report))
     if request.checks.verify:
@@ -123,7 +123,7 @@ def _draft(
     return draft
 
 
-def _initialise(draft: Draft, seed: int) -> set[str]:
+def _initialise(draft: Draft, request: Request, seed: int) -> set[str]:
     """Buffers and what the checkpoint lacks, then partition the model. Returns the loaded names that are ready by that."""
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
@@ -139,6 +139,7 @@ def _initialise(draft: Draft, seed: int) -> set[str]:
         loaded={name: draft.state[name].dtype for name in draft.resolution.loaded},
         tied=draft.away,
         load=load,
+        build_buffers=lambda: skeleton.buffers(request),
         shard=draft.bare.init.shard_parameter,
         device=draft.bare.init.local_device,
         seed=seed,
@@ -176,9 +177,9 @@ def _fill(draft: Draft, reads: Sequence[Read], memory: Mapping[str, torch.Tensor
     reader.fill(reads, memory, draft.threads, draft.index.stamps, dequantise)
 
 
-def _compute(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> int:
-    """The tensors that come out of whole ones, group by group. Every rank; communicates. Returns the bytes read here."""
-    tensors, read_bytes = draft.tensors(), 0
+def _compute(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> None:
+    """The tensors that come out of whole ones, group by group. Every rank; communicates."""
+    tensors = draft.tensors()
     for group in {id(each): each for each in draft.resolution.computed.values()}.values():
         mine = [name for name, each in draft.resolution.computed.items() if each is group]
         wanted = [name for name in mine if name not in ready and shards.is_sharded(tensors[name])]
@@ -188,7 +189,7 @@ def _compute(draft: Draft, ready: Set[str], world: World, report: LoadReport) ->
         with agreed(world, f"computing {wanted[0]}"):
             if world.local_rank == 0:
                 made, nbytes = compute(group, draft.whole, draft.state, draft.index)
-                read_bytes += nbytes
+                report.bytes_read += nbytes
         with shared(made, wanted, world) as whole:
             made = None
 
@@ -202,7 +203,6 @@ def _compute(draft: Draft, ready: Set[str], world: World, report: LoadReport) ->
         sources = sum(draft.index.tensors[name].nbytes for name in group.stored)
         results = sum(draft.state[name].numel() * draft.state[name].itemsize for name in wanted)
         report.untraced += [(name, sources + results) for name in wanted]
-    return read_bytes
 
 
 def _finish(draft: Draft, request: Request, world: World, report: LoadReport) -> None:
@@ -239,7 +239,8 @@ def _equal_ties(draft: Draft, world: World) -> set[str]:
 
 
 def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
-    report.requests, report.bytes_read = len(plan.reads), plan.nbytes
+    report.requests += len(plan.reads)
+    report.bytes_read += plan.nbytes
     report.parameters = sum(tensor.numel() for name, tensor in draft.state.items() if name not in draft.away)
     report.tied = sorted(draft.away)
     report.doubled = list(draft.index.doubled)

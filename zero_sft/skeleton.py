@@ -6,12 +6,13 @@ uses (meta device, default dtype, no tying), so that what comes out is the same 
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zero_sft.conversion.quantised import unquantised
@@ -68,12 +69,11 @@ class Skeleton:
 
 
 def build(request: Request) -> Skeleton:
-    """Construct the model inside `ShardedInit`. Every rank; does not communicate."""
-    cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
-    config = unquantised(copy.deepcopy(config))
-    if request.attn_implementation is not None:
-        config._attn_implementation = request.attn_implementation
-    set_dtype(config, request.dtype)
+    """Construct the model inside `ShardedInit`. Every rank; does not communicate.
+
+    Raises:
+        ConfigError: DeepSpeed refuses its config.
+    """
     try:
         init = ShardedInit(dict(request.ds_config))
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
@@ -81,27 +81,56 @@ def build(request: Request) -> Skeleton:
         raise ConfigError(
             f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones."
         ) from error
+    model = _construct(request, init, torch.device("meta"), internal("meta_device_safe_creation_ops")())
+    internal("patch_output_recorders")(model)
+    kept = kept_dtypes(model, request.dtype)
+    whole = {
+        name: torch.empty_like(tensor, dtype=kept(name) or tensor.dtype, device="meta")
+        for name, tensor in model.state_dict().items()
+        if torch.is_tensor(tensor)
+    }
+    return Skeleton(model=model, state=whole, init=init)
+
+
+def buffers(request: Request) -> dict[str, torch.Tensor]:
+    """The buffers as the model's constructor computes them, without its parameters. Any rank by itself."""
+    return dict(_construct(request, _hollow_parameters()).named_buffers(remove_duplicate=False))
+
+
+def _construct(request: Request, *around: Any) -> PreTrainedModel:
+    """The model, constructed as plain `from_pretrained` does, inside the contexts `around`."""
+    cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
+    config = unquantised(copy.deepcopy(config))
+    if request.attn_implementation is not None:
+        config._attn_implementation = request.attn_implementation
+    set_dtype(config, request.dtype)
     contexts = (
         internal("local_torch_dtype")(request.dtype, cls.__name__),
         internal("no_tie_weights")(),
         internal("apply_patches")(),
-        init,
-        torch.device("meta"),
-        internal("meta_device_safe_creation_ops")(),
+        *around,
     )
     with contextlib.ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
-        model = cls(config)
-        internal("patch_output_recorders")(model)
-        state = model.state_dict()
-        kept = kept_dtypes(model, request.dtype)
-        whole = {
-            name: torch.empty_like(tensor, dtype=kept(name) or tensor.dtype)
-            for name, tensor in state.items()
-            if torch.is_tensor(tensor)
-        }
-    return Skeleton(model=model, state=whole, init=init)
+        return cls(config)
+
+
+@contextlib.contextmanager
+def _hollow_parameters() -> Iterator[None]:
+    """Parameters go to the meta device as they are registered, before anything is written to them; buffers are as they are."""
+    register = nn.Module.register_parameter
+
+    def hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = hollow
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ here communicates.
 # DeepSpeed hangs its state on parameters as attributes that no stub knows.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 
 import torch
 from transformers import PreTrainedModel
@@ -52,6 +52,7 @@ def initialise(
     loaded: Mapping[str, torch.dtype],
     tied: Iterable[str],
     load: Load,
+    build_buffers: Callable[[], Mapping[str, torch.Tensor]],
     shard: Callable[[torch.nn.Parameter], None],
     device: torch.device,
     seed: int,
@@ -65,6 +66,7 @@ def initialise(
         loaded: the parameters and buffers that the checkpoint fills, with their dtypes.
         tied: names that will share another's tensor.
         load: fills whole tensors from the checkpoint.
+        build_buffers: the buffers as the model's constructor makes them, for those that no initialisation writes.
         shard: makes one parameter a ZeRO parameter without a shard.
         device: where buffers live.
         seed: the same on every rank.
@@ -82,6 +84,7 @@ def initialise(
         steps = rehearse(model)
         last = {name: position for position, step in enumerate(steps) for name in step.writes & params.keys()}
         _give_buffers_memory(model, device, loaded, load)
+        _fill_forgotten(model, {*loaded, *(name for step in steps for name in step.writes)}, build_buffers)
         torch.manual_seed(seed)
         for position, step in enumerate(steps):
             if step.writes or step.module._buffers:
@@ -94,6 +97,18 @@ def initialise(
     for module in model.modules():
         setattr(module, "_is_hf_initialized", True)  # noqa: B010 - as from_pretrained leaves it
     return last.keys() & loaded.keys()
+
+
+def _fill_forgotten(model: PreTrainedModel, known: Set[str], build_buffers: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+    """Buffers that neither the checkpoint nor a step gives values, as in models written for transformers 4: the constructor's.
+
+    Plain `from_pretrained` leaves in them what was in memory.
+    """
+    forgotten = {name: buffer for name, buffer in model.named_buffers() if name not in known}
+    if forgotten:
+        built = build_buffers()
+        for name, buffer in forgotten.items():
+            buffer.copy_(built[name])
 
 
 def _perform(step: Step, written: Mapping[str, torch.nn.Parameter], loaded: Mapping[str, torch.dtype], load: Load) -> None:

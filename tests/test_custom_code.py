@@ -1,0 +1,123 @@
+"""Models that bring code of their own: loaded where it is trusted, refused where it is not."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests import models
+from zero_sft.errors import ConfigError
+
+CONFIGURATION = """
+from transformers import PretrainedConfig
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+
+    def __init__(self, hidden_size=30, num_layers=2, vocab_size=131, **kwargs):
+        self.hidden_size, self.num_layers, self.vocab_size = hidden_size, num_layers, vocab_size
+        self.num_hidden_layers, self.max_position_embeddings, self.num_attention_heads = num_layers, 64, 1
+        super().__init__(**kwargs)
+"""
+
+MODELING = """
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_own import OwnConfig
+from .parts import Block
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    base_model_prefix = "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList([Block(config.hidden_size) for _ in range(config.num_layers)])
+        self.register_buffer("scale", torch.linspace(0.5, 2, config.hidden_size), persistent=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.data.normal_(std=0.02)
+
+    def forward(self, input_ids):
+        hidden = self.embedding(input_ids) * self.scale
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+class OwnForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = OwnConfig
+    base_model_prefix = "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = OwnModel(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    _init_weights = OwnModel._init_weights
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        return CausalLMOutput(logits=self.head(self.body(input_ids)))
+"""
+
+PARTS = """
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 53), nn.Linear(53, width)
+
+    def forward(self, hidden):
+        return hidden + self.down(self.up(hidden).relu())
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint with a configuration, a model and a part of it in three files of code."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    sources = {"configuration_own": CONFIGURATION, "modeling_own": MODELING, "parts": PARTS}
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text)
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = {"model_type": "own", "auto_map": auto_map, "architectures": ["OwnForCausalLM"], "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(own, trust_remote_code=True)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
+    config_now = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config_now, **config}))
+    return folder
+
+
+@pytest.mark.world_size(1, 3)
+def test_trusted_code_is_run(folder):
+    from zero_sft import load_model
+
+    reference = models.plain(folder, torch.bfloat16, trust_remote_code=True)
+    # No _init_weights computes it anew, so plain loading leaves in it what was in memory.
+    reference.body.scale = torch.linspace(0.5, 2, 30, dtype=torch.bfloat16)
+    model = load_model(str(folder), ds_config=models.zero3(), trust_remote_code=True)
+    models.assert_equal(model, reference)
+    assert model.load_report.missing == []
+    ids = torch.arange(6).view(1, 6)
+    assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+
+@pytest.mark.world_size(2)
+def test_without_trust_there_is_one_refusal_and_nothing_is_run(folder):
+    from zero_sft import load_model
+
+    for path in folder.glob("*.py"):
+        path.write_text("raise SystemExit('this was run')")
+    with pytest.raises(ConfigError, match=r"trust_remote_code"):
+        load_model(str(folder), ds_config=models.zero3())
