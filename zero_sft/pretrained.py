@@ -21,7 +21,7 @@ from zero_sft.errors import ArgumentError
 from zero_sft.hub import HubOptions, pin_revision, resolve_weights
 from zero_sft.report import LoadReport
 from zero_sft.request import Checks, Request
-from zero_sft.sharded import load_sharded
+from zero_sft.sharded import BUFFER_MIB_A_THREAD, load_sharded
 from zero_sft.stock import load_stock
 from zero_sft.storage.memory import Watermark
 from zero_sft.zero import internals
@@ -45,6 +45,7 @@ def load_pretrained(
     strict: bool = False,
     verify: bool = False,
     ignore_mismatched_sizes: bool = False,
+    buffer_mib: int = 64,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Config, model and tokenizer, as FastChat's training has them, under ZeRO-3. Every rank; communicates.
@@ -68,6 +69,7 @@ def load_pretrained(
         strict=strict,
         verify=verify,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
+        buffer_mib=buffer_mib,
         **hub,
     )
     tokenizer = load_tokenizer(model_name_or_path, model_max_length=model_max_length, padding_side=padding_side, **hub)
@@ -86,6 +88,7 @@ def load_model(
     strict: bool = False,
     verify: bool = False,
     ignore_mismatched_sizes: bool = False,
+    buffer_mib: int = 64,
     **hub: Any,
 ) -> PreTrainedModel:
     """Load a model partitioned by ZeRO-3, every rank reading its own bytes. Every rank; communicates (no weights).
@@ -101,6 +104,8 @@ def load_model(
         strict: a missing or unexpected name is an error.
         verify: read back: every shard is hashed against the files, along another path than the load's.
         ignore_mismatched_sizes: tensors of another shape than the model's are initialised anew instead of an error.
+        buffer_mib: what the load may hold beside its shards, in MiB, at least 16: each 16 are one reading thread, as far as
+            there are cores. Leaves out the module that is initialised, and what is computed once a node.
         **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.
 
     Returns:
@@ -112,6 +117,8 @@ def load_model(
     """
     if loader not in LOADERS:
         raise ArgumentError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
+    if type(buffer_mib) is not int or buffer_mib < BUFFER_MIB_A_THREAD:
+        raise ArgumentError(f"buffer_mib must be a whole number, at least {BUFFER_MIB_A_THREAD}; got {buffer_mib!r}")
     options = HubOptions.from_kwargs(hub, load_model)
     world = World.detect()
     distributed.connect(world)
@@ -131,6 +138,7 @@ def load_model(
         attn_implementation=attn_implementation,
         trust_remote_code=options.trust_remote_code,
         variant=options.variant,
+        buffer_mib=buffer_mib,
         checks=Checks(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes),
     )
     start = Watermark.now()

@@ -30,4 +30,5 @@ class Request:
     attn_implementation: str | None
     trust_remote_code: bool
     variant: str | None
+    buffer_mib: int
     checks: Checks

@@ -31,6 +31,9 @@ from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.verify import Held, digest, verify
 from zero_sft.zero import gather, internals, missing, shards
 
+BUFFER_MIB_A_THREAD = 16
+"""What a reading thread holds at most: two staging buffers, or a tile that is multiplied by its scales."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
@@ -81,7 +84,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         bare = skeleton.build(request)
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
         index = open_index(request.folder, torch_zip.read_header, request.variant)
-        threads = max(1, min(4, _cores() // world.local_world_size))
+        threads = max(1, min(request.buffer_mib // BUFFER_MIB_A_THREAD, _cores() // world.local_world_size))
         draft = _draft(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
     agreed_on = {
         "index": draft.index.digest(),

@@ -174,6 +174,7 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
         strict=parsed.model.strict,
         verify=parsed.model.verify,
         ignore_mismatched_sizes=parsed.model.ignore_mismatched_sizes,
+        buffer_mib=parsed.model.buffer_mib,
         **inputs.hub,
     )
 

@@ -43,6 +43,9 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Initialise weights of another shape than the model's, instead of an error."}
     )
+    buffer_mib: int = field(
+        default=64, metadata={"help": "MiB that the load may hold beside its shards: 16 for each reading thread."}
+    )
     revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
     token: str | bool | None = field(
         default=None,
