@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from tests import models
+from tests import models, quantised
 
 BUFFER_BYTES = 64 * 2**20
 SIZES = {"hidden_size": 1024, "intermediate_size": 3584, "num_local_experts": 8, "num_hidden_layers": 1, "vocab_size": 131}
@@ -23,9 +23,9 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-@pytest.fixture
-def experts(tmp_path):
-    """350 MB in fp32, of which the fused gate and up projections of all experts, one parameter, are 65 %."""
+@pytest.fixture(params=["fp32", "fp8"])
+def experts(request, tmp_path):
+    """350 MB in fp32, or 8-bit floats, of which the fused gate and up projections of all experts, one parameter, are 65 %."""
     config = MixtralConfig(**SIZES)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -38,17 +38,19 @@ def experts(tmp_path):
         tensors |= {f"{prefix}.{name}.weight": torch.full(shape, 1.0 + i) for name, shape in shapes.items()}
     gate = tensors.pop("model.layers.0.mlp.gate.weight")
     save_file({**tensors, "model.layers.0.block_sparse_moe.gate.weight": gate}, tmp_path / "model.safetensors")
-    return tmp_path
+    return tmp_path if request.param == "fp32" else quantised.fp8(tmp_path, block=(128, 128))
 
 
 @pytest.mark.world_size(2)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of peak memory")
 def test_one_parameter_of_most_of_the_model(experts):
-    """Fused from 16 tensors and cast from fp32 to bf16 on the way: whole it would be 112 MiB more than the bound allows."""
+    """Fused from 16 tensors, cast or dequantised on the way: whole it would be 112 MiB more than the bound allows."""
     from zero_sft import load_model
     from zero_sft.zero import shards
 
-    load_model(str(models.save_tiny("llama", experts / "warm")), ds_config=models.zero3())  # imports, gloo's buffers
+    load_model(
+        str(quantised.fp8(models.save_tiny("llama", experts / "warm"), block=(1, 1))), ds_config=models.zero3()
+    )  # imports, gloo's buffers
     reset_peak()
     before = peak_bytes()
     model = load_model(str(experts), ds_config=models.zero3(), dtype="bfloat16", buffer_mib=BUFFER_BYTES // 2**20)

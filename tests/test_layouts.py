@@ -1,0 +1,116 @@
+"""Layouts of published checkpoints that differ from the model's own, against plain `from_pretrained`."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from tests import architectures, models
+from tests.data import tiny
+
+
+def rewritten(folder, change):
+    """The checkpoint with `change` done to its dictionary of tensors, in one file."""
+    tensors = change({name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()})
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(
+        {name: each.contiguous() for name, each in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    return folder
+
+
+def same_as_plain(folder, engine, **options):
+    from zero_sft import load_model
+
+    wanted = getattr(torch, engine)
+    auto = options.get("model_class")
+    reference = models.plain(folder, wanted) if auto is None else auto.from_pretrained(folder, dtype=wanted)
+    model = load_model(str(folder), ds_config=models.zero3(bf16=engine == "bfloat16"), dtype=wanted, verify=True, **options)
+    models.assert_equal(model, reference, cast=wanted if engine == "bfloat16" else None)
+    assert not model.load_report.missing
+    return model
+
+
+@pytest.fixture
+def mixed(tmp_path, architecture):
+    """Every tensor in another dtype than the one before it; whole numbers where there is one that is small."""
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.int64, torch.float64, torch.int8]
+
+    def change(tensors):
+        return {
+            name: (tensor.float() * 50).round().to(dtypes[i % 6])
+            if not dtypes[i % 6].is_floating_point
+            else tensor.to(dtypes[i % 6])
+            for i, (name, tensor) in enumerate(sorted(tensors.items()))
+        }
+
+    return rewritten(models.save_tiny(architecture, tmp_path / architecture), change)
+
+
+@pytest.mark.world_size(1, 3)
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("engine", ["bfloat16", "float32"])
+def test_many_dtypes_in_one_file(mixed, engine):
+    assert same_as_plain(mixed, engine).load_report.cast
+
+
+@pytest.fixture
+def layout(tmp_path, kind):
+    if kind == "base model, from the whole":
+        return models.save_tiny("llama", tmp_path / "x"), {"model_class": AutoModel}
+    if kind == "whole, from the base model's prefix":
+        folder = models.save_tiny("gpt2", tmp_path / "x")
+        return rewritten(folder, lambda t: {n.removeprefix("transformer."): each for n, each in t.items()}), {}
+    if kind == "old names":
+        folder = architectures.save("bert", tmp_path / "x")
+        old = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+
+        def change(tensors):
+            return {next((n.replace(new, then) for new, then in old.items() if new in n), n): t for n, t in tensors.items()}
+
+        return rewritten(folder, change), {}
+    folder = models.save_tiny("mixtral", tmp_path / "x")  # each expert in a file of its own
+    tensors = {name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()}
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    files = {
+        name: f"model-{int(name.split('.')[5]) if '.experts.' in name else 99:05d}-of-00100.safetensors" for name in tensors
+    }
+    for file in set(files.values()):
+        save_file({n: t for n, t in tensors.items() if files[n] == file}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder, {}
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    "kind", ["base model, from the whole", "whole, from the base model's prefix", "old names", "one parameter over many files"]
+)
+def test_layouts(layout):
+    folder, options = layout
+    same_as_plain(folder, "bfloat16", **options)
+
+
+@pytest.fixture
+def outer(tmp_path):
+    models.save_tiny("qwen2", tmp_path / "outer" / "inner")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "outer" / "inner")
+    return tmp_path / "outer"
+
+
+@pytest.mark.world_size(2)
+def test_a_folder_inside(outer):
+    from zero_sft import load_pretrained
+    from zero_sft.errors import CheckpointError
+
+    reference = models.plain(outer / "inner", torch.bfloat16)
+    options = {"ds_config": models.zero3(), "model_max_length": 32}
+    model, tokenizer = load_pretrained(str(outer), subfolder="inner", **options)
+    models.assert_equal(model, reference)
+    assert len(tokenizer) == len(tiny.byte_tokenizer())
+    for wrong in ("nosuch", "../outer", str(outer)):
+        with pytest.raises(CheckpointError, match="folder"):
+            load_pretrained(str(outer), subfolder=wrong, **options)
