@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -19,11 +19,14 @@ from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
 from zero_sft.conversion.quantised import reads_raw
 from zero_sft.distributed import World, agreed
+from zero_sft.draft import Draft
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Target, plan_reads
 from zero_sft.plan.regions import whole
+from zero_sft.report import LoadReport
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
+from zero_sft.zero import shards
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -45,6 +48,34 @@ def compute(
         return tensor if raw else tensor.to(state[group.name].dtype)
 
     return run(group, model, source), read_bytes
+
+
+def fill_computed(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> None:
+    """The tensors that come out of whole ones, group by group. Every rank; communicates."""
+    tensors = draft.tensors()
+    for group in {id(each): each for each in draft.resolution.computed.values()}.values():
+        mine = [name for name, each in draft.resolution.computed.items() if each is group]
+        wanted = [name for name in mine if name not in ready and shards.is_sharded(tensors[name])]
+        if not wanted:
+            continue
+        made: dict[str, torch.Tensor] | None = None
+        with agreed(world, f"computing {wanted[0]}"):
+            if world.local_rank == 0:
+                made, nbytes = compute(group, draft.whole, draft.state, draft.index)
+                report.bytes_read += nbytes
+        with shared(made, wanted, world) as whole:
+            made = None
+
+            def fill(memory: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor] = whole) -> None:
+                for name, shard in memory.items():
+                    span = shards.local_range(tensors[name])
+                    shard[: span.numel].copy_(whole[name].reshape(-1)[span.start : span.stop])
+
+            with agreed(world, f"keeping {wanted[0]}"):
+                shards.fill_shards({name: tensors[name] for name in wanted}, fill)
+        sources = sum(draft.index.tensors[name].nbytes for name in group.stored)
+        results = sum(draft.state[name].numel() * draft.state[name].itemsize for name in wanted)
+        report.untraced += [(name, sources + results) for name in wanted]
 
 
 @contextlib.contextmanager

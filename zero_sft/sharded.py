@@ -7,7 +7,6 @@ nothing communicates, so a rank that fails never leaves the others in a collecti
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ import transformers
 from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
-from zero_sft.checkpoint.index import CheckpointIndex, open_index
+from zero_sft.checkpoint.index import open_index
 from zero_sft.checkpoint.scaled import ScaledTensor
-from zero_sft.computed import compute, shared
-from zero_sft.conversion.convert import Mismatch, Resolution, Whole, resolve
+from zero_sft.computed import compute, fill_computed
 from zero_sft.conversion.quantised import dequantise, quantizer_for
 from zero_sft.distributed import World, agreed
+from zero_sft.draft import Draft, meet
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Read, Target, plan_reads
@@ -33,40 +32,6 @@ from zero_sft.zero import gather, internals, missing, shards
 
 BUFFER_MIB_A_THREAD = 16
 """What a reading thread holds at most: two staging buffers, or a tile that is multiplied by its scales."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """A model on its way: its skeleton, what the checkpoint has for it, and the names that will share another's tensor."""
-
-    bare: skeleton.Skeleton
-    index: CheckpointIndex
-    resolution: Resolution
-    away: Mapping[str, str]
-    threads: int
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model itself."""
-        return self.bare.model
-
-    @property
-    def state(self) -> Mapping[str, torch.Tensor]:
-        """Its whole state dict, on meta."""
-        return self.bare.state
-
-    @property
-    def whole(self) -> Whole:
-        """The model as conversions see it."""
-        return Whole(self.model, self.state)
-
-    def tensors(self) -> Mapping[str, Any]:
-        """The model's own parameters and persistent buffers, by name."""
-        return {name: each for name, each in self.model.state_dict(keep_vars=True).items() if name in self.state}
-
-    def lacking(self) -> list[str]:
-        """The names that the checkpoint does not fill and no tie provides."""
-        return [name for name in self.state if name not in self.resolution.loaded and name not in self.away]
 
 
 def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrainedModel:
@@ -85,7 +50,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
     with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
         index = open_index(request.folder, torch_zip.read_header, request.variant)
         threads = max(1, min(request.buffer_mib // BUFFER_MIB_A_THREAD, _cores() // world.local_world_size))
-        draft = _draft(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
+        draft = meet(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
     agreed_on = {
         "index": draft.index.digest(),
         "names": sorted(draft.resolution.loaded),
@@ -101,7 +66,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         _read(draft, {name: tensors[name] for name in wanted}, plan)
     if draft.resolution.computed:
         with watch.stage("compute"):
-            _compute(draft, ready, world, report)
+            fill_computed(draft, ready, world, report)
     with watch.stage("finish"):
         _finish(draft, request, world, report)
     _account(report, draft, plan)
@@ -111,19 +76,6 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         with watch.stage("verify"):
             report.verified = _verify(draft, world, ready)
     return draft.model
-
-
-def _draft(
-    bare: skeleton.Skeleton, index: CheckpointIndex, quantizer: Any, threads: int, ignore_mismatched_sizes: bool
-) -> Draft:
-    """Match checkpoint and model, which is whole still: conversions ask it for shapes."""
-    resolution = resolve(bare.model, bare.state, index.tensors, quantizer)
-    if quantizer is None:  # what was dequantised is saved as any model of its kind
-        setattr(bare.model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
-    away = missing.tied_away(bare.model.all_tied_weights_keys, resolution.loaded)
-    draft = Draft(bare=bare, index=index, resolution=resolution, away=away, threads=threads)
-    _require_fit(draft, ignore_mismatched_sizes)
-    return draft
 
 
 def _initialise(draft: Draft, request: Request, seed: int) -> set[str]:
@@ -178,34 +130,6 @@ def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
 
 def _fill(draft: Draft, reads: Sequence[Read], memory: Mapping[str, torch.Tensor]) -> None:
     reader.fill(reads, memory, draft.threads, draft.index.stamps, dequantise)
-
-
-def _compute(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> None:
-    """The tensors that come out of whole ones, group by group. Every rank; communicates."""
-    tensors = draft.tensors()
-    for group in {id(each): each for each in draft.resolution.computed.values()}.values():
-        mine = [name for name, each in draft.resolution.computed.items() if each is group]
-        wanted = [name for name in mine if name not in ready and shards.is_sharded(tensors[name])]
-        if not wanted:
-            continue
-        made: dict[str, torch.Tensor] | None = None
-        with agreed(world, f"computing {wanted[0]}"):
-            if world.local_rank == 0:
-                made, nbytes = compute(group, draft.whole, draft.state, draft.index)
-                report.bytes_read += nbytes
-        with shared(made, wanted, world) as whole:
-            made = None
-
-            def fill(memory: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor] = whole) -> None:
-                for name, shard in memory.items():
-                    span = shards.local_range(tensors[name])
-                    shard[: span.numel].copy_(whole[name].reshape(-1)[span.start : span.stop])
-
-            with agreed(world, f"keeping {wanted[0]}"):
-                shards.fill_shards({name: tensors[name] for name in wanted}, fill)
-        sources = sum(draft.index.tensors[name].nbytes for name in group.stored)
-        results = sum(draft.state[name].numel() * draft.state[name].itemsize for name in wanted)
-        report.untraced += [(name, sources + results) for name in wanted]
 
 
 def _finish(draft: Draft, request: Request, world: World, report: LoadReport) -> None:
@@ -286,37 +210,6 @@ def _held(tensor: torch.Tensor) -> Held:
     held = Held(digest=digest(shard), dtype=shard.dtype, parts=shards.partitions(param))
     shards.release_shard(param)
     return held
-
-
-def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
-    """Refuse a checkpoint of another model: shapes that differ, or most of the weights absent."""
-    mismatched = draft.resolution.mismatched
-    if mismatched and not ignore_mismatched_sizes:
-        raise CheckpointError(_misfit(draft.index.folder, mismatched))
-    wanted = {name: tensor.numel() for name, tensor in draft.state.items() if name not in draft.away}
-    present = sum(numel for name, numel in wanted.items() if name in draft.resolution.loaded)
-    if 2 * present < sum(wanted.values()):
-        examples = ", ".join(sorted(draft.lacking())[:3])
-        found = ", ".join(sorted(draft.index.tensors)[:3])
-        raise CheckpointError(
-            f"{draft.index.folder} lacks most of the model's weights ({present:,} of {sum(wanted.values()):,} elements found). "
-            f"The model wants {examples}, ...; the files have {found}, .... Name a checkpoint of {type(draft.model).__name__}."
-        )
-
-
-def _misfit(folder: str, mismatched: Sequence[Mismatch]) -> str:
-    shown = "; ".join(f"{m.name}: expected {list(m.expected)}, got {list(m.got)}" for m in mismatched[:5])
-    more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
-    count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
-    message = f"{folder}: {count} another shape than the model's: {shown}{more}."
-    absent = [name for each in mismatched for name in each.absent]
-    if absent:
-        others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
-        return f"{message} It is made of parts, of which the files lack {absent[0]!r}{others}: fetch the checkpoint again."
-    return (
-        f"{message} The config and the weights are of different models, or parts are missing or too many: take both from one "
-        "place, or set ignore_mismatched_sizes to have such tensors initialised anew."
-    )
 
 
 def _cores() -> int:
