@@ -14,18 +14,18 @@ import transformers
 from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
-from zero_sft.checkpoint.index import open_index
 from zero_sft.checkpoint.scaled import ScaledTensor
 from zero_sft.computed import compute, fill_computed
 from zero_sft.conversion.quantised import dequantise, quantizer_for
 from zero_sft.distributed import World, agreed
 from zero_sft.draft import Draft, meet
 from zero_sft.errors import CheckpointError
+from zero_sft.headers import read_index
 from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Read, Target, plan_reads
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
-from zero_sft.storage import reader, torch_zip
+from zero_sft.storage import reader
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.verify import Held, digest, verify
 from zero_sft.zero import gather, internals, missing, shards
@@ -47,8 +47,9 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         transformers_internals.check()
         quantizer = quantizer_for(request.config, str(request.folder))
         bare = skeleton.build(request)
-    with watch.stage("plan"), agreed(world, "reading the checkpoint's headers"):
-        index = open_index(request.folder, torch_zip.read_header, request.variant)
+    with watch.stage("headers"):
+        index = read_index(request, world)
+    with watch.stage("plan"), agreed(world, "planning the reads"):
         threads = max(1, min(request.buffer_mib // BUFFER_MIB_A_THREAD, _cores() // world.local_world_size))
         draft = meet(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
     agreed_on = {

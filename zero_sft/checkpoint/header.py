@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,24 @@ class StoredTensor:
     offset_bytes: int
     nbytes: int
     strides: tuple[int, ...] | None = None
+
+    def to_row(self) -> list[Any]:
+        """All but the file, for JSON."""
+        return [self.name, self.dtype, self.shape, self.offset_bytes, self.nbytes, self.strides]
+
+    @classmethod
+    def from_row(cls, file: str, row: Sequence[Any]) -> "StoredTensor":
+        """What `to_row` made, of the file `file`."""
+        name, dtype, shape, offset_bytes, nbytes, strides = row
+        return cls(
+            name=name,
+            file=file,
+            dtype=dtype,
+            shape=tuple(shape),
+            offset_bytes=offset_bytes,
+            nbytes=nbytes,
+            strides=None if strides is None else tuple(strides),
+        )
 
     @property
     def numel(self) -> int:

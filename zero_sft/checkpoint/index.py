@@ -9,7 +9,7 @@ With a variant, "fp16", they are `model.fp16.safetensors`, `model.safetensors.in
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from zero_sft.checkpoint.header import StoredTensor, read_header
@@ -49,25 +49,85 @@ class CheckpointIndex:
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
-def open_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
-    """Read the headers of the checkpoint in `folder`; `read_bin` is for `pytorch_model.bin`, which takes torch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """The files of a checkpoint, before their headers are read.
+
+    `read` finds the tensors of one; `promised` is the index file's word on which tensor is where, `index` its path.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    stamps: tuple[Stamp, ...]
+    read: ReadHeader
+    index: Path | None = None
+    promised: Mapping[str, str] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file by its name."""
+        return {path.name: each.size_bytes for path, each in zip(self.paths, self.stamps, strict=True)}
+
+
+def locate(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> Files:
+    """Find the checkpoint in `folder`; `read_bin` is for `pytorch_model.bin`, which takes torch.
 
     Raises:
-        CheckpointError: no weights, an index that names a missing or outside file, or a damaged file.
+        CheckpointError: no weights, or an index that names a missing or outside file.
     """
     folder = Path(folder)
     layouts: list[tuple[str, str, ReadHeader]] = [(SINGLE_FILE, INDEX_FILE, read_header)]
     if read_bin is not None:
         layouts.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
     for plain_single, plain_index, read in layouts:
-        single, index = _of_variant(plain_single, variant), _of_variant(plain_index, variant)
-        if (folder / single).is_dir():
-            raise CheckpointError(f"{folder / single} is a folder, expected a file. Name the folder that holds the weights.")
-        if (folder / single).is_file():
-            return _open_files([folder / single], read)
-        if (folder / index).is_file():
-            return _open_shards(folder / index, read)
+        single, index = folder / _of_variant(plain_single, variant), folder / _of_variant(plain_index, variant)
+        if single.is_dir():
+            raise CheckpointError(f"{single} is a folder, expected a file. Name the folder that holds the weights.")
+        if single.is_file():
+            return Files(folder=folder, paths=(single,), stamps=(stamp(single),), read=read)
+        if index.is_file():
+            promised = _weight_map(index)
+            paths = _named_by(index, promised)
+            stamps = tuple(map(stamp, paths))
+            return Files(folder=folder, paths=paths, stamps=stamps, read=read, index=index, promised=promised)
     raise CheckpointError(_no_weights(folder, variant))
+
+
+def assemble(files: Files, headers: Sequence[Mapping[str, StoredTensor]]) -> CheckpointIndex:
+    """Put the headers of all files together, in their order. Pure.
+
+    Of a name that stands in several files the last one's counts, as in plain `from_pretrained`.
+
+    Raises:
+        CheckpointError: no tensors, or one that is not where the index file says.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    doubled: set[str] = set()
+    for found in headers:
+        doubled |= found.keys() & tensors.keys()
+        tensors |= found
+    if not tensors:
+        raise CheckpointError(
+            f"{files.paths[0]} holds no tensors, only a header. Fetch it again, or name the folder that has the weights."
+        )
+    astray = sorted(
+        name
+        for name, file in files.promised.items()
+        if name not in doubled and (name not in tensors or tensors[name].file != str(files.folder / file))
+    )
+    if astray:
+        more = f" (and {len(astray) - 1} others)" if len(astray) > 1 else ""
+        raise CheckpointError(
+            f"{files.index} promises {astray[0]!r} in {files.promised[astray[0]]}, whose header has no such tensor{more}. "
+            "The files are of different versions: fetch the checkpoint again."
+        )
+    stamps = {str(path): each for path, each in zip(files.paths, files.stamps, strict=True)}
+    return CheckpointIndex(folder=str(files.folder), stamps=stamps, tensors=tensors, doubled=tuple(sorted(doubled)))
+
+
+def open_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
+    """`locate`, read every header, and `assemble`; errors as theirs, and CheckpointError for a damaged file."""
+    files = locate(folder, read_bin, variant)
+    return assemble(files, [files.read(path) for path in files.paths])
 
 
 def _of_variant(name: str, variant: str | None) -> str:
@@ -76,45 +136,13 @@ def _of_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{kind}"
 
 
-def _open_files(paths: Sequence[Path], read: ReadHeader) -> CheckpointIndex:
-    """The tensors of all files. Of a name that stands in several the last file's counts, as in plain `from_pretrained`."""
-    tensors: dict[str, StoredTensor] = {}
-    stamps: dict[str, Stamp] = {}
-    doubled: set[str] = set()
-    for path in paths:
-        stamps[str(path)] = stamp(path)
-        found = read(path)
-        doubled |= found.keys() & tensors.keys()
-        tensors |= found
-    if not tensors:
-        raise CheckpointError(
-            f"{paths[0]} holds no tensors, only a header. Fetch it again, or name the folder that has the weights."
-        )
-    return CheckpointIndex(folder=str(paths[0].parent), stamps=stamps, tensors=tensors, doubled=tuple(sorted(doubled)))
-
-
-def _open_shards(index: Path, read: ReadHeader) -> CheckpointIndex:
-    folder, weight_map = index.parent, _weight_map(index)
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
+def _named_by(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
+    paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
     for path in paths:
         if not path.is_file():
-            found = "is a folder" if path.is_dir() else f"is not in {folder}"
+            found = "is a folder" if path.is_dir() else f"is not in {index.parent}"
             raise CheckpointError(f"{index} names {path.name!r}, which {found}. The download is incomplete: fetch it again.")
-    result = _open_files(paths, read)
-    astray = sorted(
-        name for name, file in weight_map.items() if name not in result.doubled and _file_of(result, name) != str(folder / file)
-    )
-    if astray:
-        more = f" (and {len(astray) - 1} others)" if len(astray) > 1 else ""
-        raise CheckpointError(
-            f"{index} promises {astray[0]!r} in {weight_map[astray[0]]}, whose header has no such tensor{more}. "
-            "The files are of different versions: fetch the checkpoint again."
-        )
-    return result
-
-
-def _file_of(index: CheckpointIndex, name: str) -> str | None:
-    return index.tensors[name].file if name in index.tensors else None
+    return paths
 
 
 def _weight_map(path: Path) -> dict[str, str]:
