@@ -162,7 +162,7 @@ def table(verdicts: dict[str, list[dict[str, Any]]]) -> str:
         "checkpoint each, loaded on 2 and on 3 ranks. Every parameter and buffer, and the names reported as missing or",
         "unexpected, are compared with plain `from_pretrained`: cast to bf16 under a bf16 engine, and as they are, dtype too,",
         "under an fp32 engine; and what is exported with what plain `save_pretrained` writes. *Pieces* are the reads of rank 0",
-        "of 2; *cast* counts tensors stored in another dtype than bf16.",
+        "of 2; *cast* counts tensors stored in another dtype than they are loaded in.",
         "",
         f"**{len(verdicts) - len(failed)} of {len(verdicts)} equal.** Types marked *whole checkpoint* are published with",
         "vision or audio towers, of which the causal LM takes the text part.",

@@ -1,9 +1,11 @@
 """Models that bring code of their own: loaded where it is trusted, refused where it is not."""
 
 import json
+import sys
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import models
@@ -81,8 +83,10 @@ class Block(nn.Module):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A checkpoint with a configuration, a model and a part of it in three files of code."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a cache of code is added to it, and would go to later tests' ranks
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own"
     folder.mkdir()
     sources = {"configuration_own": CONFIGURATION, "modeling_own": MODELING, "parts": PARTS}

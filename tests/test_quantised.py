@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import architectures, models, quantised
-from zero_sft.errors import CheckpointError
+from zero_sft.errors import CheckpointError, ConfigError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
@@ -40,12 +40,13 @@ def test_as_plain_loading_dequantises(checkpoint, dtype):
     assert not hasattr(model.config, "quantization_config")
 
 
-@pytest.fixture
-def ragged(tmp_path):
-    """Sizes that blocks do not divide, as DeepSeek-V3's own: (576, 7168) in blocks of 128 × 128. Plain loading refuses it."""
+@pytest.fixture(params=[(8, 16), (20, 16)])
+def ragged(request, tmp_path):
+    """Sizes that blocks do not divide, as DeepSeek-V3's own: (576, 7168) in blocks of 128 × 128. Plain loading refuses
+    it; of the latter blocks the grid happens to divide some weights, whose blocks it then takes for smaller ones."""
     folder = models.save_tiny("llama", tmp_path / "ragged")
     plain = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    return quantised.fp8(folder, block=(8, 16)), plain
+    return quantised.fp8(folder, block=request.param), plain, request.param
 
 
 @pytest.mark.world_size(1, 3)
@@ -53,13 +54,13 @@ def test_blocks_cut_short_at_the_edges(ragged):
     from zero_sft import load_model
     from zero_sft.zero.gather import whole
 
-    folder, plain = ragged
-    model = load_model(str(folder), ds_config=models.zero3(bf16=False), dtype="float32")
+    folder, plain, (rows, cols) = ragged
+    model = load_model(str(folder), ds_config=models.zero3(bf16=False), dtype="float32", verify=True)
     for name, param in model.named_parameters():
         got = whole(param)
         if name in model.load_report.dequantised:
-            weight, scales = quantised.quantise(plain[name], (8, 16))
-            spread = scales.repeat_interleave(8, 0).repeat_interleave(16, 1)[: weight.shape[0], : weight.shape[1]]
+            weight, scales = quantised.quantise(plain[name], (rows, cols))
+            spread = scales.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: weight.shape[0], : weight.shape[1]]
             assert torch.equal(got, weight.float() * spread), name
         else:
             assert torch.equal(got, plain[name].float()), name
@@ -98,7 +99,7 @@ def refused(folder, settings):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = settings
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
         load_model(str(folder), ds_config=models.zero3())
     return str(caught.value)
 
@@ -106,7 +107,7 @@ def refused(folder, settings):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "gptq", "bits": 4}, "(gptq), which transformers can't dequantise"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "nobody_knows"}, "nobody_knows"),
         ({"bits": 4}, "None"),
@@ -136,7 +137,12 @@ def test_scales_that_fit_no_block(llama):
 def test_eight_bits_without_scales(llama):
     message = refused(llama, None)
     assert "F8_E4M3" in message
-    assert "quantization_config" in message
+    assert "no scales for it were found" in message
+
+
+@pytest.mark.parametrize("settings", ["fp8", ["fp8"], {"quant_method": ["fp8"]}, 3])
+def test_a_quantization_config_that_is_none(llama, settings):
+    assert "quanti" in refused(llama, settings)
 
 
 @pytest.fixture

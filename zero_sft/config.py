@@ -88,7 +88,7 @@ def prepare_config_in(
     distributed.agree_on(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
     before, after = (getattr(text_config(each), "rope_parameters", None) for each in (loaded, config))
     if before != after and world.is_main:
-        logger.warning("RoPE of %s scaled from %s to %s", name, before, after)
+        logger.warning("RoPE of %s from %s to %s, for model_max_length %s", name, before, after, model_max_length)
     return config
 
 
@@ -107,6 +107,9 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
         raise ConfigError(
             f"{path}: transformers {transformers.__version__} does not know the model type {model_type!r}. {remedy}"
         )
+    quantisation = raw.get("quantization_config")
+    if quantisation is not None and not isinstance(quantisation, dict):
+        raise ConfigError(f"{path}: quantization_config is {quantisation!r}, expected an object. Compare it with the original.")
     try:
         return AutoConfig.from_pretrained(
             folder,

@@ -8,6 +8,7 @@ A stage that can fail ends in `agreed`: either every rank passes, or every rank 
 that moves weights; no weight crosses the network during a load.
 """
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -109,16 +110,20 @@ def connect(world: World) -> None:
         )
     default = dist.group.WORLD
     if _Control.group is None or _Control.parent is not default:
+        if _Control.group is None:
+            atexit.register(disconnect)
         _Control.group = dist.new_group(backend="gloo", timeout=DOWNLOAD_TIMEOUT)
         _Control.parent = default
 
 
 def disconnect() -> None:
-    """Leave the process groups if `connect` made them, at a program's end: threads of theirs that live on into the
-    interpreter's exit may end it with "terminate called". Does not wait for other ranks.
+    """Leave the gloo groups that `connect` made, at the program's end. Does not wait for other ranks.
+
+    Threads of theirs that live on into the interpreter's exit may end it with "terminate called".
     """
-    if _Control.owns_default_group and dist.is_initialized():
-        dist.destroy_process_group()
+    if dist.is_initialized() and _Control.parent is dist.group.WORLD and _Control.group is not None:
+        is_gloo = dist.get_backend() == "gloo"
+        dist.destroy_process_group(None if _Control.owns_default_group and is_gloo else _Control.group)
     _Control.group, _Control.parent, _Control.owns_default_group = None, None, False
 
 

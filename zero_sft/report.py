@@ -71,7 +71,7 @@ class LoadReport:
         ]
         lines += self._table()
         if self.verified is not None:
-            lines.append(f"  read back: {self.verified} tensors equal the files on every rank")
+            lines.append(f"  read back: {self.verified} of the model's tensors are what the files give, on every rank")
         for title, names in self._notable():
             lines.append(f"  {title}: {len(names)} ({_shown(names)})")
         return "\n".join(lines)
@@ -83,7 +83,7 @@ class LoadReport:
         columns = {"rank 0": everyone[0], f"slowest, rank {slowest}": everyone[slowest]}
         rows = [(name, title, unit, combine) for name, title, unit, combine in _ROWS if any(each[name] for each in everyone)]
         rows[1:1] = [(f"stage {stage}", f"  {stage}", 1.0, max) for stage in self.stages]
-        lines = [f"  {'':24}" + "".join(f"{title:>20}" for title in (*columns, "all ranks"))]
+        lines = [f"  {'':24}" + "".join(f"{title:>20}" for title in (*columns, "all together"))]
         for name, title, unit, combine in rows:
             values = [each.get(name, 0) for each in columns.values()] + [combine(each.get(name, 0) for each in everyone)]
             digits = 2 if unit == 1.0 else 1 if unit > 1 else 0
@@ -97,7 +97,7 @@ class LoadReport:
             ("of another shape", [name for name, _, _ in self.mismatched]),
             ("in several files, the last one's taken", self.doubled),
             ("tied", self.tied),
-            (f"cast to {self.dtype}", self.cast),
+            ("stored in another dtype, cast while reading", self.cast),
             ("dequantised while reading", self.dequantised),
             ("computed from whole tensors, once a node", [name for name, _ in self.untraced]),
             ("conversions", self.operations),
@@ -106,12 +106,12 @@ class LoadReport:
 
 
 _ROWS: tuple[tuple[str, str, float, Callable[[Iterable[float]], float]], ...] = (
-    ("seconds", "seconds", 1.0, max),
-    ("bytes_read", "MiB read", 2**20, sum),
-    ("requests", "read requests", 0, sum),
-    ("bytes_communicated", "KiB sent", 2**10, sum),
-    ("peak_host_bytes", "peak MiB on the host", 2**20, max),
-    ("peak_device_bytes", "peak MiB on the device", 2**20, max),
+    ("seconds", "seconds (longest)", 1.0, max),
+    ("bytes_read", "MiB read (sum)", 2**20, sum),
+    ("requests", "read requests (sum)", 0, sum),
+    ("bytes_communicated", "KiB of exchanges (sum)", 2**10, sum),
+    ("peak_host_bytes", "MiB grown, host (most)", 2**20, max),
+    ("peak_device_bytes", "MiB grown, device (most)", 2**20, max),
 )
 """Name, title, unit (0: a count), and how the ranks' numbers are put together."""
 

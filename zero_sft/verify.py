@@ -19,7 +19,7 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.checkpoint.stamp import require_unchanged
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
-from zero_sft.conversion.quantised import reads_raw
+from zero_sft.conversion.quantised import multiply_by_blocks, reads_raw
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
@@ -94,7 +94,11 @@ def _converted(
         yield group.name, files.tensor(next(iter(group.members)))
         return
     wanted, raw = state[group.name].dtype, reads_raw(group.converter)
-    yield from run(group, whole, lambda name: files.tensor(name) if raw else files.tensor(name).to(wanted)).items()
+
+    def source(name: str) -> torch.Tensor:
+        return files.tensor(name) if raw else files.tensor(name).to(wanted)
+
+    yield from run(group, whole, source, prepare=multiply_by_blocks).items()
 
 
 class _Files:

@@ -205,8 +205,9 @@ def run(
 
 def _not_converted(group: Group, stored: Mapping[str, StoredTensor], cause: BaseException | None) -> str:
     names, absent = group.stored, group.absent()
-    where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} others" if len(names) > 1 else "")
-    message = f"{where} can't be made into {group.name!r} by {', '.join(map(repr, group.converter.operations))}: {cause}."
+    where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    reason = f"there is no {cause}" if isinstance(cause, KeyError) else cause
+    message = f"{where} can't be made into {group.name!r} by {', '.join(map(repr, group.converter.operations))}: {reason}."
     if absent:
         return f"{message} The checkpoint lacks {_shown(absent)}: fetch it again."
     return f"{message} The files are incomplete, or of another model than the config: take both from one place."
@@ -219,9 +220,9 @@ def _shown(names: Sequence[str], limit: int = 3) -> str:
 def _check_dtype(tensor: StoredTensor) -> None:
     if tensor.dtype not in TORCH_DTYPES or tensor.dtype.startswith("F8"):
         raise CheckpointError(
-            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, and there are neither scales for it nor a "
-            "quantization_config that would say what its numbers mean. Take the whole checkpoint with its config, or an "
-            "unquantised one."
+            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, and no scales for it were found under a name that "
+            "goes with the config's quantization_config, so what its numbers mean can't be told. Take the whole checkpoint "
+            "with its config, or an unquantised one."
         )
 
 

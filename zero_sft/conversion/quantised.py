@@ -15,6 +15,7 @@ from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.scaled import ScaledTensor, blocks
 from zero_sft.conversion import tracing
 from zero_sft.errors import CheckpointError
+from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.transformers_internals import internal
 
 
@@ -27,24 +28,29 @@ def quantizer_for(config: PreTrainedConfig, where: str) -> Any:
     settings = _settings(config)
     if not settings:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if not isinstance(settings, dict) and not hasattr(settings, "quant_method"):
+        raise CheckpointError(
+            f"{where}: quantization_config is {settings!r}; expected what transformers writes, with a quant_method."
+        )
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     method = getattr(method, "value", method)
+    refusal = CheckpointError(
+        f"{where} is quantised ({method}), which transformers can't dequantise while loading; training needs plain weights. "
+        "Take the model's unquantised checkpoint."
+    )
     try:
         if isinstance(settings, dict):
             settings = internal("AutoQuantizationConfig").from_dict(dict(settings))
-        dequantises = hasattr(settings, "dequantize")
+        if not hasattr(settings, "dequantize"):
+            raise refusal
         settings.dequantize = True
         quantizer = internal("AutoHfQuantizer").from_config(settings, pre_quantized=True)
-        dequantises = dequantises and "dequantize" in quantizer.get_load_operations()
+        if "dequantize" not in quantizer.get_load_operations():
+            raise refusal
     except ImportError as error:
         raise CheckpointError(f"{where} is quantised ({method}), and dequantising it needs a package: {error}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where} is quantised ({method}) in a way that transformers doesn't know: {error}") from error
-    if not dequantises:
-        raise CheckpointError(
-            f"{where} is quantised ({method}), which transformers can't dequantise while loading; training needs plain "
-            "weights. Take the model's unquantised checkpoint."
-        )
     return quantizer
 
 
@@ -73,13 +79,18 @@ def reads_raw(converter: Any) -> bool:
     return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
 
 
+def configured_blocks(quantizer: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block, if the checkpoint's config says."""
+    size = getattr(getattr(quantizer, "quantization_config", None), "weight_block_size", None)
+    return (int(size[0]), int(size[1])) if size else None
+
+
 class Joiner:
     """Stands in for the arithmetic of `Fp8Dequantize` while its operation is traced, and collects what it joins."""
 
     def __init__(self, stored: Mapping[str, StoredTensor], quantizer: Any) -> None:
         self._stored = stored
-        size = getattr(getattr(quantizer, "quantization_config", None), "weight_block_size", None)
-        self._configured = (int(size[0]), int(size[1])) if size else None
+        self._configured = configured_blocks(quantizer)
         self.joined: dict[str, ScaledTensor] = {}
 
     def install(self, converter: Any) -> None:
@@ -109,3 +120,35 @@ class Joiner:
 def dequantise(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """transformers' own arithmetic: (rows, cols) of 8-bit floats and a grid of scales that divides them → that dtype."""
     return internal("Fp8Dequantize")(None)._dequantize_one(weight, scales, output_dtype=dtype)
+
+
+def multiply_by_blocks(converter: Any) -> None:
+    """Let a converter's dequantising operations take the blocks that the config names, where transformers infers others.
+
+    In one go on whole tensors: what reading tile by tile is compared with.
+    """
+    for operation in converter.operations:
+        if isinstance(operation, internal("Fp8Dequantize")):
+            operation._dequantize_one = _Spread(operation)
+
+
+class _Spread:
+    """`weight * scales` with the scales spread over their blocks; what is no 8-bit float is left to transformers."""
+
+    def __init__(self, operation: Any) -> None:
+        self._theirs = type(operation)._dequantize_one.__get__(operation)
+        self._configured = configured_blocks(operation.hf_quantizer)
+
+    def __call__(self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
+        if not STORED_DTYPES.get(quantized.dtype, "").startswith("F8") or scales.numel() == 1 or quantized.dim() != 2:
+            return self._theirs(quantized, scales, output_dtype=output_dtype)
+        weight, grid = _described(quantized), _described(scales)
+        rows, cols = blocks(weight, grid, self._configured)
+        factors = scales.float() if scales.dtype != torch.uint8 else (scales.float() - 127).exp2()
+        spread = factors.view(-1, grid.shape[-1]).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+        return (quantized.float() * spread[: weight.shape[0], : weight.shape[1]]).to(output_dtype or torch.float32)
+
+
+def _described(tensor: torch.Tensor) -> StoredTensor:
+    dtype, shape = STORED_DTYPES[tensor.dtype], tuple(tensor.shape)
+    return StoredTensor(name="", file="", dtype=dtype, shape=shape, offset_bytes=0, nbytes=tensor.nbytes)
