@@ -169,6 +169,20 @@ def test_a_variants_files_alone_are_fetched(folder, tmp_path):
     assert results[0]["missing"] == []
 
 
+def test_a_folder_inside_and_a_cache_of_its_own(folder, tmp_path):
+    """Of a repository with the model in a folder that folder alone is fetched, into `cache_dir` and nowhere else."""
+    repository = tmp_path / "outer"
+    shutil.copytree(folder, repository / "inner")
+    shutil.copytree(folder, repository / "other")
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), repository)]})) as hub:
+        results, _ = load(hub, [tmp_path / "home"] * 2, subfolder="inner", cache_dir=str(tmp_path / "cache"))
+        assert hub.downloads(".safetensors") == len(list(folder.glob("*.safetensors")))
+        assert not any("/other/" in path for _, path in hub.requests)
+    assert results[0]["missing"] == []
+    assert list((tmp_path / "cache").rglob("inner/model-*.safetensors"))
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
 def test_no_such_repository(tmp_path):
     with standin.serve(standin.Hub({})) as hub:
         results, _ = load(hub, [tmp_path / "home"] * 2, repo="nobody/nothing")
