@@ -113,11 +113,11 @@ split_arguments() {
     fi
     shift
   done
+  refuse_tokens "$@"
   case ${1:-} in
     --module | -m | --no_python) die "$1 is given by this script; ZERO_SFT_MODULE names another module" ;;
     --) shift ;;
     *)
-      refuse_tokens "$@"
       for argument in "$@"; do
         # A launcher option that stands too late would reach the job, which doesn't know it.
         name=${argument%%=*}

@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from zero_sft import distributed
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
-from zero_sft.conversion.quantised import reads_raw
 from zero_sft.distributed import World, agreed
 from zero_sft.draft import Draft
 from zero_sft.plan.partition import whole_range
@@ -31,11 +32,8 @@ from zero_sft.zero import shards
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def compute(
-    group: Group, model: Whole, state: Mapping[str, torch.Tensor], index: CheckpointIndex
-) -> tuple[dict[str, torch.Tensor], int]:
+def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[str, torch.Tensor], int]:
     """Read a group's stored tensors whole and run its operations; what they make, and the bytes read. Does not communicate."""
-    raw = reads_raw(group.converter)
     read_bytes = 0
 
     def source(name: str) -> torch.Tensor:
@@ -45,7 +43,7 @@ def compute(
         regions = whole(name, stored.shape, strides=stored.strides)
         target = Target(name=name, shape=stored.shape, span=whole_range(stored.numel), regions=regions)
         read_bytes += reader.fill(plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, stamps=index.stamps)
-        return tensor if raw else tensor.to(state[group.name].dtype)
+        return tensor
 
     return run(group, model, source), read_bytes
 
@@ -53,15 +51,14 @@ def compute(
 def fill_computed(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> None:
     """The tensors that come out of whole ones, group by group. Every rank; communicates."""
     tensors = draft.tensors()
-    for group in {id(each): each for each in draft.resolution.computed.values()}.values():
-        mine = [name for name, each in draft.resolution.computed.items() if each is group]
-        wanted = [name for name in mine if name not in ready and shards.is_sharded(tensors[name])]
+    for group, names in draft.resolution.by_group():
+        wanted = [name for name in names if name not in ready and shards.is_sharded(tensors[name])]
         if not wanted:
             continue
         made: dict[str, torch.Tensor] | None = None
         with agreed(world, f"computing {wanted[0]}"):
             if world.local_rank == 0:
-                made, nbytes = compute(group, draft.whole, draft.state, draft.index)
+                made, nbytes = compute(group, draft.whole, draft.index)
                 report.bytes_read += nbytes
         with shared(made, wanted, world) as whole:
             made = None
@@ -85,42 +82,23 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
     The memory goes away with the last map of it, and its file when the body ends.
     """
     path: Path | None = None
-    described: list = []
     try:
         with agreed(world, "sharing what was computed"):
             if tensors is not None:
-                path = _write([tensors[name] for name in names])
-                described = [[str(tensors[name].dtype).removeprefix("torch."), list(tensors[name].shape)] for name in names]
-        everyone = distributed.exchange(world, [str(path or ""), described])
-        where, rows = everyone[world.rank - world.local_rank]
-        with agreed(world, "mapping what was computed"):
-            mapped = _mapped(Path(where), [(getattr(torch, dtype), tuple(shape)) for dtype, shape in rows])
-        yield dict(zip(names, mapped, strict=True))
+                path = _room_for(sum(tensors[name].nbytes for name in names))
+                save_file({name: tensors[name].contiguous() for name in names}, path)
+        where = distributed.exchange(world, str(path or ""))[world.rank - world.local_rank]
+        with agreed(world, "mapping what was computed"), safe_open(where, framework="pt") as file:
+            mapped = {name: file.get_tensor(name) for name in names}
+        yield mapped
     finally:
         if path is not None:
             path.unlink(missing_ok=True)
 
 
-def _write(tensors: Sequence[torch.Tensor]) -> Path:
-    nbytes = sum(_padded(tensor.nbytes) for tensor in tensors)
+def _room_for(nbytes: int) -> Path:
+    """A new file in shared memory, or on disk where that is too small."""
     has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * nbytes
     handle, name = tempfile.mkstemp(prefix="zero_sft-", dir=_SHARED_MEMORY if has_room else None)
-    with os.fdopen(handle, "wb") as file:
-        for tensor in tensors:
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-            file.write(bytes(_padded(tensor.nbytes) - tensor.nbytes))
+    os.close(handle)
     return Path(name)
-
-
-def _mapped(path: Path, rows: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[torch.Tensor]:
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for dtype, shape in rows]
-    memory = torch.from_file(str(path), shared=False, size=sum(map(_padded, sizes)), dtype=torch.uint8)
-    starts = [sum(map(_padded, sizes[:i])) for i in range(len(sizes))]
-    return [
-        memory[start : start + size].view(dtype).view(shape)
-        for start, size, (dtype, shape) in zip(starts, sizes, rows, strict=True)
-    ]
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // 64) * 64

@@ -226,9 +226,8 @@ def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
         message += f"\n(rank {failed[0]} of {world.world_size} while {stage}; failed: {ranks})"
-    if isinstance(failure, errors.ZeroSftError):
-        raise _rebuilt(kind, message) from None  # this rank's own says nothing more
-    raise _rebuilt(kind, message) from failure
+    says_no_more = isinstance(failure, errors.ZeroSftError)
+    raise _rebuilt(kind, message) from None if says_no_more else failure
 
 
 def _await_all(stage: str, timeout: datetime.timedelta) -> None:

@@ -119,11 +119,12 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
         if section in config:
             result[section] = {**(result[section] or {}), "enabled": dtype == name}
     result["zero_optimization"].update(hpz_size(config, local_world_size, world_size))
-    for key in [key for key in _BATCH_SIZES if result.get(key, 0) is None]:
-        del result[key]
     for key in _BATCH_SIZES:
-        if key in result and (type(result[key]) is not int or result[key] < 1):
-            raise ConfigError(f'{key} is {result[key]!r}. Set it to a whole number from 1 on, or to "auto".')
+        size = result.get(key)
+        if size is None:
+            result.pop(key, None)
+        elif type(size) is not int or size < 1:
+            raise ConfigError(f'{key} is {size!r}. Set it to a whole number from 1 on, or to "auto".')
     if not any(key in result for key in _BATCH_SIZES[:2]):
         result["train_micro_batch_size_per_gpu"] = 1
     return result

@@ -87,7 +87,7 @@ def _initialise(draft: Draft, request: Request, seed: int) -> set[str]:
         targets = [_target(draft, name, whole_range(draft.state[name].numel())) for name in traced]
         _fill(draft, plan_reads(targets, draft.resolution.stored).reads, memory)
         for name in memory.keys() - draft.resolution.sources.keys():
-            made, _ = compute(draft.resolution.computed[name], draft.whole, draft.state, draft.index)
+            made, _ = compute(draft.resolution.computed[name], draft.whole, draft.index)
             memory[name].copy_(made[name].reshape(-1))
 
     ready = missing.initialise(

@@ -62,8 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(parse(argv), world)
     except ZeroSftError as error:
         return distributed.leave_with(error, world)
-    finally:
-        distributed.disconnect()
     return 0
 
 

@@ -19,7 +19,6 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.checkpoint.stamp import require_unchanged
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
-from zero_sft.conversion.quantised import multiply_by_blocks, reads_raw
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
@@ -65,7 +64,7 @@ def verify(
     with agreed(world, "reading the checkpoint back"):
         files = _Files(index)
         for group in groups[world.rank :: world.world_size]:
-            for name, tensor in _converted(group, Whole(model, state), state, files):
+            for name, tensor in _converted(group, Whole(model, state), files):
                 if name in held:
                     flat, parts = tensor.to(held[name].dtype).reshape(-1), held[name].parts
                     spans = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
@@ -86,19 +85,12 @@ def verify(
     return len(held)
 
 
-def _converted(
-    group: Group, whole: Whole, state: Mapping[str, torch.Tensor], files: "_Files"
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _converted(group: Group, whole: Whole, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that a group makes, on real data."""
     if group.converter is None:
         yield group.name, files.tensor(next(iter(group.members)))
         return
-    wanted, raw = state[group.name].dtype, reads_raw(group.converter)
-
-    def source(name: str) -> torch.Tensor:
-        return files.tensor(name) if raw else files.tensor(name).to(wanted)
-
-    yield from run(group, whole, source, prepare=multiply_by_blocks).items()
+    yield from run(group, whole, files.tensor).items()
 
 
 class _Files:

@@ -29,8 +29,7 @@ ReadHeader = Callable[[str | Path], dict[str, StoredTensor]]
 class CheckpointIndex:
     """Every tensor of a checkpoint by its name, as the files' headers have them.
 
-    `stamps` say, by path, which files they were; `doubled` are the names that stand in several files, or elsewhere than the
-    index says.
+    `stamps` say, by path, which files they were; `doubled` are the names that stand in several files.
     """
 
     folder: str

@@ -6,7 +6,7 @@ its own bytes and the rows of scales beside it, nothing else: that is what makes
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from zero_sft.checkpoint.header import StoredTensor
 
@@ -32,49 +32,18 @@ class ScaleRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScaledTensor:
-    """What `StoredTensor` is for plain tensors: offsets count elements of `weight`, one byte each."""
+class ScaledTensor(StoredTensor):
+    """A weight of one byte an element, and the scales that it is multiplied by."""
 
-    name: str
-    weight: StoredTensor
     scales: StoredTensor
     block_rows: int
     block_cols: int
 
-    @property
-    def file(self) -> str:
-        """The file of the weight."""
-        return self.weight.file
-
-    @property
-    def dtype(self) -> str:
-        """The stored dtype of the weight."""
-        return self.weight.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape."""
-        return self.weight.shape
-
-    @property
-    def offset_bytes(self) -> int:
-        """Where the weight begins in its file."""
-        return self.weight.offset_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight."""
-        return self.weight.nbytes
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes an element of the weight."""
-        return self.weight.itemsize
-
-    @property
-    def numel(self) -> int:
-        """Elements of the weight."""
-        return self.weight.numel
+    @classmethod
+    def join(cls, name: str, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> "ScaledTensor":
+        """`weight` and `scales` as one source called `name`."""
+        plain = {each.name: getattr(weight, each.name) for each in fields(weight)}
+        return cls(**{**plain, "name": name}, scales=scales, block_rows=block[0], block_cols=block[1])
 
     def scale_rows(self, start: int, count: int) -> ScaleRows:
         """The scales of `count` elements from element `start` of the flat weight on."""
@@ -97,23 +66,23 @@ class ScaledTensor:
         )
 
 
-def blocks(weight: StoredTensor, scales: StoredTensor, configured: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of a block: as configured where the grid of scales is that one, else as the grid divides the weight.
+def blocks(weight: tuple[int, ...], scales: tuple[int, ...], configured: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of a block, from the shapes: as configured where the grid of scales is that one, else as it divides.
 
     Worked example: (576, 7168) with scales (5, 56) and blocks of (128, 128) is cut into those; the last ones have 64 rows.
 
     Raises:
         ValueError: a grid that fits neither.
     """
-    *outer, rows, cols = (1, *weight.shape) if len(weight.shape) < 2 else weight.shape
+    *outer, rows, cols = (1, *weight) if len(weight) < 2 else weight
     matrices = math.prod(outer)
-    if scales.numel == 1:
+    if math.prod(scales) == 1:
         return matrices * rows, cols
-    *_, grid_rows, grid_cols = (1, *scales.shape)
+    *_, grid_rows, grid_cols = (1, *scales)
     block, is_configured = (rows // max(grid_rows, 1), cols // max(grid_cols, 1)), False
     if configured is not None and (-(-rows // configured[0]), -(-cols // configured[1])) == (grid_rows, grid_cols):
         block, is_configured = configured, True
     is_even = rows == grid_rows * block[0] and cols == grid_cols * block[1]
-    if scales.numel != matrices * grid_rows * grid_cols or not (is_even or (is_configured and matrices == 1)):
-        raise ValueError(f"scales of {list(scales.shape)} don't divide a weight of {list(weight.shape)}")
+    if math.prod(scales) != matrices * grid_rows * grid_cols or not (is_even or (is_configured and matrices == 1)):
+        raise ValueError(f"scales of {list(scales)} don't divide a weight of {list(weight)}")
     return block

@@ -6,7 +6,8 @@ element for element, without an element having been read.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,9 @@ from transformers import PreTrainedModel
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.conversion import tracing
 from zero_sft.conversion.keys import Group, match
-from zero_sft.conversion.quantised import Joiner, reads_raw
+from zero_sft.conversion.quantised import Joiner, multiply_by_blocks, reads_raw
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
-from zero_sft.plan.plan import Stored
 from zero_sft.plan.regions import Regions, Shape
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.transformers_internals import internal, loading_info
@@ -40,7 +40,7 @@ class Resolution:
     """What a checkpoint gives a model: the regions of each tensor by the model's name, and what does not fit."""
 
     sources: Mapping[str, Regions]
-    stored: Mapping[str, Stored]  # what regions name: the checkpoint's tensors, and pairs of them that are multiplied
+    stored: Mapping[str, StoredTensor]  # what regions name: the checkpoint's tensors, and pairs of them that are multiplied
     computed: Mapping[str, Group]  # tensors that come out of operations on whole tensors
     unexpected: frozenset[str]
     mismatched: tuple[Mismatch, ...]
@@ -51,6 +51,12 @@ class Resolution:
     def loaded(self) -> frozenset[str]:
         """The model's tensors that the checkpoint fills."""
         return frozenset(self.sources) | frozenset(self.computed)
+
+    def by_group(self) -> Iterator[tuple[Group, list[str]]]:
+        """The groups of the computed tensors, and which of them each makes."""
+        for _, items in itertools.groupby(self.computed.items(), key=lambda item: id(item[1])):
+            names, groups = zip(*items, strict=True)
+            yield groups[0], list(names)
 
     @property
     def operations(self) -> list[str]:
@@ -142,9 +148,7 @@ class _Tracing:
             first = self.stored[next(iter(group.members))]
             _check_dtype(first)
             return {group.name: (first.shape, regions.whole(first.name, first.shape, strides=first.strides))}
-        dtype = self.wanted[
-            group.name
-        ].dtype  # stored dtypes may differ; as in transformers, all are cast before they are merged
+        dtype = self.wanted[group.name].dtype
 
         def traced(name: str) -> torch.Tensor:
             return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
@@ -165,14 +169,12 @@ class _Tracing:
 
     def _shapes(self, group: Group) -> dict[str, tuple[Shape, Regions | None]]:
         """What operations that can't be traced will make, found on tensors without data."""
-        raw = reads_raw(group.converter)
 
         def hollow(name: str) -> torch.Tensor:
             stored = self.stored[name]
             if stored.dtype not in TORCH_DTYPES:
                 raise CheckpointError(f"{stored.file}: {name!r} is stored as {stored.dtype}, which torch can't read.")
-            dtype = TORCH_DTYPES[stored.dtype] if raw else self.wanted[group.name].dtype
-            return torch.empty(stored.shape, dtype=dtype, device="meta")
+            return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
 
         try:
             result = run(group, self.whole, hollow, loading_info((), ()))
@@ -187,18 +189,20 @@ def run(
     model: Whole,
     source: Callable[[str], torch.Tensor],
     info: Any = None,
-    prepare: Callable[[Any], None] = lambda _: None,
+    prepare: Callable[[Any], None] = multiply_by_blocks,
 ) -> dict[str, Any]:
     """Run a group's converter on `source(name)` of each stored name; the tensors that it makes, by the model's names.
 
+    Stored dtypes may differ: as in transformers, all are cast to the model's before they are merged, except for a quantizer.
     `model` is a `Whole`. An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given,
     as transformers' `SkipParameters`. `prepare` may change the converter, which is a copy.
     """
     converter = copy.deepcopy(group.converter)
     prepare(converter)
+    dtype = None if reads_raw(converter) else model.get_parameter(group.name).dtype
     for pattern, names in group.members.items():
         for name in names:
-            converter.add_tensor(group.name, name, pattern, source(name))
+            converter.add_tensor(group.name, name, pattern, source(name).to(dtype=dtype))
     raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None, loading_info=info)
     return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
 

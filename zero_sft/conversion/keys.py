@@ -34,27 +34,27 @@ class Group:
 
     def absent(self) -> list[str]:
         """Names that the members' own numbering promises and the checkpoint lacks: experts 0, 1, 3 promise a 2."""
-        numbered = [_numbered(names) for names in self.members.values()]
-        everywhere = {number for each in numbered if each for number in each[1]}
+        numbered = [each for each in map(_numbered, self.members.values()) if each]
+        highest = max((number for _, numbers, _ in numbered for number in numbers), default=-1)
         return [
-            template.format(number)
-            for template, numbers in filter(None, numbered)
-            for number in sorted(set(range(max(everywhere) + 1)) - numbers)
+            f"{before}{number}{after}"
+            for before, numbers, after in numbered
+            for number in range(highest + 1)
+            if number not in numbers
         ]
 
 
-def _numbered(names: Sequence[str]) -> tuple[str, set[int]] | None:
-    """`["a.0.w", "a.2.w"]` → `("a.{}.w", {0, 2})`; None where the names don't differ in one number alone."""
+def _numbered(names: Sequence[str]) -> tuple[str, set[int], str] | None:
+    """`["a.0.w", "a.2.w"]` → `("a.", {0, 2}, ".w")`; None where the names don't differ in one number alone."""
     split = [name.split(".") for name in names]
     if len({len(parts) for parts in split}) != 1:
         return None
-    columns = [set(column) for column in zip(*split, strict=True)]
-    varying = [at for at, column in enumerate(columns) if len(column) > 1]
-    if len(varying) != 1 or not all(each.isdecimal() for each in columns[varying[0]]):
+    varying = [at for at, column in enumerate(zip(*split, strict=True)) if len(set(column)) > 1]
+    if len(varying) != 1 or not all(parts[varying[0]].isdecimal() for parts in split):
         return None
-    parts = [part.replace("{", "{{").replace("}", "}}") for part in split[0]]
-    parts[varying[0]] = "{}"
-    return ".".join(parts), {int(each) for each in columns[varying[0]]}
+    at, parts = varying[0], split[0]
+    numbers = {int(each[at]) for each in split}
+    return "".join(f"{part}." for part in parts[:at]), numbers, "".join(f".{part}" for part in parts[at + 1 :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

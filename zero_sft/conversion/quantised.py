@@ -5,7 +5,7 @@ floats with a grid of scales (DeepSeek-V3's layout) are local, element for eleme
 is a `ScaledTensor`, of which a rank reads the blocks that cover its range. The others run on whole tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.scaled import ScaledTensor, blocks
 from zero_sft.conversion import tracing
 from zero_sft.errors import CheckpointError
-from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.transformers_internals import internal
 
 
@@ -95,17 +94,15 @@ class Joiner:
 
     def install(self, converter: Any) -> None:
         """Make the dequantising operations of a converter's copy join provenances."""
-        for operation in converter.operations:
-            if isinstance(operation, internal("Fp8Dequantize")):
-                operation._dequantize_one = self._join
+        _set_arithmetic(converter, lambda _: self._join)
 
     def _join(self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
         weight, grid = self._whole(quantized), self._whole(scales)
         if not weight.dtype.startswith("F8"):
             raise tracing.NotTraceable(f"{weight.name} is stored as {weight.dtype}, several numbers a byte")
-        rows, cols = blocks(weight, grid, self._configured)
         name = f"{weight.name} * {grid.name}"
-        self.joined[name] = ScaledTensor(name=name, weight=weight, scales=grid, block_rows=rows, block_cols=cols)
+        block = blocks(weight.shape, grid.shape, self._configured)
+        self.joined[name] = ScaledTensor.join(name, weight, grid, block)
         return tracing.source(name, weight.shape, output_dtype or quantized.dtype)
 
     def _whole(self, tensor: torch.Tensor) -> StoredTensor:
@@ -123,32 +120,29 @@ def dequantise(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 
 
 def multiply_by_blocks(converter: Any) -> None:
-    """Let a converter's dequantising operations take the blocks that the config names, where transformers infers others.
+    """Let a converter's dequantising operations take the blocks that the config names, where transformers infers others."""
+    _set_arithmetic(converter, _by_blocks)
 
-    In one go on whole tensors: what reading tile by tile is compared with.
-    """
+
+def _set_arithmetic(converter: Any, make: Callable[[Any], Callable[..., torch.Tensor]]) -> None:
+    """Give each `Fp8Dequantize` of a converter the arithmetic that `make` makes of it."""
     for operation in converter.operations:
         if isinstance(operation, internal("Fp8Dequantize")):
-            operation._dequantize_one = _Spread(operation)
+            operation._dequantize_one = make(operation)
 
 
-class _Spread:
-    """`weight * scales` with the scales spread over their blocks; what is no 8-bit float is left to transformers."""
+def _by_blocks(operation: Any) -> Callable[..., torch.Tensor]:
+    """transformers' own arithmetic on whole blocks: a weight that ends within one is filled up, and cut again."""
+    theirs, configured = operation._dequantize_one, configured_blocks(operation.hf_quantizer)
 
-    def __init__(self, operation: Any) -> None:
-        self._theirs = type(operation)._dequantize_one.__get__(operation)
-        self._configured = configured_blocks(operation.hf_quantizer)
+    def dequantize(quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
+        is_matrix = quantized.dim() == 2 and quantized.is_floating_point() and quantized.itemsize == 1
+        if not is_matrix or scales.numel() == 1:
+            return theirs(quantized, scales, output_dtype=output_dtype)
+        (height, width), (grid_rows, grid_cols) = quantized.shape, (1, *scales.shape)[-2:]
+        rows, cols = blocks(tuple(quantized.shape), tuple(scales.shape), configured)
+        padded = torch.zeros(grid_rows * rows, grid_cols * cols, dtype=torch.uint8, device=quantized.device)
+        padded[:height, :width] = quantized.view(torch.uint8)
+        return theirs(padded.view(quantized.dtype), scales, output_dtype=output_dtype)[:height, :width]
 
-    def __call__(self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
-        if not STORED_DTYPES.get(quantized.dtype, "").startswith("F8") or scales.numel() == 1 or quantized.dim() != 2:
-            return self._theirs(quantized, scales, output_dtype=output_dtype)
-        weight, grid = _described(quantized), _described(scales)
-        rows, cols = blocks(weight, grid, self._configured)
-        factors = scales.float() if scales.dtype != torch.uint8 else (scales.float() - 127).exp2()
-        spread = factors.view(-1, grid.shape[-1]).repeat_interleave(rows, 0).repeat_interleave(cols, 1)
-        return (quantized.float() * spread[: weight.shape[0], : weight.shape[1]]).to(output_dtype or torch.float32)
-
-
-def _described(tensor: torch.Tensor) -> StoredTensor:
-    dtype, shape = STORED_DTYPES[tensor.dtype], tuple(tensor.shape)
-    return StoredTensor(name="", file="", dtype=dtype, shape=shape, offset_bytes=0, nbytes=tensor.nbytes)
+    return dequantize

@@ -24,8 +24,6 @@ SCATTER_BYTES = 8 * 2**20
 SCALED_BYTES = 2**20
 """The same where elements are multiplied by scales, which takes some 16 bytes of memory for each."""
 
-Stored = StoredTensor | ScaledTensor
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -62,6 +60,11 @@ class Read:
         """True if the bytes are wanted as they are, one behind the other."""
         return self.source_strides == self.target_strides == (1,)
 
+    @property
+    def nbytes_in_all(self) -> int:
+        """Bytes that it reads, scales included."""
+        return self.nbytes + (self.scales.nbytes if self.scales else 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -72,7 +75,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes that this rank reads."""
-        return sum(read.nbytes + (read.scales.nbytes if read.scales else 0) for read in self.reads)
+        return sum(read.nbytes_in_all for read in self.reads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,7 @@ class Piece:
     target_strides: Shape
 
 
-def plan_reads(targets: Sequence[Target], stored: Mapping[str, Stored]) -> Plan:
+def plan_reads(targets: Sequence[Target], stored: Mapping[str, StoredTensor]) -> Plan:
     """Turn what a rank must fill into reads, sorted by file and offset.
 
     Raises:
@@ -101,7 +104,7 @@ def plan_reads(targets: Sequence[Target], stored: Mapping[str, Stored]) -> Plan:
     return Plan(reads=tuple(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target))))
 
 
-def check_cover(target: Target, stored: Mapping[str, Stored]) -> None:
+def check_cover(target: Target, stored: Mapping[str, StoredTensor]) -> None:
     """The regions of a target, which are disjoint, must have as many elements as it: one left out would stay uninitialised."""
     covered = sum(math.prod(region.sizes) for region in target.regions)
     if covered != math.prod(target.shape):
@@ -178,7 +181,7 @@ def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, sp
     )
 
 
-def _reads(piece: Piece, target: str, source: Stored) -> Iterator[Read]:
+def _reads(piece: Piece, target: str, source: StoredTensor) -> Iterator[Read]:
     """The ranges of a file that deliver a piece: as few as there are without reading along more than small gaps.
 
     Dimensions are taken from the finest source stride on into one range as long as the gaps that this reads along are small;
@@ -208,7 +211,7 @@ def _reads(piece: Piece, target: str, source: Stored) -> Iterator[Read]:
 def _repeated(
     piece: Piece,
     target: str,
-    source: Stored,
+    source: StoredTensor,
     inner: list[tuple[int, int, int]],
     outer: list[tuple[int, int, int]],
     source_skip: int,

@@ -60,7 +60,7 @@ def fill(
             worker.finish()
         else:
             _fill_threaded(pieces, handles, destinations, threads, dequantise)
-    return sum(read.nbytes + (read.scales.nbytes if read.scales else 0) for read in reads)
+    return sum(read.nbytes_in_all for read in reads)
 
 
 def _files(read: Read) -> Iterator[str]:
