@@ -107,13 +107,12 @@ def test_a_file_that_is_another_than_when_its_header_was_read(file, change):
             reader.fill([read(header, "a", 0, 1000)], memory, stamps=stamps)
 
 
-@pytest.mark.parametrize("policy", ["plain", "huge", "populate"])
-def test_arena_cuts_are_zeroed_aligned_and_apart(policy):
+def test_arena_cuts_are_zeroed_aligned_and_apart():
     slots = [
         Slot(name=str(i), numel=n, dtype=dtype, device=torch.device("cpu"))
         for i, (n, dtype) in enumerate([(5, torch.float32), (0, torch.float32), (1000, torch.bfloat16), (3, torch.float32)])
     ]
-    memory = allocate(slots, policy)
+    memory = allocate(slots)
     for slot in slots:
         tensor = memory[slot.name]
         assert tensor.shape == (slot.numel,)

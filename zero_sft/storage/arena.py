@@ -1,9 +1,9 @@
 """One block of memory per dtype and device, from which the shards of a rank are cut.
 
 First touch of fresh pages costs more than the copy itself, so the block is touched once, by the reads themselves, and never
-before. On the CPU it is anonymous memory straight from the kernel: zeroed, so that padding needs no work, and with a page
-policy that can be chosen (`plain`, `huge`, `populate`), since which one is faster depends on the machine and the hour. Every
-cut starts on a 512-byte boundary, as vectorised kernels, O_DIRECT and NCCL like it.
+before. On the CPU it is anonymous memory straight from the kernel: zeroed, so that padding needs no work; the size of its
+pages is chosen while it is filled (`pages.py`). Every cut starts on a 512-byte boundary, as vectorised kernels, O_DIRECT and
+NCCL like it.
 """
 
 import mmap
@@ -15,8 +15,6 @@ import torch
 from zero_sft.storage import accelerator
 
 ALIGNMENT_BYTES = 512
-PAGE_POLICIES = ("plain", "huge", "populate")
-_MAP_POPULATE = getattr(mmap, "MAP_POPULATE", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +28,7 @@ class Slot:
     pinned: bool = False
 
 
-def allocate(slots: Sequence[Slot], page_policy: str = "plain") -> Mapping[str, torch.Tensor]:
+def allocate(slots: Sequence[Slot]) -> Mapping[str, torch.Tensor]:
     """Cut a zeroed flat tensor for every slot, one arena per (dtype, device, pinned)."""
     groups: dict[tuple, list[Slot]] = {}
     for slot in slots:
@@ -42,19 +40,16 @@ def allocate(slots: Sequence[Slot], page_policy: str = "plain") -> Mapping[str, 
         for slot in members:
             starts.append(total)
             total += -(-slot.numel // step) * step
-        block = _block(total, dtype, device, pinned, page_policy)
+        block = _block(total, dtype, device, pinned)
         for slot, start in zip(members, starts, strict=True):
             tensors[slot.name] = block.narrow(0, start, slot.numel)
     return tensors
 
 
-def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool, page_policy: str) -> torch.Tensor:
+def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:
     if device.type != "cpu" or numel == 0:
         return torch.zeros(numel, dtype=dtype, device=device)
     if pinned:
         return accelerator.pinned(torch.zeros(numel, dtype=dtype))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_POPULATE if page_policy == "populate" else 0)
-    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=flags)
-    if page_policy == "huge" and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype)  # holds the mapping until the last view is gone

@@ -21,7 +21,7 @@ from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
 from zero_sft.storage.accelerator import bytes_view, pinned, recorded_event
 from zero_sft.storage.dtypes import TORCH_DTYPES
-from zero_sft.storage.pages import STEP_BYTES, make_present
+from zero_sft.storage.pages import Pages
 
 Dequantise = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 """(rows, cols) of quantised numbers and a (rows of blocks, columns of blocks) grid of scales → (rows, cols) of that dtype."""
@@ -52,15 +52,23 @@ def fill(
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for read in reads for path in _files(read))
         handles = {path: stack.enter_context(_opened(path, stamps.get(path))) for path in paths}
+        job = _Job(handles=handles, destinations=destinations, dequantise=dequantise)
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
-            worker = _Worker(handles, destinations, dequantise)
-            for piece in pieces:
-                worker.run(piece)
-            worker.finish()
+            _work(job, iter(pieces))
         else:
-            _fill_threaded(pieces, handles, destinations, threads, dequantise)
+            _fill_threaded(job, pieces, threads)
     return sum(read.nbytes_in_all for read in reads)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What all threads of one `fill` share."""
+
+    handles: Mapping[str, int]
+    destinations: Mapping[str, torch.Tensor]
+    dequantise: Dequantise | None
+    pages: Pages = dataclasses.field(default_factory=Pages)
 
 
 def _files(read: Read) -> Iterator[str]:
@@ -69,24 +77,19 @@ def _files(read: Read) -> Iterator[str]:
         yield read.scales.file
 
 
-def _fill_threaded(
-    pieces: Sequence[Read],
-    handles: Mapping[str, int],
-    destinations: Mapping[str, torch.Tensor],
-    threads: int,
-    dequantise: Dequantise | None,
-) -> None:
+def _fill_threaded(job: _Job, pieces: Sequence[Read], threads: int) -> None:
     queue = iter(pieces)  # next() on an iterator is atomic under the GIL, so the threads share it in file order
-
-    def work() -> None:
-        worker = _Worker(handles, destinations, dequantise)
-        for piece in queue:
-            worker.run(piece)
-        worker.finish()
-
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        for done in [pool.submit(work) for _ in range(threads)]:
+        for done in [pool.submit(_work, job, queue) for _ in range(threads)]:
             done.result()
+
+
+def _work(job: _Job, queue: Iterator[Read]) -> None:
+    """One thread's work: what is left in the queue, piece by piece."""
+    worker = _Worker(job)
+    for piece in queue:
+        worker.run(piece)
+    worker.finish()
 
 
 @contextlib.contextmanager
@@ -122,14 +125,10 @@ def _pieces(read: Read) -> Iterator[Read]:
 
 
 class _Worker:
-    """What one reading thread holds: open files, destinations, and its staging buffers, made on first use."""
+    """One reading thread and its staging buffers, made on first use."""
 
-    def __init__(
-        self, handles: Mapping[str, int], destinations: Mapping[str, torch.Tensor], dequantise: Dequantise | None
-    ) -> None:
-        self._handles = handles
-        self._destinations = destinations
-        self._dequantise = dequantise
+    def __init__(self, job: _Job) -> None:
+        self._job = job
         self._staging: list[torch.Tensor] = []
         self._copied: list = [None, None]  # per buffer: the event after which it may be overwritten
         self._turn = 0
@@ -143,7 +142,7 @@ class _Worker:
         if not read.is_run:
             self._read_scattered(read, dtype)
             return
-        destination = self._destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
+        destination = self._job.destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
         if destination.device.type == "cpu" and destination.dtype == dtype:
             self._read_in_place(read, destination.view(torch.uint8))
             return
@@ -159,13 +158,13 @@ class _Worker:
                 event.synchronize()
 
     def _read_in_place(self, read: Read, into: torch.Tensor) -> None:
-        for start in range(0, into.numel(), STEP_BYTES):
-            part = into.narrow(0, start, min(STEP_BYTES, into.numel() - start))
-            make_present(part)
-            self._read(read, part, start)
+        position = 0
+        for part in self._job.pages.parts(into):
+            self._read(read, part, position)
+            position += part.numel()
 
     def _read_scattered(self, read: Read, dtype: torch.dtype) -> None:
-        destination = self._destinations[read.target]
+        destination = self._job.destinations[read.target]
         on_device = destination.device.type != "cpu"
         buffer = self._buffer(on_device)[: read.nbytes]
         self._read(read, buffer, 0)
@@ -174,7 +173,7 @@ class _Worker:
 
     def _read_scaled(self, read: Read, scales: ScaleRows, dtype: torch.dtype) -> None:
         """Rows of the weight, of which only the wanted elements are read, times their scales, one row of blocks at a time."""
-        destination = self._destinations[read.target]
+        destination = self._job.destinations[read.target]
         rows = -(-(scales.skip + read.nbytes) // scales.width)
         padded = -(-scales.width // scales.block_cols) * scales.block_cols
         flat = torch.zeros(rows * scales.width, dtype=torch.uint8)
@@ -185,12 +184,12 @@ class _Worker:
         grid = torch.empty(scales.nbytes, dtype=torch.uint8)
         self._read_at(scales.file, grid, scales.offset_bytes, read.target)
         grid = grid.view(TORCH_DTYPES[scales.dtype]).view(-1, scales.columns)
-        assert self._dequantise is not None, "reads with scales need the arithmetic for them"
+        assert self._job.dequantise is not None, "reads with scales need the arithmetic for them"
         result = torch.empty(rows, scales.width, dtype=destination.dtype)
         row = 0
         for number in range(len(grid)):
             end = min(rows, (number + 1) * scales.block_rows - scales.first_row)
-            part = self._dequantise(weight[row:end], grid[number : number + 1], destination.dtype)
+            part = self._job.dequantise(weight[row:end], grid[number : number + 1], destination.dtype)
             result[row:end] = part[:, : scales.width]
             row = end
         wanted = result.view(-1).narrow(0, scales.skip, read.nbytes)
@@ -200,6 +199,8 @@ class _Worker:
         on_device = part.device.type != "cpu"
         buffer = self._buffer(on_device)[: part.numel() * dtype.itemsize]
         self._read(read, buffer, skip_bytes)
+        if not on_device:
+            self._job.pages.make_present(part)
         part.copy_(buffer.view(dtype), non_blocking=on_device)
         self._end_turn(on_device)
 
@@ -228,7 +229,7 @@ class _Worker:
         while position < len(view):
             offset = offset_bytes + position
             try:
-                count = os.preadv(self._handles[file], [view[position:]], offset)
+                count = os.preadv(self._job.handles[file], [view[position:]], offset)
             except OSError as error:
                 raise CheckpointError(f"{file} can't be read at byte {offset} (for {target}): {error.strerror}.") from error
             if count == 0:
