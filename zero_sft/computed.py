@@ -22,7 +22,7 @@ from zero_sft.conversion.keys import Group
 from zero_sft.distributed import World, agreed
 from zero_sft.draft import Draft
 from zero_sft.plan.partition import whole_range
-from zero_sft.plan.plan import Target, plan_reads
+from zero_sft.plan.plan import Makeup, Target, plan_reads
 from zero_sft.plan.regions import whole
 from zero_sft.report import LoadReport
 from zero_sft.storage import reader
@@ -40,8 +40,8 @@ def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[st
         nonlocal read_bytes
         stored = index.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
-        regions = whole(name, stored.shape, strides=stored.strides)
-        target = Target(name=name, shape=stored.shape, span=whole_range(stored.numel), regions=regions)
+        makeup = Makeup.of(name, stored.shape, whole(name, stored.shape, strides=stored.strides))
+        target = Target(makeup=makeup, span=whole_range(stored.numel))
         read_bytes += reader.fill(plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, stamps=index.stamps)
         return tensor
 

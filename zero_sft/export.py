@@ -33,8 +33,8 @@ from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import ExportError
 from zero_sft.plan.partition import whole_range
-from zero_sft.plan.plan import Target, pieces
-from zero_sft.plan.regions import Regions, whole
+from zero_sft.plan.plan import Makeup, Target, pieces
+from zero_sft.plan.regions import whole
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
 from zero_sft.zero import shards
@@ -162,7 +162,7 @@ class Layout:
 
     files: tuple[FileLayout, ...]
     stored: Mapping[str, StoredTensor]
-    sources: Mapping[str, Regions]
+    sources: Mapping[str, Makeup]
 
 
 def _lay_out(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int) -> Layout:
@@ -178,7 +178,9 @@ def _lay_out(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes:
         reason = f"{type(error).__name__}: {error}"
     logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
     own = _planned(state, max_file_bytes)
-    return dataclasses.replace(own, sources={name: whole(name, tuple(each.shape)) for name, each in state.items()})
+    shapes = {name: tuple(each.shape) for name, each in state.items()}
+    sources = {name: Makeup.of(name, shape, whole(name, shape)) for name, shape in shapes.items()}
+    return dataclasses.replace(own, sources=sources)
 
 
 def _planned(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> Layout:
@@ -195,8 +197,8 @@ def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor
             f"{', '.join([*absent, *sorted(resolution.unexpected)][:3]) or resolution.mismatched[0].name} would not load back"
         )
     written = Counter()
-    for regions in resolution.sources.values():
-        for region in regions:
+    for makeup in resolution.sources.values():
+        for region in makeup.regions:
             written[region.source] += math.prod(region.sizes)
     partial = [name for name, each in stored.items() if written[name] != each.numel]
     return f"{partial[0]} would not be written wholly" if partial else None
@@ -214,9 +216,8 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
             if not is_sharded and not world.is_main:
                 continue
             flat = shards.local_shard(tensor) if is_sharded else tensor.detach().contiguous().reshape(-1)
-            shape = shards.full_shape(tensor)
             span = shards.local_range(tensor) if is_sharded else whole_range(flat.numel())
-            for piece in pieces(Target(name=name, shape=shape, span=span, regions=layout.sources[name])):
+            for piece in pieces(Target(makeup=layout.sources[name], span=span)):
                 place = layout.stored[piece.source]
                 write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
             if is_sharded:

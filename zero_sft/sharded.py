@@ -105,8 +105,7 @@ def _initialise(draft: Draft, request: Request, seed: int) -> set[str]:
 
 
 def _target(draft: Draft, name: str, span: FlatRange) -> Target:
-    shape = tuple(draft.state[name].shape)
-    return Target(name=name, shape=shape, span=span, regions=draft.resolution.sources[name])
+    return Target(makeup=draft.resolution.sources[name], span=span)
 
 
 def plan_rank(draft: Draft, params: Mapping[str, Any]) -> Plan:
@@ -175,8 +174,8 @@ def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:
     report.operations = draft.resolution.operations
     report.mismatched = [(each.name, each.expected, each.got) for each in draft.resolution.mismatched]
     tensors = draft.tensors()
-    for name, regions in sorted(draft.resolution.sources.items()):
-        parts = [draft.resolution.stored[each] for each in {region.source for region in regions}]
+    for name, makeup in sorted(draft.resolution.sources.items()):
+        parts = [draft.resolution.stored[each] for each in {region.source for region in makeup.regions}]
         if any(isinstance(part, ScaledTensor) for part in parts):
             report.dequantised.append(name)
             continue

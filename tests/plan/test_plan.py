@@ -12,7 +12,7 @@ from zero_sft.errors import CheckpointError
 from zero_sft.plan import plan as planning
 from zero_sft.plan import regions
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import Target, plan_reads
+from zero_sft.plan.plan import Makeup, Target, check_cover, plan_reads
 
 
 def stored(name, numel, offset, dtype="BF16"):
@@ -22,7 +22,7 @@ def stored(name, numel, offset, dtype="BF16"):
 
 def target(shape, rank, world_size, parts):
     span = shard_range(math.prod(shape), rank, world_size)
-    return Target(name="t", shape=shape, span=span, regions=tuple(parts))
+    return Target(makeup=Makeup.of("t", shape, tuple(parts)), span=span)
 
 
 def deliver(plan, local, offset_bytes=0, itemsize=2):
@@ -74,7 +74,7 @@ def test_a_transposed_matrix_is_read_row_by_row():
 ])  # fmt: skip
 def test_gaps_and_overruns_are_refused(parts):
     with pytest.raises(CheckpointError):
-        plan_reads([target((10,), 0, 1, parts)], {"s": stored("s", 10, 0)})
+        check_cover(Makeup.of("t", (10,), parts), {"s": stored("s", 10, 0)})
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -112,7 +112,7 @@ def test_over_all_ranks_every_byte_is_read_once(world_size):
     covered = []
     for rank in range(world_size):
         mine = [
-            Target(name=name, shape=shape, span=shard_range(shape[0], rank, world_size), regions=parts)
+            Target(makeup=Makeup.of(name, shape, parts), span=shard_range(shape[0], rank, world_size))
             for name, shape, parts in wanted
         ]
         plan = plan_reads(mine, sources)

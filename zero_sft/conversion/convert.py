@@ -20,6 +20,7 @@ from zero_sft.conversion.keys import Group, match
 from zero_sft.conversion.quantised import Joiner, multiply_by_blocks, reads_raw
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
+from zero_sft.plan.plan import Makeup, check_cover
 from zero_sft.plan.regions import Regions, Shape
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.transformers_internals import internal, loading_info
@@ -37,9 +38,9 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolution:
-    """What a checkpoint gives a model: the regions of each tensor by the model's name, and what does not fit."""
+    """What a checkpoint gives a model: what makes each tensor, by the model's name, and what does not fit."""
 
-    sources: Mapping[str, Regions]
+    sources: Mapping[str, Makeup]
     stored: Mapping[str, StoredTensor]  # what regions name: the checkpoint's tensors, and pairs of them that are multiplied
     computed: Mapping[str, Group]  # tensors that come out of operations on whole tensors
     unexpected: frozenset[str]
@@ -100,7 +101,7 @@ def resolve(
     rules = internal("get_model_conversion_mapping")(model, hf_quantizer=quantizer)
     names = match(model, rules, wanted, stored)
     run_on = _Tracing(whole=Whole(model, wanted), wanted=wanted, stored=stored, joiner=Joiner(stored, quantizer))
-    sources: dict[str, Regions] = {}
+    sources: dict[str, Makeup] = {}
     computed: dict[str, Group] = {}
     unexpected = set(names.unexpected)
     mismatched: list[Mismatch] = []
@@ -115,10 +116,13 @@ def resolve(
             elif parts is None:
                 computed[name] = group
             else:
-                sources[name] = parts
+                sources[name] = Makeup.of(name, shape, parts)
+    known = {**stored, **run_on.joiner.joined}
+    for makeup in sources.values():
+        check_cover(makeup, known)
     return Resolution(
         sources=sources,
-        stored={**stored, **run_on.joiner.joined},
+        stored=known,
         computed=computed,
         unexpected=frozenset(unexpected),
         mismatched=tuple(mismatched),

@@ -1,12 +1,15 @@
 """The plan of one rank: targets × sources → reads.
 
-A target is what a rank must fill (a shard or a whole tensor); its regions say which stored elements make it. The plan cuts
-them to the target's flat range, and cuts what is left into reads, each one range of a file whose elements are copied to
-where they belong. Nothing here reads, allocates or communicates, so any rank of any world can be played without processes.
+A target is what a rank must fill (a shard or a whole tensor); the regions of its `Makeup`, which is the same for all ranks,
+say which stored elements make it. The plan cuts them to the target's flat range, and cuts what is left into reads, each one
+range of a file whose elements are copied to where they belong. Nothing here reads, allocates or communicates, so any rank of
+any world can be played without processes.
 """
 
+import bisect
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from zero_sft.checkpoint.header import StoredTensor
@@ -26,13 +29,51 @@ SCALED_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a rank fills: the flat range `span` of the tensor `name` of that `shape`, which `regions` make up."""
+class Makeup:
+    """The tensor `name` of that `shape` and the regions that make it, in an order in which a flat range finds its own.
+
+    `lows[i]` is the first flat element of region `i`, ascending; `reach[i]` is the last one of all regions up to it.
+    """
 
     name: str
     shape: Shape
-    span: FlatRange
     regions: Regions
+    lows: tuple[int, ...]
+    reach: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, shape: Shape, regions: Regions) -> "Makeup":
+        """Put the regions in order."""
+        strides = row_major(shape)
+        spans = [_flat_span(region, strides) for region in regions]
+        order = sorted(range(len(regions)), key=lambda i: spans[i][0])
+        return cls(
+            name=name,
+            shape=shape,
+            regions=tuple(regions[i] for i in order),
+            lows=tuple(spans[i][0] for i in order),
+            reach=tuple(itertools.accumulate((spans[i][1] for i in order), max)),
+        )
+
+    def within(self, span: FlatRange) -> Iterator[Region]:
+        """The regions that may have elements in a flat range."""
+        first = bisect.bisect_left(self.reach, span.start)
+        last = bisect.bisect_left(self.lows, span.stop)
+        return itertools.islice(self.regions, first, last)
+
+
+def _flat_span(region: Region, strides: Shape) -> tuple[int, int]:
+    """A region's first and last flat element in a tensor of those strides."""
+    low = sum(start * stride for start, stride in zip(region.start, strides, strict=True))
+    return low, low + sum((n - 1) * stride for n, stride in zip(region.sizes, strides, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a rank fills: the flat range `span` of a tensor."""
+
+    makeup: Makeup
+    span: FlatRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,43 +131,40 @@ class Piece:
     target_strides: Shape
 
 
-def plan_reads(targets: Sequence[Target], stored: Mapping[str, StoredTensor]) -> Plan:
-    """Turn what a rank must fill into reads, sorted by file and offset.
-
-    Raises:
-        CheckpointError: regions that leave a gap in a target, or go past the end of their source.
-    """
+def plan_reads(targets: Iterable[Target], stored: Mapping[str, StoredTensor]) -> Plan:
+    """Turn what a rank must fill into reads, sorted by file and offset."""
     reads: list[Read] = []
     for target in targets:
-        check_cover(target, stored)
         for piece in pieces(target):
-            reads += _reads(piece, target.name, stored[piece.source])
+            reads += _reads(piece, target.makeup.name, stored[piece.source])
     return Plan(reads=tuple(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target))))
 
 
-def check_cover(target: Target, stored: Mapping[str, StoredTensor]) -> None:
-    """The regions of a target, which are disjoint, must have as many elements as it: one left out would stay uninitialised."""
-    covered = sum(math.prod(region.sizes) for region in target.regions)
-    if covered != math.prod(target.shape):
-        raise CheckpointError(f"{target.name}: sources give {covered} elements, expected {math.prod(target.shape)}")
-    for region in target.regions:
+def check_cover(makeup: Makeup, stored: Mapping[str, StoredTensor]) -> None:
+    """The regions of a tensor, which are disjoint, must have as many elements as it: one left out would stay uninitialised.
+
+    Raises:
+        CheckpointError: regions that leave a gap, or go past the end of their source.
+    """
+    covered = sum(math.prod(region.sizes) for region in makeup.regions)
+    if covered != math.prod(makeup.shape):
+        raise CheckpointError(f"{makeup.name}: sources give {covered} elements, expected {math.prod(makeup.shape)}")
+    for region in makeup.regions:
         last = region.offset + sum((n - 1) * stride for n, stride in zip(region.sizes, region.strides, strict=True))
         source = stored[region.source]
         held = source.nbytes // source.itemsize
         if last >= held:
-            raise CheckpointError(f"{target.name}: reads element {last} of {source.name} in {source.file}, of {held}")
+            raise CheckpointError(f"{makeup.name}: reads element {last} of {source.name} in {source.file}, of {held}")
 
 
 def pieces(target: Target) -> Iterator[Piece]:
     """The strided copies that fill a target's span."""
-    strides = row_major(target.shape)
-    span = target.span
-    boxes = list(_boxes(target.shape, span.start, span.stop))
-    for region in target.regions:
-        low = sum(start * stride for start, stride in zip(region.start, strides, strict=True))
-        high = low + sum((n - 1) * stride for n, stride in zip(region.sizes, strides, strict=True))
-        if high < span.start or low >= span.stop:
-            continue
+    span, shape = target.span, target.makeup.shape
+    if span.start >= span.stop:
+        return
+    strides = row_major(shape)
+    boxes = list(_boxes(shape, span.start, span.stop))
+    for region in target.makeup.within(span):
         for start, sizes in boxes:
             piece = _intersection(region, start, sizes, strides, span.start)
             if piece is not None:
