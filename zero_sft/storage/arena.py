@@ -42,8 +42,16 @@ def allocate(slots: Sequence[Slot]) -> Mapping[str, torch.Tensor]:
             total += -(-slot.numel // step) * step
         block = _block(total, dtype, device, pinned)
         for slot, start in zip(members, starts, strict=True):
-            tensors[slot.name] = block.narrow(0, start, slot.numel)
+            tensors[slot.name] = _cut(block, start, slot.numel)
     return tensors
+
+
+def _cut(block: torch.Tensor, start: int, numel: int) -> torch.Tensor:
+    """A part of a block that is no view of it: a view keeps its whole base alive, even when its `data` lies elsewhere.
+
+    DeepSpeed moves every shard into memory of its own when an engine starts, by its `data`; the arena is free then.
+    """
+    return torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage(), start, (numel,))
 
 
 def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:
