@@ -81,24 +81,30 @@ def build(request: Request) -> Skeleton:
         raise ConfigError(
             f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones."
         ) from error
-    model = _construct(request, init, torch.device("meta"), internal("meta_device_safe_creation_ops")())
+    model, state = outline(request, init)
+    return Skeleton(model=model, state=state, init=init)
+
+
+def outline(request: Request, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The model on the meta device, constructed inside the contexts `around`, and its whole state dict. Any rank by itself."""
+    model = construct(request, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")())
     internal("patch_output_recorders")(model)
     kept = kept_dtypes(model, request.dtype)
-    whole = {
+    state = {
         name: torch.empty_like(tensor, dtype=kept(name) or tensor.dtype, device="meta")
         for name, tensor in model.state_dict().items()
         if torch.is_tensor(tensor)
     }
-    return Skeleton(model=model, state=whole, init=init)
+    return model, state
 
 
 def buffers(request: Request) -> dict[str, torch.Tensor]:
     """The buffers as the model's constructor computes them, without its parameters. Any rank by itself."""
-    return dict(_construct(request, _hollow_parameters()).named_buffers(remove_duplicate=False))
+    return dict(construct(request, _hollow_parameters()).named_buffers(remove_duplicate=False))
 
 
-def _construct(request: Request, *around: Any) -> PreTrainedModel:
-    """The model, constructed as plain `from_pretrained` does, inside the contexts `around`."""
+def construct(request: Request, *around: Any) -> PreTrainedModel:
+    """The model, constructed as plain `from_pretrained` does, inside the contexts `around`. Any rank by itself."""
     cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
     config = unquantised(copy.deepcopy(config))
     if request.attn_implementation is not None:

@@ -1,0 +1,103 @@
+"""Play every rank of a load: what each would read, in how many requests, and how long a storage would take for it."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from zero_sft.errors import ArgumentError
+from zero_sft.estimate.subject import Subject
+from zero_sft.plan.partition import shard_range
+from zero_sft.plan.plan import Target, plan_reads
+
+THREADS = 4
+"""Requests of one rank that are under way at a time: the reading threads of a load with its default buffers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankLoad:
+    """The reads of one rank: bytes, requests, the largest and the median request in bytes."""
+
+    nbytes: int
+    requests: int
+    largest_bytes: int
+    median_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """A kind of storage: GB/s (10^9 bytes) that one node gets, GB/s of the whole (0: no limit), milliseconds a request."""
+
+    node_gb_s: float = field(metadata={"least": 1e-6})
+    cluster_gb_s: float = field(default=0.0, metadata={"least": 0.0})
+    request_ms: float = field(default=0.0, metadata={"least": 0.0})
+
+
+STORAGES = {
+    "memory": Storage(node_gb_s=20.0, request_ms=0.01),
+    "nvme": Storage(node_gb_s=6.0, request_ms=0.1),
+    "lustre": Storage(node_gb_s=5.0, cluster_gb_s=100.0, request_ms=1.0),
+    "nfs": Storage(node_gb_s=1.0, cluster_gb_s=2.5, request_ms=1.5),
+}
+"""Round figures for: the page cache, a local disk with the checkpoint on it, a parallel file system, one file server."""
+
+
+def storage(text: str) -> Storage:
+    """A named storage, or one with figures of its own: "nvme", "lustre,cluster_gb_s=40", "node_gb_s=3,request_ms=2".
+
+    Raises:
+        ArgumentError: an unknown name or key, or a figure that is none.
+    """
+    name, *rest = [each.strip() for each in text.split(",")]
+    if "=" in name:
+        name, rest = "nvme", [name, *rest]
+    if name not in STORAGES:
+        raise ArgumentError(f"unknown storage {name!r}; known: {', '.join(STORAGES)}")
+    least = {each.name: each.metadata["least"] for each in fields(Storage)}
+    changes = {}
+    for each in rest:
+        key, _, value = each.partition("=")
+        try:
+            changes[key] = float(value)
+            good = changes[key] >= least[key]
+        except (ValueError, KeyError):
+            good = False
+        if not good:
+            raise ArgumentError(f"storage {each!r}: expected one of {', '.join(least)} and a figure, as in node_gb_s=3")
+    return replace(STORAGES[name], **changes)
+
+
+def play(of: Subject, world_size: int, ranks: Sequence[int] | None = None) -> list[RankLoad]:
+    """Plan the load of every rank (or of those given) of a world, with the planner that a load uses.
+
+    Raises:
+        CheckpointError: a checkpoint that does not fill the model.
+    """
+    parameters = of.parameters
+    wanted = [(makeup, parameters[name].numel()) for name, makeup in of.resolution.sources.items() if name in parameters]
+    result = []
+    for rank in range(world_size) if ranks is None else ranks:
+        targets = (Target(makeup=makeup, span=shard_range(numel, rank, world_size)) for makeup, numel in wanted)
+        sizes = [read.nbytes_in_all for read in plan_reads(targets, of.resolution.stored).reads]
+        result.append(
+            RankLoad(
+                nbytes=sum(sizes),
+                requests=len(sizes),
+                largest_bytes=max(sizes, default=0),
+                median_bytes=int(statistics.median(sizes)) if sizes else 0,
+            )
+        )
+    return result
+
+
+def seconds(loads: Sequence[RankLoad], ranks_per_node: int, at: Storage) -> float:
+    """How long the reads take: the bandwidth of the fullest node or of the whole storage, or the requests of one rank.
+
+    Whatever is slowest hides the others, since requests overlap with one another. Worked example: 8 ranks of 2 GB on a node
+    of 4 GB/s take 4 s; if each makes 40,000 requests of 1 ms, 4 at a time, 10 s.
+    """
+    firsts = range(0, len(loads), ranks_per_node)
+    nodes = [sum(each.nbytes for each in loads[first : first + ranks_per_node]) for first in firsts]
+    of_node = max(nodes) / at.node_gb_s / 1e9
+    of_cluster = sum(nodes) / at.cluster_gb_s / 1e9 if at.cluster_gb_s else 0.0
+    of_requests = max(each.requests for each in loads) * at.request_ms / 1e3 / THREADS
+    return max(of_node, of_cluster, of_requests)

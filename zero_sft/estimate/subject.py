@@ -1,0 +1,188 @@
+"""What is estimated: a model on the meta device, and the headers of its checkpoint, read or derived.
+
+Headers are read from a local folder, or, for a hub id, fetched file by file without the data. Where there is only a config,
+they are derived: the names and shapes that plain `save_pretrained` would write, in the dtypes that the config says.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from zero_sft import skeleton
+from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.checkpoint.index import open_index
+from zero_sft.checkpoint.layout import lay_out
+from zero_sft.config import load_config
+from zero_sft.conversion.convert import Resolution, original_format, resolve
+from zero_sft.conversion.quantised import quantizer_for
+from zero_sft.errors import CheckpointError, ConfigError
+from zero_sft.hub import CONFIG, HubOptions, resolve_folder_alone
+from zero_sft.request import Checks, Request
+from zero_sft.storage import torch_zip
+from zero_sft.storage.dtypes import STORED_DTYPES
+
+SHIPPED = Path(__file__).parent / "models"
+"""Configs of published models, by name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model, what its checkpoint gives it, and where the headers came from ("read", "fetched" or "derived")."""
+
+    name: str
+    config: PreTrainedConfig
+    request: Request
+    model: PreTrainedModel
+    state: Mapping[str, torch.Tensor]
+    resolution: Resolution
+    files: int
+    tensors: int
+    headers: str
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The model's parameters by name, on meta, a shared one once."""
+        return dict(self.model.named_parameters())
+
+    @property
+    def numel(self) -> int:
+        """Parameters of the model."""
+        return sum(each.numel() for each in self.parameters.values())
+
+
+def shipped_names() -> list[str]:
+    """Names of the configs that ship with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementation: str | None = None) -> Subject:
+    """Find a model by a shipped name, the path of a folder or of a config.json, or a hub id.
+
+    Raises:
+        ConfigError: no such model, or a config that can't be used.
+        CheckpointError: damaged headers, or a checkpoint of another model.
+    """
+    folder, config, only_config = _config(name, options)
+    wanted = str(getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+    found = getattr(torch, wanted.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype must be 'auto' or a torch dtype's name, got {dtype!r}")
+    request = Request(
+        folder=folder, config=config, ds_config={}, dtype=found, model_class=None, attn_implementation=attn_implementation,
+        trust_remote_code=options.trust_remote_code, variant=options.variant, buffer_mib=64, checks=Checks(),
+    )  # fmt: skip
+    quantizer = quantizer_for(config, name)
+    model, state = skeleton.outline(request)
+    if only_config:
+        headers, stored = "derived", derive(model, state, config)
+    elif folder.is_dir() and not _is_hub_id(name):
+        headers, stored = "read", open_index(folder, torch_zip.read_header, options.variant).tensors
+    else:
+        headers, stored = "fetched", _fetched(name, options)
+    return Subject(
+        name=name,
+        config=config,
+        request=request,
+        model=model,
+        state=state,
+        resolution=resolve(model, state, stored, quantizer),
+        files=len({each.file for each in stored.values()}),
+        tensors=len(stored),
+        headers=headers,
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return not Path(name).expanduser().exists()
+
+
+def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, bool]:
+    """The folder (of the config), the config, and whether that is all there is."""
+    path = Path(name).expanduser()
+    if name in shipped_names():
+        path = SHIPPED / f"{name}.json"
+    if path.is_file():
+        return path.parent, _from_file(path), True
+    if path.is_dir():
+        weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
+        return path, load_config(path, options), not weights
+    try:
+        folder = resolve_folder_alone(name, options, CONFIG)
+    except CheckpointError as error:
+        raise ConfigError(f"{error}\nModels that ship as configs: {', '.join(shipped_names())}.") from error
+    return folder, load_config(folder, options), False
+
+
+def _from_file(path: Path) -> PreTrainedConfig:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return AutoConfig.for_model(raw.pop("model_type"), **raw)
+    except Exception as error:  # each model type has exceptions of its own
+        raise ConfigError(f"{path} is no usable model config: {error!r}. Name a model's config.json.") from error
+
+
+def _fetched(repo: str, options: HubOptions) -> dict[str, StoredTensor]:
+    """The headers of a hub's safetensors files, some requests of a few KiB each."""
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        found = get_safetensors_metadata(repo, revision=options.revision, token=options.token)
+    except Exception as error:  # the hub's own, and those of its transport
+        raise CheckpointError(f"the headers of {repo} can't be fetched: {error}") from error
+    return {
+        name: StoredTensor(
+            name=name, file=file, dtype=each.dtype, shape=tuple(each.shape), offset_bytes=each.data_offsets[0],
+            nbytes=each.data_offsets[1] - each.data_offsets[0],
+        )
+        for file, metadata in found.files_metadata.items() for name, each in metadata.tensors.items()
+    }  # fmt: skip
+
+
+def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """The headers that a published checkpoint of this config has, up to the order of its tensors.
+
+    Where the config says 8-bit floats with blocks of scales, matrices of linear layers and experts are stored so, as in
+    DeepSeek-V3's checkpoint; its predictor of further tokens, which training leaves unread, is not derived.
+    """
+    published = original_format(model, _saved(model, state))
+    block = _fp8_block(config)
+    rows: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, tensor in published.items():
+        shape = tuple(tensor.shape)
+        if block is not None and _is_quantised(model, state, name, tensor):
+            rows.append((name, "F8_E4M3", shape))
+            rows.append((f"{name}_scale_inv", "F32", (-(-shape[0] // block[0]), -(-shape[1] // block[1]))))
+        else:
+            rows.append((name, STORED_DTYPES[tensor.dtype], shape))
+    return {place.name: place for file in lay_out(rows) for place in file.tensors}
+
+
+def _saved(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a save writes: a tied tensor once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def _fp8_block(config: PreTrainedConfig) -> tuple[int, int] | None:
+    settings: Any = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("quant_method") != "fp8" or not settings.get("weight_block_size"):
+        return None
+    rows, columns = settings["weight_block_size"]
+    return int(rows), int(columns)
+
+
+def _is_quantised(model: PreTrainedModel, state: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor) -> bool:
+    """True for matrices of linear layers, and for those that the model merges (experts), but not for the head."""
+    if tensor.dim() != 2 or not name.endswith(".weight"):
+        return False
+    if name not in state:
+        return True
+    module = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
