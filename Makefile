@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-arch lint format bench clean
+.PHONY: help setup demo test test-all test-arch lint format bench scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -48,6 +48,9 @@ format: setup ## put the code into the project's format
 
 bench: setup ## load time, traffic and memory beside the bare read and transformers' own loader
 	$(BIN)/python -m benchmarks.load --write docs/benchmarks.md
+
+scaling: setup ## what published models need on 8 to 1,024 GPUs; writes docs/scaling.md
+	$(BIN)/python -m zero_sft.estimate --model shipped --world_size 8 64 256 1024 --markdown docs/scaling.md
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

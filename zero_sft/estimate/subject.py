@@ -22,13 +22,11 @@ from zero_sft.config import load_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.conversion.quantised import quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
+from zero_sft.estimate.storages import MODELS, shipped_models
 from zero_sft.hub import CONFIG, HubOptions, resolve_folder_alone
 from zero_sft.request import Checks, Request
 from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
-
-SHIPPED = Path(__file__).parent / "models"
-"""Configs of published models, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +52,6 @@ class Subject:
     def numel(self) -> int:
         """Parameters of the model."""
         return sum(each.numel() for each in self.parameters.values())
-
-
-def shipped_names() -> list[str]:
-    """Names of the configs that ship with the package."""
-    return sorted(path.stem for path in SHIPPED.glob("*.json"))
 
 
 def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementation: str | None = None) -> Subject:
@@ -105,8 +98,8 @@ def _is_hub_id(name: str) -> bool:
 def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, bool]:
     """The folder (of the config), the config, and whether that is all there is."""
     path = Path(name).expanduser()
-    if name in shipped_names():
-        path = SHIPPED / f"{name}.json"
+    if name in shipped_models():
+        path = MODELS / f"{name}.json"
     if path.is_file():
         return path.parent, _from_file(path), True
     if path.is_dir():
@@ -115,7 +108,7 @@ def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, boo
     try:
         folder = resolve_folder_alone(name, options, CONFIG)
     except CheckpointError as error:
-        raise ConfigError(f"{error}\nModels that ship as configs: {', '.join(shipped_names())}.") from error
+        raise ConfigError(f"{error}\nModels that ship as configs: {', '.join(shipped_models())}.") from error
     return folder, load_config(folder, options), False
 
 

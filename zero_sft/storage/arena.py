@@ -51,7 +51,7 @@ def _cut(block: torch.Tensor, start: int, numel: int) -> torch.Tensor:
 
     DeepSpeed moves every shard into memory of its own when an engine starts, by its `data`; the arena is free then.
     """
-    return torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage(), start, (numel,))
+    return torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage(), start, (numel,), (1,))
 
 
 def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:

@@ -1,0 +1,164 @@
+"""The memory of training: beside a measured run, beside DeepSpeed's own estimator, and activations beside real ones."""
+
+import ctypes
+import os
+
+import pytest
+import torch
+
+from tests import models
+from zero_sft.errors import ConfigError
+from zero_sft.estimate.activations import LiveMemory, peak_bytes
+from zero_sft.estimate.run import Run, Trainer
+from zero_sft.estimate.subject import subject
+from zero_sft.estimate.training import Sizes, training_memory, zero_settings
+from zero_sft.hub import HubOptions
+
+WIDTH = 768
+BUCKETS = {
+    "by the model's width": {
+        "reduce_bucket_size": WIDTH * WIDTH, "stage3_prefetch_bucket_size": WIDTH * WIDTH,
+        "stage3_param_persistence_threshold": 10 * WIDTH,
+    },
+    "DeepSpeed's own": {},
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """94 M parameters, large enough that what the libraries themselves need is small beside them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=12, num_key_value_heads=12,
+        vocab_size=16000, max_position_embeddings=512, dtype="bfloat16",
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def measured(folder, zero, batch_size, length, checkpointing):
+    """The most memory of this rank over what it had before the load, in two steps of training."""
+    import deepspeed
+
+    from benchmarks import probes
+    from zero_sft import load_model
+
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the kernel, so that it can be seen
+    libc.mallopt(-1, 2**17)  # M_TRIM_THRESHOLD
+    ds = {
+        "zero_optimization": {"stage": 3, **zero}, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": batch_size,
+    }  # fmt: skip
+    with probes.PeakMemory() as peak:
+        model = load_model(str(folder), ds_config=ds)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
+        tokens = torch.arange(batch_size * length).view(batch_size, length)
+        for _ in range(2):
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+    engine.destroy()
+    return peak.growth
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(
+    ("buckets", "batch_size", "length", "checkpointing"),
+    [
+        ("by the model's width", 1, 64, False),
+        ("by the model's width", 2, 256, True),
+        ("by the model's width", 4, 256, False),
+        ("DeepSpeed's own", 2, 256, False),
+    ],
+)
+def test_within_a_tenth_of_a_measured_run(folder, buckets, batch_size, length, checkpointing):
+    of = subject(str(folder), HubOptions())
+    sizes = Sizes(
+        numels=[each.numel() for each in of.parameters.values()],
+        itemsize=2,
+        activation_bytes=peak_bytes(of.request, batch_size=batch_size, length=length, checkpointing=checkpointing),
+    )
+    zero = zero_settings({"zero_optimization": {"stage": 3, **BUCKETS[buckets]}}, WIDTH)
+    estimated = training_memory(sizes, zero, 2, on_cpu=True).device_peak
+    found = measured(folder, BUCKETS[buckets], batch_size, length, checkpointing)
+    assert abs(estimated / found - 1) < 0.1, (os.environ["RANK"], estimated / 2**20, found / 2**20)
+
+
+def test_activations_on_fakes_are_those_of_real_tensors(folder):
+    from transformers import AutoModelForCausalLM
+
+    of = subject(str(folder), HubOptions())
+    faked = peak_bytes(of.request, batch_size=2, length=128, checkpointing=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
+    model.config.use_cache = False
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
+    live = LiveMemory()
+    for tensor in (*model.parameters(), *model.buffers()):
+        live.leave_out(tensor)
+    tokens = torch.arange(256).view(2, 128)
+    with live:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    assert abs(faked / live.peak - 1) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_checkpointing_saves_and_batches_add_up(tmp_path, kind):
+    request = subject(str(models.save_tiny(kind, tmp_path / kind)), HubOptions()).request
+    one, two = (peak_bytes(request, batch_size=n, length=64, checkpointing=False) for n in (1, 2))
+    assert one < two <= 2 * one
+    assert peak_bytes(request, batch_size=2, length=64, checkpointing=True) < two
+
+
+def test_states_as_deepspeed_counts_them():
+    """DeepSpeed's estimator: 18 bytes a parameter over all GPUs, 2 of them a spare copy, beside 4 of the largest layer."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+
+    numels = [10_000_000] * 64
+    _, theirs, largest = estimate_zero3_model_states_mem_needs(
+        sum(numels), max(numels), num_gpus_per_node=8, num_nodes=1, cpu_offload=False, cpu_offload_params=False, zero_init=True
+    )
+    sizes = Sizes(numels=numels, itemsize=2, activation_bytes=0)
+    zero = zero_settings({"zero_optimization": {"stage": 3}}, 4096)
+    ours = training_memory(sizes, zero, 8).device
+    states = sum(ours[key] for key in ("parameters", "gradients", "optimizer"))
+    assert states == 16 * sum(numels) // 8
+    assert theirs - largest == 18 * sum(numels) // 8
+
+
+def test_offloaded_states_are_the_hosts():
+    sizes = Sizes(numels=[10**9], itemsize=2, activation_bytes=0)
+    section = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    memory = training_memory(sizes, zero_settings({"zero_optimization": section}, 4096), 8)
+    assert set(memory.device) == {"reduction bucket"}
+    assert memory.host_peak == (2 + 2 + 12 + 4) * 10**9 // 8
+
+
+def run(**changes):
+    base = {
+        "world_size": 8, "ranks_per_node": 8, "ds_config": "zero3", "batch_size": 4, "length": 512, "checkpointing": False,
+        "packing": False, "device_bytes": 80 * 2**30, "host_bytes": 2**40,
+    }  # fmt: skip
+    return Run(**{**base, **changes})
+
+
+def test_remedies_make_it_fit(folder):
+    trainer = Trainer(subject(str(folder), HubOptions()))
+    roomy = trainer.needs(run())
+    assert roomy.fits
+    assert next(trainer.remedies(run(device_bytes=roomy.device - 2**26))).startswith("--gradient_checkpointing True")
+    assert list(trainer.remedies(run(device_bytes=2**20))) == []  # not even the runtime fits
+    assert trainer.activation_bytes(run(packing=True)) > trainer.activation_bytes(run())
+
+
+def test_a_config_that_is_not_zero3():
+    trainer = Trainer(subject("Llama-3.1-8B", HubOptions()))
+    with pytest.raises(ConfigError, match="not a ZeRO stage 3"):
+        trainer.needs(run(ds_config={"zero_optimization": {"stage": 2}}))

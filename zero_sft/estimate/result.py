@@ -1,0 +1,179 @@
+"""One model in one world, estimated: as text, as numbers, and several of them as a Markdown document."""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from zero_sft.estimate.loading import RankLoad, play, seconds
+from zero_sft.estimate.run import INTERPRETER_BYTES, RUNTIME_BYTES, Needs, Run, Trainer
+from zero_sft.estimate.storages import storage
+from zero_sft.estimate.subject import Subject, subject
+from zero_sft.hub import HubOptions
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One model in one world."""
+
+    of: Subject
+    run: Run
+    loads: Sequence[RankLoad]
+    load_seconds: Mapping[str, float]
+    needs: Needs
+    other_activations: int
+    remedies: Sequence[str]
+    planned_in: float
+
+    @property
+    def device(self) -> dict[str, int]:
+        """What is on a device at the worst moment, in bytes."""
+        memory = self.needs.memory
+        return {**memory.device, **memory.phases[memory.longest_phase], "driver, NCCL, kernels": RUNTIME_BYTES}
+
+    @property
+    def verdict(self) -> str:
+        """One line for a person."""
+        if self.needs.fits:
+            return "fits"
+        return "does not fit: try " + (", or ".join(self.remedies) or "a smaller model: none of the shipped configs is enough")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, in bytes and seconds."""
+        run = dataclasses.asdict(self.run)
+        return {
+            "model": self.of.name, "parameters": self.of.numel, "headers": self.of.headers, **run,
+            "ranks": [dataclasses.asdict(each) for each in self.loads], "load_seconds": dict(self.load_seconds),
+            "device": self.device, "host": dict(self.needs.memory.host), "device_peak": self.needs.device,
+            "node_host_peak": self.needs.host, "fits": self.needs.fits, "remedies": list(self.remedies),
+        }  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """The result as text."""
+        of, run, loads = self.of, self.run, self.loads
+        stored = sum(each.nbytes for each in loads)
+        yield (
+            f"{of.name}: {of.numel / 1e9:,.1f} B parameters, {of.tensors:,} tensors in {of.files:,} "
+            f"file{'s' * (of.files > 1)} (headers {of.headers}), {stored / 1e9:,.1f} GB to be read"
+        )
+        yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} a node"
+        yield ""
+        yield f"  load, each rank {'least':>26}{'median':>12}{'most':>12}"
+        for title, values, unit in (
+            ("GB read", [each.nbytes for each in loads], 1e9),
+            ("read requests", [each.requests for each in loads], 1),
+            ("MiB, largest request", [each.largest_bytes for each in loads], 2**20),
+            ("MiB, median request", [each.median_bytes for each in loads], 2**20),
+        ):
+            digits = 0 if unit == 1 else 2
+            numbers = (min(values), statistics.median(values), max(values))
+            yield f"    {title:26}" + "".join(f"{each / unit:12,.{digits}f}" for each in numbers)
+        for name, value in self.load_seconds.items():
+            yield f"    {'seconds, ' + name:26}{value:36,.1f}"
+        yield f"    planned for all ranks in {self.planned_in:.1f} s"
+        yield ""
+        checkpointing = "with" if run.checkpointing else "without"
+        yield (
+            f"  training with {run.ds_config}, {run.batch_size} x {run.length} tokens a GPU{', packed' * run.packing}, "
+            f"{checkpointing} checkpointing: GiB of one GPU at its worst ({self.needs.memory.longest_phase})"
+        )
+        for name, value in self.device.items():
+            yield f"    {name:26}{value / GIB:36,.2f}"
+        yield f"    {'in all':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
+        without = "without" if run.checkpointing else "with"
+        yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {without} checkpointing"
+        yield f"  GiB of one node's host: {self.needs.host / GIB:,.1f} of {run.host_bytes / GIB:,.0f}"
+        for name, value in {**self.needs.memory.host, "interpreter and libraries": INTERPRETER_BYTES}.items():
+            yield f"    {name + ', each rank':36}{value / GIB:26,.2f}"
+        yield f"  {self.verdict}"
+
+
+def estimate(name: str, options: argparse.Namespace) -> Iterator[Result]:
+    """Estimate one model in every world that was asked for.
+
+    Raises:
+        ZeroSftError: whatever is wrong with the model, the configs or the arguments.
+    """
+    hub = HubOptions(
+        trust_remote_code=options.trust_remote_code == "True", revision=options.revision, cache_dir=options.cache_dir,
+        variant=options.variant,
+    )  # fmt: skip
+    at = storage(options.storage)
+    of = subject(name, hub, options.dtype)
+    trainer = Trainer(of)
+    for world_size in options.world_size:
+        run = Run(
+            world_size=world_size,
+            ranks_per_node=min(options.ranks_per_node, world_size),
+            ds_config=options.ds_config,
+            batch_size=options.per_device_train_batch_size,
+            length=options.model_max_length,
+            checkpointing=options.gradient_checkpointing == "True",
+            packing=options.packing == "True",
+            device_bytes=int(options.gpu_memory_gib * GIB),
+            host_bytes=int(options.host_memory_gib * GIB),
+        )
+        started = time.perf_counter()
+        loads = play(of, world_size)
+        planned_in = time.perf_counter() - started
+        needed = trainer.needs(run)
+        yield Result(
+            of=of,
+            run=run,
+            loads=loads,
+            load_seconds={options.storage: seconds(loads, run.ranks_per_node, at)},
+            needs=needed,
+            other_activations=trainer.activation_bytes(dataclasses.replace(run, checkpointing=not run.checkpointing)),
+            remedies=[] if needed.fits else list(trainer.remedies(run)),
+            planned_in=planned_in,
+        )
+
+
+def document(results: Sequence[Result], options: argparse.Namespace) -> str:
+    """The results as a Markdown document: one table of loads, one of memory."""
+    at = storage(options.storage)
+    in_all = f" and {at.cluster_gb_s:g} GB/s in all" if at.cluster_gb_s else ""
+    headers = " or ".join(sorted({each.of.headers for each in results}))
+    command = "python -m zero_sft.estimate " + " ".join(
+        f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in vars(options).items()
+        if value not in (None, False) and key not in ("json", "plot")
+    )
+    lines = [
+        "# What loads and trainings need", "", "Written by", "", f"    {command}", "",
+        f"The planner of the load, played for every rank on headers that were {headers}. Seconds are for a storage that gives "
+        f"{at.node_gb_s:g} GB/s to a node{in_all}, and takes {at.request_ms:g} ms a request.",
+        "", "## Loading", "",
+        "| model | GPUs | GB a rank | requests a rank, median (most) | KiB, median request | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for each in results:
+        requests = [load.requests for load in each.loads]
+        lines.append(
+            f"| {each.of.name} ({each.of.numel / 1e9:,.0f} B) | {each.run.world_size:,} "
+            f"| {max(load.nbytes for load in each.loads) / 1e9:,.2f} | {statistics.median(requests):,.0f} ({max(requests):,}) "
+            f"| {statistics.median(load.median_bytes for load in each.loads) / 1024:,.0f} "
+            f"| {max(each.load_seconds.values()):,.1f} |"
+        )
+    run = results[0].run
+    lines += [
+        "", "## Training", "",
+        f"{run.batch_size} x {run.length:,} tokens a GPU, {'with' if run.checkpointing else 'without'} checkpointing, "
+        f"{run.ds_config}; GPUs of {run.device_bytes / GIB:,.0f} GiB, hosts of {run.host_bytes / GIB:,.0f} GiB, "
+        f"{options.ranks_per_node} GPUs a node. GiB of one GPU.", "",
+        "| model | GPUs | states | activations | other | in all | |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]  # fmt: skip
+    for each in results:
+        device = each.device
+        states = sum(device.get(key, 0) for key in ("parameters", "gradients", "optimizer"))
+        activations = device.get("activations", 0)
+        rest = each.needs.device - states - activations
+        lines.append(
+            f"| {each.of.name} | {each.run.world_size:,} | {states / GIB:,.1f} | {activations / GIB:,.1f} | {rest / GIB:,.1f} "
+            f"| {each.needs.device / GIB:,.1f} | {each.verdict} |"
+        )
+    return "\n".join([*lines, ""])
