@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +18,23 @@ def _status() -> dict[str, int]:
     return {key.rstrip(":"): int(value) * 1024 for key, value, *_ in fields}
 
 
-def bytes_read() -> int:
-    """Bytes this process has read so far: by read calls (`rchar`), and by touching mapped files (`RssFile`)."""
-    rchar = int(Path("/proc/self/io").read_text().split()[1])
-    return rchar + _status()["RssFile"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """Bytes that this process has asked read calls for, and the number of these calls."""
+
+    nbytes: int
+    calls: int
+
+
+def reads() -> Reads:
+    """By read calls alone; what a mapping of a file brings in shows as `RssFile`."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return Reads(nbytes=int(fields["rchar"]), calls=int(fields["syscr"]))
+
+
+def file_memory() -> int:
+    """RssFile: mapped files' pages that this process has touched, in bytes."""
+    return _status()["RssFile"]
 
 
 def private_memory() -> int:
@@ -46,10 +60,10 @@ def loopback_up() -> None:
 
 
 class PeakMemory:
-    """Samples `private_memory` every few milliseconds while it is open; `growth` is the peak over the start."""
+    """Samples memory every few milliseconds while it is open; growths are peaks over the start, in bytes."""
 
     def __enter__(self) -> "PeakMemory":
-        self._start = self._peak = private_memory()
+        self._start = self._peak = (private_memory(), file_memory())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -58,16 +72,24 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._peak = max(self._peak, private_memory())
+        self._take()
 
     def _sample(self) -> None:
         while not self._stop.wait(0.005):
-            self._peak = max(self._peak, private_memory())
+            self._take()
+
+    def _take(self) -> None:
+        self._peak = (max(self._peak[0], private_memory()), max(self._peak[1], file_memory()))
 
     @property
     def growth(self) -> int:
-        """Bytes over the start."""
-        return self._peak - self._start
+        """Of private and shared memory."""
+        return self._peak[0] - self._start[0]
+
+    @property
+    def file_growth(self) -> int:
+        """Of mapped files."""
+        return self._peak[1] - self._start[1]
 
 
 def machine() -> str:

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 """How long ranks wait at the end of a stage for the slowest one before the error names it."""
 
+_SHORT_BYTES = 256
+"""What the first round of an exchange carries of each rank: 8 bytes of length, and the payload where it fits."""
+
 DOWNLOAD_TIMEOUT = datetime.timedelta(hours=24)
 """How long ranks wait for a download by another rank."""
 
@@ -165,16 +168,27 @@ def exchange_bytes(world: World, payload: bytes) -> list[bytes]:
     """Give every rank every rank's `payload`, in rank order. Every rank; communicates."""
     if world.world_size == 1:
         return [payload]
-    size = torch.tensor([len(payload)], dtype=torch.int64)
-    sizes = [torch.zeros_like(size) for _ in range(world.world_size)]
-    dist.all_gather(sizes, size, group=_Control.group)
-    longest = max(1, max(int(each) for each in sizes))
+    # A short payload travels with its length: one round of messages instead of two.
+    first = torch.zeros(_SHORT_BYTES, dtype=torch.uint8)
+    first[:8] = torch.frombuffer(bytearray(len(payload).to_bytes(8, "little")), dtype=torch.uint8)
+    if 0 < len(payload) <= _SHORT_BYTES - 8:
+        first[8 : 8 + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    heads = _gathered(first, world)
+    sizes = [int.from_bytes(head[:8].numpy().tobytes(), "little") for head in heads]
+    longest = max(sizes)
+    if longest <= _SHORT_BYTES - 8:
+        return [head[8 : 8 + size].numpy().tobytes() for head, size in zip(heads, sizes, strict=True)]
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
-    received = [torch.empty_like(padded) for _ in range(world.world_size)]
-    dist.all_gather(received, padded, group=_Control.group)
-    _Control.bytes_sent += (longest + 8) * (world.world_size - 1)
-    return [each[: int(n)].numpy().tobytes() for each, n in zip(received, sizes, strict=True)]
+    return [each[:size].numpy().tobytes() for each, size in zip(_gathered(padded, world), sizes, strict=True)]
+
+
+def _gathered(mine: torch.Tensor, world: World) -> list[torch.Tensor]:
+    """Every rank's tensor of the same size, in rank order. Every rank; communicates."""
+    received = [torch.empty_like(mine) for _ in range(world.world_size)]
+    dist.all_gather(received, mine, group=_Control.group)
+    _Control.bytes_sent += mine.numel() * (world.world_size - 1)
+    return received
 
 
 def broadcast_bytes(world: World, payload: bytes | None) -> bytes:

@@ -1,0 +1,103 @@
+"""The benchmark's results as Markdown and as a picture."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import probes
+from benchmarks.ways import OURS, ROOFLINES, STOCK
+
+ROOFLINE = "bare read"
+
+
+def document(cases: Sequence[Mapping[str, Any]], pairs: int, picture: str | None) -> str:
+    """A Markdown document: a table a case."""
+    lines = ["# Benchmarks", "", f"Made by `make bench`: {pairs} rounds, every way one turn in each. {probes.machine()}.", ""]
+    if picture:
+        lines += [f"![seconds of the slowest rank, by way]({picture})", ""]
+    lines += [
+        "Seconds are the slowest rank's; ratios are medians over rounds. The bare read reads the same bytes with `preadv` into "
+        "fresh memory and does nothing else; of plain, huge and populated pages with one and two threads, the one with the "
+        "least median is shown. Free memory is touched before each turn, so that none pays for what a hypervisor has taken "
+        "back. Memory is a rank's growth over what the interpreter had: private and shared, and mapped files. Spread is how "
+        "much earlier than the slowest rank the fastest was ready.",
+        "",
+    ]
+    for case in cases:
+        lines += [f"## {case['title']}, {case['nbytes'] / 2**20:,.0f} MiB", "", *_table(case), ""]
+    return "\n".join(lines)
+
+
+def with_one_roofline(case: Mapping[str, Any]) -> dict[str, list[dict]]:
+    """The runs by way, of the bare reads the fastest only, under the name `ROOFLINE` and first."""
+    runs = case["runs"]
+    best = min(ROOFLINES, key=lambda way: _median(runs[way], "seconds"))
+    return {f"{ROOFLINE} ({best.partition(', ')[2]})": runs[best]} | {
+        way: results for way, results in runs.items() if way not in ROOFLINES
+    }
+
+
+def _median(results: Sequence[Mapping[str, Any]], key: str) -> float:
+    return statistics.median(result[key] for result in results)
+
+
+def _ratio(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> float:
+    """The median of the ratios within rounds."""
+    return statistics.median(one["seconds"] / other["seconds"] for one, other in zip(ones, others, strict=True))
+
+
+def _table(case: Mapping[str, Any]) -> list[str]:
+    runs = with_one_roofline(case)
+    bare, ours = next(iter(runs.values())), runs[OURS]
+    share = case["nbytes"] / case["ranks"]
+    rows = [
+        "| way | seconds: median (least to most) | x bare read | x zero_sft | MiB private | MiB mapped "
+        "| of its share read by calls | read calls | MiB through loopback | spread |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for way, results in runs.items():
+        seconds = [result["seconds"] for result in results]
+        of = {key: _median(results, key) for key in ("memory", "file_memory", "read", "requests", "loopback", "spread")}
+        rows.append(
+            f"| {way} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
+            f"| {_ratio(results, bare):.2f} | {_ratio(results, ours):.2f} | {of['memory'] / 2**20:,.0f} "
+            f"| {of['file_memory'] / 2**20:,.0f} | {of['read'] / share:.3f} | {of['requests']:,.0f} "
+            f"| {of['loopback'] / 2**20:,.2f} | {of['spread']:.0%} |"
+        )
+    stages = {name: statistics.median(result["stages"][name] for result in ours) for name in ours[0]["stages"]}
+    rows += ["", "Of the load, in seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in stages.items()) + "."]
+    if case["starts"]:
+        mine, theirs = case["starts"][OURS], case["starts"][STOCK]
+        ratio = statistics.median(one / other for one, other in zip(mine, theirs, strict=True))
+        rows.append(
+            f"From process start to loaded model: {statistics.median(mine):.2f} s, with transformers alone "
+            f"{statistics.median(theirs):.2f} s: {ratio:.2f} times that."
+        )
+    return rows
+
+
+def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of the medians, with least and most, a row a case; seconds on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(len(cases), 1, figsize=(9, 0.6 + 2.4 * len(cases)), dpi=110, squeeze=False)
+    for axes, case in zip(rows[:, 0], cases, strict=True):
+        runs = with_one_roofline(case)
+        for position, results in enumerate(runs.values()):
+            seconds = [result["seconds"] for result in results]
+            middle = statistics.median(seconds)
+            errors = [[middle - min(seconds)], [max(seconds) - middle]]
+            colour = "tab:green" if list(runs)[position] == OURS else "tab:gray"
+            axes.barh([position], [middle], xerr=errors, color=colour, height=0.7)
+            axes.annotate(f" {middle:.2f} s", (max(seconds), position), va="center", fontsize="small")
+        axes.set_yticks(range(len(runs)), list(runs), fontsize="small")
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_title(case["title"], fontsize="medium")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

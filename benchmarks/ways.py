@@ -1,0 +1,164 @@
+"""One rank of one run: load in one way, and write down what that took.
+
+The roofline is the bare read: this rank's share of the files' bytes into fresh anonymous memory, nothing else, with each
+kind of pages and one or two threads.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkpoints import weight_files
+
+ROOFLINES = {f"bare read, {pages} pages, {n} thread{'s' * (n > 1)}": (pages, n)
+             for pages in ("plain", "huge", "populated") for n in (1, 2)}  # fmt: skip
+OURS, STOCK = "zero_sft", "transformers"
+DS_CONFIG = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+
+_READ_BYTES = 32 * 2**20
+
+
+def rank_main(way: str, folder: Path, out: Path) -> None:
+    """Every rank: load in that way between two barriers; writes `<rank>.json` into `out`."""
+    import torch.distributed as dist
+
+    from benchmarks import probes
+    from zero_sft.distributed import World, connect
+
+    world = World.detect()
+    connect(world)
+    action = _action(way)
+    dist.barrier()
+    before, sent = probes.reads(), probes.loopback_bytes()
+    with probes.PeakMemory() as memory:
+        start = time.perf_counter()
+        held = action(folder, world)
+        seconds = time.perf_counter() - start
+    dist.barrier()
+    after = probes.reads()
+    report = getattr(held, "load_report", None)
+    result = {
+        "seconds": seconds,
+        "read": after.nbytes - before.nbytes,
+        "requests": after.calls - before.calls,
+        "loopback": probes.loopback_bytes() - sent,
+        "memory": memory.growth,
+        "file_memory": memory.file_growth,
+        "stages": report.stages if report else {},
+    }
+    (out / f"{world.rank}.json").write_text(json.dumps(result))
+
+
+def _action(way: str) -> Any:
+    """The function of a way, its imports done: they count for none, nor does what transformers builds once a process."""
+    from benchmarks.rivals import RIVALS, available
+
+    if way in ROOFLINES:
+        pages, threads = ROOFLINES[way]
+        return lambda folder, world: bare_read(folder, world, pages, threads)
+    if way in RIVALS:
+        available()
+        return RIVALS[way]
+    import deepspeed.runtime.zero.stage3
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mixtral import modeling_mixtral
+
+    from zero_sft import load_model
+
+    assert all((deepspeed, modeling_llama, modeling_mixtral))
+    for model_type in ("llama", "mixtral"):
+        get_checkpoint_conversion_mapping(model_type)
+    loader = "sharded" if way == OURS else "stock"
+    return lambda folder, world: load_model(str(folder), ds_config=DS_CONFIG, loader=loader)
+
+
+def bare_read(folder: Path, world: Any, pages: str, threads: int) -> object:
+    """This rank's share of every file, in large positioned reads."""
+    held = []
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        share = -(-size // world.world_size)
+        start, stop = min(world.rank * share, size), min((world.rank + 1) * share, size)
+        if start < stop:
+            held.append(_read_range(path, start, stop, pages, threads))
+    return held
+
+
+def _read_range(path: Path, start: int, stop: int, pages: str, threads: int) -> mmap.mmap:
+    populate = mmap.MAP_POPULATE if pages == "populated" else 0
+    memory = mmap.mmap(-1, stop - start, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | populate)
+    if pages == "huge":
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(memory)
+    handle = os.open(path, os.O_RDONLY)
+    part = -(-len(view) // threads)
+
+    def read(low: int, high: int) -> None:
+        while low < high:
+            low += os.preadv(handle, [view[low : min(high, low + _READ_BYTES)]], start + low)
+
+    parts = [(i * part, min((i + 1) * part, len(view))) for i in range(threads)]
+    workers = [threading.Thread(target=read, args=each) for each in parts[1:]]
+    for worker in workers:
+        worker.start()
+    read(*parts[0])
+    for worker in workers:
+        worker.join()
+    os.close(handle)
+    return memory
+
+
+def residency(path: Path) -> float:
+    """The share of a file that is in the page cache, from 0 to 1, by mincore."""
+    size = path.stat().st_size
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as view,
+    ):
+        pages = -(-size // mmap.PAGESIZE)
+        flags = (ctypes.c_ubyte * pages)()
+        anchor = ctypes.c_char.from_buffer(view)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), flags
+        )
+        del anchor
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return sum(bytes(flags).count(value) for value in range(1, 256, 2)) / pages
+
+
+def settle_memory(nbytes: int) -> None:
+    """Touch that much memory in a child that ends at once.
+
+    A hypervisor takes free memory back within seconds, and the next to touch it pays for that: up to five times the load
+    itself, whoever comes first. After this every turn finds memory as a machine without a hypervisor has it.
+    """
+    child = os.fork()
+    if child == 0:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for position in range(0, nbytes, mmap.PAGESIZE):
+            memory[position] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def prepare_cache(folder: Path, warm: bool) -> None:
+    """Bring all weights into the page cache, or put them out of it; raises RuntimeError where the kernel did not."""
+    for path in weight_files(folder):
+        with path.open("rb", buffering=0) as file:
+            if warm:
+                while file.read(2**24):
+                    pass
+            else:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        found = residency(path)
+        if (warm and found < 0.999) or (not warm and found > 0.01):
+            raise RuntimeError(f"{found:.1%} of {path} is in the page cache, expected {'all' if warm else 'none'} of it")
