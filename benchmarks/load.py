@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import start
 from benchmarks.checkpoints import Checkpoint, weight_files
 from benchmarks.rivals import RIVALS, available
-from benchmarks.ways import OURS, ROOFLINES, STOCK, prepare_cache, rank_main, settle_memory
+from benchmarks.ways import OURS, ROOFLINES, STOCK, prepare_cache, rank_main
 from tests.runner import run_ranks
 
 _MARK = "ZERO_SFT_BENCH_NAMESPACE"
@@ -82,7 +82,6 @@ def run_case(case: Case, cache: Path, pairs: int) -> dict:
     for pair in range(pairs):
         for way in random.Random(pair).sample(case.ways, len(case.ways)):
             prepare_cache(folder, case.warm)
-            settle_memory(2 * nbytes)
             runs[way].append(run_once(way, folder, case.ranks))
         for way in starts:
             starts[way].append(start.run(way, folder, case.ranks))

@@ -33,6 +33,8 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     world = World.detect()
     connect(world)
     action = _action(way)
+    if world.rank == 0:
+        settle_memory(2 * sum(path.stat().st_size for path in weight_files(folder)))
     dist.barrier()
     before, sent = probes.reads(), probes.loopback_bytes()
     with probes.PeakMemory() as memory:
@@ -136,8 +138,8 @@ def residency(path: Path) -> float:
 def settle_memory(nbytes: int) -> None:
     """Touch that much memory in a child that ends at once.
 
-    A hypervisor takes free memory back within seconds, and the next to touch it pays for that: up to five times the load
-    itself, whoever comes first. After this every turn finds memory as a machine without a hypervisor has it.
+    A hypervisor takes free memory back after two seconds, and the next to touch it pays for that, up to five times the load
+    itself. Just after this every way finds memory as a machine without a hypervisor has it.
     """
     child = os.fork()
     if child == 0:

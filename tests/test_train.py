@@ -62,6 +62,11 @@ def test_from_arguments_to_export(model, tmp_path):
     history = json.loads((out / "logs" / "history.json").read_text())
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == 3
+    timeline = json.loads((out / "logs" / "timeline.json").read_text())
+    assert list(timeline) == [
+        "imports", "joining", "inputs", "load", "answers before", "engine start", "evaluation before", "first step"
+    ]  # fmt: skip
+    assert all(seconds >= 0 for seconds in timeline.values())
     report = json.loads((out / "logs" / "load_report.json").read_text())
     assert report["loader"] == "sharded"
     assert report["missing"] == []

@@ -24,6 +24,7 @@ from zero_sft.data import dataset as data
 from zero_sft.distributed import World, agreed
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.launcher import launch_note
+from zero_sft.timeline import Timeline, trainer_callback
 
 logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
 
@@ -74,6 +75,8 @@ def run(parsed: Parsed, world: World) -> None:
     for note in (*parsed.notes, launch_note()):
         if note:
             logger.info(note)
+    timeline = Timeline()
+    timeline.end("imports")
     logger.info(
         "joining the ranks, %d; the first run on a machine compiles DeepSpeed's operators, a minute or (NVMe) three",
         world.world_size,
@@ -82,13 +85,16 @@ def run(parsed: Parsed, world: World) -> None:
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.
     distributed.agree_on(world, "arguments", _shown(parsed))
+    timeline.end("joining")
     inputs = read_inputs(parsed, world)
+    timeline.end("inputs")
     if _offloads_optimizer(inputs.ds_config) and parsed.training["optim"] == "adamw_torch":
         logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
     with agreed(world, "setting up the trainer's arguments"):
         arguments = build_training_arguments(parsed.training, inputs.ds_config)
     model = _load(parsed, arguments, inputs)
-    _train_and_export(parsed, arguments, model, inputs, world)
+    timeline.end("load")
+    _train_and_export(parsed, arguments, model, inputs, world, timeline)
 
 
 def read_inputs(parsed: Parsed, world: World) -> Inputs:
@@ -177,7 +183,7 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
     )
 
 
-def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs, world: World) -> None:
+def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs, world: World, timeline: Timeline) -> None:
     from transformers.trainer_utils import set_seed
     from trl import SFTTrainer
 
@@ -190,6 +196,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     if inputs.prompts:
         with gather.whole_model(model):
             before = _answers(parsed, model, inputs)
+        timeline.end("answers before")
     set_seed(arguments.seed)
     collator = data.PaddingCollator(
         pad_token_id=tokenizer.pad_token_id,
@@ -206,6 +213,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
             processing_class=tokenizer,
             data_collator=collator,
+            callbacks=[trainer_callback(timeline, logger.info)],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
@@ -226,6 +234,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
                 "arguments": _shown(parsed),
                 "history": trainer.state.log_history,
                 "load_report": report.to_dict(),
+                "timeline": timeline.seconds,
                 "answers": answers,
             }
             _write_logs(output, known)
