@@ -46,16 +46,14 @@ def test_a_moved_transformers_internal_is_named(monkeypatch):
 
 
 def test_untested_releases_warn(monkeypatch):
-    import deepspeed
-    import transformers
-
     from zero_sft import transformers_internals
     from zero_sft.zero import internals
 
     assert internals.untested() is None
     assert transformers_internals.untested() is None
-    monkeypatch.setattr(deepspeed, "__version__", "0.99.0+abc")
-    monkeypatch.setattr(transformers, "__version__", "9.0.0")
+    monkeypatch.setattr(internals.deepspeed, "__version__", "0.99.0+abc")
+    # By way of its user: transformers' lazy module may be made a second time while its parts are imported.
+    monkeypatch.setattr(transformers_internals.transformers, "__version__", "9.0.0")
     assert "0.99.0 is untested here; tested: 0.19.8" in internals.untested()
     assert "9.0.0 is untested here; tested: 5.23.0" in transformers_internals.untested()
 
