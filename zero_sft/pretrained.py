@@ -155,7 +155,7 @@ def _engine(
     """The DeepSpeed config without "auto", and the name of the dtype in which its engine has parameters. Every rank."""
     with agreed(world, "reading the DeepSpeed config"):
         ds = ds_configs.load_ds_config(ds_config)
-        wanted = _wanted_dtype(dtype, config)
+        wanted = wanted_dtype(dtype, config)
         name = ds_configs.engine_dtype(ds, wanted)
         _check_dtype(dtype, wanted, name)
         ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
@@ -171,7 +171,7 @@ def _hand_over(model: PreTrainedModel, report: LoadReport, start: Watermark, wor
         logger.info(report.summary())
 
 
-def _wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
+def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
     """The name of the dtype that was asked for; "auto" is the config's own, as in `from_pretrained`."""
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="PNG", help="draw one model in one world")
     add("--markdown", type=Path, metavar="FILE", help="write the results as a Markdown document")
     add("--json", action="store_true", help="print the results as JSON")
-    return result  # fmt: skip
+    return result
 
 
 def _positive(text: str) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from zero_sft.config import text_config
 from zero_sft.ds_config import engine_dtype, load_ds_config
 from zero_sft.estimate.activations import peak_bytes
@@ -69,10 +71,10 @@ class Trainer:
             ConfigError: a DeepSpeed config that can't be used, or a model whose activations can't be counted.
         """
         ds = load_ds_config(run.ds_config)
-        itemsize = {"float32": 4}.get(engine_dtype(ds, str(self._of.request.dtype).removeprefix("torch.")), 2)
+        dtype = engine_dtype(ds, str(self._of.request.dtype).removeprefix("torch."))
         sizes = Sizes(
             numels=[each.numel() for each in self._of.parameters.values()],
-            itemsize=itemsize,
+            itemsize=getattr(torch, dtype).itemsize,
             activation_bytes=self.activation_bytes(run),
         )
         zero = zero_settings(ds, text_config(self._of.config).hidden_size)

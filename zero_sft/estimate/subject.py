@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,10 +19,11 @@ from zero_sft.checkpoint.index import open_index
 from zero_sft.checkpoint.layout import lay_out
 from zero_sft.config import load_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
-from zero_sft.conversion.quantised import quantizer_for
+from zero_sft.conversion.quantised import configured_blocks, quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.storages import MODELS, shipped_models
 from zero_sft.hub import CONFIG, HubOptions, resolve_folder_alone
+from zero_sft.pretrained import wanted_dtype
 from zero_sft.request import Checks, Request
 from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
@@ -61,23 +61,20 @@ def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementa
         ConfigError: no such model, or a config that can't be used.
         CheckpointError: damaged headers, or a checkpoint of another model.
     """
-    folder, config, only_config = _config(name, options)
-    wanted = str(getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
-    found = getattr(torch, wanted.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype must be 'auto' or a torch dtype's name, got {dtype!r}")
+    folder, config, headers = _config(name, options)
     request = Request(
-        folder=folder, config=config, ds_config={}, dtype=found, model_class=None, attn_implementation=attn_implementation,
-        trust_remote_code=options.trust_remote_code, variant=options.variant, buffer_mib=64, checks=Checks(),
+        folder=folder, config=config, ds_config={}, dtype=getattr(torch, wanted_dtype(dtype, config)), model_class=None,
+        attn_implementation=attn_implementation, trust_remote_code=options.trust_remote_code, variant=options.variant,
+        buffer_mib=64, checks=Checks(),
     )  # fmt: skip
     quantizer = quantizer_for(config, name)
     model, state = skeleton.outline(request)
-    if only_config:
-        headers, stored = "derived", derive(model, state, config)
-    elif folder.is_dir() and not _is_hub_id(name):
-        headers, stored = "read", open_index(folder, torch_zip.read_header, options.variant).tensors
+    if headers == "derived":
+        stored = derive(model, state, configured_blocks(quantizer))
+    elif headers == "read":
+        stored = open_index(folder, torch_zip.read_header, options.variant).tensors
     else:
-        headers, stored = "fetched", _fetched(name, options)
+        stored = _fetched(name, options)
     return Subject(
         name=name,
         config=config,
@@ -91,25 +88,21 @@ def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementa
     )
 
 
-def _is_hub_id(name: str) -> bool:
-    return not Path(name).expanduser().exists()
-
-
-def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, bool]:
-    """The folder (of the config), the config, and whether that is all there is."""
+def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str]:
+    """The folder (of the config), the config, and how to come by the headers: a `Subject`'s words for it."""
     path = Path(name).expanduser()
     if name in shipped_models():
         path = MODELS / f"{name}.json"
     if path.is_file():
-        return path.parent, _from_file(path), True
+        return path.parent, _from_file(path), "derived"
     if path.is_dir():
         weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
-        return path, load_config(path, options), not weights
+        return path, load_config(path, options), "read" if weights else "derived"
     try:
         folder = resolve_folder_alone(name, options, CONFIG)
     except CheckpointError as error:
         raise ConfigError(f"{error}\nModels that ship as configs: {', '.join(shipped_models())}.") from error
-    return folder, load_config(folder, options), False
+    return folder, load_config(folder, options), "fetched"
 
 
 def _from_file(path: Path) -> PreTrainedConfig:
@@ -137,14 +130,13 @@ def _fetched(repo: str, options: HubOptions) -> dict[str, StoredTensor]:
     }  # fmt: skip
 
 
-def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """The headers that a published checkpoint of this config has, up to the order of its tensors.
+def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tuple[int, int] | None) -> dict[str, StoredTensor]:
+    """The headers that a published checkpoint of this model has, up to the order of its tensors.
 
-    Where the config says 8-bit floats with blocks of scales, matrices of linear layers and experts are stored so, as in
-    DeepSeek-V3's checkpoint; its predictor of further tokens, which training leaves unread, is not derived.
+    Where it is of 8-bit floats with a scale for each `block` of rows and columns, matrices of linear layers and experts are
+    stored so, as in DeepSeek-V3's checkpoint; its predictor of further tokens, which training leaves unread, is not derived.
     """
     published = original_format(model, _saved(model, state))
-    block = _fp8_block(config)
     rows: list[tuple[str, str, tuple[int, ...]]] = []
     for name, tensor in published.items():
         shape = tuple(tensor.shape)
@@ -160,15 +152,6 @@ def _saved(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[st
     """What a save writes: a tied tensor once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: tensor for name, tensor in state.items() if name not in tied}
-
-
-def _fp8_block(config: PreTrainedConfig) -> tuple[int, int] | None:
-    settings: Any = getattr(config, "quantization_config", None) or {}
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    if settings.get("quant_method") != "fp8" or not settings.get("weight_block_size"):
-        return None
-    rows, columns = settings["weight_block_size"]
-    return int(rows), int(columns)
 
 
 def _is_quantised(model: PreTrainedModel, state: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor) -> bool:

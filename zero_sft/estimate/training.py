@@ -111,7 +111,7 @@ def training_memory(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int, *,
 
 
 def _device(section: Any) -> str:
-    """ "none", "cpu" or "nvme"."""
+    """Where an offload section puts things: none (no offload), cpu or nvme."""
     return "none" if section is None else str(getattr(section.device, "value", section.device))
 
 
