@@ -26,7 +26,7 @@ def test_parts_cover_a_range_once_and_are_present():
     memory = arena(3 * BLOCK_BYTES + 12345)
     wanted = memory[777 : 2 * BLOCK_BYTES + 5]
     assert present_pages(memory) == 0
-    parts = list(Pages().parts(wanted))
+    parts = [wanted[part] for part in Pages().parts(wanted)]
     assert sum(part.numel() for part in parts) == wanted.numel()
     assert [part.data_ptr() for part in parts] == [
         wanted.data_ptr() + sum(p.numel() for p in parts[:i]) for i in range(len(parts))
@@ -39,15 +39,15 @@ def test_what_is_there_already_stays():
     memory = arena(BLOCK_BYTES)
     memory[100:200] = 7
     keeper = Pages()
-    assert sum(int(part.sum()) for part in keeper.parts(memory)) == 700
+    assert sum(int(memory[part].sum()) for part in keeper.parts(memory)) == 700
     for part in keeper.parts(memory):  # known to be present
-        part.fill_(1)
+        memory[part] = 1
     assert memory.sum() == BLOCK_BYTES
 
 
 def test_memory_that_is_smaller_than_a_block_or_not_from_an_arena():
     memory = torch.zeros(5000, dtype=torch.uint8)
-    assert [part.numel() for part in Pages().parts(memory[1:4000])] in ([3999], *([n, 3999 - n] for n in range(1, 3999)))
+    assert [part.stop - part.start for part in Pages().parts(memory[1:4000])] in ([3999], *([n, 3999 - n] for n in range(1, 3999)))
     assert not memory.any()
     assert list(Pages().parts(memory[:0])) == []
 
@@ -86,6 +86,5 @@ def test_the_faster_page_size_is_taken_and_the_other_tried_again(monkeypatch, fa
 def test_a_kernel_without_the_call_is_asked_once():
     keeper, calls = Pages(), []
     keeper._madvise = lambda begin, length, advice: calls.append(advice) or -1
-    for part in keeper.parts(arena(4 * BLOCK_BYTES)):
-        part.fill_(3)
+    assert len(list(keeper.parts(arena(4 * BLOCK_BYTES)))) in (4, 5)
     assert calls.count(pages._MADV_POPULATE_WRITE) == 1

@@ -36,27 +36,31 @@ class Pages:
         }  # of the last blocks
         self._trials = 0
 
-    def parts(self, memory: torch.Tensor) -> Iterator[torch.Tensor]:
+    def parts(self, memory: torch.Tensor) -> Iterator[slice]:
         """A contiguous host tensor of bytes in parts of at most a block, each present when it is handed out."""
-        start, position = memory.data_ptr(), 0
-        while position < memory.numel():
-            end = min(memory.numel(), position + BLOCK_BYTES - (start + position) % BLOCK_BYTES)
-            part = memory.narrow(0, position, end - position)
-            self.make_present(part)
-            yield part
+        start, position, nbytes = memory.data_ptr(), 0, memory.numel()
+        low, high = _bounds(memory)
+        while position < nbytes:
+            block = (start + position) // BLOCK_BYTES
+            end = min(nbytes, (block + 1) * BLOCK_BYTES - start)
+            self._require(block, low, high)
+            yield slice(position, end)
             position = end
 
     def make_present(self, memory: torch.Tensor) -> None:
         """Populate the blocks that a contiguous host tensor touches, as far as they lie in its storage."""
-        storage = memory.untyped_storage()
-        low, high = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
         start = memory.data_ptr()
         stop = start + memory.numel() * memory.element_size()
+        low, high = _bounds(memory)
         for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
-            if block not in self._present and self._madvise is not None:
-                self._present.add(block)
-                begin, end = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
-                self._populate(max(low, begin), min(high, end), whole=low <= begin and end <= high)
+            self._require(block, low, high)
+
+    def _require(self, block: int, low: int, high: int) -> None:
+        """The block of that number, as far as it lies between the addresses `low` and `high`; once."""
+        if block not in self._present and self._madvise is not None:
+            self._present.add(block)
+            begin, end = block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES
+            self._populate(max(low, begin), min(high, end), whole=low <= begin and end <= high)
 
     def _populate(self, begin: int, end: int, whole: bool) -> None:
         """Bring the range of addresses in; only a whole block may be of huge pages, and only its time counts."""
@@ -79,3 +83,9 @@ class Pages:
     def _advise(self, begin: int, end: int, advice: int) -> int:
         madvise = self._madvise
         return madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice) if madvise else -1
+
+
+def _bounds(memory: torch.Tensor) -> tuple[int, int]:
+    """The first address of a tensor's storage, and the one behind its last."""
+    storage = memory.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()

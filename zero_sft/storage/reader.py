@@ -158,10 +158,9 @@ class _Worker:
                 event.synchronize()
 
     def _read_in_place(self, read: Read, into: torch.Tensor) -> None:
-        position = 0
+        view = bytes_view(into)
         for part in self._job.pages.parts(into):
-            self._read(read, part, position)
-            position += part.numel()
+            self._read_at(read.file, view[part], read.offset_bytes + part.start, read.target)
 
     def _read_scattered(self, read: Read, dtype: torch.dtype) -> None:
         destination = self._job.destinations[read.target]
@@ -182,7 +181,7 @@ class _Worker:
         weight[:, : scales.width] = flat.view(rows, scales.width)
         weight = weight.view(dtype)
         grid = torch.empty(scales.nbytes, dtype=torch.uint8)
-        self._read_at(scales.file, grid, scales.offset_bytes, read.target)
+        self._read_at(scales.file, bytes_view(grid), scales.offset_bytes, read.target)
         grid = grid.view(TORCH_DTYPES[scales.dtype]).view(-1, scales.columns)
         assert self._job.dequantise is not None, "reads with scales need the arithmetic for them"
         result = torch.empty(rows, scales.width, dtype=destination.dtype)
@@ -221,10 +220,9 @@ class _Worker:
 
     def _read(self, read: Read, into: torch.Tensor, skip_bytes: int) -> None:
         """Fill the byte tensor `into` from `skip_bytes` into `read`."""
-        self._read_at(read.file, into, read.offset_bytes + skip_bytes, read.target)
+        self._read_at(read.file, bytes_view(into), read.offset_bytes + skip_bytes, read.target)
 
-    def _read_at(self, file: str, into: torch.Tensor, offset_bytes: int, target: str) -> None:
-        view = bytes_view(into)
+    def _read_at(self, file: str, view: memoryview, offset_bytes: int, target: str) -> None:
         position = 0
         while position < len(view):
             offset = offset_bytes + position

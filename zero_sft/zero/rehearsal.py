@@ -56,24 +56,16 @@ def rehearse(model: PreTrainedModel) -> list[Step]:
         names.setdefault(tensor.untyped_storage()._cdata, set()).add(name)
     prefixes = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
     steps = []
-    for owner, module in _visits(model, model):
-        storages = _written_by(Step(owner=owner, module=module, writes=frozenset()))
-        if storages is None:
-            writes = {prefixes[id(module)] + leaf for leaf in (*module._parameters, *module._buffers)}
-        else:
-            writes = {name for storage in storages for name in names.get(storage, ())}
-        steps.append(Step(owner=owner, module=module, writes=frozenset(writes)))
+    with _Written() as seen:
+        for owner, module in _visits(model, model):
+            seen.storages = set()
+            try:
+                Step(owner=owner, module=module, writes=frozenset()).run()
+                writes = {name for storage in seen.storages for name in names.get(storage, ())}
+            except Exception:  # noqa: BLE001 - whatever a model does with values, a tensor without any can't give it
+                writes = {prefixes[id(module)] + leaf for leaf in (*module._parameters, *module._buffers)}
+            steps.append(Step(owner=owner, module=module, writes=frozenset(writes)))
     return steps
-
-
-def _written_by(step: Step) -> set[int] | None:
-    """The storages that a step writes to, or None if it needs data."""
-    try:
-        with _Written() as seen:
-            step.run()
-    except Exception:  # noqa: BLE001 - whatever a model does with values, a tensor without any can't give it
-        return None
-    return seen.storages
 
 
 def _visits(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
