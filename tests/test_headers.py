@@ -54,15 +54,15 @@ def test_each_header_is_read_once(many):
 @pytest.mark.world_size(3)
 def test_the_index_is_the_one_read_alone(many):
     from zero_sft import distributed
-    from zero_sft.checkpoint.index import open_index
+    from zero_sft.checkpoint.index import assemble, locate, open_index
     from zero_sft.distributed import World
-    from zero_sft.headers import read_index
+    from zero_sft.headers import read_headers_together
     from zero_sft.storage import torch_zip
 
     world = World.detect()
     distributed.connect(world)
-    request = mock.Mock(folder=many, variant=None)
-    assert read_index(request, world) == open_index(many, torch_zip.read_header)
+    files = locate(many, torch_zip.read_header)
+    assert assemble(files, read_headers_together(files, world)) == open_index(many, torch_zip.read_header)
 
 
 @pytest.fixture

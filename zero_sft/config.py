@@ -80,12 +80,14 @@ def prepare_config_in(
     mine = min(turns - 1, 0 if world.is_main else 1 if world.local_rank == 0 else 2)
     loaded = config = PreTrainedConfig()
     for turn in range(turns):
-        with distributed.agreed(world, f"reading the config of {name}"):
+        with distributed.agreed(world, f"reading the config of {name}") as told:
             if turn == mine:
                 loaded = load_config(folder, options)
                 loaded.name_or_path = name
                 config = with_context(loaded, model_max_length=model_max_length, rope_parameters=rope_parameters)
-    distributed.agree_on(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
+            settings = _settings(config.to_dict()) | {"class": type(config).__name__}
+            told.mine = distributed.digest_of(settings)
+    distributed.agree_on(world, "model config", settings, told.everyone)
     before, after = (getattr(text_config(each), "rope_parameters", None) for each in (loaded, config))
     if before != after and world.is_main:
         logger.warning("RoPE of %s from %s to %s, for model_max_length %s", name, before, after, model_max_length)

@@ -16,8 +16,8 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -212,27 +212,39 @@ def exchange(world: World, value: Any) -> list[Any]:
     return [json.loads(each) for each in exchange_bytes(world, json.dumps(value).encode())]
 
 
+@dataclass(slots=True)
+class Told:
+    """What ranks tell each other at the end of an `agreed` stage: `mine`, a JSON value; then `everyone`'s, in rank order."""
+
+    mine: Any = None
+    everyone: list[Any] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[None]:
+def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[Told]:
     """Run a stage that can fail on any rank, and let all ranks pass or raise together. Every rank; communicates at the end.
 
     Nothing inside may communicate: a rank that fails leaves early. The error raised is the one of the lowest failing rank,
-    in its own class if it is one of `zero_sft.errors`, else as a `DistributedError` that names its type.
+    in its own class if it is one of `zero_sft.errors`, else as a `DistributedError` that names its type. What the stage
+    writes to `mine` of the value of this context travels along.
 
     Raises:
         ZeroSftError: on every rank, if any rank failed, or did not get here within `timeout`.
     """
     failure: Exception | None = None
+    told = Told()
     try:
-        yield
+        yield told
     except Exception as error:  # noqa: BLE001 - whatever it is, the others must not be left waiting
         failure = error
     if world.world_size == 1:
         if failure is not None:
             raise failure
+        told.everyone = [told.mine]
         return
     _await_all(stage, timeout)
-    reports = exchange(world, None if failure is None else [type(failure).__name__, str(failure)])
+    everyone = exchange(world, [None if failure is None else [type(failure).__name__, str(failure)], told.mine])
+    reports, told.everyone = (list(each) for each in zip(*everyone, strict=True))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
         return
@@ -261,21 +273,29 @@ def _rebuilt(kind: str, message: str) -> errors.ZeroSftError:
     return errors.DistributedError(f"{kind}: {message}")
 
 
-def agree_on(world: World, what: str, values: Mapping[str, Any]) -> None:
+def digest_of(values: Mapping[str, Any]) -> str:
+    """A hash of JSON-able values: what ranks compare."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
+
+
+def _canonical(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
+
+
+def agree_on(world: World, what: str, values: Mapping[str, Any], digests: Sequence[str] | None = None) -> None:
     """Raise one error on every rank unless all ranks hold the same JSON-able `values`. Every rank; communicates.
 
-    A digest is compared first; the values themselves travel only when it differs.
+    A digest is compared first, every rank's `digest_of` where it has travelled already; the values themselves travel only
+    when it differs.
 
     Raises:
         DistributedError: naming the keys that differ, with each variant and the ranks that hold it.
     """
-    import hashlib
-
-    canonical = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
-    digest = hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).digest()
-    if len(set(exchange_bytes(world, digest))) == 1:
+    if len(set(digests or exchange(world, digest_of(values)))) == 1:
         return
-    everyone = exchange(world, canonical)
+    everyone = exchange(world, _canonical(values))
     lines = []
     for key in sorted({key for each in everyone for key in each}):
         variants: dict[str, list[int]] = {}

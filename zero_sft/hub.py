@@ -88,17 +88,22 @@ def _pinned(name_or_path: str, hub: HubOptions, world: World) -> HubOptions:
 
 
 def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: tuple[str, ...]) -> Path:
-    """The local folder of `name_or_path`. Every rank; communicates when it is a hub id.
-
-    Rank 0 downloads first; then the first rank of each node, which finds the files at once where the file system is shared;
-    then everybody looks. The waiting is on the control group, outside the training group's clock.
+    """The local folder of `name_or_path`. Every rank; communicates.
 
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
     if _everywhere_local(name_or_path, hub, world):
         return _local_folder(name_or_path, hub) or Path(name_or_path)
-    hub = _pinned(name_or_path, hub, world)
+    return _fetched(name_or_path, _pinned(name_or_path, hub, world), world, patterns)
+
+
+def _fetched(name_or_path: str, hub: HubOptions, world: World, patterns: tuple[str, ...]) -> Path:
+    """`resolve_folder` for what is known to be a hub id, of a pinned revision.
+
+    Rank 0 downloads first; then the first rank of each node, which finds the files at once where the file system is shared;
+    then everybody looks. The waiting is on the control group, outside the training group's clock.
+    """
     wanted = (*patterns, *CODE) if hub.trust_remote_code else patterns
     folder = None
     for turn in ("rank 0", "node leaders", "everyone"):
@@ -117,11 +122,13 @@ def resolve_weights(name_or_path: str, hub: HubOptions, world: World) -> Path:
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
-    hub = pin_revision(name_or_path, hub, world)
+    if _everywhere_local(name_or_path, hub, world):
+        return _local_folder(name_or_path, hub) or Path(name_or_path)
+    hub = _pinned(name_or_path, hub, world)
     wanted = _patterns(WEIGHTS, hub.variant)
-    folder = resolve_folder(name_or_path, hub, world, (*CONFIG, *wanted))
+    folder = _fetched(name_or_path, hub, world, (*CONFIG, *wanted))
     if any(distributed.exchange(world, not any(next(folder.glob(each), None) for each in wanted))):
-        folder = resolve_folder(name_or_path, hub, world, (*CONFIG, *_patterns(BIN_WEIGHTS, hub.variant)))
+        folder = _fetched(name_or_path, hub, world, (*CONFIG, *_patterns(BIN_WEIGHTS, hub.variant)))
     return folder
 
 
@@ -140,9 +147,9 @@ def _patterns(names: tuple[str, ...], variant: str | None) -> tuple[str, ...]:
 
 def _everywhere_local(name_or_path: str, hub: HubOptions, world: World) -> bool:
     """True if every rank sees a folder of that name: a relative path and a hub id can look alike. Communicates."""
-    with distributed.agreed(world, f"looking for {name_or_path}"):
-        local = _local_folder(name_or_path, hub)
-    found = distributed.exchange(world, local is not None)
+    with distributed.agreed(world, f"looking for {name_or_path}") as told:
+        told.mine = _local_folder(name_or_path, hub) is not None
+    found = told.everyone
     if any(found) and not all(found):
         absent = [rank for rank, each in enumerate(found) if not each]
         raise CheckpointError(

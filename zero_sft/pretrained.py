@@ -126,7 +126,7 @@ def load_model(
     folder = resolve_weights(model_name_or_path, options, world)
     if config is None:
         config = prepare_config(model_name_or_path, **hub)
-    ds, name = _engine(ds_config, dtype, config, world)
+    ds, name, seed = _engine(ds_config, dtype, config, world)
     _warn_if_untested(world)
     report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, world_size=world.world_size)
     request = Request(
@@ -134,6 +134,7 @@ def load_model(
         config=config,
         ds_config=ds,
         dtype=getattr(torch, name),
+        seed=seed,
         model_class=model_class,
         attn_implementation=attn_implementation,
         trust_remote_code=options.trust_remote_code,
@@ -151,15 +152,16 @@ def load_model(
 
 def _engine(
     ds_config: str | Path | Mapping[str, Any], dtype: str | torch.dtype, config: PreTrainedConfig, world: World
-) -> tuple[dict[str, Any], str]:
-    """The DeepSpeed config without "auto", and the name of the dtype in which its engine has parameters. Every rank."""
-    with agreed(world, "reading the DeepSpeed config"):
+) -> tuple[dict[str, Any], str, int]:
+    """The DeepSpeed config without "auto", the name of its engine's dtype, and rank 0's random seed. Every rank."""
+    with agreed(world, "reading the DeepSpeed config") as told:
+        told.mine = torch.initial_seed()
         ds = ds_configs.load_ds_config(ds_config)
         wanted = wanted_dtype(dtype, config)
         name = ds_configs.engine_dtype(ds, wanted)
         _check_dtype(dtype, wanted, name)
         ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
-    return ds, name
+    return ds, name, told.everyone[0]
 
 
 def _hand_over(model: PreTrainedModel, report: LoadReport, start: Watermark, world: World) -> None:

@@ -20,12 +20,13 @@ class Checks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to load, resolved: a local folder, a config, a DeepSpeed config without "auto", the engine's dtype."""
+    """What to load, resolved: a local folder, a config, a DeepSpeed config without "auto", the engine's dtype, one seed."""
 
     folder: Path
     config: PreTrainedConfig
     ds_config: Mapping[str, Any]
     dtype: torch.dtype
+    seed: int
     model_class: Any
     attn_implementation: str | None
     trust_remote_code: bool

@@ -14,18 +14,19 @@ import transformers
 from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
+from zero_sft.checkpoint.index import assemble, locate
 from zero_sft.checkpoint.scaled import ScaledTensor
 from zero_sft.computed import compute, fill_computed
 from zero_sft.conversion.quantised import dequantise, quantizer_for
 from zero_sft.distributed import World, agreed
 from zero_sft.draft import Draft, meet
 from zero_sft.errors import CheckpointError
-from zero_sft.headers import read_index
+from zero_sft.headers import read_headers, read_headers_together
 from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Read, Target, plan_reads
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
-from zero_sft.storage import reader
+from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.verify import Held, digest, verify
 from zero_sft.zero import gather, internals, missing, shards
@@ -41,35 +42,42 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         ZeroSftError: the same on every rank.
     """
     watch = Stopwatch(report)
-    seed = distributed.exchange(world, torch.initial_seed())[0]
-    with watch.stage("skeleton"), agreed(world, "building the model"):
+    with agreed(world, "building the model") as told, watch.stage("skeleton"):
         internals.check()
         transformers_internals.check()
         quantizer = quantizer_for(request.config, str(request.folder))
         bare = skeleton.build(request)
+        files = locate(request.folder, torch_zip.read_header, request.variant)
+        told.mine = distributed.digest_of(files.sizes())
+    distributed.agree_on(world, "checkpoint's files", files.sizes(), told.everyone)
     with watch.stage("headers"):
-        index = read_index(request, world)
-    with watch.stage("plan"), agreed(world, "planning the reads"):
+        headers = read_headers_together(files, world)
+    with agreed(world, "planning the reads") as told, watch.stage("plan"):
+        index = assemble(files, headers or read_headers(files))
         threads = max(1, min(request.buffer_mib // BUFFER_MIB_A_THREAD, _cores() // world.local_world_size))
         draft = meet(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
-    agreed_on = {
-        "index": draft.index.digest(),
-        "names": sorted(draft.resolution.loaded),
-        "transformers": transformers.__version__,
-    }
-    distributed.agree_on(world, "checkpoint", agreed_on)
-    with watch.stage("initialise"), agreed(world, "initialising what the checkpoint lacks"):
-        ready = _initialise(draft, request, seed)
-    with watch.stage("read"), agreed(world, "reading the weights"):
-        tensors = draft.tensors()
-        wanted = [name for name in draft.resolution.sources if name not in ready and shards.is_sharded(tensors[name])]
-        plan = plan_rank(draft, {name: tensors[name] for name in wanted})
-        _read(draft, {name: tensors[name] for name in wanted}, plan)
+        agreed_on = {
+            "index": draft.index.digest(),
+            "names": sorted(draft.resolution.loaded),
+            "transformers": transformers.__version__,
+        }
+        told.mine = distributed.digest_of(agreed_on)
+    distributed.agree_on(world, "checkpoint", agreed_on, told.everyone)
+    with agreed(world, "reading the weights") as told:
+        with watch.stage("initialise"):
+            ready = _initialise(draft, request)
+        with watch.stage("read"):
+            tensors = draft.tensors()
+            wanted = [name for name in draft.resolution.sources if name not in ready and shards.is_sharded(tensors[name])]
+            plan = plan_rank(draft, {name: tensors[name] for name in wanted})
+            _read(draft, {name: tensors[name] for name in wanted}, plan)
+        told.mine = None if draft.resolution.computed else _equal_ties(draft)
     if draft.resolution.computed:
         with watch.stage("compute"):
             fill_computed(draft, ready, world, report)
+            told.everyone = distributed.exchange(world, _equal_ties(draft))
     with watch.stage("finish"):
-        _finish(draft, request, world, report)
+        _finish(draft, request, world, report, told.everyone)
     _account(report, draft, plan)
     if request.checks.strict and (report.missing or report.unexpected):
         raise CheckpointError(_not_strict(request, report))
@@ -79,7 +87,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
     return draft.model
 
 
-def _initialise(draft: Draft, request: Request, seed: int) -> set[str]:
+def _initialise(draft: Draft, request: Request) -> set[str]:
     """Buffers and what the checkpoint lacks, then partition the model. Returns the loaded names that are ready by that."""
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
@@ -98,7 +106,7 @@ def _initialise(draft: Draft, request: Request, seed: int) -> set[str]:
         build_buffers=lambda: skeleton.buffers(request),
         shard=draft.bare.init.shard_parameter,
         device=draft.bare.init.local_device,
-        seed=seed,
+        seed=request.seed,
     )
     draft.bare.shard()
     return ready
@@ -132,12 +140,16 @@ def _fill(draft: Draft, reads: Sequence[Read], memory: Mapping[str, torch.Tensor
     reader.fill(reads, memory, draft.threads, draft.index.stamps, dequantise)
 
 
-def _finish(draft: Draft, request: Request, world: World, report: LoadReport) -> None:
-    """Ties; then what `from_pretrained` does last."""
+def _finish(draft: Draft, request: Request, world: World, report: LoadReport, equal_ties: Sequence[Sequence[bool]]) -> None:
+    """Ties; then what `from_pretrained` does last. `equal_ties` are every rank's `_equal_ties`."""
     model = draft.model
     absent = set(draft.state) - draft.resolution.loaded - {each.name for each in draft.resolution.mismatched}
-    absent |= _equal_ties(draft, world)
     with agreed(world, "tying weights"):
+        for (target, _), *equal in zip(_doubled_ties(draft), *equal_ties, strict=True):
+            if all(equal):
+                absent.add(target)
+            else:  # they stay apart, and the model's list of ties forgets them, as in plain `from_pretrained`
+                del model.all_tied_weights_keys[target]
         info = transformers_internals.loading_info(absent, draft.resolution.unexpected)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
@@ -148,21 +160,17 @@ def _finish(draft: Draft, request: Request, world: World, report: LoadReport) ->
         skeleton.keep_zero3_enabled(model, request.ds_config)
 
 
-def _equal_ties(draft: Draft, world: World) -> set[str]:
-    """Of ties whose both sides the checkpoint has: the targets that equal their source on every rank, to be tied.
-
-    The others stay apart, and the model's list of ties forgets them, as in plain `from_pretrained`. Communicates.
-    """
-    sources = draft.resolution.loaded
+def _doubled_ties(draft: Draft) -> list[tuple[str, str]]:
+    """The ties, target and source, whose both sides the checkpoint has."""
+    loaded = draft.resolution.loaded
     ties = draft.model.all_tied_weights_keys
-    both = [(target, source) for target, source in ties.items() if target in sources and source in sources]
+    return [(target, source) for target, source in ties.items() if target in loaded and source in loaded]
+
+
+def _equal_ties(draft: Draft) -> list[bool]:
+    """For each of `_doubled_ties`: does this rank's part of the target equal that of its source?"""
     tensors = draft.tensors()
-    mine = [shards.same(tensors[target], tensors[source]) for target, source in both]
-    everywhere = [all(each) for each in zip(*distributed.exchange(world, mine), strict=True)]
-    for (target, _), equal in zip(both, everywhere, strict=True):
-        if not equal:
-            del ties[target]
-    return {target for (target, _), equal in zip(both, everywhere, strict=True) if equal}
+    return [shards.same(tensors[target], tensors[source]) for target, source in _doubled_ties(draft)]
 
 
 def _account(report: LoadReport, draft: Draft, plan: Plan) -> None:

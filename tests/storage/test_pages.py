@@ -47,7 +47,10 @@ def test_what_is_there_already_stays():
 
 def test_memory_that_is_smaller_than_a_block_or_not_from_an_arena():
     memory = torch.zeros(5000, dtype=torch.uint8)
-    assert [part.stop - part.start for part in Pages().parts(memory[1:4000])] in ([3999], *([n, 3999 - n] for n in range(1, 3999)))
+    assert [part.stop - part.start for part in Pages().parts(memory[1:4000])] in (
+        [3999],
+        *([n, 3999 - n] for n in range(1, 3999)),
+    )
     assert not memory.any()
     assert list(Pages().parts(memory[:0])) == []
 
