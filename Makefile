@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-arch lint format bench scaling clean
+.PHONY: help setup demo test test-all test-arch test-gpu lint format bench scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,9 @@ test-all: setup ## with those that take long
 
 test-arch: setup ## every causal LM type of transformers against plain loading; writes docs/architectures.md
 	$(BIN)/python -m tests.sweep --write docs/architectures.md
+
+test-gpu: setup ## on a machine with GPUs: loads onto them, as many ranks as there are
+	ZERO_SFT_TEST_DEVICES=1 $(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: setup ## format, lint, types, import contracts
 	$(BIN)/ruff format --check zero_sft tests benchmarks examples

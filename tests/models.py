@@ -81,13 +81,13 @@ def assert_equal(model, reference, cast: torch.dtype | None = None, trainable: d
         assert param.dtype == want.dtype == param.ds_tensor.dtype, name
         assert param.requires_grad == trainable.get(name, expected[name].requires_grad), f"{name}: requires_grad"
         span = shards.local_range(param)
-        assert torch.equal(shards.local_shard(param), want.reshape(-1)[span.start : span.stop]), f"{name}: values"
+        assert torch.equal(shards.local_shard(param).cpu(), want.reshape(-1)[span.start : span.stop]), f"{name}: values"
         shards.release_shard(param)
     buffers = dict(reference.named_buffers())
     assert dict(model.named_buffers()).keys() == buffers.keys()
     for name, buffer in model.named_buffers():
         assert buffer.dtype == buffers[name].dtype, name
-        assert torch.equal(buffer, buffers[name]), name
+        assert torch.equal(buffer.cpu(), buffers[name]), name
     same_object = [(a, b) for a in found for b in found if a < b and expected[a] is expected[b]]
     assert all(found[a] is found[b] for a, b in same_object), "ties"
     assert model.training == reference.training

@@ -26,13 +26,17 @@ def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[...
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
     )  # fmt: skip
     try:
+        import deepspeed
         import torch
         import torch.distributed as dist
+        from deepspeed.accelerator import get_accelerator
 
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        import deepspeed
-
+        device, backend = get_accelerator(), "gloo"
+        if os.environ.get("ZERO_SFT_TEST_DEVICES") and device.device_name() != "cpu":
+            device.set_device(rank)
+            backend = f"cpu:gloo,{device.device_name()}:{device.communication_backend_name()}"
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
         # An all-reduce for CPU inference, unused here, which leaves a 69 MB file a rank in /dev/shm. (The attribute
         # `deepspeed.comm.torch` is the torch package; the submodule is found by its full name only.)
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None

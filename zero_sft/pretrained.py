@@ -6,7 +6,8 @@ go on or all raise the same error.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,29 +51,39 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Config, model and tokenizer, as FastChat's training has them, under ZeRO-3. Every rank; communicates.
 
-    The same as `prepare_config`, `load_model` and `load_tokenizer` one after another; their arguments and errors apply.
+    What `prepare_config`, `load_model` and `load_tokenizer` give; their arguments and errors apply. Rank 0 sets the tokenizer
+    up while the weights are read.
     """
-    from zero_sft.tokenizer import load_tokenizer  # a model alone needs no tokenizer libraries
+    from zero_sft.tokenizer import Wanted, share  # a model alone needs no tokenizer libraries
 
     world = World.detect()
     distributed.connect(world)
     hub["revision"] = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub, load_pretrained), world).revision
     config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
-    model = load_model(
-        model_name_or_path,
-        ds_config=ds_config,
-        config=config,
-        dtype=dtype,
-        model_class=model_class,
-        attn_implementation=attn_implementation,
-        loader=loader,
-        strict=strict,
-        verify=verify,
-        ignore_mismatched_sizes=ignore_mismatched_sizes,
-        buffer_mib=buffer_mib,
-        **hub,
+    wanted = Wanted(
+        name=model_name_or_path,
+        options=HubOptions.from_kwargs(hub),
+        model_max_length=model_max_length,
+        padding_side=padding_side,
     )
-    tokenizer = load_tokenizer(model_name_or_path, model_max_length=model_max_length, padding_side=padding_side, **hub)
+    begun: list[Future] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+        model = load_model(
+            model_name_or_path,
+            ds_config=ds_config,
+            config=config,
+            dtype=dtype,
+            model_class=model_class,
+            attn_implementation=attn_implementation,
+            loader=loader,
+            strict=strict,
+            verify=verify,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            buffer_mib=buffer_mib,
+            while_reading=lambda: begun.append(beside.submit(wanted.prepare)) if world.is_main else None,
+            **hub,
+        )
+        tokenizer = share(world, wanted, begun[0].result if begun else wanted.prepare)
     return model, tokenizer
 
 
@@ -89,6 +100,7 @@ def load_model(
     verify: bool = False,
     ignore_mismatched_sizes: bool = False,
     buffer_mib: int = 64,
+    while_reading: Callable[[], object] | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
     """Load a model partitioned by ZeRO-3, every rank reading its own bytes. Every rank; communicates (no weights).
@@ -106,6 +118,8 @@ def load_model(
         ignore_mismatched_sizes: tensors of another shape than the model's are initialised anew instead of an error.
         buffer_mib: what the load may hold beside its shards, in MiB, at least 16: each 16 are one reading thread, as far as
             there are cores. Leaves out the module that is initialised, and what is computed once a node.
+        while_reading: called when the sharded loader begins to read, on every rank, to start other work on a thread: nothing
+            else happens on the host until the weights are there. It must not communicate.
         **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.
 
     Returns:
@@ -140,6 +154,7 @@ def load_model(
         trust_remote_code=options.trust_remote_code,
         variant=options.variant,
         buffer_mib=buffer_mib,
+        while_reading=while_reading,
         checks=Checks(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes),
     )
     start = Watermark.now()

@@ -1,6 +1,6 @@
 """What to load, fully resolved: the one value that the steps of a load hand on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,4 +32,5 @@ class Request:
     trust_remote_code: bool
     variant: str | None
     buffer_mib: int
+    while_reading: Callable[[], object] | None
     checks: Checks

@@ -70,6 +70,8 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
             tensors = draft.tensors()
             wanted = [name for name in draft.resolution.sources if name not in ready and shards.is_sharded(tensors[name])]
             plan = plan_rank(draft, {name: tensors[name] for name in wanted})
+            if request.while_reading is not None:
+                request.while_reading()
             _read(draft, {name: tensors[name] for name in wanted}, plan)
         told.mine = None if draft.resolution.computed else _equal_ties(draft)
     if draft.resolution.computed:

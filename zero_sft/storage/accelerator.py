@@ -1,5 +1,6 @@
 """DeepSpeed's accelerator, as the device-specific parts of this folder use it. Imported late: a host-only load needs none."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,36 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     return accelerator().pin_memory(tensor)
 
 
-def recorded_event() -> Any:
-    """An event on the current stream, after everything queued there so far."""
-    event = accelerator().Event()
-    event.record()
-    return event
+def is_on_device(tensor: torch.Tensor) -> bool:
+    """True if `tensor` is not in host memory."""
+    return tensor.device.type != "cpu"
+
+
+class CopyQueue:
+    """Copies from page-locked buffers to one device, in their order, on a stream of their own.
+
+    The stream is the given device's, whatever the calling thread's current device is: threads start with the first.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._accelerator = accelerator()
+        self._stream = self._accelerator.Stream(device=device)
+        self._stream.wait_stream(self._accelerator.current_stream(device.index))  # destinations may be being zeroed there
+
+    def copy(self, place: torch.Tensor, elements: torch.Tensor, strides: Sequence[int]) -> None:
+        """Queue a copy of flat `elements` to `place`, cast and put apart (`strides` of elements) on the device.
+
+        They must stay as they are until the event of the next `mark` has come.
+        """
+        with self._accelerator.stream(self._stream):
+            arrived = elements.to(place.device, non_blocking=True)
+            place.copy_(arrived.as_strided(place.shape, strides))
+
+    def mark(self) -> Any:
+        """An event that comes after everything queued so far."""
+        event = self._accelerator.Event()
+        event.record(self._stream)
+        return event
 
 
 def bytes_view(tensor: torch.Tensor) -> memoryview:

@@ -19,7 +19,7 @@ from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.checkpoint.stamp import Stamp, require_unchanged
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
-from zero_sft.storage.accelerator import bytes_view, pinned, recorded_event
+from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import Pages
 
@@ -130,6 +130,7 @@ class _Worker:
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._staging: list[torch.Tensor] = []
+        self._queue: CopyQueue | None = None
         self._copied: list = [None, None]  # per buffer: the event after which it may be overwritten
         self._turn = 0
 
@@ -143,7 +144,7 @@ class _Worker:
             self._read_scattered(read, dtype)
             return
         destination = self._job.destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
-        if destination.device.type == "cpu" and destination.dtype == dtype:
+        if not is_on_device(destination) and destination.dtype == dtype:
             self._read_in_place(read, destination.view(torch.uint8))
             return
         step = STAGING_BYTES // dtype.itemsize
@@ -164,11 +165,9 @@ class _Worker:
 
     def _read_scattered(self, read: Read, dtype: torch.dtype) -> None:
         destination = self._job.destinations[read.target]
-        on_device = destination.device.type != "cpu"
-        buffer = self._buffer(on_device)[: read.nbytes]
+        buffer = self._buffer(is_on_device(destination))[: read.nbytes]
         self._read(read, buffer, 0)
-        _put_apart(read, buffer.view(dtype).to(destination.device, non_blocking=on_device), destination)
-        self._end_turn(on_device)
+        self._copy(_place(read, destination), buffer.view(dtype), read.source_strides)
 
     def _read_scaled(self, read: Read, scales: ScaleRows, dtype: torch.dtype) -> None:
         """Rows of the weight, of which only the wanted elements are read, times their scales, one row of blocks at a time."""
@@ -192,21 +191,27 @@ class _Worker:
             result[row:end] = part[:, : scales.width]
             row = end
         wanted = result.view(-1).narrow(0, scales.skip, read.nbytes)
-        _put_apart(read, wanted.to(destination.device), destination)
+        arranged = wanted.as_strided(read.sizes, read.source_strides, wanted.storage_offset())
+        _place(read, destination).copy_(arranged)
 
     def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
-        on_device = part.device.type != "cpu"
-        buffer = self._buffer(on_device)[: part.numel() * dtype.itemsize]
+        buffer = self._buffer(is_on_device(part))[: part.numel() * dtype.itemsize]
         self._read(read, buffer, skip_bytes)
-        if not on_device:
+        if not is_on_device(part):
             self._job.pages.make_present(part)
-        part.copy_(buffer.view(dtype), non_blocking=on_device)
-        self._end_turn(on_device)
+        self._copy(part, buffer.view(dtype), (1,))
 
-    def _end_turn(self, on_device: bool) -> None:
-        """The other buffer is next; this one may be overwritten when the copy from it to the device has ended."""
-        if on_device:
-            self._copied[self._turn] = recorded_event()
+    def _copy(self, place: torch.Tensor, elements: torch.Tensor, strides: Sequence[int]) -> None:
+        """Copy what a buffer holds to its place, and take the other buffer next.
+
+        One from which a copy to a device is under way may be overwritten only when that has ended.
+        """
+        if is_on_device(place):
+            self._queue = self._queue or CopyQueue(place.device)
+            self._queue.copy(place, elements, strides)
+            self._copied[self._turn] = self._queue.mark()
+        else:
+            place.copy_(elements.as_strided(place.shape, strides))
         self._turn = 1 - self._turn
 
     def _buffer(self, for_device: bool) -> torch.Tensor:
@@ -238,7 +243,6 @@ class _Worker:
             position += count
 
 
-def _put_apart(read: Read, elements: torch.Tensor, destination: torch.Tensor) -> None:
-    """Copy what was read to where it belongs, cast on the way."""
-    place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
-    place.copy_(elements.as_strided(read.sizes, read.source_strides, elements.storage_offset()))
+def _place(read: Read, destination: torch.Tensor) -> torch.Tensor:
+    """Where in the flat destination the elements of a read belong, as a view of the read's sizes."""
+    return destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)

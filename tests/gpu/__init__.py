@@ -1,0 +1,1 @@
+"""What takes a device: `make test-gpu`."""

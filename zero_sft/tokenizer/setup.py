@@ -1,0 +1,148 @@
+"""Rank 0's part: open a tokenizer's files and make it ready for training.
+
+Ids are to be those the model was trained with. For a folder that has a SentencePiece model but no `tokenizer.json`, as
+Vicuna's has, transformers 5 converts it with merges in order of id instead of score, and for some model types without
+the leading space; both are put right here. Left out: adding tokens, which would need new embedding rows.
+"""
+
+import dataclasses
+import importlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from zero_sft.errors import TokenizerError, ZeroSftError
+from zero_sft.hub import HubOptions
+from zero_sft.tokenizer.fingerprints import PROBES
+
+logger = logging.getLogger(__name__)
+
+_PAD, _SPARE = (re.compile(rf"(?i)(?<![a-z])({words})") for words in ("pad", "reserved|unused|dummy"))
+_MEDIA = re.compile(r"(?i)image|img|video|vision|audio|speech")
+
+
+def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_side: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, ready for training; a TokenizerError for whatever is wrong. Rank 0, by itself."""
+    settings = dataclasses.asdict(options) | {"model_max_length": model_max_length, "padding_side": padding_side}
+    del settings["revision"], settings["subfolder"], settings["variant"]  # the folder is those already
+    try:
+        tokenizer = _open(folder, settings)
+    except ZeroSftError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        raise TokenizerError(
+            f"can't load the tokenizer in {folder}: {str(error).strip() or type(error).__name__}\nCopy its files again from "
+            "the original model; if it comes with code of its own that you trust, give --trust_remote_code True."
+        ) from error
+    config = _read_json(folder / "config.json")
+    pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
+    if tokenizer.pad_token not in (None, pad):
+        logger.info("pad token: %s instead of %s (%s), also in what is saved", pad, tokenizer.pad_token, why)
+    tokenizer.pad_token = pad
+    if why != "unk":
+        logger.warning("no usable unk token in the tokenizer of %s; padding with %s (%s)", folder, pad, why)
+    return tokenizer
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer, with ids as SentencePiece itself gives them where that is what the folder has."""
+    pieces = _sentencepiece(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
+    known = {"tokenizer.json", *filter(None, type(tokenizer).vocab_files_names.values())}
+    lacks = not any((folder / each).is_file() for each in known) and not getattr(tokenizer, "vocab_file", None)
+    if lacks and len(known) > 1 and not pieces and type(tokenizer).__module__.startswith("transformers.models."):
+        # transformers makes one that knows nothing but its special tokens, without a word.
+        raise TokenizerError(f"no tokenizer files in {folder}: expected one of {', '.join(sorted(known))}. Copy them there.")
+    if pieces and tokenizer.is_fast:
+        tokenizer = _as_sentencepiece(tokenizer, pieces, folder, settings)
+    if isinstance(getattr(tokenizer, "legacy", None), bool):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # or save_pretrained forgets it
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def choose_pad_token(tokenizer: Any, rows: int | None = None) -> tuple[str, str]:
+    """A token of the vocabulary, within the `rows` of the model's embedding, to pad with, and why that one.
+
+    Padding is masked by position, so eos can serve at last without leaving the loss.
+    """
+    vocabulary = tokenizer.get_vocab()
+
+    def usable(token: str | None) -> bool:
+        return token in vocabulary and (rows is None or vocabulary[token] < rows)
+
+    if usable(tokenizer.unk_token):
+        return tokenizer.unk_token, "unk"
+    if usable(tokenizer.pad_token) and tokenizer.pad_token != tokenizer.eos_token:
+        return tokenizer.pad_token, "its own pad token"
+    taken = (tokenizer.eos_token, tokenizer.bos_token)
+    special = [str(each) for _, each in sorted(tokenizer.added_tokens_decoder.items()) if each.special]
+    spare = [each for each in special if usable(each) and each not in taken and each not in str(tokenizer.chat_template)]
+    for pattern in (_PAD, _SPARE):
+        for token in spare:
+            if pattern.search(token) and not _MEDIA.search(token):
+                return token, "a reserved token"
+    if usable(tokenizer.eos_token):
+        return tokenizer.eos_token, "the eos token, for want of a reserved one"
+    raise TokenizerError(
+        "the tokenizer has no unk, pad, reserved or eos token to pad with that its model has an embedding for. Name one of "
+        "its tokens as pad_token in tokenizer_config.json."
+    )
+
+
+def _sentencepiece(folder: Path) -> Any:
+    """The SentencePiece model that transformers has to convert, as a SentencePieceProcessor, or None."""
+    for path in [] if (folder / "tokenizer.json").is_file() else sorted(folder.glob("*.model")):
+        with path.open("rb") as file:
+            if file.read(1) != b"\n":  # the tag of the first field; tiktoken's .model files are text
+                continue
+        try:
+            importlib.import_module("google.protobuf")
+            return importlib.import_module("sentencepiece").SentencePieceProcessor(model_file=str(path))
+        except ImportError as error:
+            raise TokenizerError(f"{path} can't be read ({error}): pip install sentencepiece protobuf") from error
+    return None
+
+
+def _as_sentencepiece(tokenizer: Any, pieces: Any, folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The converted tokenizer with what the conversion gets wrong put right; a TokenizerError where that can't be."""
+    bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
+    if bpe and type(tokenizer) is PreTrainedTokenizerFast and pieces.encode("a", out_type=str)[0].startswith("▁"):
+        tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)  # puts a space before, the generic class none
+    if isinstance(tokenizer, LlamaTokenizer) and "add_bos_token" not in _read_json(folder / "tokenizer_config.json"):
+        tokenizer.add_bos_token = True  # the documented default, but not the real one
+    ids = {pieces.id_to_piece(each): each for each in range(pieces.vocab_size())}
+    if bpe and ids.items() <= tokenizer.get_vocab().items():  # not numbered in another way
+        _order_merges_by_score(tokenizer, pieces, ids)
+    generic = type(tokenizer) is PreTrainedTokenizerFast
+    if generic and any(tokenizer.encode(each, add_special_tokens=False) != pieces.encode(each) for each in PROBES[2:]):
+        raise TokenizerError(
+            f"transformers converts the SentencePiece model in {folder} to other ids than its own. Name the model's own "
+            "tokenizer_class in tokenizer_config.json, or copy its tokenizer.json there."
+        )
+    return tokenizer
+
+
+def _order_merges_by_score(tokenizer: Any, pieces: Any, ids: dict[str, int]) -> None:
+    """Give a converted BPE the merges of its SentencePiece model: best score first, then lowest id.
+
+    transformers 5 takes ids for scores. They differ in Llama's and Mistral's models, whose runs of spaces have low ids
+    and the lowest score: "a  b" became [a, two spaces, b] instead of [a, space, space-b].
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    ranked = sorted(
+        (-pieces.get_score(whole), whole, ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])
+        for piece, whole in ids.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    )
+    state["model"]["merges"] = [[left, right] for *_, left, right in ranked]
+    tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
