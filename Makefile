@@ -49,7 +49,7 @@ format: setup ## put the code into the project's format
 	$(BIN)/ruff format zero_sft tests benchmarks examples
 	$(BIN)/ruff check --fix zero_sft tests benchmarks examples
 
-bench: setup ## load time, traffic and memory beside the bare read and other loaders; hours with all rounds
+bench: setup ## load time, traffic and memory beside the bare read and other loaders; about an hour
 	$(BIN)/python -m benchmarks.load --write docs/benchmarks.md
 
 scaling: setup ## what published models need on 8 to 1,024 GPUs; writes docs/scaling.md
