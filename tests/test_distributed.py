@@ -65,3 +65,27 @@ def test_disagreement_names_keys_and_ranks():
     distributed.agree_on(world, "config", {"a": 1, "b": [1, 2]})
     with pytest.raises(DistributedError, match=r"(?s)a: 1 on rank 0, 2; 7 on rank 1"):
         distributed.agree_on(world, "config", {"a": 7 if world.rank == 1 else 1, "b": 2})
+
+
+@pytest.mark.world_size(1, 3)
+def test_what_a_stage_tells_travels_with_its_end():
+    world = World.detect()
+    distributed.connect(world)
+    with distributed.agreed(world, "counting") as told:
+        told.mine = {"rank": world.rank}
+        told.same = ("config", {"a": 1})
+    assert told.everyone == [{"rank": rank} for rank in range(world.world_size)]
+
+
+@pytest.mark.world_size(3)
+def test_a_stage_whose_ranks_differ():
+    world = World.detect()
+    distributed.connect(world)
+    with pytest.raises(DistributedError, match=r"(?s)disagree about the config.*a: 1 on rank 0, 2; 7 on rank 1"):
+        with distributed.agreed(world, "reading") as told:
+            told.same = ("config", {"a": 7 if world.rank == 1 else 1})
+    with pytest.raises(CheckpointError, match="rank 2 of 3 while reading"):  # the failure says more than the difference
+        with distributed.agreed(world, "reading") as told:
+            if world.rank == 2:
+                raise CheckpointError("broken")
+            told.same = ("config", {"a": world.rank})

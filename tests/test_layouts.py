@@ -1,6 +1,7 @@
 """Layouts of published checkpoints that differ from the model's own, against plain `from_pretrained`."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -99,6 +100,36 @@ def outer(tmp_path):
     models.save_tiny("qwen2", tmp_path / "outer" / "inner")
     tiny.byte_tokenizer().save_pretrained(tmp_path / "outer" / "inner")
     return tmp_path / "outer"
+
+
+@pytest.mark.world_size(2)
+def test_the_tokenizer_is_set_up_while_the_weights_are_read(outer):
+    """Rank 0's reads wait until the tokenizer's set-up has begun, on another thread."""
+    from unittest import mock
+
+    from zero_sft import load_pretrained
+    from zero_sft.distributed import World
+    from zero_sft.storage import reader
+    from zero_sft.tokenizer import Wanted
+
+    begun, prepare, fill = threading.Event(), Wanted.prepare, reader.fill
+
+    def prepare_and_say(wanted):
+        assert threading.current_thread() is not threading.main_thread()
+        begun.set()
+        return prepare(wanted)
+
+    def fill_when_begun(*args, **kwargs):
+        assert begun.wait(60)
+        return fill(*args, **kwargs)
+
+    is_main = World.detect().is_main
+    with (
+        mock.patch.multiple(Wanted, prepare=prepare_and_say),
+        mock.patch.object(reader, "fill", fill_when_begun if is_main else fill),
+    ):
+        load_pretrained(str(outer / "inner"), ds_config=models.zero3(), model_max_length=32)
+    assert begun.is_set() == is_main
 
 
 @pytest.mark.world_size(2)

@@ -75,19 +75,15 @@ def prepare_config_in(
 ) -> PreTrainedConfig:
     """`prepare_config` in a world that is connected already. Every rank; communicates."""
     folder = hub.resolve_folder(name, options, world, hub.CONFIG)
-    # Custom code is copied to a folder that ranks share: first by rank 0, then a rank of each node, then the others.
-    turns = 3 if options.trust_remote_code else 1
-    mine = min(turns - 1, 0 if world.is_main else 1 if world.local_rank == 0 else 2)
-    loaded = config = PreTrainedConfig()
-    for turn in range(turns):
-        with distributed.agreed(world, f"reading the config of {name}") as told:
-            if turn == mine:
-                loaded = load_config(folder, options)
-                loaded.name_or_path = name
-                config = with_context(loaded, model_max_length=model_max_length, rope_parameters=rope_parameters)
-            settings = _settings(config.to_dict()) | {"class": type(config).__name__}
-            told.mine = distributed.digest_of(settings)
-    distributed.agree_on(world, "model config", settings, told.everyone)
+
+    def read() -> tuple[PreTrainedConfig, PreTrainedConfig]:
+        loaded = load_config(folder, options)
+        loaded.name_or_path = name
+        return loaded, with_context(loaded, model_max_length=model_max_length, rope_parameters=rope_parameters)
+
+    stage = f"reading the config of {name}"
+    loaded, config = distributed.by_turns(world, stage, read, one_by_one=options.trust_remote_code)
+    distributed.agree_on(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
     before, after = (getattr(text_config(each), "rope_parameters", None) for each in (loaded, config))
     if before != after and world.is_main:
         logger.warning("RoPE of %s from %s to %s, for model_max_length %s", name, before, after, model_max_length)

@@ -16,9 +16,9 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,8 @@ import torch.distributed as dist
 from zero_sft import errors
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 """How long ranks wait at the end of a stage for the slowest one before the error names it."""
@@ -214,10 +216,14 @@ def exchange(world: World, value: Any) -> list[Any]:
 
 @dataclass(slots=True)
 class Told:
-    """What ranks tell each other at the end of an `agreed` stage: `mine`, a JSON value; then `everyone`'s, in rank order."""
+    """What ranks tell each other at the end of an `agreed` stage: `mine`, a JSON value; then `everyone`'s, in rank order.
+
+    `same`, a name and JSON-able values, is what all ranks must hold alike, as in `agree_on`.
+    """
 
     mine: Any = None
     everyone: list[Any] = field(default_factory=list)
+    same: tuple[str, Mapping[str, Any]] | None = None
 
 
 @contextlib.contextmanager
@@ -226,7 +232,7 @@ def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT
 
     Nothing inside may communicate: a rank that fails leaves early. The error raised is the one of the lowest failing rank,
     in its own class if it is one of `zero_sft.errors`, else as a `DistributedError` that names its type. What the stage
-    writes to `mine` of the value of this context travels along.
+    writes to the value of this context travels along; all ranks set its `same`, or none.
 
     Raises:
         ZeroSftError: on every rank, if any rank failed, or did not get here within `timeout`.
@@ -243,10 +249,14 @@ def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT
         told.everyone = [told.mine]
         return
     _await_all(stage, timeout)
-    everyone = exchange(world, [None if failure is None else [type(failure).__name__, str(failure)], told.mine])
-    reports, told.everyone = (list(each) for each in zip(*everyone, strict=True))
+    report = None if failure is None else [type(failure).__name__, str(failure)]
+    digest = told.same and _digest(told.same[1])
+    everyone = exchange(world, [report, told.mine, digest])
+    reports, told.everyone, digests = (list(each) for each in zip(*everyone, strict=True))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
+        if told.same:
+            _require_same(world, *told.same, digests)
         return
     kind, message = reports[failed[0]]
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
@@ -273,27 +283,45 @@ def _rebuilt(kind: str, message: str) -> errors.ZeroSftError:
     return errors.DistributedError(f"{kind}: {message}")
 
 
-def digest_of(values: Mapping[str, Any]) -> str:
-    """A hash of JSON-able values: what ranks compare."""
-    import hashlib
+def by_turns(world: World, stage: str, act: Callable[[], T], *, one_by_one: bool) -> T:
+    """`act` on every rank, `agreed`; `one_by_one`: on rank 0 first, then on a rank of each node, then on the others.
 
-    return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
+    That is for custom code, which transformers copies to a folder that ranks share. Every rank; communicates.
+    """
+    turns = 3 if one_by_one else 1
+    mine = min(turns - 1, 0 if world.is_main else 1 if world.local_rank == 0 else 2)
+    results: list[T] = []
+    for turn in range(turns):
+        with agreed(world, stage):
+            if turn == mine:
+                results.append(act())
+    return results[0]
+
+
+def agree_on(world: World, what: str, values: Mapping[str, Any]) -> None:
+    """Raise one error on every rank unless all ranks hold the same JSON-able `values`. Every rank; communicates.
+
+    A digest is compared first; the values themselves travel only when it differs.
+
+    Raises:
+        DistributedError: naming the keys that differ, with each variant and the ranks that hold it.
+    """
+    _require_same(world, what, values, exchange(world, _digest(values)))
 
 
 def _canonical(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
 
 
-def agree_on(world: World, what: str, values: Mapping[str, Any], digests: Sequence[str] | None = None) -> None:
-    """Raise one error on every rank unless all ranks hold the same JSON-able `values`. Every rank; communicates.
+def _digest(values: Mapping[str, Any]) -> str:
+    import hashlib
 
-    A digest is compared first, every rank's `digest_of` where it has travelled already; the values themselves travel only
-    when it differs.
+    return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
 
-    Raises:
-        DistributedError: naming the keys that differ, with each variant and the ranks that hold it.
-    """
-    if len(set(digests or exchange(world, digest_of(values)))) == 1:
+
+def _require_same(world: World, what: str, values: Mapping[str, Any], digests: Sequence[str]) -> None:
+    """`agree_on`, where every rank's `_digest` is known."""
+    if len(set(digests)) == 1:
         return
     everyone = exchange(world, _canonical(values))
     lines = []

@@ -15,17 +15,8 @@ FEW_FILES = 8
 """Up to that many files are read by every rank."""
 
 
-def read_headers(files: Files) -> Sequence[Mapping[str, StoredTensor]]:
-    """The tensors of every file. Any rank by itself.
-
-    Raises:
-        CheckpointError: a damaged file.
-    """
-    return [files.read(path) for path in files.paths]
-
-
 def read_headers_together(files: Files, world: World) -> Sequence[Mapping[str, StoredTensor]] | None:
-    """`read_headers`, the same on every rank, or None where every rank had better read them itself.
+    """`index.read_headers`, the same on every rank, or None where every rank had better read them itself.
 
     Every rank, with the same names of files; communicates unless it returns None.
 

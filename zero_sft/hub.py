@@ -72,7 +72,7 @@ def pin_revision(name_or_path: str, hub: HubOptions, world: World) -> HubOptions
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
-    return hub if _everywhere_local(name_or_path, hub, world) else _pinned(name_or_path, hub, world)
+    return hub if _local_everywhere(name_or_path, hub, world) else _pinned(name_or_path, hub, world)
 
 
 def _pinned(name_or_path: str, hub: HubOptions, world: World) -> HubOptions:
@@ -93,9 +93,8 @@ def resolve_folder(name_or_path: str, hub: HubOptions, world: World, patterns: t
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
-    if _everywhere_local(name_or_path, hub, world):
-        return _local_folder(name_or_path, hub) or Path(name_or_path)
-    return _fetched(name_or_path, _pinned(name_or_path, hub, world), world, patterns)
+    local = _local_everywhere(name_or_path, hub, world)
+    return local or _fetched(name_or_path, _pinned(name_or_path, hub, world), world, patterns)
 
 
 def _fetched(name_or_path: str, hub: HubOptions, world: World, patterns: tuple[str, ...]) -> Path:
@@ -122,8 +121,9 @@ def resolve_weights(name_or_path: str, hub: HubOptions, world: World) -> Path:
     Raises:
         CheckpointError: no such folder, or the hub can't provide it.
     """
-    if _everywhere_local(name_or_path, hub, world):
-        return _local_folder(name_or_path, hub) or Path(name_or_path)
+    local = _local_everywhere(name_or_path, hub, world)
+    if local:
+        return local
     hub = _pinned(name_or_path, hub, world)
     wanted = _patterns(WEIGHTS, hub.variant)
     folder = _fetched(name_or_path, hub, world, (*CONFIG, *wanted))
@@ -145,10 +145,11 @@ def _patterns(names: tuple[str, ...], variant: str | None) -> tuple[str, ...]:
     return tuple(result)
 
 
-def _everywhere_local(name_or_path: str, hub: HubOptions, world: World) -> bool:
-    """True if every rank sees a folder of that name: a relative path and a hub id can look alike. Communicates."""
+def _local_everywhere(name_or_path: str, hub: HubOptions, world: World) -> Path | None:
+    """The folder of that name, if every rank sees one: a relative path and a hub id can look alike. Communicates."""
     with distributed.agreed(world, f"looking for {name_or_path}") as told:
-        told.mine = _local_folder(name_or_path, hub) is not None
+        local = _local_folder(name_or_path, hub)
+        told.mine = local is not None
     found = told.everyone
     if any(found) and not all(found):
         absent = [rank for rank, each in enumerate(found) if not each]
@@ -156,7 +157,7 @@ def _everywhere_local(name_or_path: str, hub: HubOptions, world: World) -> bool:
             f"{name_or_path} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a "
             "file system that all nodes share, or copy it to every node."
         )
-    return all(found)
+    return local
 
 
 def _local_folder(name_or_path: str, hub: HubOptions) -> Path | None:

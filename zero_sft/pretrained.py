@@ -58,14 +58,10 @@ def load_pretrained(
 
     world = World.detect()
     distributed.connect(world)
-    hub["revision"] = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub, load_pretrained), world).revision
+    options = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub, load_pretrained), world)
+    hub["revision"] = options.revision
     config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
-    wanted = Wanted(
-        name=model_name_or_path,
-        options=HubOptions.from_kwargs(hub),
-        model_max_length=model_max_length,
-        padding_side=padding_side,
-    )
+    wanted = Wanted(name=model_name_or_path, options=options, model_max_length=model_max_length, padding_side=padding_side)
     begun: list[Future] = []
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
         model = load_model(

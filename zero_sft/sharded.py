@@ -14,14 +14,14 @@ import transformers
 from transformers import PreTrainedModel
 
 from zero_sft import distributed, skeleton, transformers_internals
-from zero_sft.checkpoint.index import assemble, locate
+from zero_sft.checkpoint.index import assemble, locate, read_headers
 from zero_sft.checkpoint.scaled import ScaledTensor
 from zero_sft.computed import compute, fill_computed
 from zero_sft.conversion.quantised import dequantise, quantizer_for
 from zero_sft.distributed import World, agreed
 from zero_sft.draft import Draft, meet
 from zero_sft.errors import CheckpointError
-from zero_sft.headers import read_headers, read_headers_together
+from zero_sft.headers import read_headers_together
 from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Read, Target, plan_reads
 from zero_sft.report import LoadReport
@@ -48,21 +48,14 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         quantizer = quantizer_for(request.config, str(request.folder))
         bare = skeleton.build(request)
         files = locate(request.folder, torch_zip.read_header, request.variant)
-        told.mine = distributed.digest_of(files.sizes())
-    distributed.agree_on(world, "checkpoint's files", files.sizes(), told.everyone)
+        told.same = ("checkpoint's files", files.sizes())
     with watch.stage("headers"):
         headers = read_headers_together(files, world)
     with agreed(world, "planning the reads") as told, watch.stage("plan"):
         index = assemble(files, headers or read_headers(files))
         threads = max(1, min(request.buffer_mib // BUFFER_MIB_A_THREAD, _cores() // world.local_world_size))
         draft = meet(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
-        agreed_on = {
-            "index": draft.index.digest(),
-            "names": sorted(draft.resolution.loaded),
-            "transformers": transformers.__version__,
-        }
-        told.mine = distributed.digest_of(agreed_on)
-    distributed.agree_on(world, "checkpoint", agreed_on, told.everyone)
+        told.same = ("checkpoint", _understood(draft))
     with agreed(world, "reading the weights") as told:
         with watch.stage("initialise"):
             ready = _initialise(draft, request)
@@ -87,6 +80,15 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         with watch.stage("verify"):
             report.verified = _verify(draft, world, ready)
     return draft.model
+
+
+def _understood(draft: Draft) -> dict[str, Any]:
+    """What ranks must see alike before they read: the tensors in the files, the names that they fill, and the rules."""
+    return {
+        "index": draft.index.digest(),
+        "names": sorted(draft.resolution.loaded),
+        "transformers": transformers.__version__,
+    }
 
 
 def _initialise(draft: Draft, request: Request) -> set[str]:

@@ -91,6 +91,15 @@ def locate(folder: str | Path, read_bin: ReadHeader | None = None, variant: str 
     raise CheckpointError(_no_weights(folder, variant))
 
 
+def read_headers(files: Files) -> Sequence[Mapping[str, StoredTensor]]:
+    """The tensors of every file, in the files' order.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    return [files.read(path) for path in files.paths]
+
+
 def assemble(files: Files, headers: Sequence[Mapping[str, StoredTensor]]) -> CheckpointIndex:
     """Put the headers of all files together, in their order. Pure.
 
@@ -124,9 +133,9 @@ def assemble(files: Files, headers: Sequence[Mapping[str, StoredTensor]]) -> Che
 
 
 def open_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
-    """`locate`, read every header, and `assemble`; errors as theirs, and CheckpointError for a damaged file."""
+    """`locate`, `read_headers` and `assemble`; errors as theirs."""
     files = locate(folder, read_bin, variant)
-    return assemble(files, [files.read(path) for path in files.paths])
+    return assemble(files, read_headers(files))
 
 
 def _of_variant(name: str, variant: str | None) -> str:

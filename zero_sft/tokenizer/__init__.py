@@ -78,16 +78,13 @@ def share(world: World, wanted: Wanted, prepared: Callable[[], Prepared]) -> Pre
         if world.is_main:
             original, packet = prepared()
     packet = distributed.broadcast_bytes(world, packet)
-    # Custom code is copied to a folder that ranks share: first by rank 0, then a rank of each node, then the others.
-    turns = 3 if wanted.options.trust_remote_code else 1
-    mine = min(turns - 1, 0 if world.is_main else 1 if world.local_rank == 0 else 2)
-    tokenizer, prints = PreTrainedTokenizerBase(), {}
-    for turn in range(turns):
-        with distributed.agreed(world, "rebuilding the tokenizer") as told:
-            if turn == mine:
-                tokenizer = rebuild(packet, wanted.name, trust_remote_code=wanted.options.trust_remote_code)
-                check_faithful(original, tokenizer)
-                prints = fingerprint(tokenizer)
-            told.mine = distributed.digest_of(prints)
-    distributed.agree_on(world, "tokenizer", prints, told.everyone)
+
+    def rebuilt() -> PreTrainedTokenizerBase:
+        tokenizer = rebuild(packet, wanted.name, trust_remote_code=wanted.options.trust_remote_code)
+        check_faithful(original, tokenizer)
+        return tokenizer
+
+    one_by_one = wanted.options.trust_remote_code
+    tokenizer = distributed.by_turns(world, "rebuilding the tokenizer", rebuilt, one_by_one=one_by_one)
+    distributed.agree_on(world, "tokenizer", fingerprint(tokenizer))
     return tokenizer
