@@ -14,10 +14,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 PRELOAD = ["torch", "torch.distributed", "transformers", "deepspeed", "zero_sft", "tests.preload"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
+
+
+class Skip(str):
+    """Why a rank has skipped its test, in place of a failure's traceback."""
 
 
 def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[..., None], kwargs: dict, sink: Any) -> None:
@@ -44,14 +50,18 @@ def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[...
         target(**kwargs)
         dist.barrier()
         sink.send((rank, None))
-    except BaseException:
-        sink.send((rank, traceback.format_exc()))
+    except BaseException as error:
+        skipped = isinstance(error, pytest.skip.Exception)
+        sink.send((rank, Skip(str(error)) if skipped else traceback.format_exc()))
         os._exit(1)
     os._exit(0)  # no destructors of gloo threads, no atexit of DeepSpeed
 
 
 def run_ranks(size: int, target: Callable[..., None], kwargs: dict[str, Any], timeout_s: float = 120.0) -> None:
-    """Run `target(**kwargs)` on `size` ranks; raise AssertionError with the first failing rank's traceback."""
+    """Run `target(**kwargs)` on `size` ranks; raise AssertionError with the first failing rank's traceback.
+
+    What a rank skips is skipped.
+    """
     port = random.randint(20000, 50000)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pipes, ranks = [], []
@@ -72,6 +82,8 @@ def run_ranks(size: int, target: Callable[..., None], kwargs: dict[str, Any], ti
                 if process.is_alive():
                     process.kill()
                 process.join(10)
+    if isinstance(failure, Skip):
+        pytest.skip(failure)
     if failure:
         raise AssertionError(failure)
 
@@ -90,5 +102,5 @@ def _first_failure(pipes: list, deadline: float) -> str | None:
             except EOFError:
                 failure = "the process died without a word"
             if failure:
-                return f"rank {rank} failed:\n{failure}"
+                return failure if isinstance(failure, Skip) else f"rank {rank} failed:\n{failure}"
     return None
