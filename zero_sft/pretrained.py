@@ -47,6 +47,7 @@ def load_pretrained(
     verify: bool = False,
     ignore_mismatched_sizes: bool = False,
     buffer_mib: int = 64,
+    mmap: bool = True,
     **hub: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Config, model and tokenizer, as FastChat's training has them, under ZeRO-3. Every rank; communicates.
@@ -76,6 +77,7 @@ def load_pretrained(
             verify=verify,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             buffer_mib=buffer_mib,
+            mmap=mmap,
             while_reading=lambda: begun.append(beside.submit(wanted.prepare)) if world.is_main else None,
             **hub,
         )
@@ -96,6 +98,7 @@ def load_model(
     verify: bool = False,
     ignore_mismatched_sizes: bool = False,
     buffer_mib: int = 64,
+    mmap: bool = True,
     while_reading: Callable[[], object] | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
@@ -114,6 +117,9 @@ def load_model(
         ignore_mismatched_sizes: tensors of another shape than the model's are initialised anew instead of an error.
         buffer_mib: what the load may hold beside its shards, in MiB, at least 16: each 16 are one reading thread, as far as
             there are cores. Leaves out the module that is initialised, and what is computed once a node.
+        mmap: a shard that stays in ordinary host memory, and is one run of a file in the page cache, is mapped from there, not
+            copied. Until an engine starts, whoever overwrites that file in place changes the model; the engine's start
+            refuses then. Frozen parameters stay mapped. False: all is copied.
         while_reading: called when the sharded loader begins to read, on every rank, to start other work on a thread: nothing
             else happens on the host until the weights are there. It must not communicate.
         **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.
@@ -150,6 +156,7 @@ def load_model(
         trust_remote_code=options.trust_remote_code,
         variant=options.variant,
         buffer_mib=buffer_mib,
+        mmap=mmap,
         while_reading=while_reading,
         checks=Checks(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes),
     )

@@ -14,11 +14,11 @@ class LoadReport:
     `mismatched` holds `(name, expected shape, got shape)`; `doubled` are stored names that several files have, of which the
     last file's was taken, as in `from_pretrained`. `dequantised` tensors were multiplied by their scales while they were read;
     `untraced` ones, with the bytes that a node held for each, were computed from whole stored tensors. `bytes_read` counts
-    checkpoint data of this rank, `bytes_communicated` what this rank sent to others, in bytes; `seconds` is this rank's wall
-    time, `slowest_seconds` that of the slowest rank; `stages` splits `seconds` by stage. `operations` are the conversions by
-    which tensors were made of others, such as the merging of experts. `verified` is the number of tensors read back and found
-    equal, if asked for. `peak_host_bytes` and `peak_device_bytes` are what this rank held at most over what it had at the
-    start; `ranks` has the numbers of every rank, in order.
+    checkpoint data of this rank, of which `bytes_mapped` were taken in place from the page cache; `bytes_communicated` what it
+    sent to others, in bytes. `seconds` is this rank's wall time, `slowest_seconds` the slowest rank's; `stages` splits
+    `seconds` by stage. `operations` are the conversions by which tensors were made of others, as in the merging of experts.
+    `verified` is the number of tensors read back and found equal, if asked for. `peak_host_bytes` and `peak_device_bytes` are
+    what this rank held at most over what it had at the start; `ranks` has the numbers of every rank, in order.
     """
 
     loader: str
@@ -37,6 +37,7 @@ class LoadReport:
     verified: int | None = None
     requests: int = 0
     bytes_read: int = 0
+    bytes_mapped: int = 0
     bytes_communicated: int = 0
     seconds: float = 0.0
     slowest_seconds: float = 0.0
@@ -108,6 +109,7 @@ class LoadReport:
 _ROWS: tuple[tuple[str, str, float, Callable[[Iterable[float]], float]], ...] = (
     ("seconds", "seconds (longest)", 1.0, max),
     ("bytes_read", "MiB read (sum)", 2**20, sum),
+    ("bytes_mapped", "MiB of it mapped (sum)", 2**20, sum),
     ("requests", "read requests (sum)", 0, sum),
     ("bytes_communicated", "KiB of exchanges (sum)", 2**10, sum),
     ("peak_host_bytes", "MiB grown, host (most)", 2**20, max),

@@ -32,5 +32,6 @@ class Request:
     trust_remote_code: bool
     variant: str | None
     buffer_mib: int
+    mmap: bool
     while_reading: Callable[[], object] | None
     checks: Checks

@@ -28,6 +28,7 @@ from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
+from zero_sft.storage.mapped import map_cached
 from zero_sft.verify import Held, digest, verify
 from zero_sft.zero import gather, internals, missing, shards
 
@@ -65,7 +66,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
             plan = plan_rank(draft, {name: tensors[name] for name in wanted})
             if request.while_reading is not None:
                 request.while_reading()
-            _read(draft, {name: tensors[name] for name in wanted}, plan)
+            report.bytes_mapped = _read(draft, {name: tensors[name] for name in wanted}, plan, request.mmap)
         told.mine = None if draft.resolution.computed else _equal_ties(draft)
     if draft.resolution.computed:
         with watch.stage("compute"):
@@ -126,8 +127,15 @@ def plan_rank(draft: Draft, params: Mapping[str, Any]) -> Plan:
     return plan_reads(targets, draft.resolution.stored)
 
 
-def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
-    """Give every parameter its shard's memory, and fill it."""
+def _read(draft: Draft, params: Mapping[str, Any], plan: Plan, mmap: bool) -> int:
+    """Give every parameter its shard: the mapped file where it may be and is cached, else memory that is filled.
+
+    Returns:
+        The bytes that were mapped.
+    """
+    mapped = map_cached(plan.reads, shards.mappable(params), draft.index.stamps) if mmap else {}
+    for name, shard in mapped.items():
+        shards.attach(params[name], shard)
     by_target: dict[str, list] = {}
     for read in plan.reads:
         by_target.setdefault(read.target, []).append(read)
@@ -137,7 +145,8 @@ def _read(draft: Draft, params: Mapping[str, Any], plan: Plan) -> None:
         reads = sorted((read for reads in wanted for read in reads), key=lambda read: (read.file, read.offset_bytes))
         _fill(draft, reads, memory)
 
-    shards.fill_shards(params, fill)
+    shards.fill_shards({name: param for name, param in params.items() if name not in mapped}, fill)
+    return sum(shard.nbytes for shard in mapped.values())
 
 
 def _fill(draft: Draft, reads: Sequence[Read], memory: Mapping[str, torch.Tensor]) -> None:
@@ -160,7 +169,7 @@ def _finish(draft: Draft, request: Request, world: World, report: LoadReport, eq
         report.missing, report.unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
         model.eval()
         skeleton.read_generation_config(model, request)
-        gather.install(model)
+        gather.install(model, draft.index.stamps if report.bytes_mapped else {})
         skeleton.keep_zero3_enabled(model, request.ds_config)
 
 

@@ -179,6 +179,7 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
         verify=parsed.model.verify,
         ignore_mismatched_sizes=parsed.model.ignore_mismatched_sizes,
         buffer_mib=parsed.model.buffer_mib,
+        mmap=parsed.model.mmap,
         **inputs.hub,
     )
 

@@ -56,9 +56,18 @@ def test_pieces_of_one_parameter_from_several_tensors():
     sources = {"a": stored("a", 6, 0), "b": stored("b", 5, 12)}
     (read,) = plan_reads([target((9,), 1, 2, parts)], sources).reads
     assert (read.offset_bytes, read.nbytes, read.start) == (14, 8, 0)
-    first, second = plan_reads([target((9,), 0, 2, parts)], sources).reads
+    first, second = plan_reads([target((9,), 0, 2, parts)], {**sources, "b": stored("b", 5, 14)}).reads
     assert (first.offset_bytes, first.nbytes, first.start) == (4, 8, 0)
-    assert (second.offset_bytes, second.nbytes, second.start) == (12, 2, 4)
+    assert (second.offset_bytes, second.nbytes, second.start) == (14, 2, 4)
+
+
+def test_what_goes_on_here_and_there_is_one_read():
+    """Of a 5 × 3 matrix rank 1 of 2 keeps elements 8 to 14, the last of row 2 and two rows: one run."""
+    (read,) = plan_reads([target((5, 3), 1, 2, regions.whole("s", (5, 3)))], {"s": stored("s", 15, 100)}).reads
+    assert (read.offset_bytes, read.nbytes, read.start, read.sizes) == (116, 14, 0, (7,))
+    swapped = regions.concatenate([((2,), regions.whole("b", (2,))), ((2,), regions.whole("a", (2,)))], 0)
+    reads = plan_reads([target((4,), 0, 1, swapped)], {"a": stored("a", 2, 0), "b": stored("b", 2, 4)}).reads
+    assert [(read.offset_bytes, read.start) for read in reads] == [(0, 2), (4, 0)], "neighbours in the file alone"
 
 
 def test_a_transposed_matrix_is_read_row_by_row():

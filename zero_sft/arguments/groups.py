@@ -46,6 +46,10 @@ class ModelArguments:
     buffer_mib: int = field(
         default=64, metadata={"help": "MiB that the load may hold beside its shards: 16 for each reading thread."}
     )
+    mmap: bool = field(
+        default=True,
+        metadata={"help": "Shards that stay on the host are mapped from a file that is cached, instead of copied."},
+    )
     revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
     token: str | bool | None = field(
         default=None,

@@ -65,7 +65,7 @@ def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementa
     request = Request(
         folder=folder, config=config, ds_config={}, dtype=getattr(torch, wanted_dtype(dtype, config)), seed=0,
         model_class=None, attn_implementation=attn_implementation, trust_remote_code=options.trust_remote_code,
-        variant=options.variant, buffer_mib=64, while_reading=None, checks=Checks(),
+        variant=options.variant, buffer_mib=64, mmap=False, while_reading=None, checks=Checks(),
     )  # fmt: skip
     quantizer = quantizer_for(config, name)
     model, state = skeleton.outline(request)

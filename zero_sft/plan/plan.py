@@ -7,6 +7,7 @@ any world can be played without processes.
 """
 
 import bisect
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -101,6 +102,17 @@ class Read:
         """True if the bytes are wanted as they are, one behind the other."""
         return self.source_strides == self.target_strides == (1,)
 
+    def continues_in(self, after: "Read") -> bool:
+        """True if both are plain runs, and `after` begins where this one ends, in the file and in the target."""
+        return (
+            self.offset_bytes + self.nbytes == after.offset_bytes
+            and (self.target, self.file, self.dtype) == (after.target, after.file, after.dtype)
+            and self.start + self.sizes[0] == after.start
+            and self.is_run
+            and after.is_run
+            and self.scales is None is after.scales
+        )
+
     @property
     def nbytes_in_all(self) -> int:
         """Bytes that it reads, scales included."""
@@ -137,7 +149,22 @@ def plan_reads(targets: Iterable[Target], stored: Mapping[str, StoredTensor]) ->
     for target in targets:
         for piece in pieces(target):
             reads += _reads(piece, target.makeup.name, stored[piece.source])
-    return Plan(reads=tuple(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target))))
+    return Plan(reads=tuple(_joined(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target)))))
+
+
+def _joined(reads: Iterable[Read]) -> Iterator[Read]:
+    """Sorted reads, those that go on where the one before ends, there and here, as one: a range may begin within a row."""
+    last: Read | None = None
+    for read in reads:
+        if last is None:
+            last = read
+        elif last.continues_in(read):
+            last = dataclasses.replace(last, nbytes=last.nbytes + read.nbytes, sizes=(last.sizes[0] + read.sizes[0],))
+        else:
+            yield last
+            last = read
+    if last is not None:
+        yield last
 
 
 def check_cover(makeup: Makeup, stored: Mapping[str, StoredTensor]) -> None:

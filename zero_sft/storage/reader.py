@@ -51,7 +51,7 @@ def fill(
     stamps = stamps or {}
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for read in reads for path in _files(read))
-        handles = {path: stack.enter_context(_opened(path, stamps.get(path))) for path in paths}
+        handles = {path: stack.enter_context(opened(path, stamps.get(path))) for path in paths}
         job = _Job(handles=handles, destinations=destinations, dequantise=dequantise)
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
@@ -93,7 +93,7 @@ def _work(job: _Job, queue: Iterator[Read]) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: str, expected: Stamp | None) -> Iterator[int]:
+def opened(path: str, expected: Stamp | None) -> Iterator[int]:
     """The file, opened; it must be the `expected` one, both now and after the body has read from it."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))

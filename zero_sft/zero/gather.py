@@ -13,7 +13,8 @@ For inference only: what a backward pass would need is gone by then. All ranks m
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,13 +22,18 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import nn
 
+from zero_sft.checkpoint.stamp import Stamp, require_unchanged
 from zero_sft.zero import shards
 
-_HANDLES = "_zero_sft_gather_hooks"
+_HANDLES, _MAPPED = "_zero_sft_gather_hooks", "_zero_sft_mapped_files"
 
 
-def install(model: nn.Module) -> None:
-    """Let `model` gather its parameters around each module's forward until an engine takes over."""
+def install(model: nn.Module, mapped: Mapping[str, Stamp] = MappingProxyType({})) -> None:
+    """Let `model` gather its parameters around each module's forward until an engine takes over.
+
+    Args:
+        mapped: files of which shards are a part, by path: an engine that starts finds them unchanged, or does not start.
+    """
     _stand_down_for_engines()
     handles = []
     for module in model.modules():
@@ -35,6 +41,7 @@ def install(model: nn.Module) -> None:
             handles.append(module.register_forward_pre_hook(_before))
             handles.append(module.register_forward_hook(_after, always_call=True))
     setattr(model, _HANDLES, handles)
+    setattr(model, _MAPPED, mapped)
 
 
 def remove(model: nn.Module) -> None:
@@ -78,6 +85,9 @@ def _stand_down_for_engines() -> None:
 
     @functools.wraps(original)
     def setup_zero_stage3_hooks(self: DeepSpeedZeRoOffload) -> None:
+        for module in self.module.modules():
+            for path, expected in module.__dict__.get(_MAPPED, {}).items():
+                require_unchanged(path, path, expected)
         remove(self.module)
         original(self)
 

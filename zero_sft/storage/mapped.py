@@ -1,0 +1,103 @@
+"""What the page cache holds already is memory already: shards that are taken from a file in place, without a copy.
+
+A shard that is one run of a file's bytes, in the wanted dtype, and is to stay in ordinary host memory, can be the mapped file
+itself: private, so that a write copies the page that it touches and never reaches the file. That is as good as a copy until
+an engine starts, which moves every trainable shard into a buffer of its own anyway, and takes milliseconds where a copy takes
+as long as the memory needs to be touched and filled. Only what is in the page cache is taken so: from a disk, large reads are
+faster than faults. Whoever overwrites a mapped file in place changes the shards; a file that is replaced leaves them.
+"""
+
+import contextlib
+import mmap
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from zero_sft.checkpoint.stamp import Stamp
+from zero_sft.plan.plan import Read
+from zero_sft.storage.dtypes import TORCH_DTYPES
+from zero_sft.storage.reader import opened
+
+SAMPLE_BYTES = 2**20
+"""One byte of so many is looked for in the page cache. It keeps a file in far larger parts than pages, or lets them go."""
+
+SMALLEST_BYTES = 2**18
+"""A smaller shard is copied: that costs no more than a mapping of its own."""
+
+LIMIT = 2**14
+"""The most mappings of one load. Linux gives a process 65,530 in all."""
+
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+
+def map_cached(
+    reads: Iterable[Read], wanted: Mapping[str, tuple[int, torch.dtype]], stamps: Mapping[str, Stamp]
+) -> dict[str, torch.Tensor]:
+    """Map what can be had in place of `wanted`, (numel, dtype) by target; the rest has to be read.
+
+    Where the kernel can't tell what it holds without waiting for it (`RWF_NOWAIT`: network file systems, other systems than
+    Linux), nothing can.
+
+    Args:
+        stamps: by path, which file it was when the reads were planned.
+
+    Returns:
+        Flat tensors by target, each with a storage of its own that keeps the mapping.
+
+    Raises:
+        CheckpointError: a file that can't be opened, or is no longer the one that was planned.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return {}
+    reads = [read for read in reads if read.target in wanted]
+    times = Counter(read.target for read in reads)
+    by_file: dict[str, list[Read]] = {}
+    for read in reads:
+        if times[read.target] == 1 and _is_whole(read, *wanted[read.target]):
+            by_file.setdefault(read.file, []).append(read)
+    found: dict[str, torch.Tensor] = {}
+    for path, each in by_file.items():
+        with opened(path, stamps.get(path)) as handle:
+            cached = [read for read in each if _is_cached(handle, read)]
+            found |= {read.target: _map(handle, read) for read in cached[: LIMIT - len(found)]}
+    return found
+
+
+def _is_whole(read: Read, numel: int, dtype: torch.dtype) -> bool:
+    """True if the bytes of one read are all of a shard, padding too, as it is wanted."""
+    return (
+        read.is_run
+        and read.scales is None
+        and TORCH_DTYPES[read.dtype] == dtype
+        and SMALLEST_BYTES <= read.nbytes == numel * dtype.itemsize
+        and read.offset_bytes % dtype.itemsize == 0
+    )
+
+
+def _is_cached(handle: int, read: Read) -> bool:
+    byte = bytearray(1)
+    stop = read.offset_bytes + read.nbytes
+    with contextlib.suppress(OSError):  # it would have to wait, or can't tell
+        return all(
+            os.preadv(handle, [byte], offset, os.RWF_NOWAIT)
+            for offset in (*range(read.offset_bytes, stop, SAMPLE_BYTES), stop - 1)
+        )
+    return False
+
+
+def _map(handle: int, read: Read) -> torch.Tensor:
+    """Map the pages of one read, no others: where the cache holds the file in huge pages, a fault brings in all of one."""
+    dtype = TORCH_DTYPES[read.dtype]
+    skip = read.offset_bytes % mmap.PAGESIZE
+    memory = mmap.mmap(
+        handle,
+        skip + read.nbytes,
+        flags=mmap.MAP_PRIVATE,
+        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        offset=read.offset_bytes - skip,
+    )
+    with contextlib.suppress(OSError):  # an older kernel brings pages in when they are first used
+        memory.madvise(_MADV_POPULATE_READ)
+    return torch.frombuffer(memory, dtype=dtype, count=read.nbytes // dtype.itemsize, offset=skip)
