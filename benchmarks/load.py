@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks import start
 from benchmarks.checkpoints import Checkpoint, weight_files
 from benchmarks.rivals import RIVALS, available
-from benchmarks.ways import OURS, ROOFLINES, STOCK, prepare_cache, rank_main
+from benchmarks.ways import COPIED, OURS, ROOFLINES, STOCK, prepare_cache, rank_main
 from tests.runner import run_ranks
 
 _MARK = "ZERO_SFT_BENCH_NAMESPACE"
@@ -48,7 +48,7 @@ class Case:
     @property
     def ways(self) -> tuple[str, ...]:
         """Who takes turns beside the bare reads."""
-        return (OURS, STOCK, *(name for name in self.rivals if available()[name] is None))
+        return (OURS, COPIED, STOCK, *(name for name in self.rivals if available()[name] is None))
 
 
 CASES = (
@@ -68,7 +68,7 @@ def run_once(way: str, folder: Path, ranks: int) -> dict:
     with tempfile.TemporaryDirectory() as out:
         run_ranks(ranks, rank_main, {"way": way, "folder": folder, "out": Path(out)}, timeout_s=300)
         results = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    keys = ("seconds", "read", "requests", "loopback", "memory", "file_memory")
+    keys = ("seconds", "read", "requests", "loopback", "memory", "file_memory", "taken", "mapped")
     worst = {key: max(result[key] for result in results) for key in keys}
     slowest = max(results, key=lambda result: result["seconds"])
     fastest = min(result["seconds"] for result in results)
@@ -76,7 +76,7 @@ def run_once(way: str, folder: Path, ranks: int) -> dict:
 
 
 def run_case(case: Case, cache: Path, pairs: int) -> dict:
-    """All rounds of a case: its ways' turns, and the seconds from process start to loaded where it has them.
+    """All rounds of a case: its ways' turns, and the seconds from process start to loaded and to trainable where it has them.
 
     The bare reads have rounds of their own first; the two that were fastest in them take turns with the others.
     """
@@ -84,13 +84,13 @@ def run_case(case: Case, cache: Path, pairs: int) -> dict:
     nbytes = sum(path.stat().st_size for path in weight_files(folder))
     trials = _rounds(case, folder, tuple(ROOFLINES), min(pairs, _TRIALS))
     fastest = sorted(trials, key=lambda way: statistics.median(run["seconds"] for run in trials[way]))[:2]
-    starts: dict[str, list[float]] = {OURS: [], STOCK: []} if case.starts else {}
+    starts: dict[str, list[start.Seconds]] = {OURS: [], COPIED: [], STOCK: []} if case.starts else {}
     runs = _rounds(case, folder, (*fastest, *case.ways), pairs, starts)
     return {"title": case.title, "ranks": case.ranks, "nbytes": nbytes, "runs": runs, "starts": starts, "trials": trials}
 
 
 def _rounds(
-    case: Case, folder: Path, ways: tuple[str, ...], count: int, starts: dict[str, list[float]] | None = None
+    case: Case, folder: Path, ways: tuple[str, ...], count: int, starts: dict[str, list[start.Seconds]] | None = None
 ) -> dict[str, list[dict]]:
     """Rounds in which each of `ways` has a turn; what `starts` names has one from the start of its processes, too."""
     runs: dict[str, list[dict]] = {way: [] for way in ways}

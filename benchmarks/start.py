@@ -1,4 +1,4 @@
-"""From the start of the processes to a loaded model: this loader, and a plain script with transformers alone, side by side.
+"""From the start of the processes to a loaded model, and to an engine: this loader, and a plain script with transformers alone.
 
 python -m benchmarks.start zero_sft FOLDER     # one rank, with a launcher's variables
 """
@@ -9,14 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from benchmarks.ways import DS_CONFIG, OURS
+from benchmarks.ways import COPIED, DS_CONFIG, OURS
 
 _PATIENCE_S = 300
 
 
-def run(way: str, folder: Path, ranks: int) -> float:
-    """Seconds until the slowest of `ranks` fresh processes has its model.
+class Seconds(NamedTuple):
+    """Since the start of the processes, of the slowest: until the model is loaded, and until DeepSpeed's engine stands."""
+
+    loaded: float
+    engine: float
+
+
+def run(way: str, folder: Path, ranks: int) -> Seconds:
+    """Load in that way in `ranks` fresh processes.
 
     Raises:
         RuntimeError: a rank that failed.
@@ -24,7 +32,7 @@ def run(way: str, folder: Path, ranks: int) -> float:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    started = time.perf_counter()
+    started = time.time()
     command = [sys.executable, "-m", "benchmarks.start", way, str(folder)]
     common = {
         "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
@@ -34,36 +42,48 @@ def run(way: str, folder: Path, ranks: int) -> float:
         environment = os.environ | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         processes.append(subprocess.Popen(command, env=environment, text=True, **quiet))
-    seconds = 0.0
+    times = []
     for process in processes:
-        line = next((line for line in process.stdout or () if line.startswith("loaded")), "")
-        seconds = max(seconds, time.perf_counter() - started)
-        if process.wait(_PATIENCE_S) or not line:
+        output, _ = process.communicate(timeout=_PATIENCE_S)
+        marks = [line.split() for line in output.splitlines() if line.startswith("at ")]
+        if process.returncode or len(marks) != len(Seconds._fields):
             raise RuntimeError(f"a rank of {way} failed")
-    return seconds
+        times.append([float(second) - started for _, second in marks])
+    return Seconds(*(max(each) for each in zip(*times, strict=True)))
 
 
 def main() -> None:
     """One rank."""
     way, folder = sys.argv[1:]
-    if way == OURS:
-        from zero_sft import load_model
-
-        model = load_model(folder, ds_config=DS_CONFIG)
-    else:
-        import deepspeed
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.integrations import HfDeepSpeedConfig
-
-        deepspeed.init_distributed("gloo", verbose=False)
-        switch = HfDeepSpeedConfig({**DS_CONFIG, "train_micro_batch_size_per_gpu": 1})
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        assert switch
+    model = _load(way, folder)
     assert next(model.parameters()).ds_tensor.numel()
-    sys.stdout.write("loaded\n")
+    sys.stdout.write(f"at {time.time()}\n")
+    import deepspeed
+    import torch
+
+    ds_config = DS_CONFIG | {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    sys.stdout.write(f"at {time.time()}\n")
     sys.stdout.flush()
     os._exit(0)
+
+
+def _load(way: str, folder: str) -> Any:
+    if way in (OURS, COPIED):
+        from zero_sft import load_model
+
+        return load_model(folder, ds_config=DS_CONFIG, mmap=way == OURS)
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    switch = HfDeepSpeedConfig({**DS_CONFIG, "train_micro_batch_size_per_gpu": 1})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert switch
+    return model
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from benchmarks.checkpoints import weight_files
 
 ROOFLINES = {f"bare read, {pages} pages, {n} thread{'s' * (n > 1)}": (pages, n)
              for pages in ("plain", "huge", "populated") for n in (1, 2)}  # fmt: skip
-OURS, STOCK = "zero_sft", "transformers"
+OURS, COPIED, STOCK = "zero_sft", "zero_sft, mmap=False", "transformers"
 DS_CONFIG = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
 
 _READ_BYTES = 32 * 2**20
@@ -53,6 +53,8 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
         "memory": memory.growth,
         "file_memory": memory.file_growth,
         "stages": report.stages if report else {},
+        "taken": report.bytes_read if report else 0,
+        "mapped": report.bytes_mapped if report else 0,
     }
     (out / f"{world.rank}.json").write_text(json.dumps(result))
 
@@ -77,8 +79,8 @@ def _action(way: str) -> Any:
     assert all((deepspeed, modeling_llama, modeling_mixtral))
     for model_type in ("llama", "mixtral"):
         get_checkpoint_conversion_mapping(model_type)
-    loader = "sharded" if way == OURS else "stock"
-    return lambda folder, world: load_model(str(folder), ds_config=DS_CONFIG, loader=loader)
+    options = {OURS: {}, COPIED: {"mmap": False}, STOCK: {"loader": "stock"}}[way]
+    return lambda folder, world: load_model(str(folder), ds_config=DS_CONFIG, **options)
 
 
 def bare_read(folder: Path, world: Any, pages: str, threads: int) -> object:
