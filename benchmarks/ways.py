@@ -168,7 +168,9 @@ def prepare_cache(folder: Path, warm: bool) -> None:
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not _is_prepared(path, warm):
-            raise RuntimeError(f"{residency(path):.1%} of {path} is in the page cache, expected {'all' if warm else 'none'} of it")
+            raise RuntimeError(
+                f"{residency(path):.1%} of {path} is in the page cache, expected {'all' if warm else 'none'} of it"
+            )
 
 
 def _is_prepared(path: Path, warm: bool) -> bool:
