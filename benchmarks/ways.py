@@ -30,7 +30,8 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     import torch.distributed as dist
 
     from benchmarks import probes
-    from zero_sft.distributed import World, connect
+    from zero_sft.distributed import connect
+    from zero_sft.world import World
 
     world = World.detect()
     connect(world)

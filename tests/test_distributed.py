@@ -3,8 +3,8 @@
 import pytest
 
 from zero_sft import distributed
-from zero_sft.distributed import World
 from zero_sft.errors import CheckpointError, ConfigError, DistributedError
+from zero_sft.world import World
 
 
 def test_world_from_launcher_variables():

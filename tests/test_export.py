@@ -53,7 +53,7 @@ def test_the_format_is_the_published_one(checkpoint, tmp_path):
     from safetensors.torch import load_file
 
     from zero_sft import load_model, save_pretrained
-    from zero_sft.distributed import World
+    from zero_sft.world import World
 
     model = load_model(str(checkpoint), ds_config=models.zero3())
     save_pretrained(model, tmp_path / "out")
@@ -119,7 +119,7 @@ def test_after_training_through_the_engine(llama, tmp_path):
 @pytest.mark.world_size(2)
 def test_an_existing_folder_keeps_what_is_not_the_models(llama, tmp_path):
     from zero_sft import load_model, save_pretrained
-    from zero_sft.distributed import World
+    from zero_sft.world import World
 
     out = tmp_path / "out"
     model = load_model(str(llama), ds_config=models.zero3())
@@ -137,7 +137,7 @@ def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
     from unittest import mock
 
     from zero_sft import export, load_model, save_pretrained
-    from zero_sft.distributed import World
+    from zero_sft.world import World
 
     out = tmp_path / "out"
     model = load_model(str(llama), ds_config=models.zero3())
@@ -179,7 +179,7 @@ def test_tokenizer_and_generation_settings_come_along(llama, tmp_path):
 @pytest.mark.world_size(2)
 def test_only_former_weights_are_replaced(llama, tmp_path):
     from zero_sft import load_model, save_pretrained
-    from zero_sft.distributed import World
+    from zero_sft.world import World
 
     out = tmp_path / "out"
     former = ["model-00001-of-00009.safetensors", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]

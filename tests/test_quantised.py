@@ -162,7 +162,7 @@ def test_what_can_not_be_traced_is_computed_once_a_node(gpt_oss):
     from pathlib import Path
 
     from zero_sft import distributed, load_model
-    from zero_sft.distributed import World
+    from zero_sft.world import World
 
     reference = models.plain(gpt_oss, torch.bfloat16)
     model = load_model(str(gpt_oss), ds_config=models.zero3(), verify=True)

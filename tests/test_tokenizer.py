@@ -18,13 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from zero_sft import distributed
-from zero_sft.distributed import World
 from zero_sft.errors import ArgumentError, CheckpointError, TokenizerError
 from zero_sft.hub import HubOptions
 from zero_sft.tokenizer import load_tokenizer
 from zero_sft.tokenizer.fingerprints import PROBES, fingerprint
 from zero_sft.tokenizer.packet import pack, rebuild, unpack
 from zero_sft.tokenizer.setup import choose_pad_token, set_up
+from zero_sft.world import World
 
 WHEEL = ("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af")
 REAL = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}

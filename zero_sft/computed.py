@@ -19,7 +19,7 @@ from zero_sft import distributed
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
-from zero_sft.distributed import World, agreed
+from zero_sft.distributed import agreed
 from zero_sft.draft import Draft
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, plan_reads
@@ -27,6 +27,7 @@ from zero_sft.plan.regions import whole
 from zero_sft.report import LoadReport
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
+from zero_sft.world import World
 from zero_sft.zero import shards
 
 _SHARED_MEMORY = Path("/dev/shm")

@@ -25,9 +25,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zero_sft import distributed, hub
-from zero_sft.distributed import World
 from zero_sft.errors import ConfigError
 from zero_sft.hub import HubOptions
+from zero_sft.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 
-from zero_sft.distributed import World
+from zero_sft.world import World
 
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "httpx", "filelock", "matplotlib", "torch.distributed")
 

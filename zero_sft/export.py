@@ -30,13 +30,14 @@ from zero_sft.checkpoint.index import INDEX_FILE
 from zero_sft.checkpoint.layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
 from zero_sft.config import text_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
-from zero_sft.distributed import World, agreed
+from zero_sft.distributed import agreed
 from zero_sft.errors import ExportError
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, pieces
 from zero_sft.plan.regions import whole
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
+from zero_sft.world import World
 from zero_sft.zero import shards
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft import distributed
-from zero_sft.distributed import World
 from zero_sft.errors import ArgumentError, CheckpointError
+from zero_sft.world import World
 
 CODE = ("*.py",)
 CONFIG = ("config.json", "generation_config.json")

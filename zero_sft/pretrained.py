@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from zero_sft import distributed, transformers_internals
 from zero_sft import ds_config as ds_configs
 from zero_sft.config import prepare_config
-from zero_sft.distributed import World, agreed
+from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
 from zero_sft.hub import HubOptions, pin_revision, resolve_weights
 from zero_sft.report import LoadReport
@@ -25,6 +25,7 @@ from zero_sft.request import Checks, Request
 from zero_sft.sharded import BUFFER_MIB_A_THREAD, load_sharded
 from zero_sft.stock import load_stock
 from zero_sft.storage.memory import Watermark
+from zero_sft.world import World
 from zero_sft.zero import internals
 
 logger = logging.getLogger(__name__)

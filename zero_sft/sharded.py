@@ -18,7 +18,7 @@ from zero_sft.checkpoint.index import assemble, locate, read_headers
 from zero_sft.checkpoint.scaled import ScaledTensor
 from zero_sft.computed import compute, fill_computed
 from zero_sft.conversion.quantised import dequantise, quantizer_for
-from zero_sft.distributed import World, agreed
+from zero_sft.distributed import agreed
 from zero_sft.draft import Draft, meet
 from zero_sft.errors import CheckpointError
 from zero_sft.headers import read_headers_together
@@ -30,6 +30,7 @@ from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.mapped import map_cached
 from zero_sft.verify import Held, digest, verify
+from zero_sft.world import World
 from zero_sft.zero import gather, internals, missing, shards
 
 BUFFER_MIB_A_THREAD = 16

@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedModel
 
 from zero_sft import skeleton
-from zero_sft.distributed import World, agreed
+from zero_sft.distributed import agreed
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.transformers_internals import zero3_config
+from zero_sft.world import World
 from zero_sft.zero import gather, shards
 
 

@@ -21,10 +21,11 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
 from zero_sft.console import open_console, quieten_transformers
 from zero_sft.data import dataset as data
-from zero_sft.distributed import World, agreed
+from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.launcher import launch_note
 from zero_sft.timeline import Timeline, trainer_callback
+from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
 

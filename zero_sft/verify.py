@@ -19,9 +19,10 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.checkpoint.stamp import require_unchanged
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
-from zero_sft.distributed import World, agreed
+from zero_sft.distributed import agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
+from zero_sft.world import World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

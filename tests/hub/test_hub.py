@@ -188,3 +188,34 @@ def test_no_such_repository(tmp_path):
         results, _ = load(hub, [tmp_path / "home"] * 2, repo="nobody/nothing")
     assert {each["error"] for each in results} == {"CheckpointError"}
     assert "nobody/nothing" in results[0]["message"]
+
+
+def estimate(model: str, hub: standin.Hub, home: Path, *options: str) -> dict:
+    """The estimate of one rank of three, as JSON."""
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "zero_sft.estimate", "--model", model, "--world_size", "3", "--model_max_length", "32"]
+    done = subprocess.run([*command, "--json", *options], env=env, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(done.stdout)
+    return result
+
+
+def test_an_estimate_takes_headers_alone(folder, tmp_path):
+    """Of one file or many, of a variant, and derived where there is only a `.bin`: what the local folder's headers give."""
+    variant = tmp_path / "variant"
+    shutil.copytree(folder, variant)
+    tensors = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    save_file({name: tensor.float() for name, tensor in tensors.items()}, variant / "model.wide.safetensors")
+    repos = {"a/many": folder, "a/variant": variant, "a/bin": bin_repository(folder, tmp_path / "bin")}
+    hub = standin.Hub({name: [(standin.commit_hash(name), path)] for name, path in repos.items()})
+    with standin.serve(hub):
+        local = estimate(str(folder), hub, tmp_path / "home")
+        many = estimate("a/many", hub, tmp_path / "home")
+        wide = estimate("a/variant", hub, tmp_path / "home", "--variant", "wide")
+        derived = estimate("a/bin", hub, tmp_path / "home")
+    assert not list((tmp_path / "home").rglob("*.safetensors")), "nothing but configs and the index is kept"
+    assert many["ranks"] == local["ranks"]
+    assert (many["headers"], wide["headers"], derived["headers"]) == ("fetched", "fetched", "derived")
+    nbytes = [each["nbytes"] for each in local["ranks"]]
+    assert [each["nbytes"] for each in derived["ranks"]] == nbytes
+    assert [each["nbytes"] for each in wide["ranks"]] == [2 * each for each in nbytes]

@@ -80,7 +80,7 @@ def test_nvme(llama, tmp_path):
     if not aio.is_compatible():
         pytest.skip("libaio's development files are not installed")
     from zero_sft import load_model
-    from zero_sft.distributed import World
+    from zero_sft.world import World
 
     folder = tmp_path / f"nvme{World.detect().rank}"
     folder.mkdir()

@@ -78,13 +78,13 @@ def locate(folder: str | Path, read_bin: ReadHeader | None = None, variant: str 
     if read_bin is not None:
         layouts.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
     for plain_single, plain_index, read in layouts:
-        single, index = folder / _of_variant(plain_single, variant), folder / _of_variant(plain_index, variant)
+        single, index = folder / of_variant(plain_single, variant), folder / of_variant(plain_index, variant)
         if single.is_dir():
             raise CheckpointError(f"{single} is a folder, expected a file. Name the folder that holds the weights.")
         if single.is_file():
             return Files(folder=folder, paths=(single,), stamps=(stamp(single),), read=read)
         if index.is_file():
-            promised = _weight_map(index)
+            promised = read_weight_map(index)
             paths = _named_by(index, promised)
             stamps = tuple(map(stamp, paths))
             return Files(folder=folder, paths=paths, stamps=stamps, read=read, index=index, promised=promised)
@@ -138,8 +138,8 @@ def open_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: 
     return assemble(files, read_headers(files))
 
 
-def _of_variant(name: str, variant: str | None) -> str:
-    """`model.safetensors` → `model.fp16.safetensors`."""
+def of_variant(name: str, variant: str | None) -> str:
+    """`model.safetensors` → `model.fp16.safetensors`; None changes nothing."""
     stem, kind = name.rsplit(".", 1)
     return name if variant is None else f"{stem}.{variant}.{kind}"
 
@@ -153,7 +153,12 @@ def _named_by(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
     return paths
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
+    """An index file's word on which file holds which tensor.
+
+    Raises:
+        CheckpointError: it can't be read, is none, or names a file outside its folder.
+    """
     try:
         content = json.loads(path.read_bytes())
         weight_map = content["weight_map"]
@@ -172,7 +177,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 def _no_weights(folder: Path, variant: str | None) -> str:
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-    expected = f"{_of_variant(SINGLE_FILE, variant)}, {_of_variant(BIN_FILE, variant)}"
+    expected = f"{of_variant(SINGLE_FILE, variant)}, {of_variant(BIN_FILE, variant)}"
     message = f"no weights in {folder}: expected {expected} or an index of them"
     if "adapter_config.json" in names:
         return f"{message}, found an adapter. Merge it into its base model with PEFT's merge_and_unload and save that."

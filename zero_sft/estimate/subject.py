@@ -1,7 +1,8 @@
 """What is estimated: a model on the meta device, and the headers of its checkpoint, read or derived.
 
 Headers are read from a local folder, or, for a hub id, fetched file by file without the data. Where there is only a config,
-they are derived: the names and shapes that plain `save_pretrained` would write, in the dtypes that the config says.
+or no safetensors file, they are derived: the names and shapes that plain `save_pretrained` would write, in the dtypes that the
+config says.
 """
 
 import json
@@ -21,6 +22,7 @@ from zero_sft.config import load_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.conversion.quantised import configured_blocks, quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
+from zero_sft.estimate.fetched import fetch_headers
 from zero_sft.estimate.storages import MODELS, shipped_models
 from zero_sft.hub import CONFIG, HubOptions, resolve_folder_alone
 from zero_sft.pretrained import wanted_dtype
@@ -69,12 +71,13 @@ def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementa
     )  # fmt: skip
     quantizer = quantizer_for(config, name)
     model, state = skeleton.outline(request)
-    if headers == "derived":
-        stored = derive(model, state, configured_blocks(quantizer))
-    elif headers == "read":
+    stored: Mapping[str, StoredTensor] | None = None
+    if headers == "read":
         stored = open_index(folder, torch_zip.read_header, options.variant).tensors
-    else:
-        stored = _fetched(name, options)
+    elif headers == "fetched":
+        stored = fetch_headers(name, options)
+    if stored is None:
+        headers, stored = "derived", derive(model, state, configured_blocks(quantizer))
     return Subject(
         name=name,
         config=config,
@@ -111,23 +114,6 @@ def _from_file(path: Path) -> PreTrainedConfig:
         return AutoConfig.for_model(raw.pop("model_type"), **raw)
     except Exception as error:  # each model type has exceptions of its own
         raise ConfigError(f"{path} is no usable model config: {error!r}. Name a model's config.json.") from error
-
-
-def _fetched(repo: str, options: HubOptions) -> dict[str, StoredTensor]:
-    """The headers of a hub's safetensors files, some requests of a few KiB each."""
-    from huggingface_hub import get_safetensors_metadata
-
-    try:
-        found = get_safetensors_metadata(repo, revision=options.revision, token=options.token)
-    except Exception as error:  # the hub's own, and those of its transport
-        raise CheckpointError(f"the headers of {repo} can't be fetched: {error}") from error
-    return {
-        name: StoredTensor(
-            name=name, file=file, dtype=each.dtype, shape=tuple(each.shape), offset_bytes=each.data_offsets[0],
-            nbytes=each.data_offsets[1] - each.data_offsets[0],
-        )
-        for file, metadata in found.files_metadata.items() for name, each in metadata.tensors.items()
-    }  # fmt: skip
 
 
 def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tuple[int, int] | None) -> dict[str, StoredTensor]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft import distributed
-from zero_sft.distributed import World
 from zero_sft.errors import ArgumentError
 from zero_sft.hub import TOKENIZER, HubOptions, resolve_folder_alone
 from zero_sft.tokenizer.fingerprints import fingerprint
 from zero_sft.tokenizer.packet import check_faithful, pack, rebuild
 from zero_sft.tokenizer.setup import set_up
+from zero_sft.world import World
 
 Prepared = tuple[PreTrainedTokenizerBase, bytes]
 """A tokenizer that is set up, and its packet."""

@@ -1,0 +1,53 @@
+"""The headers of a checkpoint on the hub: its index file, and the first bytes of each file, without the data."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from zero_sft.checkpoint.header import StoredTensor
+from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE, of_variant, read_weight_map
+from zero_sft.errors import CheckpointError
+from zero_sft.hub import HubOptions, resolve_folder_alone
+
+REQUESTS_AT_A_TIME = 8
+
+
+def fetch_headers(repo: str, options: HubOptions) -> dict[str, StoredTensor] | None:
+    """The tensors of a repository's safetensors files, or None where it has none.
+
+    Raises:
+        CheckpointError: a damaged index or header, or the hub can't provide it.
+    """
+    from huggingface_hub import parse_safetensors_file_metadata
+    from huggingface_hub.errors import EntryNotFoundError
+
+    index_name = of_variant(INDEX_FILE, options.variant)
+    index = resolve_folder_alone(repo, options, (index_name,)) / index_name
+    files = sorted(set(read_weight_map(index).values())) if index.is_file() else [of_variant(SINGLE_FILE, options.variant)]
+    fetch = partial(parse_safetensors_file_metadata, repo, revision=options.revision, token=options.token)
+    try:
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME, thread_name_prefix="headers") as pool:
+            found = list(pool.map(fetch, files))
+    except EntryNotFoundError as error:
+        if index.is_file():
+            raise CheckpointError(f"{repo}: {index_name} names a file that the repository lacks: {error}") from error
+        return None
+    except Exception as error:  # the hub's own, and those of its transport
+        raise CheckpointError(f"the headers of {repo} can't be fetched: {error}. Try again, or name a local folder.") from error
+    return {each.name: each for file, header in zip(files, found, strict=True) for each in _tensors(file, header.tensors)}
+
+
+def _tensors(file: str, tensors: Mapping[str, Any]) -> list[StoredTensor]:
+    """As in a file whose data begins at once: where it begins changes no request."""
+    return [
+        StoredTensor(
+            name=name,
+            file=file,
+            dtype=each.dtype,
+            shape=tuple(each.shape),
+            offset_bytes=each.data_offsets[0],
+            nbytes=each.data_offsets[1] - each.data_offsets[0],
+        )
+        for name, each in tensors.items()
+    ]
