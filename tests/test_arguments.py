@@ -38,8 +38,8 @@ def test_defaults_are_fastchats():
     assert parsed.model.trust_remote_code is False
     assert parsed.model.padding_side == "right"
     assert (parsed.model.dtype, parsed.model.loader) == ("auto", "sharded")
-    assert parsed.data.training_file == shipped("examples", "conversations.json")
-    assert parsed.data.evaluation_file is None
+    assert parsed.data.training_path == str(shipped("examples", "conversations.json"))
+    assert parsed.data.eval_data_path is None
     assert parsed.data.lazy_preprocess is False
     assert parsed.training == {
         "output_dir": "output", "model_max_length": 512, "optim": "adamw_torch", "cache_dir": None, "deepspeed": "zero3",

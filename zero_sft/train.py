@@ -21,6 +21,8 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
 from zero_sft.console import open_console, quieten_transformers
 from zero_sft.data import dataset as data
+from zero_sft.data.collator import PaddingCollator
+from zero_sft.data.mixture import mix, parse_sources
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.launcher import launch_note
@@ -124,10 +126,10 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
     with agreed(world, "preparing the data"):
-        train = _prepare(parsed, parsed.data.training_file, tokenizer)
+        train = _prepare(parsed, parsed.data.training_path, tokenizer)
         size = training.get("per_device_train_batch_size", 8)
-        data.require_one_batch(train.report, world_size=world.world_size, per_device_batch_size=size)
-        held_out = parsed.data.evaluation_file
+        data.require_one_batch(train, world_size=world.world_size, per_device_batch_size=size)
+        held_out = parsed.data.eval_data_path
         evaluation = None if held_out is None else _prepare(parsed, held_out, tokenizer)
     return Inputs(
         config=config,
@@ -147,16 +149,27 @@ def _require_other_folder(model: str, output_dir: str) -> None:
         )
 
 
-def _prepare(parsed: Parsed, path: Path, tokenizer: Any) -> data.Prepared:
-    logger.info("preparing %s", path)
-    prepared = data.prepare(
-        path,
-        tokenizer,
-        chat_template=parsed.data.chat_template,
-        model_max_length=parsed.training["model_max_length"],
-        lazy=parsed.data.lazy_preprocess,
+def _prepare(parsed: Parsed, paths: str, tokenizer: Any) -> data.Prepared:
+    logger.info("preparing %s", paths)
+    sources = parse_sources(paths)
+    reader = data.Reader(
+        data_format=parsed.data.data_format, train_on=parsed.data.train_on, on_bad_sample=parsed.data.on_bad_sample
     )
-    for line in prepared.report.lines():
+    parts = [
+        data.prepare(
+            each.path,
+            tokenizer,
+            chat_template=parsed.data.chat_template,
+            model_max_length=parsed.training["model_max_length"],
+            lazy=parsed.data.lazy_preprocess,
+            reader=reader,
+        )
+        for each in sources
+    ]
+    prepared = mix(
+        parts, [each.weight for each in sources], seed=parsed.training.get("data_seed") or parsed.training.get("seed", 42)
+    )
+    for line in prepared.lines():
         logger.info("  %s", line)
     return prepared
 
@@ -200,7 +213,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             before = _answers(parsed, model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
-    collator = data.PaddingCollator(
+    collator = PaddingCollator(
         pad_token_id=tokenizer.pad_token_id,
         padding_side=tokenizer.padding_side,
         multiple_of=arguments.pad_to_multiple_of,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.data.tiny import CHATML, byte_tokenizer
-from zero_sft.data.dataset import PaddingCollator, prepare, require_one_batch
+from zero_sft.data.collator import PaddingCollator
+from zero_sft.data.dataset import Reader, prepare, require_one_batch
 from zero_sft.data.labels import IGNORED
 from zero_sft.errors import DataError
 
@@ -22,17 +23,17 @@ def written(tmp_path, *conversations):
 def test_what_is_dropped_and_cut_is_counted(tmp_path):
     path = written(tmp_path, ("a", "b"), ("a", ""), ("a",), ("x" * 100, "b"), ("a", "y" * 100), ("a", "", "c", "d", "e"))
     prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60)
-    report = prepared.report
+    report = prepared.reports[0]
     assert (report.samples, report.kept, prepared.dataset.num_rows) == (6, 3, 3)
-    assert report.dropped == {"without an answer": 2, "cut off before the first answer": 1}
+    assert report.dropped == {"without an answer to train on": 2, "cut off before the first answer": 1}
     assert (report.unanswered_turns, report.empty_answers, report.cut_samples) == (2, 2, 1)
     assert report.tokens == sum(prepared.dataset["length"]) == sum(map(len, prepared.dataset["input_ids"]))
     assert report.trained_tokens == sum(label != IGNORED for labels in prepared.dataset["labels"] for label in labels)
     lines = "\n".join(report.lines())
     for part in (
-        "3 of 6 conversations (under `conversations`, template model)",
+        "3 of 6 samples (format sharegpt, template model)",
         "2 without an answer",
-        "1 conversations longer",
+        "1 samples longer",
         "2 last, unanswered",
         "2 empty answers",
     ):
@@ -40,7 +41,7 @@ def test_what_is_dropped_and_cut_is_counted(tmp_path):
 
 
 def test_a_clean_file_makes_a_short_report(tmp_path):
-    assert len(prepare(written(tmp_path, ("a", "b")), byte_tokenizer(), model_max_length=512).report.lines()) == 2
+    assert len(prepare(written(tmp_path, ("a", "b")), byte_tokenizer(), model_max_length=512).reports[0].lines()) == 2
 
 
 @pytest.mark.parametrize("template", ["vicuna", "model"])
@@ -60,8 +61,8 @@ def test_lazy_gives_the_same_samples(tmp_path, template):
 def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
     prepared = prepare(written(tmp_path, ("x" * 100, "b")), byte_tokenizer(CHATML), model_max_length=60, lazy=True)
     assert set(prepared.dataset[0]["labels"]) == {IGNORED}
-    assert prepared.report.tokens is None
-    assert len(prepared.report.lines()) == 1
+    assert prepared.reports[0].tokens is None
+    assert len(prepared.reports[0].lines()) == 1
 
 
 def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
@@ -72,7 +73,7 @@ def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_nothing_left_to_train_on(tmp_path, lazy):
-    with pytest.raises(DataError, match=r"no conversation is left.*2 without an answer.*give conversations with answers"):
+    with pytest.raises(DataError, match=r"no sample is left.*2 without an answer.*give samples with answers"):
         prepare(written(tmp_path, ("a",), ("a", "")), byte_tokenizer(), model_max_length=512, lazy=lazy)
 
 
@@ -84,10 +85,10 @@ def test_everything_cut_off(tmp_path):
 
 
 def test_one_batch_is_required(tmp_path):
-    report = prepare(written(tmp_path, *[("a", "b")] * 6), byte_tokenizer(), model_max_length=512).report
-    require_one_batch(report, world_size=3, per_device_batch_size=2)
-    with pytest.raises(DataError, match=r"6 usable conversations \(.* tokens\), and one batch needs 8: 4 on each of 2 ranks"):
-        require_one_batch(report, world_size=2, per_device_batch_size=4)
+    prepared = prepare(written(tmp_path, *[("a", "b")] * 6), byte_tokenizer(), model_max_length=512)
+    require_one_batch(prepared, world_size=3, per_device_batch_size=2)
+    with pytest.raises(DataError, match=r"6 usable samples \(.* tokens\), and one batch needs 8: 4 on each of 2 ranks"):
+        require_one_batch(prepared, world_size=2, per_device_batch_size=4)
 
 
 def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
@@ -120,3 +121,54 @@ def test_padding(side, multiple_of, ids, mask):
     ]
     assert batch["labels"].tolist() == expected
     assert {each.dtype for each in batch.values()} == {torch.int64}
+
+
+def trained(prepared, tokenizer):
+    return [
+        tokenizer.decode([token for token, label in zip(each["input_ids"], each["labels"], strict=True) if label != IGNORED])
+        for each in prepared.dataset
+    ]
+
+
+@pytest.mark.parametrize("template", ["vicuna", "model"])
+def test_which_answers_count(tmp_path, template):
+    tokenizer, end = byte_tokenizer(CHATML), {"vicuna": "</s>", "model": "<|im_end|>"}[template]
+    options = {"chat_template": template, "model_max_length": 512}
+    path = written(tmp_path, ("a", "bb", "c", "dd"))
+    lead = " " if template == "vicuna" else ""
+    assert trained(prepare(path, tokenizer, **options), tokenizer) == [f"{lead}bb{end}{lead}dd{end}"]
+    last = prepare(path, tokenizer, reader=Reader(train_on="last"), **options)
+    assert trained(last, tokenizer) == [f"{lead}dd{end}"]
+    flagged = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "weight": 0}]
+    path.write_text(
+        json.dumps([{"messages": [*flagged, flagged[0], {"role": "assistant", "content": "dd"}]}, {"messages": flagged}])
+    )
+    prepared = prepare(path, tokenizer, **options)
+    assert trained(prepared, tokenizer) == [f"{lead}dd{end}"]
+    assert prepared.reports[0].dropped == {"without an answer to train on": 1}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_plain_text_gets_no_template_and_an_end(tmp_path, lazy):
+    tokenizer = byte_tokenizer(CHATML)
+    path = tmp_path / "data.jsonl"
+    samples = [{"prompt": "2+2=", "completion": "4"}, {"text": "abc"}, {"text": "<s>abc</s>"}, {"text": ""}]
+    path.write_text("\n".join(map(json.dumps, samples)))
+    prepared = prepare(path, tokenizer, model_max_length=512, lazy=lazy)
+    assert [tokenizer.decode(each["input_ids"]) for each in prepared.dataset] == ["<s>2+2=4</s>", "<s>abc</s>", "<s>abc</s>"]
+    assert trained(prepared, tokenizer) == ["4</s>", "abc</s>", "abc</s>"]
+
+
+def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
+    path = tmp_path / "data.json"
+    tool = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "tool", "content": "7"}]
+    fine = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(json.dumps([{"messages": [*tool, fine[1]]}, {"messages": fine}]))
+    options = {"chat_template": "vicuna", "model_max_length": 512}
+    with pytest.raises(DataError, match="sample 1: the Vicuna template has no turns of tools"):
+        prepare(path, byte_tokenizer(CHATML), **options)
+    report = prepare(path, byte_tokenizer(CHATML), reader=Reader(on_bad_sample="skip"), **options).reports[0]
+    assert (report.samples, report.kept, len(report.bad)) == (2, 1, 1)
+    assert "1 bad samples skipped, the first:" in "\n".join(report.lines())
+    tokenizer = byte_tokenizer(CHATML)
+    assert trained(prepare(path, tokenizer, model_max_length=512), tokenizer) == ["b<|im_end|>" * 2, "b<|im_end|>"]

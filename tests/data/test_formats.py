@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from zero_sft.data.formats import Turn, read_conversations
+from zero_sft.data.conversation import Conversation, Passage, Turn
+from zero_sft.data.formats import read_samples
 from zero_sft.errors import DataError
 from zero_sft.shipped import shipped
 
@@ -21,7 +22,7 @@ def written(tmp_path, content, name="data.json"):
 
 def refused(path) -> str:
     with pytest.raises(DataError) as caught:
-        read_conversations(path)
+        read_samples(path)
     return str(caught.value)
 
 
@@ -30,10 +31,10 @@ def refused(path) -> str:
 def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
     content = "\n".join([json.dumps(sample), "", json.dumps(sample)]) + "\n" if lines else [sample, sample]
     path = written(tmp_path, content)
-    reading = read_conversations(path)
-    assert [each.turns for each in reading.conversations] == [TURNS, TURNS]
-    assert reading.layouts == (next(key for key in sample if key != "id"),)
-    assert [each.where for each in reading.conversations] == (
+    reading = read_samples(path)
+    assert [each.turns for each in reading.samples] == [TURNS, TURNS]
+    assert reading.layouts == ("sharegpt" if "conversations" in sample else "messages",)
+    assert [each.where for each in reading.samples] == (
         [f"{path}, line 1 (id 'a')", f"{path}, line 3 (id 'a')"]
         if lines
         else [f"{path}, sample 1 (id 'a')", f"{path}, sample 2 (id 'a')"]
@@ -43,7 +44,7 @@ def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
 def test_the_text_is_kept_as_it_is(tmp_path):
     text = " 你好 😀\u2028\r\n\ttab  "
     path = written(tmp_path, json.dumps({"messages": [{"role": "user", "content": text}, *MESSAGES[1:]]}, ensure_ascii=False))
-    assert read_conversations(path).conversations[0].turns[0].text == text
+    assert read_samples(path).samples[0].turns[0].text == text
 
 
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
@@ -51,30 +52,30 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     path.write_bytes(
         ("\ufeff" + json.dumps({"conversations": ONE}) + "\r\n" + json.dumps({"messages": MESSAGES}) + "\r\n").encode()
     )
-    reading = read_conversations(path)
-    assert [each.turns for each in reading.conversations] == [TURNS, TURNS]
-    assert reading.layouts == ("conversations", "messages")
+    reading = read_samples(path)
+    assert [each.turns for each in reading.samples] == [TURNS, TURNS]
+    assert reading.layouts == ("messages", "sharegpt")
 
 
 def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
     gpt, human = {"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}
     system = {"from": "system", "value": "Be brief."}
     samples = [[gpt, *ONE], [*ONE, human], [gpt, *ONE, human], [system, gpt, *ONE], [system], [gpt], [human], []]
-    reading = read_conversations(written(tmp_path, [{"conversations": each} for each in samples]))
+    reading = read_samples(written(tmp_path, [{"conversations": each} for each in samples]))
     brief = Turn(role="system", text="Be brief.")
-    assert [each.turns for each in reading.conversations] == [TURNS, TURNS, TURNS, (brief, *TURNS), (brief,), (), (), ()]
+    assert [each.turns for each in reading.samples] == [TURNS, TURNS, TURNS, (brief, *TURNS), (brief,), (), (), ()]
     assert (reading.leading_turns, reading.unanswered_turns) == (4, 3)
 
 
 def test_the_shipped_samples_are_read():
-    reading = read_conversations(shipped("examples", "conversations.json"))
-    assert len(reading.conversations) == 100
+    reading = read_samples(shipped("examples", "conversations.json"))
+    assert len(reading.samples) == 100
     assert (reading.leading_turns, reading.unanswered_turns) == (0, 0)
 
 
 def test_missing_empty_and_unreadable_files(tmp_path):
     assert "no such file" in refused(tmp_path / "none.json")
-    assert "is a folder" in refused(tmp_path)
+    assert "has no .json, .jsonl, .parquet file" in refused(tmp_path)
     for content in ("", " \n\n"):
         assert "is empty" in refused(written(tmp_path, content))
     assert "holds no samples" in refused(written(tmp_path, "[]"))
@@ -92,18 +93,18 @@ def test_missing_empty_and_unreadable_files(tmp_path):
         ("[" * 100_000, ["nested too deep"]),
         ('"text"', ["line 1", "got str"]),
         ([["a"]], ["sample 1", "got list"]),
-        ([{"id": 7, "text": "x"}], ["sample 1 (id 7): neither `conversations` nor `messages`", "the keys 'id', 'text'"]),
+        ([{"id": 7, "body": "x"}], ["sample 1 (id 7): expected", "the keys 'id', 'body'"]),
         ([{"conversations": "x"}], ["`conversations` must be a list of turns; got str"]),
         ([{"conversations": [{"from": "human"}]}], ["turn 1", '"value"', "got {'from': 'human'}"]),
         ([{"conversations": [{"role": "user", "content": "x"}]}], ["turn 1", '"from"']),
         ([{"messages": [{"role": "user", "content": ["x"]}]}], ["turn 1", '"content"']),
         ([{"messages": [{"role": "user", "content": None}]}], ["turn 1", "None"]),
         ([{"conversations": ["x"]}], ["turn 1", "got x"]),
-        ([{"conversations": [{"from": "robot", "value": "x"}]}], ["unknown role 'robot'", "human, gpt"]),
+        ([{"conversations": [{"from": "robot", "value": "x"}]}], ["unknown role 'robot'", "human, user, gpt"]),
         ([{"messages": [{"role": "human", "content": "x"}]}], ["unknown role 'human'", "user, assistant"]),
         (
             [{"id": "z", "conversations": [*ONE, ONE[1]]}],
-            ["(id 'z'), turn 3: roles must alternate; expected user, got assistant"],
+            ["(id 'z'), turn 3: roles must alternate; expected user or tool, got assistant"],
         ),
         ([{"conversations": [ONE[0], ONE[0]]}], ["turn 2", "expected assistant, got user"]),
         ([{"conversations": [ONE[1], ONE[1]]}], ["turn 2", "expected user, got assistant"]),
@@ -116,3 +117,91 @@ def test_what_is_wrong_is_said(tmp_path, content, parts):
     message = refused(path)
     for part in (str(path), *parts):
         assert part in message, message
+
+
+def talk(*texts):
+    return tuple(Turn(role=("user", "assistant")[number % 2], text=text) for number, text in enumerate(texts))
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, talk("Add.\n\n1 2", "3")),
+        ({"instruction": "Hi", "input": "", "output": "Hello."}, TURNS),
+        ({"instruction": "Hi", "output": "Hello."}, TURNS),
+        ({"system": "Be.", "instruction": "Hi", "output": "x"}, (Turn(role="system", text="Be."), *talk("Hi", "x"))),
+        (
+            {"prompt": [*MESSAGES, MESSAGES[0]], "completion": MESSAGES[1:]},
+            (TURNS[0], Turn(role="assistant", text="Hello.", trained=False), *TURNS),
+        ),
+        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "bing", "value": "Hello."}]}, TURNS),
+        (
+            {"messages": [MESSAGES[0], {**MESSAGES[1], "train": False}, MESSAGES[0], {**MESSAGES[1], "weight": 0}, *MESSAGES]},
+            (*2 * (TURNS[0], Turn(role="assistant", text="Hello.", trained=False)), *TURNS),
+        ),
+        (
+            {"messages": [*MESSAGES, {"role": "tool", "content": "7"}, {"role": "tool", "content": "8"}, MESSAGES[1]]},
+            (*TURNS, Turn(role="tool", text="7"), Turn(role="tool", text="8"), TURNS[1]),
+        ),
+    ],
+)  # fmt: skip
+def test_other_layouts(tmp_path, sample, expected):
+    path = written(tmp_path, [sample])
+    (only,) = read_samples(path).samples
+    assert isinstance(only, Conversation)
+    assert tuple(turn if turn.role == "assistant" else Turn(role=turn.role, text=turn.text) for turn in only.turns) == expected
+
+
+def test_plain_text_is_taken_as_it_is(tmp_path):
+    path = written(tmp_path, [{"prompt": "2+2=", "completion": "4"}, {"text": " a\n"}])
+    first, second = read_samples(path).samples
+    assert first == Passage(prompt="2+2=", completion="4", where=f"{path}, sample 1")
+    assert second == Passage(prompt="", completion=" a\n", where=f"{path}, sample 2")
+
+
+def test_a_layout_can_be_forced(tmp_path):
+    both = {"conversations": ONE, "text": "x"}
+    path = written(tmp_path, [both, {"text": "y"}])
+    assert read_samples(path).layouts == ("sharegpt", "text")
+    assert [each.completion for each in read_samples(path, "text").samples] == ["x", "y"]
+    with pytest.raises(DataError, match=r"sample 2: --data_format sharegpt: expected .* got the keys 'text'"):
+        read_samples(path, "sharegpt")
+
+
+def test_parquet_and_folders(tmp_path):
+    import datasets
+
+    folder = tmp_path / "many"
+    (folder / "inner").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    rows = [{"id": "a", "messages": MESSAGES}, {"id": "b", "messages": [{**MESSAGES[0], "train": False}, MESSAGES[1]]}]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "b.parquet")
+    written(folder, [{"conversations": ONE}], "a.json")
+    written(folder / "inner", json.dumps({"text": "x"}), "c.jsonl")
+    written(folder / ".hidden", "broken", "d.json")
+    (folder / "notes.md").write_text("no data")
+    reading = read_samples(folder)
+    assert [each.where for each in reading.samples] == [
+        f"{folder}/a.json, sample 1", f"{folder}/b.parquet, sample 1 (id 'a')", f"{folder}/b.parquet, sample 2 (id 'b')",
+        f"{folder}/inner/c.jsonl, line 1",
+    ]  # fmt: skip
+    assert [each.turns for each in reading.samples[:2]] == [TURNS, TURNS]
+    (folder / "b.parquet").write_bytes(b"PAR1 no")
+    assert "no usable Parquet file" in refused(folder)
+
+
+def test_bad_samples_are_skipped_and_told(tmp_path):
+    lines = [json.dumps({"conversations": ONE}), "{broken", json.dumps({"conversations": [ONE[0], ONE[0]]}), '{"text": 3}']
+    path = written(tmp_path, "\n".join(lines), "data.jsonl")
+    assert "line 2: not JSON" in refused(path)
+    reading = read_samples(path, skip_bad=True)
+    assert [each.turns for each in reading.samples] == [TURNS]
+    assert [each.split(":")[0].removeprefix(f"{path}, ") for each in reading.bad] == ["line 2", "line 3, turn 2", "line 4"]
+    with pytest.raises(DataError, match=r"holds no samples but 1 that can't be used, the first: .*line 1"):
+        read_samples(written(tmp_path, "{broken", "bad.jsonl"), skip_bad=True)
+
+
+@pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 0.5}, {"tool_calls": [{"name": "f"}]}])
+def test_turns_that_would_be_trained_on_wrongly(tmp_path, turn):
+    (key,) = turn
+    assert key in refused(written(tmp_path, [{"messages": [MESSAGES[0], {**MESSAGES[1], **turn}]}]))

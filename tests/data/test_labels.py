@@ -14,7 +14,7 @@ WORDS = [SYSTEM_WORDS[0], *dict.fromkeys(f"▁{word}" for word in SYSTEM_WORDS[1
 
 def one(texts, tokenizer, template=None, longest=4096):
     chosen = choose_template(template, tokenizer)
-    (example,) = tokenise([chosen.render(conversation(*texts))], tokenizer, chosen, longest)
+    (example,) = tokenise([chosen.render(conversation(*texts))], tokenizer, longest)
     return example
 
 

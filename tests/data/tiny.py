@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from zero_sft.data.formats import Conversation, Turn
+from zero_sft.data.conversation import Conversation, Turn
 from zero_sft.data.labels import IGNORED, Example
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|eot|>")

@@ -5,7 +5,6 @@ this module needs nothing.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from zero_sft.shipped import shipped
@@ -84,13 +83,25 @@ class DataArguments:
     """Which conversations, and how they become tokens."""
 
     data_path: str | None = field(
-        default=None, metadata={"help": "The training conversations, JSON or JSONL; the shipped samples by default."}
+        default=None,
+        metadata={
+            "help": "JSON, JSONL, Parquet or a folder of them, several as a.json:0.7,b:0.3; by default the shipped samples."
+        },
     )
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "Conversations to evaluate on, for --eval_strategy; none by default."}
+        default=None, metadata={"help": "Samples to evaluate on, for --eval_strategy; none by default."}
     )
     lazy_preprocess: bool = field(
         default=False, metadata={"help": "Tokenise a sample when it is needed, instead of all of them at the start."}
+    )
+    data_format: Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"] | None = field(
+        default=None, metadata={"help": "The layout of every sample; found out by default, sample by sample."}
+    )
+    train_on: Literal["all", "last"] = field(
+        default="all", metadata={"help": "Which answers of a conversation go into the loss."}
+    )
+    on_bad_sample: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "What a sample that can't be used does: end the run, or be left out and reported."}
     )
     chat_template: Literal["vicuna", "model"] | None = field(
         default=None, metadata={"help": "vicuna, or the model's own; by default the model's own if it has one, else vicuna."}
@@ -102,13 +113,6 @@ class DataArguments:
     )
 
     @property
-    def training_file(self) -> Path:
+    def training_path(self) -> str:
         """`data_path`, or the shipped sample conversations."""
-        if self.data_path is None:
-            return shipped("examples", SAMPLE_CONVERSATIONS)
-        return Path(self.data_path).expanduser()
-
-    @property
-    def evaluation_file(self) -> Path | None:
-        """`eval_data_path`, or None where nothing is to be evaluated."""
-        return None if self.eval_data_path is None else Path(self.eval_data_path).expanduser()
+        return str(shipped("examples", SAMPLE_CONVERSATIONS)) if self.data_path is None else self.data_path

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.templates import ModelTemplate, Rendered, VicunaTemplate
+from zero_sft.data.templates import Rendered
 from zero_sft.errors import DataError
 
 IGNORED = -100
@@ -32,12 +32,7 @@ class Example:
         return sum(label != IGNORED for label in self.labels)
 
 
-def tokenise(
-    rendered: Sequence[Rendered],
-    tokenizer: PreTrainedTokenizerBase,
-    template: VicunaTemplate | ModelTemplate,
-    model_max_length: int,
-) -> list[Example]:
+def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, model_max_length: int) -> list[Example]:
     """Ids and labels of each text, cut to `model_max_length` tokens at the end.
 
     Raises:
@@ -48,19 +43,21 @@ def tokenise(
             f"{type(tokenizer).__name__} does not tell which characters a token comes from, so the assistant's text can't be "
             "found. Convert the model's tokenizer to a tokenizer.json."
         )
-    if not rendered:
-        return []
-    encoded = tokenizer(
-        [each.text for each in rendered],
-        add_special_tokens=template.adds_special_tokens,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,  # it would warn of texts longer than the model; they are cut, and counted
-    )
-    return [
-        _example(ids, trained_tokens(offsets, each.spans), model_max_length)
-        for each, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
+    examples: dict[int, Example] = {}
+    for adds in (True, False):
+        places = [place for place, each in enumerate(rendered) if each.adds_special_tokens == adds]
+        if not places:
+            continue
+        encoded = tokenizer(
+            [rendered[place].text for place in places],
+            add_special_tokens=adds,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,  # it would warn of texts longer than the model; they are cut, and counted
+        )
+        for place, ids, offsets in zip(places, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            examples[place] = _example(ids, trained_tokens(offsets, rendered[place].spans), model_max_length)
+    return [examples[place] for place in range(len(rendered))]
 
 
 def trained_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
@@ -82,6 +79,7 @@ def trained_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int
 
 
 def _example(ids: list[int], trained: list[bool], model_max_length: int) -> Example:
+    trained = [False, *trained[1:]]  # nothing comes before the first token that could tell it
     labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
     return Example(
         input_ids=ids[:model_max_length],

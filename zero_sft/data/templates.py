@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zero_sft.data.formats import ASSISTANT, SYSTEM, USER, Conversation
+from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample
 from zero_sft.errors import DataError
 
 VICUNA, MODEL = "vicuna", "model"
@@ -44,11 +44,15 @@ _STAND_IN = "zerosftanswer"  # no template looks for it, strips it or escapes it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A conversation as text; `spans` are the half-open ranges of characters to train on, in order."""
+    """A sample as text; `spans` are the half-open ranges of characters to train on, in order.
+
+    `adds_special_tokens`: whether the tokenizer is to add its own, since the text has none.
+    """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     where: str
+    adds_special_tokens: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +64,13 @@ class VicunaTemplate:
     adds_special_tokens = True  # the text has no beginning-of-sequence token of its own
 
     def render(self, conversation: Conversation) -> Rendered:
-        """As FastChat does: an empty text leaves out the space before it and what separates it from the next turn."""
+        """As FastChat does: an empty text leaves out the space before it and what separates it from the next turn.
+
+        Raises:
+            DataError: a tool's turn, for which the template has no words.
+        """
+        if any(turn.role == TOOL for turn in conversation.turns):
+            raise DataError(f"{conversation.where}: the Vicuna template has no turns of tools. Use --chat_template model.")
         system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
         text, spans = f"{system} ", []
         for turn in conversation.turns:
@@ -71,8 +81,9 @@ class VicunaTemplate:
                 start = len(text)
                 if turn.text:
                     text += f" {turn.text}{self.stop}"
-                    spans.append((start, len(text)))
-        return Rendered(text=text, spans=tuple(spans), where=conversation.where)
+                    if turn.trained:
+                        spans.append((start, len(text)))
+        return Rendered(text=text, spans=tuple(spans), where=conversation.where, adds_special_tokens=self.adds_special_tokens)
 
     def prompt(self, question: str) -> str:
         """The text after which the model writes its answer to one question."""
@@ -103,14 +114,14 @@ class ModelTemplate:
         """
         messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
         if not messages:
-            return Rendered(text="", spans=(), where=conversation.where)
+            return Rendered(text="", spans=(), where=conversation.where, adds_special_tokens=self.adds_special_tokens)
         text = self._apply(messages, conversation.where)
         spans = [
             self._span(text, messages, index, conversation.where)
             for index, turn in enumerate(conversation.turns)
-            if turn.role == ASSISTANT and turn.text
+            if turn.role == ASSISTANT and turn.text and turn.trained
         ]
-        return Rendered(text=text, spans=tuple(spans), where=conversation.where)
+        return Rendered(text=text, spans=tuple(spans), where=conversation.where, adds_special_tokens=self.adds_special_tokens)
 
     def prompt(self, question: str) -> str:
         """The text after which the model writes its answer to one question.
@@ -165,6 +176,26 @@ class ModelTemplate:
             f"{where}, message {index + 1}: the model's chat template rewrites the turns of this conversation, so it can't be "
             "told surely which part of its text is the assistant's answer. Use --chat_template vicuna."
         )
+
+
+def render(sample: Sample, template: VicunaTemplate | ModelTemplate, tokenizer: Any) -> Rendered:
+    """A conversation by the template; a passage as it is, with the token that ends it where it does not end so already.
+
+    Raises:
+        DataError: the template can't render the conversation, or its answers can't be told surely.
+    """
+    if isinstance(sample, Conversation):
+        return template.render(sample)
+    return _passage(sample, tokenizer)
+
+
+def _passage(sample: Passage, tokenizer: Any) -> Rendered:
+    text, end, begin = sample.prompt + sample.completion, tokenizer.eos_token, tokenizer.bos_token
+    if end and not text.endswith(end):
+        text += end
+    spans = ((len(sample.prompt), len(text)),) if sample.completion else ()
+    has_begin = bool(begin) and text.startswith(begin)
+    return Rendered(text=text, spans=spans, where=sample.where, adds_special_tokens=not has_begin)
 
 
 @functools.lru_cache(maxsize=1024)

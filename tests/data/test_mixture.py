@@ -1,0 +1,62 @@
+"""`zero_sft.data.mixture`: several sources, with weights and without."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_dataset import trained
+from tests.data.tiny import byte_tokenizer
+from zero_sft.data.dataset import prepare
+from zero_sft.data.mixture import Source, mix, parse_sources
+from zero_sft.errors import DataError
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Ten samples "a", and two "b"."""
+    for name, count in (("a", 10), ("b", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([json.dumps({"text": name})] * count))
+    return [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+
+
+def test_what_a_path_names(tmp_path):
+    a, b = Path("a.json"), Path("b")
+    assert parse_sources("a.json") == [Source(path=a)]
+    assert parse_sources("a.json, b") == [Source(path=a), Source(path=b)]
+    assert parse_sources("a.json:0.7,b:3") == [Source(path=a, weight=0.7), Source(path=b, weight=3.0)]
+    assert parse_sources("c:drive") == [Source(path=Path("c:drive"))]
+    strange = tmp_path / "x,y:2"
+    strange.write_text("")
+    assert parse_sources(str(strange)) == [Source(path=strange)]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a,", "empty path"), ("a:0.5,b", "1 of 2"), ("a:0,b:1", "above 0"), ("a:nan,b:1", "above 0"), (":1,b:1", "after")],
+)
+def test_what_names_no_sources(text, part):
+    with pytest.raises(DataError, match=part):
+        parse_sources(text)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_one_after_the_other(files, lazy):
+    tokenizer = byte_tokenizer()
+    parts = [prepare(each, tokenizer, model_max_length=64, lazy=lazy) for each in files]
+    mixed = mix(parts, [None, None], seed=1)
+    assert trained(mixed, tokenizer) == ["a</s>"] * 10 + ["b</s>"] * 2
+    assert [line.split(":")[0] for line in mixed.lines() if "samples (" in line] == [str(each) for each in files]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_drawn_by_weight_until_each_sample_was_there(files, lazy):
+    tokenizer = byte_tokenizer()
+    parts = [prepare(each, tokenizer, model_max_length=64, lazy=lazy) for each in files]
+    mixed, again = (mix(parts, [1.0, 1.0], seed=3) for _ in range(2))
+    texts = trained(mixed, tokenizer)
+    assert texts == trained(again, tokenizer)
+    assert texts.count("a</s>") >= 10
+    assert 4 < texts.count("b</s>") < 25, "two samples, as often as the ten"
+    assert f"{texts.count('b</s>')} of {len(texts)} rows of the mixture" in mixed.lines()[-1]
+    assert mixed.dataset.column_names == parts[0].dataset.column_names

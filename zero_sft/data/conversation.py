@@ -1,0 +1,97 @@
+"""What a sample is, whatever file it came from: a conversation, or a passage of plain text. Plain data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from zero_sft.errors import DataError
+
+SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
+
+_FOLLOWS = {None: (USER,), USER: (ASSISTANT,), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}
+"""Who may speak after whom; None: at the beginning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One speaker's text; `role` is one of this module's. `trained`: whether an answer goes into the loss."""
+
+    role: str
+    text: str
+    trained: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """Turns of users, answers and tools, after at most one system text, ending with an answer; `where` names it in messages."""
+
+    turns: tuple[Turn, ...]
+    where: str
+
+    @property
+    def answers(self) -> int:
+        """How many answers there are to train on."""
+        return sum(turn.role == ASSISTANT and turn.trained and bool(turn.text) for turn in self.turns)
+
+    @property
+    def empty_answers(self) -> int:
+        """How many answers have no text."""
+        return sum(turn.role == ASSISTANT and not turn.text for turn in self.turns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """Plain text that no template is put around: what follows `prompt` is trained on, with the token that ends it."""
+
+    prompt: str
+    completion: str
+    where: str
+
+    @property
+    def answers(self) -> int:
+        """1 if there is something to train on."""
+        return int(bool(self.completion))
+
+    @property
+    def empty_answers(self) -> int:
+        """1 if the completion has no text."""
+        return int(not self.completion)
+
+
+Sample = Conversation | Passage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialogue:
+    """A conversation's turns, and how many were dropped before the first question and behind the last answer."""
+
+    turns: tuple[Turn, ...]
+    leading: int
+    unanswered: int
+
+
+def dialogue(turns: Sequence[Turn], where: str) -> Dialogue:
+    """A system text if there is one, then questions and answers in turn, between them what tools say.
+
+    As in FastChat a leading turn that isn't the user's is dropped; unlike there, a last turn without an answer costs that turn
+    and not the conversation.
+
+    Worked example: gpt, human, gpt, human → human, gpt; 1 in front, 1 behind.
+
+    Raises:
+        DataError: turns of one speaker that follow each other.
+    """
+    start = 1 if turns and turns[0].role == SYSTEM else 0
+    head, rest = list(turns[:start]), list(turns[start:])
+    leading = 1 if rest and rest[0].role != USER else 0
+    rest = rest[leading:]
+    before = None
+    for number, turn in enumerate(rest):
+        if turn.role not in _FOLLOWS[before]:
+            expected = " or ".join(_FOLLOWS[before])
+            raise DataError(
+                f"{where}, turn {start + leading + number + 1}: roles must alternate; expected {expected}, got {turn.role}. "
+                "Join or remove turns of one speaker that follow each other."
+            )
+        before = turn.role
+    answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
+    return Dialogue(turns=(*head, *rest[:answered]), leading=leading, unanswered=len(rest) - answered)

@@ -1,0 +1,101 @@
+"""From files to objects: JSON, one list or one object a line, Parquet, and folders of them.
+
+JSON and JSON lines are told apart by their content, not by the file's name. Everything has a place, a line's or a sample's
+number from 1 on, that messages name.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from zero_sft.data.layouts import EXPECTED
+from zero_sft.data.text import read_text
+from zero_sft.errors import DataError
+
+KINDS = (".json", ".jsonl", ".parquet")
+"""What a folder's files of data are called."""
+
+
+class BadLine(DataError):
+    """One line of a file that is not JSON; the others may be."""
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a path stands for: itself, or a folder's, sorted, those of folders inside too.
+
+    Raises:
+        DataError: a folder without any.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(each for each in path.rglob("*") if each.suffix in KINDS and each.is_file() and not _is_hidden(each, path))
+    if not found:
+        raise DataError(f"{path} has no {', '.join(KINDS)} file. Check --data_path and --eval_data_path.")
+    return found
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
+    """Each object with its place, "<file>, sample 3" or "<file>, line 3 (id 'a')"; for a broken line, its error.
+
+    Raises:
+        DataError: no such file, not UTF-8, not JSON, damaged, or nothing in it; with the remedy.
+    """
+    for each, place in _parquet(path) if path.suffix == ".parquet" else _json_objects(path):
+        yield each, f"{path}, {place}{_identity(each)}"
+
+
+def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
+    expected = f"{EXPECTED}, as one JSON list or one object a line"
+    text = read_text(path, expected=expected, argument="--data_path and --eval_data_path")
+    if text.lstrip()[0] == "[":
+        for number, sample in enumerate(_json(text, path, first_line=1), start=1):
+            yield sample, f"sample {number}"
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                sample = _json(line, path, first_line=number)
+            except DataError as error:
+                sample = BadLine(str(error))
+            yield sample, f"line {number}"
+
+
+def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield row, f"sample {number}"
+    except FileNotFoundError as error:
+        raise DataError(f"no such file: {path}. Check --data_path and --eval_data_path.") from error
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} is no usable Parquet file: {error}. Write it again.") from error
+
+
+def _json(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}; got "
+            f"{_excerpt(error.doc, error.pos)}. The file must be one JSON list, or one JSON object a line."
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{path}, line {first_line}: JSON nested too deep to be conversations. Expected {EXPECTED}.") from error
+
+
+def _excerpt(text: str, position: int) -> str:
+    return repr(text[max(0, position - 20) : position + 20]) if text[position:].strip() else "the end"
+
+
+def _identity(sample: Any) -> str:
+    name = sample.get("id") if isinstance(sample, Mapping) else None
+    return f" (id {name!r})" if isinstance(name, str | int) else ""
