@@ -259,11 +259,9 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
 
 def _set_chat_template(tokenizer: Any, parsed: Parsed) -> None:
     """The format that was trained goes out with the model: without it, nobody could ask it anything as it has learnt to be."""
-    from zero_sft.data.templates import VicunaTemplate, choose_template
+    from zero_sft.data.templates import choose_template
 
-    template = choose_template(parsed.data.chat_template, tokenizer)
-    if isinstance(template, VicunaTemplate):
-        tokenizer.chat_template = template.jinja(tokenizer)
+    tokenizer.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
 
 
 def _answers(parsed: Parsed, model: Any, inputs: Inputs) -> list[str]:

@@ -67,7 +67,7 @@ def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
 
 def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}")
-    with pytest.raises(DataError, match="rewrites"):
+    with pytest.raises(DataError, match="leaves out texts"):
         prepare(written(tmp_path, ("a", "b")), tokenizer, model_max_length=60, lazy=True)
 
 

@@ -201,7 +201,7 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
         read_samples(written(tmp_path, "{broken", "bad.jsonl"), skip_bad=True)
 
 
-@pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 0.5}, {"tool_calls": [{"name": "f"}]}])
+@pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 0.5}, {"tool_calls": [{"name": "f"}]}, {"thinking": "hm"}])
 def test_turns_that_would_be_trained_on_wrongly(tmp_path, turn):
     (key,) = turn
     assert key in refused(written(tmp_path, [{"messages": [MESSAGES[0], {**MESSAGES[1], **turn}]}]))

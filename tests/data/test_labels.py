@@ -4,7 +4,8 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, trained_text, word_tokenizer
 from zero_sft.data.labels import IGNORED, tokenise, trained_tokens
-from zero_sft.data.templates import VICUNA_SYSTEM, choose_template
+from zero_sft.data.templates import choose_template
+from zero_sft.data.vicuna import VICUNA_SYSTEM
 from zero_sft.errors import DataError
 
 SYSTEM_WORDS = VICUNA_SYSTEM.split(" ")

@@ -3,7 +3,9 @@
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation
-from zero_sft.data.templates import VICUNA_SYSTEM, ModelTemplate, VicunaTemplate, choose_template, length_of_stop
+from zero_sft.data.chat import ChatTemplate, stops_of
+from zero_sft.data.templates import choose_template
+from zero_sft.data.vicuna import VICUNA_SYSTEM, VicunaTemplate
 from zero_sft.errors import DataError
 
 LLAMA3 = (
@@ -24,7 +26,7 @@ PLAIN_END = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 FORGETFUL = (  # earlier answers are cut short
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last or m.role == 'user' else m.content[:3] }}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last or m.role == 'user' else m.content[:20] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MOVING = (  # the whole begins with the number of messages, so no beginning of it is the text of fewer
@@ -35,15 +37,16 @@ ENDLESS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 UPPER = "{% for m in messages %}{{ m.content | upper }}<|eot|>{% endfor %}"
+EXCERPT = CHATML.replace("m.content", "m.content[-20:]")
 
 
 def spans(rendered) -> list[str]:
     return [rendered.text[start:stop] for start, stop in rendered.spans]
 
 
-def with_template(template: str) -> ModelTemplate:
+def with_template(template: str) -> ChatTemplate:
     chosen = choose_template("model", byte_tokenizer(template))
-    assert isinstance(chosen, ModelTemplate)
+    assert isinstance(chosen, ChatTemplate)
     return chosen
 
 
@@ -134,10 +137,21 @@ def test_empty_answers_are_not_trained_on():
     assert with_template(CHATML).render(conversation()).spans == ()
 
 
-@pytest.mark.parametrize("template", [FORGETFUL, MOVING, UPPER])
+@pytest.mark.parametrize("template", [FORGETFUL, EXCERPT])
 def test_a_template_that_rewrites_turns_is_refused(template):
+    texts = ("Hi", "Hello, how are you today?", "More?", "No, I am not sure of it.")
     with pytest.raises(DataError, match=r"here, message 2: .*rewrites the turns.*--chat_template vicuna"):
-        with_template(template).render(conversation("Hi", "Hello.", "More?", "No."))
+        with_template(template).render(conversation(*texts))
+
+
+def test_a_template_that_leaves_nothing_as_it_is_is_refused():
+    with pytest.raises(DataError, match=r"leaves out texts.*--chat_template vicuna"):
+        with_template(UPPER)
+
+
+def test_the_number_of_messages_may_be_told():
+    rendered = with_template(MOVING).render(conversation("Hi", "Hello.", "More?", "No."))
+    assert spans(rendered) == ["Hello.<|im_end|>", "No.<|im_end|>"]
 
 
 def test_a_template_without_an_end_is_refused():
@@ -146,16 +160,25 @@ def test_a_template_without_an_end_is_refused():
 
 
 def test_a_template_that_fails_is_named_with_the_sample():
-    with pytest.raises(DataError, match="here: the model's chat template can't render this conversation: no system texts"):
+    with pytest.raises(DataError, match="here: the chat template can't render this conversation: no system texts"):
         with_template(MISTRAL).render(conversation("Hi", "Hello.", system="Be brief."))
 
 
-def test_length_of_stop():
-    marks = ("<|end|>", "<|end|>\n", "<|user|>")
-    assert length_of_stop(" <|end|><|user|>", marks) == len(" <|end|>")
-    assert length_of_stop("<|end|>\n\n", marks) == len("<|end|>\n")
-    assert length_of_stop(" STOP \n", marks) == len(" STOP")
-    assert length_of_stop("\n", marks) == 0
+@pytest.mark.parametrize(
+    ("middle", "last", "stops"),
+    [
+        ("<|end|>\n<|user|>", "<|end|>\n", ("<|end|>",)),
+        ("<|end|><|user|>", "<|end|>", ("<|end|>",)),
+        ("<|a|><|end|><|user|>", "<|a|><|end|>", ("<|a|><|end|>",)),
+        ("<|end|><|user|>", "<|a|>", ("<|end|>", "<|a|>")),
+        (" <|end|> x", " <|end|>", (" <|end|>",)),
+        (" STOP \nuser", " STOP \n", (" STOP",)),
+        ("<|user|>", "", ("<|user|>",)),
+        ("\nuser", "\n", ()),
+    ],
+)
+def test_what_ends_an_answer(middle, last, stops):
+    assert stops_of(middle, last, ("<|user|>", "<|end|>", "<|a|>")) == stops
 
 
 def test_choice():
@@ -164,8 +187,34 @@ def test_choice():
     assert choose_template("vicuna", byte_tokenizer(CHATML)).name == "vicuna"
     with pytest.raises(DataError, match="has no chat template"):
         choose_template("model", byte_tokenizer())
-    with pytest.raises(DataError, match="unknown chat template"):
+    with pytest.raises(DataError, match="unknown chat template; expected vicuna, chatml, llama3, model"):
         choose_template("alpaca", byte_tokenizer())
+
+
+def test_templates_by_name_and_from_a_file(tmp_path):
+    tokenizer = byte_tokenizer()
+    talk = conversation("Hi", "Hello.", "More?", "No.", system="Be brief.")
+    rendered = choose_template("chatml", tokenizer).render(talk)
+    assert rendered.text.startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert spans(rendered) == ["Hello.<|im_end|>", "No.<|im_end|>"]
+    with pytest.raises(DataError, match=r"llama3: this model's tokenizer has no token <\|eot_id\|>"):
+        choose_template("llama3", tokenizer)
+    tokenizer.add_tokens(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
+    rendered = choose_template("llama3", tokenizer).render(talk)
+    assert rendered.text.startswith(
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user"
+    )
+    assert spans(rendered) == ["Hello.<|eot_id|>", "No.<|eot_id|>"]
+    path = tmp_path / "mine.jinja"
+    path.write_text(MISTRAL)
+    template = choose_template(str(path), tokenizer)
+    assert spans(template.render(conversation("Hi", "Hello."))) == [" Hello.</s>"]
+    assert template.jinja(tokenizer) == MISTRAL
+    path.write_text("{% for %}")
+    with pytest.raises(DataError, match="can't render"):
+        choose_template(str(path), tokenizer)
 
 
 def test_vicunas_stop_is_one_token_of_the_model():

@@ -103,8 +103,11 @@ class DataArguments:
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What a sample that can't be used does: end the run, or be left out and reported."}
     )
-    chat_template: Literal["vicuna", "model"] | None = field(
-        default=None, metadata={"help": "vicuna, or the model's own; by default the model's own if it has one, else vicuna."}
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "help": "vicuna, chatml, llama3, model or a Jinja file; by default the model's own if it has one, else vicuna."
+        },
     )
 
     sample_prompts: str | None = field(

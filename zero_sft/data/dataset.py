@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft.data.conversation import ASSISTANT, Conversation, Passage, Sample, Turn
 from zero_sft.data.formats import Reading, read_samples
 from zero_sft.data.labels import Example, tokenise
-from zero_sft.data.templates import ModelTemplate, Rendered, VicunaTemplate, choose_template, render
+from zero_sft.data.rendered import Rendered
+from zero_sft.data.templates import Template, choose_template, render
 from zero_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def prepare(
     Args:
         path: JSON, JSON lines, Parquet or a folder of them; see `layouts`.
         tokenizer: a fast one.
-        chat_template: "vicuna", "model", or None for the tokenizer's own if it has one, else Vicuna's.
+        chat_template: "vicuna", "chatml", "llama3", "model", the path of a Jinja file, or None for the tokenizer's own if it
+            has one, else Vicuna's.
         model_max_length: in tokens; what is longer loses its end.
         lazy: tokenise when a sample is needed.
         reader: the layout, which answers count, and whether bad samples are skipped.
@@ -197,7 +199,7 @@ class Pipeline:
     """From samples to tokens: plain data that travels to the data loader's workers."""
 
     tokenizer: PreTrainedTokenizerBase
-    template: VicunaTemplate | ModelTemplate
+    template: Template
     model_max_length: int
 
     def examples(self, samples: Sequence[Sample], bad: list[str] | None = None) -> Iterator[Example]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.templates import Rendered
+from zero_sft.data.rendered import Rendered
 from zero_sft.errors import DataError
 
 IGNORED = -100

@@ -41,6 +41,7 @@ _SHAREGPT_ROLES = {
     "human": USER, "user": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT, "bing": ASSISTANT,
     "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL,
 }  # fmt: skip
+_UNRENDERED = ("tool_calls", "reasoning_content", "thinking")
 _MESSAGE_ROLES = {each: each for each in (USER, ASSISTANT, SYSTEM, TOOL)}
 
 
@@ -126,8 +127,9 @@ def _turns(raw: Any, key: str, names: tuple[str, str], roles: Mapping[str, str],
             raise DataError(f"{place}: expected {looks} with texts; got {str(each)[:80]}.")
         if role not in roles:
             raise DataError(f"{place}: unknown role {role!r}; expected one of {', '.join(roles)}.")
-        if each.get("tool_calls"):
-            raise DataError(f"{place}: `tool_calls` are not rendered. Write the call into the text, as the model writes it.")
+        for key in _UNRENDERED:
+            if each.get(key):
+                raise DataError(f"{place}: `{key}` is not rendered. Write it into the text, as the model writes it.")
         turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=_is_trained(each, place)))
     return turns
 

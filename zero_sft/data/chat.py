@@ -1,0 +1,242 @@
+"""Any chat template in Jinja: the conversation as text, and where the answers are in it.
+
+Such templates may do anything, so nothing is assumed about them. A conversation is rendered twice, as it is and with a
+stand-in for each answer: what is around the stand-ins must be around the answers, and what is between must be the answers, but
+for white space at their ends; where it is not, the template is refused. No `{% generation %}` markers are needed. What ends an
+answer, and what stands before it when the model begins to write, is found once a template, on a conversation of two questions.
+
+Thoughts, between `<think>` and `</think>` at the beginning of an answer, are trained on where the template keeps them; most
+drop those of earlier answers, as the model never sees them again.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zero_sft.data.conversation import ASSISTANT, USER, Conversation
+from zero_sft.data.rendered import Rendered
+from zero_sft.errors import DataError
+
+_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_REMEDY = "Use --chat_template vicuna."
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+NAMED = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>")}
+"""Templates by name, and the token that ends a turn in each, which a tokenizer must have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What a template writes around answers.
+
+    `prompt`: what it adds when the model is to write. `stops`: what may end an answer, the usual one first; the model must
+    write it itself.
+    """
+
+    prompt: str
+    stops: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """A chat template of that `name`: the tokenizer's own, or where there is a `source`, that Jinja."""
+
+    tokenizer: Any  # PreTrainedTokenizerBase, whose stub hides methods behind a catch-all attribute
+    name: str
+    habits: Habits
+    source: str | None = None
+    adds_special_tokens = False  # chat templates write theirs themselves
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """Render with the template, and find the answers.
+
+        Raises:
+            DataError: the template fails on this conversation, rewrites its answers, or ends one with nothing.
+        """
+        text, spans = "", ()
+        if conversation.turns:
+            messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+            text = self._apply(messages, conversation.where)
+            places = [number for number, turn in enumerate(conversation.turns) if turn.role == ASSISTANT and turn.text]
+            found = self._locate(text, messages, places, conversation.where)
+            spans = tuple(span for number, span in zip(places, found, strict=True) if conversation.turns[number].trained)
+        return Rendered(text=text, spans=spans, where=conversation.where, adds_special_tokens=self.adds_special_tokens)
+
+    def prompt(self, question: str) -> str:
+        """The text after which the model writes its answer to one question.
+
+        Raises:
+            DataError: the template fails on it.
+        """
+        return self._apply([{"role": USER, "content": question}], "a prompt", prompt=True)
+
+    def jinja(self, tokenizer: Any) -> Any:
+        """The template itself."""
+        return self.source or tokenizer.chat_template
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False) -> str:
+        return apply(self.tokenizer, self.source, messages, where, prompt=prompt)
+
+    def _locate(
+        self, text: str, messages: Sequence[Mapping[str, str]], places: Sequence[int], where: str
+    ) -> list[tuple[int, int]]:
+        """The span of each message in `places`.
+
+        Worked example (ChatML, one answer "Hello."): with a stand-in the text is "...assistant\n", stand-in, "<|im_end|>\n".
+        The text begins with the first of these, ends with the last, and between is "Hello."; the span is "Hello.<|im_end|>".
+        """
+        if not places:
+            return []
+        parts = [_split_thoughts(messages[number]["content"]) for number in places]
+        word = _unused(messages)
+        replaced = [dict(message) for message in messages]
+        for number, (thoughts, _) in zip(places, parts, strict=True):
+            replaced[number]["content"] = f"{thoughts}{word}{number}{word}"
+        first, *rest = re.split(rf"{word}(\d+){word}", self._apply(replaced, where))
+        if rest[::2] != [str(number) for number in places] or not text.startswith(first):
+            raise _unmaskable(where, places[0])
+        spans, end, start = [], 0, len(first)
+        for number, (thoughts, answer), after in zip(places, parts, rest[1::2], strict=True):
+            length = _length_of_body(text, start, answer, after, is_last=number == places[-1])
+            if length is None:
+                raise _unmaskable(where, number)
+            begin = end + _begin(text[end:start], thoughts, self.habits.prompt)
+            end = start + length
+            spans.append((begin, end + self._length_of_stop(after, where)))
+            start = end + len(after)
+        return spans
+
+    def _length_of_stop(self, after: str, where: str) -> int:
+        for stop in self.habits.stops:
+            if after.startswith(stop):
+                return len(stop)
+        raise DataError(
+            f"{where}: the chat template puts nothing after an answer, so the model could not learn to stop. {_REMEDY}"
+        )
+
+
+def apply(
+    tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False
+) -> str:
+    """The messages as text by the tokenizer's template, or by `source`; `prompt`: and what comes before an answer.
+
+    Raises:
+        DataError: the template fails on them.
+    """
+    from jinja2.exceptions import TemplateError
+
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), chat_template=source, tokenize=False, add_generation_prompt=prompt
+        )
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise DataError(f"{where}: the chat template can't render this conversation: {error}. {_REMEDY}") from error
+    return str(rendered)
+
+
+def learn_habits(tokenizer: Any, source: str | None) -> Habits:
+    """Find out what a template writes around answers, on one question, and on two that are answered.
+
+    Raises:
+        DataError: it can't render them, or leaves the answers out.
+    """
+    where = "two questions and answers"
+    question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
+    asked = apply(tokenizer, source, [question], where)
+    prompted = apply(tokenizer, source, [question], where, prompt=True)
+    word = "zerosftanswer"
+    talk = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
+    parts = re.split(rf"{word}\d", apply(tokenizer, source, talk, where))
+    if len(parts) != len(talk):
+        raise DataError(f"the chat template leaves out texts of {where}, so answers can't be found in it. {_REMEDY}")
+    marks = sorted((mark for mark in tokenizer.get_added_vocab() if mark.strip()), key=len, reverse=True)
+    prompt = prompted[len(_common_beginning(asked, prompted)) :]
+    return Habits(prompt=prompt, stops=stops_of(parts[1], parts[3], marks))
+
+
+def stops_of(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:
+    """What ends an answer, from what follows one in the middle of a conversation, and the last one; `marks`: longest first.
+
+    As far as both begin alike, to the last token that may end a turn; or where they begin with different ones, each; where
+    there are none, plain text but for white space.
+
+    Worked example: "<|im_end|>\n<|im_start|>user\n" and "<|im_end|>\n" → "<|im_end|>".
+    """
+    common = _common_beginning(middle, last)
+    ends = [common.rfind(mark) + len(mark) for mark in marks if mark in common]
+    if ends:
+        return (common[: max(ends)],)
+    found = []
+    for text in (middle, last):
+        skip = len(text) - len(text.lstrip())
+        mark = next((mark for mark in marks if text.startswith(mark, skip)), "")
+        found += [text[: skip + len(mark)]] if mark else []
+    return tuple(found) or ((common.rstrip(),) if common.strip() else ())
+
+
+def _common_beginning(one: str, other: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(char for char, _ in same)
+
+
+def _length_of_body(text: str, start: int, answer: str, after: str, *, is_last: bool) -> int | None:
+    """How long an answer is that stands in `text` at `start`, followed by `after`; white space at its ends may be gone."""
+    for body in dict.fromkeys((answer, answer.strip(), answer.rstrip(), answer.lstrip())):
+        end = start + len(body)
+        if text.startswith(body, start) and text.startswith(after, end) and (not is_last or end + len(after) == len(text)):
+            return len(body)
+    return None
+
+
+def _begin(before: str, thoughts: str, prompt: str) -> int:
+    """Where the model begins to write, in what stands between the last answer and this one, thoughts included.
+
+    White space that follows the prompt is its own: most tokenizers join it with the first word.
+    """
+    start = len(before)
+    if thoughts:
+        kept = [each.start() for each in re.finditer("<think>", before) if _same_thoughts(before[each.start() :], thoughts)]
+        start = kept[-1] if kept else start
+    if not prompt:
+        return len(before[:start].rstrip())
+    place = before.rfind(prompt)
+    first = place + len(prompt)
+    return first if place >= 0 and (first > start or not before[first:start].strip()) else start
+
+
+def _split_thoughts(content: str) -> tuple[str, str]:
+    """An answer's thoughts, with the tags and the white space around them, and the rest."""
+    found = _THOUGHTS.match(content)
+    return (content[: found.end()], content[found.end() :]) if found else ("", content)
+
+
+def _same_thoughts(text: str, thoughts: str) -> bool:
+    """True if a text is these thoughts, but for white space."""
+    one, other = _THOUGHTS.fullmatch(text), _THOUGHTS.fullmatch(thoughts)
+    return one is not None and other is not None and one[1].strip() == other[1].strip()
+
+
+def _unused(messages: Sequence[Mapping[str, str]]) -> str:
+    """A word that is in no message, and that no template looks for, strips or escapes."""
+    word = "zerosftanswer"
+    while any(word in message["content"] for message in messages):
+        word += "r"
+    return word
+
+
+def _unmaskable(where: str, index: int) -> DataError:
+    return DataError(
+        f"{where}, message {index + 1}: the chat template rewrites the turns of this conversation, so it can't be told surely "
+        f"which part of its text is the assistant's answer. {_REMEDY}"
+    )

@@ -1,0 +1,86 @@
+"""FastChat's `vicuna_v1.1`, character for character:
+
+    {system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
+
+A span begins where the model begins to write: right after "ASSISTANT:", so that it holds the space which most tokenizers join
+with the first word; FastChat's labels do the same. It ends with the token that ends the turn.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation
+from zero_sft.data.rendered import Rendered
+from zero_sft.errors import DataError
+
+VICUNA = "vicuna"
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+VICUNA_STOP = "</s>"
+
+_VICUNA_JINJA = (
+    "{{% set own = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list %}}"
+    "{{{{ {BOS} + (own[0] if own else {SYSTEM}) + ' ' }}}}"
+    "{{% for message in messages %}}{{% if message['role'] == 'user' %}}"
+    "{{{{ 'USER: ' + message['content'] + ' ' if message['content'] else 'USER:' }}}}"
+    "{{% elif message['role'] == 'assistant' %}}"
+    "{{{{ 'ASSISTANT:' + (' ' + message['content'] + {STOP} if message['content'] else '') }}}}"
+    "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ 'ASSISTANT:' }}}}{{% endif %}}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VicunaTemplate:
+    """FastChat's `vicuna_v1.1`; `stop` ends an answer, "</s>" wherever the tokenizer has it."""
+
+    stop: str = VICUNA_STOP
+    name = VICUNA
+    adds_special_tokens = True  # the text has no beginning-of-sequence token of its own
+
+    def render(self, conversation: Conversation) -> Rendered:
+        """As FastChat does: an empty text leaves out the space before it and what separates it from the next turn.
+
+        Raises:
+            DataError: a tool's turn, for which the template has no words.
+        """
+        if any(turn.role == TOOL for turn in conversation.turns):
+            raise DataError(f"{conversation.where}: the Vicuna template has no turns of tools. Use --chat_template model.")
+        system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
+        text, spans = f"{system} ", []
+        for turn in conversation.turns:
+            if turn.role == USER:
+                text += f"USER: {turn.text} " if turn.text else "USER:"
+            elif turn.role == ASSISTANT:
+                text += "ASSISTANT:"
+                start = len(text)
+                if turn.text:
+                    text += f" {turn.text}{self.stop}"
+                    if turn.trained:
+                        spans.append((start, len(text)))
+        return Rendered(text=text, spans=tuple(spans), where=conversation.where, adds_special_tokens=self.adds_special_tokens)
+
+    def prompt(self, question: str) -> str:
+        """The text after which the model writes its answer to one question."""
+        return f"{VICUNA_SYSTEM} USER: {question} ASSISTANT:"
+
+    def jinja(self, tokenizer: Any) -> str:
+        """This template as a chat template for `tokenizer`: it renders what is trained on, token for token."""
+        first = tokenizer("a").input_ids[:1]
+        bos = str(tokenizer.bos_token) if tokenizer.bos_token and first == [tokenizer.bos_token_id] else ""
+        words = {"BOS": bos, "SYSTEM": VICUNA_SYSTEM, "STOP": self.stop}
+        return _VICUNA_JINJA.format(**{name: json.dumps(word, ensure_ascii=False) for name, word in words.items()})
+
+
+def vicuna_stop(tokenizer: Any) -> str:
+    """ "</s>" where that is one token, else the model's own end token: three tokens that spell it would not stop anything."""
+    if VICUNA_STOP in tokenizer.get_added_vocab():
+        return VICUNA_STOP
+    if tokenizer.eos_token:
+        return str(tokenizer.eos_token)
+    raise DataError(
+        "--chat_template vicuna: this model's tokenizer has no end-of-sequence token, so the model could not learn to stop. "
+        "Set eos_token in its tokenizer_config.json."
+    )
