@@ -9,8 +9,12 @@ import os
 
 import pytest
 
+from tests.real_tokenizers import real_models
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+__all__ = ["real_models"]  # a fixture for all tests
 
 
 def pytest_generate_tests(metafunc):
