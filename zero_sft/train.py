@@ -153,7 +153,10 @@ def _prepare(parsed: Parsed, paths: str, tokenizer: Any) -> data.Prepared:
     logger.info("preparing %s", paths)
     sources = parse_sources(paths)
     reader = data.Reader(
-        data_format=parsed.data.data_format, train_on=parsed.data.train_on, on_bad_sample=parsed.data.on_bad_sample
+        data_format=parsed.data.data_format,
+        train_on=parsed.data.train_on,
+        on_bad_sample=parsed.data.on_bad_sample,
+        long=parsed.data.long,
     )
     parts = [
         data.prepare(

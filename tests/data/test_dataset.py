@@ -172,3 +172,39 @@ def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
     assert "1 bad samples skipped, the first:" in "\n".join(report.lines())
     tokenizer = byte_tokenizer(CHATML)
     assert trained(prepare(path, tokenizer, model_max_length=512), tokenizer) == ["b<|im_end|>" * 2, "b<|im_end|>"]
+
+
+def chat(*texts):
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def test_long_conversations_are_split_between_rounds(tmp_path):
+    """Each part has the system text; no answer is lost; a round that fits nowhere is cut by itself."""
+    tokenizer = byte_tokenizer(CHATML)
+    path = tmp_path / "data.json"
+    system = {"role": "system", "content": "S"}
+    rounds = [("a" * 9, "b" * 9), ("c" * 9, "d" * 9), ("e" * 9, "f" * 9), ("g" * 9, "h" * 200), ("i", "j")]
+    talk = [system, *(turn for each in rounds for turn in chat(*each))]
+    path.write_text(json.dumps([{"messages": talk}, {"messages": chat("x", "y")}]))
+    options = {"model_max_length": 90, "chat_template": "model"}
+    prepared = prepare(path, tokenizer, reader=Reader(long="split"), **options)
+    texts = [tokenizer.decode(each["input_ids"]) for each in prepared.dataset]
+    assert [text.count("<|im_start|>user") for text in texts] == [2, 1, 1, 1, 1]
+    assert all(text.startswith("<|im_start|>system\nS<|im_end|>\n") for text in texts[:-1])
+    assert all(len(ids) <= 90 for ids in prepared.dataset["input_ids"])
+    ends = "<|im_end|>"
+    assert trained(prepared, tokenizer)[:2] == [f"{'b' * 9}{ends}{'d' * 9}{ends}", f"{'f' * 9}{ends}"]
+    assert trained(prepared, tokenizer)[3:] == [f"j{ends}", f"y{ends}"]
+    (report,) = prepared.reports
+    assert (report.split, report.cut_samples, report.samples, report.kept) == (1, 1, 2, 5)
+    assert any("1 samples longer than --model_max_length, split" in line for line in report.lines())
+
+
+def test_long_conversations_are_dropped_and_counted(tmp_path):
+    path = written(tmp_path, ("a", "b"), ("a", "y" * 100))
+    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
+    assert prepared.reports[0].dropped == {"longer than --model_max_length": 1}
+    with pytest.raises(DataError, match="--long truncate or split"):
+        prepare(written(tmp_path, ("a", "y" * 100)), byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
+    with pytest.raises(DataError, match="Leave one out"):
+        prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"), lazy=True)

@@ -8,18 +8,20 @@ stays in, without labels.
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.conversation import ASSISTANT, Conversation, Passage, Sample, Turn
+from zero_sft.data.conversation import ASSISTANT, Conversation, Passage, Sample
 from zero_sft.data.formats import Reading, read_samples
-from zero_sft.data.labels import Example, tokenise
-from zero_sft.data.rendered import Rendered
-from zero_sft.data.templates import Template, choose_template, render
+from zero_sft.data.labels import Example
+from zero_sft.data.long import DROP, SPLIT, TRUNCATE, split_rounds
+from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.report import DataReport, listed
+from zero_sft.data.templates import choose_template
 from zero_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,59 +29,7 @@ if TYPE_CHECKING:
 
 NO_ANSWER = "without an answer to train on"
 CUT_OFF = "cut off before the first answer"
-
-_AT_ONCE = 1000
-"""Samples rendered and tokenised together; enough for the tokenizer's threads."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataReport:
-    """What became of a file or folder. What only tokenising shows is None where samples are tokenised lazily.
-
-    `bad` are the errors of the samples that were skipped; they count among `samples`.
-    """
-
-    file: str
-    layouts: tuple[str, ...]
-    template: str
-    samples: int
-    kept: int
-    bad: tuple[str, ...] = ()
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    leading_turns: int = 0
-    unanswered_turns: int = 0
-    empty_answers: int = 0
-    tokens: int | None = None
-    trained_tokens: int | None = None
-    cut_samples: int | None = None
-    cut_tokens: int | None = None
-    cut_trained_tokens: int | None = None
-
-    def lines(self) -> list[str]:
-        """The report for the log: what there is, then only what was left out."""
-        found = f"format {' and '.join(self.layouts)}, template {self.template}"
-        lines = [f"{self.file}: {self.kept:,} of {self.samples:,} samples ({found})"]
-        if self.tokens is not None:
-            lines.append(f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained on")
-        if self.bad:
-            lines.append(f"{len(self.bad):,} bad samples skipped, the first: {self.bad[0]}")
-        if self.dropped:
-            lines.append("samples dropped: " + _listed(self.dropped))
-        if self.cut_samples:
-            lines.append(
-                f"{self.cut_samples:,} samples longer than --model_max_length: {self.cut_tokens:,} tokens cut off, "
-                f"{self.cut_trained_tokens:,} of them answers"
-            )
-        turns = {"leading, not the user's": self.leading_turns, "last, unanswered": self.unanswered_turns}
-        if any(turns.values()):
-            lines.append("turns dropped: " + _listed(turns))
-        if self.empty_answers:
-            lines.append(f"{self.empty_answers:,} empty answers, not trained on")
-        return lines
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return "; ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+TOO_LONG = "longer than --model_max_length"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +43,7 @@ class Prepared:
     dataset: "datasets.Dataset"
     reports: tuple[DataReport, ...]
     mixed: tuple[str, ...] = ()
-    transform: "Pipeline | None" = None
+    transform: Pipeline | None = None
 
     def lines(self) -> list[str]:
         """The reports for the log."""
@@ -102,14 +52,16 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """How samples are read: the layout they must have (None: found out), which answers count, what bad samples do.
+    """How samples are read: the layout they must have (None: found out), which answers count, what bad and long samples do.
 
     `train_on`: "all" answers, or the "last" of each sample. `on_bad_sample`: "error", or "skip", with an account in the report.
+    `long`: what is longer than the window is "truncate"d, "split" between rounds, or "drop"ped.
     """
 
     data_format: str | None = None
     train_on: str = "all"
     on_bad_sample: str = "error"
+    long: str = TRUNCATE
 
     def read(self, path: Path) -> Reading:
         """All samples of a file or folder; errors as `read_samples`'."""
@@ -146,7 +98,7 @@ def prepare(
             has one, else Vicuna's.
         model_max_length: in tokens; what is longer loses its end.
         lazy: tokenise when a sample is needed.
-        reader: the layout, which answers count, and whether bad samples are skipped.
+        reader: the layout, which answers count, and what bad and long samples do.
 
     Raises:
         DataError: a file that can't be used, a template that can't be masked, or nothing left to train on.
@@ -158,11 +110,19 @@ def prepare(
     dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
     examples: list[Example] = []
     bad: list[str] = []
+    split = 0
     if lazy:
+        _require_truncation(reader)
         list(pipeline.examples(answered[:1]))  # what fails on every sample fails now
         dataset, counts = _lazy_dataset(answered, pipeline), {}
     else:
-        examples = list(pipeline.examples(answered, bad if reader.on_bad_sample == "skip" else None))
+        made = list(pipeline.examples(answered, bad if reader.on_bad_sample == "skip" else None))
+        if reader.long == DROP:
+            dropped[TOO_LONG] = sum(each.cut_tokens > 0 for _, each in made)
+            made = [(sample, each) for sample, each in made if not each.cut_tokens]
+        elif reader.long == SPLIT:
+            made, split = _split(made, pipeline)
+        examples = [each for _, each in made]
         trainable = [each for each in examples if each.trained_tokens]
         dropped[CUT_OFF] = len(examples) - len(trainable)
         dataset, counts = _dataset(trainable), _counts(trainable)
@@ -172,6 +132,7 @@ def prepare(
         template=template.name,
         samples=len(reading.samples) + len(reading.bad),
         kept=dataset.num_rows,
+        split=split,
         bad=(*reading.bad, *bad),
         dropped={reason: count for reason, count in dropped.items() if count},
         leading_turns=reading.leading_turns,
@@ -184,43 +145,41 @@ def prepare(
     return Prepared(dataset=dataset, reports=(report,), transform=pipeline if lazy else None)
 
 
+def _require_truncation(reader: Reader) -> None:
+    if reader.long != TRUNCATE:
+        raise DataError(
+            f"--long {reader.long} takes the samples' lengths, which --lazy_preprocess does not know at the start. Leave one "
+            "out."
+        )
+
+
+def _split(made: Sequence[tuple[Sample, Example]], pipeline: Pipeline) -> tuple[list[tuple[Sample, Example]], int]:
+    """What is too long in parts, and how many samples that were."""
+
+    def fits(sample: Sample) -> bool:
+        return all(not each.cut_tokens for _, each in pipeline.examples([sample]))
+
+    result, split = [], 0
+    for sample, example in made:
+        parts = split_rounds(sample, fits) if example.cut_tokens and isinstance(sample, Conversation) else []
+        if len(parts) > 1:
+            split += 1
+            result += pipeline.examples([part for part in parts if part.answers])
+        else:
+            result.append((sample, example))
+    return result, split
+
+
 def _nothing_left(report: DataReport, examples: Sequence[Example], model_max_length: int) -> str:
-    message = f"{report.file}: no sample is left in which anything is trained on ({_listed(report.dropped)})."
+    message = f"{report.file}: no sample is left in which anything is trained on ({listed(report.dropped)})."
     if CUT_OFF in report.dropped:
         shortest = min(len(each.input_ids) + each.cut_tokens for each in examples)
         return f"{message} --model_max_length is {model_max_length}, and the shortest has {shortest} tokens: raise it."
+    if TOO_LONG in report.dropped:
+        return f"{message} --model_max_length is {model_max_length}: raise it, or take --long truncate or split."
     if report.bad:
         return f"{message} {len(report.bad):,} can't be used, the first: {report.bad[0]}"
     return f"{message} Only answers are trained on: give samples with answers."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipeline:
-    """From samples to tokens: plain data that travels to the data loader's workers."""
-
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
-    model_max_length: int
-
-    def examples(self, samples: Sequence[Sample], bad: list[str] | None = None) -> Iterator[Example]:
-        """Render and tokenise, in order. What can't be rendered is left out with its error in `bad`, if that is given."""
-        for start in range(0, len(samples), _AT_ONCE):
-            rendered = [self._render(each, bad) for each in samples[start : start + _AT_ONCE]]
-            yield from tokenise([each for each in rendered if each], self.tokenizer, self.model_max_length)
-
-    def _render(self, sample: Sample, bad: list[str] | None) -> Rendered | None:
-        try:
-            return render(sample, self.template, self.tokenizer)
-        except DataError as error:
-            if bad is None:
-                raise
-            bad.append(str(error))
-            return None
-
-    def __call__(self, rows: Mapping[str, list]) -> dict[str, list]:
-        """Columns of ids and labels from the column of `_lazy_dataset`, for the rows that are needed now."""
-        examples = list(self.examples([_sample(json.loads(text)) for text in rows["sample"]]))
-        return {"input_ids": [each.input_ids for each in examples], "labels": [each.labels for each in examples]}
 
 
 def require_one_batch(prepared: Prepared, *, world_size: int, per_device_batch_size: int) -> None:
@@ -267,10 +226,3 @@ def _lazy_dataset(samples: Sequence[Sample], pipeline: Pipeline) -> "datasets.Da
 
     texts = datasets.Dataset.from_dict({"sample": [json.dumps(asdict(each)) for each in samples]})
     return texts.with_transform(pipeline)
-
-
-def _sample(fields: dict) -> Sample:
-    """A sample from what `asdict` made of it."""
-    if "turns" not in fields:
-        return Passage(**fields)
-    return Conversation(turns=tuple(Turn(**turn) for turn in fields["turns"]), where=fields["where"])
