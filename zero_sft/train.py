@@ -22,7 +22,7 @@ from zero_sft.arguments import Parsed, build_training_arguments, help_text, pars
 from zero_sft.console import open_console, quieten_transformers
 from zero_sft.data import dataset as data
 from zero_sft.data.collator import PaddingCollator
-from zero_sft.data.mixture import mix, parse_sources
+from zero_sft.data.mixture import prepare_sources
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.launcher import launch_note
@@ -151,26 +151,17 @@ def _require_other_folder(model: str, output_dir: str) -> None:
 
 def _prepare(parsed: Parsed, paths: str, tokenizer: Any) -> data.Prepared:
     logger.info("preparing %s", paths)
-    sources = parse_sources(paths)
-    reader = data.Reader(
-        data_format=parsed.data.data_format,
-        train_on=parsed.data.train_on,
-        on_bad_sample=parsed.data.on_bad_sample,
-        long=parsed.data.long,
-    )
-    parts = [
-        data.prepare(
-            each.path,
-            tokenizer,
-            chat_template=parsed.data.chat_template,
-            model_max_length=parsed.training["model_max_length"],
-            lazy=parsed.data.lazy_preprocess,
-            reader=reader,
-        )
-        for each in sources
-    ]
-    prepared = mix(
-        parts, [each.weight for each in sources], seed=parsed.training.get("data_seed") or parsed.training.get("seed", 42)
+    wanted = parsed.data
+    prepared = prepare_sources(
+        paths,
+        tokenizer,
+        chat_template=wanted.chat_template,
+        model_max_length=parsed.training["model_max_length"],
+        lazy=wanted.lazy_preprocess,
+        reader=data.Reader(
+            data_format=wanted.data_format, train_on=wanted.train_on, on_bad_sample=wanted.on_bad_sample, long=wanted.long
+        ),
+        seed=parsed.training.get("data_seed") or parsed.training.get("seed", 42),
     )
     for line in prepared.lines():
         logger.info("  %s", line)

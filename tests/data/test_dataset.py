@@ -31,7 +31,7 @@ def test_what_is_dropped_and_cut_is_counted(tmp_path):
     assert report.trained_tokens == sum(label != IGNORED for labels in prepared.dataset["labels"] for label in labels)
     lines = "\n".join(report.lines())
     for part in (
-        "3 of 6 samples (format sharegpt, template model)",
+        "3 of 6 samples, 12 turns (format sharegpt, template model)",
         "2 without an answer",
         "1 samples longer",
         "2 last, unanswered",

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, trained_text, word_tokenizer
-from zero_sft.data.labels import IGNORED, tokenise, trained_tokens
+from zero_sft.data.labels import IGNORED, token_range, tokenise
 from zero_sft.data.templates import choose_template
 from zero_sft.data.vicuna import VICUNA_SYSTEM
 from zero_sft.errors import DataError
@@ -97,15 +97,18 @@ def test_a_tokenizer_without_offsets_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("offsets", "spans", "expected"),
+    ("chars", "span", "expected"),
     [
-        ([(0, 0), (0, 4), (4, 6), (6, 6), (6, 7)], [(5, 7)], "00111"),
-        ([(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)], [(2, 4), (6, 8)], "01010"),
-        ([(0, 2), (2, 4), (4, 6), (0, 0)], [(2, 4)], "0100"),
-        ([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [(1, 2)], "01110"),
-        ([(0, 1), (1, 2)], [], "00"),
-        ([], [(0, 1)], ""),
+        ([(0, 0), (0, 4), (4, 6), (6, 6), (6, 7)], (5, 7), (2, 5)),
+        ([(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)], (2, 4), (1, 2)),
+        ([(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)], (5, 8), (2, 4)),
+        ([None, (0, 2), (2, 4), (4, 6), None], (0, 6), (1, 4)),
+        ([None, (0, 2), (2, 4), (4, 6), None], (6, 9), (4, 4)),
+        ([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], (1, 2), (1, 4)),
+        ([(0, 1), (3, 4)], (1, 3), (1, 1)),
+        ([None, None], (0, 1), (2, 2)),
+        ([], (0, 1), (0, 0)),
     ],
 )
-def test_trained_tokens(offsets, spans, expected):
-    assert trained_tokens(offsets, spans) == [each == "1" for each in expected]
+def test_token_range(chars, span, expected):
+    assert token_range(chars.__getitem__, len(chars), span) == expected

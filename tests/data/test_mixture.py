@@ -46,7 +46,7 @@ def test_one_after_the_other(files, lazy):
     parts = [prepare(each, tokenizer, model_max_length=64, lazy=lazy) for each in files]
     mixed = mix(parts, [None, None], seed=1)
     assert trained(mixed, tokenizer) == ["a</s>"] * 10 + ["b</s>"] * 2
-    assert [line.split(":")[0] for line in mixed.lines() if "samples (" in line] == [str(each) for each in files]
+    assert [line.split(":")[0] for line in mixed.lines() if " samples, " in line] == [str(each) for each in files]
 
 
 @pytest.mark.parametrize("lazy", [False, True])

@@ -132,6 +132,7 @@ def prepare(
         template=template.name,
         samples=len(reading.samples) + len(reading.bad),
         kept=dataset.num_rows,
+        turns=sum(len(each.turns) for each in reading.samples if isinstance(each, Conversation)),
         split=split,
         bad=(*reading.bad, *bad),
         dropped={reason: count for reason, count in dropped.items() if count},

@@ -5,7 +5,8 @@ answer. Tokenising the parts by themselves and adding up their lengths was left 
 characters across a border. Works with every fast tokenizer, which in transformers 5 is every tokenizer.
 """
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -51,39 +52,50 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
         encoded = tokenizer(
             [rendered[place].text for place in places],
             add_special_tokens=adds,
-            return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,  # it would warn of texts longer than the model; they are cut, and counted
         )
-        for place, ids, offsets in zip(places, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            examples[place] = _example(ids, trained_tokens(offsets, rendered[place].spans), model_max_length)
+        for place, ids, encoding in zip(places, encoded["input_ids"], encoded.encodings or (), strict=True):
+            ranges = [token_range(encoding.token_to_chars, len(ids), span) for span in rendered[place].spans]
+            examples[place] = _example(ids, ranges, model_max_length)
     return [examples[place] for place in range(len(rendered))]
 
 
-def trained_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """For each token whether it is trained on: whether its characters overlap one of the ascending, disjoint `spans`.
+def token_range(chars_of: Callable[[int], tuple[int, int] | None], count: int, span: tuple[int, int]) -> tuple[int, int]:
+    """The half-open range of tokens whose characters overlap a span, of `count` tokens in the order of the text.
 
     A token without characters of its own (a word-start mark before a character that is split into bytes) counts where it
-    stands. Special tokens that the tokenizer adds stand at 0, before every span.
+    stands. Special tokens that the tokenizer adds have no characters, `None`; they stand at the ends.
 
-    Worked example: offsets (0,0) (0,4) (4,6) (6,6) (6,7), span [5,7) → no, no, yes, yes, yes.
+    Worked example: characters (0,0) (0,4) (4,6) (6,6) (6,7), span [5,7) → [2, 5).
     """
-    trained, position = [False] * len(offsets), 0
-    for index, (first, last) in enumerate(offsets):
-        while position < len(spans) and spans[position][1] <= first:
-            position += 1
-        if position < len(spans):
-            start = spans[position][0]
-            trained[index] = last > start or first == last >= start
-    return trained
+
+    def reaches(token: int) -> bool:
+        chars = chars_of(token)
+        return chars is not None and (chars[1] > span[0] or chars[0] == chars[1] >= span[0])
+
+    def is_past(token: int) -> bool:
+        chars = chars_of(token)
+        return chars is None or chars[0] >= span[1]
+
+    low, high = 0, count
+    while low < high and chars_of(low) is None:
+        low += 1
+    while high > low and chars_of(high - 1) is None:
+        high -= 1
+    within = range(low, high)
+    first = bisect.bisect_left(within, True, key=reaches)
+    return low + first, low + bisect.bisect_left(within, True, lo=first, key=is_past)
 
 
-def _example(ids: list[int], trained: list[bool], model_max_length: int) -> Example:
-    trained = [False, *trained[1:]]  # nothing comes before the first token that could tell it
-    labels = [token if is_trained else IGNORED for token, is_trained in zip(ids, trained, strict=True)]
+def _example(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int) -> Example:
+    labels = [IGNORED] * len(ids)
+    for first, last in ranges:
+        labels[first:last] = ids[first:last]
+    labels[:1] = [IGNORED] * len(labels[:1])  # nothing comes before the first token that could tell it
     return Example(
         input_ids=ids[:model_max_length],
         labels=labels[:model_max_length],
         cut_tokens=max(0, len(ids) - model_max_length),
-        cut_trained_tokens=sum(trained[model_max_length:]),
+        cut_trained_tokens=sum(label != IGNORED for label in labels[model_max_length:]),
     )

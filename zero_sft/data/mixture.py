@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zero_sft.data.dataset import Prepared
+from transformers import PreTrainedTokenizerBase
+
+from zero_sft.data.dataset import Prepared, Reader, prepare
 from zero_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +58,27 @@ def _source(part: str, text: str) -> Source:
     if not path or not math.isfinite(share) or share <= 0:
         raise DataError(f"{part}: a weight is a number above 0, after a path; got {weight!r}. Write a.json:0.7,b.jsonl:0.3.")
     return Source(path=Path(path).expanduser(), weight=share)
+
+
+def prepare_sources(
+    paths: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None,
+    model_max_length: int,
+    reader: Reader,
+    lazy: bool = False,
+    seed: int = 42,
+) -> Prepared:
+    """`prepare` for each source that `paths` names, and one dataset of all. Any rank by itself; does not communicate.
+
+    Raises:
+        DataError: as `prepare`'s and `parse_sources`'.
+    """
+    sources = parse_sources(paths)
+    options = {"chat_template": chat_template, "model_max_length": model_max_length, "reader": reader, "lazy": lazy}
+    parts = [prepare(each.path, tokenizer, **options) for each in sources]
+    return mix(parts, [each.weight for each in sources], seed)
 
 
 def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -> Prepared:

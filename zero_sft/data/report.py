@@ -16,6 +16,7 @@ class DataReport:
     template: str
     samples: int
     kept: int
+    turns: int = 0
     split: int = 0
     bad: tuple[str, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -31,7 +32,7 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for the log: what there is, then only what was left out."""
         found = f"format {' and '.join(self.layouts)}, template {self.template}"
-        lines = [f"{self.file}: {self.kept:,} of {self.samples:,} samples ({found})"]
+        lines = [f"{self.file}: {self.kept:,} of {self.samples:,} samples, {self.turns:,} turns ({found})"]
         if self.split:
             lines.append(f"{self.split:,} samples longer than --model_max_length, split between rounds")
         if self.tokens is not None:
