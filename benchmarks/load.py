@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import start
+from benchmarks import probes, start
 from benchmarks.checkpoints import Checkpoint, weight_files
 from benchmarks.rivals import RIVALS, available
 from benchmarks.ways import COPIED, OURS, ROOFLINES, STOCK, prepare_cache, rank_main
@@ -86,7 +86,10 @@ def run_case(case: Case, cache: Path, pairs: int) -> dict:
     fastest = sorted(trials, key=lambda way: statistics.median(run["seconds"] for run in trials[way]))[:2]
     starts: dict[str, list[start.Seconds]] = {OURS: [], COPIED: [], STOCK: []} if case.starts else {}
     runs = _rounds(case, folder, (*fastest, *case.ways), pairs, starts)
-    return {"title": case.title, "ranks": case.ranks, "nbytes": nbytes, "runs": runs, "starts": starts, "trials": trials}
+    return {
+        "title": case.title, "ranks": case.ranks, "nbytes": nbytes, "runs": runs, "starts": starts, "trials": trials,
+        "rounds": pairs, "machine": probes.machine(),
+    }  # fmt: skip
 
 
 def _rounds(
@@ -106,6 +109,24 @@ def _rounds(
     return runs
 
 
+_results: dict[str, dict] = {}
+
+
+def _keep(name: str, result: dict, document: Path | None) -> None:
+    """Remember a case's results; beside the document, so that a case can be run again by itself."""
+    _results[name] = result
+    if document:
+        raw = document.with_suffix(".json")
+        known = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
+        raw.write_text(json.dumps({**known, name: result}, indent=1), encoding="utf-8")
+
+
+def _kept(document: Path | None) -> list[dict]:
+    """The results of all cases, in their order, those of earlier runs beside the document included."""
+    known = json.loads(document.with_suffix(".json").read_text(encoding="utf-8")) if document else _results
+    return [known[case.name] for case in CASES if case.name in known]
+
+
 def _in_own_namespace() -> None:
     """Start over inside `unshare --net`, once, where that is permitted."""
     if os.environ.get(_MARK) or not shutil.which("unshare"):
@@ -123,17 +144,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=11, help="rounds (default 11)")
     parser.add_argument("--cases", nargs="+", choices=names, default=names[:-1], help="default: all but tiny")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "zero_sft" / "bench")
-    parser.add_argument("--write", type=Path, help="write tables to this Markdown file, and a picture beside it")
+    parser.add_argument(
+        "--write", type=Path, help="write tables to this Markdown file, a picture and the raw results beside it"
+    )
     options = parser.parse_args()
     _in_own_namespace()
-    from benchmarks import probes
     from benchmarks.table import document, draw
 
     if os.environ.get(_MARK):
         probes.loopback_up()
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    cases = [run_case(case, options.cache, options.pairs) for case in CASES if case.name in options.cases]
-    text = document(cases, options.pairs, picture=options.write and options.write.with_suffix(".png").name)
+    for case in CASES:
+        if case.name in options.cases:
+            _keep(case.name, run_case(case, options.cache, options.pairs), options.write)
+    cases = _kept(options.write)
+    text = document(cases, picture=options.write and options.write.with_suffix(".png").name)
     print("\n" + text)
     if options.write:
         options.write.write_text(text, encoding="utf-8")

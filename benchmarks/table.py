@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import probes
 from benchmarks.ways import COPIED, OURS, ROOFLINES, STOCK
 
 ROOFLINE = "bare read"
 
 
-def document(cases: Sequence[Mapping[str, Any]], pairs: int, picture: str | None) -> str:
+def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
     """A Markdown document: a table a case."""
-    lines = ["# Benchmarks", "", f"Made by `make bench`: {pairs} rounds, every way one turn in each. {probes.machine()}.", ""]
+    lines = ["# Benchmarks", "", "Made by `make bench`: in each round every way has one turn.", ""]
     if picture:
         lines += [f"![seconds of the slowest rank, by way]({picture})", ""]
     lines += [
@@ -29,7 +28,13 @@ def document(cases: Sequence[Mapping[str, Any]], pairs: int, picture: str | None
         "",
     ]
     for case in cases:
-        lines += [f"## {case['title']}, {case['nbytes'] / 2**20:,.0f} MiB", "", *_table(case), ""]
+        lines += [
+            f"## {case['title']}, {case['nbytes'] / 2**20:,.0f} MiB",
+            "",
+            f"{case['rounds']} rounds. {case['machine']}.",
+            "",
+        ]
+        lines += [*_table(case), ""]
     return "\n".join(lines)
 
 

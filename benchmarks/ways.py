@@ -158,7 +158,7 @@ def settle_memory(nbytes: int) -> None:
 def prepare_cache(folder: Path, warm: bool) -> None:
     """Bring all weights into the page cache, or put them out of it; raises RuntimeError where the kernel did not."""
     for path in weight_files(folder):
-        for _ in range(_ATTEMPTS):  # under memory pressure the kernel lets a little of a file go while it is read
+        for _ in range(_ATTEMPTS):  # the kernel may let a little of a file go while it is read
             if _is_prepared(path, warm):
                 break
             with path.open("rb", buffering=0) as file:
@@ -169,10 +169,10 @@ def prepare_cache(folder: Path, warm: bool) -> None:
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not _is_prepared(path, warm):
-            raise RuntimeError(
-                f"{residency(path):.1%} of {path} is in the page cache, expected {'all' if warm else 'none'} of it"
-            )
+            found = f"{residency(path):.1%} of {path} is in the page cache"
+            raise RuntimeError(f"{found}, expected {'all' if warm else 'none'} of it")
 
 
 def _is_prepared(path: Path, warm: bool) -> bool:
-    return residency(path) > 0.999 if warm else residency(path) < 0.01
+    """All but a hundredth: some kernels take cold pages back all the time, a few at a time."""
+    return residency(path) > 0.99 if warm else residency(path) < 0.01

@@ -1,6 +1,7 @@
 """Shards taken in place from the page cache: which can be, that they are the file's bytes, and that a write stays private."""
 
 import dataclasses
+import gc
 import os
 import resource
 import shutil
@@ -44,6 +45,7 @@ def test_the_files_bytes_wherever_they_begin(file):
     header = read_header(path)
     reads = [read(header, "a", 1234, 201_234), read(header, "b", 77, 300_077), read(header, "c", 1, 100_001)]
     wanted = {"a": (200_000, BF16), "b": (300_000, BF16), "c": (100_000, torch.float32)}
+    del map_cached(reads, wanted, {path: stamp(path)})["a"]  # what it imports is mapped, too
     before = rss_file_bytes()
     found = map_cached(reads, wanted, {path: stamp(path)})
     assert 0 <= rss_file_bytes() - before - 1_400_000 < 10 * resource.getpagesize()
@@ -66,6 +68,40 @@ def test_a_write_stays_private_and_a_replaced_file_is_not_seen(file):
     os.replace(f"{path}.new", path)
     assert torch.equal(second, tensors["a"])
     assert bool((first == 3).all())
+
+
+def test_mappings_go_with_their_shards_and_keep_no_file_open(file):
+    path, _ = file
+    header = read_header(path)
+    handles = len(os.listdir("/proc/self/fd"))
+    found = map_cached([read(header, "a", 0, 300_000)], {"a": (300_000, BF16)}, {})
+
+    def mappings():
+        return Path("/proc/self/maps").read_text().count(path)
+
+    assert mappings() == 1
+    assert len(os.listdir("/proc/self/fd")) == handles
+    part = found["a"][10:20]
+    del found
+    gc.collect()
+    assert mappings() == 1, "a view keeps it"
+    assert part.shape == (10,)
+    del part
+    gc.collect()
+    assert mappings() == 0
+
+
+def test_where_the_kernel_refuses_it_is_read(file):
+    path, _ = file
+    header = read_header(path)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used, limits[1]))
+    try:
+        found = map_cached([read(header, "a", 0, 300_000)], {"a": (300_000, BF16)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert found == {}
 
 
 def odd(header):

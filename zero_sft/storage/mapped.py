@@ -8,8 +8,11 @@ faster than faults. Whoever overwrites a mapped file in place changes the shards
 """
 
 import contextlib
+import ctypes
+import functools
 import mmap
 import os
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
@@ -30,6 +33,7 @@ LIMIT = 2**14
 """The most mappings of one load. Linux gives a process 65,530 in all."""
 
 _MADV_POPULATE_READ = 22  # Linux 5.14
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def map_cached(
@@ -60,8 +64,9 @@ def map_cached(
     found: dict[str, torch.Tensor] = {}
     for path, each in by_file.items():
         with opened(path, stamps.get(path)) as handle:
-            cached = [read for read in each if _is_cached(handle, read)]
-            found |= {read.target: _map(handle, read) for read in cached[: LIMIT - len(found)]}
+            for read in each:
+                if len(found) < LIMIT and _is_cached(handle, read) and (shard := _map(handle, read)) is not None:
+                    found[read.target] = shard
     return found
 
 
@@ -87,17 +92,31 @@ def _is_cached(handle: int, read: Read) -> bool:
     return False
 
 
-def _map(handle: int, read: Read) -> torch.Tensor:
-    """Map the pages of one read, no others: where the cache holds the file in huge pages, a fault brings in all of one."""
+def _map(handle: int, read: Read) -> torch.Tensor | None:
+    """Map the pages of one read, no others: where the cache holds the file in huge pages, a fault brings in all of one.
+
+    None where the kernel refuses (strict overcommit, a limit of the process). Python's own `mmap` keeps a file descriptor for
+    each mapping, of which a process may have but a thousand.
+    """
     dtype = TORCH_DTYPES[read.dtype]
     skip = read.offset_bytes % mmap.PAGESIZE
-    memory = mmap.mmap(
-        handle,
-        skip + read.nbytes,
-        flags=mmap.MAP_PRIVATE,
-        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        offset=read.offset_bytes - skip,
-    )
-    with contextlib.suppress(OSError):  # an older kernel brings pages in when they are first used
-        memory.madvise(_MADV_POPULATE_READ)
+    length = skip + read.nbytes
+    address = _libc().mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, handle, read.offset_bytes - skip)
+    if address == _MAP_FAILED:
+        return None
+    memory = (ctypes.c_char * length).from_address(address)
+    weakref.finalize(memory, _libc().munmap, address, length).atexit = False
+    _libc().madvise(
+        address, length, _MADV_POPULATE_READ
+    )  # an older kernel refuses, and brings pages in when they are first used
     return torch.frombuffer(memory, dtype=dtype, count=read.nbytes // dtype.itemsize, offset=skip)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
