@@ -15,13 +15,16 @@ BATCH = 8
 @pytest.fixture
 def folder(tmp_path):
     """A model in fp32, and conversations whose answers have very different lengths."""
-    tokenizer = tiny.byte_tokenizer(tiny.CHATML)
     import torch
+    from transformers import AutoModelForCausalLM
 
-    model = models.save_tiny(
-        "llama", tmp_path / "model", dtype=torch.float32, vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
+    tokenizer, model = tiny.byte_tokenizer(tiny.CHATML), tmp_path / "model"
+    config = models.tiny_config(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512,
     )  # fmt: skip
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
     talks = [[{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i} " * (1 + 7 * i % 40)}] for i in range(64)]
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": talk} for talk in talks]))
