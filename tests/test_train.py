@@ -101,7 +101,7 @@ def material(model, tmp_path):
     """Files with one fault each."""
     (tmp_path / "broken.json").write_text('[{"id": ')
     (tmp_path / "empty.json").write_text("")
-    (tmp_path / "fields.json").write_text('[{"id": "1", "text": "x"}]')
+    (tmp_path / "fields.json").write_text('[{"id": "1", "body": "x"}]')
     roles = [{"id": "1", "conversations": [{"from": "alien", "value": "x"}]}]
     (tmp_path / "roles.json").write_text(json.dumps(roles))
     truncated = tmp_path / "truncated"
