@@ -6,12 +6,15 @@ each rank.
 
 import inspect
 import os
+import tempfile
 
 import pytest
 
 from tests.real_tokenizers import real_models
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_prepared_data = tempfile.TemporaryDirectory(prefix="zero_sft_tests_")  # gone with this process
+os.environ["HF_DATASETS_CACHE"] = _prepared_data.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 __all__ = ["real_models"]  # a fixture for all tests

@@ -26,17 +26,19 @@ def folder(tmp_path):
     torch.manual_seed(5)
     AutoModelForCausalLM.from_config(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    talks = [[{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i} " * (1 + 7 * i % 40)}] for i in range(64)]
+    talks = [
+        [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i} " * (1 + 7 * i % 40)}] for i in range(60)
+    ]  # no multiple of a step
     (tmp_path / "data.json").write_text(json.dumps([{"conversations": talk} for talk in talks]))
     return tmp_path
 
 
-def train(folder, out, per_device, accumulation):
+def train(folder, out, per_device, accumulation, batches):
     """One rank's part of a run; the curve is in the logs of `out`."""
     from zero_sft import train as job
 
     arguments = {
-        "model_name_or_path": folder / "model", "data_path": folder / "data.json", "output_dir": folder / out,
+        **batches, "model_name_or_path": folder / "model", "data_path": folder / "data.json", "output_dir": folder / out,
         "max_steps": STEPS, "per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation,
         "save_strategy": "no", "logging_steps": 1, "learning_rate": 0.001, "lr_scheduler_type": "constant", "bf16": False,
         "seed": 3,
@@ -44,12 +46,20 @@ def train(folder, out, per_device, accumulation):
     assert job.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]) == 0
 
 
-def test_one_two_and_four_ranks_give_one_curve(folder):
+BATCHES = {
+    "packed": {"packing": True, "model_max_length": 256},
+    "at random": {"packing": False},
+    "grouped": {"packing": False, "train_sampling_strategy": "group_by_length"},
+}
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_one_two_and_four_ranks_give_one_curve(folder, batches):
     curves = {}
-    for ranks, accumulation in ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1)):
+    for ranks, accumulation in ((1, 1), (1, 4), (2, 2), (4, 1)):
         out = f"{ranks}x{accumulation}"
         run_ranks(ranks, train, {"folder": folder, "out": out, "per_device": BATCH // ranks // accumulation,
-                                 "accumulation": accumulation}, timeout_s=200)  # fmt: skip
+                                 "accumulation": accumulation, "batches": BATCHES[batches]}, timeout_s=200)  # fmt: skip
         history = json.loads((folder / out / "logs" / "history.json").read_text())
         curves[out] = [entry["loss"] for entry in history if "loss" in entry]
     reference = curves.pop("1x1")

@@ -12,19 +12,15 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zero_sft import distributed
-from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
 from zero_sft.console import open_console, quieten_transformers
-from zero_sft.data import dataset as data
-from zero_sft.data.collator import PaddingCollator
-from zero_sft.data.mixture import prepare_sources
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.inputs import Inputs, read_inputs
 from zero_sft.launcher import launch_note
 from zero_sft.timeline import Timeline, trainer_callback
 from zero_sft.world import World
@@ -38,19 +34,6 @@ ANSWER_TOKENS = 96
 
 _ROUTING = ("output_router_logits", "router_aux_loss_coef")
 """What TRL writes into the config of a mixture of experts while it trains."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What the job works on, read and checked, before the weights are."""
-
-    config: Any
-    tokenizer: Any
-    training_data: data.Prepared
-    evaluation_data: data.Prepared | None
-    prompts: tuple[str, ...]
-    ds_config: Mapping[str, Any]
-    hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,78 +77,10 @@ def run(parsed: Parsed, world: World) -> None:
     if _offloads_optimizer(inputs.ds_config) and parsed.training["optim"] == "adamw_torch":
         logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
     with agreed(world, "setting up the trainer's arguments"):
-        arguments = build_training_arguments(parsed.training, inputs.ds_config)
+        arguments = build_training_arguments({**parsed.training, **inputs.sampling}, inputs.ds_config)
     model = _load(parsed, arguments, inputs)
     timeline.end("load")
     _train_and_export(parsed, arguments, model, inputs, world, timeline)
-
-
-def read_inputs(parsed: Parsed, world: World) -> Inputs:
-    """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
-    from zero_sft.config import prepare_config
-    from zero_sft.export import require_writable
-    from zero_sft.hub import HubOptions, pin_revision
-    from zero_sft.resume import require_resumable
-    from zero_sft.samples import read_prompts
-    from zero_sft.tokenizer import load_tokenizer
-
-    training = parsed.training
-    with agreed(world, "checking the DeepSpeed config and the output folder"):
-        ds = ds_configs.load_ds_config(training["deepspeed"])
-        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
-        ds_configs.require_nvme(ds)
-        prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
-        require_resumable(training.get("resume_from_checkpoint"), training["output_dir"], world.world_size)
-        _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
-        if world.is_main:
-            require_writable(training["output_dir"])
-    name, length = parsed.model.model_name_or_path, training["model_max_length"]
-    logger.info("reading the config of %s", name)
-    hub = parsed.model.hub_options(training["cache_dir"])
-    hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
-    config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
-    tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
-    with agreed(world, "preparing the data"):
-        train = _prepare(parsed, parsed.data.training_path, tokenizer)
-        size = training.get("per_device_train_batch_size", 8)
-        data.require_one_batch(train, world_size=world.world_size, per_device_batch_size=size)
-        held_out = parsed.data.eval_data_path
-        evaluation = None if held_out is None else _prepare(parsed, held_out, tokenizer)
-    return Inputs(
-        config=config,
-        tokenizer=tokenizer,
-        training_data=train,
-        evaluation_data=evaluation,
-        prompts=prompts,
-        ds_config=ds,
-        hub=hub,
-    )
-
-
-def _require_other_folder(model: str, output_dir: str) -> None:
-    if Path(output_dir).exists() and Path(model).exists() and Path(model).samefile(output_dir):
-        raise ArgumentError(
-            f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another."
-        )
-
-
-def _prepare(parsed: Parsed, paths: str, tokenizer: Any) -> data.Prepared:
-    logger.info("preparing %s", paths)
-    wanted = parsed.data
-    prepared = prepare_sources(
-        paths,
-        tokenizer,
-        chat_template=wanted.chat_template,
-        model_max_length=parsed.training["model_max_length"],
-        lazy=wanted.lazy_preprocess,
-        reader=data.Reader(
-            data_format=wanted.data_format, train_on=wanted.train_on, on_bad_sample=wanted.on_bad_sample, long=wanted.long
-        ),
-        seed=parsed.training.get("data_seed") or parsed.training.get("seed", 42),
-    )
-    for line in prepared.lines():
-        logger.info("  %s", line)
-    return prepared
 
 
 def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
@@ -194,10 +109,10 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
 
 def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs, world: World, timeline: Timeline) -> None:
     from transformers.trainer_utils import set_seed
-    from trl import SFTTrainer
 
     from zero_sft.config import text_config
     from zero_sft.export import save_pretrained
+    from zero_sft.trainer import Trainer, collator_for
     from zero_sft.zero import gather
 
     tokenizer, report = inputs.tokenizer, model.load_report
@@ -207,26 +122,20 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             before = _answers(parsed, model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
-    collator = PaddingCollator(
-        pad_token_id=tokenizer.pad_token_id,
-        padding_side=tokenizer.padding_side,
-        multiple_of=arguments.pad_to_multiple_of,
-    )
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
     try:
-        trainer = SFTTrainer(
+        trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=inputs.training_data.dataset,
             eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
             processing_class=tokenizer,
-            data_collator=collator,
+            data_collator=collator_for(model, tokenizer, arguments.pad_to_multiple_of),
             callbacks=[trainer_callback(timeline, logger.info)],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
-    trainer.create_model_card = lambda *_, **__: None  # it would be taken for the exported model's
     logger.info("training")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     after = _answers_of_engine(parsed, trainer, inputs)

@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 
-from tests.data.tiny import CHATML, byte_tokenizer
-from zero_sft.data.collator import PaddingCollator
-from zero_sft.data.dataset import Reader, prepare, require_one_batch
+from tests.data.tiny import CHATML, byte_tokenizer, prepare
+from zero_sft.data.collator import Collator
+from zero_sft.data.dataset import require_one_batch
 from zero_sft.data.labels import IGNORED
+from zero_sft.data.reader import Reader
 from zero_sft.errors import DataError
 
 
@@ -94,7 +95,7 @@ def test_one_batch_is_required(tmp_path):
 def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
     tokenizer = byte_tokenizer(pad_token="</s>")
     dataset = prepare(written(tmp_path, ("a", "b"), ("c", "defg")), tokenizer, model_max_length=512).dataset
-    batch = PaddingCollator(pad_token_id=tokenizer.pad_token_id)([dataset[0], dataset[1]])
+    batch = Collator(pad_token_id=tokenizer.pad_token_id)([dataset[0], dataset[1]])
     end = tokenizer.eos_token_id
     assert batch["input_ids"][0, -4:].tolist() == [end] * 4  # the answer's own, then three of padding
     assert batch["labels"][0, -4:].tolist() == [end, IGNORED, IGNORED, IGNORED]
@@ -113,7 +114,7 @@ def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
 )
 def test_padding(side, multiple_of, ids, mask):
     samples = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "length": 3}, {"input_ids": [4], "labels": [4], "length": 1}]
-    batch = PaddingCollator(pad_token_id=0, padding_side=side, multiple_of=multiple_of)(samples)
+    batch = Collator(pad_token_id=0, padding_side=side, multiple_of=multiple_of)(samples)
     assert batch["input_ids"].tolist() == ids
     assert batch["attention_mask"].tolist() == mask
     expected = [
@@ -168,7 +169,7 @@ def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
     with pytest.raises(DataError, match="sample 1: the Vicuna template has no turns of tools"):
         prepare(path, byte_tokenizer(CHATML), **options)
     report = prepare(path, byte_tokenizer(CHATML), reader=Reader(on_bad_sample="skip"), **options).reports[0]
-    assert (report.samples, report.kept, len(report.bad)) == (2, 1, 1)
+    assert (report.samples, report.kept, report.bad) == (2, 1, 1)
     assert "1 bad samples skipped, the first:" in "\n".join(report.lines())
     tokenizer = byte_tokenizer(CHATML)
     assert trained(prepare(path, tokenizer, model_max_length=512), tokenizer) == ["b<|im_end|>" * 2, "b<|im_end|>"]

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from tests.data.tiny import byte_tokenizer, prepare
 from zero_sft.data.conversation import Conversation, Passage, Turn
+from zero_sft.data.files import Files
 from zero_sft.data.formats import read_samples
+from zero_sft.data.reader import Reader
 from zero_sft.errors import DataError
 from zero_sft.shipped import shipped
 
@@ -22,7 +25,7 @@ def written(tmp_path, content, name="data.json"):
 
 def refused(path) -> str:
     with pytest.raises(DataError) as caught:
-        read_samples(path)
+        read_samples(Files(path=path).objects())
     return str(caught.value)
 
 
@@ -31,7 +34,7 @@ def refused(path) -> str:
 def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
     content = "\n".join([json.dumps(sample), "", json.dumps(sample)]) + "\n" if lines else [sample, sample]
     path = written(tmp_path, content)
-    reading = read_samples(path)
+    reading = read_samples(Files(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
     assert reading.layouts == ("sharegpt" if "conversations" in sample else "messages",)
     assert [each.where for each in reading.samples] == (
@@ -44,7 +47,7 @@ def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
 def test_the_text_is_kept_as_it_is(tmp_path):
     text = " 你好 😀\u2028\r\n\ttab  "
     path = written(tmp_path, json.dumps({"messages": [{"role": "user", "content": text}, *MESSAGES[1:]]}, ensure_ascii=False))
-    assert read_samples(path).samples[0].turns[0].text == text
+    assert read_samples(Files(path=path).objects()).samples[0].turns[0].text == text
 
 
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
@@ -52,7 +55,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     path.write_bytes(
         ("\ufeff" + json.dumps({"conversations": ONE}) + "\r\n" + json.dumps({"messages": MESSAGES}) + "\r\n").encode()
     )
-    reading = read_samples(path)
+    reading = read_samples(Files(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
     assert reading.layouts == ("messages", "sharegpt")
 
@@ -61,14 +64,14 @@ def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
     gpt, human = {"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}
     system = {"from": "system", "value": "Be brief."}
     samples = [[gpt, *ONE], [*ONE, human], [gpt, *ONE, human], [system, gpt, *ONE], [system], [gpt], [human], []]
-    reading = read_samples(written(tmp_path, [{"conversations": each} for each in samples]))
+    reading = read_samples(Files(path=written(tmp_path, [{"conversations": each} for each in samples])).objects())
     brief = Turn(role="system", text="Be brief.")
     assert [each.turns for each in reading.samples] == [TURNS, TURNS, TURNS, (brief, *TURNS), (brief,), (), (), ()]
     assert (reading.leading_turns, reading.unanswered_turns) == (4, 3)
 
 
 def test_the_shipped_samples_are_read():
-    reading = read_samples(shipped("examples", "conversations.json"))
+    reading = read_samples(Files(path=shipped("examples", "conversations.json")).objects())
     assert len(reading.samples) == 100
     assert (reading.leading_turns, reading.unanswered_turns) == (0, 0)
 
@@ -78,7 +81,9 @@ def test_missing_empty_and_unreadable_files(tmp_path):
     assert "has no .json, .jsonl, .parquet file" in refused(tmp_path)
     for content in ("", " \n\n"):
         assert "is empty" in refused(written(tmp_path, content))
-    assert "holds no samples" in refused(written(tmp_path, "[]"))
+    for empty, said in (("[]", "holds no samples. Expected"), ("{broken", "line 1")):
+        with pytest.raises(DataError, match=said):
+            prepare(written(tmp_path, empty), byte_tokenizer(), model_max_length=64)
     (tmp_path / "latin.json").write_bytes(b'[{"conversations": "\xe9"}]')
     assert "not UTF-8" in refused(tmp_path / "latin.json")
 
@@ -147,14 +152,14 @@ def talk(*texts):
 )  # fmt: skip
 def test_other_layouts(tmp_path, sample, expected):
     path = written(tmp_path, [sample])
-    (only,) = read_samples(path).samples
+    (only,) = read_samples(Files(path=path).objects()).samples
     assert isinstance(only, Conversation)
     assert tuple(turn if turn.role == "assistant" else Turn(role=turn.role, text=turn.text) for turn in only.turns) == expected
 
 
 def test_plain_text_is_taken_as_it_is(tmp_path):
     path = written(tmp_path, [{"prompt": "2+2=", "completion": "4"}, {"text": " a\n"}])
-    first, second = read_samples(path).samples
+    first, second = read_samples(Files(path=path).objects()).samples
     assert first == Passage(prompt="2+2=", completion="4", where=f"{path}, sample 1")
     assert second == Passage(prompt="", completion=" a\n", where=f"{path}, sample 2")
 
@@ -162,10 +167,10 @@ def test_plain_text_is_taken_as_it_is(tmp_path):
 def test_a_layout_can_be_forced(tmp_path):
     both = {"conversations": ONE, "text": "x"}
     path = written(tmp_path, [both, {"text": "y"}])
-    assert read_samples(path).layouts == ("sharegpt", "text")
-    assert [each.completion for each in read_samples(path, "text").samples] == ["x", "y"]
+    assert read_samples(Files(path=path).objects()).layouts == ("sharegpt", "text")
+    assert [each.completion for each in read_samples(Files(path=path).objects(), "text").samples] == ["x", "y"]
     with pytest.raises(DataError, match=r"sample 2: --data_format sharegpt: expected .* got the keys 'text'"):
-        read_samples(path, "sharegpt")
+        read_samples(Files(path=path).objects(), "sharegpt")
 
 
 def test_parquet_and_folders(tmp_path):
@@ -180,7 +185,7 @@ def test_parquet_and_folders(tmp_path):
     written(folder / "inner", json.dumps({"text": "x"}), "c.jsonl")
     written(folder / ".hidden", "broken", "d.json")
     (folder / "notes.md").write_text("no data")
-    reading = read_samples(folder)
+    reading = read_samples(Files(path=folder).objects())
     assert [each.where for each in reading.samples] == [
         f"{folder}/a.json, sample 1", f"{folder}/b.parquet, sample 1 (id 'a')", f"{folder}/b.parquet, sample 2 (id 'b')",
         f"{folder}/inner/c.jsonl, line 1",
@@ -194,11 +199,16 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
     lines = [json.dumps({"conversations": ONE}), "{broken", json.dumps({"conversations": [ONE[0], ONE[0]]}), '{"text": 3}']
     path = written(tmp_path, "\n".join(lines), "data.jsonl")
     assert "line 2: not JSON" in refused(path)
-    reading = read_samples(path, skip_bad=True)
+    reading = read_samples(Files(path=path).objects(), skip_bad=True)
     assert [each.turns for each in reading.samples] == [TURNS]
     assert [each.split(":")[0].removeprefix(f"{path}, ") for each in reading.bad] == ["line 2", "line 3, turn 2", "line 4"]
     with pytest.raises(DataError, match=r"holds no samples but 1 that can't be used, the first: .*line 1"):
-        read_samples(written(tmp_path, "{broken", "bad.jsonl"), skip_bad=True)
+        prepare(
+            written(tmp_path, "{broken", "bad.jsonl"),
+            byte_tokenizer(),
+            model_max_length=64,
+            reader=Reader(on_bad_sample="skip"),
+        )
 
 
 @pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 0.5}, {"tool_calls": [{"name": "f"}]}, {"thinking": "hm"}])

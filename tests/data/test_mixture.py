@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_dataset import trained
-from tests.data.tiny import byte_tokenizer
-from zero_sft.data.dataset import prepare
-from zero_sft.data.mixture import Source, mix, parse_sources
+from tests.data.tiny import byte_tokenizer, prepare
+from zero_sft.data.files import Files
+from zero_sft.data.hub_dataset import HubDataset
+from zero_sft.data.mixture import mix
+from zero_sft.data.source import Source, parse_sources
 from zero_sft.errors import DataError
 
 
@@ -21,14 +23,24 @@ def files(tmp_path):
 
 
 def test_what_a_path_names(tmp_path):
-    a, b = Path("a.json"), Path("b")
-    assert parse_sources("a.json") == [Source(path=a)]
-    assert parse_sources("a.json, b") == [Source(path=a), Source(path=b)]
-    assert parse_sources("a.json:0.7,b:3") == [Source(path=a, weight=0.7), Source(path=b, weight=3.0)]
-    assert parse_sources("c:drive") == [Source(path=Path("c:drive"))]
-    strange = tmp_path / "x,y:2"
+    def files(name, weight=None):
+        return Source(data=Files(path=Path(name)), weight=weight)
+
+    def hub(name, split="train", weight=None):
+        return Source(data=HubDataset(id=name, split=split), weight=weight)
+
+    assert parse_sources("a.json") == [files("a.json")]
+    assert parse_sources("a.json, b") == [files("a.json"), files("b")]
+    assert parse_sources("a.json:0.7,b:3") == [files("a.json", 0.7), files("b", 3.0)]
+    assert parse_sources("c:drive") == [files("c:drive")]
+    strange = tmp_path / "a,b:0.5.json"
     strange.write_text("")
-    assert parse_sources(str(strange)) == [Source(path=strange)]
+    assert parse_sources(str(strange)) == [files(strange)]
+    assert parse_sources("org/name") == [hub("org/name")]
+    assert parse_sources("org/name:test_sft") == [hub("org/name", "test_sft")]
+    assert parse_sources("org/name:test_sft:0.5,o/n.v2:0.5") == [hub("org/name", "test_sft", 0.5), hub("o/n.v2", weight=0.5)]
+    for local in ("org/name.json", "./name", "/org/name", "a/b/c", "tests/name"):
+        assert parse_sources(local) == [files(local)]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,16 @@
 """Small tokenizers made on the spot, and what a sample trains on, as text."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from zero_sft.data import dataset
 from zero_sft.data.conversation import Conversation, Turn
+from zero_sft.data.dataset import Prepared
+from zero_sft.data.files import Files
 from zero_sft.data.labels import IGNORED, Example
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|eot|>")
@@ -42,6 +47,11 @@ def _wrapped(backend: Tokenizer, chat_template: str | None, special: dict[str, s
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Prepared:
+    """A file or folder as a dataset in memory."""
+    return dataset.prepare(Files(path=Path(path)), dataset.make_pipeline(tokenizer, **options))
 
 
 def conversation(*texts: str, system: str | None = None) -> Conversation:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 @dataclass
@@ -73,10 +73,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        """A question about some paths of a repository."""
+        self._answer(parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode()).get("paths"))
+
     def log_message(self, *_: object) -> None:
         """Quiet."""
 
-    def _answer(self) -> None:
+    def _answer(self, paths: list[str] | None = None) -> None:
         path = unquote(urlsplit(self.path).path)
         self.served.requests.append((self.command, path))
         repo = next((each for each in self.served.repos if f"/{each}/" in f"{path}/"), None)
@@ -84,21 +88,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if self.served.token and self.headers.get("Authorization") != f"Bearer {self.served.token}":
             return self._send(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
-        kind, rest = ("api", path.removeprefix(f"/api/models/{repo}")) if path.startswith("/api/") else ("", path)
-        words = (rest if kind else path.removeprefix(f"/{repo}")).strip("/").split("/", 2)
+        kind, rest = path.split(f"/{repo}", 1)
+        words = rest.strip("/").split("/", 2)
         revision = words[1] if len(words) > 1 else "main"
         found = self.served.commit(repo, revision)
         if found is None:
             return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         commit, folder = found
-        if kind:
+        if kind.startswith("/api/"):
             tree = [
                 {"type": "file", "path": str(f.relative_to(folder)), "size": f.stat().st_size, "oid": commit_hash(str(f))}
                 for f in sorted(folder.rglob("*"))
-                if f.is_file()
+                if f.is_file() and (paths is None or str(f.relative_to(folder)) in paths)
             ]
             info = {"id": repo, "sha": commit, "siblings": [{"rfilename": each["path"]} for each in tree]}
-            return self._send(200, json.dumps(tree if words[0] == "tree" else info).encode(), {})
+            return self._send(200, json.dumps(tree if words[0] in ("tree", "paths-info") else info).encode(), {})
         file = folder / words[2]
         if not file.is_file():
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
@@ -110,5 +114,5 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)

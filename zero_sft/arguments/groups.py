@@ -107,6 +107,17 @@ class DataArguments:
         default="truncate",
         metadata={"help": "Samples longer than model_max_length: cut at the end, split between rounds, or dropped."},
     )
+    packing: bool | None = field(
+        default=None,
+        metadata={"help": "Several samples in a row; by default where the model keeps them apart. False: FastChat's batches."},
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that prepare the data; by default one a core, 16 at most."}
+    )
+    data_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where prepared data is kept, best seen by all nodes; by default below HF_DATASETS_CACHE."},
+    )
     chat_template: str | None = field(
         default=None,
         metadata={

@@ -57,7 +57,7 @@ _ZERO3 = "the model is sharded by DeepSpeed ZeRO-3; leave it out, and choose wit
 _LORA = "this release trains all parameters, sharded over the ranks, without LoRA and quantised weights; leave it out"
 _DATA = "this job prepares the data itself; name the files with --data_path and the template with --chat_template"
 _TOKENIZER = "the tokenizer is set up before training, the same on every rank; change it in the model's folder"
-_PACKING = "this release pads samples to the longest of their batch, without packing; leave it out"
+_PACKING = "see --packing; leave it out"
 _PUSH = "the job's result is exported at its end; upload that folder with `hf upload`"
 _DDP = "gradients are exchanged by DeepSpeed, not by DDP; leave it out"
 _COMPILE = "compiled models fail in the backward pass under ZeRO-3 (DeepSpeed 0.19, torch 2.13); leave it out"
@@ -74,7 +74,7 @@ REFUSALS: dict[str, Refusal] = {
     **_all(_ZERO3, "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params sharded_ddp parallelism_config"),
     **_all(_LORA, "q_lora lora_r lora_alpha lora_dropout lora_target_modules lora_weight_path lora_bias use_peft "
                   "load_in_4bit load_in_8bit"),
-    **_all(_DATA, "chat_template_path dataset_text_field dataset_num_proc completion_only_loss dataset_batch_size",
+    **_all(_DATA, "chat_template_path dataset_text_field completion_only_loss dataset_batch_size",
            (None, "text")),
     **_all(_DATA, "dataset_kwargs", (None, {"skip_prepare_dataset": True})),
     "assistant_only_loss": Refusal(reason="only the assistant's text is ever trained on; leave it out", passing=(True,)),
@@ -82,7 +82,8 @@ REFUSALS: dict[str, Refusal] = {
     "remove_unused_columns": Refusal(reason="samples come without unused columns; leave it out"),
     "label_names": Refusal(reason="the labels are called `labels`; leave it out", passing=(None, ["labels"])),
     "truncation_mode": Refusal(reason="a conversation keeps its start; leave it out", passing=("keep_start",)),
-    **_all(_PACKING, "packing eval_packing padding_free"),
+    **_all(_PACKING, "padding_free"),
+    "eval_packing": Refusal(reason="samples to evaluate on are padded, each batch to its longest; leave it out"),
     **_all(_PACKING, "packing_strategy", ("bfd",)),
     **_all(_TOKENIZER, "eos_token pad_token"),
     **_all(_FAST, "use_fast_tokenizer use_fast", (True,)),

@@ -27,7 +27,7 @@ MODEL, DATA, TRAINING = "model", "data", "training"
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "num_train_epochs", "save_total_limit",
+    "num_train_epochs", "save_total_limit", "dataset_num_proc",
 )  # fmt: skip
 _SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end")

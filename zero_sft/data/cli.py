@@ -6,6 +6,7 @@ python -m zero_sft.data --model_name_or_path /models/Llama-3.1-8B --data_path my
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from zero_sft.errors import ArgumentError, ZeroSftError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from zero_sft.data.mixture import Recipe
 
 BINS = 12
 _BAR = 40  # characters of the longest bar
@@ -23,12 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from rich.console import Console
 
+    from zero_sft.data.mixture import prepare_sources
+
     console = Console(soft_wrap=True, highlight=False)
     try:
-        tokenizer = _tokenizer(options)
-        prepared = _prepare(options, tokenizer)
+        tokenizer, recipe = _tokenizer(options), _recipe(options)
+        prepared = prepare_sources(recipe, tokenizer)
         lengths = prepared.dataset["length"]
-        for line in prepared.lines():
+        trained = sum(each.trained_tokens or 0 for each in prepared.reports)
+        packed = _packed_lines(options, recipe, tokenizer, trained)
+        for line in [*prepared.lines(), *prepared.warnings(), *packed]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
         for number in range(min(options.show, len(prepared.dataset))):
@@ -59,18 +66,26 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--show", type=int, default=0, metavar="N", help="print the first N samples, what is trained on in colour or ⟦brackets⟧"
     )
+    add("--packing", choices=("True", "False"), help="by default where the model keeps packed samples apart")
+    add("--seed", type=int, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
+    add("--dataset_num_proc", type=int, help="processes that prepare; by default one a core, 16 at most")
+    add("--data_cache_dir", type=Path, help="where prepared data is kept, for the job to find")
     add("--plot", type=Path, metavar="PNG", help="draw the histogram of lengths")
     return result
+
+
+def _hub(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in ("revision", "cache_dir", "subfolder") if getattr(options, name)}
+    return given | {"trust_remote_code": options.trust_remote_code == "True"}
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:
     from zero_sft.hub import HubOptions
     from zero_sft.tokenizer import Wanted
 
-    hub = {name: getattr(options, name) for name in ("revision", "cache_dir", "subfolder") if getattr(options, name)}
     wanted = Wanted(
         name=options.model_name_or_path,
-        options=HubOptions.from_kwargs(hub | {"trust_remote_code": options.trust_remote_code == "True"}),
+        options=HubOptions.from_kwargs(_hub(options)),
         model_max_length=options.model_max_length,
         padding_side="right",
     )
@@ -79,20 +94,44 @@ def _tokenizer(options: argparse.Namespace) -> Any:
     return tokenizer
 
 
-def _prepare(options: argparse.Namespace, tokenizer: Any) -> Any:
-    from zero_sft.data.dataset import Reader
-    from zero_sft.data.mixture import prepare_sources
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    """The job's recipe for the same arguments, so that it finds what is prepared here."""
+    from zero_sft.data.cache import default_root
+    from zero_sft.data.mixture import Recipe
+    from zero_sft.data.reader import Reader
+    from zero_sft.data.workers import usable_processes
 
     reader = Reader(
         data_format=options.data_format, train_on=options.train_on, on_bad_sample=options.on_bad_sample, long=options.long
     )
-    return prepare_sources(
-        options.data_path,
-        tokenizer,
-        chat_template=options.chat_template,
+    return Recipe(
+        paths=options.data_path,
         model_max_length=options.model_max_length,
+        chat_template=options.chat_template,
         reader=reader,
+        seed=options.seed,
+        root=options.data_cache_dir or default_root(),
+        processes=options.dataset_num_proc or usable_processes(),
     )
+
+
+def _packed_lines(options: argparse.Namespace, recipe: "Recipe", tokenizer: Any, trained: int) -> list[str]:
+    """Pack as the job would; how that went, and what it saves. `trained`: how many tokens are trained on."""
+    from zero_sft.config import prepare_config, text_config
+    from zero_sft.data.mixture import prepare_sources
+    from zero_sft.data.packing import choose_packing
+
+    wanted = None if options.packing is None else options.packing == "True"
+    if wanted is False:
+        return ["samples are not packed: --packing False"]
+    config = prepare_config(options.model_name_or_path, model_max_length=options.model_max_length, **_hub(options))
+    packing = choose_packing(wanted, text_config(config), attention=None, lazy=False)
+    if not packing.on:
+        return [f"samples are not packed: {packing.reason}"]
+    packed = prepare_sources(replace(recipe, pack=True), tokenizer)
+    rows, samples = len(packed.dataset), sum(each.kept for each in packed.reports)
+    padded, full = (count * options.model_max_length / trained for count in (samples, rows))
+    return [packed.notes[-1], f"tokens computed for each that is trained on: {full:.2f}; each sample padded, {padded:.2f}"]
 
 
 def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -6,38 +6,76 @@ still learn to write it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zero_sft.data.labels import IGNORED
+from zero_sft.data.packing import position_ids
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PaddingCollator:
-    """Samples of several lengths to one batch, padded to the longest, or to a multiple of `multiple_of` beyond it."""
+class Collator:
+    """Samples, or rows of packed samples, to one batch, padded to the longest, or to a multiple of `multiple_of` beyond it.
+
+    `flat` lays packed rows behind each other in one, without padding: that is how flash attention takes packed samples; other
+    kinds would compare every row with every other.
+    """
 
     pad_token_id: int
     padding_side: str = "right"
     multiple_of: int | None = None
+    flat: bool = False
 
-    def __call__(self, samples: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, "torch.Tensor"]:
-        """`input_ids`, `labels` and `attention_mask`, each (samples, longest) int64; the mask follows the lengths alone."""
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, "torch.Tensor"]:
+        """`input_ids` and `labels`, each (samples, longest) int64, and of that shape `attention_mask`, after the lengths alone;
+        or, of packed rows, `position_ids`, which begin anew with each sample, the padding one of its own.
+        """
+        return self._packed(samples) if "seq_lengths" in samples[0] else self._padded(samples)
+
+    def _padded(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, "torch.Tensor"]:
         import torch
 
         lengths = [len(each["input_ids"]) for each in samples]
-        unit = self.multiple_of or 1
-        width = -(-max(lengths) // unit) * unit
-        shape = (len(samples), width)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORED, dtype=torch.int64),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        }
-        for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-            place = slice(width - length, width) if self.padding_side == "left" else slice(length)
-            batch["input_ids"][row, place] = torch.tensor(sample["input_ids"], dtype=torch.int64)
-            batch["labels"][row, place] = torch.tensor(sample["labels"], dtype=torch.int64)
+        width = _rounded(max(lengths), self.multiple_of)
+        places = [slice(width - n, width) if self.padding_side == "left" else slice(n) for n in lengths]
+        batch = _tokens(samples, places, width, self.pad_token_id)
+        batch["attention_mask"] = torch.zeros((len(samples), width), dtype=torch.int64)
+        for row, place in enumerate(places):
             batch["attention_mask"][row, place] = 1
         return batch
+
+    def _packed(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, "torch.Tensor"]:
+        import torch
+
+        rows = [{name: list(each[name]) for name in ("input_ids", "labels", "seq_lengths")} for each in samples]
+        if self.flat:
+            rows = [{name: [value for row in rows for value in row[name]] for name in rows[0]}]
+        lengths = [len(each["input_ids"]) for each in rows]
+        width = _rounded(max(lengths), self.multiple_of)
+        batch = _tokens(rows, [slice(length) for length in lengths], width, self.pad_token_id)
+        batch["position_ids"] = torch.tensor([position_ids(each["seq_lengths"], width) for each in rows])
+        return batch
+
+
+def _rounded(length: int, unit: int | None) -> int:
+    """The least multiple of `unit` from `length` on."""
+    unit = unit or 1
+    return -(-length // unit) * unit
+
+
+def _tokens(
+    samples: Sequence[Mapping[str, Sequence[int]]], places: Sequence[slice], width: int, pad: int
+) -> dict[str, "torch.Tensor"]:
+    """`input_ids` and `labels`, each (samples, width) int64, padded outside the places."""
+    import torch
+
+    batch = {
+        "input_ids": torch.full((len(samples), width), pad, dtype=torch.int64),
+        "labels": torch.full((len(samples), width), IGNORED, dtype=torch.int64),
+    }
+    for row, (sample, place) in enumerate(zip(samples, places, strict=True)):
+        for name, tensor in batch.items():
+            tensor[row, place] = torch.tensor(sample[name], dtype=torch.int64)
+    return batch

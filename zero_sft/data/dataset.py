@@ -1,185 +1,184 @@
 """What the trainer takes: a dataset of token ids and labels, and an account of the data.
 
-Every rank reads the files by itself; nothing here communicates, so the caller wraps it in an agreement. By default all samples
-are tokenised at the start, and those without a trained token are left out. With `lazy` a sample is rendered and tokenised
-each time it is needed and nothing is kept: memory is that of the texts, and a sample cut off before its first answer
-stays in, without labels.
+By default all samples are tokenised at the start, and those without a trained token are left out. With `lazy` a sample is
+rendered and tokenised each time it is needed and nothing is kept: a sample cut off before its first answer stays in,
+without labels. Either way the rows are in a file that is mapped, where a cache is named; nothing here communicates.
 """
 
-import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.conversation import ASSISTANT, Conversation, Passage, Sample
-from zero_sft.data.formats import Reading, read_samples
-from zero_sft.data.labels import Example
-from zero_sft.data.long import DROP, SPLIT, TRUNCATE, split_rounds
-from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.report import DataReport, listed
+from zero_sft.data import cache
+from zero_sft.data.layouts import EXPECTED
+from zero_sft.data.long import TRUNCATE
+from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
+from zero_sft.data.reader import PLAIN, Reader
+from zero_sft.data.report import DataReport, listed, total
+from zero_sft.data.source import Data
 from zero_sft.data.templates import choose_template
+from zero_sft.data.workers import make_parts
 from zero_sft.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
-NO_ANSWER = "without an answer to train on"
-CUT_OFF = "cut off before the first answer"
-TOO_LONG = "longer than --model_max_length"
+logger = logging.getLogger(__name__)
+
+_SAY_EVERY_SECONDS = 15
+_MANY_UNTRAINED = 0.05
+"""A share of samples in which nothing is trained on, above which something may be wrong with the data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A dataset for the trainer, with `input_ids`, `labels` and, unless lazy, `length`; and the reports of its sources.
 
-    `mixed` says how often each source's samples are in it, where they were given weights. `transform` is what makes ids and
-    labels of a lazy dataset's column.
+    `notes` says what else was done with the rows: how they were mixed, or packed (then `seq_lengths` takes the place of
+    `length`). `transform` is what makes ids and labels of a lazy dataset's column. `keys` are those of the sources'
+    rows in the cache.
     """
 
     dataset: "datasets.Dataset"
     reports: tuple[DataReport, ...]
-    mixed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     transform: Pipeline | None = None
+    keys: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The reports for the log."""
-        return [*(line for report in self.reports for line in report.lines()), *self.mixed]
+        return [*(line for report in self.reports for line in report.lines()), *self.notes]
+
+    def warnings(self) -> list[str]:
+        """What looks wrong with the data."""
+        return [
+            f"{each.file}: nothing is trained on in {each.untrained_share:.0%} of the samples ({listed(each.dropped)}). Look "
+            "at them with python -m zero_sft.data."
+            for each in self.reports
+            if each.untrained_share > _MANY_UNTRAINED
+        ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
-    """How samples are read: the layout they must have (None: found out), which answers count, what bad and long samples do.
-
-    `train_on`: "all" answers, or the "last" of each sample. `on_bad_sample`: "error", or "skip", with an account in the report.
-    `long`: what is longer than the window is "truncate"d, "split" between rounds, or "drop"ped.
-    """
-
-    data_format: str | None = None
-    train_on: str = "all"
-    on_bad_sample: str = "error"
-    long: str = TRUNCATE
-
-    def read(self, path: Path) -> Reading:
-        """All samples of a file or folder; errors as `read_samples`'."""
-        reading = read_samples(path, self.data_format, skip_bad=self.on_bad_sample == "skip")
-        if self.train_on == "last":
-            reading = replace(reading, samples=tuple(map(_last_answer_alone, reading.samples)))
-        return reading
-
-
-def _last_answer_alone(sample: Sample) -> Sample:
-    """A conversation of whose answers only the last is trained on."""
-    if isinstance(sample, Passage):
-        return sample
-    last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)
-    turns = [turn if number == last else replace(turn, trained=False) for number, turn in enumerate(sample.turns)]
-    return replace(sample, turns=tuple(turns))
-
-
-def prepare(
-    path: Path,
+def make_pipeline(
     tokenizer: PreTrainedTokenizerBase,
     *,
     chat_template: str | None = None,
     model_max_length: int,
     lazy: bool = False,
-    reader: Reader = Reader(),
-) -> Prepared:
-    """Read, render, tokenise and label a file or folder of samples. Any rank by itself; does not communicate.
-
-    Args:
-        path: JSON, JSON lines, Parquet or a folder of them; see `layouts`.
-        tokenizer: a fast one.
-        chat_template: "vicuna", "chatml", "llama3", "model", the path of a Jinja file, or None for the tokenizer's own if it
-            has one, else Vicuna's.
-        model_max_length: in tokens; what is longer loses its end.
-        lazy: tokenise when a sample is needed.
-        reader: the layout, which answers count, and what bad and long samples do.
+    reader: Reader = PLAIN,
+) -> Pipeline:
+    """How objects of a file become rows.
 
     Raises:
-        DataError: a file that can't be used, a template that can't be masked, or nothing left to train on.
+        DataError: a template that can't be used, or options that contradict each other.
     """
-    reading = reader.read(path)
-    template = choose_template(chat_template, tokenizer)
-    pipeline = Pipeline(tokenizer=tokenizer, template=template, model_max_length=model_max_length)
-    answered = [each for each in reading.samples if each.answers]
-    dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
-    examples: list[Example] = []
-    bad: list[str] = []
-    split = 0
-    if lazy:
-        _require_truncation(reader)
-        list(pipeline.examples(answered[:1]))  # what fails on every sample fails now
-        dataset, counts = _lazy_dataset(answered, pipeline), {}
-    else:
-        made = list(pipeline.examples(answered, bad if reader.on_bad_sample == "skip" else None))
-        if reader.long == DROP:
-            dropped[TOO_LONG] = sum(each.cut_tokens > 0 for _, each in made)
-            made = [(sample, each) for sample, each in made if not each.cut_tokens]
-        elif reader.long == SPLIT:
-            made, split = _split(made, pipeline)
-        examples = [each for _, each in made]
-        trainable = [each for each in examples if each.trained_tokens]
-        dropped[CUT_OFF] = len(examples) - len(trainable)
-        dataset, counts = _dataset(trainable), _counts(trainable)
-    report = DataReport(
-        file=str(path),
-        layouts=reading.layouts,
-        template=template.name,
-        samples=len(reading.samples) + len(reading.bad),
-        kept=dataset.num_rows,
-        turns=sum(len(each.turns) for each in reading.samples if isinstance(each, Conversation)),
-        split=split,
-        bad=(*reading.bad, *bad),
-        dropped={reason: count for reason, count in dropped.items() if count},
-        leading_turns=reading.leading_turns,
-        unanswered_turns=reading.unanswered_turns,
-        empty_answers=sum(each.empty_answers for each in reading.samples),
-        **counts,
-    )
-    if not report.kept:
-        raise DataError(_nothing_left(report, examples, model_max_length))
-    return Prepared(dataset=dataset, reports=(report,), transform=pipeline if lazy else None)
-
-
-def _require_truncation(reader: Reader) -> None:
-    if reader.long != TRUNCATE:
+    if lazy and reader.long != TRUNCATE:
         raise DataError(
             f"--long {reader.long} takes the samples' lengths, which --lazy_preprocess does not know at the start. Leave one "
             "out."
         )
+    template = choose_template(chat_template, tokenizer)
+    return Pipeline(reader=reader, tokenizer=tokenizer, template=template, model_max_length=model_max_length, lazy=lazy)
 
 
-def _split(made: Sequence[tuple[Sample, Example]], pipeline: Pipeline) -> tuple[list[tuple[Sample, Example]], int]:
-    """What is too long in parts, and how many samples that were."""
+def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> Prepared:
+    """Read, render, tokenise and label a source of samples. Any rank by itself; does not communicate.
 
-    def fits(sample: Sample) -> bool:
-        return all(not each.cut_tokens for _, each in pipeline.examples([sample]))
+    Args:
+        data: a file, a folder, or a dataset of the hub.
+        processes: how many work at it, where there is much of it.
+        root: the folder of the cache; None keeps the rows in memory.
 
-    result, split = [], 0
-    for sample, example in made:
-        parts = split_rounds(sample, fits) if example.cut_tokens and isinstance(sample, Conversation) else []
-        if len(parts) > 1:
-            split += 1
-            result += pipeline.examples([part for part in parts if part.answers])
-        else:
-            result.append((sample, example))
-    return result, split
+    Raises:
+        DataError: a file that can't be used, a template that can't be masked, or nothing left to train on.
+    """
+    if root is None:
+        parts = list(make_parts(pipeline, data.objects(), processes))
+        table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
+        return _prepared(_in_memory(table), _report(data, parts, pipeline), pipeline)
+    key = cache.key_of_rows(data, pipeline)
+    found = open_prepared(root, key, data, pipeline)
+    if found is None:
+        cache.store(root, key, lambda file: asdict(_write(file, data, pipeline, processes)))
+        found = open_prepared(root, key, data, pipeline)
+    if found is None:
+        raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
+    return found
 
 
-def _nothing_left(report: DataReport, examples: Sequence[Example], model_max_length: int) -> str:
+def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline) -> Prepared | None:
+    """What `prepare` has kept under that key; None where it has not."""
+    found = cache.find(root, key)
+    if found is None:
+        return None
+    report = replace(DataReport(**{**found[1], "layouts": tuple(found[1]["layouts"])}), file=data.name)
+    return replace(_prepared(found[0], report, pipeline), keys=[key])
+
+
+def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> Prepared:
+    transform = pipeline if pipeline.lazy else None
+    return Prepared(dataset=dataset.with_transform(pipeline) if transform else dataset, reports=(report,), transform=transform)
+
+
+def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
+    import datasets
+    from datasets.table import InMemoryTable
+
+    return datasets.Dataset(InMemoryTable(table))
+
+
+def _write(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataReport:
+    """The rows to a file, part by part."""
+    reports = []
+    with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
+        for part in _audibly(make_parts(pipeline, data.objects(), processes), data.name):
+            writer.write_batch(part.rows)
+            reports.append(replace(part, rows=part.rows.slice(0, 0)))
+    return _report(data, reports, pipeline)
+
+
+def _audibly(parts: Iterator[Part], name: str) -> Iterator[Part]:
+    """The parts, with a line in the log now and then."""
+    start = said = time.monotonic()
+    samples = 0
+    for part in parts:
+        samples += part.report.samples
+        if time.monotonic() - said > _SAY_EVERY_SECONDS:
+            said = time.monotonic()
+            logger.info("%s: %s samples prepared, %s a second", name, f"{samples:,}", f"{samples / (said - start):,.0f}")
+        yield part
+
+
+def _report(data: Data, parts: list[Part], pipeline: Pipeline) -> DataReport:
+    """The account of a whole source.
+
+    Raises:
+        DataError: no samples in it, or nothing to train on.
+    """
+    empty = DataReport(file=data.name, template=pipeline.template.name)
+    report = total([empty, *(each.report for each in parts)])
+    if report.samples == report.bad:
+        skipped = f" but {report.bad} that can't be used, the first: {report.first_bad}" if report.bad else ""
+        raise DataError(f"{data.name} holds no samples{skipped}. Expected {EXPECTED}.")
+    if not report.kept:
+        raise DataError(_nothing_left(report, pipeline.model_max_length))
+    return report
+
+
+def _nothing_left(report: DataReport, model_max_length: int) -> str:
     message = f"{report.file}: no sample is left in which anything is trained on ({listed(report.dropped)})."
     if CUT_OFF in report.dropped:
-        shortest = min(len(each.input_ids) + each.cut_tokens for each in examples)
-        return f"{message} --model_max_length is {model_max_length}, and the shortest has {shortest} tokens: raise it."
+        return f"{message} --model_max_length is {model_max_length}, and the shortest has {report.shortest} tokens: raise it."
     if TOO_LONG in report.dropped:
         return f"{message} --model_max_length is {model_max_length}: raise it, or take --long truncate or split."
     if report.bad:
-        return f"{message} {len(report.bad):,} can't be used, the first: {report.bad[0]}"
+        return f"{message} {report.bad:,} can't be used, the first: {report.first_bad}"
     return f"{message} Only answers are trained on: give samples with answers."
 
 
@@ -198,32 +197,3 @@ def require_one_batch(prepared: Prepared, *, world_size: int, per_device_batch_s
             f"{files}: {usable} usable samples{counted}, and one batch needs {needed}: {per_device_batch_size} "
             f"on each of {world_size} ranks. Give more data, a smaller --per_device_train_batch_size, or fewer ranks."
         )
-
-
-def _counts(examples: Sequence[Example]) -> dict[str, int]:
-    return {
-        "tokens": sum(len(each.input_ids) for each in examples),
-        "trained_tokens": sum(each.trained_tokens for each in examples),
-        "cut_samples": sum(each.cut_tokens > 0 for each in examples),
-        "cut_tokens": sum(each.cut_tokens for each in examples),
-        "cut_trained_tokens": sum(each.cut_trained_tokens for each in examples),
-    }
-
-
-def _dataset(examples: Sequence[Example]) -> "datasets.Dataset":
-    import datasets
-
-    return datasets.Dataset.from_dict(
-        {
-            "input_ids": [each.input_ids for each in examples],
-            "labels": [each.labels for each in examples],
-            "length": [len(each.input_ids) for each in examples],
-        }
-    )
-
-
-def _lazy_dataset(samples: Sequence[Sample], pipeline: Pipeline) -> "datasets.Dataset":
-    import datasets
-
-    texts = datasets.Dataset.from_dict({"sample": [json.dumps(asdict(each)) for each in samples]})
-    return texts.with_transform(pipeline)

@@ -4,17 +4,22 @@ JSON and JSON lines are told apart by their content, not by the file's name. Eve
 number from 1 on, that messages name.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zero_sft.data.layouts import EXPECTED
-from zero_sft.data.text import read_text
+from zero_sft.data.text import open_text
 from zero_sft.errors import DataError
 
 KINDS = (".json", ".jsonl", ".parquet")
 """What a folder's files of data are called."""
+
+
+_ARGUMENTS = "--data_path and --eval_data_path"
 
 
 class BadLine(DataError):
@@ -31,8 +36,43 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     found = sorted(each for each in path.rglob("*") if each.suffix in KINDS and each.is_file() and not _is_hidden(each, path))
     if not found:
-        raise DataError(f"{path} has no {', '.join(KINDS)} file. Check --data_path and --eval_data_path.")
+        raise DataError(f"{path} has no {', '.join(KINDS)} file. Check {_ARGUMENTS}.")
     return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """A file, or a folder of files, as a source of objects."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    def objects(self) -> Iterator[tuple[Any, str]]:
+        """`read_objects` of each file."""
+        for file in files_of(self.path):
+            yield from read_objects(file)
+
+    def identity(self) -> list[Any]:
+        """What is in the files, JSON-able: other contents have another identity, other dates and folders have not.
+
+        Raises:
+            DataError: no such file, or it can't be read.
+        """
+        return [[str(each.relative_to(self.path)), _digest(each)] for each in files_of(self.path)]
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise DataError(f"no such file: {file}. Check {_ARGUMENTS}.") from error
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error.strerror or error}. Check {_ARGUMENTS}.") from error
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -50,19 +90,30 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
-    expected = f"{EXPECTED}, as one JSON list or one object a line"
-    text = read_text(path, expected=expected, argument="--data_path and --eval_data_path")
-    if text.lstrip()[0] == "[":
-        for number, sample in enumerate(_json(text, path, first_line=1), start=1):
-            yield sample, f"sample {number}"
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                sample = _json(line, path, first_line=number)
-            except DataError as error:
-                sample = BadLine(str(error))
-            yield sample, f"line {number}"
+    with open_text(path, argument=_ARGUMENTS) as lines:
+        first = next((line.lstrip()[0] for line in lines if line.strip()), "")
+    if not first:
+        raise DataError(f"{path} is empty; expected {EXPECTED}, as one JSON list or one object a line.")
+    yield from _list(path) if first == "[" else _lines(path)
+
+
+def _list(path: Path) -> Iterator[tuple[Any, str]]:
+    with open_text(path, argument=_ARGUMENTS) as file:
+        text = file.read()
+    for number, sample in enumerate(_json(text, path, first_line=1), start=1):
+        yield sample, f"sample {number}"
+
+
+def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """Line by line: such a file may be larger than the memory."""
+    with open_text(path, argument=_ARGUMENTS) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    sample = _json(line, path, first_line=number)
+                except DataError as error:
+                    sample = BadLine(str(error))
+                yield sample, f"line {number}"
 
 
 def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
@@ -75,7 +126,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
             for number, row in enumerate(rows, start=1):
                 yield row, f"sample {number}"
     except FileNotFoundError as error:
-        raise DataError(f"no such file: {path}. Check --data_path and --eval_data_path.") from error
+        raise DataError(f"no such file: {path}. Check {_ARGUMENTS}.") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is no usable Parquet file: {error}. Write it again.") from error
 

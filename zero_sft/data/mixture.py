@@ -1,15 +1,19 @@
-"""Several sources of samples in one dataset: `a.json,b.jsonl`, or with weights, `a.json:0.7,b.jsonl:0.3`."""
+"""From a recipe to a dataset: sources (`a.json,b.jsonl`, or with weights, `a.json:0.7,b.jsonl:0.3`) prepared, mixed, packed."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.dataset import Prepared, Reader, prepare
+from zero_sft.data import cache
+from zero_sft.data.dataset import Prepared, make_pipeline, open_prepared, prepare
+from zero_sft.data.packing import pack, packed_line
+from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.reader import PLAIN, Reader
+from zero_sft.data.source import parse_sources
 from zero_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,66 +23,78 @@ _SOURCE = "source"  # a column that says which dataset a row is of, while they a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One file or folder, and its share of the mixture; None: all of it, once."""
+class Recipe:
+    """All that says how data becomes a dataset, the tokenizer apart. `paths`: see `parse_sources`.
 
-    path: Path
-    weight: float | None = None
-
-
-def parse_sources(text: str) -> list[Source]:
-    """The sources that `--data_path` names. An existing path is one source, whatever characters it has.
-
-    Raises:
-        DataError: an empty part, a weight that is no number above 0, or weights for some of the sources only.
+    `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps everything in memory.
+    `processes`: how many prepare, where there is much.
     """
-    if _exists(text):
-        return [Source(path=Path(text).expanduser())]
-    sources = [_source(part.strip(), text) for part in text.split(",")]
-    weighted = sum(each.weight is not None for each in sources)
-    if 0 < weighted < len(sources):
-        raise DataError(f"{text}: weights for {weighted} of {len(sources)} sources. Give each a weight, or none.")
-    return sources
+
+    paths: str
+    model_max_length: int
+    chat_template: str | None = None
+    reader: Reader = PLAIN
+    lazy: bool = False
+    seed: int = 42
+    pack: bool = False
+    root: Path | None = None
+    processes: int = 1
 
 
-def _exists(text: str) -> bool:
-    return Path(text).expanduser().exists()
-
-
-def _source(part: str, text: str) -> Source:
-    path, colon, weight = part.rpartition(":")
-    if not part:
-        raise DataError(f"{text!r} names an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.")
-    if not colon or _exists(part):
-        return Source(path=Path(part).expanduser())
-    try:
-        share = float(weight)
-    except ValueError:
-        return Source(path=Path(part).expanduser())
-    if not path or not math.isfinite(share) or share <= 0:
-        raise DataError(f"{part}: a weight is a number above 0, after a path; got {weight!r}. Write a.json:0.7,b.jsonl:0.3.")
-    return Source(path=Path(path).expanduser(), weight=share)
-
-
-def prepare_sources(
-    paths: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    chat_template: str | None,
-    model_max_length: int,
-    reader: Reader,
-    lazy: bool = False,
-    seed: int = 42,
-) -> Prepared:
-    """`prepare` for each source that `paths` names, and one dataset of all. Any rank by itself; does not communicate.
+def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """`prepare` for each source of a recipe, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
 
     Raises:
         DataError: as `prepare`'s and `parse_sources`'.
     """
-    sources = parse_sources(paths)
-    options = {"chat_template": chat_template, "model_max_length": model_max_length, "reader": reader, "lazy": lazy}
-    parts = [prepare(each.path, tokenizer, **options) for each in sources]
-    return mix(parts, [each.weight for each in sources], seed)
+    pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
+    parts = [prepare(each.data, pipeline, processes=recipe.processes, root=recipe.root) for each in sources]
+    mixed = mix(parts, [each.weight for each in sources], recipe.seed)
+    return _packed(mixed, recipe, mixed.keys) if recipe.pack else mixed
+
+
+def open_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str]) -> Prepared | None:
+    """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it."""
+    if recipe.root is None:
+        return None
+    pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
+    parts = [open_prepared(recipe.root, key, each.data, pipeline) for key, each in zip(keys, sources, strict=True)]
+    found = [each for each in parts if each is not None]
+    if len(found) < len(sources) or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys)) is None):
+        return None
+    mixed = mix(found, [each.weight for each in sources], recipe.seed)
+    return _packed(mixed, recipe, keys) if recipe.pack else mixed
+
+
+def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
+    return make_pipeline(
+        tokenizer,
+        chat_template=recipe.chat_template,
+        model_max_length=recipe.model_max_length,
+        lazy=recipe.lazy,
+        reader=recipe.reader,
+    )
+
+
+def _packed(mixed: Prepared, recipe: Recipe, keys: Sequence[str]) -> Prepared:
+    """The rows of a mixture, packed; from the cache where they are there."""
+    if recipe.root is None:
+        dataset = pack(mixed.dataset, recipe.model_max_length)
+    else:
+        key, root = _packed_key(recipe, keys), recipe.root
+        if cache.find(root, key) is None:
+            cache.store(root, key, lambda file: {"rows": len(pack(mixed.dataset, recipe.model_max_length, str(file)))})
+        found = cache.find(root, key)
+        if found is None:
+            raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
+        dataset = found[0]
+    line = packed_line(len(mixed.dataset), dataset, recipe.model_max_length)
+    return replace(mixed, dataset=dataset, notes=(*mixed.notes, line))
+
+
+def _packed_key(recipe: Recipe, keys: Sequence[str]) -> str:
+    weights = [each.weight for each in parse_sources(recipe.paths)]
+    return cache.key_of("packed", list(keys), weights, recipe.seed, recipe.model_max_length)
 
 
 def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -> Prepared:
@@ -92,15 +108,16 @@ def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -
     if len(parts) == 1:
         return parts[0]
     rows = [each.dataset.with_format(None) for each in parts]
-    mixed, lines = datasets.concatenate_datasets(rows), ()
+    mixed, notes = datasets.concatenate_datasets(rows), ()
     if None not in weights:
-        mixed, lines = _drawn(rows, [weight or 0.0 for weight in weights], seed, [each.reports[0].file for each in parts])
+        mixed, notes = _drawn(rows, [weight or 0.0 for weight in weights], seed, [each.reports[0].file for each in parts])
     transform = parts[0].transform
     return Prepared(
         dataset=mixed if transform is None else mixed.with_transform(transform),
         reports=tuple(report for each in parts for report in each.reports),
-        mixed=lines,
+        notes=notes,
         transform=transform,
+        keys=[key for each in parts for key in each.keys],
     )
 
 

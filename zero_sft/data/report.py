@@ -1,24 +1,29 @@
 """What became of the data: an account for the log."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of a file or folder. What only tokenising shows is None where samples are tokenised lazily.
+    """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off.
 
-    `bad` are the errors of the samples that were skipped; they count among `samples`, as does a sample that was `split`.
+    `bad` samples were skipped, the first with the error `first_bad`; they count among `samples`, as does a sample that was
+    `split`. `shortest` is a sample's least length in tokens, before it is cut.
     """
 
     file: str
-    layouts: tuple[str, ...]
     template: str
-    samples: int
-    kept: int
+    layouts: tuple[str, ...] = ()
+    samples: int = 0
+    kept: int = 0
     turns: int = 0
     split: int = 0
-    bad: tuple[str, ...] = ()
+    bad: int = 0
+    first_bad: str | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
     leading_turns: int = 0
     unanswered_turns: int = 0
@@ -28,6 +33,7 @@ class DataReport:
     cut_samples: int | None = None
     cut_tokens: int | None = None
     cut_trained_tokens: int | None = None
+    shortest: int | None = None
 
     def lines(self) -> list[str]:
         """The report for the log: what there is, then only what was left out."""
@@ -38,7 +44,7 @@ class DataReport:
         if self.tokens is not None:
             lines.append(f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained on")
         if self.bad:
-            lines.append(f"{len(self.bad):,} bad samples skipped, the first: {self.bad[0]}")
+            lines.append(f"{self.bad:,} bad samples skipped, the first: {self.first_bad}")
         if self.dropped:
             lines.append("samples dropped: " + listed(self.dropped))
         if self.cut_samples:
@@ -52,6 +58,37 @@ class DataReport:
         if self.empty_answers:
             lines.append(f"{self.empty_answers:,} empty answers, not trained on")
         return lines
+
+    @property
+    def untrained_share(self) -> float:
+        """The share of the usable samples that were dropped, since nothing in them is trained on."""
+        usable = self.samples - self.bad
+        return sum(self.dropped.values()) / usable if usable else 0.0
+
+
+def total(parts: Iterable[DataReport]) -> DataReport:
+    """One report of a source that was read in parts, at least one."""
+    return functools.reduce(_sum, parts)
+
+
+def _sum(one: DataReport, other: DataReport) -> DataReport:
+    counts = {each.name: _added(getattr(one, each.name), getattr(other, each.name)) for each in fields(DataReport)
+              if isinstance(getattr(one, each.name), int) or isinstance(getattr(other, each.name), int)}  # fmt: skip
+    shortest = [each.shortest for each in (one, other) if each.shortest is not None]
+    return replace(
+        one,
+        **counts
+        | {
+            "layouts": tuple(sorted({*one.layouts, *other.layouts})),
+            "first_bad": one.first_bad or other.first_bad,
+            "dropped": dict(Counter(one.dropped) + Counter(other.dropped)),
+            "shortest": min(shortest, default=None),
+        },
+    )
+
+
+def _added(one: Any, other: Any) -> int:
+    return (one or 0) + (other or 0)
 
 
 def listed(counts: Mapping[str, int]) -> str:

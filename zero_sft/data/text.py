@@ -1,6 +1,9 @@
-"""One text file of the user's, read whole, or one clear error."""
+"""A text file of the user's, or one clear error."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from zero_sft.errors import DataError
 
@@ -13,16 +16,28 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
     Raises:
         DataError: no such file, a folder, not UTF-8, or nothing in it.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a folder; expected a file: {expected}. Name the file itself.")
+    with open_text(path, argument=argument) as file:
+        text = file.read()
+    if not text.strip():
+        raise DataError(f"{path} is empty; expected {expected}.")
+    return text
+
+
+@contextlib.contextmanager
+def open_text(path: Path, *, argument: str) -> Iterator[TextIO]:
+    """The file, to be read whole or line by line within the block; lines end with "\\n" as they are.
+
+    Raises:
+        DataError: no such file, a folder, not UTF-8 or not readable, whenever that shows.
+    """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}. Check {argument}.") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder; expected a file. Name the file itself.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}. Check {argument}.") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty; expected {expected}.")
-    return text

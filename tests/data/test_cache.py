@@ -1,0 +1,137 @@
+"""`zero_sft.data.cache`: what was prepared once is found again, by all that it depends on and by nothing else."""
+
+import json
+import os
+
+import pytest
+
+from tests.data.tiny import CHATML, byte_tokenizer
+from zero_sft.data import cache, dataset
+from zero_sft.data.files import Files
+from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
+from zero_sft.data.reader import Reader
+from zero_sft.errors import DataError
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.json"
+    talks = [[{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": "x" * n}] for n in range(1, 40)]
+    path.write_text(json.dumps([{"conversations": talk} for talk in talks]))
+    return path
+
+
+def recipe(data, **changes):
+    return Recipe(
+        **{"paths": str(data), "model_max_length": 400, **changes, "root": changes.get("root") or data.parent / "cache"}
+    )
+
+
+def entries(data):
+    return sorted(each.name for each in (data.parent / "cache").iterdir())
+
+
+def test_it_is_found_again_with_the_same_rows_and_report(data, monkeypatch):
+    tokenizer = byte_tokenizer(CHATML)
+    made = prepare_sources(recipe(data), tokenizer)
+    monkeypatch.setattr(dataset, "make_parts", lambda *_: pytest.fail("prepared again"))
+    tokenizer("x", padding="max_length", max_length=5, truncation=True)  # how it pads and cuts is not how it encodes
+    found = prepare_sources(recipe(data), tokenizer)
+    assert found.dataset[:] == made.dataset[:]
+    assert found.reports == made.reports
+    memory = dataset.make_pipeline(tokenizer, model_max_length=400)
+    monkeypatch.undo()
+    assert dataset.prepare(Files(path=data), memory).dataset[:] == made.dataset[:]
+
+
+def test_a_moved_file_is_the_same_data(data):
+    prepare_sources(recipe(data), byte_tokenizer())
+    moved = data.with_name("moved.json")
+    data.rename(moved)
+    assert prepare_sources(recipe(moved), byte_tokenizer()).reports[0].file == str(moved)
+    assert len(entries(moved)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_max_length": 390},
+        {"chat_template": "vicuna"},
+        {"lazy": True},
+        {"reader": Reader(train_on="last")},
+        {"reader": Reader(long="drop")},
+        {"pack": True},
+    ],
+)
+def test_what_it_depends_on(data, change):
+    tokenizer = byte_tokenizer(CHATML)
+    prepare_sources(recipe(data), tokenizer)
+    prepare_sources(recipe(data, **change), tokenizer)
+    assert len(entries(data)) == 2
+
+
+def test_other_bytes_and_another_tokenizer_are_other_data(data):
+    prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    prepare_sources(recipe(data), byte_tokenizer(CHATML + " "))
+    prepare_sources(recipe(data), byte_tokenizer(CHATML, eos_token="<|eot|>"))
+    stamp = data.stat()
+    data.write_text(data.read_text().replace("xx", "xy"))
+    os.utime(data, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    assert len(entries(data)) == 4
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_mixture_is_opened_by_its_keys(data, lazy):
+    other = data.with_name("other.jsonl")
+    other.write_text(json.dumps({"text": "z"}))
+    mixed = recipe(f"{data}:0.5,{other}:0.5", root=data.parent / "cache", lazy=lazy)
+    tokenizer = byte_tokenizer()
+    made = prepare_sources(mixed, tokenizer)
+    found = open_sources(mixed, tokenizer, made.keys)
+    assert found is not None
+    assert found.dataset[:] == made.dataset[:]
+    assert open_sources(mixed, tokenizer, [made.keys[0], "0" * 32]) is None
+
+
+def test_a_failure_leaves_nothing(data):
+    data.write_text(json.dumps([{"conversations": []}]))
+    with pytest.raises(DataError, match="no sample is left"):
+        prepare_sources(recipe(data), byte_tokenizer())
+    assert entries(data) == []
+
+
+def test_a_folder_that_can_not_be_written_to(data):
+    with pytest.raises(DataError, match=r"can't keep prepared data in /proc/nowhere.*--data_cache_dir"):
+        prepare_sources(recipe(data, root=data.__class__("/proc/nowhere")), byte_tokenizer())
+
+
+def test_a_damaged_entry_is_named(data):
+    made = prepare_sources(recipe(data), byte_tokenizer())
+    rows = data.parent / "cache" / made.keys[0] / cache.ROWS
+    del made
+    rows.write_bytes(rows.read_bytes()[:100])
+    with pytest.raises(DataError, match=f"{rows.parent} is damaged.*Delete"):
+        prepare_sources(recipe(data), byte_tokenizer())
+
+
+def test_the_first_of_two_writers_wins(data):
+    root = data.parent / "cache"
+
+    def late(file):
+        cache.store(root, "k", lambda rows: {"by": rows.write_text("first") and 1})
+        return {"by": file.write_text("second") and 2}
+
+    cache.store(root, "k", late)
+    assert json.loads((root / "k" / cache.ACCOUNT).read_text()) == {"by": 1}
+    assert entries(data) == ["k"]
+
+
+def test_what_killed_writers_left_is_removed_in_time(data):
+    root = data.parent / "cache"
+    for name, age in (("old", 10**6), ("young", 10)):
+        folder = root / f".making-{name}"
+        folder.mkdir(parents=True)
+        os.utime(folder, (folder.stat().st_mtime - age,) * 2)
+    prepare_sources(recipe(data), byte_tokenizer())
+    assert [each for each in entries(data) if each.startswith(".")] == [".making-young"]

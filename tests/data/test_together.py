@@ -1,0 +1,72 @@
+"""`zero_sft.data.together`: rows are made once in the cluster, or once a node where nodes share no folder."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.data.tiny import CHATML, byte_tokenizer
+from zero_sft import distributed
+from zero_sft.data import dataset
+from zero_sft.data.mixture import Recipe
+from zero_sft.data.together import prepare_together
+from zero_sft.errors import DataError
+from zero_sft.world import World
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, letter in (("data", "x"), ("other", "y")):
+        talks = [[{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": letter * n}] for n in range(1, 40)]
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"conversations": talk} for talk in talks]))
+    return tmp_path
+
+
+def cluster() -> World:
+    """Two nodes of two ranks."""
+    world = World.detect()
+    return dataclasses.replace(world, local_rank=world.rank % 2, local_world_size=2)
+
+
+def prepared_by(recipe: Recipe, world: World) -> list[int]:
+    """How often each rank has made rows itself. Every rank; communicates."""
+    made = []
+    original = dataset.make_parts
+    dataset.make_parts = lambda *args: (made.append(1), original(*args))[1]
+    try:
+        rows = prepare_together(recipe, byte_tokenizer(CHATML), world)
+    finally:
+        dataset.make_parts = original
+    distributed.agree_on(world, "rows", {"rows": rows.dataset[:], "reports": [each.lines() for each in rows.reports]})
+    return distributed.exchange(world, len(made))
+
+
+@pytest.mark.world_size(4)
+@pytest.mark.parametrize("pack", [False, True])
+def test_once_in_the_cluster_where_the_folder_is_shared(folder, pack):
+    recipe = Recipe(paths=f"{folder / 'data.json'},{folder / 'other.json'}", model_max_length=200, pack=pack, root=folder / "c")
+    assert prepared_by(recipe, cluster()) == [2, 0, 0, 0]
+    assert prepared_by(recipe, cluster()) == [0, 0, 0, 0]
+
+
+@pytest.mark.world_size(4)
+def test_once_a_node_where_it_is_not(folder):
+    world = cluster()
+    recipe = Recipe(paths=str(folder / "data.json"), model_max_length=200, pack=True, root=folder / f"node{world.rank // 2}")
+    assert prepared_by(recipe, world) == [1, 0, 1, 0]
+
+
+@pytest.mark.world_size(4)
+def test_nodes_with_other_data_are_an_error_on_every_rank(folder):
+    world = cluster()
+    name = ("data.json", "other.json")[world.rank // 2]
+    recipe = Recipe(paths=str(folder / name), model_max_length=200, root=folder / f"node{world.rank // 2}")
+    with pytest.raises(DataError, match="holds other data on rank 2's node"):
+        prepare_together(recipe, byte_tokenizer(CHATML), world)
+
+
+@pytest.mark.world_size(2)
+def test_an_error_of_rank_0_is_every_ranks(folder):
+    recipe = Recipe(paths=str(folder / "none.json"), model_max_length=200, root=folder / "c")
+    with pytest.raises(DataError, match="no such file"):
+        prepare_together(recipe, byte_tokenizer(CHATML), World.detect())

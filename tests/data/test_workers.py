@@ -1,0 +1,58 @@
+"""`zero_sft.data.workers`: several processes make what one makes, and a failure in one of them is the run's."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.data.tiny import CHATML, byte_tokenizer
+from zero_sft.data import workers
+from zero_sft.data.dataset import make_pipeline, prepare
+from zero_sft.data.files import Files
+from zero_sft.data.reader import Reader
+from zero_sft.errors import DataError
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Lines enough for processes, with a broken one among them."""
+    monkeypatch.setattr(workers, "AT_ONCE", 20)
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "x" * (n % 90)}]})
+             for n in range(400)]  # fmt: skip
+    lines[333] = "{broken"
+    path.write_text("\n".join(lines))
+    return Files(path=path)
+
+
+def test_processes_make_what_one_makes(data, tmp_path):
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip", long="split"))
+    one, two = (prepare(data, pipeline, processes=processes, root=tmp_path / f"{processes}") for processes in (1, 2))
+    assert two.dataset[:] == one.dataset[:]
+    assert two.reports == one.reports
+    assert two.reports[0].bad == 1
+    assert two.reports[0].dropped
+
+
+def test_the_first_error_of_the_stream_is_raised(data):
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80)
+    with pytest.raises(DataError, match="line 334: not JSON"):
+        prepare(data, pipeline, processes=2)
+
+
+def test_a_process_that_dies_is_an_error_with_a_remedy(data):
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip"))
+    parts = workers.make_parts(pipeline, data.objects(), 2)
+    next(parts)
+    for child in workers.multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=r"has died.*--dataset_num_proc"):
+        list(parts)
+
+
+def test_few_objects_start_no_processes(data, monkeypatch):
+    monkeypatch.setattr(workers, "_side_by_side", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(workers, "AT_ONCE", 500)
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip"))
+    assert prepare(data, pipeline, processes=8).reports[0].samples == 400

@@ -1,0 +1,77 @@
+"""Data by hub id, from a stand-in hub: `org/name:split`, downloaded once, its commit in the key."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.data import tiny
+from tests.hub import standin
+
+REPO = "someone/talks"
+
+COMMAND = "import sys; from zero_sft.data.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """A dataset with two splits, and a folder with a tokenizer."""
+    for split, answers in (("train", ("one", "two")), ("test_sft", ("three",))):
+        talks = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": each}]} for each in answers]
+        (tmp_path / "repo").mkdir(exist_ok=True)
+        (tmp_path / "repo" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.jsonl\n"
+    (tmp_path / "repo" / "README.md").write_text(f"{card}  - split: test_sft\n    path: test_sft.jsonl\n---\n")
+    tiny.byte_tokenizer(tiny.CHATML).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return tmp_path
+
+
+def prepared(hub, folder, data, **environment):
+    """The command's exit status and output."""
+    home = folder / "home"
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_DATASETS_CACHE": str(home / "datasets"),
+           "HF_HUB_OFFLINE": "0", **environment}  # fmt: skip
+    words = ["--model_name_or_path", str(folder / "model"), "--data_path", data, "--model_max_length", "100", "--show", "9"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_split_is_downloaded_once_and_found_again(repo):
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), repo / "repo")]})) as hub:
+        status, shown = prepared(hub, repo, REPO)
+        assert status == 0, shown
+        assert f"{REPO}:train: 2 of 2 samples" in shown
+        assert "one" in shown
+        assert "three" not in shown
+        assert hub.downloads("train.jsonl") == 1
+        assert "three" in prepared(hub, repo, f"{REPO}:test_sft")[1]
+        again = prepared(hub, repo, REPO)[1]
+        assert hub.downloads("train.jsonl") == 1
+        assert "two" in again
+    offline = prepared(hub, repo, REPO, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    assert offline[0] == 0, offline
+    assert len(list((repo / "home" / "datasets" / "zero_sft").iterdir())) == 4  # two splits, each packed, too
+
+
+def test_another_commit_is_other_data(repo):
+    history = [(standin.commit_hash("1"), repo / "repo")]
+    with standin.serve(standin.Hub({REPO: history})) as hub:
+        assert "one" in prepared(hub, repo, REPO)[1]
+        (repo / "new").mkdir()
+        (repo / "new" / "train.jsonl").write_text((repo / "repo" / "train.jsonl").read_text().replace("one", "uno"))
+        history.append((standin.commit_hash("2"), repo / "new"))
+        assert "uno" in prepared(hub, repo, REPO)[1]
+
+
+def test_what_the_hub_has_not(repo):
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), repo / "repo")]})) as hub:
+        for data, said in (("someone/nothing", "someone/nothing is no file or folder"), (f"{REPO}:valid", "split 'valid'")):
+            status, shown = prepared(hub, repo, data)
+            assert status == 2, shown
+            assert said in shown
+            assert "Traceback" not in shown

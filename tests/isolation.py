@@ -1,0 +1,105 @@
+"""Which models keep packed samples apart: `python -m tests.isolation [type ...]` asks every causal LM type of transformers.
+
+A tiny model of the type, in fp32 and in training without dropout, computes samples alone, and packed by the job's own collator; where its
+logits differ by more than rounding, a sample has seen another.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from tests import architectures
+from zero_sft.data.collator import Collator
+
+TOLERANCE = 1e-4
+SEEDS = 3
+LENGTHS = ((9, 14, 6), (7, 11))
+ATTENTIONS = ("sdpa", "eager")
+
+
+@torch.no_grad()
+def leak(model: torch.nn.Module, vocabulary: int = 60) -> float:
+    """The largest difference of a logit between packed and alone, over the largest logit."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [[torch.randint(5, vocabulary, (n,), generator=generator).tolist() for n in lengths] for lengths in LENGTHS]
+    flat = [[token for sample in row for token in sample] for row in rows]
+    packed = [
+        {"input_ids": ids, "labels": ids, "seq_lengths": list(map(len, row))} for ids, row in zip(flat, rows, strict=True)
+    ]
+    batch = Collator(pad_token_id=0)(packed)
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    worst = 0.0
+    for number, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            ids = torch.tensor([sample])
+            alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+            found = logits[number, start : start + len(sample)]
+            start += len(sample)
+            worst = max(worst, ((found - alone).abs().max() / alone.abs().max()).item())
+    return worst
+
+
+def verdict(model_type: str) -> str:
+    """ "" if a tiny model of this type keeps packed samples apart with each attention that it has, else why not."""
+    tried = 0
+    for attention in ATTENTIONS:
+        try:
+            found = min(_leaks(model_type, attention))
+        except (ValueError, ImportError) as error:
+            if "attention implementation" in str(error):  # it has no such attention
+                continue
+            raise
+        tried += 1
+        if not found < TOLERANCE:
+            return f"{attention}: {found:.2g}"
+    return "" if tried else "none of the attentions"
+
+
+def _leaks(model_type: str, attention: str) -> Iterator[float]:
+    """`leak` of models that differ by chance, until there is none: what chooses experts may jump with rounding, a leak stays."""
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        config = architectures.tiny_config(model_type)
+        _without_chance(config)
+        kinds = {"attn_implementation": attention, "experts_implementation": "eager"}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kinds).train()
+        architectures.randomise(model)
+        for param in model.parameters():
+            if param.is_floating_point():
+                param.data.mul_(0.3)
+        found = leak(model)
+        yield found
+        if found < TOLERANCE:
+            return
+
+
+def _without_chance(config: PreTrainedConfig) -> None:
+    """No dropout, so that one input has one output."""
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            _without_chance(value)
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(config, name, 0.0)
+
+
+def main(chosen: Sequence[str]) -> int:
+    """Print the types that keep samples apart, and why the others don't."""
+    types = [each for each in architectures.CAUSAL_TYPES if each not in architectures.NOT_BUILDABLE]
+    apart = []
+    for each in chosen or types:
+        try:
+            why = verdict(each)
+        except Exception as error:  # a type's failure is its verdict
+            why = f"{type(error).__name__}: {error}".replace("\n", " ")[:120]
+        sys.stdout.write(f"{each}: {why or 'apart'}\n")
+        sys.stdout.flush()
+        apart += [] if why else [each]
+    sys.stdout.write(" ".join(apart) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

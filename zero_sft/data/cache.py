@@ -1,0 +1,133 @@
+"""Prepared rows on disk, under a key of all that they depend on, so that they are made once and mapped by everybody.
+
+An entry is a folder, `<root>/<key>`: `rows.arrow`, Arrow's stream format, and `account.json`. It is written beside its place
+and takes it at the end by a rename, so an entry that is there is whole; of several writers the first wins.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.source import Data
+from zero_sft.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+ROWS, ACCOUNT = "rows.arrow", "account.json"
+
+_MAKING = ".making-"
+_ABANDONED_SECONDS = 3 * 24 * 3600
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "trl")
+
+
+def default_root() -> Path:
+    """Beside the other prepared datasets of this user: `HF_DATASETS_CACHE`, or its default below `HF_HOME`."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "zero_sft"
+
+
+def key_of(*parts: Any) -> str:
+    """A name for what depends on JSON-able `parts`, on the code of this folder and on the libraries that it calls."""
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return hashlib.sha256(json.dumps([_code(), versions, *parts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
+
+
+def key_of_rows(data: Data, pipeline: Pipeline) -> str:
+    """The key of what a pipeline makes of a source.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    return key_of(
+        data.identity(),
+        _tokenizer(pipeline.tokenizer),
+        [pipeline.template.name, str(pipeline.template.jinja(pipeline.tokenizer))],
+        [asdict(pipeline.reader), pipeline.model_max_length, pipeline.lazy],
+    )
+
+
+def _tokenizer(tokenizer: Any) -> list[Any]:
+    """What its encodings depend on; how it pads and cuts is set anew with each call."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    return [type(tokenizer).__name__, ends, {**backend, "padding": None, "truncation": None}]
+
+
+def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | None":
+    """The rows of that key, mapped, and their account; None where there is no such entry.
+
+    Raises:
+        DataError: an entry that can't be read.
+    """
+    import datasets
+
+    folder = root / key
+    if not (folder / ACCOUNT).exists():
+        return None
+    try:
+        return datasets.Dataset.from_file(str(folder / ROWS)), json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        raise DataError(f"{folder} is damaged: {error}. Delete that folder; it will be made anew.") from error
+
+
+def store(root: Path, key: str, write: Callable[[Path], Mapping[str, Any]]) -> None:
+    """Make an entry: `write` writes the rows to the path it is given, and returns their account.
+
+    Raises:
+        DataError: the folder can't be written to; and what `write` raises. No trace is left.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(root)
+        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=root, ignore_cleanup_errors=True) as top:
+            made = Path(top) / key
+            made.mkdir()
+            account = write(made / ROWS)
+            (made / ACCOUNT).write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
+            for each in made.iterdir():
+                _flush(each)
+            _take_place(made, root / key)
+    except OSError as error:
+        raise DataError(
+            f"can't keep prepared data in {root}: {error.strerror or error}. Name a folder with room: --data_cache_dir."
+        ) from error
+
+
+def _take_place(made: Path, place: Path) -> None:
+    try:
+        made.rename(place)
+    except OSError:
+        if not (place / ACCOUNT).exists():  # else another was first, with the same rows
+            raise
+
+
+def _remove_abandoned(root: Path) -> None:
+    """What writers that were killed have left, once it is surely theirs."""
+    for each in root.glob(f"{_MAKING}*"):
+        try:
+            if time.time() - each.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(each, ignore_errors=True)
+        except FileNotFoundError:
+            continue
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())

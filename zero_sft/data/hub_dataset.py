@@ -1,0 +1,56 @@
+"""A dataset of the Hugging Face hub as a source of objects; `datasets` downloads, caches and reads it."""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zero_sft.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubDataset:
+    """One split of a dataset, in its default configuration. A gated one takes the token of HF_TOKEN or `hf auth login`."""
+
+    id: str
+    split: str = "train"
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.id}:{self.split}"
+
+    def objects(self) -> Iterator[tuple[Any, str]]:
+        """Each row with its place.
+
+        Raises:
+            DataError: no such dataset or split, or the hub can't provide it.
+        """
+        for number, row in enumerate(_loaded(self.id, self.split), start=1):
+            yield row, f"{self.name}, sample {number}"
+
+    def identity(self) -> list[Any]:
+        """Which rows of which commit, JSON-able; errors as `objects`'."""
+        dataset = _loaded(self.id, self.split)
+        folders = {Path(each["filename"]).parent.name for each in dataset.cache_files}  # named by the commit
+        return [self.id, self.split, dataset.info.config_name, sorted(folders)]
+
+
+@functools.cache
+def _loaded(name: str, split: str) -> "datasets.Dataset":
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(
+            f"{name} is no file or folder, and split {split!r} of such a dataset of the hub can't be had: {reason}\n"
+            "Check --data_path and --eval_data_path: a path, or org/name:split. A gated dataset needs HF_TOKEN; where there is "
+            "no internet, download it elsewhere and name its folder."
+        ) from error

@@ -1,0 +1,101 @@
+"""Several samples in one row, so that little is computed on padding.
+
+TRL's best-fit packing fills rows of `model_max_length` tokens; the position ids of a row begin anew with each sample, and where
+there is no attention mask, transformers takes that for the border between samples that don't see each other. Not every model
+does: those with ALiBi or learned positions of their own counting, or with a state that runs along the row, would let a sample
+see the one before. So only types that are known to keep samples apart are packed; `tests/isolation.py` finds them out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zero_sft.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import datasets
+
+ISOLATING = frozenset(
+    """
+    apertus arcee aria_text axk1 beam bitnet codegen cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm dbrx
+    deepseek_v3 diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3
+    gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite
+    got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj granite granite_swa
+    granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax
+    internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama llama4 llama4_text longcat_flash mellum mimo_v2_flash
+    minicpm3 minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama modernbert-decoder moshi
+    moss_transcribe_diarize nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3 phi4_multimodal phimoe qwen2
+    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper youtu
+""".split()  # noqa: SIM905 - a table
+)
+"""Types of language models (transformers' `model_type`) that keep packed samples apart, with each of `ATTENTIONS`."""
+
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+_AT_ONCE = 20_000  # samples packed together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """Whether rows are packed, and if not, why."""
+
+    on: bool
+    reason: str = ""
+
+
+def choose_packing(wanted: bool | None, config: Any, *, attention: str | None, lazy: bool) -> Packing:
+    """Pack where it is wanted, or, for None, wherever the model keeps samples apart. Pure.
+
+    Args:
+        config: the language model's own part of the config.
+        attention: the attention implementation, None for transformers' choice.
+
+    Raises:
+        ArgumentError: it is wanted and can't be.
+    """
+    if wanted is False:
+        return Packing(on=False, reason="not wanted")
+    reason = _obstacle(config, attention, lazy)
+    if reason and wanted:
+        raise ArgumentError(f"--packing True: {reason}. Leave it out, and samples are padded to the longest of their batch.")
+    return Packing(on=not reason, reason=reason)
+
+
+def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
+    if lazy:
+        return "--lazy_preprocess does not know the samples' lengths at the start"
+    if config.model_type not in ISOLATING:
+        return f"models of type {config.model_type} are not known to keep packed samples apart"
+    if getattr(config, "alibi", False):
+        return "ALiBi does not keep packed samples apart"
+    if attention is not None and attention not in ATTENTIONS:
+        return f"attention {attention} is not known to keep packed samples apart"
+    return ""
+
+
+def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = None) -> "datasets.Dataset":
+    """Rows of at most `model_max_length` tokens: `input_ids`, `labels`, and `seq_lengths`, those of the samples in a row.
+
+    Args:
+        file: where the rows are written to; None keeps them where datasets does.
+    """
+    from trl import pack_dataset
+
+    options = {"cache_file_name": file, "batch_size": _AT_ONCE, "load_from_cache_file": False}
+    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), model_max_length, "bfd", options)
+
+
+def packed_line(samples: int, packed: "datasets.Dataset", model_max_length: int) -> str:
+    """For the log: how many rows, and how full they are."""
+    tokens = sum(len(chunk.values) for chunk in packed.data.column("input_ids").chunks)
+    full = tokens / (len(packed) * model_max_length)
+    return f"{samples:,} samples packed into {len(packed):,} rows of {model_max_length:,} tokens, {full:.1%} full"
+
+
+def position_ids(lengths: Sequence[int], width: int) -> list[int]:
+    """Positions that begin anew with each sample, and once more with the padding up to `width`.
+
+    Worked example: lengths 3 and 2 in a width of 7: 0 1 2 0 1 0 1.
+    """
+    rest = width - sum(lengths)
+    return [position for length in (*lengths, rest) for position in range(length)]

@@ -1,0 +1,64 @@
+"""Where samples come from: what `--data_path` names, `a.json,b.jsonl` or with weights `a.json:0.7,org/name:train_sft:0.3`."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from zero_sft.data.files import KINDS, Files
+from zero_sft.data.hub_dataset import HubDataset
+from zero_sft.errors import DataError
+
+Data = Files | HubDataset
+
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<split>\w[\w.-]*))?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Data, and its share of the mixture; None: all of it, once."""
+
+    data: Data
+    weight: float | None = None
+
+
+def parse_sources(text: str) -> list[Source]:
+    """The sources that `--data_path` names. An existing path is one source, whatever characters it has.
+
+    Raises:
+        DataError: an empty part, a weight that is no number above 0, or weights for some of the sources only.
+    """
+    if _exists(text):
+        return [Source(data=_data(text))]
+    sources = [_source(part.strip(), text) for part in text.split(",")]
+    weighted = sum(each.weight is not None for each in sources)
+    if 0 < weighted < len(sources):
+        raise DataError(f"{text}: weights for {weighted} of {len(sources)} sources. Give each a weight, or none.")
+    return sources
+
+
+def _exists(text: str) -> bool:
+    return Path(text).expanduser().exists()
+
+
+def _source(part: str, text: str) -> Source:
+    name, colon, weight = part.rpartition(":")
+    if not part:
+        raise DataError(f"{text!r} names an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.")
+    if not colon or _exists(part):
+        return Source(data=_data(part))
+    try:
+        share = float(weight)
+    except ValueError:
+        return Source(data=_data(part))
+    if not name or not math.isfinite(share) or share <= 0:
+        raise DataError(f"{part}: a weight is a number above 0, after a path; got {weight!r}. Write a.json:0.7,b.jsonl:0.3.")
+    return Source(data=_data(name), weight=share)
+
+
+def _data(name: str) -> Data:
+    """A file or folder, or, where there is none of that name, the dataset of the hub that it may name."""
+    path, match = Path(name).expanduser(), _HUB_ID.fullmatch(name)
+    if match is None or path.exists() or path.suffix in KINDS or path.parent.exists():
+        return Files(path=path)
+    return HubDataset(id=match["id"], split=match["split"] or "train")

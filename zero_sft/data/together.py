@@ -1,0 +1,52 @@
+"""Data prepared once in the cluster, and mapped by every rank.
+
+Rank 0 prepares, with processes of its own, into a folder that other nodes see or not; it says under which keys. Then the first
+rank of each node looks: where the folder is shared it finds all there, else it prepares the same for its node. Then the others
+map it. Nobody waits on the training group's clock.
+"""
+
+import json
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from zero_sft import distributed
+from zero_sft.data.dataset import Prepared
+from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
+from zero_sft.errors import DataError
+from zero_sft.world import World
+
+STAGE = "preparing the data"
+
+
+def prepare_together(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> Prepared:
+    """`prepare_sources`, once for all ranks. Every rank; communicates.
+
+    Raises:
+        DataError: what `prepare_sources` raises, on every rank; or nodes that have other data under the same path.
+    """
+    own: list[Prepared] = []
+
+    def turn(mine: bool, act: Callable[[], Prepared]) -> None:
+        with distributed.agreed(world, STAGE, distributed.DOWNLOAD_TIMEOUT):
+            if mine:
+                own.append(act())
+
+    turn(world.is_main, lambda: prepare_sources(recipe, tokenizer))
+    told = json.dumps(own[0].keys).encode() if world.is_main else None
+    keys = json.loads(distributed.broadcast_bytes(world, told))
+    for leaders in (True, False):
+        mine = not world.is_main and (world.local_rank == 0) == leaders
+        turn(mine, lambda: open_sources(recipe, tokenizer, keys) or _alone(recipe, tokenizer, keys, world))
+    return own[0]
+
+
+def _alone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: list[str], world: World) -> Prepared:
+    """What is not to be found on this node, prepared here."""
+    prepared = prepare_sources(recipe, tokenizer)
+    if prepared.keys != keys:
+        raise DataError(
+            f"{recipe.paths} holds other data on rank {world.rank}'s node than on rank 0's. Put the data on a file system that "
+            "all nodes share, or copy it to every node."
+        )
+    return prepared

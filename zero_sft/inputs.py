@@ -1,0 +1,139 @@
+"""What the job works on, read and checked before the weights are: configs, tokenizer, data."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from zero_sft import ds_config as ds_configs
+from zero_sft.arguments import Parsed
+from zero_sft.data.cache import default_root
+from zero_sft.data.dataset import Prepared, require_one_batch
+from zero_sft.data.mixture import Recipe
+from zero_sft.data.packing import Packing, choose_packing
+from zero_sft.data.reader import Reader
+from zero_sft.data.together import prepare_together
+from zero_sft.data.workers import usable_processes
+from zero_sft.distributed import agreed
+from zero_sft.errors import ArgumentError, DataError
+from zero_sft.world import World
+
+logger = logging.getLogger("zero_sft.train")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the job works on. `sampling`: arguments of the trainer that follow from the data."""
+
+    config: Any
+    tokenizer: Any
+    training_data: Prepared
+    evaluation_data: Prepared | None
+    prompts: tuple[str, ...]
+    ds_config: Mapping[str, Any]
+    hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_inputs(parsed: Parsed, world: World) -> Inputs:
+    """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
+    from zero_sft.config import prepare_config, text_config
+    from zero_sft.export import require_writable
+    from zero_sft.hub import HubOptions, pin_revision
+    from zero_sft.resume import require_resumable
+    from zero_sft.samples import read_prompts
+    from zero_sft.tokenizer import load_tokenizer
+
+    training = parsed.training
+    with agreed(world, "checking the DeepSpeed config and the output folder"):
+        ds = ds_configs.load_ds_config(training["deepspeed"])
+        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
+        ds_configs.require_nvme(ds)
+        prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
+        require_resumable(training.get("resume_from_checkpoint"), training["output_dir"], world.world_size)
+        _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
+        if world.is_main:
+            require_writable(training["output_dir"])
+    name, length = parsed.model.model_name_or_path, training["model_max_length"]
+    logger.info("reading the config of %s", name)
+    hub = parsed.model.hub_options(training["cache_dir"])
+    hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
+    config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
+    tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
+    packing = choose_packing(
+        parsed.data.packing, text_config(config), attention=parsed.model.attn_implementation, lazy=parsed.data.lazy_preprocess
+    )
+    train, sampling = _training_data(parsed, packing, tokenizer, world)
+    held_out = parsed.data.eval_data_path
+    return Inputs(
+        config=config,
+        tokenizer=tokenizer,
+        training_data=train,
+        evaluation_data=None if held_out is None else _prepare(_recipe(parsed, held_out), tokenizer, world),
+        prompts=prompts,
+        ds_config=ds,
+        hub=hub,
+        sampling=sampling,
+    )
+
+
+def _require_other_folder(model: str, output_dir: str) -> None:
+    if Path(output_dir).exists() and Path(model).exists() and Path(model).samefile(output_dir):
+        raise ArgumentError(
+            f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another."
+        )
+
+
+def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: World) -> tuple[Prepared, dict[str, Any]]:
+    """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
+    given, from samples of like length. Every rank; communicates.
+
+    Raises:
+        DataError: too little for one batch.
+    """
+    recipe = _recipe(parsed, parsed.data.training_path)
+    size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
+    if packing.on:
+        packed = _prepare(replace(recipe, pack=True), tokenizer, world)
+        try:
+            require_one_batch(packed, **size)
+            return packed, {}
+        except DataError as error:
+            if parsed.data.packing:
+                raise
+            packing = Packing(on=False, reason=f"packed, {error}")
+    train = _prepare(recipe, tokenizer, world)
+    require_one_batch(train, **size)
+    if parsed.data.packing is not None:
+        return train, {}
+    logger.info("samples are not packed: %s", packing.reason)
+    grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
+    return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
+
+
+def _recipe(parsed: Parsed, paths: str) -> Recipe:
+    wanted = parsed.data
+    reader = Reader(
+        data_format=wanted.data_format, train_on=wanted.train_on, on_bad_sample=wanted.on_bad_sample, long=wanted.long
+    )
+    return Recipe(
+        paths=paths,
+        model_max_length=parsed.training["model_max_length"],
+        chat_template=wanted.chat_template,
+        reader=reader,
+        lazy=wanted.lazy_preprocess,
+        seed=parsed.training.get("data_seed") or parsed.training.get("seed", 42),
+        root=Path(wanted.data_cache_dir).expanduser() if wanted.data_cache_dir else default_root(),
+        processes=wanted.dataset_num_proc or usable_processes(),
+    )
+
+
+def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
+    logger.info("preparing %s", recipe.paths)
+    prepared = prepare_together(recipe, tokenizer, world)
+    for line in prepared.lines():
+        logger.info("  %s", line)
+    for warning in prepared.warnings():
+        logger.warning(warning)
+    return prepared

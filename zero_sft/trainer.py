@@ -1,0 +1,99 @@
+"""TRL's `SFTTrainer`, with the batches of this project.
+
+Importing this module imports TRL.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl import SFTTrainer
+
+from zero_sft.data.collator import Collator
+from zero_sft.data.labels import IGNORED
+from zero_sft.errors import DataError
+
+LENGTHS = "length"
+"""The column with the samples' lengths, in tokens."""
+
+
+class Trainer(SFTTrainer):
+    """An `SFTTrainer` that writes no model card, and takes no step in which nothing is trained on."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: it would be taken for the exported model's."""
+
+    def get_batch_samples(self, epoch_iterator: Iterator, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The batches of one step, and the number of their trained tokens on all ranks. Every rank; communicates.
+
+        Raises:
+            DataError: nothing is trained on in any of them, on any rank.
+        """
+        batches, trained = super().get_batch_samples(map(self._without_repeated, epoch_iterator), *args, **kwargs)
+        # Tokenised beforehand, each sample has a trained token; and the number is on the device, so that asking for it waits.
+        if batches and trained is not None and _is_lazy(self.train_dataset) and int(trained) == 0:
+            raise DataError(
+                f"nothing is trained on in the batches of step {self.state.global_step + 1}: all samples were cut off before "
+                "their first answer. Raise --model_max_length, or leave --lazy_preprocess out, which drops such samples."
+            )
+        return batches, trained
+
+    def _without_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch that is not trained on samples which were only repeated to give every rank one at the end of an epoch.
+
+        Of the last batches, all ranks' in a row, the first `remainder` samples are the epoch's last. Packed rows that were laid
+        behind each other for flash attention can't be told apart any more; there they are trained on once more.
+        """
+        state, size = self.accelerator.gradient_state, self.args.train_batch_size
+        if state.end_of_dataloader and state.remainder > 0 and len(batch["labels"]) == size and self.args.world_size > 1:
+            batch["labels"][max(0, state.remainder - self.args.process_index * size) :] = IGNORED
+        return batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """For samples of like length, the sampler of this module instead of the Trainer's. Any rank by itself."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        if args.train_sampling_strategy != "group_by_length" or LENGTHS not in dataset.column_names:
+            return super()._get_train_sampler(train_dataset)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return GroupedSampler(batch, lengths=list(dataset[LENGTHS]), seed=seed)
+
+
+class GroupedSampler(LengthGroupedSampler):
+    """Samples of like length together, the longest first, in another order each epoch.
+
+    The order follows from the seed and the epoch alone. That of transformers' own is drawn from each rank's global generator,
+    so that ranks could draw different ones, and depends on how the batch of a step is spread over ranks.
+
+    Args:
+        batch_size: samples of one step, on all ranks.
+        lengths: of the samples, in tokens.
+    """
+
+    def __init__(self, batch_size: int, *, lengths: Sequence[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=list(lengths))
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+def _is_lazy(dataset: Any) -> bool:
+    return "input_ids" not in dataset.column_names
+
+
+def collator_for(model: Any, tokenizer: Any, multiple_of: int | None) -> Collator:
+    """How batches are made for a model and its attention."""
+    return Collator(
+        pad_token_id=tokenizer.pad_token_id,
+        padding_side=tokenizer.padding_side,
+        multiple_of=multiple_of,
+        flat="flash" in (model.config._attn_implementation or ""),
+    )
