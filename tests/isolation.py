@@ -1,7 +1,7 @@
 """Which models keep packed samples apart: `python -m tests.isolation [type ...]` asks every causal LM type of transformers.
 
-A tiny model of the type, in fp32 and in training without dropout, computes samples alone, and packed by the job's own collator; where its
-logits differ by more than rounding, a sample has seen another.
+A tiny model of the type, in fp32 and in training without dropout, computes samples alone, and packed by the job's own
+collator; where its logits differ by more than rounding, a sample has seen another.
 """
 
 import sys
@@ -59,7 +59,7 @@ def verdict(model_type: str) -> str:
 
 
 def _leaks(model_type: str, attention: str) -> Iterator[float]:
-    """`leak` of models that differ by chance, until there is none: what chooses experts may jump with rounding, a leak stays."""
+    """`leak` of models that differ by chance, until there is none: a choice of experts may jump with rounding, a leak stays."""
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         config = architectures.tiny_config(model_type)

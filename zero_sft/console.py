@@ -40,6 +40,8 @@ def open_console(world: World) -> None:
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if world.is_main else "false")
+    if not sys.stderr.isatty():  # in a file every state of a progress bar is a line
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Deprecations between libraries are no news to who fine-tunes a model.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

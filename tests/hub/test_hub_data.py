@@ -45,7 +45,7 @@ def test_a_split_is_downloaded_once_and_found_again(repo):
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), repo / "repo")]})) as hub:
         status, shown = prepared(hub, repo, REPO)
         assert status == 0, shown
-        assert f"{REPO}:train: 2 of 2 samples" in shown
+        assert f"{REPO}:train: 2 of 2 samples" in shown, shown
         assert "one" in shown
         assert "three" not in shown
         assert hub.downloads("train.jsonl") == 1

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.console import open_console, quieten_transformers
 from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.world import World
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from zero_sft.data.mixture import prepare_sources
 
-    console = Console(soft_wrap=True, highlight=False)
+    open_console(World())
+    quieten_transformers(World())
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     try:
         tokenizer, recipe = _tokenizer(options), _recipe(options)
         prepared = prepare_sources(recipe, tokenizer)
