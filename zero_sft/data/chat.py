@@ -9,10 +9,11 @@ Thoughts, between `<think>` and `</think>` at the beginning of an answer, are tr
 drop those of earlier answers, as the model never sees them again.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, USER, Conversation
@@ -20,6 +21,7 @@ from zero_sft.data.rendered import Rendered
 from zero_sft.errors import DataError
 
 _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_MOST_FRAMES = 1000
 _REMEDY = "Use --chat_template vicuna."
 
 CHATML = (
@@ -56,6 +58,7 @@ class ChatTemplate:
     name: str
     habits: Habits
     source: str | None = None
+    frames: dict[tuple[tuple[str, bool], ...], list[str] | None] = field(default_factory=dict, repr=False, compare=False)
     adds_special_tokens = False  # chat templates write theirs themselves
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -99,15 +102,64 @@ class ChatTemplate:
         if not places:
             return []
         parts = [_split_thoughts(messages[number]["content"]) for number in places]
+        if not any(thoughts for thoughts, _ in parts):
+            for texts in ([each["content"] for each in messages], [each["content"].strip() for each in messages]):
+                around = self._assembled(messages, texts, places)
+                if around:
+                    with contextlib.suppress(DataError):  # a template that looks at the texts: it is asked again, with these
+                        return self._fitted(text, around, places, parts, where)
+        return self._fitted(text, self._rendered(messages, places, parts, where), places, parts, where)
+
+    def _rendered(
+        self, messages: Sequence[Mapping[str, str]], places: Sequence[int], parts: Sequence[tuple[str, str]], where: str
+    ) -> list[str]:
+        """What is around the answers when stand-ins are in their places: one text more than there are answers."""
         word = _unused(messages)
         replaced = [dict(message) for message in messages]
         for number, (thoughts, _) in zip(places, parts, strict=True):
             replaced[number]["content"] = f"{thoughts}{word}{number}{word}"
-        first, *rest = re.split(rf"{word}(\d+){word}", self._apply(replaced, where))
-        if rest[::2] != [str(number) for number in places] or not text.startswith(first):
+        around = re.split(rf"{word}(\d+){word}", self._apply(replaced, where))
+        if around[1::2] != [str(number) for number in places]:
             raise _unmaskable(where, places[0])
-        spans, end, start = [], 0, len(first)
-        for number, (thoughts, answer), after in zip(places, parts, rest[1::2], strict=True):
+        return around[::2]
+
+    def _assembled(
+        self, messages: Sequence[Mapping[str, str]], texts: Sequence[str], places: Sequence[int]
+    ) -> list[str] | None:
+        """`_rendered`, without rendering: from what the template writes around all texts of any such conversation."""
+        shape = tuple((each["role"], bool(each["content"])) for each in messages)
+        if shape not in self.frames and len(self.frames) < _MOST_FRAMES:
+            self.frames[shape] = self._frame(shape)
+        frame = self.frames.get(shape)
+        if frame is None:
+            return None
+        around = [frame[0]]
+        filled = (number for number, (_, has_text) in enumerate(shape) if has_text)
+        for number, literal in zip(filled, frame[1:], strict=True):
+            if number in places:
+                around.append(literal)
+            else:
+                around[-1] += texts[number] + literal
+        return around
+
+    def _frame(self, shape: tuple[tuple[str, bool], ...]) -> list[str] | None:
+        """What is around the texts of a conversation of this shape, or None if the template does not show each once."""
+        word = "zerosftanswer"
+        messages = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
+        try:
+            around = re.split(rf"{word}(\d+){word}", self._apply(messages, "a conversation"))
+        except DataError:
+            return None
+        return around[::2] if around[1::2] == [str(n) for n, (_, text) in enumerate(shape) if text] else None
+
+    def _fitted(
+        self, text: str, around: Sequence[str], places: Sequence[int], parts: Sequence[tuple[str, str]], where: str
+    ) -> list[tuple[int, int]]:
+        """The spans of the answers, if the whole text is what is around them and they."""
+        if not text.startswith(around[0]):
+            raise _unmaskable(where, places[0])
+        spans, end, start = [], 0, len(around[0])
+        for number, (thoughts, answer), after in zip(places, parts, around[1:], strict=True):
             length = _length_of_body(text, start, answer, after, is_last=number == places[-1])
             if length is None:
                 raise _unmaskable(where, number)

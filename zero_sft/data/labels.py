@@ -20,17 +20,16 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One sample as tokens: `labels[i]` is `input_ids[i]` or -100. `cut_tokens` went beyond the longest length."""
+    """One sample as tokens: `labels[i]` is `input_ids[i]`, for `trained_tokens` of them, or -100.
+
+    `cut_tokens` went beyond the longest length, and `cut_trained_tokens` of these would have been trained on.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    trained_tokens: int
     cut_tokens: int = 0
     cut_trained_tokens: int = 0
-
-    @property
-    def trained_tokens(self) -> int:
-        """How many tokens have a label."""
-        return sum(label != IGNORED for label in self.labels)
 
 
 def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, model_max_length: int) -> list[Example]:
@@ -90,12 +89,18 @@ def token_range(chars_of: Callable[[int], tuple[int, int] | None], count: int, s
 
 def _example(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int) -> Example:
     labels = [IGNORED] * len(ids)
+    trained, reached = 0, 1  # nothing comes before the first token that could tell it
     for first, last in ranges:
-        labels[first:last] = ids[first:last]
-    labels[:1] = [IGNORED] * len(labels[:1])  # nothing comes before the first token that could tell it
+        start = max(first, reached)
+        if start < last:
+            labels[start:last] = ids[start:last]
+            trained += last - start
+            reached = last
+    kept = trained if len(ids) <= model_max_length else sum(label != IGNORED for label in labels[:model_max_length])
     return Example(
         input_ids=ids[:model_max_length],
         labels=labels[:model_max_length],
+        trained_tokens=kept,
         cut_tokens=max(0, len(ids) - model_max_length),
-        cut_trained_tokens=sum(label != IGNORED for label in labels[model_max_length:]),
+        cut_trained_tokens=trained - kept,
     )
