@@ -60,6 +60,9 @@ def test_packed_and_unpacked_give_one_curve(folder, attention):
         run_ranks(1, train, {"folder": folder, "out": packing, "arguments": {
             "packing": packing, "per_device_train_batch_size": batch, "attn_implementation": attention}})  # fmt: skip
         history = json.loads((folder / packing / "logs" / "history.json").read_text())
+        seen = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
+        if packing == "True":
+            assert STEPS * rows * 200 < seen[-1] <= STEPS * rows * 256, "tokens of all rows"
         curves.append([entry["loss"] for entry in history if "loss" in entry])
     assert len(curves[0]) == STEPS
     assert curves[0][-1] < curves[0][0]

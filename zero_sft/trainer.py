@@ -39,6 +39,16 @@ class Trainer(SFTTrainer):
             )
         return batches, trained
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; and of packed batches all rows' tokens are counted, where it counts one row's. Every rank; communicates."""
+        rows = len(inputs["labels"]) if model.training and "attention_mask" not in inputs else 1
+        before = self._total_train_tokens
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if rows > 1:
+            self._total_train_tokens += (rows - 1) * (self._total_train_tokens - before)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
     def _without_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch that is not trained on samples which were only repeated to give every rank one at the end of an epoch.
 

@@ -121,14 +121,16 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
 
 def _packed_lines(options: argparse.Namespace, recipe: "Recipe", tokenizer: Any, trained: int) -> list[str]:
     """Pack as the job would; how that went, and what it saves. `trained`: how many tokens are trained on."""
-    from zero_sft.config import prepare_config, text_config
+    from zero_sft.config import prepare_config_in, text_config
     from zero_sft.data.mixture import prepare_sources
     from zero_sft.data.packing import choose_packing
+    from zero_sft.hub import HubOptions
 
     wanted = None if options.packing is None else options.packing == "True"
     if wanted is False:
         return ["samples are not packed: --packing False"]
-    config = prepare_config(options.model_name_or_path, model_max_length=options.model_max_length, **_hub(options))
+    hub = HubOptions.from_kwargs(_hub(options))
+    config = prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None)
     packing = choose_packing(wanted, text_config(config), attention=None, lazy=False)
     if not packing.on:
         return [f"samples are not packed: {packing.reason}"]
