@@ -132,6 +132,7 @@ LOST = {
     "an end token in the text": ("a</s>b", "c", "d", "e"),
     "the separator in the text": ("Say ASSISTANT: x", "y"),
     "an empty question": ("", "a", "b", "c"),
+    "the token that it pads with in the text": ("What is <unk>?", "A token.", "Yes?", "Yes."),
 }
 
 
