@@ -46,7 +46,7 @@ def test_exchanges():
 def test_a_failure_on_one_rank_is_raised_by_all():
     world = World.detect()
     distributed.connect(world)
-    with pytest.raises(CheckpointError, match=r"(?s)broken.*rank 1 of 3 while reading; failed: 1"):
+    with pytest.raises(CheckpointError, match=r"(?s)broken.*rank 1 of 3 while reading; failed: rank 1"):
         with distributed.agreed(world, "reading"):
             if world.rank == 1:
                 raise CheckpointError("broken")

@@ -212,7 +212,7 @@ def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT
     kind, message = reports[failed[0]]
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
-        message += f"\n(rank {failed[0]} of {world.world_size} while {stage}; failed: {ranks})"
+        message += f"\n(rank {failed[0]} of {world.world_size} while {stage}; failed: rank {ranks})"
     says_no_more = isinstance(failure, errors.ZeroSftError)
     raise _rebuilt(kind, message) from None if says_no_more else failure
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed
-from zero_sft.data.cache import default_root
+from zero_sft.data.cache import cache_root
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe
 from zero_sft.data.packing import Packing, choose_packing
@@ -16,7 +16,7 @@ from zero_sft.data.reader import Reader
 from zero_sft.data.together import prepare_together
 from zero_sft.data.workers import usable_processes
 from zero_sft.distributed import agreed
-from zero_sft.errors import ArgumentError, DataError
+from zero_sft.errors import ArgumentError
 from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
@@ -66,6 +66,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     )
     train, sampling = _training_data(parsed, packing, tokenizer, world)
     held_out = parsed.data.eval_data_path
+    if held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start"):
+        logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
     return Inputs(
         config=config,
         tokenizer=tokenizer,
@@ -96,24 +98,22 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
     if packing.on:
         packed = _prepare(replace(recipe, pack=True), tokenizer, world)
-        try:
+        needed = size["world_size"] * size["per_device_batch_size"]
+        if parsed.data.packing or len(packed.dataset) >= needed:
             require_one_batch(packed, **size)
             return packed, {}
-        except DataError as error:
-            if parsed.data.packing:
-                raise
-            packing = Packing(on=False, reason=f"packed, {error}")
+        packing = Packing(on=False, reason=f"they fill {len(packed.dataset)} rows, and one batch needs {needed}")
     train = _prepare(recipe, tokenizer, world)
     require_one_batch(train, **size)
+    logger.info("samples are not packed: %s", packing.reason)
     if parsed.data.packing is not None:
         return train, {}
-    logger.info("samples are not packed: %s", packing.reason)
     grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
 def _recipe(parsed: Parsed, paths: str) -> Recipe:
-    wanted = parsed.data
+    wanted, data_seed = parsed.data, parsed.training.get("data_seed")
     reader = Reader(
         data_format=wanted.data_format, train_on=wanted.train_on, on_bad_sample=wanted.on_bad_sample, long=wanted.long
     )
@@ -123,14 +123,14 @@ def _recipe(parsed: Parsed, paths: str) -> Recipe:
         chat_template=wanted.chat_template,
         reader=reader,
         lazy=wanted.lazy_preprocess,
-        seed=parsed.training.get("data_seed") or parsed.training.get("seed", 42),
-        root=Path(wanted.data_cache_dir).expanduser() if wanted.data_cache_dir else default_root(),
+        seed=parsed.training.get("seed", 42) if data_seed is None else data_seed,
+        root=cache_root(wanted.data_cache_dir),
         processes=wanted.dataset_num_proc or usable_processes(),
     )
 
 
 def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("preparing %s", recipe.paths)
+    logger.info("data: %s", recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
     for line in prepared.lines():
         logger.info("  %s", line)

@@ -112,7 +112,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
 
     from zero_sft.config import text_config
     from zero_sft.export import save_pretrained
-    from zero_sft.trainer import Trainer, collator_for
+    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
     from zero_sft.zero import gather
 
     tokenizer, report = inputs.tokenizer, model.load_report
@@ -132,11 +132,12 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
             processing_class=tokenizer,
             data_collator=collator_for(model, tokenizer, arguments.pad_to_multiple_of),
-            callbacks=[trainer_callback(timeline, logger.info)],
+            callbacks=[trainer_callback(timeline, logger.info), LastStepLogged()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
-    logger.info("training")
+    resumed = arguments.resume_from_checkpoint
+    logger.info("training%s", f", from the checkpoint that --resume_from_checkpoint {resumed} names" if resumed else "")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     after = _answers_of_engine(parsed, trainer, inputs)
     output = Path(arguments.output_dir)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -40,7 +41,7 @@ class Trainer(SFTTrainer):
         return batches, trained
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss; and of packed batches all rows' tokens are counted, where it counts one row's. Every rank; communicates."""
+        """TRL's loss, and all rows' tokens of packed batches counted, where it counts one row's. Every rank; communicates."""
         rows = len(inputs["labels"]) if model.training and "attention_mask" not in inputs else 1
         before = self._total_train_tokens
         loss = super().compute_loss(model, inputs, *args, **kwargs)
@@ -52,12 +53,15 @@ class Trainer(SFTTrainer):
     def _without_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch that is not trained on samples which were only repeated to give every rank one at the end of an epoch.
 
-        Of the last batches, all ranks' in a row, the first `remainder` samples are the epoch's last. Packed rows that were laid
+        Of the last batches, all ranks' in a row, the first few samples are the epoch's last; accelerate's own count of them is
+        wrong after a resume. Packed rows that were laid
         behind each other for flash attention can't be told apart any more; there they are trained on once more.
         """
-        state, size = self.accelerator.gradient_state, self.args.train_batch_size
-        if state.end_of_dataloader and state.remainder > 0 and len(batch["labels"]) == size and self.args.world_size > 1:
-            batch["labels"][max(0, state.remainder - self.args.process_index * size) :] = IGNORED
+        dataset: Any = self.train_dataset
+        ranks, size = self.args.world_size, self.args.train_batch_size
+        last = len(dataset) % (ranks * size)
+        if self.accelerator.gradient_state.end_of_dataloader and last and ranks > 1 and len(batch["labels"]) == size:
+            batch["labels"][max(0, last - self.args.process_index * size) :] = IGNORED
         return batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -69,6 +73,18 @@ class Trainer(SFTTrainer):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         return GroupedSampler(batch, lengths=list(dataset[LENGTHS]), seed=seed)
+
+
+class LastStepLogged(TrainerCallback):
+    """The last step's loss goes into the log, whatever `logging_steps`.
+
+    What the Trainer has not logged yet at the end goes into its `train_loss` as rank 0's own part, which is not the mean.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called by the Trainer after each step, on every rank."""
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
 
 class GroupedSampler(LengthGroupedSampler):

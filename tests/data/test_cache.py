@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pytest
 
@@ -81,6 +82,66 @@ def test_other_bytes_and_another_tokenizer_are_other_data(data):
     assert len(entries(data)) == 4
 
 
+def test_what_the_tokenizer_and_its_template_depend_on(data):
+    """Also what stands in no vocabulary: how special tokens in a text are taken, and those that a template reads."""
+    template = "{{ pad_token }}" + CHATML
+    whole, split = byte_tokenizer(template), byte_tokenizer(template)
+    split.split_special_tokens = True
+    for each in (whole, split, byte_tokenizer(template, pad_token="<|eot|>")):
+        prepare_sources(recipe(data), each)
+    assert len(entries(data)) == 3
+
+
+def test_names_inside_a_folder_and_unused_options_are_not_the_data(data):
+    folder = data.parent / "folder"
+    folder.mkdir()
+    data.rename(folder / "a.json")
+    root = data.parent / "cache"
+    tokenizer = byte_tokenizer(CHATML)
+    prepare_sources(recipe(folder, root=root, pack=True), tokenizer)
+    (folder / "a.json").rename(folder / "b.JSON")
+    prepare_sources(recipe(folder, root=root, pack=True, seed=7), tokenizer)
+    prepare_sources(recipe(folder / "b.JSON", root=root), tokenizer)
+    assert len(entries(data)) == 2
+
+
+def test_data_that_changes_while_it_is_read_is_not_kept(data, monkeypatch):
+    make = dataset.make_parts
+
+    def late(*args):
+        data.write_text(data.read_text().replace("xx", "yy"))
+        return make(*args)
+
+    monkeypatch.setattr(dataset, "make_parts", late)
+    with pytest.raises(DataError, match="has changed while it was read"):
+        prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    assert entries(data) == []
+
+
+def test_a_cache_inside_the_data_is_refused(data):
+    for inside, fine in (("cache", False), (".cache", True)):
+        wanted = recipe(data.parent, root=data.parent / inside)
+        if fine:
+            assert prepare_sources(wanted, byte_tokenizer(CHATML)).reports[0].samples == 39
+        else:
+            with pytest.raises(DataError, match="is inside the data"):
+                prepare_sources(wanted, byte_tokenizer(CHATML))
+
+
+def test_what_is_left_of_a_cleared_entry_is_replaced(data):
+    made = prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).unlink()
+    assert prepare_sources(recipe(data), byte_tokenizer(CHATML)).dataset[:] == made.dataset[:]
+
+
+@pytest.mark.parametrize("account", ["{}", "[]", '{"rows": 39, "account": {}}', '{"rows": 38, "account": {}}', "{"])
+def test_a_damaged_account_is_named(data, account):
+    made = prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).write_text(account)
+    with pytest.raises(DataError, match="is damaged"):
+        prepare_sources(recipe(data), byte_tokenizer(CHATML))
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_mixture_is_opened_by_its_keys(data, lazy):
     other = data.with_name("other.jsonl")
@@ -119,19 +180,22 @@ def test_the_first_of_two_writers_wins(data):
     root = data.parent / "cache"
 
     def late(file):
-        cache.store(root, "k", lambda rows: {"by": rows.write_text("first") and 1})
-        return {"by": file.write_text("second") and 2}
+        cache.store(root, "k", lambda rows: (rows.write_text("first"), {"by": 1}))
+        return file.write_text("second"), {"by": 2}
 
     cache.store(root, "k", late)
-    assert json.loads((root / "k" / cache.ACCOUNT).read_text()) == {"by": 1}
+    assert json.loads((root / "k" / cache.ACCOUNT).read_text()) == {"rows": 5, "account": {"by": 1}}
     assert entries(data) == ["k"]
 
 
 def test_what_killed_writers_left_is_removed_in_time(data):
     root = data.parent / "cache"
-    for name, age in (("old", 10**6), ("young", 10)):
+    here = f"{socket.gethostname()}-"
+    for name, age in (("old", 10**6), ("young", 10), (f"{here}999999999-x", 10), (f"{here}{os.getpid()}-x", 10)):
         folder = root / f".making-{name}"
         folder.mkdir(parents=True)
         os.utime(folder, (folder.stat().st_mtime - age,) * 2)
     prepare_sources(recipe(data), byte_tokenizer())
-    assert [each for each in entries(data) if each.startswith(".")] == [".making-young"]
+    assert [each for each in entries(data) if each.startswith(".")] == sorted(
+        [".making-young", f".making-{here}{os.getpid()}-x"]
+    )

@@ -9,6 +9,7 @@ import trl
 from tests.data.tiny import byte_tokenizer, conversation, trained_text
 from zero_sft.data.labels import tokenise
 from zero_sft.data.templates import choose_template
+from zero_sft.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 _MARKS = re.compile(r"<\|?[^<>\s{}'\"|]{2,40}\|?>|<｜[^>]*?｜>")
@@ -72,3 +73,38 @@ def test_thoughts_are_trained_on_where_they_are_kept(name, earlier, last):
     ends = ENDS[name]
     answers = trained(name, "Hi", f"{THOUGHTS}Hello.", "More?", f"{THOUGHTS}No.")
     assert answers == [f"{earlier}Hello.{ends[0]}", f"{last}No.{ends[1]}"]
+
+
+def test_white_space_is_not_taken_for_the_templates():
+    """Between the question and the answer this template writes a line's end, as the trimmed question ended."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content | trim }}"
+        "{% else %}{{ '\n' }}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(source)
+    template = choose_template("model", tokenizer)
+    for talk in (("q", "Hi"), ("q\n", "\nHi")):
+        (example,) = tokenise([template.render(conversation(*talk))], tokenizer, 1000)
+        assert trained_text(example, tokenizer) == [f"{talk[1]}<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_template_that_was_used_before_gives_the_same(name):
+    """What was rendered once for a shape of conversation is right for the next of that shape, whatever its texts."""
+    _, template = model_of(name)
+    talks = [
+        ("Hi", "Hello.", "More?", "No."),
+        ("<|im_end|>", "user", "assistant\n", "<think>x</think>y"),
+        ("a\n", "b", "c", " d"),
+    ]
+    for texts in talks:
+        _, fresh = model_of(name)
+        talk = conversation(*texts)
+        try:
+            expected = fresh.render(talk)
+        except DataError:
+            with pytest.raises(DataError):
+                template.render(talk)
+            continue
+        assert template.render(talk) == expected

@@ -42,6 +42,21 @@ def test_it_counts_shows_and_draws(model, data, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_a_mixture_costs_counts_rows_as_often_as_they_are_in_it(model, data, tmp_path, capsys):
+    """Packed never costs more than padded, nor less than the rows' own tokens."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": "y" * n}) for n in range(1, 40)))
+    command = ["--model_name_or_path", str(model), "--data_path", f"{data}:0.7,{other}:0.3", "--model_max_length", "120"]
+    assert main(command) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "tokens computed for each" in line)
+    packed, padded = (
+        float(word.strip(";:")) for word in line.split() if word.strip(";:").replace(".", "").isdigit() and "." in word
+    )
+    assert 1 <= packed < padded
+    assert main([*command, "--packing", "False"]) == 0
+    assert f": {padded:.2f}" in capsys.readouterr().out
+
+
 def test_errors_are_one_line(model, data, tmp_path, capsys):
     command = ["--model_name_or_path", str(model), "--data_path"]
     assert main([*command, str(tmp_path / "none.json")]) == 2
@@ -54,6 +69,7 @@ def test_errors_are_one_line(model, data, tmp_path, capsys):
 def test_histogram():
     assert histogram([1, 2, 24])[0] == (1, 2, 2)
     assert histogram([1, 2, 24])[-1] == (23, 24, 1)
-    assert histogram([7]) == [(1, 1, 0), (2, 2, 0), (3, 3, 0), (4, 4, 0), (5, 5, 0), (6, 6, 0), (7, 7, 1)]
+    assert histogram([7, 7]) == [(7, 7, 2)]
+    assert histogram([60, 65])[0] == (60, 60, 1)
     assert sum(count for _, _, count in histogram(list(range(1, 1000)))) == 999
     assert len(histogram(list(range(1, 1000)))) <= 12

@@ -63,7 +63,7 @@ def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
     prepared = prepare(written(tmp_path, ("x" * 100, "b")), byte_tokenizer(CHATML), model_max_length=60, lazy=True)
     assert set(prepared.dataset[0]["labels"]) == {IGNORED}
     assert prepared.reports[0].tokens is None
-    assert len(prepared.reports[0].lines()) == 1
+    assert "tokenised when they are needed" in prepared.reports[0].lines()[1]
 
 
 def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
@@ -173,6 +173,17 @@ def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
     assert "1 bad samples skipped, the first:" in "\n".join(report.lines())
     tokenizer = byte_tokenizer(CHATML)
     assert trained(prepare(path, tokenizer, model_max_length=512), tokenizer) == ["b<|im_end|>" * 2, "b<|im_end|>"]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_the_template_refuses_is_skipped_if_wished_lazily_too(tmp_path, lazy):
+    tokenizer = byte_tokenizer(
+        CHATML.replace("{% for", "{% if messages[0].content == 'bad' %}{{ raise_exception('bad') }}{% endif %}{% for", 1)
+    )
+    path = written(tmp_path, ("bad", "a"), ("b", "c"), ("bad", "d"))
+    prepared = prepare(path, tokenizer, model_max_length=90, lazy=lazy, reader=Reader(on_bad_sample="skip"))
+    assert (prepared.reports[0].bad, len(prepared.dataset)) == (2, 1)
+    assert prepared.dataset[0]["input_ids"]
 
 
 def chat(*texts):

@@ -76,6 +76,15 @@ def test_the_shipped_samples_are_read():
     assert (reading.leading_turns, reading.unanswered_turns) == (0, 0)
 
 
+def test_a_line_that_breaks_off_has_its_own_number(tmp_path):
+    path = written(tmp_path, '{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "data.jsonl")
+    assert "line 2: not JSON: Expecting ',' delimiter at column 13" in refused(path)
+
+
+def test_numbers_that_python_does_not_read(tmp_path):
+    assert "line 1: not usable as JSON" in refused(written(tmp_path, '{"text": "x", "n": ' + "9" * 5000 + "}", "data.jsonl"))
+
+
 def test_missing_empty_and_unreadable_files(tmp_path):
     assert "no such file" in refused(tmp_path / "none.json")
     assert "has no .json, .jsonl, .parquet file" in refused(tmp_path)

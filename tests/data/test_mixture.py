@@ -45,7 +45,14 @@ def test_what_a_path_names(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a,", "empty path"), ("a:0.5,b", "1 of 2"), ("a:0,b:1", "above 0"), ("a:nan,b:1", "above 0"), (":1,b:1", "after")],
+    [
+        ("a,", "empty path"),
+        ("a:0.5,b", "1 of 2"),
+        ("a:0,b:1", "above 0"),
+        ("a:nan,b:1", "above 0"),
+        (":1,b:1", "after"),
+        ("a:1e-300,b:1e300", "too far apart"),
+    ],
 )
 def test_what_names_no_sources(text, part):
     with pytest.raises(DataError, match=part):

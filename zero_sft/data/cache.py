@@ -4,11 +4,14 @@ An entry is a folder, `<root>/<key>`: `rows.arrow`, Arrow's stream format, and `
 and takes it at the end by a rename, so an entry that is there is whole; of several writers the first wins.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.source import Data
 from zero_sft.errors import DataError
+from zero_sft.tokenizer.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     import datasets
@@ -31,10 +35,12 @@ _ABANDONED_SECONDS = 3 * 24 * 3600
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "trl")
 
 
-def default_root() -> Path:
-    """Beside the other prepared datasets of this user: `HF_DATASETS_CACHE`, or its default below `HF_HOME`."""
+def cache_root(folder: str | None) -> Path:
+    """That folder; by default beside the other prepared datasets of this user, below `HF_DATASETS_CACHE` or `HF_HOME`."""
     from datasets import config
 
+    if folder:
+        return Path(folder).expanduser()
     return Path(config.HF_DATASETS_CACHE) / "zero_sft"
 
 
@@ -58,23 +64,31 @@ def key_of_rows(data: Data, pipeline: Pipeline) -> str:
     return key_of(
         data.identity(),
         _tokenizer(pipeline.tokenizer),
-        [pipeline.template.name, str(pipeline.template.jinja(pipeline.tokenizer))],
+        str(pipeline.template.jinja(pipeline.tokenizer)),
         [asdict(pipeline.reader), pipeline.model_max_length, pipeline.lazy],
     )
 
 
-def _tokenizer(tokenizer: Any) -> list[Any]:
-    """What its encodings depend on; how it pads and cuts is set anew with each call."""
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    """What its encodings and templates depend on; how it pads and cuts is set anew with each call."""
+    known = fingerprint(tokenizer)
+    for name in ("backend", "chat template", "padding side", "truncation side", "model_max_length"):
+        del known[name]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    ends = [tokenizer.bos_token, tokenizer.eos_token]
-    return [type(tokenizer).__name__, ends, {**backend, "padding": None, "truncation": None}]
+    code = inspect.getsourcefile(type(tokenizer)) if type(tokenizer).__module__.startswith("transformers_modules.") else None
+    return {
+        **known,
+        "backend": {**backend, "padding": None, "truncation": None},
+        "split special tokens": tokenizer.split_special_tokens,
+        "code": Path(code).read_text(encoding="utf-8") if code else None,
+    }
 
 
 def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | None":
     """The rows of that key, mapped, and their account; None where there is no such entry.
 
     Raises:
-        DataError: an entry that can't be read.
+        DataError: an entry that can't be read, or has not all of its rows.
     """
     import datasets
 
@@ -82,13 +96,17 @@ def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | 
     if not (folder / ACCOUNT).exists():
         return None
     try:
-        return datasets.Dataset.from_file(str(folder / ROWS)), json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # pyarrow's errors are among them
+        dataset = datasets.Dataset.from_file(str(folder / ROWS))
+        account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
+        if account["rows"] != len(dataset):
+            raise ValueError(f"{len(dataset)} rows of {account['rows']}")
+        return dataset, account["account"]
+    except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's errors are among them
         raise DataError(f"{folder} is damaged: {error}. Delete that folder; it will be made anew.") from error
 
 
-def store(root: Path, key: str, write: Callable[[Path], Mapping[str, Any]]) -> None:
-    """Make an entry: `write` writes the rows to the path it is given, and returns their account.
+def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]]) -> None:
+    """Make an entry: `write` writes the rows to the path it is given, and returns how many, and their account.
 
     Raises:
         DataError: the folder can't be written to; and what `write` raises. No trace is left.
@@ -96,11 +114,11 @@ def store(root: Path, key: str, write: Callable[[Path], Mapping[str, Any]]) -> N
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(root)
-        with tempfile.TemporaryDirectory(prefix=_MAKING, dir=root, ignore_cleanup_errors=True) as top:
+        with tempfile.TemporaryDirectory(prefix=f"{_making()}{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as top:
             made = Path(top) / key
             made.mkdir()
-            account = write(made / ROWS)
-            (made / ACCOUNT).write_text(json.dumps(account, ensure_ascii=False), encoding="utf-8")
+            rows, account = write(made / ROWS)
+            (made / ACCOUNT).write_text(json.dumps({"rows": rows, "account": account}), encoding="utf-8")
             for each in made.iterdir():
                 _flush(each)
             _take_place(made, root / key)
@@ -114,18 +132,25 @@ def _take_place(made: Path, place: Path) -> None:
     try:
         made.rename(place)
     except OSError:
-        if not (place / ACCOUNT).exists():  # else another was first, with the same rows
-            raise
+        if (place / ACCOUNT).exists():  # another was first, with the same rows
+            return
+        shutil.rmtree(place, ignore_errors=True)  # what is left of an entry that was cleared away
+        made.rename(place)
+
+
+def _making() -> str:
+    """How folders begin that are being written on this machine."""
+    return f"{_MAKING}{socket.gethostname()}-"
 
 
 def _remove_abandoned(root: Path) -> None:
-    """What writers that were killed have left, once it is surely theirs."""
+    """What writers that were killed have left: those of this machine at once, others' when it is surely theirs."""
     for each in root.glob(f"{_MAKING}*"):
-        try:
-            if time.time() - each.stat().st_mtime > _ABANDONED_SECONDS:
+        with contextlib.suppress(FileNotFoundError):
+            process = each.name.removeprefix(_making()).split("-")[0]
+            gone = each.name.startswith(_making()) and process.isdecimal() and not Path(f"/proc/{process}").exists()
+            if gone or time.time() - each.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(each, ignore_errors=True)
-        except FileNotFoundError:
-            continue
 
 
 def _flush(file: Path) -> None:

@@ -102,12 +102,12 @@ class ChatTemplate:
         if not places:
             return []
         parts = [_split_thoughts(messages[number]["content"]) for number in places]
-        if not any(thoughts for thoughts, _ in parts):
-            for texts in ([each["content"] for each in messages], [each["content"].strip() for each in messages]):
-                around = self._assembled(messages, texts, places)
-                if around:
-                    with contextlib.suppress(DataError):  # a template that looks at the texts: it is asked again, with these
-                        return self._fitted(text, around, places, parts, where)
+        # White space at a text's ends may be taken for the template's, or the other way round.
+        if all(each["content"] == each["content"].strip() for each in messages) and not any(thoughts for thoughts, _ in parts):
+            around = self._assembled(messages, places)
+            if around:
+                with contextlib.suppress(DataError):  # a template that looks at the texts: it is asked again, with these
+                    return self._fitted(text, around, places, parts, where)
         return self._fitted(text, self._rendered(messages, places, parts, where), places, parts, where)
 
     def _rendered(
@@ -123,9 +123,7 @@ class ChatTemplate:
             raise _unmaskable(where, places[0])
         return around[::2]
 
-    def _assembled(
-        self, messages: Sequence[Mapping[str, str]], texts: Sequence[str], places: Sequence[int]
-    ) -> list[str] | None:
+    def _assembled(self, messages: Sequence[Mapping[str, str]], places: Sequence[int]) -> list[str] | None:
         """`_rendered`, without rendering: from what the template writes around all texts of any such conversation."""
         shape = tuple((each["role"], bool(each["content"])) for each in messages)
         if shape not in self.frames and len(self.frames) < _MOST_FRAMES:
@@ -139,7 +137,7 @@ class ChatTemplate:
             if number in places:
                 around.append(literal)
             else:
-                around[-1] += texts[number] + literal
+                around[-1] += messages[number]["content"] + literal
         return around
 
     def _frame(self, shape: tuple[tuple[str, bool], ...]) -> list[str] | None:

@@ -17,6 +17,7 @@ from zero_sft.world import World
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from zero_sft.data.dataset import Prepared
     from zero_sft.data.mixture import Recipe
 
 BINS = 12
@@ -37,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer, recipe = _tokenizer(options), _recipe(options)
         prepared = prepare_sources(recipe, tokenizer)
         lengths = prepared.dataset["length"]
-        trained = sum(each.trained_tokens or 0 for each in prepared.reports)
-        packed = _packed_lines(options, recipe, tokenizer, trained)
+        packed = _packed_lines(options, recipe, tokenizer, prepared)
         for line in [*prepared.lines(), *prepared.warnings(), *packed]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_sample(number, prepared.dataset[number], tokenizer, console)
         if options.plot:
             _draw(lengths, options.plot)
+            console.print(f"lengths drawn in {options.plot}", markup=False)
     except ZeroSftError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -72,10 +73,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--packing", choices=("True", "False"), help="by default where the model keeps packed samples apart")
     add("--seed", type=int, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
-    add("--dataset_num_proc", type=int, help="processes that prepare; by default one a core, 16 at most")
-    add("--data_cache_dir", type=Path, help="where prepared data is kept, for the job to find")
+    add("--dataset_num_proc", type=_count, help="processes that prepare; by default one a core, 16 at most")
+    add("--data_cache_dir", help="where prepared data is kept, for the job to find")
     add("--plot", type=Path, metavar="PNG", help="draw the histogram of lengths")
     return result
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def _hub(options: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def _tokenizer(options: argparse.Namespace) -> Any:
 
 def _recipe(options: argparse.Namespace) -> "Recipe":
     """The job's recipe for the same arguments, so that it finds what is prepared here."""
-    from zero_sft.data.cache import default_root
+    from zero_sft.data.cache import cache_root
     from zero_sft.data.mixture import Recipe
     from zero_sft.data.reader import Reader
     from zero_sft.data.workers import usable_processes
@@ -114,42 +121,53 @@ def _recipe(options: argparse.Namespace) -> "Recipe":
         chat_template=options.chat_template,
         reader=reader,
         seed=options.seed,
-        root=options.data_cache_dir or default_root(),
+        root=cache_root(options.data_cache_dir),
         processes=options.dataset_num_proc or usable_processes(),
     )
 
 
-def _packed_lines(options: argparse.Namespace, recipe: "Recipe", tokenizer: Any, trained: int) -> list[str]:
-    """Pack as the job would; how that went, and what it saves. `trained`: how many tokens are trained on."""
+def _packed_lines(options: argparse.Namespace, recipe: "Recipe", tokenizer: Any, prepared: "Prepared") -> list[str]:
+    """Pack as the job would; how that went, and what it saves."""
     from zero_sft.config import prepare_config_in, text_config
     from zero_sft.data.mixture import prepare_sources
     from zero_sft.data.packing import choose_packing
     from zero_sft.hub import HubOptions
 
     wanted = None if options.packing is None else options.packing == "True"
-    if wanted is False:
-        return ["samples are not packed: --packing False"]
     hub = HubOptions.from_kwargs(_hub(options))
     config = prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None)
     packing = choose_packing(wanted, text_config(config), attention=None, lazy=False)
+    each = options.model_max_length / _trained_tokens(prepared.dataset)
+    padded = f"with each sample padded to {options.model_max_length:,}: {len(prepared.dataset) * each:.2f}"
     if not packing.on:
-        return [f"samples are not packed: {packing.reason}"]
+        return [f"samples are not packed: {packing.reason}", f"tokens computed for each that is trained on, {padded}"]
     packed = prepare_sources(replace(recipe, pack=True), tokenizer)
-    rows, samples = len(packed.dataset), sum(each.kept for each in packed.reports)
-    padded, full = (count * options.model_max_length / trained for count in (samples, rows))
-    return [packed.notes[-1], f"tokens computed for each that is trained on: {full:.2f}; each sample padded, {padded:.2f}"]
+    full = f"tokens computed for each that is trained on: {len(packed.dataset) * each:.2f}; {padded}"
+    return [packed.notes[-1], full]
+
+
+def _trained_tokens(dataset: Any) -> int:
+    """Of all rows, those of a mixture as often as they are in it."""
+    from zero_sft.data.labels import IGNORED
+
+    batches = dataset.select_columns(["labels"]).with_format("arrow").iter(10_000)
+    return sum(
+        int((chunk.flatten().to_numpy() != IGNORED).sum()) for batch in batches for chunk in batch.column("labels").chunks
+    )
 
 
 def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Counts by length, (first, last, how many), in at most `BINS` bins of one width.
+    """Counts by length, (first, last, how many), in at most `BINS` bins of one width, from the least length on.
 
     Worked example: lengths 1, 2, 24 → bins of 2: (1, 2, 2), ..., (23, 24, 1).
     """
-    width = -(-max(lengths) // BINS)
-    counts = [0] * -(-max(lengths) // width)
+    least = min(lengths)
+    span = max(lengths) - least + 1
+    width = -(-span // BINS)
+    counts = [0] * -(-span // width)
     for length in lengths:
-        counts[max(0, length - 1) // width] += 1
-    return [(number * width + 1, (number + 1) * width, count) for number, count in enumerate(counts)]
+        counts[(length - least) // width] += 1
+    return [(least + number * width, least + (number + 1) * width - 1, count) for number, count in enumerate(counts)]
 
 
 def _print_histogram(lengths: Sequence[int], console: "Console") -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 from transformers import PreTrainedTokenizerBase
@@ -58,8 +58,7 @@ class Prepared:
     def warnings(self) -> list[str]:
         """What looks wrong with the data."""
         return [
-            f"{each.file}: nothing is trained on in {each.untrained_share:.0%} of the samples ({listed(each.dropped)}). Look "
-            "at them with python -m zero_sft.data."
+            f"{each.file}: nothing is trained on in {each.untrained_share:.0%} of the samples ({listed(each.dropped)})"
             for each in self.reports
             if each.untrained_share > _MANY_UNTRAINED
         ]
@@ -102,10 +101,16 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
         parts = list(make_parts(pipeline, data.objects(), processes))
         table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
         return _prepared(_in_memory(table), _report(data, parts, pipeline), pipeline)
+    data.require_outside(root)
+    state = data.state()
     key = cache.key_of_rows(data, pipeline)
     found = open_prepared(root, key, data, pipeline)
-    if found is None:
-        cache.store(root, key, lambda file: asdict(_write(file, data, pipeline, processes)))
+    if found is not None:
+        logger.info("  prepared before, in %s", root / key)
+    else:
+        start = time.monotonic()
+        cache.store(root, key, lambda file: _entry(file, data, state, pipeline, processes))
+        logger.info("  prepared in %.0f s, kept in %s", time.monotonic() - start, root / key)
         found = open_prepared(root, key, data, pipeline)
     if found is None:
         raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
@@ -117,7 +122,11 @@ def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline) -> Prepa
     found = cache.find(root, key)
     if found is None:
         return None
-    report = replace(DataReport(**{**found[1], "layouts": tuple(found[1]["layouts"])}), file=data.name)
+    try:
+        report = DataReport(**{**found[1], "layouts": tuple(found[1]["layouts"])})
+    except (TypeError, LookupError) as error:
+        raise DataError(f"{root / key} is damaged: {error}. Delete that folder; it will be made anew.") from error
+    report = replace(report, file=data.name, template=pipeline.template.name)
     return replace(_prepared(found[0], report, pipeline), keys=[key])
 
 
@@ -131,6 +140,14 @@ def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
     from datasets.table import InMemoryTable
 
     return datasets.Dataset(InMemoryTable(table))
+
+
+def _entry(file: Path, data: Data, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
+    """The rows to a file, how many, and their account, if the data is in the state still that its key was made in."""
+    report = _write(file, data, pipeline, processes)
+    if data.state() != state:
+        raise DataError(f"{data.name} has changed while it was read. Start again when nobody writes to it.")
+    return report.kept, asdict(report)
 
 
 def _write(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataReport:

@@ -6,6 +6,7 @@ number from 1 on, that messages name.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,9 @@ def files_of(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = sorted(each for each in path.rglob("*") if each.suffix in KINDS and each.is_file() and not _is_hidden(each, path))
+    found = sorted(
+        each for each in _below(path) if each.suffix.lower() in KINDS and each.is_file() and not _is_hidden(each, path)
+    )
     if not found:
         raise DataError(f"{path} has no {', '.join(KINDS)} file. Check {_ARGUMENTS}.")
     return found
@@ -62,7 +65,30 @@ class Files:
         Raises:
             DataError: no such file, or it can't be read.
         """
-        return [[str(each.relative_to(self.path)), _digest(each)] for each in files_of(self.path)]
+        return [_digest(each) for each in files_of(self.path)]
+
+    def state(self) -> list[Any]:
+        """Tells whether the files were written to meanwhile, without reading them; errors as `identity`'s."""
+        return [[str(each), *_stamp(each)] for each in files_of(self.path)]
+
+    def require_outside(self, root: Path) -> None:
+        """Raise if files that are written below `root` would be read as data."""
+        if (
+            self.path.is_dir()
+            and root.resolve().is_relative_to(self.path.resolve())
+            and not _is_hidden(root.resolve(), self.path.resolve())
+        ):
+            raise DataError(
+                f"--data_cache_dir {root} is inside the data, {self.path}, and would be read with it. Name another."
+            )
+
+
+def _stamp(file: Path) -> list[int]:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise DataError(f"no such file: {file}. Check {_ARGUMENTS}.") from error
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def _digest(file: Path) -> str:
@@ -75,6 +101,18 @@ def _digest(file: Path) -> str:
         raise DataError(f"{file} can't be read: {error.strerror or error}. Check {_ARGUMENTS}.") from error
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """All that is in a folder, in its folders, and in those that they link to, each folder once."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in files)
+
+
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
@@ -85,7 +123,7 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     Raises:
         DataError: no such file, not UTF-8, not JSON, damaged, or nothing in it; with the remedy.
     """
-    for each, place in _parquet(path) if path.suffix == ".parquet" else _json_objects(path):
+    for each, place in _parquet(path) if path.suffix.lower() == ".parquet" else _json_objects(path):
         yield each, f"{path}, {place}{_identity(each)}"
 
 
@@ -110,7 +148,7 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    sample = _json(line, path, first_line=number)
+                    sample = _json(line.rstrip("\n"), path, first_line=number)
                 except DataError as error:
                     sample = BadLine(str(error))
                 yield sample, f"line {number}"
@@ -137,8 +175,11 @@ def _json(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}; got "
-            f"{_excerpt(error.doc, error.pos)}. The file must be one JSON list, or one JSON object a line."
+            f"{_excerpt(error.doc, error.pos)}. The file must be one JSON list, or one JSON object a line; one of "
+            "Parquet is named .parquet."
         ) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}, line {first_line}: not usable as JSON: {error}.") from error
     except RecursionError as error:
         raise DataError(f"{path}, line {first_line}: JSON nested too deep to be conversations. Expected {EXPECTED}.") from error
 

@@ -33,6 +33,12 @@ class HubDataset:
         for number, row in enumerate(_loaded(self.id, self.split), start=1):
             yield row, f"{self.name}, sample {number}"
 
+    def state(self) -> None:
+        """None: a commit does not change."""
+
+    def require_outside(self, root: Path) -> None:
+        """Nothing: it is not read from a folder of the user's."""
+
     def identity(self) -> list[Any]:
         """Which rows of which commit, JSON-able; errors as `objects`'."""
         dataset = _loaded(self.id, self.split)

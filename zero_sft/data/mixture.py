@@ -83,7 +83,7 @@ def _packed(mixed: Prepared, recipe: Recipe, keys: Sequence[str]) -> Prepared:
     else:
         key, root = _packed_key(recipe, keys), recipe.root
         if cache.find(root, key) is None:
-            cache.store(root, key, lambda file: {"rows": len(pack(mixed.dataset, recipe.model_max_length, str(file)))})
+            cache.store(root, key, lambda file: (len(pack(mixed.dataset, recipe.model_max_length, str(file))), {}))
         found = cache.find(root, key)
         if found is None:
             raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
@@ -93,8 +93,9 @@ def _packed(mixed: Prepared, recipe: Recipe, keys: Sequence[str]) -> Prepared:
 
 
 def _packed_key(recipe: Recipe, keys: Sequence[str]) -> str:
-    weights = [each.weight for each in parse_sources(recipe.paths)]
-    return cache.key_of("packed", list(keys), weights, recipe.seed, recipe.model_max_length)
+    weights = [each.weight for each in parse_sources(recipe.paths) if each.weight is not None]
+    drawn = [recipe.seed, *(f"{weight / sum(weights):.9f}" for weight in weights)] if weights else []
+    return cache.key_of("packed", list(keys), drawn, recipe.model_max_length)
 
 
 def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -> Prepared:

@@ -32,7 +32,8 @@ ISOLATING = frozenset(
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
-_AT_ONCE = 20_000  # samples packed together
+_AT_ONCE = 20_000  # samples packed together, if they are not very long
+_TOKENS_AT_ONCE = 2**30  # Arrow counts a column's in 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def choose_packing(wanted: bool | None, config: Any, *, attention: str | None, l
         ArgumentError: it is wanted and can't be.
     """
     if wanted is False:
-        return Packing(on=False, reason="not wanted")
+        return Packing(on=False, reason="--packing False")
     reason = _obstacle(config, attention, lazy)
     if reason and wanted:
         raise ArgumentError(f"--packing True: {reason}. Leave it out, and samples are padded to the longest of their batch.")
@@ -81,7 +82,11 @@ def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = 
     """
     from trl import pack_dataset
 
-    options = {"cache_file_name": file, "batch_size": _AT_ONCE, "load_from_cache_file": False}
+    options = {
+        "cache_file_name": file,
+        "batch_size": max(1, min(_AT_ONCE, _TOKENS_AT_ONCE // model_max_length)),
+        "load_from_cache_file": False,
+    }
     return pack_dataset(dataset.select_columns(["input_ids", "labels"]), model_max_length, "bfd", options)
 
 

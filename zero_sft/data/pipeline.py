@@ -66,6 +66,8 @@ class Pipeline:
         bad = list(reading.bad)
         dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
         if self.lazy:
+            if self.reader.skips_bad:
+                answered = [each for each in answered if self._render(each, bad) is not None]
             list(self._examples(answered[:1]))  # what fails on every sample fails now
             texts = [json.dumps(asdict(each)) for each in answered]
             return self._part(reading, {"sample": texts}, {"bad": bad, "dropped": dropped})

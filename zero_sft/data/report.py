@@ -38,10 +38,13 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for the log: what there is, then only what was left out."""
         found = f"format {' and '.join(self.layouts)}, template {self.template}"
-        lines = [f"{self.file}: {self.kept:,} of {self.samples:,} samples, {self.turns:,} turns ({found})"]
+        of = "from" if self.split else "of"
+        lines = [f"{self.file}: {self.kept:,} {of} {self.samples:,} samples, {self.turns:,} turns ({found})"]
         if self.split:
             lines.append(f"{self.split:,} samples longer than --model_max_length, split between rounds")
-        if self.tokens is not None:
+        if self.tokens is None:
+            lines.append("tokenised when they are needed: how many tokens they have, and which are cut off, is not known")
+        else:
             lines.append(f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained on")
         if self.bad:
             lines.append(f"{self.bad:,} bad samples skipped, the first: {self.first_bad}")

@@ -11,6 +11,7 @@ from zero_sft.errors import DataError
 
 Data = Files | HubDataset
 
+_LEAST_SHARE = 1e-6
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<split>\w[\w.-]*))?")
 
 
@@ -34,6 +35,11 @@ def parse_sources(text: str) -> list[Source]:
     weighted = sum(each.weight is not None for each in sources)
     if 0 < weighted < len(sources):
         raise DataError(f"{text}: weights for {weighted} of {len(sources)} sources. Give each a weight, or none.")
+    shares = [each.weight for each in sources if each.weight is not None]
+    if shares and min(shares) < _LEAST_SHARE * max(shares):
+        raise DataError(
+            f"{text}: the weights {max(shares):g} and {min(shares):g} are too far apart. Leave the smaller one out."
+        )
     return sources
 
 
@@ -59,6 +65,6 @@ def _source(part: str, text: str) -> Source:
 def _data(name: str) -> Data:
     """A file or folder, or, where there is none of that name, the dataset of the hub that it may name."""
     path, match = Path(name).expanduser(), _HUB_ID.fullmatch(name)
-    if match is None or path.exists() or path.suffix in KINDS or path.parent.exists():
+    if match is None or path.exists() or path.suffix.lower() in KINDS or path.parent.exists():
         return Files(path=path)
     return HubDataset(id=match["id"], split=match["split"] or "train")

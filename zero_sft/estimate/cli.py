@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plot:
             _plot(results, options)
     except ZeroSftError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error}\n".replace("--model_name_or_path", "--model"))  # the job's name for it
         return 2
     sys.stdout.write(json.dumps([each.to_dict() for each in results], indent=2) + "\n" if options.json else "")
     for each in [] if options.json else results:
