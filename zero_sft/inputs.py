@@ -96,6 +96,7 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
     """
     recipe = _recipe(parsed, parsed.data.training_path)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
+    said = packing.on
     if packing.on:
         packed = _prepare(replace(recipe, pack=True), tokenizer, world)
         needed = size["world_size"] * size["per_device_batch_size"]
@@ -103,7 +104,7 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
             require_one_batch(packed, **size)
             return packed, {}
         packing = Packing(on=False, reason=f"they fill {len(packed.dataset)} rows, and one batch needs {needed}")
-    train = _prepare(recipe, tokenizer, world)
+    train = prepare_together(recipe, tokenizer, world) if said else _prepare(recipe, tokenizer, world)
     require_one_batch(train, **size)
     logger.info("samples are not packed: %s", packing.reason)
     if parsed.data.packing is not None:

@@ -42,7 +42,7 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
     config = _read_json(folder / "config.json")
     pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
     if tokenizer.pad_token not in (None, pad):
-        logger.info("pad token: %s instead of %s (%s), also in what is saved", pad, tokenizer.pad_token, why)
+        logger.info("padding with %s, its %s token, instead of %s; so in what is saved", pad, why, tokenizer.pad_token)
     tokenizer.pad_token = pad
     if why != "unk":
         logger.warning("no usable unk token in the tokenizer of %s; padding with %s (%s)", folder, pad, why)
