@@ -22,6 +22,7 @@ from zero_sft.tokenizer.fingerprints import PROBES
 
 logger = logging.getLogger(__name__)
 
+UNK = "the unk token"
 _PAD, _SPARE = (re.compile(rf"(?i)(?<![a-z])({words})") for words in ("pad", "reserved|unused|dummy"))
 _MEDIA = re.compile(r"(?i)image|img|video|vision|audio|speech")
 
@@ -42,9 +43,9 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
     config = _read_json(folder / "config.json")
     pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
     if tokenizer.pad_token not in (None, pad):
-        logger.info("padding with %s, its %s token, instead of %s; so in what is saved", pad, why, tokenizer.pad_token)
+        logger.info("padding with %s (%s) instead of %s; so does what is saved", pad, why, tokenizer.pad_token)
     tokenizer.pad_token = pad
-    if why != "unk":
+    if why != UNK:
         logger.warning("no usable unk token in the tokenizer of %s; padding with %s (%s)", folder, pad, why)
     return tokenizer
 
@@ -80,7 +81,7 @@ def choose_pad_token(tokenizer: Any, rows: int | None = None) -> tuple[str, str]
         return token in vocabulary and (rows is None or vocabulary[token] < rows)
 
     if usable(tokenizer.unk_token):
-        return tokenizer.unk_token, "unk"
+        return tokenizer.unk_token, UNK
     if usable(tokenizer.pad_token) and tokenizer.pad_token != tokenizer.eos_token:
         return tokenizer.pad_token, "its own pad token"
     taken = (tokenizer.eos_token, tokenizer.bos_token)
