@@ -1,5 +1,6 @@
 """What the job works on, read and checked before the weights are: configs, tokenizer, data."""
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -81,10 +82,11 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
 
 
 def _require_other_folder(model: str, output_dir: str) -> None:
-    if Path(output_dir).exists() and Path(model).exists() and Path(model).samefile(output_dir):
-        raise ArgumentError(
-            f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another."
-        )
+    with contextlib.suppress(OSError):  # no such folders; rank 0 may just be trying whether one can be made
+        if Path(model).samefile(output_dir):
+            raise ArgumentError(
+                f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another."
+            )
 
 
 def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: World) -> tuple[Prepared, dict[str, Any]]:
