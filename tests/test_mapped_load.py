@@ -81,6 +81,52 @@ def test_an_engine_does_not_start_on_changed_files(llama):
 
 
 @pytest.mark.world_size(2)
+def test_nor_an_engine_over_a_part_of_the_model(llama):
+    import deepspeed
+    import torch.distributed as dist
+
+    ds = ds_config()
+    model = load(llama, ds_config=ds)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for file in llama.glob("*.safetensors"):
+            os.utime(file, ns=(1, 1))
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="was replaced or written to"):
+        deepspeed.initialize(model=model.model, config=ds, model_parameters=model.model.parameters())
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_after_an_engines_start_files_are_no_matter(llama, optimizer):
+    """Files that were replaced don't keep it from starting, and nothing is a part of a file then, with an optimizer or without."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    ds = ds_config()
+    if not optimizer:
+        ds.pop("optimizer", None)
+    with mock.patch.object(mapped, "SMALLEST_BYTES", 1):
+        model = load(llama, ds_config=ds)
+    assert model.load_report.bytes_mapped
+    dist.barrier()
+    files = sorted(llama.glob("*.safetensors"))
+    if dist.get_rank() == 0:
+        for file in files:
+            file.with_suffix(".new").write_bytes(bytes(file.stat().st_size))
+            file.with_suffix(".new").replace(file)
+    dist.barrier()
+    given = {"model_parameters": model.parameters()} if optimizer else {}
+    engine, *_ = deepspeed.initialize(model=model, config=ds, **given)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        logits = engine(input_ids=ids).logits
+    assert logits.abs().max() > 0.1
+    assert not any("_zero_sft_mapped_from" in param.__dict__ for param in model.parameters())
+
+
+@pytest.mark.world_size(2)
 def test_verified(llama):
     model = load(llama, verify=True)
     assert model.load_report.verified

@@ -120,7 +120,7 @@ def load_model(
             there are cores. Leaves out the module that is initialised, and what is computed once a node.
         mmap: a shard that stays in ordinary host memory, and is one run of a file in the page cache, is mapped from there, not
             copied. Until an engine starts, whoever overwrites that file in place changes the model; the engine's start
-            refuses then. Frozen parameters stay mapped. False: all is copied.
+            copies, and refuses if somebody did. False: all is copied at once.
         while_reading: called when the sharded loader begins to read, on every rank, to start other work on a thread: nothing
             else happens on the host until the weights are there. It must not communicate.
         **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.

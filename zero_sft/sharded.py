@@ -135,11 +135,13 @@ def _read(draft: Draft, params: Mapping[str, Any], plan: Plan, mmap: bool) -> in
         The bytes that were mapped.
     """
     mapped = map_cached(plan.reads, shards.mappable(params), draft.index.stamps) if mmap else {}
-    for name, shard in mapped.items():
-        shards.attach(params[name], shard)
     by_target: dict[str, list] = {}
     for read in plan.reads:
         by_target.setdefault(read.target, []).append(read)
+    for name, shard in mapped.items():
+        shards.attach(params[name], shard)
+        file = by_target[name][0].file
+        gather.mark_mapped(params[name], file, draft.index.stamps[file])
 
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
         wanted = (by_target[name] for name in memory if name in by_target)
@@ -170,7 +172,7 @@ def _finish(draft: Draft, request: Request, world: World, report: LoadReport, eq
         report.missing, report.unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
         model.eval()
         skeleton.read_generation_config(model, request)
-        gather.install(model, draft.index.stamps if report.bytes_mapped else {})
+        gather.install(model)
         skeleton.keep_zero3_enabled(model, request.ds_config)
 
 

@@ -29,6 +29,15 @@ def stamp(file: str | os.PathLike[str] | int) -> Stamp:
     return Stamp(device=found.st_dev, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
 
+def is_same_file(path: str, expected: Stamp) -> bool:
+    """Whether a path still names that file, changed or not."""
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (expected.device, expected.inode)
+
+
 def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: Stamp | None) -> None:
     """Raise `CheckpointError` if `file` (`path`, or that file opened) is another than the one whose header was read."""
     if expected is not None and stamp(file) != expected:

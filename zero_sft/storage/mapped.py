@@ -2,8 +2,8 @@
 
 A shard that is one run of a file's bytes, in the wanted dtype, and is to stay in ordinary host memory, can be the mapped file
 itself: private, so that a write copies the page that it touches and never reaches the file. That is as good as a copy until
-an engine starts, which moves every trainable shard into a buffer of its own anyway, and takes milliseconds where a copy takes
-as long as the memory needs to be touched and filled. Only what is in the page cache is taken so: from a disk, large reads are
+an engine starts, when what is mapped is copied (`zero.gather.settle`), and takes milliseconds where a copy takes as long as
+the memory needs to be touched and filled. Only what is in the page cache is taken so: from a disk, large reads are
 faster than faults. Whoever overwrites a mapped file in place changes the shards; a file that is replaced leaves them.
 """
 

@@ -13,8 +13,7 @@ For inference only: what a backward pass would need is gone by then. All ranks m
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,26 +21,52 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import nn
 
-from zero_sft.checkpoint.stamp import Stamp, require_unchanged
+from zero_sft import distributed
+from zero_sft.checkpoint.stamp import Stamp, is_same_file, require_unchanged
+from zero_sft.world import World
 from zero_sft.zero import shards
 
-_HANDLES, _MAPPED = "_zero_sft_gather_hooks", "_zero_sft_mapped_files"
+_HANDLES = "_zero_sft_gather_hooks"
+_MAPPED, _LOADED = "_zero_sft_mapped_from", "_zero_sft_loaded"  # attributes of parameters
 
 
-def install(model: nn.Module, mapped: Mapping[str, Stamp] = MappingProxyType({})) -> None:
-    """Let `model` gather its parameters around each module's forward until an engine takes over.
-
-    Args:
-        mapped: files of which shards are a part, by path: an engine that starts finds them unchanged, or does not start.
-    """
+def install(model: nn.Module) -> None:
+    """Let `model` gather its parameters around each module's forward until an engine takes over it, or a part of it."""
     _stand_down_for_engines()
-    handles = []
     for module in model.modules():
         if any(shards.is_sharded(param) for param in module.parameters(recurse=False)):
-            handles.append(module.register_forward_pre_hook(_before))
-            handles.append(module.register_forward_hook(_after, always_call=True))
-    setattr(model, _HANDLES, handles)
-    setattr(model, _MAPPED, mapped)
+            hooks = [module.register_forward_pre_hook(_before), module.register_forward_hook(_after, always_call=True)]
+            setattr(module, _HANDLES, hooks)
+    for param in model.parameters():
+        setattr(param, _LOADED, True)
+
+
+def mark_mapped(param: nn.Parameter, path: str, stamp: Stamp) -> None:
+    """Remember of which file a parameter's shard is a part, until an engine starts."""
+    setattr(param, _MAPPED, (path, stamp))
+
+
+def settle(module: nn.Module) -> None:
+    """Copy what is still a part of a file, and then see that no file was written to. Every rank; communicates.
+
+    A file that was replaced by another, or removed, is no matter: what is mapped is the old one.
+
+    Raises:
+        CheckpointError: a file was written to, so that shards may have changed; on every rank.
+    """
+    if not [param for param in module.parameters() if param.__dict__.pop(_LOADED, False)]:
+        return
+    world = World.detect()
+    with distributed.agreed(world, "copying shards that were mapped") if world.world_size > 1 else contextlib.nullcontext():
+        files = {}
+        for param in module.parameters():
+            path, expected = param.__dict__.pop(_MAPPED, ("", None))
+            if expected is not None:
+                param.ds_tensor.data = param.ds_tensor.data.clone()
+                files[path] = expected
+        for path, expected in files.items():
+            if is_same_file(path, expected):
+                require_unchanged(path, path, expected)
 
 
 def remove(model: nn.Module) -> None:
@@ -85,9 +110,7 @@ def _stand_down_for_engines() -> None:
 
     @functools.wraps(original)
     def setup_zero_stage3_hooks(self: DeepSpeedZeRoOffload) -> None:
-        for module in self.module.modules():
-            for path, expected in module.__dict__.get(_MAPPED, {}).items():
-                require_unchanged(path, path, expected)
+        settle(self.module)
         remove(self.module)
         original(self)
 
