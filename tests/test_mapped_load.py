@@ -99,7 +99,7 @@ def test_nor_an_engine_over_a_part_of_the_model(llama):
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("optimizer", [False, True])
 def test_after_an_engines_start_files_are_no_matter(llama, optimizer):
-    """Files that were replaced don't keep it from starting, and nothing is a part of a file then, with an optimizer or without."""
+    """Replaced files don't keep it from starting, and no shard is a part of a file then, with an optimizer or without."""
     import deepspeed
     import torch
     import torch.distributed as dist
