@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.cache import key_of_rows
 from zero_sft.data.dataset import make_pipeline, prepare
 from zero_sft.data.files import Files
 from zero_sft.data.templates import render
@@ -88,7 +87,7 @@ def main() -> int:
             root, start = Path(top) / "cache", time.monotonic()
             prepare(Files(path=data), pipeline, processes=options.processes, root=root)
             whole = time.monotonic() - start
-            shutil.rmtree(root / key_of_rows(Files(path=data), pipeline))
+            shutil.rmtree(root)
             ratios.append(whole / alone)
             sys.stdout.write(
                 f"{number}/{options.rounds}: {options.samples:,} conversations of {tokens / options.samples:.0f} tokens, "

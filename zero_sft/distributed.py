@@ -234,16 +234,19 @@ def _rebuilt(kind: str, message: str) -> errors.ZeroSftError:
     return errors.DistributedError(f"{kind}: {message}")
 
 
-def by_turns(world: World, stage: str, act: Callable[[], T], *, one_by_one: bool) -> T:
+def by_turns(
+    world: World, stage: str, act: Callable[[], T], *, one_by_one: bool, timeout: datetime.timedelta = STAGE_TIMEOUT
+) -> T:
     """`act` on every rank, `agreed`; `one_by_one`: on rank 0 first, then on a rank of each node, then on the others.
 
-    That is for custom code, which transformers copies to a folder that ranks share. Every rank; communicates.
+    That is for what one rank leaves in a folder that others may share: transformers copies custom code to one, data is
+    prepared into one. Each turn may take `timeout`. Every rank; communicates.
     """
     turns = 3 if one_by_one else 1
     mine = min(turns - 1, 0 if world.is_main else 1 if world.local_rank == 0 else 2)
     results: list[T] = []
     for turn in range(turns):
-        with agreed(world, stage):
+        with agreed(world, stage, timeout):
             if turn == mine:
                 results.append(act())
     return results[0]

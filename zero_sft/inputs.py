@@ -9,13 +9,10 @@ from typing import Any
 
 from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed
-from zero_sft.data.cache import cache_root
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe
 from zero_sft.data.packing import Packing, choose_packing
-from zero_sft.data.reader import Reader
 from zero_sft.data.together import prepare_together
-from zero_sft.data.workers import usable_processes
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
 from zero_sft.world import World
@@ -98,15 +95,14 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
     """
     recipe = _recipe(parsed, parsed.data.training_path)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    said = packing.on
-    if packing.on:
-        packed = _prepare(replace(recipe, pack=True), tokenizer, world)
+    prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
+    if prepared.unpacked is not None:
         needed = size["world_size"] * size["per_device_batch_size"]
-        if parsed.data.packing or len(packed.dataset) >= needed:
-            require_one_batch(packed, **size)
-            return packed, {}
-        packing = Packing(on=False, reason=f"they fill {len(packed.dataset)} rows, and one batch needs {needed}")
-    train = prepare_together(recipe, tokenizer, world) if said else _prepare(recipe, tokenizer, world)
+        if parsed.data.packing or len(prepared.dataset) >= needed:
+            require_one_batch(prepared, **size)
+            return prepared, {}
+        packing = Packing(on=False, reason=f"they fill {len(prepared.dataset)} rows, and one batch needs {needed}")
+    train = prepared.unpacked or prepared
     require_one_batch(train, **size)
     logger.info("samples are not packed: %s", packing.reason)
     if parsed.data.packing is not None:
@@ -116,20 +112,9 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
 
 
 def _recipe(parsed: Parsed, paths: str) -> Recipe:
-    wanted, data_seed = parsed.data, parsed.training.get("data_seed")
-    reader = Reader(
-        data_format=wanted.data_format, train_on=wanted.train_on, on_bad_sample=wanted.on_bad_sample, long=wanted.long
-    )
-    return Recipe(
-        paths=paths,
-        model_max_length=parsed.training["model_max_length"],
-        chat_template=wanted.chat_template,
-        reader=reader,
-        lazy=wanted.lazy_preprocess,
-        seed=parsed.training.get("seed", 42) if data_seed is None else data_seed,
-        root=cache_root(wanted.data_cache_dir),
-        processes=wanted.dataset_num_proc or usable_processes(),
-    )
+    seed, length = parsed.training.get("data_seed"), parsed.training["model_max_length"]
+    seed = parsed.training.get("seed", 42) if seed is None else seed
+    return Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
 
 
 def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:

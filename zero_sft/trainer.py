@@ -54,8 +54,8 @@ class Trainer(SFTTrainer):
         """A batch that is not trained on samples which were only repeated to give every rank one at the end of an epoch.
 
         Of the last batches, all ranks' in a row, the first few samples are the epoch's last; accelerate's own count of them is
-        wrong after a resume. Packed rows that were laid
-        behind each other for flash attention can't be told apart any more; there they are trained on once more.
+        wrong after a resume. Packed rows that were laid behind each other for flash attention can't be told apart any more;
+        there they are trained on once more.
         """
         dataset: Any = self.train_dataset
         ranks, size = self.args.world_size, self.args.train_batch_size

@@ -32,10 +32,10 @@ def stamp(file: str | os.PathLike[str] | int) -> Stamp:
 def is_same_file(path: str, expected: Stamp) -> bool:
     """Whether a path still names that file, changed or not."""
     try:
-        found = os.stat(path)  # noqa: PTH116
-    except OSError:
+        found = stamp(path)
+    except CheckpointError:
         return False
-    return (found.st_dev, found.st_ino) == (expected.device, expected.inode)
+    return (found.device, found.inode) == (expected.device, expected.inode)
 
 
 def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: Stamp | None) -> None:

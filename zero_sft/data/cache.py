@@ -105,6 +105,23 @@ def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | 
         raise DataError(f"{folder} is damaged: {error}. Delete that folder; it will be made anew.") from error
 
 
+def keep(
+    root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]]
+) -> "tuple[datasets.Dataset, Mapping[str, Any], bool]":
+    """`find`, where there is nothing `store` first; and whether it was there. Errors as theirs.
+
+    Raises:
+        DataError: the entry was cleared away as soon as it was there.
+    """
+    found = there = find(root, key)
+    if found is None:
+        store(root, key, write)
+        found = find(root, key)
+    if found is None:
+        raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
+    return *found, there is not None
+
+
 def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]]) -> None:
     """Make an entry: `write` writes the rows to the path it is given, and returns how many, and their account.
 

@@ -2,8 +2,10 @@
 
 Such templates may do anything, so nothing is assumed about them. A conversation is rendered twice, as it is and with a
 stand-in for each answer: what is around the stand-ins must be around the answers, and what is between must be the answers, but
-for white space at their ends; where it is not, the template is refused. No `{% generation %}` markers are needed. What ends an
-answer, and what stands before it when the model begins to write, is found once a template, on a conversation of two questions.
+for white space at their ends; where it is not, the template is refused. Most templates write the same around any texts: then
+what is around the stand-ins is put together from an earlier rendering, and only checked. No `{% generation %}` markers are
+needed. What ends an answer, and what stands before it when the model begins to write, is found once a template, on a
+conversation of two questions.
 
 Thoughts, between `<think>` and `</think>` at the beginning of an answer, are trained on where the template keeps them; most
 drop those of earlier answers, as the model never sees them again.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from zero_sft.data.dataset import Prepared
-    from zero_sft.data.mixture import Recipe
+    from zero_sft.data.packing import Packing
 
 BINS = 12
 _BAR = 40  # characters of the longest bar
@@ -29,17 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from rich.console import Console
 
-    from zero_sft.data.mixture import prepare_sources
+    from zero_sft.data.mixture import Recipe, prepare_sources
 
     open_console(World())
     quieten_transformers(World())
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     try:
-        tokenizer, recipe = _tokenizer(options), _recipe(options)
-        prepared = prepare_sources(recipe, tokenizer)
+        tokenizer, packing = _tokenizer(options), _packing(options)
+        recipe = Recipe.from_options(
+            options, paths=options.data_path, model_max_length=options.model_max_length, seed=options.seed
+        )
+        found = prepare_sources(replace(recipe, pack=packing.on), tokenizer)
+        prepared = found.unpacked or found
         lengths = prepared.dataset["length"]
-        packed = _packed_lines(options, recipe, tokenizer, prepared)
-        for line in [*prepared.lines(), *prepared.warnings(), *packed]:
+        not_packed = [] if packing.on else [f"samples are not packed: {packing.reason}"]
+        cost = _cost_line(found, prepared, options.model_max_length)
+        for line in [*prepared.lines(), *prepared.warnings(), *found.notes[len(prepared.notes) :], *not_packed, cost]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
         for number in range(min(options.show, len(prepared.dataset))):
@@ -75,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
     add("--dataset_num_proc", type=_count, help="processes that prepare; by default one a core, 16 at most")
     add("--data_cache_dir", help="where prepared data is kept, for the job to find")
+    result.set_defaults(lazy_preprocess=False)  # the lengths are what one is here for
     add("--plot", type=Path, metavar="PNG", help="draw the histogram of lengths")
     return result
 
@@ -105,45 +111,25 @@ def _tokenizer(options: argparse.Namespace) -> Any:
     return tokenizer
 
 
-def _recipe(options: argparse.Namespace) -> "Recipe":
-    """The job's recipe for the same arguments, so that it finds what is prepared here."""
-    from zero_sft.data.cache import cache_root
-    from zero_sft.data.mixture import Recipe
-    from zero_sft.data.reader import Reader
-    from zero_sft.data.workers import usable_processes
-
-    reader = Reader(
-        data_format=options.data_format, train_on=options.train_on, on_bad_sample=options.on_bad_sample, long=options.long
-    )
-    return Recipe(
-        paths=options.data_path,
-        model_max_length=options.model_max_length,
-        chat_template=options.chat_template,
-        reader=reader,
-        seed=options.seed,
-        root=cache_root(options.data_cache_dir),
-        processes=options.dataset_num_proc or usable_processes(),
-    )
-
-
-def _packed_lines(options: argparse.Namespace, recipe: "Recipe", tokenizer: Any, prepared: "Prepared") -> list[str]:
-    """Pack as the job would; how that went, and what it saves."""
+def _packing(options: argparse.Namespace) -> "Packing":
+    """As the job would decide."""
     from zero_sft.config import prepare_config_in, text_config
-    from zero_sft.data.mixture import prepare_sources
     from zero_sft.data.packing import choose_packing
     from zero_sft.hub import HubOptions
 
     wanted = None if options.packing is None else options.packing == "True"
     hub = HubOptions.from_kwargs(_hub(options))
     config = prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None)
-    packing = choose_packing(wanted, text_config(config), attention=None, lazy=False)
-    each = options.model_max_length / _trained_tokens(prepared.dataset)
-    padded = f"with each sample padded to {options.model_max_length:,}: {len(prepared.dataset) * each:.2f}"
-    if not packing.on:
-        return [f"samples are not packed: {packing.reason}", f"tokens computed for each that is trained on, {padded}"]
-    packed = prepare_sources(replace(recipe, pack=True), tokenizer)
-    full = f"tokens computed for each that is trained on: {len(packed.dataset) * each:.2f}; {padded}"
-    return [packed.notes[-1], full]
+    return choose_packing(wanted, text_config(config), attention=None, lazy=options.lazy_preprocess)
+
+
+def _cost_line(found: "Prepared", prepared: "Prepared", model_max_length: int) -> str:
+    """What a trained token costs, packed (if it was) and padded. `found`: as it is trained on; `prepared`: its samples."""
+    each = model_max_length / _trained_tokens(prepared.dataset)
+    padded = f"with each sample padded to {model_max_length:,}: {len(prepared.dataset) * each:.2f}"
+    if found is prepared:
+        return f"tokens computed for each that is trained on, {padded}"
+    return f"tokens computed for each that is trained on: {len(found.dataset) * each:.2f}; {padded}"
 
 
 def _trained_tokens(dataset: Any) -> int:

@@ -7,7 +7,7 @@ without labels. Either way the rows are in a file that is mapped, where a cache 
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +41,8 @@ class Prepared:
     """A dataset for the trainer, with `input_ids`, `labels` and, unless lazy, `length`; and the reports of its sources.
 
     `notes` says what else was done with the rows: how they were mixed, or packed (then `seq_lengths` takes the place of
-    `length`). `transform` is what makes ids and labels of a lazy dataset's column. `keys` are those of the sources'
-    rows in the cache.
+    `length`, and `unpacked` is what was packed). `transform` is what makes ids and labels of a lazy dataset's column. `keys`
+    are those of the sources' rows in the cache.
     """
 
     dataset: "datasets.Dataset"
@@ -50,6 +50,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     transform: Pipeline | None = None
     keys: list[str] = field(default_factory=list)
+    unpacked: "Prepared | None" = None
 
     def lines(self) -> list[str]:
         """The reports for the log."""
@@ -100,34 +101,33 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
     if root is None:
         parts = list(make_parts(pipeline, data.objects(), processes))
         table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
-        return _prepared(_in_memory(table), _report(data, parts, pipeline), pipeline)
+        return _prepared(_in_memory(table), _report(data, [each.report for each in parts], pipeline), pipeline)
     data.require_outside(root)
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
-    found = open_prepared(root, key, data, pipeline)
-    if found is not None:
+    start = time.monotonic()
+    dataset, account, was_there = cache.keep(root, key, lambda file: _entry(file, data, state, pipeline, processes))
+    if was_there:
         logger.info("  prepared before, in %s", root / key)
     else:
-        start = time.monotonic()
-        cache.store(root, key, lambda file: _entry(file, data, state, pipeline, processes))
         logger.info("  prepared in %.0f s, kept in %s", time.monotonic() - start, root / key)
-        found = open_prepared(root, key, data, pipeline)
-    if found is None:
-        raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
-    return found
+    return _opened(dataset, account, root / key, data, pipeline)
 
 
 def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline) -> Prepared | None:
     """What `prepare` has kept under that key; None where it has not."""
     found = cache.find(root, key)
-    if found is None:
-        return None
+    return None if found is None else _opened(*found, root / key, data, pipeline)
+
+
+def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: Data, pipeline: Pipeline) -> Prepared:
+    """The rows of an entry of the cache, and their account, of this source and under this template's name."""
     try:
-        report = DataReport(**{**found[1], "layouts": tuple(found[1]["layouts"])})
+        report = DataReport(**{**account, "layouts": tuple(account["layouts"])})
     except (TypeError, LookupError) as error:
-        raise DataError(f"{root / key} is damaged: {error}. Delete that folder; it will be made anew.") from error
+        raise DataError(f"{entry} is damaged: {error}. Delete that folder; it will be made anew.") from error
     report = replace(report, file=data.name, template=pipeline.template.name)
-    return replace(_prepared(found[0], report, pipeline), keys=[key])
+    return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
 
 
 def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> Prepared:
@@ -156,7 +156,7 @@ def _write(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataRe
     with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
         for part in _audibly(make_parts(pipeline, data.objects(), processes), data.name):
             writer.write_batch(part.rows)
-            reports.append(replace(part, rows=part.rows.slice(0, 0)))
+            reports.append(part.report)
     return _report(data, reports, pipeline)
 
 
@@ -172,14 +172,14 @@ def _audibly(parts: Iterator[Part], name: str) -> Iterator[Part]:
         yield part
 
 
-def _report(data: Data, parts: list[Part], pipeline: Pipeline) -> DataReport:
+def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataReport:
     """The account of a whole source.
 
     Raises:
         DataError: no samples in it, or nothing to train on.
     """
     empty = DataReport(file=data.name, template=pipeline.template.name)
-    report = total([empty, *(each.report for each in parts)])
+    report = total([empty, *parts])
     if report.samples == report.bad:
         skipped = f" but {report.bad} that can't be used, the first: {report.first_bad}" if report.bad else ""
         raise DataError(f"{data.name} holds no samples{skipped}. Expected {EXPECTED}.")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zero_sft.checkpoint.stamp import Stamp, stamp
 from zero_sft.data.layouts import EXPECTED
-from zero_sft.data.text import open_text
-from zero_sft.errors import DataError
+from zero_sft.data.text import open_text, readable
+from zero_sft.errors import CheckpointError, DataError
 
 KINDS = (".json", ".jsonl", ".parquet")
 """What a folder's files of data are called."""
-
 
 _ARGUMENTS = "--data_path and --eval_data_path"
 
@@ -69,7 +69,7 @@ class Files:
 
     def state(self) -> list[Any]:
         """Tells whether the files were written to meanwhile, without reading them; errors as `identity`'s."""
-        return [[str(each), *_stamp(each)] for each in files_of(self.path)]
+        return [(each, _stamp(each)) for each in files_of(self.path)]
 
     def require_outside(self, root: Path) -> None:
         """Raise if files that are written below `root` would be read as data."""
@@ -83,22 +83,16 @@ class Files:
             )
 
 
-def _stamp(file: Path) -> list[int]:
+def _stamp(file: Path) -> Stamp:
     try:
-        found = file.stat()
-    except OSError as error:
+        return stamp(file)
+    except CheckpointError as error:
         raise DataError(f"no such file: {file}. Check {_ARGUMENTS}.") from error
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def _digest(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise DataError(f"no such file: {file}. Check {_ARGUMENTS}.") from error
-    except OSError as error:
-        raise DataError(f"{file} can't be read: {error.strerror or error}. Check {_ARGUMENTS}.") from error
+    with readable(file, argument=_ARGUMENTS), file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _below(folder: Path) -> Iterator[Path]:

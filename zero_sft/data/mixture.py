@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,7 @@ from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.reader import PLAIN, Reader
 from zero_sft.data.source import parse_sources
-from zero_sft.errors import DataError
+from zero_sft.data.workers import usable_processes
 
 if TYPE_CHECKING:
     import datasets
@@ -40,6 +40,25 @@ class Recipe:
     root: Path | None = None
     processes: int = 1
 
+    @classmethod
+    def from_options(cls, options: Any, *, paths: str, model_max_length: int, seed: int) -> "Recipe":
+        """The recipe that arguments ask for, the job's or the data command's: `DataArguments`, or anything with its names."""
+        return cls(
+            paths=paths,
+            model_max_length=model_max_length,
+            chat_template=options.chat_template,
+            reader=Reader(
+                data_format=options.data_format,
+                train_on=options.train_on,
+                on_bad_sample=options.on_bad_sample,
+                long=options.long,
+            ),
+            lazy=options.lazy_preprocess,
+            seed=seed,
+            root=cache.cache_root(options.data_cache_dir),
+            processes=options.dataset_num_proc or usable_processes(),
+        )
+
 
 def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """`prepare` for each source of a recipe, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
@@ -48,22 +67,17 @@ def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepa
         DataError: as `prepare`'s and `parse_sources`'.
     """
     pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
-    parts = [prepare(each.data, pipeline, processes=recipe.processes, root=recipe.root) for each in sources]
-    mixed = mix(parts, [each.weight for each in sources], recipe.seed)
-    return _packed(mixed, recipe, mixed.keys) if recipe.pack else mixed
+    return _finished([prepare(each.data, pipeline, processes=recipe.processes, root=recipe.root) for each in sources], recipe)
 
 
 def open_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str]) -> Prepared | None:
     """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it."""
-    if recipe.root is None:
+    if recipe.root is None or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys)) is None):
         return None
     pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
     parts = [open_prepared(recipe.root, key, each.data, pipeline) for key, each in zip(keys, sources, strict=True)]
     found = [each for each in parts if each is not None]
-    if len(found) < len(sources) or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys)) is None):
-        return None
-    mixed = mix(found, [each.weight for each in sources], recipe.seed)
-    return _packed(mixed, recipe, keys) if recipe.pack else mixed
+    return _finished(found, recipe) if len(found) == len(sources) else None
 
 
 def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
@@ -76,20 +90,18 @@ def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
     )
 
 
-def _packed(mixed: Prepared, recipe: Recipe, keys: Sequence[str]) -> Prepared:
-    """The rows of a mixture, packed; from the cache where they are there."""
+def _finished(parts: Sequence[Prepared], recipe: Recipe) -> Prepared:
+    """The sources' rows in one dataset, packed if wanted; from the cache where they are there."""
+    mixed = mix(parts, [each.weight for each in parse_sources(recipe.paths)], recipe.seed)
+    if not recipe.pack:
+        return mixed
     if recipe.root is None:
         dataset = pack(mixed.dataset, recipe.model_max_length)
     else:
-        key, root = _packed_key(recipe, keys), recipe.root
-        if cache.find(root, key) is None:
-            cache.store(root, key, lambda file: (len(pack(mixed.dataset, recipe.model_max_length, str(file))), {}))
-        found = cache.find(root, key)
-        if found is None:
-            raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
-        dataset = found[0]
+        length, key = recipe.model_max_length, _packed_key(recipe, mixed.keys)
+        dataset, *_ = cache.keep(recipe.root, key, lambda file: (len(pack(mixed.dataset, length, str(file))), {}))
     line = packed_line(len(mixed.dataset), dataset, recipe.model_max_length)
-    return replace(mixed, dataset=dataset, notes=(*mixed.notes, line))
+    return replace(mixed, dataset=dataset, notes=(*mixed.notes, line), unpacked=mixed)
 
 
 def _packed_key(recipe: Recipe, keys: Sequence[str]) -> str:

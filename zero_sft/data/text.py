@@ -25,14 +25,20 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path, *, argument: str) -> Iterator[TextIO]:
-    """The file, to be read whole or line by line within the block; lines end with "\\n" as they are.
+    """The file, to be read whole or line by line within the block; errors as `readable`'s."""
+    with readable(path, argument=argument), path.open(encoding="utf-8-sig") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def readable(path: Path, *, argument: str) -> Iterator[None]:
+    """Whatever goes wrong with a file within the block, in one clear error.
 
     Raises:
-        DataError: no such file, a folder, not UTF-8 or not readable, whenever that shows.
+        DataError: no such file, a folder, not UTF-8 or not readable.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield file
+        yield
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}. Check {argument}.") from error
     except IsADirectoryError as error:

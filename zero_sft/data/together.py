@@ -6,7 +6,6 @@ map it. Nobody waits on the training group's clock.
 """
 
 import json
-from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,20 +24,17 @@ def prepare_together(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: 
     Raises:
         DataError: what `prepare_sources` raises, on every rank; or nodes that have other data under the same path.
     """
-    own: list[Prepared] = []
-
-    def turn(mine: bool, act: Callable[[], Prepared]) -> None:
-        with distributed.agreed(world, STAGE, distributed.DOWNLOAD_TIMEOUT):
-            if mine:
-                own.append(act())
-
-    turn(world.is_main, lambda: prepare_sources(recipe, tokenizer))
-    told = json.dumps(own[0].keys).encode() if world.is_main else None
+    own = None
+    with distributed.agreed(world, STAGE, distributed.DOWNLOAD_TIMEOUT):
+        if world.is_main:
+            own = prepare_sources(recipe, tokenizer)
+    told = None if own is None else json.dumps(own.keys).encode()
     keys = json.loads(distributed.broadcast_bytes(world, told))
-    for leaders in (True, False):
-        mine = not world.is_main and (world.local_rank == 0) == leaders
-        turn(mine, lambda: open_sources(recipe, tokenizer, keys) or _alone(recipe, tokenizer, keys, world))
-    return own[0]
+
+    def act() -> Prepared:
+        return own or open_sources(recipe, tokenizer, keys) or _alone(recipe, tokenizer, keys, world)
+
+    return distributed.by_turns(world, STAGE, act, one_by_one=True, timeout=distributed.DOWNLOAD_TIMEOUT)
 
 
 def _alone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: list[str], world: World) -> Prepared:

@@ -54,12 +54,12 @@ def settle(module: nn.Module) -> None:
     Raises:
         CheckpointError: a file was written to, so that shards may have changed; on every rank.
     """
-    if not [param for param in module.parameters() if param.__dict__.pop(_LOADED, False)]:
+    params = [param for param in module.parameters() if param.__dict__.pop(_LOADED, False)]
+    if not params:
         return
-    world = World.detect()
-    with distributed.agreed(world, "copying shards that were mapped") if world.world_size > 1 else contextlib.nullcontext():
+    with distributed.agreed(World.detect(), "copying shards that were mapped"):
         files = {}
-        for param in module.parameters():
+        for param in params:
             path, expected = param.__dict__.pop(_MAPPED, ("", None))
             if expected is not None:
                 param.ds_tensor.data = param.ds_tensor.data.clone()
