@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests import models
+from tests import small_job
 from tests.data import tiny
 from tests.runner import run_ranks
 
@@ -14,23 +14,8 @@ SAMPLES = 24
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model in fp32, and conversations of very different lengths, which make one batch."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    tokenizer, model = tiny.byte_tokenizer(tiny.CHATML), tmp_path / "model"
-    config = models.tiny_config(
-        "llama", vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512,
-    )  # fmt: skip
-    torch.manual_seed(5)
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
-    tokenizer.save_pretrained(model)
-    talks = [
-        [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i} " * (1 + 7 * i % 40)}] for i in range(SAMPLES)
-    ]
-    (tmp_path / "data.json").write_text(json.dumps([{"conversations": talk} for talk in talks]))
-    return tmp_path
+    """A job whose conversations make one batch."""
+    return small_job.make(tmp_path, SAMPLES)
 
 
 def rows_when_packed(folder) -> int:
@@ -40,15 +25,9 @@ def rows_when_packed(folder) -> int:
 
 
 def train(folder, out, arguments):
-    """One rank's part of a run; the curve is in the logs of `out`."""
-    from zero_sft import train as job
-
-    arguments = {
-        "model_name_or_path": folder / "model", "data_path": folder / "data.json", "output_dir": folder / out,
-        "data_cache_dir": folder / "cache", "model_max_length": 256, "max_steps": STEPS, "save_strategy": "no",
-        "logging_steps": 1, "learning_rate": 0.001, "lr_scheduler_type": "constant", "bf16": False, "seed": 3, **arguments,
-    }  # fmt: skip
-    assert job.main([word for name, value in arguments.items() for word in (f"--{name}", str(value))]) == 0
+    """One rank's part of a run."""
+    common = {"data_cache_dir": folder / "cache", "model_max_length": 256, "max_steps": STEPS}
+    small_job.train(folder, out, **{**common, **arguments})
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -59,11 +38,10 @@ def test_packed_and_unpacked_give_one_curve(folder, attention):
     for packing, batch in (("True", rows), ("False", SAMPLES)):
         run_ranks(1, train, {"folder": folder, "out": packing, "arguments": {
             "packing": packing, "per_device_train_batch_size": batch, "attn_implementation": attention}})  # fmt: skip
-        history = json.loads((folder / packing / "logs" / "history.json").read_text())
-        seen = [entry["num_tokens"] for entry in history if "num_tokens" in entry]
+        seen = [entry["num_tokens"] for entry in small_job.history(folder, packing) if "num_tokens" in entry]
         if packing == "True":
             assert STEPS * rows * 200 < seen[-1] <= STEPS * rows * 256, "tokens of all rows"
-        curves.append([entry["loss"] for entry in history if "loss" in entry])
+        curves.append(small_job.losses(folder, packing))
     assert len(curves[0]) == STEPS
     assert curves[0][-1] < curves[0][0]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
