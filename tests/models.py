@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
@@ -91,3 +92,11 @@ def assert_equal(model, reference, cast: torch.dtype | None = None, trainable: d
     same_object = [(a, b) for a in found for b in found if a < b and expected[a] is expected[b]]
     assert all(found[a] is found[b] for a, b in same_object), "ties"
     assert model.training == reference.training
+
+
+def require_async_io() -> None:
+    """Skip the test where DeepSpeed's NVMe operator can't be compiled."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio's development files are not installed")

@@ -179,8 +179,7 @@ def test_each_shipped_config_starts(model, tmp_path, name):
 
     config = name
     if name == "zero3_nvme":
-        if not pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder().is_compatible():
-            pytest.skip("libaio's development files are not installed")
+        models.require_async_io()
         values = json.loads(shipped("ds_configs", "zero3_nvme.json").read_text())
         for section in ("offload_param", "offload_optimizer"):
             values["zero_optimization"][section]["nvme_path"] = str(tmp_path)

@@ -136,6 +136,7 @@ def load_model(
         raise ArgumentError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
     if type(buffer_mib) is not int or buffer_mib < BUFFER_MIB_A_THREAD:
         raise ArgumentError(f"buffer_mib must be a whole number, at least {BUFFER_MIB_A_THREAD}; got {buffer_mib!r}")
+    _require_flags(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes, mmap=mmap)
     options = HubOptions.from_kwargs(hub, load_model)
     world = World.detect()
     distributed.connect(world)
@@ -167,6 +168,13 @@ def load_model(
     report.bytes_communicated = distributed.bytes_communicated() - sent_before
     _hand_over(model, report, start, world)
     return model
+
+
+def _require_flags(**flags: object) -> None:
+    """A word that looks like a flag ("False" from a command line) would count as True."""
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise ArgumentError(f"{name} must be True or False, got {value!r}")
 
 
 def _engine(

@@ -76,9 +76,7 @@ def test_hpz_before_the_engine(llama):
 
 @pytest.mark.world_size(2, timeout_s=500)
 def test_nvme(llama, tmp_path):
-    aio = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if not aio.is_compatible():
-        pytest.skip("libaio's development files are not installed")
+    models.require_async_io()
     from zero_sft import load_model
     from zero_sft.world import World
 

@@ -8,7 +8,11 @@ from zero_sft.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stamp:
-    """A file's identity and the time of its last change, as this machine sees them. Not comparable between nodes."""
+    """A file's identity and the time of its last write, as this machine sees them. Not comparable between nodes.
+
+    The inode's own time of change is left out: rights and links change it, too, and a write that puts the file's time back is
+    somebody's intent.
+    """
 
     device: int
     inode: int

@@ -2,7 +2,9 @@
 
 Sources: the allocations of DeepSpeed 0.19's stage 3 optimizer, whose published estimators
 (https://deepspeed.readthedocs.io/en/stable/memory.html) count the model's states as here, and nothing of what a step takes;
-ZeRO (https://arxiv.org/abs/1910.02054), section 3. Left out: fragmentation of the device's allocator, hpZ's second copy.
+ZeRO (https://arxiv.org/abs/1910.02054), section 3. torch rounds every page-locked block up to a power of two
+(`CachingHostAllocator`). Left out: fragmentation of the device's allocator, hpZ's second copy, and that the Trainer cuts
+sub-groups apart for parameters with and without weight decay.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +32,14 @@ class Sizes:
         """Parameters of the whole model."""
         return sum(self.numels)
 
-    def shard_numel(self, world_size: int) -> int:
-        """Elements that a rank keeps, padding included."""
-        return sum(partition_numel(numel, world_size) for numel in self.numels)
+    def sub_groups(self, world_size: int, size: int) -> list[int]:
+        """Elements of a rank in each of the engine's sub-groups, padding included: one is closed when it has reached `size`."""
+        groups = [0]
+        for numel in self.numels:
+            if groups[-1] >= size:
+                groups.append(0)
+            groups[-1] += partition_numel(numel, world_size)
+        return groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,44 +87,67 @@ def training_memory(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int, *,
     """What one rank of `world_size` needs to train.
 
     Args:
-        on_cpu: ranks without an accelerator, over gloo: it copies what it reduces, and untouched buffers cost nothing.
+        on_cpu: ranks without an accelerator, over gloo: it copies what it reduces, untouched buffers cost nothing, and no
+            memory is page-locked by torch.
     """
-    shard, width, whole = sizes.shard_numel(world_size), sizes.itemsize, sizes.numel * sizes.itemsize
-    master = 4 * shard if width < 4 else 0
-    group = min(shard, int(zero.sub_group_size) + partition_numel(max(sizes.numels), world_size))
+    groups = sizes.sub_groups(world_size, int(zero.sub_group_size))
+    width, whole = sizes.itemsize, sizes.numel * sizes.itemsize
     bucket = int(zero.reduce_bucket_size) * width
     filled = min(bucket, whole)
-    offload = _device(zero.offload_optimizer)
-    held: dict[str, dict[str, int]] = {"device": {}, "host": {}}
-    held["device" if _device(zero.offload_param) == "none" else "host"]["parameters"] = _param_bytes(zero, shard, width)
-    place = held["device" if offload == "none" else "host"]
-    place["gradients"] = width * shard
-    if offload == "nvme":
-        place["optimizer's swap buffers"] = 4 * group * int(getattr(zero.offload_optimizer, "buffer_count", 0))
-    else:
-        place["optimizer"] = master + MOMENT_BYTES * shard
-    if offload == "cpu":
-        place["gradients in fp32"] = 4 * shard
-    held["device"]["reduction bucket"] = filled if on_cpu else bucket
+    params_away, states_away = (_device(each) != "none" for each in (zero.offload_param, zero.offload_optimizer))
+    params, states = _param_bytes(zero, groups, width, on_cpu), _state_bytes(zero, groups, width, on_cpu)
+    host = {**(params if params_away else {}), **(states if states_away else {})}
+    device = {**({} if params_away else params), **({} if states_away else states)}
+    device["reduction bucket"] = filled if on_cpu else bucket
     gathered = min(whole, (int(zero.max_live_parameters) + max(sizes.numels)) * width)
     forth_and_back = {"gathered parameters": gathered, "activations": sizes.activation_bytes}
     reduced = (2 if on_cpu else 1) * filled
     phases = {"forward and backward": forth_and_back, "last reduction": {"gradients being reduced": reduced}}
     if filled < whole:  # the bucket is emptied on the way
         forth_and_back["gradients being reduced"] = reduced
-    if offload == "none":
-        phases["optimizer's step"] = {"gradients of a group": (4 + width) * group}
-    return Memory(device=held["device"], host=held["host"], phases=phases)
+    if not states_away:
+        phases["optimizer's step"] = {"gradients of a group": (4 + width) * max(groups)}
+    return Memory(device=device, host=host, phases=phases)
+
+
+def _param_bytes(zero: DeepSpeedZeroConfig, groups: Sequence[int], width: int, on_cpu: bool) -> dict[str, int]:
+    """A rank's parameters where they live: in the engine's buffer, and in those that parameters on NVMe pass through."""
+    shard, offload = sum(groups), zero.offload_param
+    if offload is None or _device(offload) == "none":
+        return {"parameters": width * shard}
+    if _device(offload) == "cpu":
+        return {"parameters": _locked(width * shard, on_cpu)}  # page-locked whatever `pin_memory` says
+    in_memory = min(shard, int(offload.max_in_cpu))
+    written_together = max(groups) if in_memory < shard else 0
+    return {
+        "parameters": _locked(width * in_memory, on_cpu),
+        "parameters' swap buffers": width * (int(offload.buffer_count) * int(offload.buffer_size) + written_together),
+    }
+
+
+def _state_bytes(zero: DeepSpeedZeroConfig, groups: Sequence[int], width: int, on_cpu: bool) -> dict[str, int]:
+    """A rank's gradients and optimizer, of the elements of each sub-group."""
+    shard, offload = sum(groups), zero.offload_optimizer
+    optimizer = {"optimizer": (4 * shard if width < 4 else 0) + MOMENT_BYTES * shard}
+    if offload is None or _device(offload) == "none":
+        return {"gradients": width * shard, **optimizer}
+    unlocked = on_cpu or not offload.pin_memory
+    gradients = {"gradients": _locked(width * shard, unlocked)}
+    if _device(offload) == "nvme":
+        return {
+            **gradients,
+            "optimizer's swap buffers": 4 * max(groups) * int(offload.buffer_count),
+            "gradients of a group": 4 * max(groups),
+            "moments of a group, first step": MOMENT_BYTES * max(groups),
+        }
+    return {**gradients, **optimizer, "gradients in fp32": sum(_locked(4 * each, unlocked) for each in groups)}
+
+
+def _locked(nbytes: int, unlocked: bool) -> int:
+    """What so many bytes take in page-locked memory, or else in ordinary memory."""
+    return nbytes if unlocked else 1 << max(0, nbytes - 1).bit_length()
 
 
 def _device(section: Any) -> str:
     """Where an offload section puts things: none (no offload), cpu or nvme."""
     return "none" if section is None else str(getattr(section.device, "value", section.device))
-
-
-def _param_bytes(zero: DeepSpeedZeroConfig, shard: int, width: int) -> int:
-    """A rank's shards where they live; of those on NVMe, the buffers that they pass through."""
-    offload = zero.offload_param
-    if offload is None or _device(offload) != "nvme":
-        return width * shard
-    return width * min(shard, int(offload.buffer_count) * int(offload.buffer_size) + int(offload.max_in_cpu))

@@ -30,7 +30,9 @@ SMALLEST_BYTES = 2**18
 """A smaller shard is copied: that costs no more than a mapping of its own."""
 
 LIMIT = 2**14
-"""The most mappings of one load. Linux gives a process 65,530 in all."""
+"""The most mappings that a process has at a time, of all its loads. Linux gives it 65,530 for everything."""
+
+_live: set[int] = set()  # where mappings that are in use begin
 
 _MADV_POPULATE_READ = 22  # Linux 5.14
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -65,7 +67,7 @@ def map_cached(
     for path, each in by_file.items():
         with opened(path, stamps.get(path)) as handle:
             for read in each:
-                if len(found) < LIMIT and _is_cached(handle, read) and (shard := _map(handle, read)) is not None:
+                if len(_live) < LIMIT and _is_cached(handle, read) and (shard := _map(handle, read)) is not None:
                     found[read.target] = shard
     return found
 
@@ -105,11 +107,15 @@ def _map(handle: int, read: Read) -> torch.Tensor | None:
     if address == _MAP_FAILED:
         return None
     memory = (ctypes.c_char * length).from_address(address)
-    weakref.finalize(memory, _libc().munmap, address, length).atexit = False
-    _libc().madvise(
-        address, length, _MADV_POPULATE_READ
-    )  # an older kernel refuses, and brings pages in when they are first used
+    _live.add(address)
+    weakref.finalize(memory, _unmap, address, length).atexit = False
+    _libc().madvise(address, length, _MADV_POPULATE_READ)  # an older kernel refuses, and brings pages in at their first use
     return torch.frombuffer(memory, dtype=dtype, count=read.nbytes // dtype.itemsize, offset=skip)
+
+
+def _unmap(address: int, length: int) -> None:
+    _live.discard(address)
+    _libc().munmap(address, length)
 
 
 @functools.cache
