@@ -112,7 +112,6 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
 
     from zero_sft.config import text_config
     from zero_sft.export import save_pretrained
-    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
     from zero_sft.zero import gather
 
     tokenizer, report = inputs.tokenizer, model.load_report
@@ -124,18 +123,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     set_seed(arguments.seed)
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    try:
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=inputs.training_data.dataset,
-            eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
-            processing_class=tokenizer,
-            data_collator=collator_for(model, tokenizer, arguments.pad_to_multiple_of),
-            callbacks=[trainer_callback(timeline, logger.info), LastStepLogged()],
-        )
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
-        raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
+    trainer = _trainer(arguments, model, inputs, timeline)
     resumed = arguments.resume_from_checkpoint
     logger.info("training%s", f", from the checkpoint that --resume_from_checkpoint {resumed} names" if resumed else "")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
@@ -159,6 +147,23 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             _write_logs(output, known)
             _say_results(output, trainer.state.log_history, answers)
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
+
+
+def _trainer(arguments: Any, model: Any, inputs: Inputs, timeline: Timeline) -> Any:
+    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
+
+    try:
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=inputs.training_data.dataset,
+            eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
+            processing_class=inputs.tokenizer,
+            data_collator=collator_for(model, inputs.tokenizer, arguments.pad_to_multiple_of),
+            callbacks=[trainer_callback(timeline, logger.info), LastStepLogged()],
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
+        raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
 
 
 def _set_chat_template(tokenizer: Any, parsed: Parsed) -> None:

@@ -54,14 +54,19 @@ class Trainer(SFTTrainer):
         """A batch that is not trained on samples which were only repeated to give every rank one at the end of an epoch.
 
         Of the last batches, all ranks' in a row, the first few samples are the epoch's last; accelerate's own count of them is
-        wrong after a resume. Packed rows that were laid behind each other for flash attention can't be told apart any more;
-        there they are trained on once more.
+        wrong after a resume.
         """
+        row_lengths = batch.pop("row_lengths", None)
         dataset: Any = self.train_dataset
         ranks, size = self.args.world_size, self.args.train_batch_size
         last = len(dataset) % (ranks * size)
-        if self.accelerator.gradient_state.end_of_dataloader and last and ranks > 1 and len(batch["labels"]) == size:
-            batch["labels"][max(0, last - self.args.process_index * size) :] = IGNORED
+        rows = len(batch["labels"] if row_lengths is None else row_lengths)
+        if self.accelerator.gradient_state.end_of_dataloader and last and ranks > 1 and rows == size:
+            kept = max(0, last - self.args.process_index * size)
+            if row_lengths is None:
+                batch["labels"][kept:] = IGNORED
+            else:  # all in one row
+                batch["labels"][:, int(row_lengths[:kept].sum()) :] = IGNORED
         return batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

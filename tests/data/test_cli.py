@@ -31,7 +31,7 @@ def test_it_counts_shows_and_draws(model, data, tmp_path, capsys):
     shown = capsys.readouterr().out
     for part in (
         "3 of 3 samples, 6 turns (format sharegpt, template model)",
-        "1 samples longer than --model_max_length",
+        "1 sample longer than --model_max_length, the longest ",
         "most 100",
         "sample 2,",
         "<|im_start|>assistant\n⟦x<|im_end|>⟧",

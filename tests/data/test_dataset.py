@@ -170,7 +170,7 @@ def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
         prepare(path, byte_tokenizer(CHATML), **options)
     report = prepare(path, byte_tokenizer(CHATML), reader=Reader(on_bad_sample="skip"), **options).reports[0]
     assert (report.samples, report.kept, report.bad) == (2, 1, 1)
-    assert "1 bad samples skipped, the first:" in "\n".join(report.lines())
+    assert "1 bad sample skipped, the first:" in "\n".join(report.lines())
     tokenizer = byte_tokenizer(CHATML)
     assert trained(prepare(path, tokenizer, model_max_length=512), tokenizer) == ["b<|im_end|>" * 2, "b<|im_end|>"]
 
@@ -209,7 +209,7 @@ def test_long_conversations_are_split_between_rounds(tmp_path):
     assert trained(prepared, tokenizer)[3:] == [f"j{ends}", f"y{ends}"]
     (report,) = prepared.reports
     assert (report.split, report.cut_samples, report.samples, report.kept) == (1, 1, 2, 5)
-    assert any("1 samples longer than --model_max_length, split" in line for line in report.lines())
+    assert any("1 sample longer than --model_max_length, split" in line for line in report.lines())
 
 
 def test_long_conversations_are_dropped_and_counted(tmp_path):

@@ -1,6 +1,9 @@
 """`zero_sft.data.formats`: what is read, what is dropped and counted, and what is wrong with a file."""
 
+import bz2
+import gzip
 import json
+import lzma
 
 import pytest
 
@@ -180,6 +183,28 @@ def test_a_layout_can_be_forced(tmp_path):
     assert [each.completion for each in read_samples(Files(path=path).objects(), "text").samples] == ["x", "y"]
     with pytest.raises(DataError, match=r"sample 2: --data_format sharegpt: expected .* got the keys 'text'"):
         read_samples(Files(path=path).objects(), "sharegpt")
+
+
+@pytest.mark.parametrize("module", [gzip, bz2, lzma])
+def test_compressed_lines(tmp_path, module):
+    ending = {"gzip": ".gz", "bz2": ".bz2", "lzma": ".xz"}[module.__name__]
+    path = tmp_path / "data" / f"a.jsonl{ending}"
+    path.parent.mkdir()
+    path.write_bytes(module.compress("\n".join([json.dumps({"messages": MESSAGES})] * 50).encode()))
+    assert len(read_samples(Files(path=path.parent).objects()).samples) == 50
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12])
+    assert "is damaged" in refused(path)
+    path.write_bytes(b"no such thing" + whole)
+    assert "is damaged" in refused(path)
+
+
+def test_what_a_folder_has_besides_is_named(tmp_path):
+    written(tmp_path, [{"conversations": ONE}])
+    for name in ("README.md", "more.csv", ".hidden"):
+        (tmp_path / name).write_text("x")
+    prepared = prepare(tmp_path, byte_tokenizer(), model_max_length=100)
+    assert "2 other files in it left out: README.md, more.csv" in prepared.lines()
 
 
 def test_parquet_and_folders(tmp_path):

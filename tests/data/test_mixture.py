@@ -26,8 +26,8 @@ def test_what_a_path_names(tmp_path):
     def files(name, weight=None):
         return Source(data=Files(path=Path(name)), weight=weight)
 
-    def hub(name, split="train", weight=None):
-        return Source(data=HubDataset(id=name, split=split), weight=weight)
+    def hub(name, split="train", weight=None, config=None):
+        return Source(data=HubDataset(id=name, split=split, config=config), weight=weight)
 
     assert parse_sources("a.json") == [files("a.json")]
     assert parse_sources("a.json, b") == [files("a.json"), files("b")]
@@ -39,6 +39,10 @@ def test_what_a_path_names(tmp_path):
     assert parse_sources("org/name") == [hub("org/name")]
     assert parse_sources("org/name:test_sft") == [hub("org/name", "test_sft")]
     assert parse_sources("org/name:test_sft:0.5,o/n.v2:0.5") == [hub("org/name", "test_sft", 0.5), hub("o/n.v2", weight=0.5)]
+    assert parse_sources("org/name:en:test_sft:2,a.jsonl.gz:1") == [
+        hub("org/name", "test_sft", 2.0, "en"),
+        files("a.jsonl.gz", 1.0),
+    ]
     for local in ("org/name.json", "./name", "/org/name", "a/b/c", "tests/name"):
         assert parse_sources(local) == [files(local)]
 

@@ -98,6 +98,7 @@ def test_a_flat_batch():
     batch = Collator(pad_token_id=0, flat=True)(ROWS)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 0, 1, 2]]
+    assert batch["row_lengths"].tolist() == [4, 3]
     assert Collator(pad_token_id=0, flat=True)([{"input_ids": [1], "labels": [1]}] * 2)["input_ids"].shape == (2, 1)
 
 

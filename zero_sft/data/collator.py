@@ -30,7 +30,8 @@ class Collator:
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, "torch.Tensor"]:
         """`input_ids` and `labels`, each (samples, longest) int64, and of that shape `attention_mask`, after the lengths alone;
-        or, of packed rows, `position_ids`, which begin anew with each sample, the padding one of its own.
+        or, of packed rows, `position_ids`, which begin anew with each sample, the padding one of its own. Flat rows also
+        have `row_lengths` (rows,): how many tokens each has.
         """
         return self._packed(samples) if "seq_lengths" in samples[0] else self._padded(samples)
 
@@ -50,12 +51,15 @@ class Collator:
         import torch
 
         rows = [{name: list(each[name]) for name in ("input_ids", "labels", "seq_lengths")} for each in samples]
+        row_lengths = [len(each["input_ids"]) for each in rows]
         if self.flat:
             rows = [{name: [value for row in rows for value in row[name]] for name in rows[0]}]
         lengths = [len(each["input_ids"]) for each in rows]
         width = _rounded(max(lengths), self.multiple_of)
         batch = _tokens(rows, [slice(length) for length in lengths], width, self.pad_token_id)
         batch["position_ids"] = torch.tensor([position_ids(each["seq_lengths"], width) for each in rows])
+        if self.flat:
+            batch["row_lengths"] = torch.tensor(row_lengths)
         return batch
 
 

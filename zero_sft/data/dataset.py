@@ -101,7 +101,8 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
     if root is None:
         parts = list(make_parts(pipeline, data.objects(), processes))
         table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
-        return _prepared(_in_memory(table), _report(data, [each.report for each in parts], pipeline), pipeline)
+        report = _report(data, [each.report for each in parts], pipeline)
+        return _prepared(_in_memory(table), replace(report, left_out=data.left_out()), pipeline)
     data.require_outside(root)
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
@@ -126,7 +127,7 @@ def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path
         report = DataReport(**{**account, "layouts": tuple(account["layouts"])})
     except (TypeError, LookupError) as error:
         raise DataError(f"{entry} is damaged: {error}. Delete that folder; it will be made anew.") from error
-    report = replace(report, file=data.name, template=pipeline.template.name)
+    report = replace(report, file=data.name, template=pipeline.template.name, left_out=data.left_out())
     return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
 
 

@@ -1,7 +1,7 @@
 """From files to objects: JSON, one list or one object a line, Parquet, and folders of them.
 
-JSON and JSON lines are told apart by their content, not by the file's name. Everything has a place, a line's or a sample's
-number from 1 on, that messages name.
+JSON and JSON lines are told apart by their content, not by the file's name; compressed text by the end of it. Everything has a
+place, a line's or a sample's number from 1 on, that messages name.
 """
 
 import hashlib
@@ -14,17 +14,23 @@ from typing import Any
 
 from zero_sft.checkpoint.stamp import Stamp, stamp
 from zero_sft.data.layouts import EXPECTED
-from zero_sft.data.text import open_text, readable
+from zero_sft.data.text import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
 
-KINDS = (".json", ".jsonl", ".parquet")
-"""What a folder's files of data are called."""
+_TEXTS = (".json", ".jsonl")
+_PARQUET = ".parquet"
+_ENDINGS = (*_TEXTS, _PARQUET, *(text + compressed for text in _TEXTS for compressed in COMPRESSED))
 
 _ARGUMENTS = "--data_path and --eval_data_path"
 
 
 class BadLine(DataError):
     """One line of a file that is not JSON; the others may be."""
+
+
+def is_named_as_data(path: Path) -> bool:
+    """Whether a file's name is that of a file of data."""
+    return path.name.lower().endswith(_ENDINGS)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -35,11 +41,9 @@ def files_of(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    found = sorted(
-        each for each in _below(path) if each.suffix.lower() in KINDS and each.is_file() and not _is_hidden(each, path)
-    )
+    found = [each for each in _seen_in(path) if is_named_as_data(each)]
     if not found:
-        raise DataError(f"{path} has no {', '.join(KINDS)} file. Check {_ARGUMENTS}.")
+        raise DataError(f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file. Check {_ARGUMENTS}.")
     return found
 
 
@@ -66,6 +70,12 @@ class Files:
             DataError: no such file, or it can't be read.
         """
         return [_digest(each) for each in files_of(self.path)]
+
+    def left_out(self) -> tuple[str, ...]:
+        """Names of files in the folder that are not read."""
+        if not self.path.is_dir():
+            return ()
+        return tuple(str(each.relative_to(self.path)) for each in _seen_in(self.path) if not is_named_as_data(each))
 
     def state(self) -> list[Any]:
         """Tells whether the files were written to meanwhile, without reading them; errors as `identity`'s."""
@@ -95,6 +105,11 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def _seen_in(folder: Path) -> list[Path]:
+    """All files in and below a folder that are not hidden, sorted."""
+    return sorted(each for each in _below(folder) if each.is_file() and not _is_hidden(each, folder))
+
+
 def _below(folder: Path) -> Iterator[Path]:
     """All that is in a folder, in its folders, and in those that they link to, each folder once."""
     seen = set()
@@ -117,7 +132,7 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     Raises:
         DataError: no such file, not UTF-8, not JSON, damaged, or nothing in it; with the remedy.
     """
-    for each, place in _parquet(path) if path.suffix.lower() == ".parquet" else _json_objects(path):
+    for each, place in _parquet(path) if path.suffix.lower() == _PARQUET else _json_objects(path):
         yield each, f"{path}, {place}{_identity(each)}"
 
 

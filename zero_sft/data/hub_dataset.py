@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """One split of a dataset, in its default configuration. A gated one takes the token of HF_TOKEN or `hf auth login`."""
+    """One split of a dataset, in one configuration; None: its default one, or the only one.
+
+    A gated dataset takes the token of HF_TOKEN or `hf auth login`.
+    """
 
     id: str
     split: str = "train"
+    config: str | None = None
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"{self.id}:{self.split}"
+        return ":".join(filter(None, (self.id, self.config, self.split)))
 
     def objects(self) -> Iterator[tuple[Any, str]]:
         """Each row with its place.
@@ -30,8 +34,12 @@ class HubDataset:
         Raises:
             DataError: no such dataset or split, or the hub can't provide it.
         """
-        for number, row in enumerate(_loaded(self.id, self.split), start=1):
+        for number, row in enumerate(_loaded(self), start=1):
             yield row, f"{self.name}, sample {number}"
+
+    def left_out(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
 
     def state(self) -> None:
         """None: a commit does not change."""
@@ -41,22 +49,22 @@ class HubDataset:
 
     def identity(self) -> list[Any]:
         """Which rows of which commit, JSON-able; errors as `objects`'."""
-        dataset = _loaded(self.id, self.split)
+        dataset = _loaded(self)
         folders = {Path(each["filename"]).parent.name for each in dataset.cache_files}  # named by the commit
         return [self.id, self.split, dataset.info.config_name, sorted(folders)]
 
 
 @functools.cache
-def _loaded(name: str, split: str) -> "datasets.Dataset":
+def _loaded(of: HubDataset) -> "datasets.Dataset":
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(of.id, of.config, split=of.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"{name} is no file or folder, and split {split!r} of such a dataset of the hub can't be had: {reason}\n"
-            "Check --data_path and --eval_data_path: a path, or org/name:split. A gated dataset needs HF_TOKEN; where there is "
-            "no internet, download it elsewhere and name its folder."
+            f"{of.id} is no file or folder, and split {of.split!r} of such a dataset of the hub can't be had: {reason}\n"
+            "Check --data_path and --eval_data_path: a path, org/name:split or org/name:configuration:split. A gated one needs "
+            "HF_TOKEN; where there is no internet, download it elsewhere and name its folder."
         ) from error

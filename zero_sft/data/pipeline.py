@@ -72,6 +72,7 @@ class Pipeline:
             texts = [json.dumps(asdict(each)) for each in answered]
             return self._part(reading, {"sample": texts}, {"bad": bad, "dropped": dropped})
         made = list(self._examples(answered, bad if self.reader.skips_bad else None))
+        lengths = [len(each.input_ids) + each.cut_tokens for _, each in made]
         split = 0
         if self.reader.long == DROP:
             dropped[TOO_LONG] = sum(each.cut_tokens > 0 for _, each in made)
@@ -87,7 +88,8 @@ class Pipeline:
             "cut_samples": sum(each.cut_tokens > 0 for each in kept),
             "cut_tokens": sum(each.cut_tokens for each in kept),
             "cut_trained_tokens": sum(each.cut_trained_tokens for each in kept),
-            "shortest": min((len(each.input_ids) + each.cut_tokens for _, each in made), default=None),
+            "shortest": min(lengths, default=None),
+            "longest": max(lengths, default=None),
         }
         columns = {
             "input_ids": [each.input_ids for each in kept],

@@ -12,11 +12,13 @@ class DataReport:
     """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off.
 
     `bad` samples were skipped, the first with the error `first_bad`; they count among `samples`, as does a sample that was
-    `split`. `shortest` is a sample's least length in tokens, before it is cut.
+    `split`. `shortest` and `longest` are samples' lengths in tokens, before they are cut. `left_out` are files of a folder
+    that are not data.
     """
 
     file: str
     template: str
+    left_out: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     samples: int = 0
     kept: int = 0
@@ -34,32 +36,36 @@ class DataReport:
     cut_tokens: int | None = None
     cut_trained_tokens: int | None = None
     shortest: int | None = None
+    longest: int | None = None
 
     def lines(self) -> list[str]:
         """The report for the log: what there is, then only what was left out."""
         found = f"format {' and '.join(self.layouts)}, template {self.template}"
         of = "from" if self.split else "of"
-        lines = [f"{self.file}: {self.kept:,} {of} {self.samples:,} samples, {self.turns:,} turns ({found})"]
+        lines = [f"{self.file}: {self.kept:,} {of} {counted(self.samples, 'sample')}, {counted(self.turns, 'turn')} ({found})"]
+        if self.left_out:
+            shown = ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
+            lines.append(f"{counted(len(self.left_out), 'other file')} in it left out: {shown}")
         if self.split:
-            lines.append(f"{self.split:,} samples longer than --model_max_length, split between rounds")
+            lines.append(f"{counted(self.split, 'sample')} longer than --model_max_length, split between rounds")
         if self.tokens is None:
             lines.append("tokenised when they are needed: how many tokens they have, and which are cut off, is not known")
         else:
-            lines.append(f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained on")
+            lines.append(f"{counted(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
         if self.bad:
-            lines.append(f"{self.bad:,} bad samples skipped, the first: {self.first_bad}")
+            lines.append(f"{counted(self.bad, 'bad sample')} skipped, the first: {self.first_bad}")
         if self.dropped:
             lines.append("samples dropped: " + listed(self.dropped))
         if self.cut_samples:
             lines.append(
-                f"{self.cut_samples:,} samples longer than --model_max_length: {self.cut_tokens:,} tokens cut off, "
-                f"{self.cut_trained_tokens:,} of them answers"
+                f"{counted(self.cut_samples, 'sample')} longer than --model_max_length, the longest {self.longest:,} tokens: "
+                f"{counted(self.cut_tokens or 0, 'token')} cut off, {self.cut_trained_tokens:,} of them answers"
             )
         turns = {"leading, not the user's": self.leading_turns, "last, unanswered": self.unanswered_turns}
         if any(turns.values()):
             lines.append("turns dropped: " + listed(turns))
         if self.empty_answers:
-            lines.append(f"{self.empty_answers:,} empty answers, not trained on")
+            lines.append(f"{counted(self.empty_answers, 'empty answer')}, not trained on")
         return lines
 
     @property
@@ -75,23 +81,29 @@ def total(parts: Iterable[DataReport]) -> DataReport:
 
 
 def _sum(one: DataReport, other: DataReport) -> DataReport:
+    ends = {"shortest": min, "longest": max}
     counts = {each.name: _added(getattr(one, each.name), getattr(other, each.name)) for each in fields(DataReport)
               if isinstance(getattr(one, each.name), int) or isinstance(getattr(other, each.name), int)}  # fmt: skip
-    shortest = [each.shortest for each in (one, other) if each.shortest is not None]
+    lengths = {name: [getattr(each, name) for each in (one, other) if getattr(each, name) is not None] for name in ends}
     return replace(
         one,
         **counts
+        | {name: end(lengths[name], default=None) for name, end in ends.items()}
         | {
             "layouts": tuple(sorted({*one.layouts, *other.layouts})),
             "first_bad": one.first_bad or other.first_bad,
             "dropped": dict(Counter(one.dropped) + Counter(other.dropped)),
-            "shortest": min(shortest, default=None),
         },
     )
 
 
 def _added(one: Any, other: Any) -> int:
     return (one or 0) + (other or 0)
+
+
+def counted(number: int, what: str) -> str:
+    """Worked example: 1, "sample" → "1 sample"; 1200, "sample" → "1,200 samples"."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def listed(counts: Mapping[str, int]) -> str:

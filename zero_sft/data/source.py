@@ -5,14 +5,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from zero_sft.data.files import KINDS, Files
+from zero_sft.data.files import Files, is_named_as_data
 from zero_sft.data.hub_dataset import HubDataset
 from zero_sft.errors import DataError
 
 Data = Files | HubDataset
 
 _LEAST_SHARE = 1e-6
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<split>\w[\w.-]*))?")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>\w[\w.-]*)(?=:))?(:(?P<split>\w[\w.-]*))?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,6 @@ def _source(part: str, text: str) -> Source:
 def _data(name: str) -> Data:
     """A file or folder, or, where there is none of that name, the dataset of the hub that it may name."""
     path, match = Path(name).expanduser(), _HUB_ID.fullmatch(name)
-    if match is None or path.exists() or path.suffix.lower() in KINDS or path.parent.exists():
+    if match is None or path.exists() or is_named_as_data(path) or path.parent.exists():
         return Files(path=path)
-    return HubDataset(id=match["id"], split=match["split"] or "train")
+    return HubDataset(id=match["id"], config=match["config"], split=match["split"] or "train")

@@ -1,11 +1,18 @@
 """A text file of the user's, or one clear error."""
 
+import bz2
 import contextlib
+import gzip
+import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from zero_sft.errors import DataError
+
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+"""How compressed text is opened, by the end of its name."""
 
 
 def read_text(path: Path, *, expected: str, argument: str) -> str:
@@ -26,7 +33,8 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
 @contextlib.contextmanager
 def open_text(path: Path, *, argument: str) -> Iterator[TextIO]:
     """The file, to be read whole or line by line within the block; errors as `readable`'s."""
-    with readable(path, argument=argument), path.open(encoding="utf-8-sig") as file:
+    opener = COMPRESSED.get(path.suffix.lower(), open)
+    with readable(path, argument=argument), opener(path, "rt", encoding="utf-8-sig") as file:
         yield file
 
 
@@ -45,5 +53,7 @@ def readable(path: Path, *, argument: str) -> Iterator[None]:
         raise DataError(f"{path} is a folder; expected a file. Name the file itself.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged: {error}. Compress it again.") from error
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}. Check {argument}.") from error

@@ -1,0 +1,36 @@
+"""`zero_sft.trainer`: what accelerate repeats at the end of an epoch is not trained on again, however rows are laid."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from zero_sft.data.collator import Collator
+from zero_sft.data.labels import IGNORED
+from zero_sft.trainer import Trainer
+
+ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
+
+
+def trained(flat, indices, rank, *, rows, end=True):
+    """Which rows a rank's batch trains on, of a data set of `rows` on 2 ranks, and what the batch has."""
+    trainer = SimpleNamespace(
+        train_dataset=range(rows),
+        args=SimpleNamespace(world_size=2, train_batch_size=len(indices), process_index=rank),
+        accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
+    )
+    batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
+    batch = Trainer._without_repeated(trainer, batch)  # pyright: ignore[reportArgumentType]
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    labels = batch["labels"][batch["labels"] != IGNORED]
+    return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_that_are_only_repeated(flat):
+    """7 rows on 2 ranks of 2: the last step's rows are 5 and 6, then 7 and, for want of another, 1."""
+    assert trained(flat, [4, 5], 0, rows=7) == ([5, 6], 11)
+    assert trained(flat, [6, 0], 1, rows=7) == ([7], 7)
+    assert trained(flat, [0, 1], 1, rows=6) == ([], 0)
+    assert trained(flat, [6, 0], 1, rows=8) == ([1, 7], 8)
+    assert trained(flat, [6, 0], 1, rows=7, end=False) == ([1, 7], 8)
