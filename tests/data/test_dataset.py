@@ -34,7 +34,7 @@ def test_what_is_dropped_and_cut_is_counted(tmp_path):
     for part in (
         "3 of 6 samples, 12 turns (format sharegpt, template model)",
         "2 without an answer",
-        "1 samples longer",
+        "1 sample longer",
         "2 last, unanswered",
         "2 empty answers",
     ):

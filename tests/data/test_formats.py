@@ -90,7 +90,7 @@ def test_numbers_that_python_does_not_read(tmp_path):
 
 def test_missing_empty_and_unreadable_files(tmp_path):
     assert "no such file" in refused(tmp_path / "none.json")
-    assert "has no .json, .jsonl, .parquet file" in refused(tmp_path)
+    assert "has no .json, .jsonl or .parquet file" in refused(tmp_path)
     for content in ("", " \n\n"):
         assert "is empty" in refused(written(tmp_path, content))
     for empty, said in (("[]", "holds no samples. Expected"), ("{broken", "line 1")):
@@ -203,7 +203,7 @@ def test_what_a_folder_has_besides_is_named(tmp_path):
     written(tmp_path, [{"conversations": ONE}])
     for name in ("README.md", "more.csv", ".hidden"):
         (tmp_path / name).write_text("x")
-    prepared = prepare(tmp_path, byte_tokenizer(), model_max_length=100)
+    prepared = prepare(tmp_path, byte_tokenizer(), model_max_length=500)
     assert "2 other files in it left out: README.md, more.csv" in prepared.lines()
 
 

@@ -53,7 +53,7 @@ def readable(path: Path, *, argument: str) -> Iterator[None]:
         raise DataError(f"{path} is a folder; expected a file. Name the file itself.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged: {error}. Compress it again.") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}. Check {argument}.") from error
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if getattr(error, "errno", None) is None:  # what a decompressor says
+            raise DataError(f"{path} is damaged: {error}. Compress it again.") from error
+        raise DataError(f"{path} can't be read: {getattr(error, 'strerror', error)}. Check {argument}.") from error
