@@ -206,6 +206,12 @@ def test_remedies_make_it_fit(folder):
     assert trainer.activation_bytes(run(packing=True)) > trainer.activation_bytes(run())
 
 
+def test_a_tied_tensor_counts_once(tmp_path):
+    of = subject(str(models.save_tiny("qwen2", tmp_path / "qwen2")), HubOptions())
+    assert of.config.tie_word_embeddings
+    assert of.numel == models.plain(tmp_path / "qwen2", torch.bfloat16).num_parameters()
+
+
 def test_a_config_that_is_not_zero3():
     trainer = Trainer(subject("Llama-3.1-8B", HubOptions()))
     with pytest.raises(ConfigError, match="not a ZeRO stage 3"):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class Subject:
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The model's parameters by name, on meta, a shared one once."""
-        return dict(self.model.named_parameters())
+        return _saved(self.model, dict(self.model.named_parameters()))
 
     @property
     def numel(self) -> int:
@@ -134,7 +135,7 @@ def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tup
     return {place.name: place for file in lay_out(rows) for place in file.tensors}
 
 
-def _saved(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _saved(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
     """What a save writes: a tied tensor once."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name: tensor for name, tensor in state.items() if name not in tied}
