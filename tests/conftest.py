@@ -27,6 +27,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("_world_size", marker.args, ids=[f"{size}ranks" for size in marker.args])
 
 
+def pytest_runtestloop(session):
+    if not session.config.option.collectonly and any(item.get_closest_marker("world_size") for item in session.items):
+        from tests.operators import compile_all
+        from tests.runner import context
+
+        compile_all(context)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     marker = pyfuncitem.get_closest_marker("world_size")

@@ -18,8 +18,8 @@ import pytest
 
 PRELOAD = ["torch", "torch.distributed", "transformers", "deepspeed", "zero_sft", "tests.preload"]
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(PRELOAD)
 
 
 class Skip(str):
@@ -66,9 +66,9 @@ def run_ranks(size: int, target: Callable[..., None], kwargs: dict[str, Any], ti
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         pipes, ranks = [], []
         for rank in range(size):
-            receiver, sender = _context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             arguments = (rank, size, port, f"{folder}/store", target, kwargs, sender)
-            process = _context.Process(target=_rank_main, args=arguments, daemon=True)
+            process = context.Process(target=_rank_main, args=arguments, daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)

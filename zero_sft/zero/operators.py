@@ -26,7 +26,7 @@ def require_no_stale_lock() -> None:
     Raises:
         ConfigError: a lock older than `STALE_SECONDS`.
     """
-    for lock in _locks():
+    for lock in locks():
         try:
             age = time.time() - lock.stat().st_mtime
         except FileNotFoundError:  # that build has just ended
@@ -39,7 +39,8 @@ def require_no_stale_lock() -> None:
         logger.warning("waiting for another process that compiles DeepSpeed's operator %s. %s", lock.parent.name, remedy)
 
 
-def _locks() -> list[Path]:
+def locks() -> list[Path]:
+    """The locks of DeepSpeed's operators that lie on this machine, of builds under way and of killed ones."""
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
     from torch.utils.cpp_extension import get_default_build_root
 
