@@ -161,6 +161,7 @@ def test_command_line(argv, name, value):
         (["--optim", "lomo"], ["--optim lomo can't be used", "adamw_torch"]),
         (["--deepspeed", ""], ["--deepspeed is empty"]),
         (["--accelerator_config", '{"split_batches": true}'], ["split_batches", "per_device_train_batch_size"]),
+        (["--accelerator_config", '{"even_batches": false}'], ["even_batches", "waiting for ever"]),
         (["--padding_free", "True"], ["--padding_free has no meaning", "see --packing"]),
         (["--eval_packing", "True"], ["--eval_packing has no meaning", "are padded"]),
         (["--dataset_num_proc", "0"], ["--dataset_num_proc must be more than 0"]),

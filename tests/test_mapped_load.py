@@ -66,19 +66,20 @@ def test_trained_as_copied(llama, offload):
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("part", [False, True])
-def test_an_engine_does_not_start_on_changed_files(llama, part):
-    """Over the whole model where one file was written to, nor over a part of it where all were."""
+@pytest.mark.parametrize(("part", "cut"), [(False, False), (True, False), (False, True)])
+def test_an_engine_does_not_start_on_changed_files(llama, part, cut):
+    """Over the whole model where one file was written to or cut short, nor over a part of it where all were."""
     import deepspeed
     import torch.distributed as dist
 
     ds = ds_config()
-    model = load(llama, ds_config=ds)
+    with mock.patch.object(mapped, "SMALLEST_BYTES", 1):
+        model = load(llama, ds_config=ds)
     dist.barrier()
     if dist.get_rank() == 0:
         files = list(llama.glob("*.safetensors"))
         for file in files if part else files[:1]:
-            os.utime(file, ns=(1, 1))
+            os.truncate(file, 0) if cut else os.utime(file, ns=(1, 1))
     dist.barrier()
     trained = model.model if part else model
     with pytest.raises(CheckpointError, match="was replaced or written to"):

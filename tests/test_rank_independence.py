@@ -69,3 +69,21 @@ def test_the_mean_of_a_run_is_that_of_its_steps_on_all_ranks(folder):
     means = [next(entry["train_loss"] for entry in history if "train_loss" in entry) for history in histories]
     assert means == pytest.approx([sum(losses) / 3] * 2, rel=1e-5)
     assert [entry["step"] for entry in histories[1] if "loss" in entry] == [3]
+
+
+def test_the_loss_of_an_evaluation_depends_on_no_sizes(folder):
+    """Not on ranks, nor on batches, some of which hold samples that are only repeated."""
+    found = {}
+    for ranks, size in ((1, 1), (1, 8), (2, 4), (4, 3)):
+        out = f"{ranks}x{size}"
+        batches = {
+            "packing": False, "max_steps": 2, "eval_data_path": folder / "data.json", "eval_strategy": "steps",
+            "eval_steps": 1, "per_device_eval_batch_size": size,
+        }  # fmt: skip
+        run_ranks(ranks, train, {"folder": folder, "out": out, "per_device": 8 // ranks, "accumulation": 1,
+                                 "batches": batches}, timeout_s=200)  # fmt: skip
+        found[out] = [entry["eval_loss"] for entry in small_job.history(folder, out) if "eval_loss" in entry]
+    reference = found.pop("1x1")
+    assert len(reference) == 2
+    for out, losses in found.items():
+        assert losses == pytest.approx(reference, rel=1e-5), out

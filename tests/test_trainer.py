@@ -12,15 +12,14 @@ from zero_sft.trainer import Trainer
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
 
 
-def trained(flat, indices, rank, *, rows, end=True):
+def trained(flat, indices, rank, *, rows, end=True, drop_last=False):
     """Which rows a rank's batch trains on, of a data set of `rows` on 2 ranks, and what the batch has."""
     trainer = SimpleNamespace(
-        train_dataset=range(rows),
-        args=SimpleNamespace(world_size=2, train_batch_size=len(indices), process_index=rank),
+        args=SimpleNamespace(world_size=2, process_index=rank, dataloader_drop_last=drop_last),
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
     )
     batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
-    batch = Trainer._without_repeated(trainer, batch)  # pyright: ignore[reportArgumentType]
+    batch = Trainer._without_repeated(trainer, batch, rows, len(indices))  # pyright: ignore[reportArgumentType]
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
     labels = batch["labels"][batch["labels"] != IGNORED]
     return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
@@ -34,3 +33,4 @@ def test_rows_that_are_only_repeated(flat):
     assert trained(flat, [0, 1], 1, rows=6) == ([], 0)
     assert trained(flat, [6, 0], 1, rows=8) == ([1, 7], 8)
     assert trained(flat, [6, 0], 1, rows=7, end=False) == ([1, 7], 8)
+    assert trained(flat, [6, 0], 1, rows=7, drop_last=True) == ([1, 7], 8)

@@ -9,6 +9,7 @@ download itself is huggingface_hub's.
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,12 @@ TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", 
              "tekken.json",
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
 
+_FLAG = (bool, "True or False")  # a word that looks like one ("False" from a command line) would count as True
+_TEXT = ((str, type(None)), "a text")
+_KINDS = {
+    "trust_remote_code": _FLAG, "local_files_only": _FLAG, "token": ((str, bool, type(None)), "a text, True or False"),
+    "cache_dir": ((str, os.PathLike, type(None)), "a path"), "revision": _TEXT, "subfolder": _TEXT, "variant": _TEXT,
+}  # fmt: skip
 _VARIANT = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -48,7 +55,7 @@ class HubOptions:
         """Typed options from keyword arguments; `function` is the one that took them, whose own are known, too.
 
         Raises:
-            ArgumentError: an unknown name, with the nearest known one.
+            ArgumentError: an unknown name, with the nearest known one; a value of another type.
         """
         own = [each.name for each in dataclasses.fields(cls)]
         named = inspect.signature(function).parameters.values() if function else ()
@@ -58,6 +65,10 @@ class HubOptions:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.")
+        for name, value in kwargs.items():
+            kinds, wanted = _KINDS[name]
+            if not isinstance(value, kinds):
+                raise ArgumentError(f"{name} must be {wanted}, got {value!r:.80}")  # a token is a text, so never shown
         variant = kwargs.get("variant")
         if variant is not None and not _VARIANT.fullmatch(variant):
             raise ArgumentError(f"variant {variant!r} is no part of a file's name; expected one like fp16.")

@@ -3,6 +3,7 @@
 Importing this module imports TRL.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ LENGTHS = "length"
 
 
 class Trainer(SFTTrainer):
-    """An `SFTTrainer` that writes no model card, and takes no step in which nothing is trained on."""
+    """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once."""
+
+    _evaluated: dict[str, Any]  # of the evaluation under way: its samples, and of those so far this rank's loss and tokens
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: it would be taken for the exported model's."""
@@ -31,7 +34,9 @@ class Trainer(SFTTrainer):
         Raises:
             DataError: nothing is trained on in any of them, on any rank.
         """
-        batches, trained = super().get_batch_samples(map(self._without_repeated, epoch_iterator), *args, **kwargs)
+        rows, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
+        own = (self._without_repeated(batch, rows, size) for batch in epoch_iterator)
+        batches, trained = super().get_batch_samples(own, *args, **kwargs)
         # Tokenised beforehand, each sample has a trained token; and the number is on the device, so that asking for it waits.
         if batches and trained is not None and _is_lazy(self.train_dataset) and int(trained) == 0:
             raise DataError(
@@ -50,16 +55,38 @@ class Trainer(SFTTrainer):
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 
-    def _without_repeated(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch that is not trained on samples which were only repeated to give every rank one at the end of an epoch.
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, with the mean loss of all trained tokens. Every rank; communicates.
+
+        The Trainer's own is the mean of the batches' means, which depends on how samples are spread over batches and ranks.
+        """
+        self._evaluated = {"rows": len(dataloader.dataset), "loss": 0.0, "tokens": 0}
+        result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        own = torch.tensor([self._evaluated["loss"], self._evaluated["tokens"]], dtype=torch.float64, device=self.args.device)
+        loss, tokens = self.accelerator.reduce(own, reduction="sum").tolist()  # type: ignore[union-attr]
+        if result.metrics and f"{metric_key_prefix}_loss" in result.metrics:
+            result.metrics[f"{metric_key_prefix}_loss"] = loss / tokens if tokens else math.nan
+        return result
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's, for samples that were not only repeated, with their loss added up. Every rank; communicates."""
+        inputs = self._without_repeated(inputs, self._evaluated["rows"], self.args.eval_batch_size)
+        tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if tokens:
+            self._evaluated["loss"] += float(result[0]) * tokens
+            self._evaluated["tokens"] += tokens
+        return result
+
+    def _without_repeated(self, batch: dict[str, Any], samples: int, size: int) -> dict[str, Any]:
+        """A batch, of `size` of a data set's samples, without labels for those that are only repeated to give every rank one.
 
         Of the last batches, all ranks' in a row, the first few samples are the epoch's last; accelerate's own count of them is
-        wrong after a resume.
+        wrong after a resume. Where the last are dropped, nothing is repeated.
         """
         row_lengths = batch.pop("row_lengths", None)
-        dataset: Any = self.train_dataset
-        ranks, size = self.args.world_size, self.args.train_batch_size
-        last = len(dataset) % (ranks * size)
+        ranks = self.args.world_size
+        last = 0 if self.args.dataloader_drop_last else samples % (ranks * size)
         rows = len(batch["labels"] if row_lengths is None else row_lengths)
         if self.accelerator.gradient_state.end_of_dataloader and last and ranks > 1 and rows == size:
             kept = max(0, last - self.args.process_index * size)
@@ -124,7 +151,6 @@ def collator_for(model: Any, tokenizer: Any, multiple_of: int | None) -> Collato
     """How batches are made for a model and its attention."""
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
-        padding_side=tokenizer.padding_side,
         multiple_of=multiple_of,
         flat="flash" in (model.config._attn_implementation or ""),
     )

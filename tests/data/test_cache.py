@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -190,12 +191,13 @@ def test_the_first_of_two_writers_wins(data):
 
 def test_what_killed_writers_left_is_removed_in_time(data):
     root = data.parent / "cache"
-    here = f"{socket.gethostname()}-"
-    for name, age in (("old", 10**6), ("young", 10), (f"{here}999999999-x", 10), (f"{here}{os.getpid()}-x", 10)):
+    here = f"{socket.gethostname()}-{Path('/proc/self/ns/pid').stat().st_ino}-"
+    for name, age in (("old", 10**6), ("young", 10), (f"{here}999999999-x", 10), (f"{here}{os.getpid()}-x", 10),
+                      (f"{socket.gethostname()}-1-999999999-x", 10)):  # fmt: skip
         folder = root / f".making-{name}"
         folder.mkdir(parents=True)
         os.utime(folder, (folder.stat().st_mtime - age,) * 2)
     prepare_sources(recipe(data), byte_tokenizer())
     assert [each for each in entries(data) if each.startswith(".")] == sorted(
-        [".making-young", f".making-{here}{os.getpid()}-x"]
+        [".making-young", f".making-{here}{os.getpid()}-x", f".making-{socket.gethostname()}-1-999999999-x"]
     )

@@ -104,17 +104,16 @@ def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("side", "multiple_of", "ids", "mask"),
+    ("multiple_of", "ids", "mask"),
     [
-        ("right", None, [[1, 2, 3], [4, 0, 0]], [[1, 1, 1], [1, 0, 0]]),
-        ("left", None, [[1, 2, 3], [0, 0, 4]], [[1, 1, 1], [0, 0, 1]]),
-        ("right", 4, [[1, 2, 3, 0], [4, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]]),
-        ("left", 3, [[1, 2, 3], [0, 0, 4]], [[1, 1, 1], [0, 0, 1]]),
+        (None, [[1, 2, 3], [4, 0, 0]], [[1, 1, 1], [1, 0, 0]]),
+        (4, [[1, 2, 3, 0], [4, 0, 0, 0]], [[1, 1, 1, 0], [1, 0, 0, 0]]),
+        (3, [[1, 2, 3], [4, 0, 0]], [[1, 1, 1], [1, 0, 0]]),
     ],
 )
-def test_padding(side, multiple_of, ids, mask):
+def test_padding(multiple_of, ids, mask):
     samples = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "length": 3}, {"input_ids": [4], "labels": [4], "length": 1}]
-    batch = Collator(pad_token_id=0, padding_side=side, multiple_of=multiple_of)(samples)
+    batch = Collator(pad_token_id=0, multiple_of=multiple_of)(samples)
     assert batch["input_ids"].tolist() == ids
     assert batch["attention_mask"].tolist() == mask
     expected = [

@@ -83,3 +83,10 @@ def test_drawn_by_weight_until_each_sample_was_there(files, lazy):
     assert 4 < texts.count("b</s>") < 25, "two samples, as often as the ten"
     assert f"{texts.count('b</s>')} of {len(texts)} rows of the mixture" in mixed.lines()[-1]
     assert mixed.dataset.column_names == parts[0].dataset.column_names
+
+
+def test_weights_that_would_make_a_mixture_of_thousands_of_times_the_data(files):
+    tokenizer = byte_tokenizer()
+    parts = [prepare(each, tokenizer, model_max_length=64) for each in files]
+    with pytest.raises(DataError, match=r"to draw every sample of .* takes 200,002 rows, and there are 12 samples"):
+        mix(parts, [1.0, 1e-5], seed=3)

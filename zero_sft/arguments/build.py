@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.names import REFUSED_ACCELERATOR_KEYS
+from zero_sft.arguments.names import refused_accelerator_key
 from zero_sft.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ def build_training_arguments(values: Mapping[str, Any], ds_config: Mapping[str, 
         arguments = TrainingArguments(**{**fitted, "deepspeed": copy.deepcopy(dict(ds_config))})
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         raise ArgumentError(f"the Trainer refuses these arguments: {error}") from error
-    for key, reason in REFUSED_ACCELERATOR_KEYS.items():  # they may have come from a file
-        if getattr(arguments.accelerator_config, key, None):
-            raise ArgumentError(f"--accelerator_config {key} can't be used: {reason}")
+    refused = refused_accelerator_key(vars(arguments.accelerator_config))  # they may have come from a file
+    if refused:
+        raise ArgumentError(refused)
     return arguments
 
 

@@ -23,7 +23,8 @@ class ModelArguments:
         default=False, metadata={"help": "Run model and tokenizer code that comes with the checkpoint."}
     )
     padding_side: Literal["right", "left"] = field(
-        default="right", metadata={"help": "The side on which shorter samples of a batch are padded."}
+        default="right",
+        metadata={"help": "The tokenizer's side of padding, in the exported model too; training pads at the right."},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses where it isn't given."}

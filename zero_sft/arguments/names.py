@@ -120,5 +120,16 @@ REFUSED_OPTIMIZERS: dict[str, str] = {
 REFUSED_ACCELERATOR_KEYS: dict[str, str] = {
     "split_batches": "every rank gets batches of --per_device_train_batch_size; leave it out",
     "dispatch_batches": "every rank reads its own samples; leave it out",
+    "even_batches": "ranks with fewer batches than others would leave these waiting for ever; leave it out",
     "use_configured_state": "this job sets up DeepSpeed itself; leave it out",
 }
+"""Keys that have to keep accelerate's own value, which is true for `even_batches` alone."""
+
+
+def refused_accelerator_key(settings: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first of accelerate's settings that can't be used, or None."""
+    for key, reason in REFUSED_ACCELERATOR_KEYS.items():
+        value = settings.get(key)
+        if value is not None and bool(value) != (key == "even_batches"):
+            return f"--accelerator_config {key} can't be used: {reason}"
+    return None

@@ -15,9 +15,9 @@ from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.names import (
     IGNORED,
     REFUSALS,
-    REFUSED_ACCELERATOR_KEYS,
     REFUSED_OPTIMIZERS,
     TRANSLATIONS,
+    refused_accelerator_key,
 )
 from zero_sft.arguments.sources import COMMAND_LINE, Given, read_command_line, read_file
 from zero_sft.arguments.values import Spec, specs_of
@@ -189,10 +189,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if not values.get("deepspeed", "zero3"):
         problems.append("--deepspeed is empty: this job shards the model with DeepSpeed ZeRO-3; give zero3 or a file")
     accelerator = values.get("accelerator_config")
-    for key, reason in REFUSED_ACCELERATOR_KEYS.items():
-        if isinstance(accelerator, Mapping) and accelerator.get(key):
-            problems.append(f"--accelerator_config {key} can't be used: {reason}")
-    return problems
+    refused = refused_accelerator_key(accelerator) if isinstance(accelerator, Mapping) else None
+    return problems + [refused] if refused else problems
 
 
 def _precision_of_evaluation(values: Mapping[str, Any]) -> list[str]:

@@ -64,7 +64,7 @@ def key_of_rows(data: Data, pipeline: Pipeline) -> str:
     return key_of(
         data.identity(),
         _tokenizer(pipeline.tokenizer),
-        str(pipeline.template.jinja(pipeline.tokenizer)),
+        [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
         [asdict(pipeline.reader), pipeline.model_max_length, pipeline.lazy],
     )
 
@@ -156,8 +156,12 @@ def _take_place(made: Path, place: Path) -> None:
 
 
 def _making() -> str:
-    """How folders begin that are being written on this machine."""
-    return f"{_MAKING}{socket.gethostname()}-"
+    """How folders begin that are being written where this process's number is known: on this machine, in this container."""
+    try:
+        space = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        space = 0
+    return f"{_MAKING}{socket.gethostname()}-{space}-"
 
 
 def _remove_abandoned(root: Path) -> None:

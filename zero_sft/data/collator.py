@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 class Collator:
     """Samples, or rows of packed samples, to one batch, padded to the longest, or to a multiple of `multiple_of` beyond it.
 
+    Padding is at the right, whatever the tokenizer's side: no token sees it there, and positions begin at 0. At the left
+    the loss of a model that looks its positions up (GPT-2) would depend on the other samples of the batch.
     `flat` lays packed rows behind each other in one, without padding: that is how flash attention takes packed samples; other
     kinds would compare every row with every other.
     """
 
     pad_token_id: int
-    padding_side: str = "right"
     multiple_of: int | None = None
     flat: bool = False
 
@@ -40,11 +41,8 @@ class Collator:
 
         lengths = [len(each["input_ids"]) for each in samples]
         width = _rounded(max(lengths), self.multiple_of)
-        places = [slice(width - n, width) if self.padding_side == "left" else slice(n) for n in lengths]
-        batch = _tokens(samples, places, width, self.pad_token_id)
-        batch["attention_mask"] = torch.zeros((len(samples), width), dtype=torch.int64)
-        for row, place in enumerate(places):
-            batch["attention_mask"][row, place] = 1
+        batch = _tokens(samples, width, self.pad_token_id)
+        batch["attention_mask"] = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
         return batch
 
     def _packed(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, "torch.Tensor"]:
@@ -56,7 +54,7 @@ class Collator:
             rows = [{name: [value for row in rows for value in row[name]] for name in rows[0]}]
         lengths = [len(each["input_ids"]) for each in rows]
         width = _rounded(max(lengths), self.multiple_of)
-        batch = _tokens(rows, [slice(length) for length in lengths], width, self.pad_token_id)
+        batch = _tokens(rows, width, self.pad_token_id)
         batch["position_ids"] = torch.tensor([position_ids(each["seq_lengths"], width) for each in rows])
         if self.flat:
             batch["row_lengths"] = torch.tensor(row_lengths)
@@ -69,17 +67,15 @@ def _rounded(length: int, unit: int | None) -> int:
     return -(-length // unit) * unit
 
 
-def _tokens(
-    samples: Sequence[Mapping[str, Sequence[int]]], places: Sequence[slice], width: int, pad: int
-) -> dict[str, "torch.Tensor"]:
-    """`input_ids` and `labels`, each (samples, width) int64, padded outside the places."""
+def _tokens(samples: Sequence[Mapping[str, Sequence[int]]], width: int, pad: int) -> dict[str, "torch.Tensor"]:
+    """`input_ids` and `labels`, each (samples, width) int64, padded at the right."""
     import torch
 
     batch = {
         "input_ids": torch.full((len(samples), width), pad, dtype=torch.int64),
         "labels": torch.full((len(samples), width), IGNORED, dtype=torch.int64),
     }
-    for row, (sample, place) in enumerate(zip(samples, places, strict=True)):
+    for row, sample in enumerate(samples):
         for name, tensor in batch.items():
-            tensor[row, place] = torch.tensor(sample[name], dtype=torch.int64)
+            tensor[row, : len(sample[name])] = torch.tensor(sample[name], dtype=torch.int64)
     return batch

@@ -15,9 +15,13 @@ from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.reader import PLAIN, Reader
 from zero_sft.data.source import parse_sources
 from zero_sft.data.workers import usable_processes
+from zero_sft.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
+
+_MOST_REPEATED = 1000
+"""A mixture of so many times the rows that there are is taken for a mistake in the weights."""
 
 _SOURCE = "source"  # a column that says which dataset a row is of, while they are mixed
 
@@ -137,9 +141,21 @@ def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -
 def _drawn(
     parts: Sequence["datasets.Dataset"], weights: Sequence[float], seed: int, names: Sequence[str]
 ) -> tuple["datasets.Dataset", tuple[str, ...]]:
-    """Rows drawn by weight until each has been drawn, and a line for each part."""
+    """Rows drawn by weight until each has been drawn, and a line for each part.
+
+    Raises:
+        DataError: weights so far from the sources' sizes that the mixture would be far larger than they.
+    """
     import datasets
 
+    rows = [len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True)]
+    whole = sum(map(len, parts))
+    if max(rows) > _MOST_REPEATED * whole:
+        name = names[rows.index(max(rows))]
+        raise DataError(
+            f"to draw every sample of {name} by its weight takes {max(rows):,.0f} rows, and there are {whole:,} samples. Give "
+            "it a larger weight, or leave it out."
+        )
     mixed = datasets.interleave_datasets(
         [part.add_column(_SOURCE, [number] * len(part)) for number, part in enumerate(parts)],
         probabilities=[weight / sum(weights) for weight in weights],

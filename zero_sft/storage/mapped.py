@@ -4,7 +4,8 @@ A shard that is one run of a file's bytes, in the wanted dtype, and is to stay i
 itself: private, so that a write copies the page that it touches and never reaches the file. That is as good as a copy until
 an engine starts, when what is mapped is copied (`zero.gather.settle`), and takes milliseconds where a copy takes as long as
 the memory needs to be touched and filled. Only what is in the page cache is taken so: from a disk, large reads are
-faster than faults. Whoever overwrites a mapped file in place changes the shards; a file that is replaced leaves them.
+faster than faults. Whoever overwrites a mapped file in place changes the shards, and whoever cuts it short ends the processes
+that touch what is gone (SIGBUS); a file that is replaced leaves them.
 """
 
 import contextlib

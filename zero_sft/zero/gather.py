@@ -13,7 +13,7 @@ For inference only: what a backward pass would need is gone by then. All ranks m
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,9 +47,10 @@ def mark_mapped(param: nn.Parameter, path: str, stamp: Stamp) -> None:
 
 
 def settle(module: nn.Module) -> None:
-    """Copy what is still a part of a file, and then see that no file was written to. Every rank; communicates.
+    """Copy what is still a part of a file, and see that no file was written to. Every rank; communicates.
 
-    A file that was replaced by another, or removed, is no matter: what is mapped is the old one.
+    A file that was replaced by another, or removed, is no matter: what is mapped is the old one. Looked at before, too: to
+    touch what a file that was cut short no longer has ends the process.
 
     Raises:
         CheckpointError: a file was written to, so that shards may have changed; on every rank.
@@ -58,15 +59,18 @@ def settle(module: nn.Module) -> None:
     if not params:
         return
     with distributed.agreed(World.detect(), "copying shards that were mapped"):
-        files = {}
-        for param in params:
-            path, expected = param.__dict__.pop(_MAPPED, ("", None))
-            if expected is not None:
-                param.ds_tensor.data = param.ds_tensor.data.clone()
-                files[path] = expected
-        for path, expected in files.items():
-            if is_same_file(path, expected):
-                require_unchanged(path, path, expected)
+        mapped = [(param, *param.__dict__.pop(_MAPPED)) for param in params if _MAPPED in param.__dict__]
+        files = {path: expected for _, path, expected in mapped}
+        _require_unwritten(files)
+        for param, *_ in mapped:
+            param.ds_tensor.data = param.ds_tensor.data.clone()
+        _require_unwritten(files)
+
+
+def _require_unwritten(files: Mapping[str, Stamp]) -> None:
+    for path, expected in files.items():
+        if is_same_file(path, expected):
+            require_unchanged(path, path, expected)
 
 
 def remove(model: nn.Module) -> None:
