@@ -1,10 +1,12 @@
 """`zero_sft.data.labels`: exactly the assistant's tokens, on any tokenizer, whatever the text."""
 
 import pytest
+from tokenizers import AddedToken, processors
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, trained_text, word_tokenizer
+from zero_sft.data.conversation import Passage
 from zero_sft.data.labels import IGNORED, token_range, tokenise
-from zero_sft.data.templates import choose_template
+from zero_sft.data.templates import choose_template, render
 from zero_sft.data.vicuna import VICUNA_SYSTEM
 from zero_sft.errors import DataError
 
@@ -112,3 +114,26 @@ def test_a_tokenizer_without_offsets_is_refused():
 )
 def test_token_range(chars, span, expected):
     assert token_range(chars.__getitem__, len(chars), span) == expected
+
+
+def test_a_header_that_takes_the_white_space_behind_it_is_not_trained_on():
+    """As Phi-3's, where the template tells no prompt."""
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ '<|eot|>\n' + m.content + '<|im_end|>\n' }}{% endfor %}")
+    tokenizer.add_tokens(
+        [AddedToken("<|eot|>", special=True, rstrip=True), AddedToken("<|im_end|>", special=True, rstrip=True)]
+    )
+    (example,) = tokenise([choose_template("model", tokenizer).render(conversation("Hi", "Hello."))], tokenizer, 100)
+    assert trained_text(example, tokenizer) == ["Hello.<|im_end|>"]
+
+
+@pytest.mark.parametrize("sample", [conversation("Hi", "Hello."), Passage(prompt="", completion="Hello.", where="here")])
+def test_a_tokenizer_that_adds_an_end_of_its_own(sample):
+    """The text has one already, which is trained on; a second would teach nothing."""
+    tokenizer = byte_tokenizer()
+    rendered = render(sample, choose_template("vicuna", tokenizer), tokenizer)
+    expected = tokenise([rendered], tokenizer, 1000)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    assert tokenise([rendered], tokenizer, 1000) == expected

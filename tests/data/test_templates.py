@@ -3,7 +3,9 @@
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation
-from zero_sft.data.chat import ChatTemplate, stops_of
+from zero_sft.data.chat import ChatTemplate
+from zero_sft.data.conversation import ASSISTANT, TOOL, Conversation, Turn
+from zero_sft.data.habits import stops_of
 from zero_sft.data.templates import choose_template
 from zero_sft.data.vicuna import VICUNA_SYSTEM, VicunaTemplate
 from zero_sft.errors import DataError
@@ -76,6 +78,8 @@ def test_vicuna_as_a_chat_template_gives_the_tokens_that_are_trained_on(talk):
     assert tokenizer.apply_chat_template(messages, return_dict=False) == expected
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False)
     assert prompt == "<s>" + template.prompt("Hi")
+    with pytest.raises(Exception, match="no turns of tools"):
+        tokenizer.apply_chat_template([*messages, {"role": "tool", "content": "5"}])
 
 
 def test_vicuna_with_a_system_text_of_its_own():
@@ -137,11 +141,47 @@ def test_empty_answers_are_not_trained_on():
     assert with_template(CHATML).render(conversation()).spans == ()
 
 
-@pytest.mark.parametrize("template", [FORGETFUL, EXCERPT])
-def test_a_template_that_rewrites_turns_is_refused(template):
+def test_a_template_that_rewrites_turns_is_refused():
     texts = ("Hi", "Hello, how are you today?", "More?", "No, I am not sure of it.")
     with pytest.raises(DataError, match=r"here, message 2: .*rewrites the turns.*--chat_template vicuna"):
-        with_template(template).render(conversation(*texts))
+        with_template(FORGETFUL).render(conversation(*texts))
+    with pytest.raises(DataError, match="here, message 1: the chat template leaves out the text of the user"):
+        with_template(EXCERPT).render(conversation(*texts))
+
+
+SYSTEMLESS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+TOOLLESS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+QUOTED = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content)")
+
+
+def test_a_text_that_the_template_has_no_place_for():
+    """Not even where it stands in another text, too."""
+    talk = conversation("a", "a", "b", "c", system="a")
+    with pytest.raises(DataError, match="here, message 1: the chat template leaves out the text of the system"):
+        with_template(SYSTEMLESS).render(talk)
+    assert with_template(TOOLLESS).render(talk)
+    turns = [*conversation("a", "a").turns, Turn(role=TOOL, text='"5"'), Turn(role=ASSISTANT, text="d")]
+    asked = Conversation(turns=tuple(turns), where="here")
+    with pytest.raises(DataError, match="here, message 3: the chat template leaves out the text of the tool"):
+        with_template(TOOLLESS).render(asked)
+    assert spans(with_template(QUOTED).render(asked)) == ["a<|im_end|>", "d<|im_end|>"]
+
+
+def test_thoughts_that_contain_the_prompt_are_trained_on_whole():
+    thoughts = "<think>\nit goes <|im_start|>assistant\n, I think\n</think>\n\n"
+    rendered = with_template(THINKING).render(conversation("Hi", f"{thoughts}Hello."))
+    assert spans(rendered) == [f"{thoughts}Hello.<|im_end|>"]
+
+
+def test_a_template_that_divides_by_nothing():
+    with pytest.raises(DataError, match=r"can't render this conversation: .*zero"):
+        with_template("{{ 1 // 0 }}" + CHATML)
+
+
+def test_the_prompt_that_is_always_there_is_no_end_of_an_answer():
+    always = CHATML.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "{{ '' }}")
+    rendered = with_template(always).render(conversation("Hi", "Hello.", "More?", "No."))
+    assert spans(rendered) == ["Hello.<|im_end|>", "No.<|im_end|>"]
 
 
 def test_a_template_that_leaves_nothing_as_it_is_is_refused():
@@ -174,6 +214,7 @@ def test_a_template_that_fails_is_named_with_the_sample():
         (" <|end|> x", " <|end|>", (" <|end|>",)),
         (" STOP \nuser", " STOP \n", (" STOP",)),
         ("<|user|>", "", ("<|user|>",)),
+        ("<|end|>\n<|a|>user", "<|end|>\n<|a|>assistant", ("<|end|>",)),
         ("\nuser", "\n", ()),
     ],
 )
@@ -212,8 +253,10 @@ def test_templates_by_name_and_from_a_file(tmp_path):
     template = choose_template(str(path), tokenizer)
     assert spans(template.render(conversation("Hi", "Hello."))) == [" Hello.</s>"]
     assert template.jinja(tokenizer) == MISTRAL
-    path.write_text("{% for %}")
-    with pytest.raises(DataError, match="can't render"):
+    path.write_text("Hi\n{% for %}")
+    with pytest.raises(
+        DataError, match=r"--chat_template .*mine.jinja: the chat template is no Jinja .* line 2: .*Repair it.$"
+    ):
         choose_template(str(path), tokenizer)
 
 

@@ -12,19 +12,18 @@ drop those of earlier answers, as the model never sees them again.
 """
 
 import contextlib
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, USER, Conversation
+from zero_sft.data.habits import VICUNA_INSTEAD, Habits, apply
 from zero_sft.data.rendered import Rendered
 from zero_sft.errors import DataError
 
 _THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _MOST_FRAMES = 1000
-_REMEDY = "Use --chat_template vicuna."
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -41,15 +40,11 @@ NAMED = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Habits:
-    """What a template writes around answers.
+class Frame:
+    """What a template writes `around` the texts of a conversation, and which of these it has `shown`, in its order."""
 
-    `prompt`: what it adds when the model is to write. `stops`: what may end an answer, the usual one first; the model must
-    write it itself.
-    """
-
-    prompt: str
-    stops: tuple[str, ...]
+    around: tuple[str, ...]
+    shown: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +55,21 @@ class ChatTemplate:
     name: str
     habits: Habits
     source: str | None = None
-    frames: dict[tuple[tuple[str, bool], ...], list[str] | None] = field(default_factory=dict, repr=False, compare=False)
+    frames: dict[tuple[tuple[str, bool], ...], "Frame | None"] = field(default_factory=dict, repr=False, compare=False)
     adds_special_tokens = False  # chat templates write theirs themselves
 
     def render(self, conversation: Conversation) -> Rendered:
         """Render with the template, and find the answers.
 
         Raises:
-            DataError: the template fails on this conversation, rewrites its answers, or ends one with nothing.
+            DataError: the template fails on this conversation, leaves out a text, rewrites its answers, or ends one with
+                nothing.
         """
         text, spans = "", ()
         if conversation.turns:
             messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
             text = self._apply(messages, conversation.where)
+            self._require_all_shown(text, messages, conversation.where)
             places = [number for number, turn in enumerate(conversation.turns) if turn.role == ASSISTANT and turn.text]
             found = self._locate(text, messages, places, conversation.where)
             spans = tuple(span for number, span in zip(places, found, strict=True) if conversation.turns[number].trained)
@@ -127,30 +124,43 @@ class ChatTemplate:
 
     def _assembled(self, messages: Sequence[Mapping[str, str]], places: Sequence[int]) -> list[str] | None:
         """`_rendered`, without rendering: from what the template writes around all texts of any such conversation."""
-        shape = tuple((each["role"], bool(each["content"])) for each in messages)
-        if shape not in self.frames and len(self.frames) < _MOST_FRAMES:
-            self.frames[shape] = self._frame(shape)
-        frame = self.frames.get(shape)
-        if frame is None:
+        frame = self._frame(messages)
+        filled = [number for number, each in enumerate(messages) if each["content"]]
+        if frame is None or list(frame.shown) != filled:
             return None
-        around = [frame[0]]
-        filled = (number for number, (_, has_text) in enumerate(shape) if has_text)
-        for number, literal in zip(filled, frame[1:], strict=True):
+        around = [frame.around[0]]
+        for number, literal in zip(filled, frame.around[1:], strict=True):
             if number in places:
                 around.append(literal)
             else:
                 around[-1] += messages[number]["content"] + literal
         return around
 
-    def _frame(self, shape: tuple[tuple[str, bool], ...]) -> list[str] | None:
-        """What is around the texts of a conversation of this shape, or None if the template does not show each once."""
-        word = "zerosftanswer"
-        messages = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
-        try:
-            around = re.split(rf"{word}(\d+){word}", self._apply(messages, "a conversation"))
-        except DataError:
-            return None
-        return around[::2] if around[1::2] == [str(n) for n, (_, text) in enumerate(shape) if text] else None
+    def _require_all_shown(self, text: str, messages: Sequence[Mapping[str, str]], where: str) -> None:
+        """Raise where a text that is no answer is left out: a tool's, or a system text's, for which a template has no words."""
+        frame = self._frame(messages)
+        for number, each in enumerate(messages):
+            content = each["content"].strip()
+            if content and each["role"] != ASSISTANT and not (number in frame.shown if frame else content in text):
+                raise DataError(
+                    f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
+                    "--chat_template one that has a place for it, or take it out of the data."
+                )
+
+    def _frame(self, messages: Sequence[Mapping[str, str]]) -> "Frame | None":
+        """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
+        shape = tuple((each["role"], bool(each["content"])) for each in messages)
+        if shape not in self.frames:
+            if len(self.frames) >= _MOST_FRAMES:
+                return None
+            word = "zerosftanswer"
+            stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
+            try:
+                around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
+                self.frames[shape] = Frame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
+            except DataError:
+                self.frames[shape] = None
+        return self.frames[shape]
 
     def _fitted(
         self, text: str, around: Sequence[str], places: Sequence[int], parts: Sequence[tuple[str, str]], where: str
@@ -174,72 +184,8 @@ class ChatTemplate:
             if after.startswith(stop):
                 return len(stop)
         raise DataError(
-            f"{where}: the chat template puts nothing after an answer, so the model could not learn to stop. {_REMEDY}"
+            f"{where}: the chat template puts nothing after an answer, so the model could not learn to stop. {VICUNA_INSTEAD}"
         )
-
-
-def apply(
-    tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False
-) -> str:
-    """The messages as text by the tokenizer's template, or by `source`; `prompt`: and what comes before an answer.
-
-    Raises:
-        DataError: the template fails on them.
-    """
-    from jinja2.exceptions import TemplateError
-
-    try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), chat_template=source, tokenize=False, add_generation_prompt=prompt
-        )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise DataError(f"{where}: the chat template can't render this conversation: {error}. {_REMEDY}") from error
-    return str(rendered)
-
-
-def learn_habits(tokenizer: Any, source: str | None) -> Habits:
-    """Find out what a template writes around answers, on one question, and on two that are answered.
-
-    Raises:
-        DataError: it can't render them, or leaves the answers out.
-    """
-    where = "two questions and answers"
-    question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
-    asked = apply(tokenizer, source, [question], where)
-    prompted = apply(tokenizer, source, [question], where, prompt=True)
-    word = "zerosftanswer"
-    talk = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
-    parts = re.split(rf"{word}\d", apply(tokenizer, source, talk, where))
-    if len(parts) != len(talk):
-        raise DataError(f"the chat template leaves out texts of {where}, so answers can't be found in it. {_REMEDY}")
-    marks = sorted((mark for mark in tokenizer.get_added_vocab() if mark.strip()), key=len, reverse=True)
-    prompt = prompted[len(_common_beginning(asked, prompted)) :]
-    return Habits(prompt=prompt, stops=stops_of(parts[1], parts[3], marks))
-
-
-def stops_of(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:
-    """What ends an answer, from what follows one in the middle of a conversation, and the last one; `marks`: longest first.
-
-    As far as both begin alike, to the last token that may end a turn; or where they begin with different ones, each; where
-    there are none, plain text but for white space.
-
-    Worked example: "<|im_end|>\n<|im_start|>user\n" and "<|im_end|>\n" → "<|im_end|>".
-    """
-    common = _common_beginning(middle, last)
-    ends = [common.rfind(mark) + len(mark) for mark in marks if mark in common]
-    if ends:
-        return (common[: max(ends)],)
-    found = []
-    for text in (middle, last):
-        skip = len(text) - len(text.lstrip())
-        mark = next((mark for mark in marks if text.startswith(mark, skip)), "")
-        found += [text[: skip + len(mark)]] if mark else []
-    return tuple(found) or ((common.rstrip(),) if common.strip() else ())
-
-
-def _common_beginning(one: str, other: str) -> str:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(char for char, _ in same)
 
 
 def _length_of_body(text: str, start: int, answer: str, after: str, *, is_last: bool) -> int | None:
@@ -262,7 +208,7 @@ def _begin(before: str, thoughts: str, prompt: str) -> int:
         start = kept[-1] if kept else start
     if not prompt:
         return len(before[:start].rstrip())
-    place = before.rfind(prompt)
+    place = before.rfind(prompt, 0, start + len(prompt))  # not in the thoughts
     first = place + len(prompt)
     return first if place >= 0 and (first > start or not before[first:start].strip()) else start
 
@@ -290,5 +236,5 @@ def _unused(messages: Sequence[Mapping[str, str]]) -> str:
 def _unmaskable(where: str, index: int) -> DataError:
     return DataError(
         f"{where}, message {index + 1}: the chat template rewrites the turns of this conversation, so it can't be told surely "
-        f"which part of its text is the assistant's answer. {_REMEDY}"
+        f"which part of its text is the assistant's answer. {VICUNA_INSTEAD}"
     )

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.chat import NAMED, ChatTemplate, learn_habits
+from zero_sft.data.chat import NAMED, ChatTemplate
 from zero_sft.data.conversation import Conversation, Passage, Sample
+from zero_sft.data.habits import learn_habits
 from zero_sft.data.rendered import Rendered
 from zero_sft.data.text import read_text
 from zero_sft.data.vicuna import VICUNA, VicunaTemplate, vicuna_stop
@@ -56,7 +57,11 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
         source = _from_file(Path(name).expanduser())
     elif not own:
         raise DataError("--chat_template model: this model's tokenizer has no chat template. Use --chat_template vicuna.")
-    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, habits=learn_habits(tokenizer, source), source=source)
+    try:
+        habits = learn_habits(tokenizer, source)
+    except DataError as error:
+        raise DataError(f"--chat_template {name or MODEL}: {error}") from error
+    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, habits=habits, source=source)
 
 
 def _from_file(path: Path) -> str:

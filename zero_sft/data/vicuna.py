@@ -28,6 +28,7 @@ _VICUNA_JINJA = (
     "{{{{ 'USER: ' + message['content'] + ' ' if message['content'] else 'USER:' }}}}"
     "{{% elif message['role'] == 'assistant' %}}"
     "{{{{ 'ASSISTANT:' + (' ' + message['content'] + {STOP} if message['content'] else '') }}}}"
+    "{{% elif message['role'] != 'system' %}}{{{{ raise_exception('no turns of tools') }}}}"
     "{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{{{{ 'ASSISTANT:' }}}}{{% endif %}}"
 )
 

@@ -1,0 +1,98 @@
+"""A chat template asked for text, and what it writes around answers, found out on a conversation of two questions."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zero_sft.data.conversation import ASSISTANT, USER
+from zero_sft.errors import DataError
+
+VICUNA_INSTEAD = "Use --chat_template vicuna."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """What a template writes around answers.
+
+    `prompt`: what it adds when the model is to write. `stops`: what may end an answer, the usual one first; the model must
+    write it itself.
+    """
+
+    prompt: str
+    stops: tuple[str, ...]
+
+
+def apply(
+    tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False
+) -> str:
+    """The messages as text by the tokenizer's template, or by `source`; `prompt`: and what comes before an answer.
+
+    Raises:
+        DataError: the template fails on them.
+    """
+    from jinja2.exceptions import TemplateSyntaxError
+
+    try:
+        rendered = tokenizer.apply_chat_template(
+            list(messages), chat_template=source, tokenize=False, add_generation_prompt=prompt
+        )
+    except TemplateSyntaxError as error:
+        said = str(error.message).rstrip(".")
+        raise DataError(f"the chat template is no Jinja that can be used: line {error.lineno}: {said}. Repair it.") from error
+    except Exception as error:  # a template may fail in any way: a division by zero, a recursion
+        said = str(error).rstrip(".") or type(error).__name__
+        raise DataError(f"{where}: the chat template can't render this conversation: {said}. {VICUNA_INSTEAD}") from error
+    return str(rendered)
+
+
+def learn_habits(tokenizer: Any, source: str | None) -> Habits:
+    """Find out what a template writes around answers, on one question, and on two that are answered.
+
+    Raises:
+        DataError: it can't render them, or leaves the answers out.
+    """
+    where = "two questions and answers"
+    question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
+    asked = apply(tokenizer, source, [question], where)
+    prompted = apply(tokenizer, source, [question], where, prompt=True)
+    word = "zerosftanswer"
+    talk = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
+    parts = re.split(rf"{word}\d", apply(tokenizer, source, talk, where))
+    if len(parts) != len(talk):
+        raise DataError(f"the chat template leaves out texts of {where}, so answers can't be found in it. {VICUNA_INSTEAD}")
+    marks = sorted((mark for mark in tokenizer.get_added_vocab() if mark.strip()), key=len, reverse=True)
+    stops = stops_of(parts[1], parts[3], marks)
+    prompt = prompted[len(_common_beginning(asked, prompted)) :]
+    if not prompt:  # some write it always: then it is behind the last answer, too
+        rest = parts[3].removeprefix(next((stop for stop in stops if parts[3].startswith(stop)), ""))
+        prompt = rest.lstrip()
+    return Habits(prompt=prompt, stops=stops)
+
+
+def stops_of(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:
+    """What ends an answer, from what follows one in the middle of a conversation, and the last one; `marks`: longest first.
+
+    As far as both begin alike, the first token that may end a turn, with those that follow it at once; or where they begin with
+    different ones, each; where there are none, plain text but for white space.
+
+    Worked example: "<|im_end|>\n<|im_start|>user\n" and "<|im_end|>\n" → "<|im_end|>".
+    """
+    common = _common_beginning(middle, last)
+    end = min((common.find(mark) for mark in marks if mark in common), default=None)
+    if end is not None:
+        while mark := next((mark for mark in marks if common.startswith(mark, end)), ""):
+            end += len(mark)
+        return (common[:end],)
+    found = []
+    for text in (middle, last):
+        skip = len(text) - len(text.lstrip())
+        mark = next((mark for mark in marks if text.startswith(mark, skip)), "")
+        found += [text[: skip + len(mark)]] if mark else []
+    return tuple(found) or ((common.rstrip(),) if common.strip() else ())
+
+
+def _common_beginning(one: str, other: str) -> str:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return "".join(char for char, _ in same)
