@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 
@@ -121,11 +122,24 @@ def test_missing_empty_and_unreadable_files(tmp_path):
         ([{"messages": [{"role": "human", "content": "x"}]}], ["unknown role 'human'", "user, assistant"]),
         (
             [{"id": "z", "conversations": [*ONE, ONE[1]]}],
-            ["(id 'z'), turn 3: roles must alternate; expected user or tool, got assistant"],
+            ["(id 'z'), turn 3: roles must alternate; expected human or tool, got gpt"],
         ),
-        ([{"conversations": [ONE[0], ONE[0]]}], ["turn 2", "expected assistant, got user"]),
-        ([{"conversations": [ONE[1], ONE[1]]}], ["turn 2", "expected user, got assistant"]),
+        ([{"conversations": [ONE[0], ONE[0]]}], ["turn 2", "expected gpt, got human. Join or remove"]),
+        ([{"conversations": [ONE[1], ONE[1]]}], ["turn 2", "expected human, got gpt"]),
         ([{"messages": [*MESSAGES, {"role": "system", "content": ""}]}], ["turn 3", "got system"]),
+        ([{"messages": [MESSAGES[0], {"role": "system", "content": "x"}]}], ["expected assistant, got system. A system text"]),
+        ([{"messages": [MESSAGES[0], {"role": "tool", "content": "x"}]}], ["got tool. A tool speaks after an answer"]),
+        ([{"messages": MESSAGES, "tools": [{"name": "f"}]}], ["sample 1: `tools` is not read in the format messages"]),
+        ([{"conversations": ONE, "history": [["a", "b"]]}], ["`history` is not read in the format sharegpt"]),
+        ([{"prompt": "a", "completion": "b", "system": "c"}], ["`system` is not read in the format prompt_completion"]),
+        ([{"messages": [{"role": "system", "content": "x"}, *MESSAGES], "system": "y"}], ["one beside them", "Remove one"]),
+        ([{"instruction": "a", "output": 0}], ["`output` must be a text; got 0"]),
+        ([{"instruction": "a", "input": [], "output": "b"}], ["`input` must be a text; got []"]),
+        ([{"instruction": "a", "input": False, "output": "b"}], ["`input` must be a text; got False"]),
+        ([{"instruction": "a", "output": "b", "history": [["c"]]}], ["`history` must be a list of pairs"]),
+        ([{"messages": [{**MESSAGES[0], "function_call": {"name": "f"}}]}], ["turn 1: `function_call` is not rendered"]),
+        ('{"text": "a", "text": "b"}', ["line 1: not usable as JSON: the key 'text' is there twice"]),
+        ('{\n "data": []\n}', ["is one JSON object over several lines"]),
         ('[{"conversations": [{"from": "human", "value": "\\ud800"}]}]', ["turn 1", "surrogate"]),
     ],
 )
@@ -249,3 +263,75 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
 def test_turns_that_would_be_trained_on_wrongly(tmp_path, turn):
     (key,) = turn
     assert key in refused(written(tmp_path, [{"messages": [MESSAGES[0], {**MESSAGES[1], **turn}]}]))
+
+
+def only_sample(tmp_path, sample):
+    (found,) = read_samples(Files(path=written(tmp_path, [sample])).objects()).samples
+    return found
+
+
+@pytest.mark.parametrize("turns", [{"conversations": ONE}, {"messages": MESSAGES}, {"instruction": "Hi", "output": "Hello."}])
+def test_a_system_text_beside_the_turns(tmp_path, turns):
+    system = Turn(role="system", text="Be brief.")
+    assert only_sample(tmp_path, {**turns, "system": "Be brief."}).turns == (system, *TURNS)
+    for nothing in (None, ""):
+        assert only_sample(tmp_path, {**turns, "system": nothing, "tools": nothing}).turns == TURNS
+
+
+def test_alpacas_history_comes_first(tmp_path):
+    found = only_sample(tmp_path, {"instruction": "a", "input": "b", "output": "c", "history": [["Hi", "Hello."]]})
+    assert found.turns == (*TURNS, Turn(role="user", text="a\n\nb"), Turn(role="assistant", text="c"))
+
+
+def test_lists_that_are_empty_give_way(tmp_path):
+    assert only_sample(tmp_path, {"conversations": [], "messages": MESSAGES}).turns == TURNS
+    assert only_sample(tmp_path, {"conversations": []}).turns == ()
+
+
+def test_a_folder_with_a_link_to_nothing_is_refused(tmp_path):
+    written(tmp_path, [{"text": "a"}])
+    (tmp_path / "gone.json").symlink_to(tmp_path / "elsewhere.json")
+    assert "gone.json is a link to nothing" in refused(tmp_path)
+
+
+def test_a_link_upwards_is_not_followed(tmp_path):
+    written(tmp_path, [{"text": "outside"}])
+    inside = tmp_path / "data"
+    inside.mkdir()
+    written(inside, [{"text": "inside"}])
+    (inside / "up").symlink_to("..")
+    (inside / "self").symlink_to(".")
+    assert [each.completion for each in read_samples(Files(path=inside).objects()).samples] == ["inside"]
+
+
+def test_a_folder_that_cant_be_read_is_refused(tmp_path, monkeypatch):
+    """As root everything can be read, so the operating system's answer is put in."""
+    (tmp_path / "closed").mkdir()
+    written(tmp_path, [{"text": "a"}])
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert "closed can't be read: Permission denied" in refused(tmp_path)
+
+
+def test_parquet_that_python_cant_hold(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "data.parquet"
+    far = pyarrow.array([2**60], pyarrow.timestamp("ms"))
+    parquet.write_table(pyarrow.table({"text": ["a"], "at": far}), path)
+    assert "is no usable Parquet file" in refused(path)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, path)
+    assert "has several columns of one name, among text, text" in refused(path)
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\x00\x00\x00\x00\x01\x00\x00\x00"), pyarrow.py_buffer(b"\xff")]
+    )
+    parquet.write_table(pyarrow.table({"text": broken}), path)
+    assert "is no usable Parquet file" in refused(path)

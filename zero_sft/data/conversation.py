@@ -1,7 +1,8 @@
 """What a sample is, whatever file it came from: a conversation, or a passage of plain text. Plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from zero_sft.errors import DataError
 
@@ -69,16 +70,18 @@ class Dialogue:
     unanswered: int
 
 
-def dialogue(turns: Sequence[Turn], where: str) -> Dialogue:
+def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str] = MappingProxyType({})) -> Dialogue:
     """A system text if there is one, then questions and answers in turn, between them what tools say.
 
     As in FastChat a leading turn that isn't the user's is dropped; unlike there, a last turn without an answer costs that turn
     and not the conversation.
 
+    `words`: what the data calls a role, where that is another word.
+
     Worked example: gpt, human, gpt, human → human, gpt; 1 in front, 1 behind.
 
     Raises:
-        DataError: turns of one speaker that follow each other.
+        DataError: turns of one speaker that follow each other, or a system text among the turns.
     """
     start = 1 if turns and turns[0].role == SYSTEM else 0
     head, rest = list(turns[:start]), list(turns[start:])
@@ -87,10 +90,15 @@ def dialogue(turns: Sequence[Turn], where: str) -> Dialogue:
     before = None
     for number, turn in enumerate(rest):
         if turn.role not in _FOLLOWS[before]:
-            expected = " or ".join(_FOLLOWS[before])
+            expected = " or ".join(words.get(each, each) for each in _FOLLOWS[before])
+            remedy = "Join or remove turns of one speaker that follow each other."
+            if turn.role == SYSTEM:
+                remedy = "A system text stands before the first turn."
+            elif turn.role == TOOL:
+                remedy = "A tool speaks after an answer."
             raise DataError(
-                f"{where}, turn {start + leading + number + 1}: roles must alternate; expected {expected}, got {turn.role}. "
-                "Join or remove turns of one speaker that follow each other."
+                f"{where}, turn {start + leading + number + 1}: roles must alternate; expected {expected}, got "
+                f"{words.get(turn.role, turn.role)}. {remedy}"
             )
         before = turn.role
     answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)

@@ -106,20 +106,35 @@ def _digest(file: Path) -> str:
 
 
 def _seen_in(folder: Path) -> list[Path]:
-    """All files in and below a folder that are not hidden, sorted."""
-    return sorted(each for each in _below(folder) if each.is_file() and not _is_hidden(each, folder))
+    """All files in and below a folder that are not hidden, sorted.
+
+    Raises:
+        DataError: a link to nothing, or a folder that can't be read.
+    """
+    return sorted(each for each in _below(folder) if not _is_hidden(each, folder) and _is_file(each))
+
+
+def _is_file(path: Path) -> bool:
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to nothing, {path.readlink()}. Repair or remove it.")
+    return path.is_file()
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All that is in a folder, in its folders, and in those that they link to, each folder once."""
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
+    """All that is in a folder, in its folders, and in those that they link to, each folder once; none that the folder is in."""
+    top, seen = Path(os.path.realpath(folder)), set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        real = Path(os.path.realpath(place))
+        if real in seen or (real != top and top.is_relative_to(real)):
             folders.clear()
             continue
         seen.add(real)
         yield from (Path(place) / name for name in files)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"the folder {error.filename} can't be read: {error.strerror}. Check its rights.") from error
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -138,10 +153,15 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
     with open_text(path, argument=_ARGUMENTS) as lines:
-        first = next((line.lstrip()[0] for line in lines if line.strip()), "")
+        first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
         raise DataError(f"{path} is empty; expected {EXPECTED}, as one JSON list or one object a line.")
-    yield from _list(path) if first == "[" else _lines(path)
+    if first == "{":
+        raise DataError(
+            f"{path} is one JSON object over several lines; expected one JSON list of samples, or one sample a line. Write the "
+            "list alone, or each object in a line of its own."
+        )
+    yield from _list(path) if first.startswith("[") else _lines(path)
 
 
 def _list(path: Path) -> Iterator[tuple[Any, str]]:
@@ -169,28 +189,39 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
 
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path} has several columns of one name, among {', '.join(names)}. Rename them.")
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield row, f"sample {number}"
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}. Check {_ARGUMENTS}.") from error
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} is no usable Parquet file: {error}. Write it again.") from error
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: of a value in a column
+        raise DataError(f"{path} is no usable Parquet file: {error}. Repair the column, or write it without.") from error
 
 
 def _json(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}; got "
             f"{_excerpt(error.doc, error.pos)}. The file must be one JSON list, or one JSON object a line; one of "
             "Parquet is named .parquet."
         ) from error
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, a key that is there twice
         raise DataError(f"{path}, line {first_line}: not usable as JSON: {error}.") from error
     except RecursionError as error:
         raise DataError(f"{path}, line {first_line}: JSON nested too deep to be conversations. Expected {EXPECTED}.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return made
 
 
 def _excerpt(text: str, position: int) -> str:

@@ -6,9 +6,11 @@
     prompt_completion   {"prompt": ..., "completion": ...}, both text, or both lists of messages
     text                {"text": ...}
 
-An object that has the keys of several is of the first of them. A turn with `"train": false` or `"weight": 0` is not trained on.
-Alpaca's is one question, the instruction with the input below it, and one answer, after a `system` text if there is one. Plain
-text (`text`, and prompts and completions that are text) is taken as it is, without a template.
+An object that has the keys of several is of the first of them whose lists are not empty. A turn with `"train": false` or
+`"weight": 0` is not trained on. Alpaca's is one question, the instruction with the input below it, and one answer, after a
+`history` of such pairs if there is one. The first three may have a `system` text beside. Plain text (`text`, and prompts and
+completions that are text) is taken as it is, without a template. What belongs to a conversation and isn't read (`tools`) is
+refused: the model would be trained on another conversation.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,18 +32,24 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """One way to write a sample: the keys by which it is known, what it looks like, and how it is read."""
+    """One way to write a sample: the keys by which it is known, what it looks like, and how it is read.
+
+    `unread`: keys that belong to a conversation, too, and are refused here.
+    """
 
     keys: tuple[str, ...]
     looks: str
     read: Callable[[Mapping[str, Any], str], Found]
+    unread: tuple[str, ...] = ("tools", "functions", "history")
 
 
 _SHAREGPT_ROLES = {
     "human": USER, "user": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT, "bing": ASSISTANT,
     "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL,
 }  # fmt: skip
-_UNRENDERED = ("tool_calls", "reasoning_content", "thinking")
+_SHAREGPT_WORDS = {USER: "human", ASSISTANT: "gpt"}
+_UNRENDERED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+_NOTHING = (None, "", [], {})
 _MESSAGE_ROLES = {each: each for each in (USER, ASSISTANT, SYSTEM, TOOL)}
 
 
@@ -57,27 +65,54 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.")
     names = [data_format] if data_format else list(LAYOUTS)
-    for name in names:
-        if all(sample.get(key) is not None for key in LAYOUTS[name].keys):
-            return name, LAYOUTS[name].read(sample, where)
+    fitting = [name for name in names if all(sample.get(key) is not None for key in LAYOUTS[name].keys)]
+    for name in sorted(fitting, key=lambda name: any(sample[key] == [] for key in LAYOUTS[name].keys)):
+        for key in LAYOUTS[name].unread:
+            if sample.get(key) not in _NOTHING:
+                raise DataError(f"{where}: `{key}` is not read in the format {name}. Write it into the texts, or remove it.")
+        return name, LAYOUTS[name].read(sample, where)
     keys = ", ".join(map(repr, [key for key, value in sample.items() if value is not None][:8])) or "none"
     wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"
     raise DataError(f"{where}: {wanted}; got the keys {keys}.")
 
 
 def _sharegpt(sample: Mapping[str, Any], where: str) -> Found:
-    return _conversation(_turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where), where)
+    turns = _turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
+    return _conversation(_with_system(sample, turns, where), where, _SHAREGPT_WORDS)
 
 
 def _messages(sample: Mapping[str, Any], where: str) -> Found:
-    return _conversation(_turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where), where)
+    turns = _turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
+    return _conversation(_with_system(sample, turns, where), where)
 
 
 def _alpaca(sample: Mapping[str, Any], where: str) -> Found:
-    texts = {key: _text(sample.get(key) or "", key, where) for key in ("system", "instruction", "input", "output")}
+    texts = {key: _text_or_nothing(sample, key, where) for key in ("instruction", "input", "output")}
     question = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-    turns = [Turn(role=USER, text=question), Turn(role=ASSISTANT, text=texts["output"])]
-    return _conversation([Turn(role=SYSTEM, text=texts["system"]), *turns] if texts["system"] else turns, where)
+    turns = []
+    for pair in (*_history(sample, where), (question, texts["output"])):
+        turns += [
+            Turn(role=role, text=_text(text, "history", where)) for role, text in zip((USER, ASSISTANT), pair, strict=True)
+        ]
+    return _conversation(_with_system(sample, turns, where), where)
+
+
+def _history(sample: Mapping[str, Any], where: str) -> list:
+    """The questions and answers before an instruction."""
+    pairs = sample.get("history")
+    if pairs in _NOTHING:
+        return []
+    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        raise DataError(f"{where}: `history` must be a list of pairs of a question and an answer; got {str(pairs)[:80]}.")
+    return pairs
+
+
+def _with_system(sample: Mapping[str, Any], turns: list[Turn], where: str) -> list[Turn]:
+    """The turns, after the `system` text that stands beside them if there is one."""
+    text = _text_or_nothing(sample, "system", where)
+    if text and turns and turns[0].role == SYSTEM:
+        raise DataError(f"{where}: a system text among the turns and one beside them, `system`. Remove one.")
+    return [Turn(role=SYSTEM, text=text), *turns] if text else turns
 
 
 def _prompt_completion(sample: Mapping[str, Any], where: str) -> Found:
@@ -100,17 +135,25 @@ LAYOUTS = {
         keys=("conversations",), read=_sharegpt, looks='{"conversations": [{"from": "human", "value": ...}, ...]}'
     ),
     "messages": Layout(keys=("messages",), read=_messages, looks='{"messages": [{"role": "user", "content": ...}, ...]}'),
-    "alpaca": Layout(keys=("instruction", "output"), read=_alpaca, looks='{"instruction": ..., "input": ..., "output": ...}'),
-    "prompt_completion": Layout(
-        keys=("prompt", "completion"), read=_prompt_completion, looks='{"prompt": ..., "completion": ...}'
+    "alpaca": Layout(
+        keys=("instruction", "output"),
+        read=_alpaca,
+        looks='{"instruction": ..., "input": ..., "output": ...}',
+        unread=("tools", "functions"),
     ),
-    "text": Layout(keys=("text",), read=_plain, looks='{"text": ...}'),
+    "prompt_completion": Layout(
+        keys=("prompt", "completion"),
+        read=_prompt_completion,
+        looks='{"prompt": ..., "completion": ...}',
+        unread=("system", "tools", "functions", "history"),
+    ),
+    "text": Layout(keys=("text",), read=_plain, looks='{"text": ...}', unread=()),
 }
 EXPECTED = f"{', '.join(each.looks for each in list(LAYOUTS.values())[:-1])} or {LAYOUTS['text'].looks}"
 
 
-def _conversation(turns: list[Turn], where: str) -> Found:
-    kept = dialogue(turns, where)
+def _conversation(turns: list[Turn], where: str, words: Mapping[str, str] | None = None) -> Found:
+    kept = dialogue(turns, where, words or {})
     return Found(sample=Conversation(turns=kept.turns, where=where), leading=kept.leading, unanswered=kept.unanswered)
 
 
@@ -140,6 +183,10 @@ def _is_trained(turn: Mapping[str, Any], place: str) -> bool:
         given = f'"train": {train!r}' if train not in (None, True, False) else f'"weight": {weight!r}'
         raise DataError(f'{place}: {given}; expected "train": true or false, or "weight": 0 or 1.')
     return (train is None or bool(train)) and weight != 0
+
+
+def _text_or_nothing(sample: Mapping[str, Any], key: str, where: str) -> str:
+    return "" if sample.get(key) is None else _text(sample[key], key, where)
 
 
 def _text(value: Any, key: str, where: str) -> str:
