@@ -277,7 +277,7 @@ def test_every_field_of_the_trainer_is_an_argument():
 
 
 def test_values_are_fitted_to_a_machine_without_a_gpu(caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         fitted = fit_to_device({"tf32": True, "bf16": True}, "cpu")
     assert fitted == {"bf16": True, "use_cpu": True}
     assert "--tf32 is put aside" in caplog.text

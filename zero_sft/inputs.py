@@ -64,7 +64,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     )
     train, sampling = _training_data(parsed, packing, tokenizer, world)
     held_out = parsed.data.eval_data_path
-    if held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start"):
+    unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
+    if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
     return Inputs(
         config=config,
@@ -100,6 +101,7 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
         needed = size["world_size"] * size["per_device_batch_size"]
         if parsed.data.packing or len(prepared.dataset) >= needed:
             require_one_batch(prepared, **size)
+            logger.info("  %s", prepared.notes[-1])
             return prepared, {}
         packing = Packing(on=False, reason=f"they fill {len(prepared.dataset)} rows, and one batch needs {needed}")
     train = prepared.unpacked or prepared
@@ -120,8 +122,9 @@ def _recipe(parsed: Parsed, paths: str) -> Recipe:
 def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
     logger.info("data: %s", recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
-    for line in prepared.lines():
+    samples = prepared.unpacked or prepared
+    for line in samples.lines():
         logger.info("  %s", line)
-    for warning in prepared.warnings():
+    for warning in samples.warnings() if world.is_main else ():
         logger.warning(warning)
     return prepared

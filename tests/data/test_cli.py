@@ -6,6 +6,7 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
 from zero_sft.data.cli import histogram, main
+from zero_sft.data.cost import PACKED, cost_lines, padded_tokens
 
 
 @pytest.fixture
@@ -48,13 +49,28 @@ def test_what_a_mixture_costs_counts_rows_as_often_as_they_are_in_it(model, data
     other.write_text("\n".join(json.dumps({"text": "y" * n}) for n in range(1, 40)))
     command = ["--model_name_or_path", str(model), "--data_path", f"{data}:0.7,{other}:0.3", "--model_max_length", "120"]
     assert main(command) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "tokens computed for each" in line)
-    packed, padded = (
-        float(word.strip(";:")) for word in line.split() if word.strip(";:").replace(".", "").isdigit() and "." in word
-    )
+    packed, alike, at_random, padded = costs(capsys)
     assert 1 <= packed < padded
-    assert main([*command, "--packing", "False"]) == 0
-    assert f": {padded:.2f}" in capsys.readouterr().out
+    assert 1 <= alike <= at_random < padded
+    assert main([*command, "--packing", "False", "--per_device_train_batch_size", "1"]) == 0
+    single, *rest = costs(capsys)
+    assert 1 <= single < alike
+    assert rest == [single, padded]
+
+
+def costs(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("tokens computed for each that is trained on:") + 1
+    assert sum("(the job)" in line for line in lines[start:]) == 1
+    return [float(line.split()[0]) for line in lines[start:] if line.startswith("   ") and "." in line.split()[0]]
+
+
+def test_the_cost_of_padding():
+    lengths = [3, 1, 2]
+    assert padded_tokens(lengths, 2) == 8
+    lines = cost_lines(lengths, trained_tokens=2, window=10, packed_rows=1, batch_size=2, chosen=PACKED)
+    assert [line.split()[0] for line in lines[1:]] == ["5.00", "3.50", lines[3].split()[0], "15.00"]
+    assert "(the job)" in lines[1]
 
 
 def test_errors_are_one_line(model, data, tmp_path, capsys):
@@ -69,6 +85,7 @@ def test_errors_are_one_line(model, data, tmp_path, capsys):
 def test_histogram():
     assert histogram([1, 2, 24])[0] == (1, 2, 2)
     assert histogram([1, 2, 24])[-1] == (23, 24, 1)
+    assert histogram([1, 2, 25])[-1] == (25, 25, 1)
     assert histogram([7, 7]) == [(7, 7, 2)]
     assert histogram([60, 65])[0] == (60, 60, 1)
     assert sum(count for _, _, count in histogram(list(range(1, 1000)))) == 999

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from zero_sft.data.collator import Collator
 from zero_sft.data.dataset import require_one_batch
 from zero_sft.data.labels import IGNORED
+from zero_sft.data.pipeline import CUT_OFF, NO_ANSWER
 from zero_sft.data.reader import Reader
 from zero_sft.errors import DataError
 
@@ -27,16 +29,16 @@ def test_what_is_dropped_and_cut_is_counted(tmp_path):
     report = prepared.reports[0]
     assert (report.samples, report.kept, prepared.dataset.num_rows) == (6, 3, 3)
     assert report.dropped == {"without an answer to train on": 2, "cut off before the first answer": 1}
-    assert (report.unanswered_turns, report.empty_answers, report.cut_samples) == (2, 2, 1)
+    assert (report.unanswered_turns, report.empty_answers, report.cut_samples) == (2, 1, 1)
     assert report.tokens == sum(prepared.dataset["length"]) == sum(map(len, prepared.dataset["input_ids"]))
     assert report.trained_tokens == sum(label != IGNORED for labels in prepared.dataset["labels"] for label in labels)
     lines = "\n".join(report.lines())
     for part in (
-        "3 of 6 samples, 12 turns (format sharegpt, template model)",
+        "3 of 6 samples, 8 turns (format sharegpt, template model)",
         "2 without an answer",
         "1 sample longer",
         "2 last, unanswered",
-        "2 empty answers",
+        "1 empty answer, not",
     ):
         assert part in lines
 
@@ -90,6 +92,11 @@ def test_one_batch_is_required(tmp_path):
     require_one_batch(prepared, world_size=3, per_device_batch_size=2)
     with pytest.raises(DataError, match=r"6 usable samples \(.* tokens\), and one batch needs 8: 4 on each of 2 ranks"):
         require_one_batch(prepared, world_size=2, per_device_batch_size=4)
+    packed = replace(prepared, dataset=prepared.dataset.select([0]), unpacked=prepared)
+    with pytest.raises(
+        DataError, match=r"6 samples in 1 packed row \(.* needs 2: 1 on each of 2 ranks.*leave --packing True out"
+    ):
+        require_one_batch(packed, world_size=2, per_device_batch_size=1)
 
 
 def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
@@ -169,7 +176,7 @@ def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
         prepare(path, byte_tokenizer(CHATML), **options)
     report = prepare(path, byte_tokenizer(CHATML), reader=Reader(on_bad_sample="skip"), **options).reports[0]
     assert (report.samples, report.kept, report.bad) == (2, 1, 1)
-    assert "1 bad sample skipped, the first:" in "\n".join(report.lines())
+    assert "1 bad sample skipped, such as" in "\n".join(report.lines())
     tokenizer = byte_tokenizer(CHATML)
     assert trained(prepare(path, tokenizer, model_max_length=512), tokenizer) == ["b<|im_end|>" * 2, "b<|im_end|>"]
 
@@ -209,6 +216,34 @@ def test_long_conversations_are_split_between_rounds(tmp_path):
     (report,) = prepared.reports
     assert (report.split, report.cut_samples, report.samples, report.kept) == (1, 1, 2, 5)
     assert any("1 sample longer than --model_max_length, split" in line for line in report.lines())
+    assert report.turns == 12
+
+
+def test_parts_that_are_lost_are_counted_as_parts(tmp_path):
+    """A round whose question fills the window, and with the last answer alone all rounds but one."""
+    tokenizer, path = byte_tokenizer(CHATML), tmp_path / "data.json"
+    path.write_text(
+        json.dumps([{"messages": chat("x" * 100, "a", "b", "c" * 9, "d", "e" * 9)}, {"messages": chat("y" * 100, "z")}])
+    )
+    (report,) = prepare(path, tokenizer, reader=Reader(long="split"), model_max_length=50).reports
+    assert (report.split, report.kept, report.untrained_share) == (1, 2, 0.5)
+    assert (report.lost, report.dropped) == ({CUT_OFF: 1}, {CUT_OFF: 1})
+    assert "parts of split samples dropped: 1 cut off before the first answer" in report.lines()
+    (report,) = prepare(path, tokenizer, reader=Reader(long="split", train_on="last"), model_max_length=50).reports
+    assert (report.split, report.kept) == (1, 1)
+    assert report.lost == {NO_ANSWER: 2}
+
+
+def test_a_part_that_the_template_refuses_costs_its_sample_alone(tmp_path):
+    alone = "{% if messages | length == 2 and messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer, path = byte_tokenizer(alone + CHATML), tmp_path / "data.json"
+    path.write_text(json.dumps([{"messages": chat("a", "b" * 60, "bad", "c" * 60)}, {"messages": chat("y", "z")}]))
+    with pytest.raises(DataError, match="sample 1, part 2: the chat template can't render"):
+        prepare(path, tokenizer, reader=Reader(long="split"), model_max_length=100)
+    reader = Reader(long="split", on_bad_sample="skip")
+    (report,) = (prepared := prepare(path, tokenizer, reader=reader, model_max_length=100)).reports
+    assert (report.bad, report.kept, report.samples) == (1, 1, 2)
+    assert "50% of the samples are bad" in prepared.warnings()[0]
 
 
 def test_long_conversations_are_dropped_and_counted(tmp_path):

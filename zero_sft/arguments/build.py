@@ -68,6 +68,6 @@ def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
         if fitted.get(name):
             raise ArgumentError(f"--{name} needs an accelerator, and this machine has none: {instead}.")
     if fitted.pop("tf32", None):
-        logger.warning("--tf32 is put aside: it speeds up NVIDIA GPUs, and this machine has none")
+        logger.info("--tf32 is put aside: it speeds up NVIDIA GPUs, and this machine has none")
     fitted["use_cpu"] = True
     return fitted

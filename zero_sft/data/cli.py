@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepared = found.unpacked or found
         lengths = prepared.dataset["length"]
         not_packed = [] if packing.on else [f"samples are not packed: {packing.reason}"]
-        cost = _cost_line(found, prepared, options.model_max_length)
-        for line in [*prepared.lines(), *prepared.warnings(), *found.notes[len(prepared.notes) :], *not_packed, cost]:
+        notes = [*found.notes[len(prepared.notes) :], *not_packed, *_costs(found, prepared, options)]
+        for line in [*prepared.lines(), *prepared.warnings(), *notes]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
         for number in range(min(options.show, len(prepared.dataset))):
@@ -74,9 +74,14 @@ def parser() -> argparse.ArgumentParser:
         add(name, help="of the tokenizer, as in transformers")
     add("--trust_remote_code", choices=("True", "False"), default="False", metavar="True|False")
     add(
-        "--show", type=int, default=0, metavar="N", help="print the first N samples, what is trained on in colour or ⟦brackets⟧"
+        "--show",
+        type=_number,
+        default=0,
+        metavar="N",
+        help="print the first N samples, what is trained on in colour or ⟦brackets⟧",
     )
     add("--packing", choices=("True", "False"), help="by default where the model keeps packed samples apart")
+    add("--per_device_train_batch_size", type=_count, default=8, help="samples of a batch, for the cost of padding (default 8)")
     add("--seed", type=int, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
     add("--dataset_num_proc", type=_count, help="processes that prepare; by default one a core, 16 at most")
     add("--data_cache_dir", help="where prepared data is kept, for the job to find")
@@ -85,8 +90,14 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if _number(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
 
@@ -123,13 +134,19 @@ def _packing(options: argparse.Namespace) -> "Packing":
     return choose_packing(wanted, text_config(config), attention=None, lazy=options.lazy_preprocess)
 
 
-def _cost_line(found: "Prepared", prepared: "Prepared", model_max_length: int) -> str:
-    """What a trained token costs, packed (if it was) and padded. `found`: as it is trained on; `prepared`: its samples."""
-    each = model_max_length / _trained_tokens(prepared.dataset)
-    padded = f"with each sample padded to {model_max_length:,}: {len(prepared.dataset) * each:.2f}"
-    if found is prepared:
-        return f"tokens computed for each that is trained on, {padded}"
-    return f"tokens computed for each that is trained on: {len(found.dataset) * each:.2f}; {padded}"
+def _costs(found: "Prepared", prepared: "Prepared", options: argparse.Namespace) -> list[str]:
+    """What a trained token costs. `found`: as it is trained on; `prepared`: its samples."""
+    from zero_sft.data.cost import ALIKE, AT_RANDOM, PACKED, cost_lines
+
+    packed = found is not prepared
+    return cost_lines(
+        prepared.dataset["length"],
+        trained_tokens=_trained_tokens(prepared.dataset),
+        window=options.model_max_length,
+        packed_rows=len(found.dataset) if packed else None,
+        batch_size=options.per_device_train_batch_size,
+        chosen=PACKED if packed else AT_RANDOM if options.packing else ALIKE,
+    )
 
 
 def _trained_tokens(dataset: Any) -> int:
@@ -153,7 +170,8 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     counts = [0] * -(-span // width)
     for length in lengths:
         counts[(length - least) // width] += 1
-    return [(least + number * width, least + (number + 1) * width - 1, count) for number, count in enumerate(counts)]
+    most = least + span - 1
+    return [(least + n * width, min(most, least + (n + 1) * width - 1), count) for n, count in enumerate(counts)]
 
 
 def _print_histogram(lengths: Sequence[int], console: "Console") -> None:

@@ -20,7 +20,7 @@ from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.long import TRUNCATE
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
 from zero_sft.data.reader import PLAIN, Reader
-from zero_sft.data.report import DataReport, listed, total
+from zero_sft.data.report import DataReport, counted, listed, total
 from zero_sft.data.source import Data
 from zero_sft.data.templates import choose_template
 from zero_sft.data.workers import make_parts
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAY_EVERY_SECONDS = 15
-_MANY_UNTRAINED = 0.05
-"""A share of samples in which nothing is trained on, above which something may be wrong with the data."""
+_MANY = 0.05
+"""A share of samples that are of no use, above which something may be wrong with the data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,14 @@ class Prepared:
 
     def warnings(self) -> list[str]:
         """What looks wrong with the data."""
-        return [
-            f"{each.file}: nothing is trained on in {each.untrained_share:.0%} of the samples ({listed(each.dropped)})"
-            for each in self.reports
-            if each.untrained_share > _MANY_UNTRAINED
-        ]
+        warnings = []
+        for each in self.reports:
+            if each.bad > _MANY * each.samples:
+                warnings.append(f"{each.file}: {each.bad / each.samples:.0%} of the samples are bad and were skipped")
+            if each.untrained_share > _MANY:
+                share = f"{each.untrained_share:.0%} of the {'usable ' if each.bad else ''}samples"
+                warnings.append(f"{each.file}: nothing is trained on in {share} ({listed(each.dropped)})")
+        return warnings
 
 
 def make_pipeline(
@@ -124,7 +127,7 @@ def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline) -> Prepa
 def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: Data, pipeline: Pipeline) -> Prepared:
     """The rows of an entry of the cache, and their account, of this source and under this template's name."""
     try:
-        report = DataReport(**{**account, "layouts": tuple(account["layouts"])})
+        report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("layouts", "first_bad")}})
     except (TypeError, LookupError) as error:
         raise DataError(f"{entry} is damaged: {error}. Delete that folder; it will be made anew.") from error
     report = replace(report, file=data.name, template=pipeline.template.name, left_out=data.left_out())
@@ -182,7 +185,7 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
     empty = DataReport(file=data.name, template=pipeline.template.name)
     report = total([empty, *parts])
     if report.samples == report.bad:
-        skipped = f" but {report.bad} that can't be used, the first: {report.first_bad}" if report.bad else ""
+        skipped = f" but {report.bad} that can't be used, the first: {report.first_bad[0]}" if report.bad else ""
         raise DataError(f"{data.name} holds no samples{skipped}. Expected {EXPECTED}.")
     if not report.kept:
         raise DataError(_nothing_left(report, pipeline.model_max_length))
@@ -196,22 +199,26 @@ def _nothing_left(report: DataReport, model_max_length: int) -> str:
     if TOO_LONG in report.dropped:
         return f"{message} --model_max_length is {model_max_length}: raise it, or take --long truncate or split."
     if report.bad:
-        return f"{message} {report.bad:,} can't be used, the first: {report.first_bad}"
+        return f"{message} {report.bad:,} can't be used, the first: {report.first_bad[0]}"
     return f"{message} Only answers are trained on: give samples with answers."
 
 
 def require_one_batch(prepared: Prepared, *, world_size: int, per_device_batch_size: int) -> None:
-    """Raise unless the samples fill one batch on every rank. Pure: the same on every rank.
+    """Raise unless the samples, or the rows that they are packed into, fill one batch on every rank. Pure.
 
     Raises:
-        DataError: fewer samples than `world_size * per_device_batch_size`.
+        DataError: fewer than `world_size * per_device_batch_size`.
     """
     needed = world_size * per_device_batch_size
     usable, tokens = len(prepared.dataset), [report.tokens for report in prepared.reports]
     if usable < needed:
         files = ", ".join(report.file for report in prepared.reports)
-        counted = "" if None in tokens else f" ({sum(filter(None, tokens)):,} tokens)"
+        size = "" if None in tokens else f" ({counted(sum(filter(None, tokens)), 'token')})"
+        there, remedy = counted(usable, "usable sample"), "or fewer ranks"
+        if prepared.unpacked is not None:
+            there = f"{counted(len(prepared.unpacked.dataset), 'sample')} in {counted(usable, 'packed row')}"
+            remedy = "fewer ranks, or leave --packing True out: then samples are padded"
         raise DataError(
-            f"{files}: {usable} usable samples{counted}, and one batch needs {needed}: {per_device_batch_size} "
-            f"on each of {world_size} ranks. Give more data, a smaller --per_device_train_batch_size, or fewer ranks."
+            f"{files}: {there}{size}, and one batch needs {needed}: {per_device_batch_size} on each of "
+            f"{counted(world_size, 'rank')}. Give more data, a smaller --per_device_train_batch_size, {remedy}."
         )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.data.report import counted
 from zero_sft.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def packed_line(samples: int, packed: "datasets.Dataset", model_max_length: int)
     """For the log: how many rows, and how full they are."""
     tokens = sum(len(chunk.values) for chunk in packed.data.column("input_ids").chunks)
     full = tokens / (len(packed) * model_max_length)
-    return f"{samples:,} samples packed into {len(packed):,} rows of {model_max_length:,} tokens, {full:.1%} full"
+    there, made = counted(samples, "sample"), counted(len(packed), "row")
+    return f"{there} packed into {made} of {model_max_length:,} tokens, {full:.1%} full"
 
 
 def position_ids(lengths: Sequence[int], width: int) -> list[int]:

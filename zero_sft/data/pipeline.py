@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.conversation import Conversation, Passage, Sample, Turn
+from zero_sft.data.conversation import SYSTEM, Conversation, Passage, Sample, Turn
 from zero_sft.data.formats import Reading
 from zero_sft.data.labels import Example, tokenise
 from zero_sft.data.long import DROP, SPLIT, split_rounds
 from zero_sft.data.reader import Reader
 from zero_sft.data.rendered import Rendered
-from zero_sft.data.report import DataReport
+from zero_sft.data.report import MOST_SHOWN, DataReport
 from zero_sft.data.templates import Template, render
 from zero_sft.errors import DataError
 
@@ -70,51 +70,59 @@ class Pipeline:
                 answered = [each for each in answered if self._render(each, bad) is not None]
             list(self._examples(answered[:1]))  # what fails on every sample fails now
             texts = [json.dumps(asdict(each)) for each in answered]
-            return self._part(reading, {"sample": texts}, {"bad": bad, "dropped": dropped})
-        made = list(self._examples(answered, bad if self.reader.skips_bad else None))
-        lengths = [len(each.input_ids) + each.cut_tokens for _, each in made]
-        split = 0
-        if self.reader.long == DROP:
-            dropped[TOO_LONG] = sum(each.cut_tokens > 0 for _, each in made)
-            made = [(sample, each) for sample, each in made if not each.cut_tokens]
-        elif self.reader.long == SPLIT:
-            made, split = self._split(made)
-        kept = [each for _, each in made if each.trained_tokens]
-        dropped[CUT_OFF] = len(made) - len(kept)
+            return self._part(reading, answered, {"sample": texts}, {"bad": bad, "dropped": dropped})
+        skipped = bad if self.reader.skips_bad else None
+        whole = list(self._examples(answered, skipped))
+        used, kept, split, lost = [], [], 0, Counter[str]()
+        for sample, example in whole:
+            if self.reader.long == DROP and example.cut_tokens:
+                dropped[TOO_LONG] += 1
+                continue
+            examples = self._split(sample, example, lost, skipped)
+            trained = [each for each in examples if each.trained_tokens]
+            if trained:
+                used.append(sample)
+                kept += trained
+                split += trained[0] is not example
+                lost[CUT_OFF] += len(examples) - len(trained)
+            elif examples:
+                dropped[CUT_OFF] += 1
         counts = {
             "split": split,
+            "lost": dict(lost),
             "tokens": sum(len(each.input_ids) for each in kept),
             "trained_tokens": sum(each.trained_tokens for each in kept),
             "cut_samples": sum(each.cut_tokens > 0 for each in kept),
             "cut_tokens": sum(each.cut_tokens for each in kept),
             "cut_trained_tokens": sum(each.cut_trained_tokens for each in kept),
-            "shortest": min(lengths, default=None),
-            "longest": max(lengths, default=None),
+            "shortest": min((_length(each) for _, each in whole), default=None),
+            "longest": max(map(_length, kept), default=None),
         }
         columns = {
             "input_ids": [each.input_ids for each in kept],
             "labels": [each.labels for each in kept],
             "length": [len(each.input_ids) for each in kept],
         }
-        return self._part(reading, columns, {"bad": bad, "dropped": dropped, **counts})
+        return self._part(reading, used, columns, {"bad": bad, "dropped": dropped, **counts})
 
-    def _part(self, reading: Reading, columns: Mapping[str, list], account: Mapping[str, Any]) -> Part:
+    def _part(self, reading: Reading, used: Sequence[Sample], columns: Mapping[str, list], account: Mapping[str, Any]) -> Part:
         rows = pyarrow.RecordBatch.from_pydict(dict(columns), schema=self.schema)
         bad, dropped = account["bad"], account["dropped"]
+        talks = [each for each in used if isinstance(each, Conversation)]
         report = DataReport(
             file="",
             template=self.template.name,
             layouts=reading.layouts,
             samples=len(reading.samples) + len(reading.bad),
             kept=rows.num_rows,
-            turns=sum(len(each.turns) for each in reading.samples if isinstance(each, Conversation)),
+            turns=sum(turn.role != SYSTEM for each in talks for turn in each.turns),
             leading_turns=reading.leading_turns,
             unanswered_turns=reading.unanswered_turns,
-            empty_answers=sum(each.empty_answers for each in reading.samples),
+            empty_answers=sum(each.empty_answers for each in used),
             **{
                 **account,
                 "bad": len(bad),
-                "first_bad": next(iter(bad), None),
+                "first_bad": tuple(bad[:MOST_SHOWN]),
                 "dropped": {reason: count for reason, count in dropped.items() if count},
             },
         )
@@ -135,26 +143,40 @@ class Pipeline:
             bad.append(str(error))
             return None
 
-    def _split(self, made: Sequence[tuple[Sample, Example]]) -> tuple[list[tuple[Sample, Example]], int]:
-        """What is too long in parts, and how many samples that were."""
+    def _split(self, sample: Sample, example: Example, lost: Counter[str], bad: list[str] | None) -> list[Example]:
+        """A sample itself, or its parts where it is too long and to be split; those without an answer are `lost`.
 
-        def fits(sample: Sample) -> bool:
-            return all(not each.cut_tokens for _, each in self._examples([sample]))
+        Where a part can't be rendered, nothing, with the error in `bad`, if that is given.
+        """
+        if self.reader.long != SPLIT or not example.cut_tokens or not isinstance(sample, Conversation):
+            return [example]
 
-        result, split = [], 0
-        for sample, example in made:
-            parts = split_rounds(sample, fits) if example.cut_tokens and isinstance(sample, Conversation) else []
-            if len(parts) > 1:
-                split += 1
-                result += self._examples([part for part in parts if part.answers])
-            else:
-                result.append((sample, example))
-        return result, split
+        def fits(part: Sample) -> bool:
+            return all(not each.cut_tokens for _, each in self._examples([part]))
+
+        try:
+            parts = split_rounds(sample, fits)
+            if len(parts) == 1:
+                return [example]
+            answered = [part for part in parts if part.answers]
+            examples = [each for _, each in self._examples(answered)]
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            return []
+        lost[NO_ANSWER] += len(parts) - len(answered)
+        return examples
 
     def __call__(self, rows: Mapping[str, list]) -> dict[str, list]:
         """Columns of ids and labels of rows of `TEXTS`, those that are needed now."""
         examples = [each for _, each in self._examples([_sample(json.loads(text)) for text in rows["sample"]])]
         return {"input_ids": [each.input_ids for each in examples], "labels": [each.labels for each in examples]}
+
+
+def _length(example: Example) -> int:
+    """In tokens, before it was cut."""
+    return len(example.input_ids) + example.cut_tokens
 
 
 def _sample(fields: dict) -> Sample:

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+MOST_SHOWN = 3
+"""Errors of skipped samples that are shown."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
     """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off.
 
-    `bad` samples were skipped, the first with the error `first_bad`; they count among `samples`, as does a sample that was
-    `split`. `shortest` and `longest` are samples' lengths in tokens, before they are cut. `left_out` are files of a folder
-    that are not data.
+    `bad` samples were skipped, the first few with the errors `first_bad`; they count among `samples`, as does a sample that was
+    `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
+    those of the others. `shortest` is the least length of a sample, `longest` the greatest of a kept row, in tokens, before
+    they are cut. `left_out` are files of a folder that are not data.
     """
 
     file: str
@@ -25,8 +29,9 @@ class DataReport:
     turns: int = 0
     split: int = 0
     bad: int = 0
-    first_bad: str | None = None
+    first_bad: tuple[str, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
+    lost: Mapping[str, int] = field(default_factory=dict)
     leading_turns: int = 0
     unanswered_turns: int = 0
     empty_answers: int = 0
@@ -48,17 +53,20 @@ class DataReport:
             lines.append(f"{counted(len(self.left_out), 'other file')} in it left out: {shown}")
         if self.split:
             lines.append(f"{counted(self.split, 'sample')} longer than --model_max_length, split between rounds")
+        if any(self.lost.values()):
+            lines.append("parts of split samples dropped: " + listed(self.lost))
         if self.tokens is None:
             lines.append("tokenised when they are needed: how many tokens they have, and which are cut off, is not known")
         else:
             lines.append(f"{counted(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
         if self.bad:
-            lines.append(f"{counted(self.bad, 'bad sample')} skipped, the first: {self.first_bad}")
+            lines += [f"{counted(self.bad, 'bad sample')} skipped, such as", *(f"  {each}" for each in self.first_bad)]
         if self.dropped:
             lines.append("samples dropped: " + listed(self.dropped))
         if self.cut_samples:
+            what = counted(self.cut_samples, "part" if self.split else "sample")
             lines.append(
-                f"{counted(self.cut_samples, 'sample')} longer than --model_max_length, the longest {self.longest:,} tokens: "
+                f"{what} longer than --model_max_length, the longest {self.longest:,} tokens: "
                 f"{counted(self.cut_tokens or 0, 'token')} cut off, {self.cut_trained_tokens:,} of them answers"
             )
         turns = {"leading, not the user's": self.leading_turns, "last, unanswered": self.unanswered_turns}
@@ -70,7 +78,7 @@ class DataReport:
 
     @property
     def untrained_share(self) -> float:
-        """The share of the usable samples that were dropped, since nothing in them is trained on."""
+        """The share of the usable samples that were dropped, since nothing in them is trained on: 0 to 1."""
         usable = self.samples - self.bad
         return sum(self.dropped.values()) / usable if usable else 0.0
 
@@ -91,8 +99,9 @@ def _sum(one: DataReport, other: DataReport) -> DataReport:
         | {name: end(lengths[name], default=None) for name, end in ends.items()}
         | {
             "layouts": tuple(sorted({*one.layouts, *other.layouts})),
-            "first_bad": one.first_bad or other.first_bad,
+            "first_bad": (*one.first_bad, *other.first_bad)[:MOST_SHOWN],
             "dropped": dict(Counter(one.dropped) + Counter(other.dropped)),
+            "lost": dict(Counter(one.lost) + Counter(other.lost)),
         },
     )
 
