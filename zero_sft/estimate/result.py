@@ -86,7 +86,8 @@ class Result:
         yield f"    {'in all':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
         without = "without" if run.checkpointing else "with"
         yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {without} checkpointing"
-        yield f"  GiB of one node's host: {self.needs.host / GIB:,.1f} of {run.host_bytes / GIB:,.0f}"
+        rounded = "; torch rounds each block that it page-locks up to a power of two" if self.needs.memory.host else ""
+        yield f"  GiB of one node's host: {self.needs.host / GIB:,.1f} of {run.host_bytes / GIB:,.0f}{rounded}"
         for name, value in {**self.needs.memory.host, "interpreter and libraries": INTERPRETER_BYTES}.items():
             yield f"    {name + ', each rank':36}{value / GIB:26,.2f}"
         yield f"  {self.verdict}"
