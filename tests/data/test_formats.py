@@ -276,6 +276,7 @@ def test_a_system_text_beside_the_turns(tmp_path, turns):
     assert only_sample(tmp_path, {**turns, "system": "Be brief."}).turns == (system, *TURNS)
     for nothing in (None, ""):
         assert only_sample(tmp_path, {**turns, "system": nothing, "tools": nothing}).turns == TURNS
+    assert only_sample(tmp_path, {**turns, "tools": "[]", "history": []}).turns == TURNS
 
 
 def test_alpacas_history_comes_first(tmp_path):

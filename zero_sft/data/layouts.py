@@ -49,7 +49,7 @@ _SHAREGPT_ROLES = {
 }  # fmt: skip
 _SHAREGPT_WORDS = {USER: "human", ASSISTANT: "gpt"}
 _UNRENDERED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-_NOTHING = (None, "", [], {})
+_NOTHING = (None, "", [], {}, "[]", "{}")
 _MESSAGE_ROLES = {each: each for each in (USER, ASSISTANT, SYSTEM, TOOL)}
 
 
