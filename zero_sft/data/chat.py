@@ -55,7 +55,7 @@ class ChatTemplate:
     name: str
     habits: Habits
     source: str | None = None
-    frames: dict[tuple[tuple[str, bool], ...], "Frame | None"] = field(default_factory=dict, repr=False, compare=False)
+    frames: dict[tuple[tuple[str, bool], ...], Frame | None] = field(default_factory=dict, repr=False, compare=False)
     adds_special_tokens = False  # chat templates write theirs themselves
 
     def render(self, conversation: Conversation) -> Rendered:
@@ -147,7 +147,7 @@ class ChatTemplate:
                     "--chat_template one that has a place for it, or take it out of the data."
                 )
 
-    def _frame(self, messages: Sequence[Mapping[str, str]]) -> "Frame | None":
+    def _frame(self, messages: Sequence[Mapping[str, str]]) -> Frame | None:
         """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
         shape = tuple((each["role"], bool(each["content"])) for each in messages)
         if shape not in self.frames:
