@@ -43,6 +43,9 @@ def remove_abandoned_locks(settled_seconds: float = _SETTLED_SECONDS) -> None:
 
 
 def _compile() -> None:
+    from zero_sft.zero.operators import prefer_own_ninja
+
+    prefer_own_ninja()
     from deepspeed.accelerator import get_accelerator
 
     for name in OPERATORS:

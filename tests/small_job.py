@@ -8,14 +8,14 @@ from tests import models
 from tests.data import tiny
 
 
-def make(folder: Path, samples: int) -> Path:
-    """Write the model, with a tokenizer of bytes, to `folder/model`, and the conversations to `folder/data.json`."""
+def make(folder: Path, samples: int, kind: str = "llama") -> Path:
+    """Write a model of that kind, with a tokenizer of bytes, to `folder/model`, and the conversations to `folder/data.json`."""
     import torch
     from transformers import AutoModelForCausalLM
 
     tokenizer, model = tiny.byte_tokenizer(tiny.CHATML), folder / "model"
     config = models.tiny_config(
-        "llama", vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+        kind, vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=512,
     )  # fmt: skip
     torch.manual_seed(5)

@@ -158,6 +158,7 @@ def test_command_line(argv, name, value):
         (["--bf16", "False", "--bf16_full_eval"], ["--bf16_full_eval needs --bf16 True"]),
         (["--fp16_full_eval"], ["--fp16_full_eval needs --fp16 True"]),
         (["--save_strategy", "best"], ["--metric_for_best_model"]),
+        (["--label_smoothing_factor", "0.1", "--eval_strategy", "steps", "--eval_data_path", "a"], ["leave one out"]),
         (["--optim", "lomo"], ["--optim lomo can't be used", "adamw_torch"]),
         (["--deepspeed", ""], ["--deepspeed is empty"]),
         (["--accelerator_config", '{"split_batches": true}'], ["split_batches", "per_device_train_batch_size"]),

@@ -87,10 +87,11 @@ def _start_default_group(world: World) -> None:
     """DeepSpeed reads the rank from the environment alone, so what SLURM or a lone process lacks is written there."""
     import deepspeed
 
-    from zero_sft.zero.operators import require_no_stale_lock
+    from zero_sft.zero.operators import prefer_own_ninja, require_no_stale_lock
     from zero_sft.zero.shared_memory import unlink_own
 
     require_no_stale_lock()
+    prefer_own_ninja()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_world_size))
     if world.world_size == 1:
@@ -292,8 +293,9 @@ def _require_same(world: World, what: str, values: Mapping[str, Any], digests: S
 
 
 def leave_with(error: BaseException, world: World) -> int:
-    """Say `error` once, on rank 0, and return the exit status for every rank. For a program's outermost handler."""
-    if world.is_main:
-        sys.stderr.write(f"\nerror: {error}\n")
+    """Say `error` once, on rank 0 or the only rank that has it, and return the exit status. For the outermost handler."""
+    lone = getattr(error, "lone", False)
+    if world.is_main or lone:
+        sys.stderr.write(f"\nerror: {error}{f' (rank {world.rank} alone)' * lone}\n")
         sys.stderr.flush()
     return 1

@@ -7,7 +7,9 @@ was expected, what was found, where, and what to do about it. Errors travel betw
 
 
 class ZeroSftError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose. `lone`: one rank alone has it, and must say it itself."""
+
+    lone = False
 
 
 class ConfigError(ZeroSftError):

@@ -210,12 +210,12 @@ def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
 def _say_results(output: Path, history: list, answers: list) -> None:
     for each in answers:
         logger.info("prompt: %s\nbefore: %s\nafter:  %s", each["prompt"], each["before"], each["after"])
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if len(losses) > 1:
-        logger.info(
-            "loss on held-out conversations: %.3f before, %.3f after (%+.0f %%)",
-            losses[0], losses[-1], 100 * (losses[-1] / losses[0] - 1),
-        )  # fmt: skip
+        (first, before), (last, after) = losses[0], losses[-1]
+        change = 100 * (after / before - 1)
+        when = f"after step {first}" if first else "before"
+        logger.info("loss on held-out conversations: %.3f %s, %.3f after step %d (%+.0f %%)", before, when, after, last, change)
     curve = output / LOGS / "loss.png"
     drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)

@@ -4,7 +4,7 @@ Importing this module imports TRL.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,7 @@ class Trainer(SFTTrainer):
         Raises:
             DataError: nothing is trained on in any of them, on any rank.
         """
-        rows, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
-        own = (self._without_repeated(batch, rows, size) for batch in epoch_iterator)
-        batches, trained = super().get_batch_samples(own, *args, **kwargs)
+        batches, trained = super().get_batch_samples(self._own(epoch_iterator), *args, **kwargs)
         # Tokenised beforehand, each sample has a trained token; and the number is on the device, so that asking for it waits.
         if batches and trained is not None and _is_lazy(self.train_dataset) and int(trained) == 0:
             raise DataError(
@@ -44,6 +42,18 @@ class Trainer(SFTTrainer):
                 "their first answer. Raise --model_max_length, or leave --lazy_preprocess out, which drops such samples."
             )
         return batches, trained
+
+    def _own(self, batches: Iterator) -> Iterator:
+        """The batches of this rank, with nothing that is only repeated; what can't be tokenised is this rank's own error."""
+        rows, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
+        try:
+            for batch in batches:
+                yield self._without_repeated(batch, rows, size)
+        except DataError as error:
+            said = str(error).rpartition("DataError: ")[2].strip()  # a worker process's comes with its traceback
+            alone = DataError(said)
+            alone.lone = self.args.world_size > 1
+            raise alone from None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, and all rows' tokens of packed batches counted, where it counts one row's. Every rank; communicates."""
@@ -58,19 +68,32 @@ class Trainer(SFTTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the mean loss of all trained tokens. Every rank; communicates.
 
-        The Trainer's own is the mean of the batches' means, which depends on how samples are spread over batches and ranks.
+        The Trainer's own is the mean of the batches' means, which depends on how samples are spread over batches and ranks;
+        so does the routers' auxiliary loss, which is left out.
         """
         self._evaluated = {"rows": len(dataloader.dataset), "loss": 0.0, "tokens": 0}
-        result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        routed, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.aux_loss_enabled = routed
         own = torch.tensor([self._evaluated["loss"], self._evaluated["tokens"]], dtype=torch.float64, device=self.args.device)
         loss, tokens = self.accelerator.reduce(own, reduction="sum").tolist()  # type: ignore[union-attr]
         if result.metrics and f"{metric_key_prefix}_loss" in result.metrics:
             result.metrics[f"{metric_key_prefix}_loss"] = loss / tokens if tokens else math.nan
         return result
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, with the last samples whatever `--dataloader_drop_last` says, which is about steps."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = dropped
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, for samples that were not only repeated, with their loss added up. Every rank; communicates."""
-        inputs = self._without_repeated(inputs, self._evaluated["rows"], self.args.eval_batch_size)
+        inputs = self._without_repeated(inputs, self._evaluated["rows"], self.args.eval_batch_size, drop_last=False)
         tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
@@ -78,7 +101,9 @@ class Trainer(SFTTrainer):
             self._evaluated["tokens"] += tokens
         return result
 
-    def _without_repeated(self, batch: dict[str, Any], samples: int, size: int) -> dict[str, Any]:
+    def _without_repeated(
+        self, batch: dict[str, Any], samples: int, size: int, *, drop_last: bool | None = None
+    ) -> dict[str, Any]:
         """A batch, of `size` of a data set's samples, without labels for those that are only repeated to give every rank one.
 
         Of the last batches, all ranks' in a row, the first few samples are the epoch's last; accelerate's own count of them is
@@ -86,7 +111,8 @@ class Trainer(SFTTrainer):
         """
         row_lengths = batch.pop("row_lengths", None)
         ranks = self.args.world_size
-        last = 0 if self.args.dataloader_drop_last else samples % (ranks * size)
+        drops = self.args.dataloader_drop_last if drop_last is None else drop_last
+        last = 0 if drops else samples % (ranks * size)
         rows = len(batch["labels"] if row_lengths is None else row_lengths)
         if self.accelerator.gradient_state.end_of_dataloader and last and ranks > 1 and rows == size:
             kept = max(0, last - self.args.process_index * size)
@@ -104,7 +130,7 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return GroupedSampler(batch, lengths=list(dataset[LENGTHS]), seed=seed)
+        return GroupedSampler(batch, lengths=list(dataset[LENGTHS]), seed=seed, epoch=lambda: int(self.state.epoch or 0))
 
 
 class LastStepLogged(TrainerCallback):
@@ -128,18 +154,16 @@ class GroupedSampler(LengthGroupedSampler):
     Args:
         batch_size: samples of one step, on all ranks.
         lengths: of the samples, in tokens.
+        epoch: which one begins, from 0 on. It is asked, not told: accelerate's `set_epoch` does not reach a sampler behind
+            the batches that a resumed run skips on several ranks.
     """
 
-    def __init__(self, batch_size: int, *, lengths: Sequence[int], seed: int) -> None:
+    def __init__(self, batch_size: int, *, lengths: Sequence[int], seed: int, epoch: Callable[[], int]) -> None:
         super().__init__(batch_size, lengths=list(lengths))
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before each epoch."""
-        self.epoch = epoch
+        self.seed, self.epoch = seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return super().__iter__()
 
 

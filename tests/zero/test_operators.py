@@ -6,7 +6,7 @@ import time
 import pytest
 
 from zero_sft.errors import ConfigError
-from zero_sft.zero.operators import STALE_SECONDS, logger, require_no_stale_lock
+from zero_sft.zero.operators import STALE_SECONDS, logger, prefer_own_ninja, require_no_stale_lock
 
 
 def lock(root, operator, age_seconds, monkeypatch):
@@ -37,3 +37,15 @@ def test_a_young_lock_is_named(tmp_path, monkeypatch):
 def test_others_locks_are_none_of_ours(tmp_path, monkeypatch):
     lock(tmp_path, "somebody_elses", STALE_SECONDS + 60, monkeypatch)
     require_no_stale_lock()
+
+
+def test_this_environments_ninja_comes_first(tmp_path, monkeypatch):
+    """Once: a second call changes nothing."""
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    prefer_own_ninja()
+    assert os.environ["PATH"] == "/usr/bin", "it has none"
+    (tmp_path / "ninja").touch()
+    for _ in range(2):
+        prefer_own_ninja()
+        assert os.environ["PATH"] == f"{tmp_path}:/usr/bin"

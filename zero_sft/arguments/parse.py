@@ -181,6 +181,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         problems += [f"{each} needs conversations to evaluate on: give --eval_data_path" for each in wanted]
     if values.get("bf16") and values.get("fp16"):
         problems.append("--bf16 True and --fp16 True exclude each other: give one")
+    if values.get("label_smoothing_factor") and values.get("eval_strategy", "no") != "no":
+        problems.append("--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out")
     problems += _precision_of_evaluation(values)
     if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
         problems.append("--save_strategy best needs a measure: give --metric_for_best_model loss")
