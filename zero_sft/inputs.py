@@ -10,7 +10,7 @@ from typing import Any
 from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed
 from zero_sft.data.dataset import Prepared, require_one_batch
-from zero_sft.data.mixture import Recipe
+from zero_sft.data.mixture import Recipe, require_sources
 from zero_sft.data.packing import Packing, choose_packing
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
@@ -62,8 +62,12 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     packing = choose_packing(
         parsed.data.packing, text_config(config), attention=parsed.model.attn_implementation, lazy=parsed.data.lazy_preprocess
     )
-    train, sampling = _training_data(parsed, packing, tokenizer, world)
     held_out = parsed.data.eval_data_path
+    with agreed(world, "looking for the data"):
+        if world.is_main:
+            for paths in filter(None, (parsed.data.training_path, held_out)):
+                require_sources(paths)
+    train, sampling = _training_data(parsed, packing, tokenizer, world)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
@@ -71,7 +75,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         config=config,
         tokenizer=tokenizer,
         training_data=train,
-        evaluation_data=None if held_out is None else _prepare(_recipe(parsed, held_out), tokenizer, world),
+        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out), tokenizer, world),
         prompts=prompts,
         ds_config=ds,
         hub=hub,

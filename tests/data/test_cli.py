@@ -65,6 +65,18 @@ def costs(capsys):
     return [float(line.split()[0]) for line in lines[start:] if line.startswith("   ") and "." in line.split()[0]]
 
 
+def test_it_says_what_the_job_will_do(model, data, capsys):
+    """With less than a batch of packed rows it doesn't pack, and with less than a batch of samples it doesn't start."""
+    command = ["--model_name_or_path", str(model), "--data_path", str(data), "--model_max_length", "512"]
+    for batch, said in ((1, []), (3, ["they fill"]), (4, ["they fill", "too few to train on"])):
+        assert main([*command, "--per_device_train_batch_size", str(batch)]) == 0
+        shown = capsys.readouterr().out
+        assert [part in shown for part in ("they fill", "too few to train on")] == [
+            part in said for part in ("they fill", "too few to train on")
+        ], shown
+        assert f"{'like length' if said else 'rows of 512'} (the job)" in shown
+
+
 def test_the_cost_of_padding():
     lengths = [3, 1, 2]
     assert padded_tokens(lengths, 2) == 8

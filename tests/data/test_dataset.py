@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import processors
 
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from zero_sft.data.collator import Collator
@@ -70,7 +71,7 @@ def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
 
 def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content | upper }}</s>{% endfor %}")
-    with pytest.raises(DataError, match="leaves out texts"):
+    with pytest.raises(DataError, match="leaves out or changes texts"):
         prepare(written(tmp_path, ("a", "b")), tokenizer, model_max_length=60, lazy=True)
 
 
@@ -254,3 +255,12 @@ def test_long_conversations_are_dropped_and_counted(tmp_path):
         prepare(written(tmp_path, ("a", "y" * 100)), byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
     with pytest.raises(DataError, match="Leave one out"):
         prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"), lazy=True)
+
+
+def test_what_was_not_cut_is_not_said_to_be(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "<|im_end|>"}')
+    tokenizer = byte_tokenizer(eos_token="<|im_end|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    with pytest.raises(DataError, match=r"1 without an answer to train on\)\. Only answers"):
+        prepare(path, tokenizer, model_max_length=60)

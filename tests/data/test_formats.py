@@ -91,7 +91,11 @@ def test_numbers_that_python_does_not_read(tmp_path):
 
 def test_missing_empty_and_unreadable_files(tmp_path):
     assert "no such file" in refused(tmp_path / "none.json")
-    assert "has no .json, .jsonl or .parquet file" in refused(tmp_path)
+    assert "has no .json, .jsonl or .parquet file. Check" in refused(tmp_path)
+    (tmp_path / "a.csv").touch()
+    assert "has no .json, .jsonl or .parquet file, but a.csv. Check" in refused(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is a pipe or a device" in refused(tmp_path / "pipe")
     for content in ("", " \n\n"):
         assert "is empty" in refused(written(tmp_path, content))
     for empty, said in (("[]", "holds no samples. Expected"), ("{broken", "line 1")):
@@ -139,6 +143,10 @@ def test_missing_empty_and_unreadable_files(tmp_path):
         ([{"instruction": "a", "output": "b", "history": [["c"]]}], ["`history` must be a list of pairs"]),
         ([{"messages": [{**MESSAGES[0], "function_call": {"name": "f"}}]}], ["turn 1: `function_call` is not rendered"]),
         ('{"text": "a", "text": "b"}', ["line 1: not usable as JSON: the key 'text' is there twice"]),
+        ([{"messages": [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [1]}]}], ["`tool_calls` is not"]),
+        ([{"instruction": "a", "output": None}], ["the keys 'instruction', 'output' (null)"]),
+        ([{"messages": [{"role": "system", "content": "x"}] * 2 + MESSAGES}], ["turn 2: a second system text"]),
+        ("a,b\n1,2\n", ["line 1: not JSON", "others (CSV) are not read"]),
         ('{\n "data": []\n}', ["is one JSON object over several lines"]),
         ('[{"conversations": [{"from": "human", "value": "\\ud800"}]}]', ["turn 1", "surrogate"]),
     ],
@@ -327,7 +335,9 @@ def test_parquet_that_python_cant_hold(tmp_path):
     path = tmp_path / "data.parquet"
     far = pyarrow.array([2**60], pyarrow.timestamp("ms"))
     parquet.write_table(pyarrow.table({"text": ["a"], "at": far}), path)
-    assert "is no usable Parquet file" in refused(path)
+    assert "Repair the column, or write it without." in refused(path)
+    (tmp_path / "empty.parquet").touch()
+    assert refused(tmp_path / "empty.parquet").endswith(". Write it again.")
     twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     parquet.write_table(twice, path)
     assert "has several columns of one name, among text, text" in refused(path)
@@ -336,3 +346,11 @@ def test_parquet_that_python_cant_hold(tmp_path):
     )
     parquet.write_table(pyarrow.table({"text": broken}), path)
     assert "is no usable Parquet file" in refused(path)
+
+
+def test_one_line_that_is_not_utf8(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert "data.jsonl, line 2: not UTF-8" in refused(path)
+    reading = read_samples(Files(path=path).objects(), skip_bad=True)
+    assert ([each.completion for each in reading.samples], len(reading.bad)) == (["a", "😀"], 1)

@@ -51,6 +51,8 @@ def test_what_a_path_names(tmp_path):
     ("text", "part"),
     [
         ("a,", "empty path"),
+        ("", "is empty: is a variable not set"),
+        (" ", "is empty: is a variable not set"),
         ("a:0.5,b", "1 of 2"),
         ("a:0,b:1", "above 0"),
         ("a:nan,b:1", "above 0"),

@@ -173,6 +173,37 @@ def test_thoughts_that_contain_the_prompt_are_trained_on_whole():
     assert spans(rendered) == [f"{thoughts}Hello.<|im_end|>"]
 
 
+def test_thoughts_that_name_their_own_tag_are_whole_or_refused():
+    """Templates take what follows the last tag for the thoughts; what is before it would be lost without a word."""
+    last = "'<think>' + m.content.split('</think>')[0].split('<think>')[-1] + '</think>'"
+    cut = CHATML.replace(
+        "{{ m.content }}", f"{{{{ {last} if '</think>' in m.content }}}}{{{{ m.content.split('</think>')[-1] }}}}"
+    )
+    answer = "<think>the tag <think> opens thoughts</think>B"
+    assert spans(with_template(CHATML).render(conversation("Hi", answer))) == [f"{answer}<|im_end|>"]
+    assert spans(with_template(cut).render(conversation("Hi", "<think>x</think>B"))) == ["<think>x</think>B<|im_end|>"]
+    with pytest.raises(DataError, match="message 2: the chat template rewrites"):
+        with_template(cut).render(conversation("Hi", answer))
+
+
+def test_an_answer_of_which_nothing_is_left_is_refused():
+    forgetting = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim }}")
+    for answer in ("<think>x</think>", "<think>x</think>\n", "  "):
+        with pytest.raises(DataError, match="message 2: the chat template leaves nothing of this answer"):
+            with_template(forgetting).render(conversation("Hi", answer, "More?", "No."))
+    assert spans(with_template(forgetting).render(conversation("Hi", "<think>x</think>A"))) == ["A<|im_end|>"]
+
+
+def test_a_text_is_judged_alike_however_many_shapes_there_were(monkeypatch):
+    monkeypatch.setattr("zero_sft.data.chat._MOST_FRAMES", 1)
+    template = with_template(QUOTED)
+    for count in (1, 2):
+        turns = [*conversation("a", "b").turns, *[Turn(role=TOOL, text='"5"')] * count, Turn(role=ASSISTANT, text="d")]
+        rendered = template.render(Conversation(turns=tuple(turns), where="here"))
+        assert spans(rendered) == ["b<|im_end|>", "d<|im_end|>"]
+    assert len(template.frames) == 1
+
+
 def test_a_template_that_divides_by_nothing():
     with pytest.raises(DataError, match=r"can't render this conversation: .*zero"):
         with_template("{{ 1 // 0 }}" + CHATML)
@@ -185,7 +216,7 @@ def test_the_prompt_that_is_always_there_is_no_end_of_an_answer():
 
 
 def test_a_template_that_leaves_nothing_as_it_is_is_refused():
-    with pytest.raises(DataError, match=r"leaves out texts.*--chat_template vicuna"):
+    with pytest.raises(DataError, match=r"leaves out or changes texts.*--chat_template vicuna"):
         with_template(UPPER)
 
 
@@ -195,7 +226,7 @@ def test_the_number_of_messages_may_be_told():
 
 
 def test_a_template_without_an_end_is_refused():
-    with pytest.raises(DataError, match="could not learn to stop"):
+    with pytest.raises(DataError, match=r"could not learn to stop. Write \{\{ eos_token \}\} there"):
         with_template(ENDLESS).render(conversation("Hi", "Hello."))
 
 
@@ -216,6 +247,7 @@ def test_a_template_that_fails_is_named_with_the_sample():
         ("<|user|>", "", ("<|user|>",)),
         ("<|end|>\n<|a|>user", "<|end|>\n<|a|>assistant", ("<|end|>",)),
         ("\nuser", "\n", ()),
+        ("<|other|>user", "<|othello|>", ()),
     ],
 )
 def test_what_ends_an_answer(middle, last, stops):
@@ -228,6 +260,8 @@ def test_choice():
     assert choose_template("vicuna", byte_tokenizer(CHATML)).name == "vicuna"
     with pytest.raises(DataError, match="has no chat template"):
         choose_template("model", byte_tokenizer())
+    with pytest.raises(DataError, match=r"nowhere\.jinja: no such file"):
+        choose_template("nowhere.jinja", byte_tokenizer())
     with pytest.raises(DataError, match="unknown chat template; expected vicuna, chatml, llama3, model"):
         choose_template("alpaca", byte_tokenizer())
 
@@ -265,6 +299,9 @@ def test_vicunas_stop_is_one_token_of_the_model():
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.WordLevel(vocab={"<unk>": 0, "<|endoftext|>": 1}, unk_token="<unk>"))
+    template = choose_template("vicuna", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"))
+    assert spans(template.render(conversation("Hi", "Hello."))) == [" Hello.<|endoftext|>"]
+    backend.add_tokens(["</s>"])  # HTML's end of what is struck through, as in Gemma 3's vocabulary
     template = choose_template("vicuna", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"))
     assert spans(template.render(conversation("Hi", "Hello."))) == [" Hello.<|endoftext|>"]
     with pytest.raises(DataError, match="no end-of-sequence token"):

@@ -150,17 +150,16 @@ class ChatTemplate:
     def _frame(self, messages: Sequence[Mapping[str, str]]) -> Frame | None:
         """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
         shape = tuple((each["role"], bool(each["content"])) for each in messages)
-        if shape not in self.frames:
-            if len(self.frames) >= _MOST_FRAMES:
-                return None
-            word = "zerosftanswer"
-            stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
-            try:
-                around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
-                self.frames[shape] = Frame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
-            except DataError:
-                self.frames[shape] = None
-        return self.frames[shape]
+        if shape in self.frames:
+            return self.frames[shape]
+        word, frame = "zerosftanswer", None
+        stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
+        with contextlib.suppress(DataError):
+            around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
+            frame = Frame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
+        if len(self.frames) < _MOST_FRAMES:
+            self.frames[shape] = frame
+        return frame
 
     def _fitted(
         self, text: str, around: Sequence[str], places: Sequence[int], parts: Sequence[tuple[str, str]], where: str
@@ -174,7 +173,14 @@ class ChatTemplate:
             if length is None:
                 raise _unmaskable(where, number)
             begin = end + _begin(text[end:start], thoughts, self.habits.prompt)
+            if "<think>" in thoughts.replace("<think>", "", 1) and thoughts.strip() not in text[end:start]:
+                raise _unmaskable(where, number)  # templates take what follows the last "<think>" for the thoughts
             end = start + length
+            if not text[begin:end].strip():
+                raise DataError(
+                    f"{where}, message {number + 1}: the chat template leaves nothing of this answer but its end. Give it more "
+                    "than white space and thoughts, or nothing."
+                )
             spans.append((begin, end + self._length_of_stop(after, where)))
             start = end + len(after)
         return spans
@@ -184,7 +190,8 @@ class ChatTemplate:
             if after.startswith(stop):
                 return len(stop)
         raise DataError(
-            f"{where}: the chat template puts nothing after an answer, so the model could not learn to stop. {VICUNA_INSTEAD}"
+            f"{where}: the chat template puts nothing after an answer that tells its end, so the model could not learn to stop."
+            " Write {{ eos_token }} there, and see that the tokenizer has the template's special tokens; or give another."
         )
 
 

@@ -4,6 +4,7 @@ python -m zero_sft.data --model_name_or_path /models/Llama-3.1-8B --data_path my
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.console import open_console, quieten_transformers
+from zero_sft.data.report import counted
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.world import World
 
@@ -42,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = prepare_sources(replace(recipe, pack=packing.on), tokenizer)
         prepared = found.unpacked or found
         lengths = prepared.dataset["length"]
-        not_packed = [] if packing.on else [f"samples are not packed: {packing.reason}"]
-        notes = [*found.notes[len(prepared.notes) :], *not_packed, *_costs(found, prepared, options)]
+        notes = [*found.notes[len(prepared.notes) :], *_not_packed(packing, found, options), *_costs(found, prepared, options)]
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
@@ -82,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--packing", choices=("True", "False"), help="by default where the model keeps packed samples apart")
     add("--per_device_train_batch_size", type=_count, default=8, help="samples of a batch, for the cost of padding (default 8)")
-    add("--seed", type=int, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
+    add("--seed", type=_number, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
     add("--dataset_num_proc", type=_count, help="processes that prepare; by default one a core, 16 at most")
     add("--data_cache_dir", help="where prepared data is kept, for the job to find")
     result.set_defaults(lazy_preprocess=False)  # the lengths are what one is here for
@@ -134,18 +135,29 @@ def _packing(options: argparse.Namespace) -> "Packing":
     return choose_packing(wanted, text_config(config), attention=None, lazy=options.lazy_preprocess)
 
 
+def _not_packed(packing: "Packing", found: "Prepared", options: argparse.Namespace) -> list[str]:
+    """Why the job doesn't pack, or can't start, as far as one rank's batch tells."""
+    rows, batch = len(found.dataset), options.per_device_train_batch_size
+    lines = [] if packing.on else [f"samples are not packed: {packing.reason}"]
+    if packing.on and rows < batch and not options.packing:
+        lines = [f"samples are not packed: they fill {counted(rows, 'row')}, and a batch of one rank needs {batch}"]
+    if len((found.unpacked or found).dataset) < batch:
+        lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
+    return lines
+
+
 def _costs(found: "Prepared", prepared: "Prepared", options: argparse.Namespace) -> list[str]:
     """What a trained token costs. `found`: as it is trained on; `prepared`: its samples."""
     from zero_sft.data.cost import ALIKE, AT_RANDOM, PACKED, cost_lines
 
-    packed = found is not prepared
+    packed, enough = found is not prepared, len(found.dataset) >= options.per_device_train_batch_size
     return cost_lines(
         prepared.dataset["length"],
         trained_tokens=_trained_tokens(prepared.dataset),
         window=options.model_max_length,
         packed_rows=len(found.dataset) if packed else None,
         batch_size=options.per_device_train_batch_size,
-        chosen=PACKED if packed else AT_RANDOM if options.packing else ALIKE,
+        chosen=AT_RANDOM if options.packing == "False" else PACKED if packed and (options.packing or enough) else ALIKE,
     )
 
 
@@ -177,7 +189,8 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
 def _print_histogram(lengths: Sequence[int], console: "Console") -> None:
     ordered = sorted(lengths)
     console.print(
-        f"tokens of a sample: least {ordered[0]:,}, median {ordered[len(ordered) // 2]:,}, most {ordered[-1]:,}", markup=False
+        f"tokens of a sample: least {ordered[0]:,}, median {statistics.median(ordered):,.0f}, most {ordered[-1]:,}",
+        markup=False,
     )
     bins = histogram(lengths)
     most = max(count for _, _, count in bins)

@@ -50,12 +50,12 @@ class Passage:
     @property
     def answers(self) -> int:
         """1 if there is something to train on."""
-        return int(bool(self.completion))
+        return int(bool(self.completion.strip()))
 
     @property
     def empty_answers(self) -> int:
         """1 if the completion has no text."""
-        return int(not self.completion)
+        return int(not self.completion.strip())
 
 
 Sample = Conversation | Passage
@@ -87,6 +87,8 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str] = Mappi
     head, rest = list(turns[:start]), list(turns[start:])
     leading = 1 if rest and rest[0].role != USER else 0
     rest = rest[leading:]
+    if leading and turns[start].role == SYSTEM:
+        raise DataError(f"{where}, turn {start + 1}: a second system text. Join them, or remove one.")
     before = None
     for number, turn in enumerate(rest):
         if turn.role not in _FOLLOWS[before]:

@@ -130,7 +130,8 @@ def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path
         report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("layouts", "first_bad")}})
     except (TypeError, LookupError) as error:
         raise DataError(f"{entry} is damaged: {error}. Delete that folder; it will be made anew.") from error
-    report = replace(report, file=data.name, template=pipeline.template.name, left_out=data.left_out())
+    first_bad = tuple(each.replace(report.file, data.name, 1) for each in report.first_bad)  # it may have been moved
+    report = replace(report, file=data.name, template=pipeline.template.name, left_out=data.left_out(), first_bad=first_bad)
     return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
 
 
@@ -185,8 +186,11 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
     empty = DataReport(file=data.name, template=pipeline.template.name)
     report = total([empty, *parts])
     if report.samples == report.bad:
-        skipped = f" but {report.bad} that can't be used, the first: {report.first_bad[0]}" if report.bad else ""
-        raise DataError(f"{data.name} holds no samples{skipped}. Expected {EXPECTED}.")
+        if report.bad:
+            raise DataError(
+                f"{data.name} holds no samples but {report.bad:,} that can't be used, the first: {report.first_bad[0]}"
+            )
+        raise DataError(f"{data.name} holds no samples. Expected {EXPECTED}.")
     if not report.kept:
         raise DataError(_nothing_left(report, pipeline.model_max_length))
     return report

@@ -40,10 +40,14 @@ def files_of(path: Path) -> list[Path]:
         DataError: a folder without any.
     """
     if not path.is_dir():
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is a pipe or a device, and can't be read twice. Write the data to a file.")
         return [path]
-    found = [each for each in _seen_in(path) if is_named_as_data(each)]
+    seen = _seen_in(path)
+    found = [each for each in seen if is_named_as_data(each)]
     if not found:
-        raise DataError(f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file. Check {_ARGUMENTS}.")
+        but = f", but {seen[0].name}" if seen else ""
+        raise DataError(f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file{but}. Check {_ARGUMENTS}.")
     return found
 
 
@@ -152,7 +156,7 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
-    with open_text(path, argument=_ARGUMENTS) as lines:
+    with open_text(path, argument=_ARGUMENTS, errors="surrogateescape") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
         raise DataError(f"{path} is empty; expected {EXPECTED}, as one JSON list or one object a line.")
@@ -173,11 +177,14 @@ def _list(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _lines(path: Path) -> Iterator[tuple[Any, str]]:
     """Line by line: such a file may be larger than the memory."""
-    with open_text(path, argument=_ARGUMENTS) as lines:
+    with open_text(path, argument=_ARGUMENTS, errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
+                    line.encode()
                     sample = _json(line.rstrip("\n"), path, first_line=number)
+                except UnicodeEncodeError:
+                    sample = BadLine(f"{path}, line {number}: not UTF-8. Save the file as UTF-8.")
                 except DataError as error:
                     sample = BadLine(str(error))
                 yield sample, f"line {number}"
@@ -187,9 +194,11 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     import pyarrow
     from pyarrow import parquet
 
+    opened = False
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
+            opened = True
             if len(set(names)) < len(names):
                 raise DataError(f"{path} has several columns of one name, among {', '.join(names)}. Rename them.")
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -198,7 +207,8 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}. Check {_ARGUMENTS}.") from error
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: of a value in a column
-        raise DataError(f"{path} is no usable Parquet file: {error}. Repair the column, or write it without.") from error
+        remedy = "Repair the column, or write it without." if opened else "Write it again."
+        raise DataError(f"{path} is no usable Parquet file: {str(error).rstrip('.')}. {remedy}") from error
 
 
 def _json(text: str, path: Path, first_line: int) -> Any:
@@ -208,7 +218,7 @@ def _json(text: str, path: Path, first_line: int) -> Any:
         raise DataError(
             f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}; got "
             f"{_excerpt(error.doc, error.pos)}. The file must be one JSON list, or one JSON object a line; one of "
-            "Parquet is named .parquet."
+            "Parquet is named .parquet, and others (CSV) are not read."
         ) from error
     except ValueError as error:  # a number of thousands of digits, a key that is there twice
         raise DataError(f"{path}, line {first_line}: not usable as JSON: {error}.") from error

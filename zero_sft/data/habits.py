@@ -9,7 +9,7 @@ from typing import Any
 from zero_sft.data.conversation import ASSISTANT, USER
 from zero_sft.errors import DataError
 
-VICUNA_INSTEAD = "Use --chat_template vicuna."
+VICUNA_INSTEAD = "Give another: --chat_template vicuna takes any conversation without tools."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +61,10 @@ def learn_habits(tokenizer: Any, source: str | None) -> Habits:
     talk = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
     parts = re.split(rf"{word}\d", apply(tokenizer, source, talk, where))
     if len(parts) != len(talk):
-        raise DataError(f"the chat template leaves out texts of {where}, so answers can't be found in it. {VICUNA_INSTEAD}")
+        raise DataError(
+            f"the chat template leaves out or changes texts, tried on {where}, so answers can't be found in it. It has to "
+            f"write message['content'] as it is. {VICUNA_INSTEAD}"
+        )
     marks = sorted((mark for mark in tokenizer.get_added_vocab() if mark.strip()), key=len, reverse=True)
     stops = stops_of(parts[1], parts[3], marks)
     prompt = prompted[len(_common_beginning(asked, prompted)) :]
@@ -90,7 +93,10 @@ def stops_of(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:
         skip = len(text) - len(text.lstrip())
         mark = next((mark for mark in marks if text.startswith(mark, skip)), "")
         found += [text[: skip + len(mark)]] if mark else []
-    return tuple(found) or ((common.rstrip(),) if common.strip() else ())
+    breaks_off = all(not rest[:1].isspace() and rest for rest in (middle[len(common) :], last[len(common) :]))
+    if found or breaks_off or not common.strip():  # a part of two different words ends nothing
+        return tuple(found)
+    return (common.rstrip(),)
 
 
 def _common_beginning(one: str, other: str) -> str:

@@ -71,7 +71,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
             if sample.get(key) not in _NOTHING:
                 raise DataError(f"{where}: `{key}` is not read in the format {name}. Write it into the texts, or remove it.")
         return name, LAYOUTS[name].read(sample, where)
-    keys = ", ".join(map(repr, [key for key, value in sample.items() if value is not None][:8])) or "none"
+    keys = ", ".join([f"{key!r}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"
     raise DataError(f"{where}: {wanted}; got the keys {keys}.")
 
@@ -165,14 +165,14 @@ def _turns(raw: Any, key: str, names: tuple[str, str], roles: Mapping[str, str],
     for number, each in enumerate(raw, start=1):
         place = f"{where}, turn {number}"
         role, text = (each.get(name) for name in names) if isinstance(each, Mapping) else (None, None)
+        for key in _UNRENDERED if isinstance(each, Mapping) else ():
+            if each.get(key):
+                raise DataError(f"{place}: `{key}` is not rendered. Write it into the text, as the model writes it.")
         if not isinstance(role, str) or not isinstance(text, str):
             looks = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
             raise DataError(f"{place}: expected {looks} with texts; got {str(each)[:80]}.")
         if role not in roles:
             raise DataError(f"{place}: unknown role {role!r}; expected one of {', '.join(roles)}.")
-        for key in _UNRENDERED:
-            if each.get(key):
-                raise DataError(f"{place}: `{key}` is not rendered. Write it into the text, as the model writes it.")
         turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=_is_trained(each, place)))
     return turns
 

@@ -71,7 +71,14 @@ def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepa
         DataError: as `prepare`'s and `parse_sources`'.
     """
     pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
+    require_sources(recipe.paths)
     return _finished([prepare(each.data, pipeline, processes=recipe.processes, root=recipe.root) for each in sources], recipe)
+
+
+def require_sources(paths: str) -> None:
+    """Raise `DataError` where a path names no file, before work is spent on the others. Any rank; does not communicate."""
+    for each in parse_sources(paths):
+        each.data.state()
 
 
 def open_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str]) -> Prepared | None:

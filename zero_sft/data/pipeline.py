@@ -86,7 +86,7 @@ class Pipeline:
                 split += trained[0] is not example
                 lost[CUT_OFF] += len(examples) - len(trained)
             elif examples:
-                dropped[CUT_OFF] += 1
+                dropped[CUT_OFF if example.cut_tokens else NO_ANSWER] += 1
         counts = {
             "split": split,
             "lost": dict(lost),

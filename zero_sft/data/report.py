@@ -64,7 +64,7 @@ class DataReport:
         if self.dropped:
             lines.append("samples dropped: " + listed(self.dropped))
         if self.cut_samples:
-            what = counted(self.cut_samples, "part" if self.split else "sample")
+            what = counted(self.cut_samples, "row" if self.split else "sample")
             lines.append(
                 f"{what} longer than --model_max_length, the longest {self.longest:,} tokens: "
                 f"{counted(self.cut_tokens or 0, 'token')} cut off, {self.cut_trained_tokens:,} of them answers"

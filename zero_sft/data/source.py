@@ -29,12 +29,16 @@ def parse_sources(text: str) -> list[Source]:
     Raises:
         DataError: an empty part, a weight that is no number above 0, or weights for some of the sources only.
     """
+    if not text.strip():
+        raise DataError("--data_path or --eval_data_path is empty: is a variable not set? Name a file, a folder or a dataset.")
     if _exists(text):
         return [Source(data=_data(text))]
     sources = [_source(part.strip(), text) for part in text.split(",")]
     weighted = sum(each.weight is not None for each in sources)
     if 0 < weighted < len(sources):
-        raise DataError(f"{text}: weights for {weighted} of {len(sources)} sources. Give each a weight, or none.")
+        raise DataError(
+            f"{text}: weights for {weighted} of {len(sources)} sources. Give each a weight (a number after a colon), or none."
+        )
     shares = [each.weight for each in sources if each.weight is not None]
     if shares and min(shares) < _LEAST_SHARE * max(shares):
         raise DataError(

@@ -31,10 +31,13 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
 
 
 @contextlib.contextmanager
-def open_text(path: Path, *, argument: str) -> Iterator[TextIO]:
-    """The file, to be read whole or line by line within the block; errors as `readable`'s."""
+def open_text(path: Path, *, argument: str, errors: str = "strict") -> Iterator[TextIO]:
+    """The file, to be read whole or line by line within the block; errors as `readable`'s.
+
+    `errors`: what is done with bytes that are not UTF-8, as `open`'s.
+    """
     opener = COMPRESSED.get(path.suffix.lower(), open)
-    with readable(path, argument=argument), opener(path, "rt", encoding="utf-8-sig") as file:
+    with readable(path, argument=argument), opener(path, "rt", encoding="utf-8-sig", errors=errors) as file:
         yield file
 
 

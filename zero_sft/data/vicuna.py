@@ -48,7 +48,9 @@ class VicunaTemplate:
             DataError: a tool's turn, for which the template has no words.
         """
         if any(turn.role == TOOL for turn in conversation.turns):
-            raise DataError(f"{conversation.where}: the Vicuna template has no turns of tools. Use --chat_template model.")
+            raise DataError(
+                f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template one that has."
+            )
         system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
         text, spans = f"{system} ", []
         for turn in conversation.turns:
@@ -76,8 +78,9 @@ class VicunaTemplate:
 
 
 def vicuna_stop(tokenizer: Any) -> str:
-    """ "</s>" where that is one token, else the model's own end token: three tokens that spell it would not stop anything."""
-    if VICUNA_STOP in tokenizer.get_added_vocab():
+    """ "</s>" where that is a special token, else the model's own end token: what spells it, or HTML's tag, stops nothing."""
+    added = tokenizer.get_added_vocab().get(VICUNA_STOP)
+    if added is not None and (tokenizer.eos_token == VICUNA_STOP or tokenizer.added_tokens_decoder[added].special):
         return VICUNA_STOP
     if tokenizer.eos_token:
         return str(tokenizer.eos_token)
