@@ -1,13 +1,17 @@
 """`zero_sft.trainer`: what accelerate repeats at the end of an epoch is not trained on again, however rows are laid."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
+from zero_sft.distributed import leave_with
+from zero_sft.errors import DataError
 from zero_sft.trainer import Trainer
+from zero_sft.world import World
 
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
 
@@ -34,3 +38,22 @@ def test_rows_that_are_only_repeated(flat):
     assert trained(flat, [6, 0], 1, rows=8) == ([1, 7], 8)
     assert trained(flat, [6, 0], 1, rows=7, end=False) == ([1, 7], 8)
     assert trained(flat, [6, 0], 1, rows=7, drop_last=True) == ([1, 7], 8)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["a.json, sample 6: no", "Caught DataError in worker 0.\nTraceback\nzero_sft.errors.DataError: a.json, sample 6: no"],
+)
+def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
+    trainer: Any = SimpleNamespace(train_dataset=range(4), args=SimpleNamespace(train_batch_size=1, world_size=2))
+
+    def batches():
+        raise DataError(said)
+        yield
+
+    with pytest.raises(DataError) as caught:
+        next(Trainer._own(trainer, batches()))
+    assert leave_with(caught.value, World(rank=1, world_size=2)) == 1
+    assert capsys.readouterr().err == "\nerror: a.json, sample 6: no (rank 1 alone)\n"
+    assert leave_with(DataError("all have it"), World(rank=1, world_size=2)) == 1
+    assert not capsys.readouterr().err
