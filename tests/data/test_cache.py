@@ -201,3 +201,10 @@ def test_what_killed_writers_left_is_removed_in_time(data):
     assert [each for each in entries(data) if each.startswith(".")] == sorted(
         [".making-young", f".making-{here}{os.getpid()}-x", f".making-{socket.gethostname()}-1-999999999-x"]
     )
+
+
+def test_a_path_that_names_no_file_is_found_before_the_others_are_prepared(data):
+    wanted = recipe(data, paths=f"{data},{data.parent / 'nowhere.json'}")
+    with pytest.raises(DataError, match=r"no such file: .*nowhere\.json"):
+        prepare_sources(wanted, byte_tokenizer())
+    assert not (data.parent / "cache").exists()
