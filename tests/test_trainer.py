@@ -19,11 +19,11 @@ ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengt
 def trained(flat, indices, rank, *, rows, end=True, drop_last=False):
     """Which rows a rank's batch trains on, of a data set of `rows` on 2 ranks, and what the batch has."""
     trainer = SimpleNamespace(
-        args=SimpleNamespace(world_size=2, process_index=rank, dataloader_drop_last=drop_last),
+        args=SimpleNamespace(world_size=2, process_index=rank),
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
     )
     batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
-    batch = Trainer._without_repeated(trainer, batch, rows, len(indices))  # pyright: ignore[reportArgumentType]
+    batch = Trainer._without_repeated(trainer, batch, rows, len(indices), drop_last)  # pyright: ignore[reportArgumentType]
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
     labels = batch["labels"][batch["labels"] != IGNORED]
     return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
@@ -45,7 +45,9 @@ def test_rows_that_are_only_repeated(flat):
     ["a.json, sample 6: no", "Caught DataError in worker 0.\nTraceback\nzero_sft.errors.DataError: a.json, sample 6: no"],
 )
 def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
-    trainer: Any = SimpleNamespace(train_dataset=range(4), args=SimpleNamespace(train_batch_size=1, world_size=2))
+    trainer: Any = SimpleNamespace(
+        train_dataset=range(4), args=SimpleNamespace(train_batch_size=1, world_size=2, dataloader_drop_last=False)
+    )
 
     def batches():
         raise DataError(said)

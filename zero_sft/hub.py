@@ -28,10 +28,10 @@ TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", 
              "tekken.json",
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
 
-_FLAG = (bool, "True or False")  # a word that looks like one ("False" from a command line) would count as True
+FLAG = (bool, "True or False")  # a word that looks like one ("False" from a command line) would count as True
 _TEXT = ((str, type(None)), "a text")
 _KINDS = {
-    "trust_remote_code": _FLAG, "local_files_only": _FLAG, "token": ((str, bool, type(None)), "a text, True or False"),
+    "trust_remote_code": FLAG, "local_files_only": FLAG, "token": ((str, bool, type(None)), "a text, True or False"),
     "cache_dir": ((str, os.PathLike, type(None)), "a path"), "revision": _TEXT, "subfolder": _TEXT, "variant": _TEXT,
 }  # fmt: skip
 _VARIANT = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
@@ -66,13 +66,18 @@ class HubOptions:
                 hint = f" Did you mean {near[0]}?" if near else ""
                 raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.")
         for name, value in kwargs.items():
-            kinds, wanted = _KINDS[name]
-            if not isinstance(value, kinds):
-                raise ArgumentError(f"{name} must be {wanted}, got {value!r:.80}")  # a token is a text, so never shown
+            require_kind(name, value, _KINDS[name])
         variant = kwargs.get("variant")
         if variant is not None and not _VARIANT.fullmatch(variant):
             raise ArgumentError(f"variant {variant!r} is no part of a file's name; expected one like fp16.")
         return cls(**kwargs)
+
+
+def require_kind(name: str, value: object, kind: tuple[Any, str]) -> None:
+    """Raise `ArgumentError` unless a value is of one of the types that `kind` has, with words for them."""
+    types, wanted = kind
+    if not isinstance(value, types):
+        raise ArgumentError(f"{name} must be {wanted}, got {value!r:.80}")  # a token is a text, so never shown
 
 
 def pin_revision(name_or_path: str, hub: HubOptions, world: World) -> HubOptions:

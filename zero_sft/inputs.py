@@ -11,7 +11,7 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe, require_sources
-from zero_sft.data.packing import Packing, choose_packing
+from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
@@ -103,11 +103,11 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
     prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
     if prepared.unpacked is not None:
         needed = size["world_size"] * size["per_device_batch_size"]
-        if parsed.data.packing or len(prepared.dataset) >= needed:
+        packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
+        if packing.on:
             require_one_batch(prepared, **size)
             logger.info("  %s", prepared.notes[-1])
             return prepared, {}
-        packing = Packing(on=False, reason=f"they fill {len(prepared.dataset)} rows, and one batch needs {needed}")
     train = prepared.unpacked or prepared
     require_one_batch(train, **size)
     logger.info("samples are not packed: %s", packing.reason)

@@ -19,7 +19,7 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.config import prepare_config
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
-from zero_sft.hub import HubOptions, pin_revision, resolve_weights
+from zero_sft.hub import FLAG, HubOptions, pin_revision, require_kind, resolve_weights
 from zero_sft.report import LoadReport
 from zero_sft.request import Checks, Request
 from zero_sft.sharded import BUFFER_MIB_A_THREAD, load_sharded
@@ -171,10 +171,8 @@ def load_model(
 
 
 def _require_flags(**flags: object) -> None:
-    """A word that looks like a flag ("False" from a command line) would count as True."""
     for name, value in flags.items():
-        if type(value) is not bool:
-            raise ArgumentError(f"{name} must be True or False, got {value!r}")
+        require_kind(name, value, FLAG)
 
 
 def _engine(

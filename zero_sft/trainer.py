@@ -48,7 +48,7 @@ class Trainer(SFTTrainer):
         rows, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
         try:
             for batch in batches:
-                yield self._without_repeated(batch, rows, size)
+                yield self._without_repeated(batch, rows, size, self.args.dataloader_drop_last)
         except DataError as error:
             said = str(error).rpartition("DataError: ")[2].strip()  # a worker process's comes with its traceback
             alone = DataError(said)
@@ -101,9 +101,7 @@ class Trainer(SFTTrainer):
             self._evaluated["tokens"] += tokens
         return result
 
-    def _without_repeated(
-        self, batch: dict[str, Any], samples: int, size: int, *, drop_last: bool | None = None
-    ) -> dict[str, Any]:
+    def _without_repeated(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
         """A batch, of `size` of a data set's samples, without labels for those that are only repeated to give every rank one.
 
         Of the last batches, all ranks' in a row, the first few samples are the epoch's last; accelerate's own count of them is
@@ -111,8 +109,7 @@ class Trainer(SFTTrainer):
         """
         row_lengths = batch.pop("row_lengths", None)
         ranks = self.args.world_size
-        drops = self.args.dataloader_drop_last if drop_last is None else drop_last
-        last = 0 if drops else samples % (ranks * size)
+        last = 0 if drop_last else samples % (ranks * size)
         rows = len(batch["labels"] if row_lengths is None else row_lengths)
         if self.accelerator.gradient_state.end_of_dataloader and last and ranks > 1 and rows == size:
             kept = max(0, last - self.args.process_index * size)

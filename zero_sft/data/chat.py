@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, USER, Conversation
-from zero_sft.data.habits import VICUNA_INSTEAD, Habits, apply
+from zero_sft.data.habits import STAND_IN, VICUNA_INSTEAD, Habits, apply
 from zero_sft.data.rendered import Rendered
 from zero_sft.errors import DataError
 
@@ -69,9 +69,10 @@ class ChatTemplate:
         if conversation.turns:
             messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
             text = self._apply(messages, conversation.where)
-            self._require_all_shown(text, messages, conversation.where)
+            frame = self._frame(messages)
+            _require_all_shown(text, frame, messages, conversation.where)
             places = [number for number, turn in enumerate(conversation.turns) if turn.role == ASSISTANT and turn.text]
-            found = self._locate(text, messages, places, conversation.where)
+            found = self._locate(text, frame, messages, places, conversation.where)
             spans = tuple(span for number, span in zip(places, found, strict=True) if conversation.turns[number].trained)
         return Rendered(text=text, spans=spans, where=conversation.where, adds_special_tokens=self.adds_special_tokens)
 
@@ -91,7 +92,7 @@ class ChatTemplate:
         return apply(self.tokenizer, self.source, messages, where, prompt=prompt)
 
     def _locate(
-        self, text: str, messages: Sequence[Mapping[str, str]], places: Sequence[int], where: str
+        self, text: str, frame: Frame | None, messages: Sequence[Mapping[str, str]], places: Sequence[int], where: str
     ) -> list[tuple[int, int]]:
         """The span of each message in `places`.
 
@@ -103,7 +104,7 @@ class ChatTemplate:
         parts = [_split_thoughts(messages[number]["content"]) for number in places]
         # White space at a text's ends may be taken for the template's, or the other way round.
         if all(each["content"] == each["content"].strip() for each in messages) and not any(thoughts for thoughts, _ in parts):
-            around = self._assembled(messages, places)
+            around = _assembled(frame, messages, places)
             if around:
                 with contextlib.suppress(DataError):  # a template that looks at the texts: it is asked again, with these
                     return self._fitted(text, around, places, parts, where)
@@ -122,37 +123,12 @@ class ChatTemplate:
             raise _unmaskable(where, places[0])
         return around[::2]
 
-    def _assembled(self, messages: Sequence[Mapping[str, str]], places: Sequence[int]) -> list[str] | None:
-        """`_rendered`, without rendering: from what the template writes around all texts of any such conversation."""
-        frame = self._frame(messages)
-        filled = [number for number, each in enumerate(messages) if each["content"]]
-        if frame is None or list(frame.shown) != filled:
-            return None
-        around = [frame.around[0]]
-        for number, literal in zip(filled, frame.around[1:], strict=True):
-            if number in places:
-                around.append(literal)
-            else:
-                around[-1] += messages[number]["content"] + literal
-        return around
-
-    def _require_all_shown(self, text: str, messages: Sequence[Mapping[str, str]], where: str) -> None:
-        """Raise where a text that is no answer is left out: a tool's, or a system text's, for which a template has no words."""
-        frame = self._frame(messages)
-        for number, each in enumerate(messages):
-            content = each["content"].strip()
-            if content and each["role"] != ASSISTANT and not (number in frame.shown if frame else content in text):
-                raise DataError(
-                    f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
-                    "--chat_template one that has a place for it, or take it out of the data."
-                )
-
     def _frame(self, messages: Sequence[Mapping[str, str]]) -> Frame | None:
         """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
         shape = tuple((each["role"], bool(each["content"])) for each in messages)
         if shape in self.frames:
             return self.frames[shape]
-        word, frame = "zerosftanswer", None
+        word, frame = STAND_IN, None
         stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
         with contextlib.suppress(DataError):
             around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
@@ -195,6 +171,31 @@ class ChatTemplate:
         )
 
 
+def _assembled(frame: Frame | None, messages: Sequence[Mapping[str, str]], places: Sequence[int]) -> list[str] | None:
+    """`ChatTemplate._rendered`, without rendering: from what the template writes around all texts of any such conversation."""
+    filled = [number for number, each in enumerate(messages) if each["content"]]
+    if frame is None or list(frame.shown) != filled:
+        return None
+    around = [frame.around[0]]
+    for number, literal in zip(filled, frame.around[1:], strict=True):
+        if number in places:
+            around.append(literal)
+        else:
+            around[-1] += messages[number]["content"] + literal
+    return around
+
+
+def _require_all_shown(text: str, frame: Frame | None, messages: Sequence[Mapping[str, str]], where: str) -> None:
+    """Raise where a text that is no answer is left out: a tool's, or a system text's, for which a template has no words."""
+    for number, each in enumerate(messages):
+        content = each["content"].strip()
+        if content and each["role"] != ASSISTANT and not (number in frame.shown if frame else content in text):
+            raise DataError(
+                f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
+                "--chat_template one that has a place for it, or take it out of the data."
+            )
+
+
 def _length_of_body(text: str, start: int, answer: str, after: str, *, is_last: bool) -> int | None:
     """How long an answer is that stands in `text` at `start`, followed by `after`; white space at its ends may be gone."""
     for body in dict.fromkeys((answer, answer.strip(), answer.rstrip(), answer.lstrip())):
@@ -234,7 +235,7 @@ def _same_thoughts(text: str, thoughts: str) -> bool:
 
 def _unused(messages: Sequence[Mapping[str, str]]) -> str:
     """A word that is in no message, and that no template looks for, strips or escapes."""
-    word = "zerosftanswer"
+    word = STAND_IN
     while any(word in message["content"] for message in messages):
         word += "r"
     return word

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.console import open_console, quieten_transformers
-from zero_sft.data.report import counted
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.world import World
 
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = prepare_sources(replace(recipe, pack=packing.on), tokenizer)
         prepared = found.unpacked or found
         lengths = prepared.dataset["length"]
-        notes = [*found.notes[len(prepared.notes) :], *_not_packed(packing, found, options), *_costs(found, prepared, options)]
+        notes = [*found.notes[len(prepared.notes) :], *_notes(packing, found, options)]
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
@@ -123,41 +122,39 @@ def _tokenizer(options: argparse.Namespace) -> Any:
     return tokenizer
 
 
+def _wanted(options: argparse.Namespace) -> bool | None:
+    """What `--packing` says."""
+    return None if options.packing is None else options.packing == "True"
+
+
 def _packing(options: argparse.Namespace) -> "Packing":
     """As the job would decide."""
     from zero_sft.config import prepare_config_in, text_config
     from zero_sft.data.packing import choose_packing
     from zero_sft.hub import HubOptions
 
-    wanted = None if options.packing is None else options.packing == "True"
     hub = HubOptions.from_kwargs(_hub(options))
     config = prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None)
-    return choose_packing(wanted, text_config(config), attention=None, lazy=options.lazy_preprocess)
+    return choose_packing(_wanted(options), text_config(config), attention=None, lazy=options.lazy_preprocess)
 
 
-def _not_packed(packing: "Packing", found: "Prepared", options: argparse.Namespace) -> list[str]:
-    """Why the job doesn't pack, or can't start, as far as one rank's batch tells."""
-    rows, batch = len(found.dataset), options.per_device_train_batch_size
-    lines = [] if packing.on else [f"samples are not packed: {packing.reason}"]
-    if packing.on and rows < batch and not options.packing:
-        lines = [f"samples are not packed: they fill {counted(rows, 'row')}, and a batch of one rank needs {batch}"]
-    if len((found.unpacked or found).dataset) < batch:
-        lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
-    return lines
-
-
-def _costs(found: "Prepared", prepared: "Prepared", options: argparse.Namespace) -> list[str]:
-    """What a trained token costs. `found`: as it is trained on; `prepared`: its samples."""
+def _notes(packing: "Packing", found: "Prepared", options: argparse.Namespace) -> list[str]:
+    """How the job makes its batches, as far as those of one rank tell, and what a trained token costs."""
     from zero_sft.data.cost import ALIKE, AT_RANDOM, PACKED, cost_lines
+    from zero_sft.data.packing import unless_too_few
 
-    packed, enough = found is not prepared, len(found.dataset) >= options.per_device_train_batch_size
-    return cost_lines(
-        prepared.dataset["length"],
-        trained_tokens=_trained_tokens(prepared.dataset),
+    samples, batch = (found.unpacked or found).dataset, options.per_device_train_batch_size
+    job = unless_too_few(packing, _wanted(options), len(found.dataset), batch)
+    lines = [] if job.on else [f"samples are not packed: {job.reason}"]
+    if len(samples) < batch:
+        lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
+    return lines + cost_lines(
+        samples["length"],
+        trained_tokens=_trained_tokens(samples),
         window=options.model_max_length,
-        packed_rows=len(found.dataset) if packed else None,
-        batch_size=options.per_device_train_batch_size,
-        chosen=AT_RANDOM if options.packing == "False" else PACKED if packed and (options.packing or enough) else ALIKE,
+        packed_rows=len(found.dataset) if packing.on else None,
+        batch_size=batch,
+        chosen=PACKED if job.on else ALIKE if _wanted(options) is None else AT_RANDOM,
     )
 
 

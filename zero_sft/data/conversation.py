@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from zero_sft.errors import DataError
 
@@ -70,7 +69,7 @@ class Dialogue:
     unanswered: int
 
 
-def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str] = MappingProxyType({})) -> Dialogue:
+def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dialogue:
     """A system text if there is one, then questions and answers in turn, between them what tools say.
 
     As in FastChat a leading turn that isn't the user's is dropped; unlike there, a last turn without an answer costs that turn

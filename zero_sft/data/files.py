@@ -115,7 +115,7 @@ def _seen_in(folder: Path) -> list[Path]:
     Raises:
         DataError: a link to nothing, or a folder that can't be read.
     """
-    return sorted(each for each in _below(folder) if not _is_hidden(each, folder) and _is_file(each))
+    return sorted(filter(_is_file, _below(folder)))
 
 
 def _is_file(path: Path) -> bool:
@@ -125,7 +125,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All that is in a folder, in its folders, and in those that they link to, each folder once; none that the folder is in."""
+    """All that is not hidden in a folder, its folders and those that they link to; each once, none that this one is in."""
     top, seen = Path(os.path.realpath(folder)), set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
         folders[:] = [each for each in folders if not each.startswith(".")]
@@ -134,7 +134,7 @@ def _below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(place) / name for name in files)
+        yield from (Path(place) / name for name in files if not name.startswith("."))
 
 
 def _unreadable(error: OSError) -> None:

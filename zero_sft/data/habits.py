@@ -9,6 +9,9 @@ from typing import Any
 from zero_sft.data.conversation import ASSISTANT, USER
 from zero_sft.errors import DataError
 
+STAND_IN = "zerosftanswer"
+"""A word in place of a text, that no template looks for, strips or escapes."""
+
 VICUNA_INSTEAD = "Give another: --chat_template vicuna takes any conversation without tools."
 
 
@@ -57,7 +60,7 @@ def learn_habits(tokenizer: Any, source: str | None) -> Habits:
     question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
     asked = apply(tokenizer, source, [question], where)
     prompted = apply(tokenizer, source, [question], where, prompt=True)
-    word = "zerosftanswer"
+    word = STAND_IN
     talk = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
     parts = re.split(rf"{word}\d", apply(tokenizer, source, talk, where))
     if len(parts) != len(talk):

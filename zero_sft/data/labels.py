@@ -6,7 +6,7 @@ characters across a border. Works with every fast tokenizer, which in transforme
 """
 
 import bisect
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,6 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
             "found. Convert the model's tokenizer to a tokenizer.json."
         )
     examples: dict[int, Example] = {}
-    added = set(tokenizer.added_tokens_decoder)
     for adds in (True, False):
         places = [place for place, each in enumerate(rendered) if each.adds_special_tokens == adds]
         if not places:
@@ -59,7 +58,7 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
             chars_of = encoding.token_to_chars
             while ids and chars_of(len(ids) - 1) is None:  # added at the end; the text has an end of its own
                 ids.pop()
-            ranges = [_trained_range(chars_of, ids, span, added) for span in rendered[place].spans]
+            ranges = [_trained_range(chars_of, ids, span, tokenizer) for span in rendered[place].spans]
             examples[place] = _example(ids, ranges, model_max_length)
     return [examples[place] for place in range(len(rendered))]
 
@@ -92,12 +91,15 @@ def token_range(chars_of: Callable[[int], tuple[int, int] | None], count: int, s
 
 
 def _trained_range(
-    chars_of: Callable[[int], tuple[int, int] | None], ids: Sequence[int], span: tuple[int, int], added: Container[int]
+    chars_of: Callable[[int], tuple[int, int] | None],
+    ids: Sequence[int],
+    span: tuple[int, int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[int, int]:
-    """`token_range`, without a token of those `added` to the vocabulary that begins before the span: one that takes the white
+    """`token_range`, without a token added to the vocabulary that begins before the span: one that takes the white
     space behind it, as Phi-3's header does."""
     first, last = token_range(chars_of, len(ids), span)
-    while first < last and ids[first] in added and (chars_of(first) or span)[0] < span[0]:
+    while first < last and (chars_of(first) or span)[0] < span[0] and ids[first] in tokenizer.added_tokens_decoder:
         first += 1
     return first, last
 

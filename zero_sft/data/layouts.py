@@ -47,6 +47,7 @@ _SHAREGPT_ROLES = {
     "human": USER, "user": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT, "bing": ASSISTANT,
     "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL,
 }  # fmt: skip
+_SAME_WORDS: Mapping[str, str] = {}
 _SHAREGPT_WORDS = {USER: "human", ASSISTANT: "gpt"}
 _UNRENDERED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _NOTHING = (None, "", [], {}, "[]", "{}")
@@ -152,8 +153,8 @@ LAYOUTS = {
 EXPECTED = f"{', '.join(each.looks for each in list(LAYOUTS.values())[:-1])} or {LAYOUTS['text'].looks}"
 
 
-def _conversation(turns: list[Turn], where: str, words: Mapping[str, str] | None = None) -> Found:
-    kept = dialogue(turns, where, words or {})
+def _conversation(turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS) -> Found:
+    kept = dialogue(turns, where, words)
     return Found(sample=Conversation(turns=kept.turns, where=where), leading=kept.leading, unanswered=kept.unanswered)
 
 

@@ -63,6 +63,13 @@ def choose_packing(wanted: bool | None, config: Any, *, attention: str | None, l
     return Packing(on=not reason, reason=reason)
 
 
+def unless_too_few(packing: Packing, wanted: bool | None, rows: int, needed: int) -> Packing:
+    """Packing as it was chosen; off where the `rows` are fewer than one batch `needed`, unless it is wanted. Pure."""
+    if not packing.on or wanted or rows >= needed:
+        return packing
+    return Packing(on=False, reason=f"they fill {counted(rows, 'row')}, and one batch needs {needed}")
+
+
 def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
     if lazy:
         return "--lazy_preprocess does not know the samples' lengths at the start"

@@ -65,13 +65,13 @@ class Pipeline:
         answered = [each for each in reading.samples if each.answers]
         bad = list(reading.bad)
         dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
+        skipped = bad if self.reader.skips_bad else None
         if self.lazy:
             if self.reader.skips_bad:
-                answered = [each for each in answered if self._render(each, bad) is not None]
+                answered = [each for each in answered if self._render(each, skipped) is not None]
             list(self._examples(answered[:1]))  # what fails on every sample fails now
             texts = [json.dumps(asdict(each)) for each in answered]
             return self._part(reading, answered, {"sample": texts}, {"bad": bad, "dropped": dropped})
-        skipped = bad if self.reader.skips_bad else None
         whole = list(self._examples(answered, skipped))
         used, kept, split, lost = [], [], 0, Counter[str]()
         for sample, example in whole:
@@ -87,23 +87,9 @@ class Pipeline:
                 lost[CUT_OFF] += len(examples) - len(trained)
             elif examples:
                 dropped[CUT_OFF if example.cut_tokens else NO_ANSWER] += 1
-        counts = {
-            "split": split,
-            "lost": dict(lost),
-            "tokens": sum(len(each.input_ids) for each in kept),
-            "trained_tokens": sum(each.trained_tokens for each in kept),
-            "cut_samples": sum(each.cut_tokens > 0 for each in kept),
-            "cut_tokens": sum(each.cut_tokens for each in kept),
-            "cut_trained_tokens": sum(each.cut_trained_tokens for each in kept),
-            "shortest": min((_length(each) for _, each in whole), default=None),
-            "longest": max(map(_length, kept), default=None),
-        }
-        columns = {
-            "input_ids": [each.input_ids for each in kept],
-            "labels": [each.labels for each in kept],
-            "length": [len(each.input_ids) for each in kept],
-        }
-        return self._part(reading, used, columns, {"bad": bad, "dropped": dropped, **counts})
+        shortest = min((_length(each) for _, each in whole), default=None)
+        account = {"bad": bad, "dropped": dropped, "split": split, "lost": dict(lost), "shortest": shortest, **_counts(kept)}
+        return self._part(reading, used, _columns(kept), account)
 
     def _part(self, reading: Reading, used: Sequence[Sample], columns: Mapping[str, list], account: Mapping[str, Any]) -> Part:
         rows = pyarrow.RecordBatch.from_pydict(dict(columns), schema=self.schema)
@@ -172,6 +158,25 @@ class Pipeline:
         """Columns of ids and labels of rows of `TEXTS`, those that are needed now."""
         examples = [each for _, each in self._examples([_sample(json.loads(text)) for text in rows["sample"]])]
         return {"input_ids": [each.input_ids for each in examples], "labels": [each.labels for each in examples]}
+
+
+def _columns(examples: Sequence[Example]) -> dict[str, list]:
+    return {
+        "input_ids": [each.input_ids for each in examples],
+        "labels": [each.labels for each in examples],
+        "length": [len(each.input_ids) for each in examples],
+    }
+
+
+def _counts(kept: Sequence[Example]) -> dict[str, int | None]:
+    return {
+        "tokens": sum(len(each.input_ids) for each in kept),
+        "trained_tokens": sum(each.trained_tokens for each in kept),
+        "cut_samples": sum(each.cut_tokens > 0 for each in kept),
+        "cut_tokens": sum(each.cut_tokens for each in kept),
+        "cut_trained_tokens": sum(each.cut_trained_tokens for each in kept),
+        "longest": max(map(_length, kept), default=None),
+    }
 
 
 def _length(example: Example) -> int:

@@ -65,9 +65,9 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
 
 
 def _from_file(path: Path) -> str:
-    if not path.is_file() and (path.suffix or len(path.parts) > 1):
-        raise DataError(f"--chat_template {path}: no such file.")
     if not path.is_file():
+        if path.suffix or len(path.parts) > 1:
+            raise DataError(f"--chat_template {path}: no such file.")
         names = ", ".join((VICUNA, *NAMED, MODEL))
         raise DataError(f"--chat_template {path}: unknown chat template; expected {names}, or the path of a Jinja file.")
     return read_text(path, expected="a chat template in Jinja", argument="--chat_template")
