@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zero_sft.config import prepare_config
-    from zero_sft.export import save_pretrained
     from zero_sft.pretrained import load_model, load_pretrained
+    from zero_sft.saving.export import save_pretrained
     from zero_sft.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ _HOMES = {
     "load_pretrained": "zero_sft.pretrained",
     "load_tokenizer": "zero_sft.tokenizer",
     "prepare_config": "zero_sft.config",
-    "save_pretrained": "zero_sft.export",
+    "save_pretrained": "zero_sft.saving.export",
 }
 
 

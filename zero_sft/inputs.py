@@ -37,10 +37,10 @@ class Inputs:
 def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
     from zero_sft.config import prepare_config, text_config
-    from zero_sft.export import require_writable
     from zero_sft.hub import HubOptions, pin_revision
-    from zero_sft.resume import require_resumable
     from zero_sft.samples import read_prompts
+    from zero_sft.saving.folder import require_writable
+    from zero_sft.saving.resume import require_resumable
     from zero_sft.tokenizer import load_tokenizer
 
     training = parsed.training

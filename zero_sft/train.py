@@ -111,7 +111,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     from transformers.trainer_utils import set_seed
 
     from zero_sft.config import text_config
-    from zero_sft.export import save_pretrained
+    from zero_sft.saving.export import save_pretrained
     from zero_sft.zero import gather
 
     tokenizer, report = inputs.tokenizer, model.load_report

@@ -3,7 +3,7 @@
 import pytest
 
 from zero_sft.errors import ArgumentError
-from zero_sft.resume import require_resumable
+from zero_sft.saving.resume import require_resumable
 
 
 def checkpoint(folder, ranks):

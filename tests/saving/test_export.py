@@ -73,7 +73,8 @@ def test_names_that_would_not_load_back_are_not_written(tmp_path):
 
     from safetensors.torch import load_file
 
-    from zero_sft import export, load_model, save_pretrained
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.saving import export
 
     folder = models.save_tiny("mixtral", tmp_path / "mixtral")
     model = load_model(str(folder), ds_config=models.zero3())
@@ -136,7 +137,8 @@ def test_an_existing_folder_keeps_what_is_not_the_models(llama, tmp_path):
 def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
     from unittest import mock
 
-    from zero_sft import export, load_model, save_pretrained
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.saving import export
     from zero_sft.world import World
 
     out = tmp_path / "out"
@@ -156,7 +158,7 @@ def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
 
 
 def test_unwritable_is_found_before_the_training(tmp_path):
-    from zero_sft.export import require_writable
+    from zero_sft.saving.folder import require_writable
 
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ExportError, match="can't be written"):

@@ -7,12 +7,10 @@ at the very end: a job that dies meanwhile leaves the target as it was.
 """
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import math
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,22 +26,20 @@ from zero_sft import distributed
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
 from zero_sft.checkpoint.layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
-from zero_sft.config import text_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.distributed import agreed
 from zero_sft.errors import ExportError
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, pieces
 from zero_sft.plan.regions import whole
+from zero_sft.saving.folder import explained, put_in_place
+from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
 from zero_sft.world import World
 from zero_sft.zero import shards
 
 logger = logging.getLogger(__name__)
-
-_WEIGHTS = re.compile(r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?")
-"""The files that a checkpoint of a model consists of, under the names that transformers writes."""
 
 
 def save_pretrained(
@@ -72,50 +68,17 @@ def save_pretrained(
     files = layout.files
     draft = target.parent / f".{target.name}.part"
     try:
-        with agreed(world, f"preparing {target}"), _explained(target):
+        with agreed(world, f"preparing {target}"), explained(target):
             if world.is_main:
                 _prepare(draft, files, inner, tokenizer)
-        with agreed(world, f"writing {target}"), _explained(target):
+        with agreed(world, f"writing {target}"), explained(target):
             _write_own(draft, layout, tensors, world)
-        with agreed(world, f"finishing {target}"), _explained(target):
+        with agreed(world, f"finishing {target}"), explained(target):
             if world.is_main:
-                _put_in_place(draft, target)
+                put_in_place(draft, target)
     finally:
         if world.is_main:
             shutil.rmtree(draft, ignore_errors=True)
-
-
-def require_writable(path: str | Path) -> None:
-    """Raise `ExportError` now, rather than after the training, if the folder `path` can't be made or written. Rank 0."""
-    target = Path(path)
-    existed = target.exists()
-    with _explained(target):
-        target.mkdir(parents=True, exist_ok=True)
-        probe = target / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-        beside = target.parent / f".{target.name}.part"
-        beside.mkdir(exist_ok=True)
-        beside.rmdir()
-        if not existed:
-            target.rmdir()  # a run that fails now leaves nothing behind
-
-
-class _explained:
-    """Turn an OSError into an ExportError that names the folder and the remedy."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise ExportError(
-                f"{self._target} can't be written: {error.strerror or error} ({error.filename}). Name another --output_dir, "
-                "with room for the model, that all ranks share."
-            ) from error
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -142,19 +105,7 @@ def _prepare(
             out.truncate(file.nbytes)
     if len(files) > 1:
         (draft / INDEX_FILE).write_text(index_json(files), encoding="utf-8")
-    config = copy.deepcopy(model.config)
-    for part in (config, text_config(config)):
-        if getattr(part, "use_cache", None) is False:
-            part.use_cache = True  # off for training alone, as in FastChat
-    generation = copy.deepcopy(model.generation_config) if model.can_generate() else None
-    if tokenizer is not None and tokenizer.pad_token_id is not None:
-        for part in (config, text_config(config), *([] if generation is None else [generation])):
-            part.pad_token_id = tokenizer.pad_token_id  # what belongs together says the same
-    config.save_pretrained(draft)
-    if generation is not None:
-        generation.save_pretrained(draft)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(draft)
+    write_settings(draft, model, tokenizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,20 +176,3 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
                 shards.release_shard(tensor)
         for handle in handles.values():
             os.fsync(handle)
-
-
-def _put_in_place(draft: Path, target: Path) -> None:
-    """Move the finished files into `target`: one rename where it is new, else file by file, the weights' index last."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.rename(target)
-        return
-    fresh = sorted((each for each in draft.iterdir()), key=lambda each: (each.name == INDEX_FILE, each.name))
-    names = {each.name for each in fresh}
-    for each in fresh:
-        if (target / each.name).is_dir():
-            shutil.rmtree(target / each.name)
-        each.replace(target / each.name)
-    for old in target.iterdir():
-        if _WEIGHTS.fullmatch(old.name) and old.name not in names:
-            old.unlink()
