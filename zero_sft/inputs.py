@@ -15,6 +15,7 @@ from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
+from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
@@ -31,7 +32,7 @@ class Inputs:
     prompts: tuple[str, ...]
     ds_config: Mapping[str, Any]
     hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
-    checkpoint: Path | None = None  # what the run resumes from
+    checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
     overwrites: bool = False  # a former run in the output folder
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
@@ -59,7 +60,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     with agreed(world, "checking the output folder") as told:
         if world.is_main:
             told.mine = require_no_former_run(
-                training["output_dir"], checkpoint, overwrite=training.get("overwrite_output_dir", False)
+                training["output_dir"], checkpoint and checkpoint.folder, overwrite=training.get("overwrite_output_dir", False)
             )
     overwrites = told.everyone[0]
     rehearse_writing(training["output_dir"], world)

@@ -19,6 +19,7 @@ from typing import Any
 from zero_sft import distributed
 from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
 from zero_sft.console import open_console, quieten_transformers
+from zero_sft.disk_room import require_room_for_run
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.inputs import Inputs, read_inputs
@@ -79,6 +80,7 @@ def run(parsed: Parsed, world: World) -> None:
         logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
     with agreed(world, "setting up the trainer's arguments"):
         arguments = build_training_arguments({**parsed.training, **inputs.sampling}, inputs.ds_config)
+    require_room_for_run(parsed, arguments, inputs, world)
     model = _load(parsed, arguments, inputs)
     timeline.end("load")
     _train_and_export(parsed, arguments, model, inputs, world, timeline)
@@ -124,7 +126,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     trainer = _trainer(arguments, model, parsed, inputs, timeline)
     output = Path(arguments.output_dir)
     _begin(output, inputs, world)
-    trainer.train(resume_from_checkpoint=None if inputs.checkpoint is None else str(inputs.checkpoint))
+    trainer.train(resume_from_checkpoint=None if inputs.checkpoint is None else str(inputs.checkpoint.folder))
     logger.info("writing the model to %s", output)
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
     after = _answers_of_engine(parsed, trainer, inputs)
@@ -152,7 +154,7 @@ def _begin(output: Path, inputs: Inputs, world: World) -> None:
     from zero_sft.saving.former_run import remove_checkpoints
 
     if inputs.checkpoint is not None:
-        logger.info("training, from the checkpoint %s", inputs.checkpoint)
+        logger.info("training, from the checkpoint %s, which is whole", inputs.checkpoint.folder)
         return
     with agreed(world, "removing the former run's checkpoints"):
         if world.is_main and inputs.overwrites:

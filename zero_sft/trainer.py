@@ -44,7 +44,7 @@ class Published:
         """Give the model's config these values for a while: the trainer's loss has others set."""
         config = text_config(model.config)
         training = {name: getattr(config, name) for name in self.config_values}
-        config.update(self.config_values)
+        config.update(dict(self.config_values))
         try:
             yield
         finally:

@@ -94,8 +94,7 @@ def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_
     reason = next((reason for reason in told.everyone if reason is not None), None)
     if reason is None and published is not None:
         return published
-    if world.is_main:
-        logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
+    logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
     return own_layout(state, max_file_bytes)
 
 

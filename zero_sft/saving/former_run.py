@@ -47,13 +47,18 @@ def former_run(output: Path) -> list[str]:
         return []
     names = [path.name for path in output.iterdir()]
     weights = sorted(name for name in names if WEIGHTS.fullmatch(name))
-    checkpoints = sorted(name for name in names if _CHECKPOINT.fullmatch(name) and (output / name).is_dir())
+    checkpoints = [path.name for path in checkpoints_in(output)]
     return [*weights, *checkpoints, *(name for name in _LOGS if (output / name).is_file())]
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """The `checkpoint-N` folders in an output folder."""
+    found = output.glob("checkpoint-*") if output.is_dir() else ()
+    return sorted(path for path in found if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
 
 
 def remove_checkpoints(output: Path) -> None:
     """Remove a former run's checkpoints, so that none of them is resumed from in place of this run's."""
-    for path in sorted(output.glob("checkpoint-*")) if output.is_dir() else ():
-        if _CHECKPOINT.fullmatch(path.name) and path.is_dir():
-            logger.info("removing %s of the former run", path)
-            shutil.rmtree(path)
+    for path in checkpoints_in(output):
+        logger.info("removing %s of the former run", path)
+        shutil.rmtree(path)

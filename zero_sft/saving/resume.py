@@ -19,7 +19,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 def agree_on_checkpoint(
     wanted: str | bool | None, output_dir: str | Path, world: World, ds_config: Mapping[str, Any], bf16: bool | None = None
-) -> Path | None:
+) -> TrainerCheckpoint | None:
     """The checkpoint to resume from, or None for a new run: the same on every rank. Every rank; communicates.
 
     Rank 0 looks at every file; the others look for what they will read.
@@ -42,7 +42,7 @@ def agree_on_checkpoint(
                     f"--resume_from_checkpoint {wanted}: rank {world.rank} does not see {path}, which rank 0 sees. Put the "
                     "checkpoint on a file system that all ranks share."
                 )
-    return found.folder
+    return found
 
 
 def require_resumable(wanted: str | bool | None, output_dir: str | Path, world_size: int) -> None:
