@@ -72,25 +72,28 @@ class Dialogue:
 def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dialogue:
     """A system text if there is one, then questions and answers in turn, between them what tools say.
 
-    As in FastChat a leading turn that isn't the user's is dropped; unlike there, a last turn without an answer costs that turn
-    and not the conversation.
+    As in FastChat a leading turn that isn't the user's is dropped; unlike there, turns of users and tools after the last answer
+    cost those turns, however many there are, and not the conversation.
 
     `words`: what the data calls a role, where that is another word.
 
-    Worked example: gpt, human, gpt, human → human, gpt; 1 in front, 1 behind.
+    Worked example: gpt, human, gpt, human, human → human, gpt; 1 in front, 2 behind.
 
     Raises:
-        DataError: turns of one speaker that follow each other, or a system text among the turns.
+        DataError: turns of one speaker that follow each other, but for those after an answer that is the last, or a system text
+            among the turns.
     """
     start = 1 if turns and turns[0].role == SYSTEM else 0
     head, rest = list(turns[:start]), list(turns[start:])
     leading = 1 if rest and rest[0].role != USER else 0
-    rest = rest[leading:]
-    if leading and turns[start].role == SYSTEM:
+    if leading and rest[0].role == SYSTEM:
         raise DataError(f"{where}, turn {start + 1}: a second system text. Join them, or remove one.")
+    rest = rest[leading:]
+    answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
     before = None
     for number, turn in enumerate(rest):
-        if turn.role not in _FOLLOWS[before]:
+        is_tail = answered and number >= answered and turn.role != SYSTEM
+        if not is_tail and turn.role not in _FOLLOWS[before]:
             expected = " or ".join(words.get(each, each) for each in _FOLLOWS[before])
             remedy = "Join or remove turns of one speaker that follow each other."
             if turn.role == SYSTEM:
@@ -102,5 +105,4 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dia
                 f"{words.get(turn.role, turn.role)}. {remedy}"
             )
         before = turn.role
-    answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
     return Dialogue(turns=(*head, *rest[:answered]), leading=leading, unanswered=len(rest) - answered)

@@ -104,6 +104,7 @@ class Pipeline:
             turns=sum(turn.role != SYSTEM for each in talks for turn in each.turns),
             leading_turns=reading.leading_turns,
             unanswered_turns=reading.unanswered_turns,
+            unread=reading.unread,
             empty_answers=sum(each.empty_answers for each in used),
             **{
                 **account,

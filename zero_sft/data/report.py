@@ -9,6 +9,8 @@ from typing import Any
 MOST_SHOWN = 3
 """Errors of skipped samples that are shown."""
 
+MOST_KEYS_SHOWN = 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
@@ -17,7 +19,8 @@ class DataReport:
     `bad` samples were skipped, the first few with the errors `first_bad`; they count among `samples`, as does a sample that was
     `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
     those of the others. `shortest` is the least length of a sample, `longest` the greatest of a kept row, in tokens, before
-    they are cut. `left_out` are files of a folder that are not data.
+    they are cut. `left_out` are files of a folder that are not data. `unread`: keys not read, and in how many
+    samples.
     """
 
     file: str
@@ -32,6 +35,7 @@ class DataReport:
     first_bad: tuple[str, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)
     leading_turns: int = 0
     unanswered_turns: int = 0
     empty_answers: int = 0
@@ -51,6 +55,8 @@ class DataReport:
         if self.left_out:
             shown = ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
             lines.append(f"{counted(len(self.left_out), 'other file')} in it left out: {shown}")
+        if self.unread:
+            lines.append(_unread_line(self.unread))
         if self.split:
             lines.append(f"{counted(self.split, 'sample')} longer than --model_max_length, split between rounds")
         if any(self.lost.values()):
@@ -102,8 +108,15 @@ def _sum(one: DataReport, other: DataReport) -> DataReport:
             "first_bad": (*one.first_bad, *other.first_bad)[:MOST_SHOWN],
             "dropped": dict(Counter(one.dropped) + Counter(other.dropped)),
             "lost": dict(Counter(one.lost) + Counter(other.lost)),
+            "unread": dict(Counter(one.unread) + Counter(other.unread)),
         },
     )
+
+
+def _unread_line(unread: Mapping[str, int]) -> str:
+    """Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)"."""
+    shown = [f"{key} ({counted(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])]
+    return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
 
 
 def _added(one: Any, other: Any) -> int:
