@@ -27,15 +27,18 @@ class Conversation:
     turns: tuple[Turn, ...]
     where: str
 
-    @property
-    def answers(self) -> int:
-        """How many answers there are to train on."""
-        return sum(turn.role == ASSISTANT and turn.trained and bool(turn.text) for turn in self.turns)
+    def answers(self, *, blank_counts: bool = False) -> int:
+        """How many answers there are to train on; `blank_counts`: also those of white space alone."""
+        return sum(turn.trained and has_text(turn, blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
 
-    @property
-    def empty_answers(self) -> int:
+    def empty_answers(self, *, blank_counts: bool = False) -> int:
         """How many answers have no text."""
-        return sum(turn.role == ASSISTANT and not turn.text for turn in self.turns)
+        return sum(not has_text(turn, blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
+
+
+def has_text(turn: Turn, *, blank_counts: bool) -> bool:
+    """Whether a turn has a text; `blank_counts`: white space is one."""
+    return bool(turn.text if blank_counts else turn.text.strip())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +49,11 @@ class Passage:
     completion: str
     where: str
 
-    @property
-    def answers(self) -> int:
+    def answers(self, **_: bool) -> int:
         """1 if there is something to train on."""
         return int(bool(self.completion.strip()))
 
-    @property
-    def empty_answers(self) -> int:
+    def empty_answers(self, **_: bool) -> int:
         """1 if the completion has no text."""
         return int(not self.completion.strip())
 

@@ -65,6 +65,11 @@ class Prepared:
             if each.untrained_share > _MANY:
                 share = f"{each.untrained_share:.0%} of the {'usable ' if each.bad else ''}samples"
                 warnings.append(f"{each.file}: nothing is trained on in {share} ({listed(each.dropped)})")
+            if each.thoughts and each.dropped_thoughts == each.thoughts:
+                warnings.append(
+                    f"{each.file}: the template {each.template} leaves out the thoughts of all {each.thoughts:,} answers that "
+                    "have some, so they are not trained on"
+                )
         return warnings
 
 

@@ -62,7 +62,7 @@ class Pipeline:
             DataError: a bad sample, unless such are skipped.
         """
         reading = self.reader.read(objects)
-        answered = [each for each in reading.samples if each.answers]
+        answered = [each for each in reading.samples if self._is_answered(each)]
         bad = list(reading.bad)
         dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
         skipped = bad if self.reader.skips_bad else None
@@ -105,7 +105,7 @@ class Pipeline:
             leading_turns=reading.leading_turns,
             unanswered_turns=reading.unanswered_turns,
             unread=reading.unread,
-            empty_answers=sum(each.empty_answers for each in used),
+            empty_answers=sum(each.empty_answers(blank_counts=self.template.trains_on_blanks) for each in used),
             **{
                 **account,
                 "bad": len(bad),
@@ -114,6 +114,9 @@ class Pipeline:
             },
         )
         return Part(rows=rows, report=report)
+
+    def _is_answered(self, sample: Sample) -> bool:
+        return sample.answers(blank_counts=self.template.trains_on_blanks) > 0
 
     def _examples(self, samples: Sequence[Sample], bad: list[str] | None = None) -> Iterator[tuple[Sample, Example]]:
         """Render and tokenise, in order. What can't be rendered is left out with its error in `bad`, if that is given."""
@@ -145,7 +148,7 @@ class Pipeline:
             parts = split_rounds(sample, fits)
             if len(parts) == 1:
                 return [example]
-            answered = [part for part in parts if part.answers]
+            answered = [part for part in parts if self._is_answered(part)]
             examples = [each for _, each in self._examples(answered)]
         except DataError as error:
             if bad is None:
@@ -173,6 +176,8 @@ def _counts(kept: Sequence[Example]) -> dict[str, int | None]:
     return {
         "tokens": sum(len(each.input_ids) for each in kept),
         "trained_tokens": sum(each.trained_tokens for each in kept),
+        "thoughts": sum(each.thoughts for each in kept),
+        "dropped_thoughts": sum(each.dropped_thoughts for each in kept),
         "cut_samples": sum(each.cut_tokens > 0 for each in kept),
         "cut_tokens": sum(each.cut_tokens for each in kept),
         "cut_trained_tokens": sum(each.cut_trained_tokens for each in kept),

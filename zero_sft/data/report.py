@@ -41,6 +41,8 @@ class DataReport:
     empty_answers: int = 0
     tokens: int | None = None
     trained_tokens: int | None = None
+    thoughts: int | None = None
+    dropped_thoughts: int | None = None
     cut_samples: int | None = None
     cut_tokens: int | None = None
     cut_trained_tokens: int | None = None
@@ -62,7 +64,10 @@ class DataReport:
         if any(self.lost.values()):
             lines.append("parts of split samples dropped: " + listed(self.lost))
         if self.tokens is None:
-            lines.append("tokenised when they are needed: how many tokens they have, and which are cut off, is not known")
+            lines.append(
+                "tokenised when they are needed: how many tokens they have, which are cut off, and which thoughts the template "
+                "leaves out, is not known"
+            )
         else:
             lines.append(f"{counted(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
         if self.bad:
@@ -78,6 +83,11 @@ class DataReport:
         turns = {"leading, not the user's": self.leading_turns, "last, unanswered": self.unanswered_turns}
         if any(turns.values()):
             lines.append("turns dropped: " + listed(turns))
+        if self.dropped_thoughts:
+            lines.append(
+                f"the template leaves out the thoughts of {counted(self.dropped_thoughts, 'answer')}, of {self.thoughts:,} "
+                "that have some"
+            )
         if self.empty_answers:
             lines.append(f"{counted(self.empty_answers, 'empty answer')}, not trained on")
         return lines
