@@ -110,7 +110,7 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
         parts = list(make_parts(pipeline, data.objects(), processes))
         table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
         report = _report(data, [each.report for each in parts], pipeline)
-        return _prepared(_in_memory(table), replace(report, left_out=data.left_out()), pipeline)
+        return _prepared(_in_memory(table), _of(data, report), pipeline)
     data.require_outside(root)
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
@@ -136,8 +136,13 @@ def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path
     except (TypeError, LookupError) as error:
         raise DataError(f"{entry} is damaged: {error}. Delete that folder; it will be made anew.") from error
     first_bad = tuple(each.replace(report.file, data.name, 1) for each in report.first_bad)  # it may have been moved
-    report = replace(report, file=data.name, template=pipeline.template.name, left_out=data.left_out(), first_bad=first_bad)
+    report = replace(_of(data, report), file=data.name, template=pipeline.template.name, first_bad=first_bad)
     return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
+
+
+def _of(data: Data, report: DataReport) -> DataReport:
+    """The report with what is to be said of the source itself."""
+    return replace(report, left_out=data.left_out(), note=data.note())
 
 
 def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> Prepared:

@@ -19,13 +19,14 @@ class DataReport:
     `bad` samples were skipped, the first few with the errors `first_bad`; they count among `samples`, as does a sample that was
     `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
     those of the others. `shortest` is the least length of a sample, `longest` the greatest of a kept row, in tokens, before
-    they are cut. `left_out` are files of a folder that are not data. `unread`: keys not read, and in how many
-    samples.
+    they are cut. `left_out` are files of a folder that are not data, `note` is a line on its splits. `unread`: keys not read, and
+    in how many samples.
     """
 
     file: str
     template: str
     left_out: tuple[str, ...] = ()
+    note: str = ""
     layouts: tuple[str, ...] = ()
     samples: int = 0
     kept: int = 0
@@ -54,6 +55,8 @@ class DataReport:
         found = f"format {' and '.join(self.layouts)}, template {self.template}"
         of = "from" if self.split else "of"
         lines = [f"{self.file}: {self.kept:,} {of} {counted(self.samples, 'sample')}, {counted(self.turns, 'turn')} ({found})"]
+        if self.note:
+            lines.append(self.note)
         if self.left_out:
             shown = ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
             lines.append(f"{counted(len(self.left_out), 'other file')} in it left out: {shown}")
