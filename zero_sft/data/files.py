@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.checkpoint.stamp import Stamp, stamp
+from zero_sft.data.kinds import require_kind
 from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.splits import Chosen, choose_split
 from zero_sft.data.text import COMPRESSED, open_text, readable
@@ -168,7 +169,9 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     Raises:
         DataError: no such file, not UTF-8, not JSON, damaged, or nothing in it; with the remedy.
     """
-    for each, place in _parquet(path) if path.suffix.lower() == _PARQUET else _json_objects(path):
+    is_parquet = path.suffix.lower() == _PARQUET
+    require_kind(path, is_parquet=is_parquet)
+    for each, place in _parquet(path) if is_parquet else _json_objects(path):
         yield each, f"{path}, {place}{_identity(each)}"
 
 

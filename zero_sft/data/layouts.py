@@ -66,7 +66,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.")
     names = [data_format] if data_format else list(LAYOUTS)
-    fitting = [name for name in names if all(sample.get(key) is not None for key in LAYOUTS[name].keys)]
+    fitting = [name for name in names if _fits(sample, name)]
     full = [name for name in fitting if not any(asks_for_nothing(sample[key]) for key in LAYOUTS[name].keys)]
     if len(full) > 1:
         raise DataError(
@@ -88,7 +88,26 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         return name, replace(found, unread=(*found.unread, *unread)) if unread else found
     keys = ", ".join([f"{key!r}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"
-    raise DataError(f"{where}: {wanted}; got the keys {keys}.")
+    raise DataError(f"{where}: {wanted}; got the keys {keys}.{_hint(sample)}")
+
+
+def _hint(sample: Mapping[str, Any]) -> str:
+    """For an object that is a list of samples in a wrapping, or answers to compare."""
+    for key, value in sample.items():
+        if (
+            isinstance(value, list)
+            and value
+            and isinstance(value[0], Mapping)
+            and any(_fits(value[0], name) for name in LAYOUTS)
+        ):
+            return f" The samples seem to be in `{key}`: write that list alone."
+    if all(sample.get(key) is not None for key in ("chosen", "rejected")):
+        return " Answers to compare (`chosen`, `rejected`) are not read: write the chosen one as `completion`."
+    return ""
+
+
+def _fits(sample: Mapping[str, Any], layout: str) -> bool:
+    return all(sample.get(key) is not None for key in LAYOUTS[layout].keys)
 
 
 def _keys_of(layout: str) -> str:

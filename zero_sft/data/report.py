@@ -19,8 +19,8 @@ class DataReport:
     `bad` samples were skipped, the first few with the errors `first_bad`; they count among `samples`, as does a sample that was
     `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
     those of the others. `shortest` is the least length of a sample, `longest` the greatest of a kept row, in tokens, before
-    they are cut. `left_out` are files of a folder that are not data, `note` is a line on its splits. `unread`: keys not read, and
-    in how many samples.
+    they are cut. `left_out` are files of a folder that are not data, and `note` is a line on its splits. `unread` are keys that
+    were not read, and in how many samples.
     """
 
     file: str
