@@ -16,6 +16,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data import cache
+from zero_sft.data.embedded import rows_to_check
 from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.long import TRUNCATE
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
@@ -80,8 +81,9 @@ def make_pipeline(
     model_max_length: int,
     lazy: bool = False,
     reader: Reader = PLAIN,
+    embedding_rows: int | None = None,
 ) -> Pipeline:
-    """How objects of a file become rows.
+    """How objects of a file become rows, for a model with so many `embedding_rows`; None: not known.
 
     Raises:
         DataError: a template that can't be used, or options that contradict each other.
@@ -92,7 +94,14 @@ def make_pipeline(
             "out."
         )
     template = choose_template(chat_template, tokenizer)
-    return Pipeline(reader=reader, tokenizer=tokenizer, template=template, model_max_length=model_max_length, lazy=lazy)
+    return Pipeline(
+        reader=reader,
+        tokenizer=tokenizer,
+        template=template,
+        model_max_length=model_max_length,
+        lazy=lazy,
+        embedding_rows=rows_to_check(tokenizer, embedding_rows),
+    )
 
 
 def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> Prepared:
@@ -193,7 +202,7 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
     Raises:
         DataError: no samples in it, or nothing to train on.
     """
-    empty = DataReport(file=data.name, template=pipeline.template.name)
+    empty = DataReport(file=data.name, template=pipeline.template.name, has_trained=False)
     report = total([empty, *parts])
     if report.samples == report.bad:
         if report.bad:
@@ -201,6 +210,8 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
                 f"{data.name} holds no samples but {report.bad:,} that can't be used, the first: {report.first_bad[0]}"
             )
         raise DataError(f"{data.name} holds no samples. Expected {EXPECTED}.")
+    if report.kept and not report.has_trained:  # lazily tokenised: all were looked at, and stay in
+        report = replace(report, kept=0, dropped={**report.dropped, CUT_OFF: report.kept})
     if not report.kept:
         raise DataError(_nothing_left(report, pipeline.model_max_length))
     return report

@@ -14,6 +14,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data.conversation import SYSTEM, Conversation, Passage, Sample, Turn
+from zero_sft.data.embedded import require_embedded
 from zero_sft.data.formats import Reading
 from zero_sft.data.labels import Example, tokenise
 from zero_sft.data.long import DROP, SPLIT, split_rounds
@@ -42,13 +43,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """How objects become rows. `model_max_length` is in tokens; `lazy` puts off the tokenising."""
+    """How objects become rows. `model_max_length` is in tokens; `lazy` puts off the tokenising.
+
+    `embedding_rows`: ids from there on are refused; None where the tokenizer has no such.
+    """
 
     reader: Reader
     tokenizer: PreTrainedTokenizerBase
     template: Template
     model_max_length: int
     lazy: bool = False
+    embedding_rows: int | None = None
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -67,11 +72,9 @@ class Pipeline:
         dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
         skipped = bad if self.reader.skips_bad else None
         if self.lazy:
-            if self.reader.skips_bad:
-                answered = [each for each in answered if self._render(each, skipped) is not None]
-            list(self._examples(answered[:1]))  # what fails on every sample fails now
+            answered, account = self._looked_at(answered, skipped)
             texts = [json.dumps(asdict(each)) for each in answered]
-            return self._part(reading, answered, {"sample": texts}, {"bad": bad, "dropped": dropped})
+            return self._part(reading, answered, {"sample": texts}, {"bad": bad, "dropped": dropped, **account})
         whole = list(self._examples(answered, skipped))
         used, kept, split, lost = [], [], 0, Counter[str]()
         for sample, example in whole:
@@ -90,6 +93,23 @@ class Pipeline:
         shortest = min((_length(each) for _, each in whole), default=None)
         account = {"bad": bad, "dropped": dropped, "split": split, "lost": dict(lost), "shortest": shortest, **_counts(kept)}
         return self._part(reading, used, _columns(kept), account)
+
+    def _looked_at(self, samples: Sequence[Sample], bad: list[str] | None) -> tuple[list[Sample], dict[str, Any]]:
+        """The samples to be tokenised later, after a look at as few as tell that they can be used, and the account of these.
+
+        What fails on every sample fails now: so one is tokenised, and the next as long as nothing is trained on in them; all,
+        where there are ids to look for.
+        """
+        if self.embedding_rows is not None:
+            samples = [sample for sample, _ in self._examples(samples, bad)]
+        elif bad is not None:
+            samples = [sample for sample in samples if self._render(sample, bad) is not None]
+        shortest = None
+        for _, example in (each for sample in samples for each in self._examples([sample])):
+            if example.trained_tokens:
+                return list(samples), {"has_trained": True}
+            shortest = _length(example) if shortest is None else min(shortest, _length(example))
+        return list(samples), {"has_trained": False, "shortest": shortest}
 
     def _part(self, reading: Reading, used: Sequence[Sample], columns: Mapping[str, list], account: Mapping[str, Any]) -> Part:
         rows = pyarrow.RecordBatch.from_pydict(dict(columns), schema=self.schema)
@@ -122,7 +142,16 @@ class Pipeline:
         """Render and tokenise, in order. What can't be rendered is left out with its error in `bad`, if that is given."""
         rendered = [(sample, text) for sample in samples if (text := self._render(sample, bad)) is not None]
         examples = tokenise([text for _, text in rendered], self.tokenizer, self.model_max_length)
-        yield from zip((sample for sample, _ in rendered), examples, strict=True)
+        for (sample, text), example in zip(rendered, examples, strict=True):
+            if self.embedding_rows is not None:
+                try:
+                    require_embedded(example.input_ids, self.tokenizer, self.embedding_rows, text.where)
+                except DataError as error:
+                    if bad is None:
+                        raise
+                    bad.append(str(error))
+                    continue
+            yield sample, example
 
     def _render(self, sample: Sample, bad: list[str] | None) -> Rendered | None:
         try:

@@ -14,7 +14,8 @@ MOST_KEYS_SHOWN = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off.
+    """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off, but for
+    `has_trained`: whether anything is trained on in one of the samples.
 
     `bad` samples were skipped, the first few with the errors `first_bad`; they count among `samples`, as does a sample that was
     `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
@@ -47,6 +48,7 @@ class DataReport:
     cut_samples: int | None = None
     cut_tokens: int | None = None
     cut_trained_tokens: int | None = None
+    has_trained: bool = True
     shortest: int | None = None
     longest: int | None = None
 
@@ -110,13 +112,14 @@ def total(parts: Iterable[DataReport]) -> DataReport:
 def _sum(one: DataReport, other: DataReport) -> DataReport:
     ends = {"shortest": min, "longest": max}
     counts = {each.name: _added(getattr(one, each.name), getattr(other, each.name)) for each in fields(DataReport)
-              if isinstance(getattr(one, each.name), int) or isinstance(getattr(other, each.name), int)}  # fmt: skip
+              if type(getattr(one, each.name)) is int or type(getattr(other, each.name)) is int}  # fmt: skip
     lengths = {name: [getattr(each, name) for each in (one, other) if getattr(each, name) is not None] for name in ends}
     return replace(
         one,
         **counts
         | {name: end(lengths[name], default=None) for name, end in ends.items()}
         | {
+            "has_trained": one.has_trained or other.has_trained,
             "layouts": tuple(sorted({*one.layouts, *other.layouts})),
             "first_bad": (*one.first_bad, *other.first_bad)[:MOST_SHOWN],
             "dropped": dict(Counter(one.dropped) + Counter(other.dropped)),
