@@ -78,7 +78,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         if world.is_main:
             for paths in filter(None, (parsed.data.training_path, held_out)):
                 require_sources(paths)
-    train, sampling = _training_data(parsed, packing, tokenizer, world)
+    rows = getattr(text_config(config), "vocab_size", None)
+    train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
@@ -86,7 +87,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         config=config,
         tokenizer=tokenizer,
         training_data=train,
-        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out), tokenizer, world),
+        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
         ds_config=ds,
         hub=hub,
@@ -111,14 +112,16 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
-def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: World) -> tuple[Prepared, dict[str, Any]]:
+def _training_data(
+    parsed: Parsed, packing: Packing, tokenizer: Any, embedding_rows: int | None, world: World
+) -> tuple[Prepared, dict[str, Any]]:
     """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
     given, from samples of like length. Every rank; communicates.
 
     Raises:
         DataError: too little for one batch.
     """
-    recipe = _recipe(parsed, parsed.data.training_path)
+    recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
     prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
     if prepared.unpacked is not None:
@@ -137,10 +140,11 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
-def _recipe(parsed: Parsed, paths: str) -> Recipe:
+def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
     seed, length = parsed.training.get("data_seed"), parsed.training["model_max_length"]
     seed = parsed.training.get("seed", 42) if seed is None else seed
-    return Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
+    recipe = Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
+    return replace(recipe, embedding_rows=embedding_rows)
 
 
 def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
