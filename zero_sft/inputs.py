@@ -75,7 +75,9 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         config=config,
         tokenizer=tokenizer,
         training_data=train,
-        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out), tokenizer, world),
+        evaluation_data=None
+        if held_out is None or unused
+        else _prepare("evaluation data", _recipe(parsed, held_out), tokenizer, world),
         prompts=prompts,
         ds_config=ds,
         hub=hub,
@@ -100,7 +102,7 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
     """
     recipe = _recipe(parsed, parsed.data.training_path)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
+    prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
     if prepared.unpacked is not None:
         needed = size["world_size"] * size["per_device_batch_size"]
         packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
@@ -110,7 +112,7 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
             return prepared, {}
     train = prepared.unpacked or prepared
     require_one_batch(train, **size)
-    logger.info("samples are not packed: %s", packing.reason)
+    logger.info("  not packed: %s", packing.reason)
     if parsed.data.packing is not None:
         return train, {}
     grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
@@ -123,8 +125,8 @@ def _recipe(parsed: Parsed, paths: str) -> Recipe:
     return Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("data: %s", recipe.paths)
+def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
+    logger.info("%s: %s", what, recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
     samples = prepared.unpacked or prepared
     for line in samples.lines():

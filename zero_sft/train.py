@@ -5,6 +5,8 @@
 Every rank runs `main`. What is cheap and may be wrong comes first, so that bad input is found before the weights are read;
 every such stage ends in an agreement, so that all ranks leave with the same error, said once by rank 0. Training itself is
 TRL's `SFTTrainer` on the Hugging Face Trainer and DeepSpeed.
+
+What imports torch is imported in the functions, so that `--help` answers at once.
 """
 
 import dataclasses
@@ -13,17 +15,18 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zero_sft import distributed
-from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
-from zero_sft.console import open_console, quieten_transformers
-from zero_sft.distributed import agreed
+from zero_sft import progress
+from zero_sft.arguments import Parsed, answer_help, build_training_arguments, parse, wants_help
+from zero_sft.console import close_console, open_console, quieten_transformers
 from zero_sft.errors import ArgumentError, ZeroSftError
-from zero_sft.inputs import Inputs, read_inputs
 from zero_sft.launcher import launch_note
-from zero_sft.timeline import Timeline, trainer_callback
 from zero_sft.world import World
+
+if TYPE_CHECKING:
+    from zero_sft.inputs import Inputs
+    from zero_sft.timeline import Timeline
 
 logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
 
@@ -40,15 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit status. Every rank."""
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
-        sys.stdout.write(help_text())
-        return 0
+        return answer_help(argv)
+    from zero_sft import distributed
+
     world = World()
     try:
         world = World.detect()
         open_console(world)
         run(parse(argv), world)
     except ZeroSftError as error:
+        close_console()
         return distributed.leave_with(error, world)
+    finally:
+        close_console()
     return 0
 
 
@@ -58,16 +65,23 @@ def run(parsed: Parsed, world: World) -> None:
     Raises:
         ZeroSftError: the same on every rank.
     """
+    from zero_sft import distributed
+    from zero_sft.distributed import agreed
+    from zero_sft.inputs import read_inputs
+    from zero_sft.timeline import Timeline
+
+    if parsed.training.get("disable_tqdm"):
+        open_console(world, bars=False)
     for note in (*parsed.notes, launch_note()):
         if note:
             logger.info(note)
     timeline = Timeline()
     timeline.end("imports")
-    logger.info(
-        "joining the ranks, %d; the first run on a machine compiles DeepSpeed's operators, a minute or (NVMe) three",
-        world.world_size,
-    )
-    distributed.connect(world)
+    ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
+    logger.info("starting %s; the first run on a machine compiles operators of DeepSpeed's, for one to three minutes", ranks)
+    with progress.task("starting DeepSpeed"):
+        distributed.connect(world)
+    logger.info("%s on %s", ranks, _device())
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.
     distributed.agree_on(world, "arguments", _shown(parsed))
@@ -83,7 +97,16 @@ def run(parsed: Parsed, world: World) -> None:
     _train_and_export(parsed, arguments, model, inputs, world, timeline)
 
 
-def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
+def _device() -> str:
+    """The kind of device that DeepSpeed has chosen, for the log."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    kind = accelerator.device_name().partition(":")[0]
+    return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
+
+
+def _load(parsed: Parsed, arguments: Any, inputs: "Inputs") -> Any:
     """The model, under the DeepSpeed config as the Trainer has completed it. Every rank; communicates."""
     from transformers import set_seed
 
@@ -107,10 +130,11 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
     )
 
 
-def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs, world: World, timeline: Timeline) -> None:
+def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
     from zero_sft.config import text_config
+    from zero_sft.distributed import agreed
     from zero_sft.saving.export import save_pretrained
     from zero_sft.zero import gather
 
@@ -125,7 +149,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
     trainer = _trainer(arguments, model, inputs, timeline)
     resumed = arguments.resume_from_checkpoint
-    logger.info("training%s", f", from the checkpoint that --resume_from_checkpoint {resumed} names" if resumed else "")
+    logger.info("starting the engine%s", f", with the checkpoint of --resume_from_checkpoint {resumed}" if resumed else "")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     after = _answers_of_engine(parsed, trainer, inputs)
     output = Path(arguments.output_dir)
@@ -149,11 +173,13 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
 
 
-def _trainer(arguments: Any, model: Any, inputs: Inputs, timeline: Timeline) -> Any:
+def _trainer(arguments: Any, model: Any, inputs: "Inputs", timeline: "Timeline") -> Any:
+    from zero_sft.job.steps import StepLog
+    from zero_sft.timeline import trainer_callback
     from zero_sft.trainer import LastStepLogged, Trainer, collator_for
 
     try:
-        return Trainer(
+        trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=inputs.training_data.dataset,
@@ -164,6 +190,11 @@ def _trainer(arguments: Any, model: Any, inputs: Inputs, timeline: Timeline) -> 
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
+    rows = "packed rows" if inputs.training_data.unpacked is not None else "samples"
+    log = StepLog(lambda: trainer.tokens, rows)
+    trainer.add_callback(log)
+    log.wait_for_engine()
+    return trainer
 
 
 def _set_chat_template(tokenizer: Any, parsed: Parsed) -> None:
@@ -173,15 +204,17 @@ def _set_chat_template(tokenizer: Any, parsed: Parsed) -> None:
     tokenizer.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
 
 
-def _answers(parsed: Parsed, model: Any, inputs: Inputs) -> list[str]:
+def _answers(parsed: Parsed, model: Any, inputs: "Inputs") -> list[str]:
     from zero_sft.samples import answer
 
-    logger.info("answering %d prompts", len(inputs.prompts))
+    count = len(inputs.prompts)
+    logger.info("answering %d prompt%s", count, "s" * (count != 1))
     template = parsed.data.chat_template
-    return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
+    with progress.task("answering prompts"):
+        return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
 
 
-def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: Inputs) -> list[str]:
+def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[str]:
     """After the training: a small model is gathered once for all tokens, a large one module by module for each."""
     if not inputs.prompts:
         return []
@@ -214,8 +247,8 @@ def _say_results(output: Path, history: list, answers: list) -> None:
     if len(losses) > 1:
         (first, before), (last, after) = losses[0], losses[-1]
         change = 100 * (after / before - 1)
-        when = f"after step {first}" if first else "before"
-        logger.info("loss on held-out conversations: %.3f %s, %.3f after step %d (%+.0f %%)", before, when, after, last, change)
+        when = f"after step {first}" if first else "before training"
+        logger.info("loss on held-out samples: %.3f %s, %.3f after step %d (%+.1f %%)", before, when, after, last, change)
     curve = output / LOGS / "loss.png"
     drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)

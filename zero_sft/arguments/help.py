@@ -58,3 +58,10 @@ def _in_a_line(specs: Iterable[Spec]) -> list[str]:
         start = f"  --{spec.name} = {spec.default!r}  "
         lines.append(start + textwrap.shorten(spec.help, max(20, WIDTH - len(start)), placeholder=" ..."))
     return lines
+
+
+def answer_help(argv):
+    import sys
+
+    sys.stdout.write(help_text())
+    return 0
