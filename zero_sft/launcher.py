@@ -2,10 +2,10 @@
 
 DeepSpeed's console script `deepspeed` knows `--module` but not its short form: `deepspeed -m zero_sft.train` ends in
 "unrecognized arguments: -m". `enable` puts a small script in its place that gives DeepSpeed's own argument parser one
-more name for `--module`, for this package's modules another default of `--log_level`, and then runs DeepSpeed's own `main`. Every launcher option, its values, and whatever stands
-after the user's module are therefore still parsed by DeepSpeed, in whatever release is installed: a `-m` among the
-user's own arguments stays there. The shim imports nothing of this package, so that removing this package does not
-break DeepSpeed.
+more name for `--module`, and another default of `--log_level` where a module of this package is started; then it runs
+DeepSpeed's own `main`. Every launcher option, its values, and whatever stands after the user's module are therefore still
+parsed by DeepSpeed, in whatever release is installed: a `-m` among the user's own arguments stays there. The shim imports
+nothing of this package, so that removing this package does not break DeepSpeed.
 
 The original script lies beside the shim, in a hidden file; `disable` moves it back, byte for byte. An upgrade of
 DeepSpeed writes its own script over the shim: `status` says so, and `launch_note` tells the training job.

@@ -237,7 +237,7 @@ def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
         if content:
             text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
             (logs / f"{name}.json").write_text(text, encoding="utf-8")
-    plot_loss(known["history"], logs / "loss.png")
+    plot_loss(known["history"], logs / "loss.png", f"Loss of {Path(known['arguments']['model_name_or_path']).name}, {output}")
 
 
 def _say_results(output: Path, history: list, answers: list) -> None:
