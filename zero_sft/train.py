@@ -33,7 +33,8 @@ logger = logging.getLogger("zero_sft.train")  # by name, since the module runs a
 LOGS = "logs"
 """The folder inside the output folder with what is known about the run."""
 
-ANSWER_TOKENS = 96
+ANSWER_TOKENS = 256
+"""Tokens of an answer to a sample prompt at most: enough for most answers to end."""
 
 _ROUTING = ("output_router_logits", "router_aux_loss_coef")
 """What TRL writes into the config of a mixture of experts while it trains."""
