@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-arch test-gpu lint format bench scaling clean
+.PHONY: help setup demo test test-all test-arch test-gpu lint arguments format bench scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,6 +44,9 @@ lint: setup ## format, lint, types, import contracts
 	$(BIN)/ruff check zero_sft tests benchmarks examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+arguments: setup ## the table of inherited arguments that --help shows, for the installed TRL and transformers
+	$(BIN)/python -c "from zero_sft.arguments.inherited import write_table; write_table()"
 
 format: setup ## put the code into the project's format
 	$(BIN)/ruff format zero_sft tests benchmarks examples

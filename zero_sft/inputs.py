@@ -87,7 +87,9 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         config=config,
         tokenizer=tokenizer,
         training_data=train,
-        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out, rows), tokenizer, world),
+        evaluation_data=None
+        if held_out is None or unused
+        else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
         ds_config=ds,
         hub=hub,
@@ -123,7 +125,7 @@ def _training_data(
     """
     recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
+    prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
     if prepared.unpacked is not None:
         needed = size["world_size"] * size["per_device_batch_size"]
         packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
@@ -133,7 +135,7 @@ def _training_data(
             return prepared, {}
     train = prepared.unpacked or prepared
     require_one_batch(train, **size)
-    logger.info("samples are not packed: %s", packing.reason)
+    logger.info("  not packed: %s", packing.reason)
     if parsed.data.packing is not None:
         return train, {}
     grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
@@ -147,8 +149,8 @@ def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
     return replace(recipe, embedding_rows=embedding_rows)
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("data: %s", recipe.paths)
+def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
+    logger.info("%s: %s", what, recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
     samples = prepared.unpacked or prepared
     for line in samples.lines():

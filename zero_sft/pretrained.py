@@ -146,7 +146,7 @@ def load_model(
         config = prepare_config(model_name_or_path, **hub)
     ds, name, seed = _engine(ds_config, dtype, config, world)
     _warn_if_untested(world)
-    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, world_size=world.world_size)
+    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, rank=world.rank, world_size=world.world_size)
     request = Request(
         folder=folder,
         config=config,
