@@ -142,6 +142,7 @@ def main() -> int:
         "eval_data_path": held_out,
         "sample_prompts": data / "prompts.json",
         "output_dir": options.output_dir,
+        "overwrite_output_dir": True,
         **TRAINING,
     }
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]

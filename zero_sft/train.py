@@ -9,6 +9,7 @@ TRL's `SFTTrainer` on the Hugging Face Trainer and DeepSpeed.
 What imports torch is imported in the functions, so that `--help` answers at once.
 """
 
+import copy
 import dataclasses
 import json
 import logging
@@ -67,6 +68,7 @@ def run(parsed: Parsed, world: World) -> None:
         ZeroSftError: the same on every rank.
     """
     from zero_sft import distributed
+    from zero_sft.disk_room import require_room_for_run
     from zero_sft.distributed import agreed
     from zero_sft.inputs import read_inputs
     from zero_sft.timeline import Timeline
@@ -93,6 +95,7 @@ def run(parsed: Parsed, world: World) -> None:
         logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
     with agreed(world, "setting up the trainer's arguments"):
         arguments = build_training_arguments({**parsed.training, **inputs.sampling}, inputs.ds_config)
+    require_room_for_run(parsed, arguments, inputs, world)
     model = _load(parsed, arguments, inputs)
     timeline.end("load")
     _train_and_export(parsed, arguments, model, inputs, world, timeline)
@@ -134,55 +137,71 @@ def _load(parsed: Parsed, arguments: Any, inputs: "Inputs") -> Any:
 def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
-    from zero_sft.config import text_config
     from zero_sft.distributed import agreed
-    from zero_sft.saving.export import save_pretrained
+    from zero_sft.saving.rescue import export_or_rescue
     from zero_sft.zero import gather
 
-    tokenizer, report = inputs.tokenizer, model.load_report
+    report = model.load_report
     before = []
     if inputs.prompts:
         with gather.whole_model(model):
             before = _answers(parsed, model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
-    text = text_config(model.config)
-    routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    trainer = _trainer(arguments, model, inputs, timeline)
-    resumed = arguments.resume_from_checkpoint
-    logger.info("starting the engine%s", f", with the checkpoint of --resume_from_checkpoint {resumed}" if resumed else "")
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    after = _answers_of_engine(parsed, trainer, inputs)
+    trainer = _trainer(arguments, model, parsed, inputs, timeline)
     output = Path(arguments.output_dir)
+    _begin(output, inputs, world)
+    trainer.train(resume_from_checkpoint=None if inputs.checkpoint is None else str(inputs.checkpoint.folder))
     logger.info("writing the model to %s", output)
-    text.update(routing)  # the trainer's loss had them set
-    trained: Any = trainer.model_wrapped
-    _set_chat_template(tokenizer, parsed)
-    save_pretrained(trained, output, tokenizer=tokenizer)
+    export_or_rescue(trainer.export, output, world)  # before anything else that may fail
+    after = _answers_of_engine(parsed, trainer, inputs)
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
+    known = {
+        "arguments": _shown(parsed),
+        "history": trainer.state.log_history,
+        "load_report": report.to_dict(),
+        "timeline": timeline.seconds,
+        "answers": answers,
+    }
     with agreed(world, "writing the logs"):
         if world.is_main:
-            known = {
-                "arguments": _shown(parsed),
-                "history": trainer.state.log_history,
-                "load_report": report.to_dict(),
-                "timeline": timeline.seconds,
-                "answers": answers,
-            }
-            _write_logs(output, known)
+            try:
+                _write_logs(output, known)
+            except Exception as error:  # noqa: BLE001 - the model is there, and the run must not end as if it were not
+                logger.warning("the logs could not be written to %s: %s. The model is complete.", output / LOGS, error)
             _say_results(output, trainer.state.log_history, answers)
+    trained: Any = trainer.model_wrapped
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
 
 
-def _trainer(arguments: Any, model: Any, inputs: "Inputs", timeline: "Timeline") -> Any:
+def _begin(output: Path, inputs: "Inputs", world: World) -> None:
+    """Say what is resumed, and remove the former run's checkpoints where it is to be overwritten. Every rank; communicates."""
+    from zero_sft.distributed import agreed
+    from zero_sft.saving.former_run import remove_checkpoints
+
+    if inputs.checkpoint is not None:
+        logger.info("starting the engine, with the checkpoint %s, which is whole", inputs.checkpoint.folder)
+        return
+    with agreed(world, "removing the former run's checkpoints"):
+        if world.is_main and inputs.overwrites:
+            remove_checkpoints(output)
+    logger.info("starting the engine")
+
+
+def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timeline: "Timeline") -> Any:
+    from zero_sft.config import text_config
     from zero_sft.job.steps import StepLog
     from zero_sft.timeline import trainer_callback
-    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
+    from zero_sft.trainer import LastStepLogged, Published, Trainer, collator_for
 
+    text = text_config(model.config)
+    routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
+    published = Published(tokenizer=_with_trained_template(inputs.tokenizer, parsed), config_values=routing)
     try:
         trainer = Trainer(
             model=model,
             args=arguments,
+            published=published,
             train_dataset=inputs.training_data.dataset,
             eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
@@ -198,11 +217,13 @@ def _trainer(arguments: Any, model: Any, inputs: "Inputs", timeline: "Timeline")
     return trainer
 
 
-def _set_chat_template(tokenizer: Any, parsed: Parsed) -> None:
-    """The format that was trained goes out with the model: without it, nobody could ask it anything as it has learnt to be."""
+def _with_trained_template(tokenizer: Any, parsed: Parsed) -> Any:
+    """A copy of the tokenizer with the chat template that is trained, as checkpoints and the export hold it."""
     from zero_sft.data.templates import choose_template
 
-    tokenizer.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
+    published = copy.deepcopy(tokenizer)
+    published.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
+    return published
 
 
 def _answers(parsed: Parsed, model: Any, inputs: "Inputs") -> list[str]:
@@ -235,6 +256,7 @@ def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
     logs = output / LOGS
     logs.mkdir(exist_ok=True)
     for name, content in known.items():
+        (logs / f"{name}.json").unlink(missing_ok=True)  # a former run's
         if content:
             text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
             (logs / f"{name}.json").write_text(text, encoding="utf-8")

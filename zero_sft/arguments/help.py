@@ -21,7 +21,9 @@ from zero_sft.world import World
 WIDTH = 118
 ALL = "all"
 
-OWN_FIELDS = ("output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint")
+OWN_FIELDS = (
+    "output_dir", "overwrite_output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint",
+)  # fmt: skip
 """Arguments of the training group that the overview shows at length."""
 
 _HEAD = """\

@@ -36,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     quieten_transformers(World())
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     try:
-        tokenizer, packing = _tokenizer(options), _packing(options)
+        tokenizer, config = _tokenizer(options), _config(options)
+        packing = _packing(options, config)
         recipe = Recipe.from_options(
             options, paths=options.data_path, model_max_length=options.model_max_length, seed=options.seed
         )
-        found = prepare_sources(replace(recipe, pack=packing.on), tokenizer)
+        rows = getattr(config, "vocab_size", None)
+        found = prepare_sources(replace(recipe, pack=packing.on, embedding_rows=rows), tokenizer)
         prepared = found.unpacked or found
         lengths = prepared.dataset["length"]
         notes = _notes(packing, found, options)
@@ -127,15 +129,20 @@ def _wanted(options: argparse.Namespace) -> bool | None:
     return None if options.packing is None else options.packing == "True"
 
 
-def _packing(options: argparse.Namespace) -> "Packing":
-    """As the job would decide."""
+def _config(options: argparse.Namespace) -> Any:
+    """The language model's."""
     from zero_sft.config import prepare_config_in, text_config
-    from zero_sft.data.packing import choose_packing
     from zero_sft.hub import HubOptions
 
     hub = HubOptions.from_kwargs(_hub(options))
-    config = prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None)
-    return choose_packing(_wanted(options), text_config(config), attention=None, lazy=options.lazy_preprocess)
+    return text_config(prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None))
+
+
+def _packing(options: argparse.Namespace, config: Any) -> "Packing":
+    """As the job would decide."""
+    from zero_sft.data.packing import choose_packing
+
+    return choose_packing(_wanted(options), config, attention=None, lazy=options.lazy_preprocess)
 
 
 def _notes(packing: "Packing", found: "Prepared", options: argparse.Namespace) -> list[str]:
