@@ -37,7 +37,7 @@ TRAINING = {
     "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 2,
-    "model_max_length": 512,  # the longest sample has 459 tokens
+    "model_max_length": 512,  # the longest sample has 309 tokens
     "bf16": True,
     "activation_checkpointing": False,
     "logging_steps": 1,
@@ -49,7 +49,7 @@ TRAINING = {
 
 
 EXPECTATION = """
-What to expect: some twenty steps teach a model of 135 million parameters the form of the answers, four lines that begin with
+What to expect: 19 steps teach a model of 135 million parameters the form of the answers, four lines that begin with
 "Short answer:", "Why:", "Do this:" and "Check:", and where to stop. They teach it hardly any facts: read the answers above
 for their form, not for their advice."""
 
@@ -106,7 +106,9 @@ def _download(scratch: Path) -> None:
 def _convert(scratch: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     options = {"gguf_file": "model.gguf"}
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16, quantization_config=plain, **options)

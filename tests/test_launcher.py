@@ -209,7 +209,7 @@ def test_only_the_scripts_of_this_interpreter_are_looked_at(scripts, tmp_path, m
             {"module": False, "user_script": "x.py", "user_args": ["-m", "y", "--module"]},
         ),
         (["-m", "x"], {"log_level": "info"}),
-        (["-m", "zero_sft.train", "--seed", "1"], {"log_level": "warning"}),
+        (["-m", "zero_sft.train", "--seed", "1"], {"log_level": "error"}),
         (["--log_level", "debug", "--module", "zero_sft.train"], {"log_level": "debug"}),
         (["-i", "m", "x.py", "-m"], {"module": False, "include": "m", "user_script": "x.py", "user_args": ["-m"]}),
         (

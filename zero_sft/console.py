@@ -1,4 +1,4 @@
-"""The one place that talks to the person: rank 0 says what is happening, the other ranks speak up only when something is wrong.
+"""The one place that talks to the person: rank 0 says what is happening, the other ranks speak of errors alone.
 
 Nothing here is printed by the library; a program calls `open_console` once, and `close_console` when it ends. What lasts
 between the two: handlers and levels of loggers, warning filters, the display of `zero_sft.progress`, two environment variables.
@@ -13,9 +13,6 @@ from typing import Any
 
 from zero_sft import progress
 from zero_sft.world import World
-
-RANK_LOCAL = {"rank_local": True}
-"""`extra=` of a warning that concerns its rank alone: other ranks than 0 say errors and such warnings, no others."""
 
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "httpx", "filelock", "matplotlib", "torch.distributed")
 _SAID_OTHERWISE = "Setting accelerator to CPU"
@@ -57,9 +54,6 @@ class _Handler(logging.Handler):
         self.setFormatter(_Elapsed(world.rank))
         self._is_main, self._display = world.is_main, display
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._is_main or record.levelno >= logging.ERROR or getattr(record, "rank_local", False)
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)
@@ -84,7 +78,7 @@ def open_console(world: World, *, bars: bool = True) -> None:
     ours = logging.getLogger("zero_sft")
     ours.handlers[:] = [_Handler(world, display)]
     ours.propagate = False
-    ours.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    ours.setLevel(logging.INFO if world.is_main else logging.ERROR)  # what all ranks warn of is said once
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("deepspeed", "DeepSpeed"):

@@ -46,12 +46,13 @@ _STARTS_ZERO_SFT = any(word.startswith("zero_sft.") for word in sys.argv[1:])
 def _add_our_argument(parser, *flags, **options):
     """Register `-m` together with `--module`, so that the launcher's own parser decides what `-m` belongs to.
 
-    At its level "info" the launcher prints the whole command once, and once more for each rank.
+    At its level "info" the launcher prints the whole command once, and once more for each rank; at "warning", that there is
+    no hostfile.
     """
     if flags == ("--module",):
         flags = ("-m", "--module")
     if flags == ("--log_level",) and _STARTS_ZERO_SFT:
-        options["default"] = "warning"
+        options["default"] = "error"
     return _add_argument(parser, *flags, **options)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import small_job
 from zero_sft import progress
 from zero_sft.job.progress import Lines, Work
 
@@ -33,7 +34,7 @@ log.info("the end")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def on_terminal(command, timeout_s=60):
+def on_terminal(command, timeout_s=60.0):
     """The output of a command on a pseudo-terminal of 100 columns."""
     main, other = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "30", "PYTHONUNBUFFERED": "1"}
@@ -68,6 +69,29 @@ def test_bars_on_a_terminal():
     assert "printed by a library" in plain
     assert plain.rstrip().endswith("the end")
     assert "reading" not in plain[plain.index("the end") :]
+
+
+@pytest.mark.slow
+def test_the_job_on_a_terminal(tmp_path):
+    """One rank, from the load to the export: bars come and go, and log lines stay whole."""
+    small_job.make(tmp_path, 24)
+    arguments = {
+        "model_name_or_path": tmp_path / "model", "data_path": tmp_path / "data.json", "output_dir": tmp_path / "out",
+        "save_strategy": "no", "logging_steps": 1, "max_steps": 30, "per_device_train_batch_size": 2, "packing": False,
+        "data_cache_dir": tmp_path / "cache",
+    }  # fmt: skip
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    output = on_terminal([sys.executable, "-m", "zero_sft.train", *words], timeout_s=500)
+    plain = CONTROL.sub("", output).replace("\r", "")
+    assert "\x1b[?25l" not in output
+    assert re.search(r"starting DeepSpeed ⠋|starting DeepSpeed ", plain)
+    assert re.search(r"training ━.* of 30 steps  loss \d+\.\d{3}", plain)
+    steps = re.findall(r"^ *\d+\.\d s  step (\d+)/30  epoch \d+\.\d\d  loss \d+\.\d{3}  lr .*tok/s", plain, re.M)
+    assert [int(step) for step in steps] == list(range(1, 31))
+    assert "it/s]" not in plain, "bars of other libraries"
+    after = plain[plain.index("writing the model to") :]
+    assert "logs: " in after
+    assert "━" not in after[after.index("logs: ") :]
 
 
 @pytest.mark.timeout(120)

@@ -12,9 +12,11 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zero_sft import progress
 from zero_sft.progress import clock
@@ -104,8 +106,9 @@ class StepLog(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say where a checkpoint is; its time is not the steps'."""
         self._throughput.resume(time.monotonic())
-        if state.is_world_process_zero:
-            logger.info("checkpoint: %s/checkpoint-%d", args.output_dir, state.global_step)
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():  # the Trainer says so whatever became of it
+            logger.info("checkpoint: %s", folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the bar."""
@@ -209,6 +212,8 @@ def _number(value: Any, form: str) -> str:
 
 def _plan(args: Any, state: Any, rows: str) -> str:
     """What a training is made of, for the log."""
+    if state.global_step >= state.max_steps:
+        return f"training: no step is left, the run has reached step {state.global_step:,} of {state.max_steps:,}"
     ranks, each, accumulated = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
     factors = [f"{ranks} rank{'s' * (ranks > 1)}", f"{each} on each"]
     factors += [f"{accumulated} times before each update"] if accumulated > 1 else []
