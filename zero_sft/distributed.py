@@ -87,9 +87,11 @@ def _start_default_group(world: World) -> None:
     """DeepSpeed reads the rank from the environment alone, so what SLURM or a lone process lacks is written there."""
     import deepspeed
 
+    from zero_sft.zero.devices import require_own_device
     from zero_sft.zero.operators import prefer_own_ninja, require_no_stale_lock
     from zero_sft.zero.shared_memory import unlink_own
 
+    require_own_device(world)
     require_no_stale_lock()
     prefer_own_ninja()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
