@@ -17,9 +17,11 @@ from typing import Any
 
 from zero_sft import distributed
 from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
+from zero_sft.cluster import failure
+from zero_sft.cluster.watch import leave, watch_launcher
 from zero_sft.console import open_console, quieten_transformers
 from zero_sft.distributed import agreed
-from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.errors import ArgumentError
 from zero_sft.inputs import Inputs, read_inputs
 from zero_sft.launcher import launch_note
 from zero_sft.timeline import Timeline, trainer_callback
@@ -42,13 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(argv):
         sys.stdout.write(help_text())
         return 0
-    world = World()
+    watch_launcher()
+    failure.begin_job(World())
     try:
         world = World.detect()
+        failure.begin_job(world)
         open_console(world)
         run(parse(argv), world)
-    except ZeroSftError as error:
-        return distributed.leave_with(error, world)
+    except KeyboardInterrupt:
+        return failure.report_interrupt()
+    except Exception as error:  # noqa: BLE001 - whatever it is, one rank says it
+        return failure.report_failure(error)
+    failure.end_job()
     return 0
 
 
@@ -67,17 +74,21 @@ def run(parsed: Parsed, world: World) -> None:
         "joining the ranks, %d; the first run on a machine compiles DeepSpeed's operators, a minute or (NVMe) three",
         world.world_size,
     )
-    distributed.connect(world)
+    with failure.stage("joining the ranks"):
+        world = distributed.connect(world)
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.
     distributed.agree_on(world, "arguments", _shown(parsed))
     timeline.end("joining")
+    failure.set_stage("preparing tokenizer and data")
     inputs = read_inputs(parsed, world)
+    failure.set_log_folder(Path(parsed.training["output_dir"]) / LOGS)
     timeline.end("inputs")
     if _offloads_optimizer(inputs.ds_config) and parsed.training["optim"] == "adamw_torch":
         logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
     with agreed(world, "setting up the trainer's arguments"):
         arguments = build_training_arguments({**parsed.training, **inputs.sampling}, inputs.ds_config)
+    failure.set_stage("loading the model")
     model = _load(parsed, arguments, inputs)
     timeline.end("load")
     _train_and_export(parsed, arguments, model, inputs, world, timeline)
@@ -115,6 +126,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     from zero_sft.zero import gather
 
     tokenizer, report = inputs.tokenizer, model.load_report
+    failure.set_stage("answering prompts")
     before = []
     if inputs.prompts:
         with gather.whole_model(model):
@@ -126,10 +138,13 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
     trainer = _trainer(arguments, model, inputs, timeline)
     resumed = arguments.resume_from_checkpoint
     logger.info("training%s", f", from the checkpoint that --resume_from_checkpoint {resumed} names" if resumed else "")
+    failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    failure.set_stage("answering prompts")
     after = _answers_of_engine(parsed, trainer, inputs)
     output = Path(arguments.output_dir)
     logger.info("writing the model to %s", output)
+    failure.set_stage("writing the model")
     text.update(routing)  # the trainer's loss had them set
     trained: Any = trainer.model_wrapped
     _set_chat_template(tokenizer, parsed)
@@ -233,4 +248,7 @@ def _shown(parsed: Parsed) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status:
+        leave(status)  # the interpreter's own way out may wait for ranks that are gone
+    sys.exit(status)
