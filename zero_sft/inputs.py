@@ -50,7 +50,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     training = parsed.training
     with agreed(world, "checking the DeepSpeed config and the output folder"):
         ds = ds_configs.load_ds_config(training["deepspeed"])
-        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
+        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])

@@ -2,7 +2,8 @@
 
     python tests/published/reader.py QUESTION FOLDER ...
 
-One line for each folder: `{"prompt": ids, "answer": text, "stopped": bool, "logits": the last position's first 64}` or `{"error": text}`.
+One line for each folder: `{"prompt": ids, "answer": text, "stopped": bool, "logits": numbers}`, where the logits are the first
+64 of the last position; or `{"error": text}`.
 """
 
 import json

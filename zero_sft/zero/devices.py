@@ -1,5 +1,7 @@
 """Each rank's device. DeepSpeed takes the one with the number of the local rank."""
 
+from typing import Any
+
 from deepspeed.accelerator import get_accelerator
 
 from zero_sft.errors import ConfigError
@@ -12,7 +14,7 @@ def require_own_device(world: World) -> None:
     Raises:
         ConfigError: it does not. The first such rank of each node says so for all of them.
     """
-    accelerator = get_accelerator()
+    accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":
         return
     count = accelerator.device_count()
