@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.arguments.dry_run import dry_run
 from zero_sft.arguments.ds_conflicts import (
     complete_config,
     conflict_message,
@@ -46,7 +47,7 @@ def build_training_arguments(
 
     from zero_sft.arguments.dry_run import dry_run
     from zero_sft.arguments.training import TrainingArguments
-    from zero_sft.zero.ds_schema import schema_problems, scheduler_settings
+    from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
 
     accelerator: Any = get_accelerator()
     fitted = fit_to_device(values, accelerator.device_name().partition(":")[0])

@@ -121,7 +121,7 @@ def conflict_message(problems: Iterable[str], where: str) -> str:
         [
             f"the DeepSpeed config {where} can't be used with these arguments:",
             *(f"- {problem}" for problem in problems),
-            'Write "auto" for a value that an argument gives, or change the one or the other. docs/configs.md explains the keys.',
+            'Write "auto" for a value that an argument gives, or change one of the two. docs/configs.md explains the keys.',
         ]
     )
 
