@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zero_sft import distributed, hub
+from zero_sft.checkpoint.folder_kind import folder_kind, placeholder
 from zero_sft.errors import ConfigError
 from zero_sft.hub import HubOptions
 from zero_sft.rope import context_tokens, positions, text_config, with_context
@@ -96,10 +97,17 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"no config.json in {path.parent}. Name the folder that holds it beside the weights.")
+        kind = folder_kind(path.parent) if path.parent.is_dir() else ""
+        raise ConfigError(
+            f"no config.json in {path.parent}.\n{kind}"
+            if kind
+            else f"no config.json in {path.parent}. Name the folder that holds it next to the weights."
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
+        if placeholder(path):
+            raise ConfigError(placeholder(path)) from error
         raise ConfigError(f"{path} can't be read as JSON: {error}. Download or copy the file again.") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {raw!r:.80}. Download or copy the file again.")

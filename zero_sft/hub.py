@@ -21,7 +21,7 @@ from zero_sft.errors import ArgumentError, CheckpointError
 from zero_sft.world import World
 
 CODE = ("*.py",)
-CONFIG = ("config.json", "generation_config.json")
+CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 BIN_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
