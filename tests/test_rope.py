@@ -65,7 +65,7 @@ def test_one_bad_layer_type_among_several():
         "full_attention": {"rope_type": "linear", "factor": "8.0", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    with pytest.raises(ConfigError, match="full_attention.*'8.0'"):
+    with pytest.raises(ConfigError, match=r"full_attention.*'8.0'"):
         with_context(config, model_max_length=64)
 
 

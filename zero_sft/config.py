@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zero_sft import distributed, hub
-from zero_sft.checkpoint.folder_kind import folder_kind, placeholder
+from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
 from zero_sft.errors import ConfigError
 from zero_sft.hub import HubOptions
 from zero_sft.rope import context_tokens, positions, text_config, with_context
@@ -59,6 +59,8 @@ def prepare_config_in(
     stage = f"reading the config of {name}"
     loaded, config = distributed.by_turns(world, stage, read, one_by_one=options.trust_remote_code)
     distributed.agree_on(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
+    if world.is_main and adapter_warning(folder):
+        logger.warning(adapter_warning(folder))
     before, after = (getattr(text_config(each), "rope_parameters", None) for each in (loaded, config))
     if before != after and world.is_main:
         logger.warning("RoPE of %s from %s to %s, for model_max_length %s", name, before, after, model_max_length)

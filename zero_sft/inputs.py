@@ -16,6 +16,7 @@ from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
+from zero_sft.model_check import require_usable_model
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.world import World
 
@@ -56,9 +57,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         arguments = build_training_arguments(training, ds, parsed.given)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
-    checkpoint = agree_on_checkpoint(
-        training["resume_from_checkpoint"], training["output_dir"], world, ds, arguments.hf_deepspeed_config.is_true("bf16.enabled")
-    )
+    in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
+    checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
     with agreed(world, "checking the output folder") as told:
         if world.is_main:
             told.mine = require_no_former_run(
@@ -71,6 +71,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     hub = parsed.model.hub_options(training["cache_dir"])
     hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
     config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
+    require_usable_model(parsed, arguments, config, hub, world)
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
     packing = choose_packing(
         parsed.data.packing, text_config(config), attention=parsed.model.attn_implementation, lazy=parsed.data.lazy_preprocess
@@ -82,8 +83,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
                 require_sources(paths)
     rows = getattr(text_config(config), "vocab_size", None)
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
-    for name, value in sampling.items():
-        setattr(arguments, name, value)
+    for option, value in sampling.items():
+        setattr(arguments, option, value)
     with agreed(world, "counting the steps"):
         require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")

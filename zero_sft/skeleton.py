@@ -24,7 +24,7 @@ from zero_sft.zero.init import ShardedInit
 
 
 def resolve_class(
-    config: PreTrainedConfig, model_class: Any, folder: Path, trust_remote_code: bool
+    config: PreTrainedConfig, model_class: Any, folder: str | Path, trust_remote_code: bool
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The concrete model class, and the config it takes (a composite config's text part where the class wants that).
 

@@ -69,7 +69,6 @@ def run(parsed: Parsed, world: World) -> None:
     """
     from zero_sft import distributed
     from zero_sft.disk_room import require_room_for_run
-    from zero_sft.distributed import agreed
     from zero_sft.inputs import read_inputs
     from zero_sft.timeline import Timeline
 

@@ -45,7 +45,6 @@ def build_training_arguments(
     """
     from deepspeed.accelerator import get_accelerator
 
-    from zero_sft.arguments.dry_run import dry_run
     from zero_sft.arguments.training import TrainingArguments
     from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
 

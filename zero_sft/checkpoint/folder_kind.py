@@ -80,9 +80,10 @@ def adapter_warning(folder: Path) -> str:
     if not (folder / ADAPTER_CONFIG).is_file():
         return ""
     return (
-        f"{folder} holds an adapter next to the model ({ADAPTER_CONFIG}, base model {adapter_base(folder)}): it is NOT applied, "
-        "the model's own weights are loaded. With PEFT installed, transformers would load the base model and the adapter. To "
-        "train from the adapted model, merge it first (merge_and_unload) and name the result; else remove the adapter's files."
+        f"{folder} holds an adapter next to the model ({ADAPTER_CONFIG}, base model {adapter_base(folder)}). It is NOT "
+        "applied: the model's own weights are loaded. With PEFT installed, transformers would load the base model and the "
+        "adapter. To train from the adapted model, merge it first (merge_and_unload) and name the result; else remove the "
+        "adapter's files."
     )
 
 
@@ -94,11 +95,11 @@ def placeholder(path: Path) -> str:
     except OSError:
         return ""  # whoever reads it says so
     if not start:
-        return f"{path} is empty. Download or copy it again."
+        return f"{path} is truncated or corrupt: it is empty. Download or copy it again."
     if start.startswith(_LFS):
         return (
-            f"{path} is a git-LFS pointer, not the file itself: the repository was cloned without git-lfs. Run `git lfs install` "
-            "and `git lfs pull` in it, or download the model with `hf download`."
+            f"{path} is a git-LFS pointer, not the file itself: the repository was cloned without git-lfs. Run "
+            "`git lfs install` and `git lfs pull` in it, or download the model with `hf download`."
         )
     if start.lstrip().lower().startswith(_HTML):
         return f"{path} is a web page (HTML), not the file itself. Download it again, with `hf download`."

@@ -169,7 +169,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if placeholder(path):
-            raise CheckpointError(placeholder(path)) from error
+            raise CheckpointError(f"{path} is not an index of weights: {placeholder(path)}") from error
         raise CheckpointError(f"{path} is not an index of weights ({error!r}). Fetch it again.") from error
     for name in set(weight_map.values()):
         pure = PurePosixPath(name)
