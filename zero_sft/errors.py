@@ -7,9 +7,13 @@ was expected, what was found, where, and what to do about it. Errors travel betw
 
 
 class ZeroSftError(Exception):
-    """Base of everything this package raises on purpose. `lone`: one rank alone has it, and must say it itself."""
+    """Base of everything this package raises on purpose.
+
+    `lone`: one rank alone has it, and must say it itself. `agreed`: all ranks have it, by agreement, so that rank 0 says it.
+    """
 
     lone = False
+    agreed = False
 
 
 class ConfigError(ZeroSftError):
@@ -36,9 +40,17 @@ class ExportError(ZeroSftError):
     """An output folder that can't be written."""
 
 
+class NotPlacedError(ExportError):
+    """A complete export that could not take its folder's place; the message says where it is."""
+
+
 class UnsupportedVersionError(ZeroSftError):
     """A DeepSpeed or transformers release whose internals are not where this package needs them."""
 
 
 class DistributedError(ZeroSftError):
     """Ranks that disagree, or a rank that failed with something other than a `ZeroSftError`."""
+
+
+class RankLostError(DistributedError):
+    """A rank that has ended, or does not come to where the others wait for it."""

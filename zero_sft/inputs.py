@@ -15,6 +15,7 @@ from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
+from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
@@ -31,6 +32,8 @@ class Inputs:
     prompts: tuple[str, ...]
     ds_config: Mapping[str, Any]
     hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
+    checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
+    overwrites: bool = False  # a former run in the output folder
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -39,20 +42,28 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     from zero_sft.config import prepare_config, text_config
     from zero_sft.hub import HubOptions, pin_revision
     from zero_sft.samples import read_prompts
-    from zero_sft.saving.folder import require_writable
-    from zero_sft.saving.resume import require_resumable
+    from zero_sft.saving.former_run import require_no_former_run
+    from zero_sft.saving.rehearsal import rehearse_writing
+    from zero_sft.saving.resume import agree_on_checkpoint
     from zero_sft.tokenizer import load_tokenizer
 
     training = parsed.training
     with agreed(world, "checking the DeepSpeed config and the output folder"):
         ds = ds_configs.load_ds_config(training["deepspeed"])
-        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
+        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
-        require_resumable(training.get("resume_from_checkpoint"), training["output_dir"], world.world_size)
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
+    checkpoint = agree_on_checkpoint(
+        training["resume_from_checkpoint"], training["output_dir"], world, ds, _trains_in_bf16(ds, training)
+    )
+    with agreed(world, "checking the output folder") as told:
         if world.is_main:
-            require_writable(training["output_dir"])
+            told.mine = require_no_former_run(
+                training["output_dir"], checkpoint and checkpoint.folder, overwrite=training.get("overwrite_output_dir", False)
+            )
+    overwrites = told.everyone[0]
+    rehearse_writing(training["output_dir"], world)
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
     logger.info("reading the config of %s", name)
     hub = parsed.model.hub_options(training["cache_dir"])
@@ -76,12 +87,23 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         config=config,
         tokenizer=tokenizer,
         training_data=train,
-        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out, rows), tokenizer, world),
+        evaluation_data=None
+        if held_out is None or unused
+        else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
         ds_config=ds,
         hub=hub,
+        checkpoint=checkpoint,
+        overwrites=overwrites,
         sampling=sampling,
     )
+
+
+def _trains_in_bf16(ds_config: Mapping[str, Any], training: Mapping[str, Any]) -> bool:
+    """Whether the engine will be a bf16 one; TRL's `bf16` is true unless `fp16` is."""
+    bf16, fp16 = training.get("bf16"), training.get("fp16", False)
+    wanted = "bfloat16" if (not fp16 if bf16 is None else bf16) else "float16" if fp16 else "float32"
+    return ds_configs.engine_dtype(ds_config, wanted) == "bfloat16"
 
 
 def _require_other_folder(model: str, output_dir: str) -> None:
@@ -103,7 +125,7 @@ def _training_data(
     """
     recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
+    prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
     if prepared.unpacked is not None:
         needed = size["world_size"] * size["per_device_batch_size"]
         packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
@@ -113,7 +135,7 @@ def _training_data(
             return prepared, {}
     train = prepared.unpacked or prepared
     require_one_batch(train, **size)
-    logger.info("samples are not packed: %s", packing.reason)
+    logger.info("  not packed: %s", packing.reason)
     if parsed.data.packing is not None:
         return train, {}
     grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
@@ -127,8 +149,8 @@ def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
     return replace(recipe, embedding_rows=embedding_rows)
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("data: %s", recipe.paths)
+def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
+    logger.info("%s: %s", what, recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
     samples = prepared.unpacked or prepared
     for line in samples.lines():

@@ -110,7 +110,6 @@ REFUSALS: dict[str, Refusal] = {
     "do_train": Refusal(reason="this job always trains", passing=(True,)),
     "do_predict": Refusal(reason="this job has nothing to predict; see --eval_data_path"),
     "logging_dir": Refusal(reason="transformers reads TENSORBOARD_LOGGING_DIR from the environment instead"),
-    "overwrite_output_dir": Refusal(reason="name another --output_dir; to go on from a checkpoint, --resume_from_checkpoint"),
     "save_safetensors": Refusal(reason="models are always saved as safetensors; leave it out", passing=(True,)),
     **_all("use --accelerator_config", "dispatch_batches"),
     **_all(_GONE, "fp16_backend half_precision_backend fp16_opt_level use_mps_device use_ipex jit_mode_eval torchdynamo "

@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = prepare_sources(replace(recipe, pack=packing.on, embedding_rows=rows), tokenizer)
         prepared = found.unpacked or found
         lengths = prepared.dataset["length"]
-        notes = [*found.notes[len(prepared.notes) :], *_notes(packing, found, options)]
+        notes = _notes(packing, found, options)
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
         for number in range(min(options.show, len(prepared.dataset))):
             _print_sample(number, prepared.dataset[number], tokenizer, console)
         if options.plot:
-            _draw(lengths, options.plot)
+            _draw(lengths, options.plot, f"{len(lengths):,} samples of {options.data_path}")
             console.print(f"lengths drawn in {options.plot}", markup=False)
     except ZeroSftError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -152,7 +152,7 @@ def _notes(packing: "Packing", found: "Prepared", options: argparse.Namespace) -
 
     samples, batch = (found.unpacked or found).dataset, options.per_device_train_batch_size
     job = unless_too_few(packing, _wanted(options), len(found.dataset), batch)
-    lines = [] if job.on else [f"samples are not packed: {job.reason}"]
+    lines = [*found.notes[-1:]] if job.on else [f"not packed: {job.reason}"]
     if len(samples) < batch:
         lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
     return lines + cost_lines(
@@ -222,7 +222,7 @@ def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") 
     console.print(text)
 
 
-def _draw(lengths: Sequence[int], path: Path) -> None:
+def _draw(lengths: Sequence[int], path: Path, title: str) -> None:
     """The histogram as a picture."""
     import matplotlib
 
@@ -231,7 +231,8 @@ def _draw(lengths: Sequence[int], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     axes.hist(lengths, bins=50, color="tab:green")
-    axes.set_xlabel("tokens of a sample")
+    axes.set_title(title, fontsize="medium", wrap=True)
+    axes.set_xlabel("tokens of a sample, at most --model_max_length")
     axes.set_ylabel("samples")
     figure.tight_layout()
     try:

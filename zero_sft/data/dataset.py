@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
+from zero_sft import progress
 from zero_sft.data import cache
 from zero_sft.data.embedded import rows_to_check
 from zero_sft.data.layouts import EXPECTED
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SAY_EVERY_SECONDS = 15
 _MANY = 0.05
 """A share of samples that are of no use, above which something may be wrong with the data."""
 
@@ -178,22 +178,18 @@ def _write(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataRe
     """The rows to a file, part by part."""
     reports = []
     with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
-        for part in _audibly(make_parts(pipeline, data.objects(), processes), data.name):
+        for part in _shown(make_parts(pipeline, data.objects(), processes), data.name):
             writer.write_batch(part.rows)
             reports.append(part.report)
     return _report(data, reports, pipeline)
 
 
-def _audibly(parts: Iterator[Part], name: str) -> Iterator[Part]:
-    """The parts, with a line in the log now and then."""
-    start = said = time.monotonic()
-    samples = 0
-    for part in parts:
-        samples += part.report.samples
-        if time.monotonic() - said > _SAY_EVERY_SECONDS:
-            said = time.monotonic()
-            logger.info("%s: %s samples prepared, %s a second", name, f"{samples:,}", f"{samples / (said - start):,.0f}")
-        yield part
+def _shown(parts: Iterator[Part], name: str) -> Iterator[Part]:
+    """The parts; the samples in them are counted where progress is shown."""
+    with progress.task(f"preparing {name}", unit="samples") as task:
+        for part in parts:
+            task.advance(part.report.samples)
+            yield part
 
 
 def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataReport:
