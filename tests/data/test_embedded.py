@@ -32,9 +32,7 @@ def written(tmp_path, *answers):
 def test_token_and_sample_are_named(tmp_path, lazy):
     path, tokenizer = written(tmp_path, "a", "b", "c<|tool|>d"), tokenizer_with("<|x|>", "<|tool|>")
     options = {"model_max_length": 200, "lazy": lazy}
-    said = (
-        rf"sample 3 \(id '2'\): the model has no embedding for the token '<\|tool\|>': its id is {ROWS + 1}, .* has {ROWS} rows"
-    )
+    said = rf"sample 3 \(id '2'\): the model has no embedding for .*'<\|tool\|>': its id is {ROWS + 1}, .* has {ROWS} rows"
     with pytest.raises(DataError, match=said):
         prepare(path, tokenizer, embedding_rows=ROWS, **options)
     for rows in (ROWS + 2, None):

@@ -116,6 +116,16 @@ def test_a_copy_of_a_text_that_is_read_is_no_other_text(tmp_path):
     assert reading_of(tmp_path, sample).unread == {"prompt": 1, "prompt_id": 1}
 
 
+def test_a_text_that_renders_the_rest_is_no_other_text(tmp_path):
+    """As `text` in Stanford's Alpaca."""
+    sample = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    rendering = "Below is a task.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3"
+    assert reading_of(tmp_path, {**sample, "text": rendering}).unread == {"text": 1}
+    for other in (rendering.replace("3", "4"), rendering.replace("Add.", ""), "3 1 2 Add."):
+        with pytest.raises(DataError, match="the keys of 2 formats"):
+            reading_of(tmp_path, {**sample, "text": other})
+
+
 def test_notes_are_named_in_the_log_with_their_count(tmp_path):
     path = tmp_path / "data.json"
     notes = {"id": "1", "source": "web", "language": "en", "num_images": 3, "my_note": {"a": [1]}}

@@ -23,7 +23,8 @@ from zero_sft.data.rendered import Rendered
 from zero_sft.data.thoughts import CLOSE, OPEN, Answer, has_thoughts, kept_at, nothing_left, split_answer
 from zero_sft.errors import DataError
 
-_MOST_FRAMES = 1000
+_MOST_FRAMES, _LONGEST_FRAME = 1000, 1000
+"""How many shapes of conversations are remembered, of how many messages at most: longer ones hardly come again."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -189,7 +190,7 @@ class ChatTemplate:
         with contextlib.suppress(DataError):
             around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
             frame = Frame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
-        if len(self.frames) < _MOST_FRAMES:
+        if len(self.frames) < _MOST_FRAMES and len(shape) <= _LONGEST_FRAME:
             self.frames[shape] = frame
         return frame
 
@@ -255,12 +256,15 @@ def _assembled(frame: Frame | None, messages: Sequence[Mapping[str, str]], answe
 def _require_all_shown(text: str, frame: Frame | None, messages: Sequence[Mapping[str, str]], where: str) -> None:
     """Raise where a text that is no answer is left out: a tool's, or a system text's, for which a template has no words."""
     shown = None if frame is None else frozenset(frame.shown)
+    place = 0
     for number, each in enumerate(messages):
         content = each["content"].strip()
         if not content or each["role"] == ASSISTANT:
             continue
-        is_shown = number in shown if shown is not None else content in text
-        if not is_shown:
+        if shown is None:  # most likely behind the one before
+            behind = text.find(content, place)
+            place = text.find(content) if behind < 0 else behind
+        if place < 0 or (shown is not None and number not in shown):
             raise DataError(
                 f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
                 "--chat_template one that has a place for it, or take it out of the data."

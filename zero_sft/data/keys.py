@@ -90,14 +90,21 @@ def as_flag(value: Any) -> bool | None:
 
 
 def unread_keys(
-    sample: Mapping[str, Any], where: str, *, layout: str, read: Collection[str], texts: Sequence[str], chosen: bool
+    sample: Mapping[str, Any],
+    where: str,
+    *,
+    layout: str,
+    read: Collection[str],
+    chosen: bool = False,
+    texts: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """The keys of a sample that are not read, and do no harm.
 
     Args:
         layout: the name of the sample's layout, and `read` the keys that are read in it.
-        texts: those of the sample that are read; another key may repeat one of them.
         chosen: the layout was asked for by name, so texts of other layouts are known not to be wanted.
+        texts: those of the sample that are read; another key may repeat one of them. None: not known as yet, so keys that are
+            texts are not looked at.
 
     Raises:
         DataError: a key that changes what is to be trained on.
@@ -107,7 +114,9 @@ def unread_keys(
         if key in read or asks_for_nothing(value):
             continue
         meaning = _meaning(key, layout)
-        if meaning and not _is_settled(key, value, meaning, texts, chosen):
+        if texts is None and meaning in (_OTHER_TEXT, _SYSTEM):
+            continue
+        if meaning and not _is_settled(key, value, meaning, texts or (), chosen):
             remedy = _REMEDY.get(meaning) or (
                 f"Give --data_format {layout} if the rest is what is to be trained on, or remove it."
             )
@@ -135,11 +144,24 @@ def _is_settled(key: str, value: Any, meaning: str, texts: Sequence[str], chosen
     """Whether a key with a meaning says nothing that the sample, or the user, has not said."""
     if meaning == _OTHER_TEXT and chosen:
         return True
+    if meaning == _OTHER_TEXT and isinstance(value, str) and renders(value, texts):
+        return True
     if meaning in (_OTHER_TEXT, _SYSTEM):
         return isinstance(value, str) and value.strip() in {text.strip() for text in texts}
     if meaning in (_MASK, _RATING):
         return str(value).strip().lower() == "false" if "mask" in key.lower() else as_flag(value) is True
     return False
+
+
+def renders(text: str, texts: Sequence[str]) -> bool:
+    """Whether a text has each paragraph of all `texts` in it, in their order, as Alpaca's `text` has the rest of the sample."""
+    place = 0
+    for paragraph in (each.strip() for text in texts for each in text.split("\n\n")):
+        found = text.find(paragraph, place)
+        if found < 0:
+            return False
+        place = found + len(paragraph)
+    return place > 0
 
 
 def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
@@ -149,7 +171,7 @@ def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
         DataError: a mark with another value than yes or no; marks that contradict each other; or one that asks for more than an
             answer to be trained on.
     """
-    verdicts = {key: _verdict(key, turn[key], place) for key in _MARKS if not asks_for_nothing(turn.get(key))}
+    verdicts = {key: _verdict(key, turn[key], place) for key in _MARKS if key in turn and not asks_for_nothing(turn[key])}
     if not is_answer:
         for key in ("train", "loss", "loss_scale"):
             if verdicts.get(key):

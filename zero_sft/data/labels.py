@@ -6,8 +6,8 @@ characters across a border. Works with every fast tokenizer, which in transforme
 """
 
 import bisect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +23,8 @@ class Example:
     """One sample as tokens: `labels[i]` is `input_ids[i]`, for `trained_tokens` of them, or -100.
 
     `cut_tokens` went beyond the longest length, and `cut_trained_tokens` of these would have been trained on. `thoughts` and
-    `dropped_thoughts`: as in `Rendered`.
+    `dropped_thoughts`: as in `Rendered`. `ends`: of a sample that was cut, the turn of each answer, and the tokens up to
+    its end.
     """
 
     input_ids: list[int]
@@ -33,6 +34,7 @@ class Example:
     cut_trained_tokens: int = 0
     thoughts: int = 0
     dropped_thoughts: int = 0
+    ends: tuple[tuple[int, int], ...] = ()
 
 
 def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, model_max_length: int) -> list[Example]:
@@ -46,6 +48,7 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
             f"{type(tokenizer).__name__} does not tell which characters a token comes from, so the assistant's text can't be "
             "found. Convert the model's tokenizer to a tokenizer.json."
         )
+    added = frozenset(tokenizer.added_tokens_decoder)
     examples: dict[int, Example] = {}
     for adds in (True, False):
         places = [place for place, each in enumerate(rendered) if each.adds_special_tokens == adds]
@@ -61,13 +64,22 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
             chars_of = encoding.token_to_chars
             while ids and chars_of(len(ids) - 1) is None:  # added at the end; the text has an end of its own
                 ids.pop()
-            ranges = [_trained_range(chars_of, ids, span, tokenizer) for span in rendered[place].spans]
+            ranges, start = [], 0
+            for span in rendered[place].spans:
+                ranges.append(_trained_range(chars_of, ids, span, added, start))
+                start = ranges[-1][1]
             examples[place] = _example(ids, ranges, model_max_length, rendered[place])
+            if len(ids) > model_max_length:
+                examples[place] = replace(examples[place], ends=_token_ends(chars_of, len(ids), rendered[place].ends))
     return [examples[place] for place in range(len(rendered))]
 
 
-def token_range(chars_of: Callable[[int], tuple[int, int] | None], count: int, span: tuple[int, int]) -> tuple[int, int]:
+def token_range(
+    chars_of: Callable[[int], tuple[int, int] | None], count: int, span: tuple[int, int], start: int = 0
+) -> tuple[int, int]:
     """The half-open range of tokens whose characters overlap a span, of `count` tokens in the order of the text.
+
+    `start`: a token that is known not to be past the range. The nearer it is, the fewer tokens are looked at.
 
     A token without characters of its own (a word-start mark before a character that is split into bytes) counts where it
     stands. Special tokens that the tokenizer adds have no characters, `None`; they stand at the ends.
@@ -83,26 +95,48 @@ def token_range(chars_of: Callable[[int], tuple[int, int] | None], count: int, s
         chars = chars_of(token)
         return chars is None or chars[0] >= span[1]
 
-    low, high = 0, count
+    low, high = start, count
     while low < high and chars_of(low) is None:
         low += 1
     while high > low and chars_of(high - 1) is None:
         high -= 1
-    within = range(low, high)
-    first = bisect.bisect_left(within, True, key=reaches)
-    return low + first, low + bisect.bisect_left(within, True, lo=first, key=is_past)
+    first = _first(reaches, low, high)
+    return first, _first(is_past, first, high)
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first number from `low` on for which something holds that then holds for all; `high` if there is none below.
+
+    Asked for numbers at growing distances first, so that the cost depends on how far it is, not on how many there are.
+    """
+    step = 1
+    while low + step < high and not holds(low + step - 1):
+        low, step = low + step, 2 * step
+    return low + bisect.bisect_left(range(low, min(low + step, high)), True, key=holds)
+
+
+def _token_ends(
+    chars_of: Callable[[int], tuple[int, int] | None], count: int, ends: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """For places of turns in the text, how many tokens there are up to them."""
+    found, start = [], 0
+    for turn, place in ends:
+        _, start = token_range(chars_of, count, (place - 1, place), start)
+        found.append((turn, start))
+    return tuple(found)
 
 
 def _trained_range(
     chars_of: Callable[[int], tuple[int, int] | None],
     ids: Sequence[int],
     span: tuple[int, int],
-    tokenizer: PreTrainedTokenizerBase,
+    added: Collection[int],
+    start: int,
 ) -> tuple[int, int]:
     """`token_range`, without a token added to the vocabulary that begins before the span: one that takes the white
     space behind it, as Phi-3's header does."""
-    first, last = token_range(chars_of, len(ids), span)
-    while first < last and (chars_of(first) or span)[0] < span[0] and ids[first] in tokenizer.added_tokens_decoder:
+    first, last = token_range(chars_of, len(ids), span, max(0, start - 1))
+    while first < last and (chars_of(first) or span)[0] < span[0] and ids[first] in added:
         first += 1
     return first, last
 

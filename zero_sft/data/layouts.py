@@ -6,7 +6,8 @@
     prompt_completion   {"prompt": ..., "completion": ...}, both text, or both lists of messages
     text                {"text": ...}
 
-An object with the keys of two layouts is refused, unless a layout was asked for by name, or one of the lists is empty. A
+An object with the keys of two layouts is refused, unless a layout was asked for by name, one of the lists is empty, or the
+other is a `text` that has all of the first in it. A
 turn with `"train": false`, `"loss": false` or `"weight": 0` is not trained on. Alpaca's is one question, the instruction with
 the input below it, and one answer, after a `history` of such pairs if there is one. The first three may have a `system` text
 next to them. Plain text (`text`, and prompts and completions that are text) is taken as it is, without a template. What
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
-from zero_sft.data.keys import asks_for_nothing, is_trained, require_known_turn, unread_keys
+from zero_sft.data.keys import asks_for_nothing, is_trained, renders, require_known_turn, unread_keys
 from zero_sft.errors import DataError
 
 
@@ -68,6 +69,9 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     names = [data_format] if data_format else list(LAYOUTS)
     fitting = [name for name in names if _fits(sample, name)]
     full = [name for name in fitting if not any(asks_for_nothing(sample[key]) for key in LAYOUTS[name].keys)]
+    if len(full) == 2 and full[1] == "text" and isinstance(sample["text"], str):
+        found = LAYOUTS[full[0]].read(sample, where)
+        full = full[:1] if renders(sample["text"], _texts_of(found.sample)) else full
     if len(full) > 1:
         raise DataError(
             f"{where}: the keys of {len(full)} formats, {_keys_of(full[0])} of {full[0]} and {_keys_of(full[1])} of {full[1]}. "
@@ -76,15 +80,11 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     if fitting:
         name = (full or fitting)[0]
         layout = LAYOUTS[name]
+        read = ("id", *layout.keys, *layout.others)
+        unread_keys(sample, where, layout=name, read=read)  # a sample with tools is told of these, not of their turns
         found = layout.read(sample, where)
-        unread = unread_keys(
-            sample,
-            where,
-            layout=name,
-            read=("id", *layout.keys, *layout.others),
-            texts=_texts_of(found.sample),
-            chosen=data_format is not None,
-        )
+        texts, chosen = _texts_of(found.sample), data_format is not None
+        unread = unread_keys(sample, where, layout=name, read=read, chosen=chosen, texts=texts)
         return name, replace(found, unread=(*found.unread, *unread)) if unread else found
     keys = ", ".join([f"{key!r}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"

@@ -170,21 +170,20 @@ class Pipeline:
         if self.reader.long != SPLIT or not example.cut_tokens or not isinstance(sample, Conversation):
             return [example]
 
-        def fits(part: Sample) -> bool:
-            return all(not each.cut_tokens for _, each in self._examples([part]))
+        def tokenised(part: Sample) -> Example:
+            return next(each for _, each in self._examples([part]))
 
         try:
-            parts = split_rounds(sample, fits)
-            if len(parts) == 1:
-                return [example]
-            answered = [part for part in parts if self._is_answered(part)]
-            examples = [each for _, each in self._examples(answered)]
+            parts = split_rounds(sample, example, self.model_max_length, tokenised)
         except DataError as error:
             if bad is None:
                 raise
             bad.append(str(error))
             return []
-        lost[NO_ANSWER] += len(parts) - len(answered)
+        if len(parts) == 1:
+            return [example]
+        examples = [each for part, each in parts if self._is_answered(part)]
+        lost[NO_ANSWER] += len(parts) - len(examples)
         return examples
 
     def __call__(self, rows: Mapping[str, list]) -> dict[str, list]:

@@ -53,18 +53,27 @@ class VicunaTemplate:
                 f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template one that has."
             )
         system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
-        text, spans = f"{system} ", []
-        for turn in conversation.turns:
+        pieces, spans, ends = [f"{system} "], [], []
+        length = len(pieces[0])
+        for number, turn in enumerate(conversation.turns):
             if turn.role == USER:
-                text += f"USER: {turn.text} " if turn.text else "USER:"
+                pieces.append(f"USER: {turn.text} " if turn.text else "USER:")
             elif turn.role == ASSISTANT:
-                text += "ASSISTANT:"
-                start = len(text)
-                if turn.text:
-                    text += f" {turn.text}{self.stop}"
-                    if turn.trained:
-                        spans.append((start, len(text)))
-        return Rendered(text=text, spans=tuple(spans), where=conversation.where, adds_special_tokens=self.adds_special_tokens)
+                pieces.append("ASSISTANT:" + (f" {turn.text}{self.stop}" if turn.text else ""))
+            else:
+                continue
+            start, length = length + len("ASSISTANT:"), length + len(pieces[-1])
+            if turn.role == ASSISTANT and turn.text:
+                ends.append((number, length))
+                if turn.trained:
+                    spans.append((start, length))
+        return Rendered(
+            text="".join(pieces),
+            spans=tuple(spans),
+            where=conversation.where,
+            adds_special_tokens=self.adds_special_tokens,
+            ends=tuple(ends),
+        )
 
     def prompt(self, question: str) -> str:
         """The text after which the model writes its answer to one question."""
