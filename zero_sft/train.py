@@ -151,15 +151,16 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
 
 def _begin(output: Path, inputs: Inputs, world: World) -> None:
     """Say what is resumed, and remove the former run's checkpoints where it is to be overwritten. Every rank; communicates."""
+    from zero_sft.saving.folder import explained
     from zero_sft.saving.former_run import remove_checkpoints
 
-    if inputs.checkpoint is not None:
-        logger.info("training, from the checkpoint %s, which is whole", inputs.checkpoint.folder)
-        return
-    with agreed(world, "removing the former run's checkpoints"):
+    with agreed(world, "removing the former run's checkpoints"), explained(output):
         if world.is_main and inputs.overwrites:
             remove_checkpoints(output)
-    logger.info("training")
+    if inputs.checkpoint is not None:
+        logger.info("training, from the checkpoint %s, which is whole", inputs.checkpoint.folder)
+    else:
+        logger.info("training")
 
 
 def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: Inputs, timeline: Timeline) -> Any:

@@ -195,6 +195,22 @@ def test_where_a_folder_cannot_be_exchanged_files_are_replaced(tmp_path, how):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
+def test_settings_are_on_disk_before_they_are_placed(tmp_path, placing):
+    """Weights are synced by the ranks that write them."""
+    out = models.write(tmp_path / "out", OLD)
+    draft, synced = drafted(out, placing=placing), []
+
+    def fsync(handle):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    with mock.patch("os.fsync", fsync):
+        put_in_place(draft)
+    before = synced[: synced.index(draft.folder) + 1]
+    assert {path.name for path in before} == {"config.json", "tokenizer.json", "tokenizer_config.json", draft.folder.name}
+    assert synced[-1] == (tmp_path if placing is Placing.EXCHANGE else out)
+
+
 def test_rights_of_the_folder_stay(tmp_path):
     out = models.write(tmp_path / "out", OLD)
     out.chmod(0o2770)

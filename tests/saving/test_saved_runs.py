@@ -150,6 +150,22 @@ def test_weights_alone(folder, whole):
     run_refused(folder, "alone", f"--model_name_or_path {checkpoint}", resume_from_checkpoint=True)
 
 
+def test_the_best_model_is_exported(folder, whole):
+    """The best is the second step's here, since the larger loss is asked for; the run trained on to the fourth."""
+    evaluation = {"eval_data_path": folder / "data.json", "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True, "save_total_limit": 1}
+    out = run(folder, "best", chat_template="vicuna", **evaluation, **best)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not equal(weights(out), weights(whole))
+    _consolidate(out / "checkpoint-2")
+    assert equal(weights(out), weights(out / "checkpoint-2"))
+
+
+def _consolidate(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", checkpoint, checkpoint, "--safe_serialization"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300)
+
+
 def lost(folder: Path, out: str) -> None:
     """One rank's part of a run whose output folder becomes a file while it trains."""
     import os

@@ -61,6 +61,9 @@ def put_in_place(draft: Draft) -> None:
         OSError: the target is as it was, and the draft is kept.
     """
     folder, target = draft.folder, draft.target
+    for path in folder.iterdir():
+        if path.is_file() and not WEIGHTS.fullmatch(path.name):  # the ranks have synced what they wrote
+            _sync(path)
     _sync(folder)
     if draft.placing is not Placing.IN_PLACE and not (target.is_dir() and any(target.iterdir())):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -240,10 +243,10 @@ def _copy_attributes(source: Path, copy: Path) -> None:
         os.chown(copy, owner.st_uid, owner.st_gid)
 
 
-def _sync(folder: Path) -> None:
-    """Have the folder's entries on disk, where the file system can do that for folders."""
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on disk, where the file system can do that."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
