@@ -20,6 +20,7 @@ Everything here runs on rank 0 and does not communicate.
 
 import contextlib
 import filecmp
+import itertools
 import json
 import logging
 import os
@@ -92,7 +93,7 @@ def _exchanged(folder: Path, target: Path) -> bool:
     """Exchange the draft and the target, and remove the former; False, with all as before, where that can't be done."""
     fresh, former = _distinct_names(folder, target)
     try:
-        if sum(1 for _ in _files(target)) > _MOST_LINKS:
+        if sum(1 for _ in itertools.islice(_files(target), _MOST_LINKS + 1)) > _MOST_LINKS:
             return False
         _link_others(target, folder, former)
         _copy_attributes(target, folder)
