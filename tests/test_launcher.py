@@ -30,6 +30,7 @@ def main(args=None):
     parser.add_argument("--num_gpus", "--num_accelerators", type=int, default=-1)
     parser.add_argument("--master_port", type=int, default=29500)
     parser.add_argument("--module", action="store_true")
+    parser.add_argument("--log_level", default="info")
     parser.add_argument("user_script")
     parser.add_argument("user_args", nargs=argparse.REMAINDER)
     print(json.dumps(vars(parser.parse_args(args))))
@@ -112,6 +113,17 @@ def test_an_upgrade_is_noticed_and_its_script_becomes_the_original(scripts):
     assert launcher.status([scripts]) is State.ENABLED
     launcher.disable([scripts])
     assert (scripts / "deepspeed").read_bytes() == upgraded
+
+
+def test_a_shim_of_another_version_is_noticed(scripts):
+    launcher.enable([scripts])
+    shim = (scripts / "deepspeed").read_bytes()
+    (scripts / "deepspeed").write_bytes(shim.replace(b"run(runner)", b"runner.main()"))
+    assert launcher.status([scripts]) is State.OUTDATED
+    assert "run enable again" in launcher.launch_note([scripts])
+    launcher.enable([scripts])
+    assert (scripts / "deepspeed").read_bytes() == shim
+    assert launcher.status([scripts]) is State.ENABLED
 
 
 def test_disable_after_an_upgrade_keeps_the_newer_script(scripts):
@@ -207,6 +219,9 @@ def test_only_the_scripts_of_this_interpreter_are_looked_at(scripts, tmp_path, m
             ["x.py", "-m", "y", "--module"],
             {"module": False, "user_script": "x.py", "user_args": ["-m", "y", "--module"]},
         ),
+        (["-m", "x"], {"log_level": "info"}),
+        (["-m", "zero_sft.train", "--seed", "1"], {"log_level": "error"}),
+        (["--log_level", "debug", "--module", "zero_sft.train"], {"log_level": "debug"}),
         (["-i", "m", "x.py", "-m"], {"module": False, "include": "m", "user_script": "x.py", "user_args": ["-m"]}),
         (
             ["-m", "x", "-max", "3", "--master_port", "1"],

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zero_sft import distributed
+from zero_sft import distributed, progress
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
@@ -52,13 +52,14 @@ def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[st
 def fill_computed(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> None:
     """The tensors that come out of whole ones, group by group. Every rank; communicates."""
     tensors = draft.tensors()
-    for group, names in draft.resolution.by_group():
+    groups = list(draft.resolution.by_group())
+    for group, names in progress.counted(groups, "computing tensors, once per node", "groups"):
         wanted = [name for name in names if name not in ready and shards.is_sharded(tensors[name])]
         if not wanted:
             continue
         made: dict[str, torch.Tensor] | None = None
         with agreed(world, f"computing {wanted[0]}"):
-            if world.local_rank == 0:
+            if world.leads_node:
                 made, nbytes = compute(group, draft.whole, draft.index)
                 report.bytes_read += nbytes
         with shared(made, wanted, world) as whole:
@@ -88,7 +89,7 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
             if tensors is not None:
                 path = _room_for(sum(tensors[name].nbytes for name in names))
                 save_file({name: tensors[name].contiguous() for name in names}, path)
-        where = distributed.exchange(world, str(path or ""))[world.rank - world.local_rank]
+        where = distributed.exchange(world, str(path or ""))[world.node_leader]
         with agreed(world, "mapping what was computed"), safe_open(where, framework="pt") as file:
             mapped = {name: file.get_tensor(name) for name in names}
         yield mapped

@@ -65,8 +65,7 @@ def prepare_config(
         DistributedError: the ranks hold different configs; names the keys and the ranks.
     """
     options = HubOptions.from_kwargs(hub, prepare_config)
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     return prepare_config_in(world, model_name_or_path, options, model_max_length, rope_parameters)
 
 

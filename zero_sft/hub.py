@@ -122,7 +122,7 @@ def _fetched(name_or_path: str, hub: HubOptions, world: World, patterns: tuple[s
     wanted = (*patterns, *CODE) if hub.trust_remote_code else patterns
     folder = None
     for turn in ("rank 0", "node leaders", "everyone"):
-        mine = {"rank 0": world.is_main, "node leaders": world.local_rank == 0, "everyone": True}[turn]
+        mine = {"rank 0": world.is_main, "node leaders": world.leads_node, "everyone": True}[turn]
         with distributed.agreed(world, f"fetching {name_or_path}", distributed.DOWNLOAD_TIMEOUT):
             if mine and folder is None:
                 folder = _snapshot(name_or_path, hub, wanted, local_only=turn == "everyone" and not world.is_main)

@@ -50,7 +50,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     training = parsed.training
     with agreed(world, "checking the DeepSpeed config and the output folder"):
         ds = ds_configs.load_ds_config(training["deepspeed"])
-        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
+        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
@@ -81,7 +81,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         if world.is_main:
             for paths in filter(None, (parsed.data.training_path, held_out)):
                 require_sources(paths)
-    train, sampling = _training_data(parsed, packing, tokenizer, world)
+    rows = getattr(text_config(config), "vocab_size", None)
+    train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
@@ -89,7 +90,9 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         config=config,
         tokenizer=tokenizer,
         training_data=train,
-        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out), tokenizer, world),
+        evaluation_data=None
+        if held_out is None or unused
+        else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
         ds_config=ds,
         hub=hub,
@@ -114,16 +117,18 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
-def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: World) -> tuple[Prepared, dict[str, Any]]:
+def _training_data(
+    parsed: Parsed, packing: Packing, tokenizer: Any, embedding_rows: int | None, world: World
+) -> tuple[Prepared, dict[str, Any]]:
     """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
     given, from samples of like length. Every rank; communicates.
 
     Raises:
         DataError: too little for one batch.
     """
-    recipe = _recipe(parsed, parsed.data.training_path)
+    recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
+    prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
     if prepared.unpacked is not None:
         needed = size["world_size"] * size["per_device_batch_size"]
         packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
@@ -133,21 +138,22 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
             return prepared, {}
     train = prepared.unpacked or prepared
     require_one_batch(train, **size)
-    logger.info("samples are not packed: %s", packing.reason)
+    logger.info("  not packed: %s", packing.reason)
     if parsed.data.packing is not None:
         return train, {}
     grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
-def _recipe(parsed: Parsed, paths: str) -> Recipe:
+def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
     seed, length = parsed.training.get("data_seed"), parsed.training["model_max_length"]
     seed = parsed.training.get("seed", 42) if seed is None else seed
-    return Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
+    recipe = Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
+    return replace(recipe, embedding_rows=embedding_rows)
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("data: %s", recipe.paths)
+def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
+    logger.info("%s: %s", what, recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
     samples = prepared.unpacked or prepared
     for line in samples.lines():

@@ -58,8 +58,7 @@ def load_pretrained(
     """
     from zero_sft.tokenizer import Wanted, share  # a model alone needs no tokenizer libraries
 
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     options = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub, load_pretrained), world)
     hub["revision"] = options.revision
     config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
@@ -138,15 +137,14 @@ def load_model(
         raise ArgumentError(f"buffer_mib must be a whole number, at least {BUFFER_MIB_A_THREAD}; got {buffer_mib!r}")
     _require_flags(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes, mmap=mmap)
     options = HubOptions.from_kwargs(hub, load_model)
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     sent_before = distributed.bytes_communicated()
     folder = resolve_weights(model_name_or_path, options, world)
     if config is None:
         config = prepare_config(model_name_or_path, **hub)
     ds, name, seed = _engine(ds_config, dtype, config, world)
     _warn_if_untested(world)
-    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, world_size=world.world_size)
+    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, rank=world.rank, world_size=world.world_size)
     request = Request(
         folder=folder,
         config=config,
@@ -185,7 +183,7 @@ def _engine(
         wanted = wanted_dtype(dtype, config)
         name = ds_configs.engine_dtype(ds, wanted)
         _check_dtype(dtype, wanted, name)
-        ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
+        ds = ds_configs.concrete(ds, name, world.node_group_size, world.world_size)
     return ds, name, told.everyone[0]
 
 

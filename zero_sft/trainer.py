@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -66,6 +67,18 @@ class Trainer(SFTTrainer):
     def __init__(self, *args: Any, published: Published, **kwargs: Any) -> None:
         self._published = published
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # they print dicts; `job/steps.py` logs lines
+        self.remove_callback(ProgressCallback)
+        self.add_callback(TokenCount())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all ranks have computed in the whole run, as TRL counts them: a resumed run's go on."""
+        return max(self._total_train_tokens, self._token_count().tokens)
+
+    def _token_count(self) -> "TokenCount":
+        """The callback that keeps the count; the Trainer may have replaced it by one from a checkpoint."""
+        return next(each for each in self.callback_handler.callbacks if isinstance(each, TokenCount))
 
     def export(self, folder: Path) -> None:
         """Write the model with its config and tokenizer to `folder`. Every rank; communicates.
@@ -147,11 +160,12 @@ class Trainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, and all rows' tokens of packed batches counted, where it counts one row's. Every rank; communicates."""
         rows = len(inputs["labels"]) if model.training and "attention_mask" not in inputs else 1
-        before = self._total_train_tokens
+        before = self._total_train_tokens = self.tokens
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if rows > 1:
             self._total_train_tokens += (rows - 1) * (self._total_train_tokens - before)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self._token_count().tokens = self._total_train_tokens
         return loss
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -217,6 +231,23 @@ class Trainer(SFTTrainer):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         return GroupedSampler(batch, lengths=list(dataset[LENGTHS]), seed=seed, epoch=lambda: int(self.state.epoch or 0))
+
+
+class TokenCount(TrainerCallback, ExportableState):
+    """Keeps the number of computed tokens in the trainer's state of a checkpoint, since TRL counts from 0 in each process."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def state(self) -> dict[str, Any]:
+        """For the trainer's state; the Trainer asks for it when it saves one."""
+        return {"args": {}, "attributes": {"tokens": self.tokens}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the count of the checkpoint that is resumed, if it is one; of older ones, the last that was logged."""
+        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        logged = [int(entry["num_tokens"]) for entry in state.log_history if "num_tokens" in entry]
+        self.tokens = max(self.tokens, int(kept["attributes"]["tokens"]), *logged[-1:])
 
 
 class LastStepLogged(TrainerCallback):

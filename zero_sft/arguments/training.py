@@ -14,17 +14,6 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-OWN_FIELDS = (
-    "output_dir",
-    "overwrite_output_dir",
-    "model_max_length",
-    "optim",
-    "cache_dir",
-    "deepspeed",
-    "resume_from_checkpoint",
-)
-"""What `--help` shows at length."""
-
 
 @dataclass
 class TrainingArguments(SFTConfig):

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zero_sft import distributed
+from zero_sft import distributed, progress
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
 from zero_sft.checkpoint.layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
@@ -58,8 +58,7 @@ def save_pretrained(
         ExportError: the folder can't be written, or is not the same on all ranks.
     """
     target = Path(path).expanduser()
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     inner: Any = getattr(model, "module", model)
     tensors = dict(_tensors(inner))
     layout = _agreed_layout(inner, tensors, max_file_bytes, world)
@@ -198,6 +197,8 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
         for file in layout.files:
             handles[file.name] = os.open(folder / file.name, os.O_WRONLY)
             stack.callback(os.close, handles[file.name])
+        total = sum(_own_bytes(tensor, world) for tensor in tensors.values())
+        task = stack.enter_context(progress.task("writing the model", total, progress.BYTES))
         for name, tensor in tensors.items():
             is_sharded = shards.is_sharded(tensor)
             if not is_sharded and not world.is_main:
@@ -209,5 +210,13 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
                 write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
             if is_sharded:
                 shards.release_shard(tensor)
+            task.advance(_own_bytes(tensor, world))
         for handle in handles.values():
             os.fsync(handle)
+
+
+def _own_bytes(tensor: Any, world: World) -> int:
+    """What this rank writes of a tensor."""
+    if shards.is_sharded(tensor):
+        return shards.local_range(tensor).numel * tensor.element_size()
+    return tensor.numel() * tensor.element_size() if world.is_main else 0

@@ -42,11 +42,10 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
         ) from error
     config = _read_json(folder / "config.json")
     pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
-    if tokenizer.pad_token not in (None, pad):
-        logger.info("padding with %s (%s) instead of %s; so does what is saved", pad, why, tokenizer.pad_token)
+    if pad != tokenizer.pad_token and (tokenizer.pad_token, why) != (None, UNK):
+        instead = "" if tokenizer.pad_token is None else f" instead of {tokenizer.pad_token}"
+        logger.info("the tokenizer pads with %s (%s)%s; padding is never trained on", pad, why, instead)
     tokenizer.pad_token = pad
-    if why != UNK:
-        logger.warning("no usable unk token in the tokenizer of %s; padding with %s (%s)", folder, pad, why)
     return tokenizer
 
 
