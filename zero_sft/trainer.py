@@ -80,6 +80,20 @@ class Trainer(SFTTrainer):
         """The callback that keeps the count; the Trainer may have replaced it by one from a checkpoint."""
         return next(each for each in self.callback_handler.callbacks if isinstance(each, TokenCount))
 
+    def train_to_the_end(self, checkpoint: Path | None) -> Exception | None:
+        """Train, and return the error of what follows the last step (a save, a report), which must not cost the model.
+
+        Every rank; communicates. An error before the last step's end is raised.
+        """
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except Exception as error:
+            if not 0 < self.state.max_steps <= self.state.global_step:
+                raise
+            logger.warning("the training is over; then: %s: %s. The model is written first.", type(error).__name__, error)
+            return error
+        return None
+
     def export(self, folder: Path) -> None:
         """Write the model with its config and tokenizer to `folder`. Every rank; communicates.
 

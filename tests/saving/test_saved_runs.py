@@ -197,6 +197,29 @@ def test_an_output_folder_that_is_lost_during_the_run(folder, whole):
     assert equal(weights(rescued), weights(whole))
 
 
+def failing_at_the_end(folder: Path, out: str) -> None:
+    """One rank's part of a run whose last callback fails on rank 0, as a tracker that is gone would."""
+    from unittest import mock
+
+    from zero_sft import trainer
+
+    def fail(self, args, *_, **__):
+        if args.process_index == 0:
+            raise RuntimeError("the tracker is gone")
+
+    said = io.StringIO()
+    with mock.patch.object(trainer.LastStepLogged, "on_train_end", fail), contextlib.redirect_stderr(said):
+        with pytest.raises(AssertionError):
+            small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
+    if torch.distributed.get_rank() == 0:
+        assert "RuntimeError: the tracker is gone. The model as the last step left it is complete in" in said.getvalue()
+
+
+def test_an_error_after_the_last_step(folder, whole):
+    run_ranks(2, failing_at_the_end, {"folder": folder, "out": "late"}, 400)
+    assert equal(weights(folder / "late"), weights(whole))
+
+
 def test_a_mount_point_as_the_output_folder(tmp_path):
     done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "50m", timeout_s=900)
     assert "trained" in done.stdout, done.stderr[-3000:]
