@@ -189,8 +189,8 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     with agreed(world, "ending the training"):
         if late_error is not None:
             raise DistributedError(
-                f"after the last step: {type(late_error).__name__}: {late_error}. The model as the last step left it is complete "
-                f"in {output}."
+                f"after the last step: {type(late_error).__name__}: {late_error}. The model as the last step left it is "
+                f"complete in {output}."
             ) from late_error
     trained: Any = trainer.model_wrapped
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
@@ -213,9 +213,10 @@ def _begin(output: Path, inputs: "Inputs", world: World) -> None:
 
 def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timeline: "Timeline") -> Any:
     from zero_sft.config import text_config
+    from zero_sft.job.checkpoints import Published
     from zero_sft.job.steps import StepLog
     from zero_sft.timeline import trainer_callback
-    from zero_sft.trainer import LastStepLogged, Published, Trainer, collator_for
+    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
