@@ -182,7 +182,7 @@ def _engine(
         ds = ds_configs.load_ds_config(ds_config)
         wanted = wanted_dtype(dtype, config)
         name = ds_configs.engine_dtype(ds, wanted)
-        _check_dtype(dtype, wanted, name)
+        require_engine_dtype(dtype, wanted, name)
         ds = ds_configs.concrete(ds, name, world.node_group_size, world.world_size)
     return ds, name, told.everyone[0]
 
@@ -206,7 +206,8 @@ def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
     return str(found).removeprefix("torch.")  # torch.half is another name of torch.float16
 
 
-def _check_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+def require_engine_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+    """Raise `ArgumentError` if a dtype was asked for (not "auto") that is not the engine's."""
     if dtype != "auto" and asked != engine:
         raise ArgumentError(
             f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft import progress
-from zero_sft.arguments import Parsed, answer_help, build_training_arguments, parse, wants_help
+from zero_sft.arguments import Parsed, answer_help, parse, wants_help
 from zero_sft.console import close_console, open_console, quieten_transformers
 from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
@@ -77,7 +77,6 @@ def run(parsed: Parsed, world: World) -> None:
     from zero_sft import distributed
     from zero_sft.cluster import failure
     from zero_sft.disk_room import require_room_for_run
-    from zero_sft.distributed import agreed
     from zero_sft.inputs import read_inputs
     from zero_sft.timeline import Timeline
 
@@ -101,15 +100,11 @@ def run(parsed: Parsed, world: World) -> None:
     inputs = read_inputs(parsed, world)
     failure.set_log_folder(Path(parsed.training["output_dir"]) / LOGS)
     timeline.end("inputs")
-    if _offloads_optimizer(inputs.ds_config) and parsed.training["optim"] == "adamw_torch":
-        logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
-    with agreed(world, "setting up the trainer's arguments"):
-        arguments = build_training_arguments({**parsed.training, **inputs.sampling}, inputs.ds_config)
-    require_room_for_run(parsed, arguments, inputs, world)
+    require_room_for_run(parsed, inputs.arguments, inputs, world)
     failure.set_stage("loading the model")
-    model = _load(parsed, arguments, inputs)
+    model = _load(parsed, inputs.arguments, inputs)
     timeline.end("load")
-    _train_and_export(parsed, arguments, model, inputs, world, timeline)
+    _train_and_export(parsed, inputs.arguments, model, inputs, world, timeline)
 
 
 def _device() -> str:
@@ -299,11 +294,6 @@ def _say_results(output: Path, history: list, answers: list) -> None:
     curve = output / LOGS / "loss.png"
     drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)
-
-
-def _offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
 
 
 def _shown(parsed: Parsed) -> dict[str, Any]:
