@@ -62,7 +62,10 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     with agreed(world, "checking the output folder") as told:
         if world.is_main:
             told.mine = require_no_former_run(
-                training["output_dir"], checkpoint and checkpoint.folder, overwrite=training.get("overwrite_output_dir", False)
+                training["output_dir"],
+                checkpoint and checkpoint.folder,
+                overwrite=training.get("overwrite_output_dir", False),
+                model=parsed.model.model_name_or_path,
             )
     overwrites = told.everyone[0]
     rehearse_writing(training["output_dir"], world)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from zero_sft import progress
 from zero_sft.arguments import Parsed, answer_help, parse, wants_help
 from zero_sft.console import close_console, open_console, quieten_transformers
-from zero_sft.errors import ArgumentError
+from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
 from zero_sft.world import World
 
@@ -160,7 +160,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     output = Path(arguments.output_dir)
     _begin(output, inputs, world)
     failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
-    trainer.train(resume_from_checkpoint=None if inputs.checkpoint is None else str(inputs.checkpoint.folder))
+    late_error = trainer.train_to_the_end(inputs.checkpoint and inputs.checkpoint.folder)
     logger.info("writing the model to %s", output)
     failure.set_stage("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
@@ -181,6 +181,12 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
             except Exception as error:  # noqa: BLE001 - the model is there, and the run must not end as if it were not
                 logger.warning("the logs could not be written to %s: %s. The model is complete.", output / LOGS, error)
             _say_results(output, trainer.state.log_history, answers)
+    with agreed(world, "ending the training"):
+        if late_error is not None:
+            raise DistributedError(
+                f"after the last step: {type(late_error).__name__}: {late_error}. The model as the last step left it is "
+                f"complete in {output}."
+            ) from late_error
     trained: Any = trainer.model_wrapped
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
 
@@ -188,22 +194,24 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
 def _begin(output: Path, inputs: "Inputs", world: World) -> None:
     """Say what is resumed, and remove the former run's checkpoints where it is to be overwritten. Every rank; communicates."""
     from zero_sft.distributed import agreed
+    from zero_sft.saving.folder import explained
     from zero_sft.saving.former_run import remove_checkpoints
 
-    if inputs.checkpoint is not None:
-        logger.info("starting the engine, with the checkpoint %s, which is whole", inputs.checkpoint.folder)
-        return
-    with agreed(world, "removing the former run's checkpoints"):
+    with agreed(world, "removing the former run's checkpoints"), explained(output):
         if world.is_main and inputs.overwrites:
             remove_checkpoints(output)
-    logger.info("starting the engine")
+    if inputs.checkpoint is not None:
+        logger.info("starting the engine, with the checkpoint %s, which is whole", inputs.checkpoint.folder)
+    else:
+        logger.info("starting the engine")
 
 
 def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timeline: "Timeline") -> Any:
     from zero_sft.config import text_config
+    from zero_sft.job.checkpoints import Published
     from zero_sft.job.steps import StepLog
     from zero_sft.timeline import trainer_callback
-    from zero_sft.trainer import LastStepLogged, Published, Trainer, collator_for
+    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}

@@ -1,31 +1,22 @@
-"""TRL's `SFTTrainer`, with the batches and the checkpoints of this project.
+"""TRL's `SFTTrainer`, with the batches of this project; its checkpoints are in `job/checkpoints.py`.
 
 Importing this module imports TRL.
 """
 
-import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from trl import SFTTrainer
 
-from zero_sft.config import text_config
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
-from zero_sft.distributed import agreed
-from zero_sft.errors import DataError, ExportError
-from zero_sft.saving.export import save_pretrained
-from zero_sft.saving.folder import explained, require_writable
-from zero_sft.saving.settings import write_settings
-from zero_sft.world import World
+from zero_sft.errors import DataError
+from zero_sft.job.checkpoints import SavingTrainer
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -33,30 +24,8 @@ LENGTHS = "length"
 """The column with the samples' lengths, in tokens."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
-    """What is written instead of what trains: the tokenizer with the trained chat template, and values of the config."""
-
-    tokenizer: Any
-    config_values: Mapping[str, Any] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def config_of(self, model: Any) -> Iterator[None]:
-        """Give the model's config these values for a while: the trainer's loss has others set."""
-        config = text_config(model.config)
-        training = {name: getattr(config, name) for name in self.config_values}
-        config.update(dict(self.config_values))
-        try:
-            yield
-        finally:
-            config.update(training)
-
-
-class Trainer(SFTTrainer):
+class Trainer(SavingTrainer):
     """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once.
-
-    Its checkpoints hold the same config and tokenizer files as the export. It writes weights without gathering them, and a
-    finished run that is resumed takes no step.
 
     Args:
         published: what checkpoints and the export say about the model.
@@ -64,8 +33,7 @@ class Trainer(SFTTrainer):
 
     _evaluated: dict[str, Any]  # of the evaluation under way: its samples, and of those so far this rank's loss and tokens
 
-    def __init__(self, *args: Any, published: Published, **kwargs: Any) -> None:
-        self._published = published
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)  # they print dicts; `job/steps.py` logs lines
         self.remove_callback(ProgressCallback)
@@ -79,53 +47,6 @@ class Trainer(SFTTrainer):
     def _token_count(self) -> "TokenCount":
         """The callback that keeps the count; the Trainer may have replaced it by one from a checkpoint."""
         return next(each for each in self.callback_handler.callbacks if isinstance(each, TokenCount))
-
-    def export(self, folder: Path) -> None:
-        """Write the model with its config and tokenizer to `folder`. Every rank; communicates.
-
-        Raises:
-            ExportError: the folder can't be written.
-        """
-        model: Any = self.model_wrapped
-        with self._published.config_of(self.model):
-            save_pretrained(model, folder, tokenizer=self._published.tokenizer)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a checkpoint's config and tokenizer, and its weights where nothing else holds them. Every rank; communicates.
-
-        DeepSpeed's own states, which the Trainer saves next, hold the weights; with `--save_only_model True` there are none.
-        """
-        folder = Path(output_dir or str(self.args.output_dir))
-        engine: Any = self.model_wrapped
-        if self.args.save_only_model or not _internal_call or engine.zero_gather_16bit_weights_on_model_save():
-            self.export(folder)
-            return
-        world = World.detect()
-        with agreed(world, f"writing {folder}"), explained(folder), self._published.config_of(self.model):
-            if world.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                model: Any = self.model
-                write_settings(folder, model, self._published.tokenizer)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's, if the folder can be written now; else a warning, and the training goes on. Every rank."""
-        folder, world = self.args.output_dir, World.detect()
-        try:
-            with agreed(world, f"checking {folder}"):
-                if world.is_main:
-                    require_writable(str(folder))
-        except ExportError as error:
-            if world.is_main:
-                logger.warning("no checkpoint of step %d: %s", self.state.global_step, error)
-            return
-        super()._save_checkpoint(model, trial)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, unless the run that is resumed was finished: it would take one step more. Every rank."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: it would be taken for the exported model's."""

@@ -94,32 +94,40 @@ def test_killed_at_any_step_in_place(tmp_path, files, kind, fresh, settings):
 
 @pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
 def test_readers_meanwhile(tmp_path, placing):
-    """A reader in a loop, over many exports of one file each: weights and config that it opens together belong together."""
+    """A reader in a loop over 200 exports: weights that it opens by path are of one model; so is all that it reads of a folder
+    that it holds open, where folders are exchanged."""
+    exchanges = placing is Placing.EXCHANGE
     out = models.write(tmp_path / "out", 0)
     models.write_others(out)
     stop = tmp_path / "stop"
     child = os.fork()
     if child == 0:
-        os._exit(_read_until(stop, out))
+        os._exit(_read_until(stop, out, exchanges))
     for number in range(1, 201):
-        put_in_place(drafted(out, 3 if number % 2 else 1, 0, placing, number))
+        put_in_place(drafted(out, 3 if number % 2 else 1, number if exchanges else 0, placing, number))
     stop.touch()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def _read_until(stop: Path, out: Path) -> int:
-    """0 if no read mixed two models. A folder held open is the same folder to the end; then all of it belongs together."""
+def _read_until(stop: Path, out: Path, holds_the_folder: bool) -> int:
+    """0 if no read mixed two models, 1 if weights did, 2 if weights and settings did, 3 if there were too few reads."""
     reads = 0
-    while not stop.exists() or not reads:
+    while not stop.exists():
+        handle = os.open(out, os.O_RDONLY) if holds_the_folder else None
         try:
-            weights, _ = models.read(out)
+            weights, settings = models.read(out if handle is None else Path(f"/proc/self/fd/{handle}"))
         except (FileNotFoundError, ValueError):
             continue
+        finally:
+            if handle is not None:
+                os.close(handle)
         reads += 1
         if len(weights) > 1:
             return 1
+        if holds_the_folder and not settings <= weights:
+            return 2
         time.sleep(0.0001)
-    return 0
+    return 0 if reads > 100 else 3
 
 
 def test_a_folder_held_open_is_one_model(tmp_path):
@@ -193,6 +201,22 @@ def test_where_a_folder_cannot_be_exchanged_files_are_replaced(tmp_path, how):
     assert models.others(out) == rest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
+def test_settings_are_on_disk_before_they_are_placed(tmp_path, placing):
+    """Weights are synced by the ranks that write them."""
+    out = models.write(tmp_path / "out", OLD)
+    draft, synced = drafted(out, placing=placing), []
+
+    def fsync(handle):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    with mock.patch("os.fsync", fsync):
+        put_in_place(draft)
+    before = synced[: synced.index(draft.folder) + 1]
+    assert {path.name for path in before} == {"config.json", "tokenizer.json", "tokenizer_config.json", draft.folder.name}
+    assert synced[-1] == (tmp_path if placing is Placing.EXCHANGE else out)
 
 
 def test_rights_of_the_folder_stay(tmp_path):

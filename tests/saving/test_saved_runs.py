@@ -150,6 +150,22 @@ def test_weights_alone(folder, whole):
     run_refused(folder, "alone", f"--model_name_or_path {checkpoint}", resume_from_checkpoint=True)
 
 
+def test_the_best_model_is_exported(folder, whole):
+    """The best is the second step's here, since the larger loss is asked for; the run trained on to the fourth."""
+    evaluation = {"eval_data_path": folder / "data.json", "eval_strategy": "steps", "eval_steps": 2}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True, "save_total_limit": 1}
+    out = run(folder, "best", chat_template="vicuna", **evaluation, **best)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not equal(weights(out), weights(whole))
+    _consolidate(out / "checkpoint-2")
+    assert equal(weights(out), weights(out / "checkpoint-2"))
+
+
+def _consolidate(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", checkpoint, checkpoint, "--safe_serialization"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300)
+
+
 def lost(folder: Path, out: str) -> None:
     """One rank's part of a run whose output folder becomes a file while it trains."""
     import os
@@ -181,6 +197,29 @@ def test_an_output_folder_that_is_lost_during_the_run(folder, whole):
     assert equal(weights(rescued), weights(whole))
 
 
+def failing_at_the_end(folder: Path, out: str) -> None:
+    """One rank's part of a run whose last callback fails on rank 0, as a tracker that is gone would."""
+    from unittest import mock
+
+    from zero_sft import trainer
+
+    def fail(self, args, *_, **__):
+        if args.process_index == 0:
+            raise RuntimeError("the tracker is gone")
+
+    said = io.StringIO()
+    with mock.patch.object(trainer.LastStepLogged, "on_train_end", fail), contextlib.redirect_stderr(said):
+        with pytest.raises(AssertionError):
+            small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
+    if torch.distributed.get_rank() == 0:
+        assert "RuntimeError: the tracker is gone. The model as the last step left it is complete in" in said.getvalue()
+
+
+def test_an_error_after_the_last_step(folder, whole):
+    run_ranks(2, failing_at_the_end, {"folder": folder, "out": "late"}, 400)
+    assert equal(weights(folder / "late"), weights(whole))
+
+
 def test_a_mount_point_as_the_output_folder(tmp_path):
     done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "50m", timeout_s=900)
     assert "trained" in done.stdout, done.stderr[-3000:]
@@ -189,14 +228,14 @@ def test_a_mount_point_as_the_output_folder(tmp_path):
 def test_a_disk_that_is_too_small(tmp_path):
     """Two checkpoints of 0.4 MB and a model of 0.1 MB: found before the weights are read."""
     done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "600k", timeout_s=900)
-    assert "trained" not in done.stdout
+    assert "\ntrained\n" not in done.stdout
     assert "and this run needs" in done.stderr
     assert "2 checkpoints of" in done.stderr
     assert "loading the model" not in done.stderr
 
 
 def test_sizes_are_known_beforehand(folder, whole):
-    """The export's to the byte; a checkpoint's from below, and not far."""
+    """The export's up to some bytes of its header; a checkpoint's from below, and not far."""
     from transformers import AutoConfig
 
     from zero_sft.request import Checks, Request
@@ -208,6 +247,6 @@ def test_sizes_are_known_beforehand(folder, whole):
         while_reading=None, checks=Checks(),
     )  # fmt: skip
     export_bytes, numel = sizes_of(request)
-    assert export_bytes == (whole / "model.safetensors").stat().st_size
+    assert abs(export_bytes - (whole / "model.safetensors").stat().st_size) < 64
     states = checkpoint_bytes(numel, state_bytes_of("adamw_torch"))
     assert states <= folder_bytes(whole / "checkpoint-2" / "global_step2") < 1.2 * states

@@ -185,6 +185,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if values.get("label_smoothing_factor") and values.get("eval_strategy", "no") != "no":
         problems.append("--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out")
     problems += _precision_of_evaluation(values)
+    if values.get("save_only_model") and values.get("load_best_model_at_end"):
+        problems.append("--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out")
     if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
         problems.append("--save_strategy best needs a measure: give --metric_for_best_model loss")
     if values.get("optim") in REFUSED_OPTIMIZERS:

@@ -67,7 +67,7 @@ def make_draft(path: str | Path) -> Draft:
     """Make an empty draft for the folder `path`, on its file system. Rank 0.
 
     Raises:
-        ExportError: `path` is a file, or holds an adapter that readers would load instead of the model.
+        ExportError: `path` is a file, or holds an adapter that readers would load on top of the model.
         OSError: no rights, no room.
     """
     target = resolved(path)
@@ -86,7 +86,7 @@ def _require_usable(target: Path) -> None:
         raise ExportError(f"{target} is a file. Name a folder for the model.")
     if (target / "adapter_config.json").exists():
         raise ExportError(
-            f"{target} holds an adapter (adapter_config.json), which transformers would load instead of the model that is "
+            f"{target} holds an adapter (adapter_config.json), which transformers would load on top of the model that is "
             "written next to it. Name another folder."
         )
 

@@ -17,12 +17,13 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _LOGS = ("logs/history.json", "logs/arguments.json")
 
 
-def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overwrite: bool) -> bool:
+def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overwrite: bool, model: str = "") -> bool:
     """Check that nothing of another run is lost silently; true if a former run is to be overwritten. Rank 0.
 
     Args:
         checkpoint: the one that this run resumes from.
         overwrite: `--overwrite_output_dir`.
+        model: `--model_name_or_path`.
 
     Raises:
         ArgumentError: the folder holds a model, checkpoints or logs, and neither allows for them.
@@ -38,6 +39,12 @@ def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overw
             "from its last checkpoint with --resume_from_checkpoint True, or give --overwrite_output_dir True, which removes "
             "its checkpoints when the training begins and replaces its model at the end."
         )
+    for folder in checkpoints_in(output):
+        if model and Path(model).expanduser().resolve().is_relative_to(folder.resolve()):
+            raise ArgumentError(
+                f"--overwrite_output_dir True would remove {folder}, which --model_name_or_path names. Name another "
+                "--output_dir."
+            )
     return True
 
 

@@ -20,6 +20,7 @@ Everything here runs on rank 0 and does not communicate.
 
 import contextlib
 import filecmp
+import itertools
 import json
 import logging
 import os
@@ -61,6 +62,9 @@ def put_in_place(draft: Draft) -> None:
         OSError: the target is as it was, and the draft is kept.
     """
     folder, target = draft.folder, draft.target
+    for path in folder.iterdir():
+        if path.is_file() and not WEIGHTS.fullmatch(path.name):  # the ranks have synced what they wrote
+            _sync(path)
     _sync(folder)
     if draft.placing is not Placing.IN_PLACE and not (target.is_dir() and any(target.iterdir())):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,7 @@ def _exchanged(folder: Path, target: Path) -> bool:
     """Exchange the draft and the target, and remove the former; False, with all as before, where that can't be done."""
     fresh, former = _distinct_names(folder, target)
     try:
-        if sum(1 for _ in _files(target)) > _MOST_LINKS:
+        if sum(1 for _ in itertools.islice(_files(target), _MOST_LINKS + 1)) > _MOST_LINKS:
             return False
         _link_others(target, folder, former)
         _copy_attributes(target, folder)
@@ -240,10 +244,10 @@ def _copy_attributes(source: Path, copy: Path) -> None:
         os.chown(copy, owner.st_uid, owner.st_gid)
 
 
-def _sync(folder: Path) -> None:
-    """Have the folder's entries on disk, where the file system can do that for folders."""
+def _sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on disk, where the file system can do that."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

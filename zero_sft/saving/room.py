@@ -1,4 +1,6 @@
-"""Does what a run will write fit on the disk? Sizes are exact for the export, and lower bounds for checkpoints.
+"""Does what a run will write fit on the disk?
+
+The sizes of the export are those of its files, up to some bytes of headers. Those of checkpoints are lower bounds.
 
 Left out: quotas, which the file system does not tell, and space that others will take or free meanwhile.
 """

@@ -1,0 +1,55 @@
+"""An output folder that holds another run is taken only on request; other files are nobody's business."""
+
+import pytest
+
+from zero_sft.errors import ArgumentError
+from zero_sft.saving.former_run import remove_checkpoints, require_no_former_run
+
+
+def make(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), ("notes.txt",), ("logs/mine.txt", "checkpoint-best/x", "data.json"), (".out.0123abcd.part/x",), ("config.json",)],
+)
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_without_a_run(tmp_path, names, overwrite):
+    assert not require_no_former_run(make(tmp_path / "out", *names), None, overwrite)
+
+
+def test_no_folder(tmp_path):
+    assert not require_no_former_run(tmp_path / "out", None, False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+     "checkpoint-5/trainer_state.json", "logs/history.json"],
+)  # fmt: skip
+def test_another_run(tmp_path, name):
+    out = make(tmp_path / "out", name)
+    with pytest.raises(ArgumentError, match=r"--output_dir .* holds another run .*--overwrite_output_dir True"):
+        require_no_former_run(out, None, False)
+    assert require_no_former_run(out, None, True)
+    assert not require_no_former_run(out, out / "checkpoint-5", False)
+    with pytest.raises(ArgumentError, match="another run"):
+        require_no_former_run(out, tmp_path / "elsewhere" / "checkpoint-5", False)
+
+
+def test_a_checkpoint_that_is_trained_on_from_is_not_removed(tmp_path):
+    out = make(tmp_path / "out", "checkpoint-5/model.safetensors", "checkpoint-7/latest")
+    with pytest.raises(ArgumentError, match=r"would remove .*checkpoint-5, which --model_name_or_path names"):
+        require_no_former_run(out, None, True, str(out / "checkpoint-5"))
+    assert require_no_former_run(out, None, True, str(tmp_path / "model"))
+
+
+def test_what_is_removed(tmp_path):
+    out = make(tmp_path / "out", "checkpoint-5/latest", "checkpoint-12/latest", "checkpoint-best/x", "model.safetensors")
+    remove_checkpoints(out)
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-best", "model.safetensors"]
