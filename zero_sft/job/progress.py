@@ -168,7 +168,8 @@ class _SpokenWork(Work):
             return
         with self._lock:
             more = self.total is None or self.done - self._said_done >= 0.1 * self.total
-            due = (more or silent >= _SAY_AT_LEAST_SECONDS) and self._now() - self._said_at >= self._every
+            ended = self.total is not None and self.done >= self.total  # the next line of the log shows it
+            due = not ended and (more or silent >= _SAY_AT_LEAST_SECONDS) and self._now() - self._said_at >= self._every
             if due:
                 self._said_at, self._said_done = self._now(), self.done
         if due:
