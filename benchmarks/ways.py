@@ -33,8 +33,7 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     from zero_sft.distributed import connect
     from zero_sft.world import World
 
-    world = World.detect()
-    connect(world)
+    world = connect(World.detect())
     action = _action(way)
     if world.rank == 0:
         settle_memory(3 * sum(path.stat().st_size for path in weight_files(folder)) // 2)

@@ -129,7 +129,8 @@ def split_conversations(folder: Path) -> tuple[Path, Path]:
 def main() -> int:
     """Run the demo; returns the job's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "demo")
+    own = ROOT / "runs" / "demo"
+    parser.add_argument("--output_dir", type=Path, default=own)
     parser.add_argument("launcher_options", nargs="*", help="for launch.sh, after --: for example -- --num_gpus 2")
     options = parser.parse_args()
     model = model_folder()
@@ -142,7 +143,7 @@ def main() -> int:
         "eval_data_path": held_out,
         "sample_prompts": data / "prompts.json",
         "output_dir": options.output_dir,
-        "overwrite_output_dir": True,
+        "overwrite_output_dir": options.output_dir == own,
         **TRAINING,
     }
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]

@@ -115,6 +115,17 @@ def test_an_upgrade_is_noticed_and_its_script_becomes_the_original(scripts):
     assert (scripts / "deepspeed").read_bytes() == upgraded
 
 
+def test_a_shim_of_another_version_is_noticed(scripts):
+    launcher.enable([scripts])
+    shim = (scripts / "deepspeed").read_bytes()
+    (scripts / "deepspeed").write_bytes(shim.replace(b"run(runner)", b"runner.main()"))
+    assert launcher.status([scripts]) is State.OUTDATED
+    assert "run enable again" in launcher.launch_note([scripts])
+    launcher.enable([scripts])
+    assert (scripts / "deepspeed").read_bytes() == shim
+    assert launcher.status([scripts]) is State.ENABLED
+
+
 def test_disable_after_an_upgrade_keeps_the_newer_script(scripts):
     launcher.enable([scripts])
     for name in launcher.SCRIPT_NAMES:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from zero_sft.cluster import failure
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
-from zero_sft.distributed import leave_with
 from zero_sft.errors import DataError
 from zero_sft.trainer import Trainer
 from zero_sft.world import World
@@ -55,7 +55,9 @@ def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
 
     with pytest.raises(DataError) as caught:
         next(Trainer._own(trainer, batches()))
-    assert leave_with(caught.value, World(rank=1, world_size=2)) == 1
+    failure.begin_job(World(rank=1, world_size=2))
+    assert failure.report_failure(caught.value) == 1
     assert capsys.readouterr().err == "\nerror: a.json, sample 6: no (rank 1 alone)\n"
-    assert leave_with(DataError("all have it"), World(rank=1, world_size=2)) == 1
+    failure.begin_job(World(rank=1, world_size=2))
+    assert failure.report_failure(DataError("all have it")) == 1
     assert not capsys.readouterr().err

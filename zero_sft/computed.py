@@ -59,7 +59,7 @@ def fill_computed(draft: Draft, ready: Set[str], world: World, report: LoadRepor
             continue
         made: dict[str, torch.Tensor] | None = None
         with agreed(world, f"computing {wanted[0]}"):
-            if world.local_rank == 0:
+            if world.leads_node:
                 made, nbytes = compute(group, draft.whole, draft.index)
                 report.bytes_read += nbytes
         with shared(made, wanted, world) as whole:
@@ -89,7 +89,7 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
             if tensors is not None:
                 path = _room_for(sum(tensors[name].nbytes for name in names))
                 save_file({name: tensors[name].contiguous() for name in names}, path)
-        where = distributed.exchange(world, str(path or ""))[world.rank - world.local_rank]
+        where = distributed.exchange(world, str(path or ""))[world.node_leader]
         with agreed(world, "mapping what was computed"), safe_open(where, framework="pt") as file:
             mapped = {name: file.get_tensor(name) for name in names}
         yield mapped

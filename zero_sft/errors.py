@@ -7,9 +7,13 @@ was expected, what was found, where, and what to do about it. Errors travel betw
 
 
 class ZeroSftError(Exception):
-    """Base of everything this package raises on purpose. `lone`: one rank alone has it, and must say it itself."""
+    """Base of everything this package raises on purpose.
+
+    `lone`: one rank alone has it, and must say it itself. `agreed`: all ranks have it, by agreement, so that rank 0 says it.
+    """
 
     lone = False
+    agreed = False
 
 
 class ConfigError(ZeroSftError):
@@ -46,3 +50,7 @@ class UnsupportedVersionError(ZeroSftError):
 
 class DistributedError(ZeroSftError):
     """Ranks that disagree, or a rank that failed with something other than a `ZeroSftError`."""
+
+
+class RankLostError(DistributedError):
+    """A rank that has ended, or does not come to where the others wait for it."""

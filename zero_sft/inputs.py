@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft import ds_config as ds_configs
-from zero_sft.arguments import Parsed
+from zero_sft.arguments import Parsed, build_training_arguments
+from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe, require_sources
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
+from zero_sft.model_check import require_usable_model
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.world import World
 
@@ -23,14 +25,14 @@ logger = logging.getLogger("zero_sft.train")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the job works on. `sampling`: arguments of the trainer that follow from the data."""
+    """What the job works on. `arguments`: the Trainer's; `sampling`: those of them that follow from the data."""
 
+    arguments: Any
     config: Any
     tokenizer: Any
     training_data: Prepared
     evaluation_data: Prepared | None
     prompts: tuple[str, ...]
-    ds_config: Mapping[str, Any]
     hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
     checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
     overwrites: bool = False  # a former run in the output folder
@@ -50,13 +52,13 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     training = parsed.training
     with agreed(world, "checking the DeepSpeed config and the output folder"):
         ds = ds_configs.load_ds_config(training["deepspeed"])
-        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.local_world_size, world.world_size))
+        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
+        arguments = build_training_arguments(training, ds, parsed.given)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
-    checkpoint = agree_on_checkpoint(
-        training["resume_from_checkpoint"], training["output_dir"], world, ds, _trains_in_bf16(ds, training)
-    )
+    in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
+    checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
     with agreed(world, "checking the output folder") as told:
         if world.is_main:
             told.mine = require_no_former_run(
@@ -69,6 +71,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     hub = parsed.model.hub_options(training["cache_dir"])
     hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
     config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
+    require_usable_model(parsed, arguments, config, hub, world)
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
     packing = choose_packing(
         parsed.data.packing, text_config(config), attention=parsed.model.attn_implementation, lazy=parsed.data.lazy_preprocess
@@ -80,10 +83,15 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
                 require_sources(paths)
     rows = getattr(text_config(config), "vocab_size", None)
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
+    for option, value in sampling.items():
+        setattr(arguments, option, value)
+    with agreed(world, "counting the steps"):
+        require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
     return Inputs(
+        arguments=arguments,
         config=config,
         tokenizer=tokenizer,
         training_data=train,
@@ -91,19 +99,11 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         if held_out is None or unused
         else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
-        ds_config=ds,
         hub=hub,
         checkpoint=checkpoint,
         overwrites=overwrites,
         sampling=sampling,
     )
-
-
-def _trains_in_bf16(ds_config: Mapping[str, Any], training: Mapping[str, Any]) -> bool:
-    """Whether the engine will be a bf16 one; TRL's `bf16` is true unless `fp16` is."""
-    bf16, fp16 = training.get("bf16"), training.get("fp16", False)
-    wanted = "bfloat16" if (not fp16 if bf16 is None else bf16) else "float16" if fp16 else "float32"
-    return ds_configs.engine_dtype(ds_config, wanted) == "bfloat16"
 
 
 def _require_other_folder(model: str, output_dir: str) -> None:

@@ -4,8 +4,9 @@ DeepSpeed's console script `deepspeed` knows `--module` but not its short form: 
 "unrecognized arguments: -m". `enable` puts a small script in its place that gives DeepSpeed's own argument parser one
 more name for `--module`, and another default of `--log_level` where a module of this package is started; then it runs
 DeepSpeed's own `main`. Every launcher option, its values, and whatever stands after the user's module are therefore still
-parsed by DeepSpeed, in whatever release is installed: a `-m` among the user's own arguments stays there. The shim imports
-nothing of this package, so that removing this package does not break DeepSpeed.
+parsed by DeepSpeed, in whatever release is installed: a `-m` among the user's own arguments stays there. The shim also has
+DeepSpeed's runner mended by `cluster/deepspeed_command.py` (master port, signals, words for pdsh); where that can't be
+imported, it does without, so that removing this package does not break DeepSpeed.
 
 The original script lies beside the shim, in a hidden file; `disable` moves it back, byte for byte. An upgrade of
 DeepSpeed writes its own script over the shim: `status` says so, and `launch_note` tells the training job.
@@ -37,7 +38,15 @@ _SHIM_BODY = f'''\
 import argparse
 import sys
 
-from deepspeed.launcher.runner import main
+from deepspeed.launcher import runner
+
+try:
+    from zero_sft.cluster.deepspeed_command import run
+except ImportError:  # zero_sft was removed, or is older
+
+    def run(runner):
+        return runner.main()
+
 
 _add_argument = argparse.ArgumentParser.add_argument
 _STARTS_ZERO_SFT = any(word.startswith("zero_sft.") for word in sys.argv[1:])
@@ -58,7 +67,7 @@ def _add_our_argument(parser, *flags, **options):
 
 if __name__ == "__main__":
     argparse.ArgumentParser.add_argument = _add_our_argument
-    sys.exit(main())
+    sys.exit(run(runner))
 '''
 
 # Installers write the interpreter's path in one of two ways; the second is for paths too long (or too relocatable) for
@@ -72,6 +81,7 @@ class State(enum.Enum):
     """What the launcher script of this environment is at present; the value is what the person reads."""
 
     ENABLED = "enabled"
+    OUTDATED = "enabled by another version of zero_sft: run enable again"
     NOT_ENABLED = "not enabled"
     REPLACED = "was enabled but a DeepSpeed upgrade/reinstall replaced the script: run enable again"
 
@@ -114,23 +124,25 @@ def disable(folders: Sequence[Path] | None = None) -> None:
 def status(folders: Sequence[Path] | None = None) -> State:
     """Tell the state of the launcher scripts, taken together. Raises `ConfigError` if there is none."""
     scripts = _scripts(folders)
-    shims = [_is_shim(script.read_bytes()) for script in scripts]
+    contents = [script.read_bytes() for script in scripts]
+    shims = [_is_shim(content) for content in contents]
     if all(shims):
-        return State.ENABLED
+        current = all(content == _shim_for(content) for content in contents)
+        return State.ENABLED if current else State.OUTDATED
     if any(shims) or any(_original_of(script).exists() for script in scripts):
         return State.REPLACED
     return State.NOT_ENABLED
 
 
 def launch_note(folders: Sequence[Path] | None = None) -> str | None:
-    """Return a sentence for the job's log if an upgrade of DeepSpeed took `-m` away, else None. Never raises."""
+    """Return a sentence for the job's log if an upgrade took `-m` away or left an old shim, else None. Never raises."""
     try:
-        taken_away = status(folders) is State.REPLACED
+        state = status(folders)
     except (ConfigError, OSError):
         return None
-    if not taken_away:
+    if state not in (State.REPLACED, State.OUTDATED):
         return None
-    return f"The launcher's -m {State.REPLACED.value} (python -m zero_sft.launcher enable)."
+    return f"The launcher's -m {'' if state is State.REPLACED else 'was '}{state.value} (python -m zero_sft.launcher enable)."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

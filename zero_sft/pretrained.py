@@ -58,8 +58,7 @@ def load_pretrained(
     """
     from zero_sft.tokenizer import Wanted, share  # a model alone needs no tokenizer libraries
 
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     options = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub, load_pretrained), world)
     hub["revision"] = options.revision
     config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
@@ -138,8 +137,7 @@ def load_model(
         raise ArgumentError(f"buffer_mib must be a whole number, at least {BUFFER_MIB_A_THREAD}; got {buffer_mib!r}")
     _require_flags(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes, mmap=mmap)
     options = HubOptions.from_kwargs(hub, load_model)
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     sent_before = distributed.bytes_communicated()
     folder = resolve_weights(model_name_or_path, options, world)
     if config is None:
@@ -184,8 +182,8 @@ def _engine(
         ds = ds_configs.load_ds_config(ds_config)
         wanted = wanted_dtype(dtype, config)
         name = ds_configs.engine_dtype(ds, wanted)
-        _check_dtype(dtype, wanted, name)
-        ds = ds_configs.concrete(ds, name, world.local_world_size, world.world_size)
+        require_engine_dtype(dtype, wanted, name)
+        ds = ds_configs.concrete(ds, name, world.node_group_size, world.world_size)
     return ds, name, told.everyone[0]
 
 
@@ -208,7 +206,8 @@ def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
     return str(found).removeprefix("torch.")  # torch.half is another name of torch.float16
 
 
-def _check_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+def require_engine_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+    """Raise `ArgumentError` if a dtype was asked for (not "auto") that is not the engine's."""
     if dtype != "auto" and asked != engine:
         raise ArgumentError(
             f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "

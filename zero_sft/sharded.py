@@ -64,7 +64,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
         headers = read_headers_together(files, world)
     with agreed(world, "planning the reads") as told, watch.stage("plan"):
         index = assemble(files, headers or read_headers(files))
-        threads = max(1, min(request.buffer_mib // BUFFER_MIB_A_THREAD, _cores() // world.local_world_size))
+        threads = max(1, min(request.buffer_mib // BUFFER_MIB_A_THREAD, world.cpu_cores))
         draft = meet(bare, index, quantizer, threads, request.checks.ignore_mismatched_sizes)
         told.same = ("checkpoint", _understood(draft))
     with agreed(world, "reading the weights") as told:
@@ -247,12 +247,6 @@ def _held(tensor: torch.Tensor) -> Held:
     held = Held(digest=digest(shard), dtype=shard.dtype, parts=shards.partitions(param))
     shards.release_shard(param)
     return held
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Stopwatch:

@@ -27,6 +27,8 @@ def load_stock(request: Request, world: World, report: LoadReport) -> PreTrained
     """
     with agreed(world, "preparing the model's class"):
         cls, config = skeleton.resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
+        if request.attn_implementation is not None:
+            skeleton.require_attention(cls, config, request.attn_implementation)
     hf_config = zero3_config(request.ds_config)
     start = time.perf_counter()
     optional: dict[str, Any] = (

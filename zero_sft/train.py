@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft import progress
-from zero_sft.arguments import Parsed, answer_help, build_training_arguments, parse, wants_help
+from zero_sft.arguments import Parsed, answer_help, parse, wants_help
 from zero_sft.console import close_console, open_console, quieten_transformers
-from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.errors import ArgumentError
 from zero_sft.launcher import launch_note
 from zero_sft.world import World
 
@@ -46,18 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         return answer_help(argv)
-    from zero_sft import distributed
+    from zero_sft.cluster import failure
+    from zero_sft.cluster.watch import watch_launcher
 
-    world = World()
+    watch_launcher()
+    failure.begin_job(World())
     try:
         world = World.detect()
+        failure.begin_job(world)
         open_console(world)
         run(parse(argv), world)
-    except ZeroSftError as error:
+    except KeyboardInterrupt:
         close_console()
-        return distributed.leave_with(error, world)
+        return failure.report_interrupt()
+    except Exception as error:  # noqa: BLE001 - whatever it is, one rank says it
+        close_console()
+        return failure.report_failure(error)
     finally:
         close_console()
+    failure.end_job()
     return 0
 
 
@@ -68,8 +75,8 @@ def run(parsed: Parsed, world: World) -> None:
         ZeroSftError: the same on every rank.
     """
     from zero_sft import distributed
+    from zero_sft.cluster import failure
     from zero_sft.disk_room import require_room_for_run
-    from zero_sft.distributed import agreed
     from zero_sft.inputs import read_inputs
     from zero_sft.timeline import Timeline
 
@@ -82,23 +89,22 @@ def run(parsed: Parsed, world: World) -> None:
     timeline.end("imports")
     ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
     logger.info("starting %s; the first run on a machine compiles operators of DeepSpeed's, for one to three minutes", ranks)
-    with progress.task("starting DeepSpeed"):
-        distributed.connect(world)
+    with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
+        world = distributed.connect(world)
     logger.info("%s on %s", ranks, _device())
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.
     distributed.agree_on(world, "arguments", _shown(parsed))
     timeline.end("joining")
+    failure.set_stage("preparing tokenizer and data")
     inputs = read_inputs(parsed, world)
+    failure.set_log_folder(Path(parsed.training["output_dir"]) / LOGS)
     timeline.end("inputs")
-    if _offloads_optimizer(inputs.ds_config) and parsed.training["optim"] == "adamw_torch":
-        logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
-    with agreed(world, "setting up the trainer's arguments"):
-        arguments = build_training_arguments({**parsed.training, **inputs.sampling}, inputs.ds_config)
-    require_room_for_run(parsed, arguments, inputs, world)
-    model = _load(parsed, arguments, inputs)
+    require_room_for_run(parsed, inputs.arguments, inputs, world)
+    failure.set_stage("loading the model")
+    model = _load(parsed, inputs.arguments, inputs)
     timeline.end("load")
-    _train_and_export(parsed, arguments, model, inputs, world, timeline)
+    _train_and_export(parsed, inputs.arguments, model, inputs, world, timeline)
 
 
 def _device() -> str:
@@ -137,11 +143,13 @@ def _load(parsed: Parsed, arguments: Any, inputs: "Inputs") -> Any:
 def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
+    from zero_sft.cluster import failure
     from zero_sft.distributed import agreed
     from zero_sft.saving.rescue import export_or_rescue
     from zero_sft.zero import gather
 
     report = model.load_report
+    failure.set_stage("answering prompts")
     before = []
     if inputs.prompts:
         with gather.whole_model(model):
@@ -151,9 +159,12 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     trainer = _trainer(arguments, model, parsed, inputs, timeline)
     output = Path(arguments.output_dir)
     _begin(output, inputs, world)
+    failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
     trainer.train(resume_from_checkpoint=None if inputs.checkpoint is None else str(inputs.checkpoint.folder))
     logger.info("writing the model to %s", output)
+    failure.set_stage("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
+    failure.set_stage("answering prompts")
     after = _answers_of_engine(parsed, trainer, inputs)
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
     known = {
@@ -277,11 +288,6 @@ def _say_results(output: Path, history: list, answers: list) -> None:
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)
 
 
-def _offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
-
-
 def _shown(parsed: Parsed) -> dict[str, Any]:
     """The arguments as they can be compared and shown: without the token."""
     model = {key: value for key, value in dataclasses.asdict(parsed.model).items() if key != "token"}
@@ -289,4 +295,9 @@ def _shown(parsed: Parsed) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status:
+        from zero_sft.cluster.watch import leave
+
+        leave(status)  # the interpreter's own way out may wait for ranks that are gone
+    sys.exit(status)

@@ -1,57 +1,182 @@
-"""Who is who: plain data, detected once from a launcher's variables and passed in."""
+"""Who is who: plain data, detected once from a launcher's variables and passed in.
+
+A launcher tells a rank its number and the number of ranks. The ranks of its node are counted again when the ranks are
+connected (`cluster/layout.py`), since launchers name them differently, wrongly for uneven nodes, or not at all.
+"""
 
 import os
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from zero_sft import errors
 
+_RESERVED_STEPS = 0xFFFFFFF0
+"""SLURM numbers the steps of a batch script, of a node's daemon and of salloc's shell from here on."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """This process among its peers: `0 <= rank < world_size`, `0 <= local_rank < local_world_size` on its node."""
+    """This process among its peers: `0 <= rank < world_size`.
+
+    `local_rank` is the launcher's: the number of the rank's device among the visible ones. `local_world_size` is the number
+    of ranks on the rank's node, and `node_leaders[r]` the lowest rank on the node of rank `r`; empty before `connect`.
+    `cpu_cores` are those that the rank has to itself.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    node_leaders: tuple[int, ...] = ()
+    cpu_cores: int = 1
 
     @property
     def is_main(self) -> bool:
         """True on the one rank that talks to the person."""
         return self.rank == 0
 
+    @property
+    def node_leader(self) -> int:
+        """The rank that does for its node what is done once a node."""
+        return self.node_leaders[self.rank] if self.node_leaders else self.rank - self.local_rank
+
+    @property
+    def leads_node(self) -> bool:
+        """True on one rank of each node."""
+        return self.rank == self.node_leader
+
+    @property
+    def node_group_size(self) -> int:
+        """The largest n that divides `world_size` such that ranks [i*n, (i+1)*n) are on one node, for each i."""
+        if not self.node_leaders:
+            return self.local_world_size
+        return next(size for size in range(self.local_world_size, 0, -1) if self._groups_fit(size))
+
+    def _groups_fit(self, size: int) -> bool:
+        starts = range(0, self.world_size, size)
+        return self.world_size % size == 0 and all(len(set(self.node_leaders[i : i + size])) == 1 for i in starts)
+
     @classmethod
     def detect(cls, environ: Mapping[str, str] | None = None) -> "World":
-        """Read the launcher's variables: torchrun's and DeepSpeed's first, then those of a SLURM step, else one process.
+        """Read the launcher's variables; without any, this is a process alone.
+
+        Looked for in this order: torchrun's and DeepSpeed's, Open MPI's, MVAPICH's, Hydra's (MPICH, Intel MPI), those of a
+        SLURM step. Those of MPI stand before SLURM's, whose are then of the processes that start the ranks.
 
         Raises:
             ConfigError: variables that are not numbers or contradict each other.
         """
-        env = os.environ if environ is None else environ
-        if "RANK" in env and "WORLD_SIZE" in env:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "").isdigit():
-            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
-        else:
-            return cls()
-        return cls._from_variables(env, names)
+        env = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
+        started_by_deepspeed = "CROSS_RANK" in env and "GROUP_RANK" not in env
+        for launcher in (_DEEPSPEED, *_LAUNCHERS) if started_by_deepspeed else _LAUNCHERS:
+            if launcher.rank in env and any(name in env for name in launcher.world_size):
+                return launcher.read(env)
+        if _is_slurm_task(env):
+            return _SLURM.read({**env, **_slurm_node_tasks(env)})
+        _require_no_half(env)
+        return cls()
 
-    @classmethod
-    def _from_variables(cls, env: Mapping[str, str], names: tuple[str, str, str, str]) -> "World":
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variables:
+    """The variables of a launcher; of several names for one thing, the first that is set counts."""
+
+    rank: str
+    world_size: tuple[str, ...]
+    local_rank: str
+    local_world_size: tuple[str, ...]
+
+    def read(self, env: Mapping[str, str]) -> World:
+        """The world that they tell of."""
+        names = (
+            self.rank, _first_set(env, self.world_size), self.local_rank, _first_set(env, self.local_world_size),
+        )  # fmt: skip
         try:
             rank, world_size = int(env[names[0]]), int(env[names[1]])
             local_rank = int(env.get(names[2], "0"))
-            local = env.get(names[3], "")
-            # SLURM writes "2(x3),1": the tasks of each node. Uneven nodes are rare; the first count serves as the size.
-            local_world_size = int(local.split("(")[0].split(",")[0]) if local else local_rank + 1
+            local_world_size = int(env.get(names[3], local_rank + 1))
         except (KeyError, ValueError) as error:
-            raise errors.ConfigError(
-                f"the launcher's variables are not usable ({error}): expected numbers in {', '.join(names)}, got "
-                f"{ {name: env.get(name) for name in names} }. Start the job with ./launch.sh, deepspeed, torchrun or srun."
-            ) from error
+            raise _unusable(f"are not numbers ({error})", names, env) from error
         if not 0 <= rank < world_size:
+            raise _unusable(f"contradict each other: {names[0]} is not below {names[1]}", names, env)
+        if not 0 <= local_rank < local_world_size:
+            raise _unusable(f"contradict each other: {names[2]} is not below {names[3]}", names, env)
+        if local_world_size > world_size:
+            raise _unusable(f"contradict each other: {names[3]} is larger than {names[1]}", names, env)
+        return World(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
+
+
+_DEEPSPEED = _Variables(rank="RANK", world_size=("WORLD_SIZE",), local_rank="LOCAL_RANK", local_world_size=("LOCAL_SIZE",))
+_TORCHRUN = _Variables(
+    rank="RANK", world_size=("WORLD_SIZE",), local_rank="LOCAL_RANK", local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+)
+_OPEN_MPI = _Variables(
+    rank="OMPI_COMM_WORLD_RANK",
+    world_size=("OMPI_COMM_WORLD_SIZE",),
+    local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+    local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+)
+_MVAPICH = _Variables(
+    rank="MV2_COMM_WORLD_RANK",
+    world_size=("MV2_COMM_WORLD_SIZE",),
+    local_rank="MV2_COMM_WORLD_LOCAL_RANK",
+    local_world_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
+)
+_HYDRA = _Variables(
+    rank="PMI_RANK", world_size=("PMI_SIZE",), local_rank="MPI_LOCALRANKID", local_world_size=("MPI_LOCALNRANKS",)
+)
+_SLURM = _Variables(
+    rank="SLURM_PROCID",
+    world_size=("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+    local_rank="SLURM_LOCALID",
+    local_world_size=("_SLURM_NODE_TASKS",),
+)
+_LAUNCHERS = (_TORCHRUN, _OPEN_MPI, _MVAPICH, _HYDRA)
+
+
+def _first_set(env: Mapping[str, str], names: tuple[str, ...]) -> str:
+    return next((name for name in names if name in env), names[0])
+
+
+def _unusable(problem: str, names: tuple[str, ...], env: Mapping[str, str]) -> errors.ConfigError:
+    values = ", ".join(f"{name}={env.get(name, '(not set)')}" for name in names)
+    return errors.ConfigError(
+        f"the launcher's variables {problem}. Found: {values}. Start the job with ./launch.sh, deepspeed, torchrun, mpirun or "
+        "srun, and unset what a former job has left."
+    )
+
+
+def _is_slurm_task(env: Mapping[str, str]) -> bool:
+    """True in a task that srun started, False in a batch script and in the shells of `salloc` and `srun --pty`.
+
+    Those shells have the variables of a task, and hand them on to every program.
+    """
+    step = env.get("SLURM_STEP_ID", "")
+    if "SLURM_PROCID" not in env or not step.isdigit() or int(step) >= _RESERVED_STEPS:
+        return False
+    return not ("SLURM_PTY_PORT" in env and sys.stdin is not None and sys.stdin.isatty())
+
+
+def _slurm_node_tasks(env: Mapping[str, str]) -> dict[str, str]:
+    """This node's tasks, from SLURM's list of all nodes': "2(x3),1" on node 3 → 1."""
+    listed = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE") or ""
+    tasks: list[str] = []
+    for part in listed.split(",") if listed else ():
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise errors.ConfigError(f"SLURM's list of tasks per node is not readable: {listed!r}. Start the job with srun.")
+        tasks += [match[1]] * int(match[2] or 1)
+    node = int(env["SLURM_NODEID"]) if env.get("SLURM_NODEID", "").isdigit() else 0
+    return {"_SLURM_NODE_TASKS": tasks[min(node, len(tasks) - 1)]} if tasks else {}
+
+
+def _require_no_half(env: Mapping[str, str]) -> None:
+    """A process with one of RANK and WORLD_SIZE was meant to be one of several, unless the value is a lone process's."""
+    for name, other, lone in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if env.get(name, lone) != lone and other not in env:
             raise errors.ConfigError(
-                f"{names[0]}={rank} is not below {names[1]}={world_size}. Start the job with ./launch.sh or a launcher."
+                f"{name}={env[name]} is set, but {other} is not. Start the job with ./launch.sh, deepspeed, torchrun, mpirun "
+                f"or srun; for one process alone, unset {name}."
             )
-        return cls(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)

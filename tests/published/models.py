@@ -268,7 +268,8 @@ MODELS: dict[str, PublishedModel] = {
     ),
     "gpt-oss-20b": PublishedModel(
         config=_GPT_OSS,
-        generation={"bos_token_id": 199998, "do_sample": True, "eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999},
+        generation={"bos_token_id": 199998, "do_sample": True, "eos_token_id": [200002, 199999, 200012],
+                    "pad_token_id": 199999},
         tokenizer="gptoss", template="gptoss.jinja", quantised="mxfp4",
     ),
 }  # fmt: skip

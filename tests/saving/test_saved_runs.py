@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import small_job
 from tests.runner import run_ranks
+from tests.saving.test_placing import unshared
 
 STEPS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -110,7 +111,7 @@ def test_a_folder_with_another_run(folder, whole):
     run_refused(folder, out.name, "holds another run (model.safetensors, ...)")
     assert files(out).keys() == files(whole).keys() | {"notes.txt"}
     run(folder, out.name, overwrite_output_dir=True, max_steps=1, save_steps=5)
-    assert not list(out.glob("checkpoint-*"))
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     assert (out / "notes.txt").read_text() == "mine"
     assert not equal(weights(out), weights(whole))
 
@@ -134,11 +135,79 @@ def test_the_remedy_for_another_number_of_ranks(folder, whole):
 
 
 def test_weights_alone(folder, whole):
-    """Each checkpoint is a plain model then, without the optimizer, and a run does not resume from it."""
+    """Each checkpoint is a plain model then, without the optimizer, and a run does not resume from it.
+
+    The logs can't be written here, since a file has their folder's name: the run ends well all the same.
+    """
+    (folder / "alone").mkdir()
+    (folder / "alone" / "logs").write_text("mine")
     out = run(folder, "alone", save_only_model=True, chat_template="vicuna")
     checkpoint = out / "checkpoint-4"
     assert not list(out.glob("checkpoint-*/global_step*"))
     assert equal(weights(checkpoint), weights(whole))
     assert not equal(weights(out / "checkpoint-2"), weights(whole))
-    assert files(checkpoint).keys() == files(out).keys() | {"trainer_state.json"}
+    assert files(checkpoint).keys() == files(out).keys() - {"logs"} | {"trainer_state.json"}
     run_refused(folder, "alone", f"--model_name_or_path {checkpoint}", resume_from_checkpoint=True)
+
+
+def lost(folder: Path, out: str) -> None:
+    """One rank's part of a run whose output folder becomes a file while it trains."""
+    import os
+    from unittest import mock
+
+    from zero_sft import trainer
+
+    os.chdir(folder)
+    train = trainer.Trainer.train
+
+    def train_and_lose(self, *args, **kwargs):
+        train(self, *args, **kwargs)
+        if self.args.process_index == 0:
+            shutil.rmtree(folder / out)
+            (folder / out).write_text("a file")
+        torch.distributed.barrier()
+
+    said = io.StringIO()
+    with mock.patch.object(trainer.Trainer, "train", train_and_lose), contextlib.redirect_stderr(said):
+        with pytest.raises(AssertionError):
+            small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
+    if torch.distributed.get_rank() == 0:
+        assert "The trained model is complete in" in said.getvalue()
+
+
+def test_an_output_folder_that_is_lost_during_the_run(folder, whole):
+    run_ranks(2, lost, {"folder": folder, "out": "lost"}, 400)
+    (rescued,) = folder.glob("lost-rescued-*")
+    assert equal(weights(rescued), weights(whole))
+
+
+def test_a_mount_point_as_the_output_folder(tmp_path):
+    done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "50m", timeout_s=900)
+    assert "trained" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_disk_that_is_too_small(tmp_path):
+    """Two checkpoints of 0.4 MB and a model of 0.1 MB: found before the weights are read."""
+    done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "600k", timeout_s=900)
+    assert "trained" not in done.stdout
+    assert "and this run needs" in done.stderr
+    assert "2 checkpoints of" in done.stderr
+    assert "loading the model" not in done.stderr
+
+
+def test_sizes_are_known_beforehand(folder, whole):
+    """The export's to the byte; a checkpoint's from below, and not far."""
+    from transformers import AutoConfig
+
+    from zero_sft.request import Checks, Request
+    from zero_sft.saving.room import checkpoint_bytes, folder_bytes, sizes_of, state_bytes_of
+
+    request = Request(
+        folder=folder / "model", config=AutoConfig.from_pretrained(folder / "model"), ds_config={}, dtype=torch.float32, seed=0,
+        model_class=None, attn_implementation=None, trust_remote_code=False, variant=None, buffer_mib=64, mmap=False,
+        while_reading=None, checks=Checks(),
+    )  # fmt: skip
+    export_bytes, numel = sizes_of(request)
+    assert export_bytes == (whole / "model.safetensors").stat().st_size
+    states = checkpoint_bytes(numel, state_bytes_of("adamw_torch"))
+    assert states <= folder_bytes(whole / "checkpoint-2" / "global_step2") < 1.2 * states

@@ -1,42 +1,152 @@
-"""A lock that a killed compilation left behind is named instead of waited for."""
+"""DeepSpeed's operators in this project's folder: compiled once, under a lock that a killed build does not leave behind.
+
+The operator here is a module in plain C, built by DeepSpeed's own builder, torch and ninja.
+"""
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from zero_sft.errors import ConfigError
-from zero_sft.zero.operators import STALE_SECONDS, logger, prefer_own_ninja, require_no_stale_lock
+from zero_sft.zero import operators
+from zero_sft.zero.operators import operators_folder, prefer_own_ninja
+
+SOURCE = """
+#include <Python.h>
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "tiny", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_tiny(void) { return PyModule_Create(&definition); }
+"""
+COMPILER = """#!/bin/sh
+case "$*" in *" -c "*) echo $$ >>"$COMPILED"; [ ! -e "$SLOW" ] || sleep 100;; esac
+exec c++ "$@"
+"""
+USER = """
+import sys
+from deepspeed.ops.op_builder.builder import OpBuilder
+from zero_sft.zero.operators import keep_operators_apart
+
+class TinyBuilder(OpBuilder):
+    def __init__(self): super().__init__(name="tiny")
+    def absolute_name(self): return "tiny"
+    def sources(self): return [sys.argv[1]]
+
+keep_operators_apart()
+keep_operators_apart()
+print(TinyBuilder().load(verbose=False).__file__)
+"""
 
 
-def lock(root, operator, age_seconds, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(root))
-    path = root / operator / "lock"
-    path.parent.mkdir(parents=True)
-    path.touch()
-    os.utime(path, (time.time() - age_seconds,) * 2)
-    return path
+class Workshop:
+    """A folder with the operator, a compiler that counts its calls and can be slow, and programs that use the operator."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.root, self.slow = folder, folder / "cache", folder / "slow"
+        (folder / "tiny.cpp").write_text(SOURCE)
+        (folder / "c++").write_text(COMPILER)
+        (folder / "c++").chmod(0o755)
+        (folder / "compiled").touch()
+        self.env = {
+            **os.environ, "TORCH_EXTENSIONS_DIR": str(self.root), "CXX": str(folder / "c++"), "SLOW": str(self.slow),
+            "COMPILED": str(folder / "compiled"), "DS_ACCELERATOR": "cpu",
+        }  # fmt: skip
+
+    def start(self) -> subprocess.Popen:
+        """A program that loads the operator, in its own process group."""
+        command = [sys.executable, "-c", USER, str(self.folder / "tiny.cpp")]
+        return subprocess.Popen(
+            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def compilations(self) -> int:
+        return len((self.folder / "compiled").read_text().split())
 
 
-@pytest.mark.parametrize("operator", ["async_io", "cpu_adam", "deepspeed_shm_comm"])
-def test_an_old_lock(tmp_path, monkeypatch, operator):
-    path = lock(tmp_path, operator, STALE_SECONDS + 60, monkeypatch)
-    with pytest.raises(ConfigError, match=rf"{operator} has been locked for 21 minutes.*rm {path}"):
-        require_no_stale_lock()
+@pytest.fixture
+def workshop(tmp_path):
+    return Workshop(tmp_path)
 
 
-def test_a_young_lock_is_named(tmp_path, monkeypatch):
-    path = lock(tmp_path, "py311_cpu/cpu_adam", 90, monkeypatch)
-    warnings = []
-    monkeypatch.setattr(logger, "warning", lambda text, *values: warnings.append(text % values))
-    require_no_stale_lock()
-    assert "compiles DeepSpeed's operator cpu_adam" in warnings[0]
-    assert str(path) in warnings[0]
+def finish(process: subprocess.Popen) -> Path:
+    """The operator's file, as the program has found it."""
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return Path(output.split()[-1])
 
 
-def test_others_locks_are_none_of_ours(tmp_path, monkeypatch):
-    lock(tmp_path, "somebody_elses", STALE_SECONDS + 60, monkeypatch)
-    require_no_stale_lock()
+def test_one_process_compiles_and_the_others_import(workshop):
+    files = {finish(process) for process in [workshop.start() for _ in range(2)]}
+    files.add(finish(workshop.start()))
+    assert len(files) == 1
+    assert files.pop().is_file()
+    assert workshop.compilations() == 1
+
+
+def test_a_killed_build_costs_another_build(workshop):
+    """kill -9 of the process that compiles: not of its compiler, which goes on, as after an out-of-memory kill."""
+    workshop.slow.touch()
+    process = workshop.start()
+    deadline = time.monotonic() + 150
+    while not workshop.compilations():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (lock,) = workshop.root.glob("*/building-tiny-*/tiny/lock")  # torch's
+    process.kill()
+    process.communicate(timeout=30)
+    workshop.slow.unlink()
+    assert lock.exists()
+    assert finish(workshop.start()).is_file()
+    assert not list(workshop.root.glob("*/building-*"))
+    for compiler in (workshop.folder / "compiled").read_text().split()[:1]:
+        os.kill(int(compiler), signal.SIGKILL)  # our slow one
+
+
+def test_locks_of_torch_are_not_waited_for(workshop):
+    """Of killed builds, by whatever program, of this operator and of others."""
+    for name in ("tiny", "async_io", "py311_cpu/tiny", "py311_cpu/cpu_adam"):
+        (workshop.root / name).mkdir(parents=True)
+        (workshop.root / name / "lock").touch()
+        os.utime(workshop.root / name / "lock", (time.time() - 10_000,) * 2)
+    assert finish(workshop.start()).is_file()
+
+
+def test_a_changed_source_is_compiled_again(workshop):
+    first = finish(workshop.start())
+    (workshop.folder / "tiny.cpp").write_text(SOURCE + "\n")
+    assert finish(workshop.start()) != first
+    assert workshop.compilations() == 2
+
+
+def test_the_folder_is_the_users_cache_unless_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert operators_folder().parent == tmp_path / "cache" / "zero_sft" / "operators"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "given"))
+    assert operators_folder().parent == tmp_path / "given"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert operators_folder().parent == tmp_path / f"zero_sft-{os.getuid()}"
+
+
+def test_hosts_that_share_a_network_file_system_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    names = set()
+    for host in ("node1", "node2"):
+        monkeypatch.setattr("platform.node", lambda host=host: host)
+        for file_system in ("ext4", "nfs4"):
+            operators._environment.cache_clear()
+            monkeypatch.setattr(operators, "_file_system", lambda path, name=file_system: name)
+            names.add(operators_folder().name)
+    operators._environment.cache_clear()
+    assert len(names) == 3
 
 
 def test_this_environments_ninja_comes_first(tmp_path, monkeypatch):

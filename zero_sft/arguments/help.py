@@ -22,8 +22,14 @@ WIDTH = 118
 ALL = "all"
 
 OWN_FIELDS = (
-    "output_dir", "overwrite_output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint",
-)  # fmt: skip
+    "output_dir",
+    "overwrite_output_dir",
+    "model_max_length",
+    "optim",
+    "cache_dir",
+    "deepspeed",
+    "resume_from_checkpoint",
+)
 """Arguments of the training group that the overview shows at length."""
 
 _HEAD = """\

@@ -39,13 +39,14 @@ class Parsed:
 
     `training` holds what `build_training_arguments` takes: what was given, and always `output_dir`, `model_max_length`,
     `optim`, `cache_dir`, `deepspeed` and `resume_from_checkpoint`. `notes` are lines for the log, one for each
-    translated name.
+    translated name; `given` are the names that the user gave, as they are called today.
     """
 
     model: ModelArguments
     data: DataArguments
     training: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
+    given: frozenset[str] = field(default=frozenset())
 
 
 def parse(argv: Sequence[str]) -> Parsed:
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         data=DataArguments(**groups[DATA]),
         training=MappingProxyType(groups[TRAINING]),
         notes=tuple(dict.fromkeys(notes)),
+        given=frozenset(values),
     )
 
 

@@ -1,7 +1,7 @@
 """Token ids that a model has no embedding for: a tokenizer may have more tokens than its model has rows.
 
-They end a training in the middle of a step, on a GPU in an assertion that names neither token nor sample. So they are looked for
-when the data is prepared, where the tokenizer has any.
+They end a training in the middle of a step, on a GPU in an assertion that names neither token nor sample. So they are looked
+for when the data is prepared, where the tokenizer has any.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def require_embedded(ids: Sequence[int], tokenizer: Any, rows: int, where: str) 
         return
     beyond = next(each for each in ids if each >= rows)
     raise DataError(
-        f"{where}: the model has no embedding for the token {tokenizer.convert_ids_to_tokens(beyond)!r}: its id is {beyond}, and "
-        f"the embedding has {rows} rows (vocab_size in config.json). Take it out of the text or the chat template, or give the "
-        "tokenizer that belongs to the model."
+        f"{where}: the model has no embedding for the token {tokenizer.convert_ids_to_tokens(beyond)!r}: its id is {beyond}, "
+        f"and the embedding has {rows} rows (vocab_size in config.json). Take it out of the text or the chat template, or give "
+        "the tokenizer that belongs to the model."
     )

@@ -58,8 +58,7 @@ def save_pretrained(
         ExportError: the folder can't be written, or is not the same on all ranks.
     """
     target = Path(path).expanduser()
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     inner: Any = getattr(model, "module", model)
     tensors = dict(_tensors(inner))
     layout = _agreed_layout(inner, tensors, max_file_bytes, world)

@@ -68,7 +68,11 @@ def find_checkpoint(
         ArgumentError: no checkpoint, not a whole one, or one of another number of ranks or another precision.
     """
     asked = f"--resume_from_checkpoint {wanted}"
-    found = _newest(asked, Path(output_dir), ds_config) if wanted is True else _named(asked, Path(str(wanted)), ds_config)
+    found = (
+        _newest(asked, Path(output_dir).expanduser(), ds_config)
+        if wanted is True
+        else _named(asked, Path(str(wanted)).expanduser(), ds_config)
+    )
     if found.world_size != world_size:
         raise ArgumentError(
             f"{asked}: {found.folder} was written by {found.world_size} ranks, and here are {world_size}; ZeRO's state is cut "

@@ -60,8 +60,7 @@ def load_tokenizer(
             range. Always the same one on every rank.
     """
     options = HubOptions.from_kwargs(hub, load_tokenizer)
-    world = World.detect()
-    distributed.connect(world)
+    world = distributed.connect(World.detect())
     wanted = Wanted(name=model_name_or_path, options=options, model_max_length=model_max_length, padding_side=padding_side)
     return share(world, wanted, wanted.prepare)
 

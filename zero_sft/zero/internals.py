@@ -5,8 +5,10 @@ loaded wrongly. The accessors of `ds_*` attributes are in `shards.py`; what they
 """
 
 import inspect
+from typing import Any
 
 import deepspeed
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -32,6 +34,18 @@ def check() -> None:
         raise UnsupportedVersionError(_moved("zero.Init's argument tensor_overrides"))
     if not hasattr(DeepSpeedZeRoOffload, "setup_zero_stage3_hooks"):
         raise UnsupportedVersionError(_moved("DeepSpeedZeRoOffload.setup_zero_stage3_hooks"))
+
+
+def operator_builder() -> Any:
+    """The class whose `jit_load(self, verbose)` compiles and imports an operator, for `operators.keep_operators_apart`.
+
+    Raises:
+        UnsupportedVersionError: it is not where this package needs it.
+    """
+    found = [method for method in ("jit_load", "sources", "deepspeed_src_path") if hasattr(OpBuilder, method)]
+    if len(found) < 3 or list(inspect.signature(OpBuilder.jit_load).parameters) != ["self", "verbose"]:
+        raise UnsupportedVersionError(_moved("OpBuilder.jit_load(self, verbose)"))
+    return OpBuilder
 
 
 def untested() -> str | None:

@@ -1,0 +1,195 @@
+"""A run that fails says so once, whatever the other ranks then see, and nobody of it is left."""
+
+import json
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import Started, deepspeed, free_port, shimmed, torchrun
+
+FAULTY = "tests.cluster.faulty"
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def begin(command: list[str], **env: str) -> Started:
+        started.append(Started(command, tmp_path / f"log{len(started)}", **env))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        run.kill()
+
+
+def trains(run: Started) -> bool:
+    return "'loss'" in run.output or "loss " in run.output
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "SIGHUP", "SIGTERM with the shim"])
+def test_nobody_outlives_the_launcher(job, start, tmp_path, how):
+    """A signal to the `deepspeed` process alone, in the middle of the training."""
+    name, _, shim = how.partition(" ")
+    command = [str(shimmed(tmp_path)), "--num_gpus", "2", "-m", "zero_sft.train", *job()] if shim else deepspeed(2, *job())
+    run = start(command)
+    run.wait_for(lambda: trains(run))
+    assert len(run.ranks()) == 2
+    run.process.send_signal(getattr(signal, name))
+    assert run.wait(30) != 0
+    assert run.left_after(20) == []
+    assert run.output.count("error: ") == 1, run.output[-3000:]
+    assert ("SIGTERM has ended the job" if shim else "the launcher has ended") in run.output
+    assert "while training, in step " in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(("dead", "launcher"), [(0, deepspeed), (1, deepspeed), (1, torchrun)])
+def test_a_killed_rank_is_named(job, start, dead, launcher):
+    run = start(launcher(2, *job()))
+    run.wait_for(lambda: trains(run))
+    pid = run.ranks()[dead].pid
+    run.ranks()[dead].send_signal(signal.SIGKILL)
+    assert run.wait(60) != 0
+    assert run.left_after(20) == []
+    assert run.output.count("error: ") == 1, run.output[-3000:]
+    assert f"error: rank {dead} (process {pid}) on {socket.gethostname()} ended while training, in step " in run.output
+    assert "0:30:00" not in run.output
+    assert "Traceback" not in run.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "ranks", "says"),
+    [
+        ("raise", "1", "failed while training, in step 2 of 100000: RuntimeError: the fault of this test"),
+        ("raise", "0,1", "RuntimeError: the fault of this test"),
+        ("memory", "0", "--per_device_train_batch_size"),
+        ("data", "1", "sample 7 can't be read (rank 1 alone)"),
+    ],
+)
+def test_an_error_in_a_step_is_one_message(job, start, tmp_path, fault, ranks, says):
+    run = start(deepspeed(2, *job(), module=FAULTY), FAULT=fault, FAULT_RANKS=ranks)
+    assert run.wait() != 0
+    assert run.left_after(20) == []
+    assert run.output.count("error: ") == 1, run.output[-4000:]
+    assert says in run.output
+    assert run.output.count("Traceback") == (0 if fault == "data" else 1), "of the rank that failed, once"
+    assert ("_fault(os.environ" in run.output) == (fault != "data"), "a fault in a user's code needs its traceback"
+    if fault == "raise":
+        assert "the fault of this test" in (tmp_path / "out" / "logs" / "error_rank_1.txt").read_text()
+
+
+def test_a_taken_port_is_named(job, start):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        run = start(deepspeed(2, *job(), port=port))
+        assert run.wait() != 0
+    assert run.output.count("error: ") == 1, run.output[-3000:]
+    assert f"the master port {port} of {socket.gethostname()} is taken by process" in run.output
+    assert "--master_port" in run.output
+    assert "Traceback" not in run.output
+
+
+PROBE = """
+import json, os, sys
+from pathlib import Path
+seen = {"argv": sys.argv[1:], "port": os.environ["MASTER_PORT"], "pid": os.getpid()}
+(Path(os.environ["SEEN"]) / f"{os.environ['MASTER_PORT']}.{os.environ['RANK']}").write_text(json.dumps(seen))
+"""
+
+
+@pytest.fixture
+def probe(tmp_path):
+    """A module that writes down what reaches it, and the variables that it needs."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "seen").mkdir()
+    return {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}", "SEEN": str(tmp_path / "seen")}
+
+
+def seen(tmp_path: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "seen").iterdir())]
+
+
+def test_two_jobs_take_different_ports(start, tmp_path, probe):
+    """The README's command twice, and one with a port that is taken."""
+    command = [str(shimmed(tmp_path)), "--num_gpus", "1"]
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        runs = [start([*command, *words, "-m", "probe"], **probe) for words in ([], [], ["--master_port", str(port)])]
+        assert [run.wait(100) for run in runs] == [0, 0, 0], [run.output[-1000:] for run in runs]
+    ports = {rank["port"] for rank in seen(tmp_path)}
+    assert len(ports) == 3
+    assert not {"29500", str(port)} & ports
+    assert "is taken, so this job takes" in runs[2].output
+
+
+def test_a_port_that_is_given_is_taken(start, tmp_path, probe):
+    port = str(free_port())
+    run = start([str(shimmed(tmp_path)), "--num_gpus", "1", "--master_port", port, "-m", "probe"], **probe)
+    assert run.wait(100) == 0, run.output[-1000:]
+    assert [rank["port"] for rank in seen(tmp_path)] == [port]
+
+
+def test_a_killed_launcher_is_not_a_success(start, tmp_path):
+    """DeepSpeed's `deepspeed` ends with status 0 if its child was killed."""
+    (tmp_path / "endless.py").write_text("import os, time; print('begun', flush=True); time.sleep(40)")
+    run = start([str(shimmed(tmp_path)), "--num_gpus", "1", "-m", "endless"], PYTHONPATH=str(tmp_path))
+    run.wait_for(lambda: "begun" in run.output)
+    child = next(each for each in run._members() if "deepspeed.launcher.launch" in each.cmdline())
+    child.kill()
+    assert run.wait(30) == 128 + signal.SIGKILL
+
+
+SSH = """#!/bin/sh
+# As ssh does: options, the host, and the words that are left, joined by blanks, for the remote user's shell.
+while :; do case $1 in -o | -p | -l) shift 2 ;; -*) shift ;; *) break ;; esac; done
+shift
+exec sh -c "$*"
+"""
+PDSH = """#!{python}
+# As pdsh does: one ssh for each host, with %n, %h and %% replaced. (Compared with pdsh 2.34.)
+import re, subprocess, sys
+words = sys.argv[1:]
+hosts = words[words.index("-w") + 1].split(",")
+command = words[words.index("-w") + 2:]
+runs = []
+for number, host in enumerate(hosts):
+    names = {{"n": str(number), "h": host, "%": "%"}}
+    sent = [re.sub("%([nh%])", lambda match: names[match[1]], word) for word in command]
+    runs.append(subprocess.Popen(["ssh", "-2", "-a", "-x", host, *sent]))
+sys.exit(max(run.wait() for run in runs))
+"""
+WORDS = [
+    "--a", "two words", '{"lr": "1e-5"}', "it's", "$HOME", "`id`", "$(id)", "*", ";", "&", "|", "#", "~", "!x", "100%", "%n%h",
+    "a\\b", "", "ü", "[1, 2]", "<in", "two\nlines",
+]  # fmt: skip
+
+
+def test_arguments_arrive_through_pdsh_as_given(start, tmp_path, probe):
+    """Two hosts, with stand-ins for pdsh and ssh that read their words as the real ones do."""
+    path = tmp_path / "path"
+    path.mkdir()
+    for name, text in (("ssh", SSH), ("pdsh", PDSH.format(python=sys.executable))):
+        (path / name).write_text(text)
+        (path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
+    import os
+
+    command = [
+        str(shimmed(tmp_path)), "--hostfile", str(tmp_path / "hosts"), "--master_addr", "127.0.0.1", "--no_local_rank", "-m",
+        "probe", *WORDS,
+    ]  # fmt: skip
+    run = start(command, **{**probe, "PATH": f"{path}:{os.environ['PATH']}", "HOME": str(tmp_path)})
+    # The remote shell has the variables already: a stand-in for the export of SEEN.
+    assert run.wait(100) == 0, run.output[-2000:]
+    ranks = seen(tmp_path)
+    assert len(ranks) == 2
+    for rank in ranks:
+        assert rank["argv"] == WORDS

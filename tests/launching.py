@@ -1,0 +1,121 @@
+"""Start the real job with the real launchers, in a process group of its own, and see that nobody of it is left."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+MODULE = "zero_sft.train"
+
+
+def free_port() -> int:
+    """A port that this test is likely to have for itself."""
+    return random.randint(20000, 32000)
+
+
+def deepspeed(ranks: int, *words: str, module: str = MODULE, port: int | None = None) -> list[str]:
+    """DeepSpeed's launcher as it is installed, without the shim."""
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    return [*runner, "--master_port", str(port or free_port()), "--module", module, *words]
+
+
+def torchrun(ranks: int, *words: str, module: str = MODULE, port: int | None = None) -> list[str]:
+    """torch's launcher."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    return [*run, "--master_port", str(port or free_port()), "-m", module, *words]
+
+
+def shimmed(folder: Path) -> Path:
+    """A copy of the installed `deepspeed` script with the shim in its place."""
+    from zero_sft import launcher
+
+    scripts = folder / "shimmed"
+    scripts.mkdir(exist_ok=True)
+    real = Path(sys.executable).with_name("deepspeed")
+    original = real.with_name(".deepspeed.zero_sft-original")
+    shutil.copy2(original if original.is_file() else real, scripts / "deepspeed")
+    launcher.enable([scripts])
+    return scripts / "deepspeed"
+
+
+class Started:
+    """A command under way: its output goes to a file, its processes can be found until they are gone."""
+
+    def __init__(self, command: Sequence[str], log: Path, **env: str) -> None:
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
+        variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **env}
+        self._log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                list(command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables,
+                start_new_session=True,
+            )  # fmt: skip
+        self._seen: set[psutil.Process] = set()
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def ranks(self, module: str = MODULE) -> dict[int, psutil.Process]:
+        """The processes of the ranks that live, by their rank."""
+        found = {}
+        for process in self._members():
+            with contextlib.suppress(psutil.Error):
+                if module in process.cmdline() and "RANK" in (env := process.environ()) and _parent_launches(process):
+                    found[int(env["RANK"])] = process
+        return found
+
+    def _members(self) -> list[psutil.Process]:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getsid(process.pid) == self.process.pid:
+                    self._seen.add(process)
+        return [process for process in self._seen if _lives(process)]
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 150) -> None:
+        """Until the condition holds; fails when the command has ended, or after some time."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.output[-3000:]
+            assert time.monotonic() < deadline, self.output[-3000:]
+            time.sleep(0.2)
+
+    def wait(self, seconds: float = 200) -> int:
+        """The command's status."""
+        return self.process.wait(timeout=seconds)
+
+    def left_after(self, seconds: float) -> list[str]:
+        """The command lines of the processes that still live after that time at most."""
+        deadline = time.monotonic() + seconds
+        while (left := self._members()) and time.monotonic() < deadline:
+            self.process.poll()
+            time.sleep(0.2)
+        return [" ".join(process.cmdline()) for process in left if _lives(process)]
+
+    def kill(self) -> None:
+        """End all that is left."""
+        for process in self._members():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGKILL)
+        self.process.wait(timeout=20)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _parent_launches(process: psutil.Process) -> bool:
+    """Worker processes of a rank have its command line in their variables only; ranks have a launcher as their parent."""
+    parent = process.parent()
+    return parent is not None and parent.pid != process.pid and "RANK" not in parent.environ()

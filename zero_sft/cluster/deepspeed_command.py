@@ -1,0 +1,111 @@
+"""What the shim of the `deepspeed` command (`zero_sft.launcher`) mends in DeepSpeed's runner, in that process alone.
+
+- Two jobs on one machine take different master ports: DeepSpeed's default is the same for all.
+- SIGTERM, SIGINT and SIGHUP reach the ranks: DeepSpeed's runner ends by them, and leaves its child and the ranks behind.
+- Arguments reach the ranks through pdsh as they were given: DeepSpeed quotes blanks alone, and the remote shell reads the rest.
+- The command's status is not 0 if the node's launcher was killed.
+
+Imports neither torch nor DeepSpeed. What is not where a DeepSpeed release has it is left as that release does it.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_JOB_HOSTFILE = "/job/hostfile"
+
+
+class _Processes:
+    """What the runner has started, in this process; `_Popen` adds, and the signal handler reads."""
+
+    started: list["_Popen"] = []  # noqa: RUF012 - the one list
+    signal_number: int = 0
+
+
+class _Popen(subprocess.Popen[bytes]):
+    """A process that is remembered."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _Processes.started.append(self)
+
+
+def run(runner: Any) -> int:
+    """Run `runner.main`, of the module `deepspeed.launcher.runner`, and return the command's status."""
+    if hasattr(runner, "parse_args"):
+        runner.parse_args = _with_free_port(runner.parse_args)
+    if hasattr(runner, "PDSHRunner"):
+        runner.PDSHRunner.parse_user_args = _quote_for_pdsh
+    if getattr(runner, "subprocess", None) is subprocess:
+        runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _Popen})
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _pass_on)
+    status = runner.main()
+    if _Processes.signal_number:
+        return 128 + _Processes.signal_number
+    killed = [-process.returncode for process in _Processes.started if (process.returncode or 0) < 0]
+    return int(status or 0) or (128 + killed[0] if killed else 0)
+
+
+def _with_free_port(parse_args: Any) -> Any:
+    def parse(args: Sequence[str] | None = None) -> Any:
+        parsed = parse_args(args)
+        words = list(sys.argv[1:] if args is None else args)
+        own = words[: len(words) - len(getattr(parsed, "user_args", ())) - 1]
+        given = any(word.partition("=")[0] == "--master_port" for word in own)
+        hostfile = getattr(parsed, "hostfile", "")
+        one_machine = not any(Path(name).is_file() for name in (hostfile, _JOB_HOSTFILE) if name)
+        if one_machine and (not given or not _is_free(parsed.master_port)):
+            port = _free_port()
+            if given:
+                sys.stderr.write(f"deepspeed: the master port {parsed.master_port} is taken, so this job takes {port}\n")
+            parsed.master_port = port
+        return parsed
+
+    return parse
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError, OverflowError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does: old connections don't matter
+        probe.bind(("", port))
+        return True
+    return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _quote_for_pdsh(self: Any) -> list[str]:
+    """The user's arguments as pdsh and then the remote shell read them: `%` starts a name of pdsh's."""
+    return [shlex.quote(word).replace("%", "%%") for word in self.args.user_args]
+
+
+def _pass_on(number: int, _frame: FrameType | None) -> None:
+    """Send SIGTERM to what the runner has started, which ends its ranks; the runner then waits for it as ever."""
+    _Processes.signal_number = number
+    if number == signal.SIGINT and _is_in_foreground():
+        return  # Ctrl-C: the terminal has sent it to all of them
+    for process in _Processes.started:
+        if process.returncode is None:
+            with contextlib.suppress(OSError):
+                os.kill(process.pid, signal.SIGTERM)
+
+
+def _is_in_foreground() -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
+    return False

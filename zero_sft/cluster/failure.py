@@ -1,0 +1,293 @@
+"""One message for a job that fails, from one rank, whatever the other ranks then see.
+
+An error that all ranks agree on is said by rank 0. An error that one rank has is said by that rank, with its traceback if it is
+not one of `zero_sft.errors`. What other ranks then meet (connections that are closed, collectives that fail, SIGTERM from
+the launcher) follows from it: they are silent, and write their traceback to a file of the output folder. If a rank has died
+and said nothing, one of those that are left says so.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from zero_sft import errors
+from zero_sft.cluster.board import NodeBoard
+from zero_sft.world import World
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_ON_SECONDS = 3.0
+"""How long a rank whose peer is gone waits for the peer's own message."""
+
+_LOST_PEER = re.compile(
+    r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue|"
+    r"process group|Socket Timeout",
+    re.IGNORECASE,
+)
+_TOO_LITTLE_MEMORY = (
+    "Give a device fewer tokens at a time: a smaller --per_device_train_batch_size (and more --gradient_accumulation_steps), a "
+    "smaller --model_max_length, --activation_checkpointing True; or use more ranks, or --deepspeed zero3_offload. "
+    "python -m zero_sft.estimate tells what a step needs."
+)
+
+
+@dataclass
+class _Job:
+    """What is known when the job fails. `train.main` and `connect` set it; it lives as long as the process."""
+
+    world: World = field(default_factory=World)
+    stage: str | Callable[[], str] = "starting"
+    board: NodeBoard | None = None
+    logs: Path | None = None
+    kills_before: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    is_leaving: bool = False
+
+
+_job = _Job()
+
+
+def begin_job(world: World) -> None:
+    """Forget a former job of this process. Any rank by itself."""
+    global _job
+    _job = _Job(world=world, kills_before=_kernel_kills())
+
+
+def set_stage(stage: str | Callable[[], str]) -> None:
+    """Name what the job does now, for the message if it fails: "reading the weights"."""
+    _job.stage = stage
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """`set_stage` for the body; if the body fails, it stays."""
+    before, _job.stage = _job.stage, name
+    yield
+    _job.stage = before
+
+
+def set_board(world: World, board: NodeBoard | None) -> None:
+    """Remember the node's board and the world as the ranks have agreed on it."""
+    _job.world, _job.board = world, board
+
+
+def set_log_folder(folder: Path) -> None:
+    """Name the folder for the tracebacks of ranks that say nothing."""
+    _job.logs = folder
+
+
+def report_failure(error: BaseException) -> int:
+    """Say an error once in the job, and return the exit status. For the outermost handler, on every rank."""
+    if not _begin_to_leave():
+        return 1
+    is_ours = isinstance(error, errors.ZeroSftError)
+    if isinstance(error, errors.RankLostError) or (not is_ours and _follows_from_another(error)):
+        _write_traceback(error)
+        _report_lost_rank(error)
+    elif isinstance(error, errors.ZeroSftError) and not error.lone:
+        _report_shared_error(error)
+    elif not _claim():
+        _write_traceback(error)
+    elif is_ours:
+        _say(f"{error} (rank {_job.world.rank} alone)")
+    else:
+        path = _write_traceback(error)
+        _say(f"{_here()} failed while {_stage()}: {type(error).__name__}: {error}{_advice(error)}")
+        _say_traceback(error, path)
+    return 1
+
+
+def report_interrupt() -> int:
+    """Say that a person has stopped the job, and return the exit status. For the outermost handler, on every rank."""
+    if _begin_to_leave() and _job.world.is_main and _claim():
+        _say(f"stopped by Ctrl-C (SIGINT) while {_stage()}.")
+    return 128 + signal.SIGINT
+
+
+def report_signal(name: str) -> bool:
+    """Say that a signal ends this rank, unless a rank has spoken; False if it is about to end by itself.
+
+    Called by the thread that watches for signals.
+    """
+    if not _begin_to_leave():
+        return False
+    if _job.board is None:
+        if _job.world.is_main:
+            _say(f"{name} has ended the job while {_stage()}.")
+    elif _job.board.dead_ranks():
+        if _claim():
+            _say(_lost_text(None))
+    elif _claim():
+        _say(f"{name} has ended the job while {_stage()}. A person, the launcher or the scheduler sent it.")
+    return True
+
+
+def report_orphan(launcher: str) -> bool:
+    """Say that the launcher has ended, and with it this job; False if this rank is about to end by itself.
+
+    Called by the thread that watches the launcher.
+    """
+    if not _begin_to_leave():
+        return False
+    speaks = _claim() if _job.board else _job.world.local_rank == 0
+    if speaks:
+        _say(f"the launcher has ended ({launcher}), so its ranks end too; it was while {_stage()}.")
+    return True
+
+
+def end_job() -> None:
+    """The job has ended well: whatever ends the launcher or this rank from now on is not a failure."""
+    _job.is_leaving = True
+
+
+def _begin_to_leave() -> bool:
+    """True for the first thread of this rank that reports a failure."""
+    with _job.lock:
+        first = not _job.is_leaving
+        _job.is_leaving = True
+        return first
+
+
+def _follows_from_another(error: BaseException) -> bool:
+    """True for the errors of torch.distributed that a rank gets when another one is gone."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None and _job.world.world_size > 1
+
+
+def _report_shared_error(error: errors.ZeroSftError) -> None:
+    """Rank 0 says an error that every rank has. If it has not got it, nor agreed to it, the rank that has it says it."""
+    if _job.world.is_main:
+        if _claim():
+            _say(str(error))
+    elif _job.board and not error.agreed:
+        deadline = time.monotonic() + FOLLOW_ON_SECONDS
+        while not _job.board.is_claimed and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if _job.board.claim() and _is_first_host(otherwise=False):
+            _say(f"{error} (rank {_job.world.rank} alone)")
+
+
+def _report_lost_rank(error: BaseException) -> None:
+    """Wait a little for the message of the rank that is gone; then one rank of the node speaks for it."""
+    deadline = time.monotonic() + FOLLOW_ON_SECONDS
+    while time.monotonic() < deadline:
+        if _job.board and _job.board.is_claimed:
+            return
+        if _job.board and _job.board.dead_ranks() and time.monotonic() > deadline - FOLLOW_ON_SECONDS + 0.5:
+            break  # whoever is gone had half a second to speak
+        time.sleep(0.05)
+    if (_job.board or _job.world.is_main) and _claim():
+        _say(_lost_text(error))
+
+
+def _lost_text(error: BaseException | None) -> str:
+    dead = _job.board.dead_ranks() if _job.board else {}
+    host = socket.gethostname()
+    if not dead and isinstance(error, errors.RankLostError):
+        return str(error)
+    if not dead:
+        reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "no reason is known"
+        return (
+            f"{_here()} lost the connection to another rank while {_stage()}: {reason}\nA rank on another host has "
+            "ended, or the network between the hosts has failed. The messages of the other hosts say more."
+        )
+    ranks = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead.items())
+    kills = _kernel_kills() - _job.kills_before
+    if kills > 0:
+        cause = f"The kernel has killed {kills} process{'es' * (kills > 1)} on {host} for lack of host memory meanwhile. "
+        cause += (
+            "Use more hosts, fewer ranks on each, or less offloading to the host; python -m zero_sft.estimate tells the need."
+        )
+    else:
+        cause = (
+            "A signal has killed it: kill -9 by a person or the scheduler, a crash in native code, or lack of host memory "
+            f"in its container (see dmesg on {host}, or the scheduler's account of the job)."
+        )
+    return f"{ranks} on {host} ended while {_stage()}, and left no message. {cause}"
+
+
+def _kernel_kills() -> int:
+    """Processes that the kernel has killed for lack of memory, since the host started."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
+def _claim() -> bool:
+    """True for the first rank that asks; for the first of each host where the ranks' store has gone with rank 0."""
+    return (_job.board is None or _job.board.claim()) and _is_first_host(otherwise=True)
+
+
+def _is_first_host(*, otherwise: bool) -> bool:
+    """True if no rank of another host has claimed to speak; `otherwise` if rank 0, which holds the ranks' store, is gone."""
+    if len(set(_job.world.node_leaders)) < 2:
+        return True
+    answers: list[int] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            store = torch.distributed.distributed_c10d._get_default_store()
+            answers.append(store.add("zero_sft/spoken", 1))
+
+    thread = threading.Thread(target=ask, daemon=True)  # the call may wait long for a rank 0 that is gone
+    thread.start()
+    thread.join(FOLLOW_ON_SECONDS)
+    return answers[0] == 1 if answers else otherwise
+
+
+def _here() -> str:
+    return f"rank {_job.world.rank} on {socket.gethostname()}"
+
+
+def _stage() -> str:
+    try:
+        return _job.stage() if callable(_job.stage) else _job.stage
+    except Exception:  # noqa: BLE001 - a message must come
+        return "training"
+
+
+def _advice(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"\n{_TOO_LITTLE_MEMORY}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"\nThe host has too little memory. {_TOO_LITTLE_MEMORY}"
+    return ""
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"\nerror: {text}\n")
+    sys.stderr.flush()
+
+
+def _say_traceback(error: BaseException, path: Path | None) -> None:
+    text = "".join(traceback.format_exception(error))
+    sys.stderr.write(f"The traceback{f', also in {path}' if path else ''}:\n{text}")
+    sys.stderr.flush()
+
+
+def _write_traceback(error: BaseException) -> Path | None:
+    """Into the log folder, if there is one that can be written; the error itself matters more."""
+    if _job.logs is None:
+        return None
+    path = _job.logs / f"error_rank_{_job.world.rank}.txt"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{_here()}, process {os.getpid()}, while {_stage()}\n{''.join(traceback.format_exception(error))}")
+        return path
+    return None

@@ -1,0 +1,135 @@
+"""A thread of each rank that ends it when its launcher has ended, or when a signal says so, also in the middle of a collective.
+
+DeepSpeed's `deepspeed` command passes SIGTERM, SIGINT and SIGHUP on to nobody on one node: without this thread, its child and
+the ranks would train on. Watched are the launchers among the ancestors that a rank has at its start, so that nohup, setsid,
+srun, ssh, or a shell that ends, change nothing.
+
+Python handles signals between two instructions of the main thread, which may wait for other ranks in native code for long; the
+thread learns of a signal at once (`signal.set_wakeup_fd`).
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from zero_sft.cluster import failure
+
+POLL_SECONDS = 1.0
+
+LEAVING_SECONDS = 10.0
+"""How long a rank that is about to end may take, once its launcher is gone."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_MODULES = frozenset(
+    ["deepspeed.launcher.runner", "deepspeed.launcher.launch", "deepspeed.launcher.launcher_helper", "torch.distributed.run"]
+    + ["torch.distributed.launch", "accelerate.commands.launch"]
+)
+_PROGRAMS = frozenset(["deepspeed", "ds", "torchrun", "accelerate", "mpirun", "mpiexec", "orterun", "prterun"])
+
+
+class _Watch:
+    """The one watching thread of this process; `watch_launcher` makes it."""
+
+    thread: threading.Thread | None = None
+    wakeup: tuple[socket.socket, socket.socket] | None = None
+
+
+def watch_launcher() -> None:
+    """Begin to watch; later calls change nothing. Call it from the main thread, as early as possible."""
+    if _Watch.thread is not None and _Watch.thread.is_alive():  # a forked child has none
+        return
+    launchers = find_launchers(psutil.Process().parents())
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    _Watch.wakeup = (receiver, sender)
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:  # SIGHUP is ignored under nohup
+                signal.signal(number, _left_to_the_thread)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    _Watch.thread = threading.Thread(target=_watch, args=(launchers, receiver), name="zero_sft-watch", daemon=True)
+    _Watch.thread.start()
+
+
+def find_launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those of a process's ancestors that start ranks and wait for them."""
+    found = []
+    for process in ancestors:
+        with contextlib.suppress(psutil.Error):
+            if is_launcher(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """True for the command line of a program that starts ranks: its interpreter's options may stand before its name."""
+    if not command:
+        return False
+    if Path(command[0]).name in _PROGRAMS:
+        return True
+    words = list(command[1:])
+    if not Path(command[0]).name.startswith("python"):
+        return False
+    while words and words[0].startswith("-"):
+        option = words.pop(0)
+        if option == "-m":
+            return bool(words) and words[0] in _MODULES
+        if option in ("-X", "-W"):
+            words = words[1:]
+    return bool(words) and Path(words[0]).name in _PROGRAMS
+
+
+def leave(status: int) -> None:
+    """End this process and its children at once, without destructors, which may wait for ranks that are gone."""
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
+
+
+def _left_to_the_thread(_number: int, _frame: FrameType | None) -> None:
+    """A handler in Python is what makes the interpreter write to the wakeup descriptor."""
+
+
+def _watch(launchers: Sequence[psutil.Process], receiver: socket.socket) -> None:
+    shown = {process: _shown(process) for process in launchers}
+    while True:
+        readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
+        for number in receiver.recv(64) if readable else b"":
+            ours = number in _SIGNALS and signal.getsignal(number) is _left_to_the_thread
+            if ours and failure.report_signal(signal.Signals(number).name):
+                leave(128 + number)
+        ended = next((process for process in launchers if not _is_running(process)), None)
+        if ended is not None:
+            if failure.report_orphan(shown[ended]):
+                leave(1)
+            time.sleep(LEAVING_SECONDS)
+            leave(1)  # this rank was about to end, and has not
+
+
+def _is_running(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _shown(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        name = next((word for word in words if Path(word).name in _PROGRAMS or word in _MODULES), words[0])
+        return f"process {process.pid}, {Path(name).name}"
+    return f"process {process.pid}"
