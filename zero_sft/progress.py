@@ -24,7 +24,11 @@ class Task(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Replace the short text next to the numbers."""
+        """Replace the short text next to the numbers; it then stands for rate and time left."""
+        ...
+
+    def spoken(self) -> None:
+        """A line about this task has just been logged by whoever does it."""
         ...
 
 
@@ -47,6 +51,9 @@ class _Unseen:
         return None
 
     def note(self, text: str) -> None:
+        return None
+
+    def spoken(self) -> None:
         return None
 
 

@@ -90,8 +90,8 @@ def test_lines():
     from zero_sft.job.steps import evaluation_line, finished_line, other_line, training_metrics
 
     logs = {"loss": 2.9411, "learning_rate": 1.8e-5, "grad_norm": 1.3239, "epoch": 0.5217, "entropy": 1.0, "num_tokens": 9.0}
-    assert training_metrics(logs, 1104.6, 161.2) == "loss 2.941  lr 1.8e-05  grad 1.32  1,105 tok/s  2:41 left"
-    assert training_metrics({"loss": float("nan"), "aux_loss": 0.0123}, None, None) == "loss nan  aux loss 0.012"
+    assert training_metrics(logs, 1104.6) == "loss 2.941  lr 1.8e-05  grad 1.32  1,105 tok/s"
+    assert training_metrics({"loss": float("nan"), "aux_loss": 0.0123}, None) == "loss nan  aux loss 0.012"
     sets = {"eval_a_loss": 2.31, "eval_a_runtime": 3.1, "eval_a_samples_per_second": 3.226, "epoch": 1.0}
     assert evaluation_line(sets, 12, 23) == "step 12/23  epoch 1.00  eval a loss 2.310  10 samples in 3.1 s"
     assert finished_line({"train_runtime": 161.0, "train_loss": 2.5}, 23) == "trained 23 steps in 2:41, mean loss 2.500"

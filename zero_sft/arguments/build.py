@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.dry_run import dry_run
 from zero_sft.arguments.ds_conflicts import (
     complete_config,
     conflict_message,
@@ -45,6 +44,7 @@ def build_training_arguments(
     """
     from deepspeed.accelerator import get_accelerator
 
+    from zero_sft.arguments.dry_run import dry_run  # torch, without which --help answers at once
     from zero_sft.arguments.training import TrainingArguments
     from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
 

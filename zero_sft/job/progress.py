@@ -59,6 +59,9 @@ class Work:
         """Replace the text next to the numbers. It then stands for rate and time left, which whoever sets it knows better."""
         self.text = text
 
+    def spoken(self) -> None:
+        """Nothing: bars stay where they are."""
+
     @property
     def seconds(self) -> float:
         """Seconds since the task began."""
@@ -168,15 +171,15 @@ class _SpokenWork(Work):
             return
         with self._lock:
             more = self.total is None or self.done - self._said_done >= 0.1 * self.total
-            due = (more or silent >= _SAY_AT_LEAST_SECONDS) and self._now() - self._said_at >= self._every
+            ended = self.total is not None and self.done >= self.total  # the next line of the log shows it
+            due = not ended and (more or silent >= _SAY_AT_LEAST_SECONDS) and self._now() - self._said_at >= self._every
             if due:
                 self._said_at, self._said_done = self._now(), self.done
         if due:
             logger.info("%s: %s", self.title, self.numbers())
 
-    def note(self, text: str) -> None:
-        """Whoever has a text to show has just written a line to the log: that counts as one of this task's."""
-        super().note(text)
+    def spoken(self) -> None:
+        """The line that has been logged counts as one of this task's."""
         with self._lock:
             self._said_at, self._said_done = self._now(), self.done
 

@@ -24,6 +24,9 @@ from zero_sft.progress import clock
 logger = logging.getLogger("zero_sft.train")
 
 
+_FIRST_STEP = "time left: known after two steps"
+
+
 class StepLog(TrainerCallback):
     """Logs metrics as lines, and shows training and evaluation as tasks of `zero_sft.progress`.
 
@@ -41,6 +44,7 @@ class StepLog(TrainerCallback):
         self._evaluation_task: progress.Task | None = None
         self._pace = Pace()
         self._throughput = Throughput()
+        self._metrics = ""  # of the last step that was logged
 
     def wait_for_engine(self) -> None:
         """Show that DeepSpeed's engine is being made, until the training begins. Called on every rank."""
@@ -56,6 +60,7 @@ class StepLog(TrainerCallback):
         self._training.close()
         if state.is_world_process_zero:
             self._task = self._training.enter_context(progress.task("training", state.max_steps, "steps"))
+            self._task.note(_FIRST_STEP)
             self._task.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -64,6 +69,7 @@ class StepLog(TrainerCallback):
         self._pace.step(state.global_step, now)
         self._throughput.add(now)
         if self._task is not None:
+            self._task.note("  ".join(filter(None, [self._metrics, _left(self._pace, state)])) or _FIRST_STEP)
             self._task.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -72,11 +78,11 @@ class StepLog(TrainerCallback):
             return
         if "loss" in logs:
             rate = self._throughput.tokens_a_second(self._tokens())
-            left = self._pace.seconds_left(state.max_steps)
-            metrics = training_metrics(logs, rate, left)
-            line = f"{_where(logs, state.global_step, state.max_steps)}  {metrics}"
+            self._metrics = training_metrics(logs, rate)
+            where = _where(logs, state.global_step, state.max_steps)
+            line = "  ".join(filter(None, [where, self._metrics, _left(self._pace, state)]))
             if self._task is not None:
-                self._task.note(metrics)
+                self._task.spoken()
         elif "train_runtime" in logs:
             line = finished_line(logs, self._pace.steps)
         elif any(name.startswith("eval_") for name in logs):
@@ -164,7 +170,7 @@ class Throughput:
         return rate
 
 
-def training_metrics(logs: Mapping[str, Any], tokens_a_second: float | None, seconds_left: float | None) -> str:
+def training_metrics(logs: Mapping[str, Any], tokens_a_second: float | None) -> str:
     """The metrics of a logged step; a metric that the log does not have is left out. Pure."""
     words = [
         f"loss {_number(logs['loss'], '.3f')}",
@@ -172,7 +178,6 @@ def training_metrics(logs: Mapping[str, Any], tokens_a_second: float | None, sec
         f"lr {_number(logs['learning_rate'], '.1e')}" if "learning_rate" in logs else "",
         f"grad {_number(logs['grad_norm'], '.3g')}" if "grad_norm" in logs else "",
         f"{tokens_a_second:,.0f} tok/s" if tokens_a_second is not None else "",
-        f"{clock(seconds_left)} left" if seconds_left is not None else "",
     ]
     return "  ".join(filter(None, words))
 
@@ -199,6 +204,11 @@ def other_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
     """Metrics that somebody else's callback logs, name by name. Pure."""
     values = [f"{name} {_number(value, '.4g')}" for name, value in logs.items() if name not in ("epoch", "total_flos")]
     return "  ".join([_where(logs, step, steps), *values]) if values else ""
+
+
+def _left(pace: Pace, state: Any) -> str:
+    seconds = pace.seconds_left(state.max_steps)
+    return "" if seconds is None else f"{clock(seconds)} left"
 
 
 def _where(logs: Mapping[str, Any], step: int, steps: int) -> str:
