@@ -23,6 +23,19 @@ REFUSED = [
     (("--report_to", "nosuch"), ("--report_to nosuch", "tensorboard")),
     (("--use_liger_kernel",), ("pip install liger-kernel",)),
     (("--loss_type", "nosuch"), ("--loss_type nosuch", "nll")),
+    (("--weight_decay", "-0.1"), ("--optim adamw_torch", "weight_decay")),
+    (("--optim", "sgd", "--optim_args", "momentum"), ("--optim sgd",)),
+    (("--dataloader_num_workers", "-1"), ("--dataloader_", "num_workers")),
+    (("--dataloader_persistent_workers",), ("--dataloader_", "persistent_workers")),
+    (("--dataloader_num_workers", "1", "--dataloader_multiprocessing_context", "nosuch"), ("--dataloader_", "nosuch")),
+    (("--seed", "-1"), ("--seed", "-1")),
+    (("--label_smoothing_factor", "1.5"), ("--label_smoothing_factor", "1.5")),
+    (("--max_grad_norm", "-1"), ("--max_grad_norm", "-1")),
+    (("--pad_to_multiple_of", "0"), ("--pad_to_multiple_of", "0")),
+    (
+        ("--metric_for_best_model", "bleu", "--save_strategy", "best", "--eval_strategy", "steps", "--eval_data_path", "x"),
+        ("--metric_for_best_model bleu", "loss"),
+    ),
     (("--activation_checkpointing_kwargs", '{"use_reentrent": false}'), ("use_reentrent", "use_reentrant")),
 ]
 

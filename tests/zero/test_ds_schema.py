@@ -47,6 +47,18 @@ def test_each_mistake_is_named(fault, monkeypatch):
         assert text in problems[0], problems
 
 
+def test_nvme_without_its_operator(monkeypatch, tmp_path):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    (problem,) = schema_problems(config)
+    assert "offload_param.device is 'nvme'" in problem
+    assert "libaio-dev" in problem
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    assert schema_problems(config) == []
+
+
 def test_all_mistakes_are_listed():
     problems = schema_problems({
         "zero_optimization": {"stage": 3, "nosuch": 1, "reduce_bucket_size": -1}, "gradient_cliping": 1.0,

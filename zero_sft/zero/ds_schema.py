@@ -56,6 +56,7 @@ def schema_problems(config: Mapping[str, Any]) -> list[str]:
         problems += found or _section_problems(key, value)
     if not problems:
         problems = [*_monitor_problems(plain), *_optimizer_problems(plain), *_scheduler_problems(plain)]
+        problems += _nvme_problems(plain["zero_optimization"])
     return problems
 
 
@@ -149,6 +150,19 @@ def _monitor_problems(config: Mapping[str, Any]) -> list[str]:
         for section, package in _MONITOR_PACKAGES.items()
         if (config.get(section) or {}).get("enabled") and find_spec(package) is None
     ]
+
+
+def _nvme_problems(zero: Mapping[str, Any]) -> list[str]:
+    """NVMe takes an operator that DeepSpeed compiles at first use, which the load would reach first."""
+    sections = [name for name in ("offload_param", "offload_optimizer") if (zero.get(name) or {}).get("device") == "nvme"]
+    if not sections:
+        return []
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    with _quiet():
+        usable = AsyncIOBuilder().is_compatible(verbose=False)
+    missing = "headers of libaio (libaio-dev on Debian and Ubuntu, libaio-devel on Fedora and RHEL) or a C++ compiler"
+    return [] if usable else [f"zero_optimization.{sections[0]}.device is 'nvme', and DeepSpeed finds no {missing} here."]
 
 
 def _optimizer_problems(config: Mapping[str, Any]) -> list[str]:
