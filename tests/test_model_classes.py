@@ -7,8 +7,7 @@ import transformers
 from tests import models
 
 CLASSES = (
-    "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering", "AutoModel",
+    "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModel",
 )  # fmt: skip
 
 

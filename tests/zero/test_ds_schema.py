@@ -29,6 +29,9 @@ WRONG = {
     "max_grad_norm": ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, ("gradient_clipping",)),
     "schedule type": ({"scheduler": {"type": "WarmUpLR"}}, ("'WarmUpLR'", "WarmupLR")),
     "schedule setting": ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 1}}}, ("params.warmup", "warmup_num_steps")),
+    "no steps": (
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 0}}}, ("total_num_steps is 0", '"auto"')
+    ),
     "aio": ({"aio": {"threads": 1}}, ("aio.threads",)),
     "checkpointing": ({"activation_checkpointing": {"partition": True}}, ("activation_checkpointing.partition",)),
     "tensorboard": ({"tensorboard": {"enabled": True}}, ("tensorboard.enabled is true", "pip install tensorboard")),

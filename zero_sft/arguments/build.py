@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.dry_run import dry_run
 from zero_sft.arguments.ds_conflicts import (
     complete_config,
     conflict_message,
@@ -18,7 +17,6 @@ from zero_sft.arguments.ds_conflicts import (
     find_schedule_conflicts,
 )
 from zero_sft.arguments.names import refused_accelerator_key
-from zero_sft.ds_config import without_auto
 from zero_sft.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +43,9 @@ def build_training_arguments(
     """
     from deepspeed.accelerator import get_accelerator
 
+    from zero_sft.arguments.dry_run import dry_run
     from zero_sft.arguments.training import TrainingArguments
+    from zero_sft.ds_config import without_auto
     from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
 
     accelerator: Any = get_accelerator()
@@ -64,6 +64,8 @@ def build_training_arguments(
     if refused:
         raise ArgumentError(refused)
     problems = find_conflicts(config, arguments, given, arguments.world_size)
+    if arguments.max_steps > 0:
+        problems += find_schedule_conflicts(config, arguments, arguments.max_steps)
     if problems:
         raise ConfigError(conflict_message(problems, where))
     dry_run(arguments)

@@ -26,16 +26,12 @@ _NO_KWARGS = ("constant", "constant_with_warmup")
 _METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 """What an evaluation returns, of which the best model is told."""
 
-_LOSSES = ("nll", "dft")
-
 
 def dry_run(arguments: Any) -> None:
     """Raise one `ArgumentError` for everything in the Trainer's arguments that can't be built. Does not communicate."""
     problems = [*_report_problems(arguments), *_liger_problems(arguments), *_checkpointing_problems(arguments)]
     problems += [*_optimizer_problems(arguments), *_loader_problems(arguments), *_best_model_problems(arguments)]
     problems += _number_problems(arguments)
-    if arguments.loss_type not in _LOSSES:
-        problems.append(f"--loss_type {arguments.loss_type}: expected one of {', '.join(_LOSSES)}")
     if problems:
         raise ArgumentError("\n".join(["the arguments can't be used:", *problems] if len(problems) > 1 else problems))
 

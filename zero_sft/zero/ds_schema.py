@@ -211,6 +211,11 @@ def _scheduler_problems(config: Mapping[str, Any]) -> list[str]:
         return [*problems, f"scheduler.params is {params!r:.80}, expected a section, {{...}}."]
     known = _parameters(found)
     unknown = [name for name in params if name not in known]
+    problems += [
+        f'scheduler.params.{name} is {params[name]!r}, expected a whole number from 1 on, or "auto".'
+        for name in ("total_num_steps", "warmup_num_steps")
+        if name in params and name in known and (type(params[name]) is not int or params[name] < 1)
+    ]
     return problems + [f"scheduler.params.{name}: {kind} has no such setting. It has {', '.join(known)}." for name in unknown]
 
 
