@@ -15,6 +15,7 @@ from zero_sft.arguments.ds_conflicts import (
     count_steps,
     find_conflicts,
     find_schedule_conflicts,
+    schema_message,
 )
 from zero_sft.arguments.names import refused_accelerator_key
 from zero_sft.errors import ArgumentError, ConfigError
@@ -55,7 +56,7 @@ def build_training_arguments(
     config, notes = complete_config(ds_config, optim, scheduler_settings(ds_config.get("scheduler")))
     problems = [*schema_problems(without_auto(config)), *_unsupported_precision(config, accelerator)]
     if problems:
-        raise ConfigError(conflict_message(problems, where))
+        raise ConfigError(schema_message(problems, where))
     try:
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
