@@ -73,7 +73,10 @@ def test_all_mistakes_are_listed():
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_the_shipped_configs_have_none(name):
+def test_the_shipped_configs_have_none(name, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     config = load_ds_config(name)
     config["zero_optimization"].pop("zero_hpz_partition_size", None)
     assert schema_problems(without_auto(config)) == []

@@ -77,8 +77,7 @@ def _optimizer_problems(arguments: Any) -> list[str]:
 
     def optimizer() -> torch.optim.Optimizer:
         made, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        group = {"params": [torch.nn.Parameter(torch.zeros(2))], "weight_decay": arguments.weight_decay}
-        return made([group], **settings)
+        return made([torch.nn.Parameter(torch.zeros(2))], **settings)
 
     config = arguments.hf_deepspeed_config.config
     has_own = "optimizer" in config
@@ -138,6 +137,8 @@ def _number_problems(arguments: Any) -> list[str]:
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < 2**32:
             problems.append(f"--{name} must be at least 0 and below 2**32; got {value}")
+    if arguments.weight_decay < 0:
+        problems.append(f"--weight_decay must be at least 0; got {arguments.weight_decay}")
     if not 0 <= arguments.label_smoothing_factor < 1:
         problems.append(f"--label_smoothing_factor must be at least 0 and below 1; got {arguments.label_smoothing_factor}")
     if arguments.max_grad_norm is not None and arguments.max_grad_norm < 0:
