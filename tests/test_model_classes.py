@@ -69,6 +69,24 @@ def test_next_to_a_config_that_somebody_else_holds(llama):
 
 
 @pytest.mark.world_size(1)
+@pytest.mark.parametrize("loader", ["sharded", "stock"])
+def test_each_in_its_own_engines_dtype(llama, loader):
+    """transformers' loader built every model under the config of the first that is alive."""
+    from zero_sft import load_model
+    from zero_sft.zero import shards
+
+    references = {bf16: models.plain(llama, torch.bfloat16 if bf16 else torch.float32) for bf16 in (True, False)}
+    alive = []
+    for bf16 in (True, False, True):
+        alive.append(load_model(str(llama), ds_config=models.zero3(bf16), loader=loader))
+        for name, param in alive[-1].named_parameters():
+            want = references[bf16].get_parameter(name).detach().reshape(-1)
+            assert param.dtype == want.dtype, name
+            assert torch.equal(shards.local_shard(param).cpu(), want), name
+            shards.release_shard(param)
+
+
+@pytest.mark.world_size(1)
 def test_attention_that_cant_be_used_is_an_argument_error(llama):
     from zero_sft import load_model
     from zero_sft.errors import ArgumentError
