@@ -46,6 +46,11 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
         folder = local_folder(parsed.model.model_name_or_path, options)
         if not getattr(config, "auto_map", None):
             cls, part = resolve_class(config, None, folder or parsed.model.model_name_or_path, trust_remote_code=False)
+            if arguments.activation_checkpointing and not cls.supports_gradient_checkpointing:
+                raise ArgumentError(
+                    f"{cls.__name__} can't recompute activations, which --activation_checkpointing asks for (the default): "
+                    "give --activation_checkpointing False."
+                )
             if attention:
                 require_attention(cls, part, attention)
         _require_hidden_size(arguments.hf_deepspeed_config, config)

@@ -74,9 +74,14 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
         }
         names = ", ".join(["eager", *(each for each, has in supported.items() if has)])
         raise ArgumentError(
-            f"attn_implementation {name!r} can't be used with {cls.__name__}: {str(error).strip().splitlines()[0]}\n"
+            f"attn_implementation {name!r} can't be used with {cls.__name__}: {_first_sentence(error)}\n"
             f"{cls.__name__} takes {names}. Without --attn_implementation transformers chooses."
         ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """transformers' reason without its list of what else there is."""
+    return str(error).strip().splitlines()[0].partition(" The only possible arguments")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

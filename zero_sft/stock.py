@@ -14,7 +14,7 @@ from zero_sft import progress, skeleton
 from zero_sft.distributed import agreed
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
-from zero_sft.transformers_internals import zero3_config
+from zero_sft.transformers_internals import zero3_config, zero3_under
 from zero_sft.world import World
 from zero_sft.zero import gather, shards
 
@@ -34,7 +34,7 @@ def load_stock(request: Request, world: World, report: LoadReport) -> PreTrained
     optional: dict[str, Any] = (
         {} if request.attn_implementation is None else {"attn_implementation": request.attn_implementation}
     )
-    with progress.task("loading as transformers does"):
+    with progress.task("loading as transformers does"), zero3_under(request.ds_config):
         loaded: Any = cls.from_pretrained(
             str(request.folder),
             config=config,

@@ -102,6 +102,22 @@ def zero3_config(ds_config: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
+def zero3_under(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    """Let `from_pretrained` build under this DeepSpeed config, whichever config another model was loaded under.
+
+    Afterwards the one that was active before is active again, or that of `zero3_config`.
+    """
+    module: Any = importlib.import_module("transformers.integrations.deepspeed")
+    before = getattr(module, "_hf_deepspeed_config_weak_ref", None)
+    held = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
+    try:
+        yield
+    finally:
+        module._hf_deepspeed_config_weak_ref = before
+        del held
+
+
+@contextlib.contextmanager
 def without_zero3() -> Iterator[None]:
     """Let transformers take ZeRO-3 for switched off.
 

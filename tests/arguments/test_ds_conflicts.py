@@ -153,14 +153,17 @@ def test_what_the_config_leaves_open_follows_the_arguments():
 def test_the_number_of_steps():
     """`total_num_steps` is known once the data is prepared; 0 is refused by DeepSpeed itself."""
     schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 7, "warmup_num_steps": 2}}
-    arguments = built({**ZERO, "scheduler": schedule}, "--max_steps", "5", "--warmup_steps", "2")
+    arguments = built({**ZERO, "scheduler": schedule}, "--warmup_steps", "2")
     config = arguments.hf_deepspeed_config.config
     assert [text.split(",")[0] for text in find_schedule_conflicts(config, arguments, 5)] == [
         "scheduler.params.total_num_steps is 7"
     ]
     assert find_schedule_conflicts(config, arguments, 7) == []
+    told = refused({**ZERO, "scheduler": schedule}, "--warmup_steps", "3", "--max_steps", "5")
+    assert "total_num_steps is 7, and the arguments say 5" in told
+    assert "warmup_num_steps is 2, and the arguments say 3 (--warmup_steps)" in told
     schedule["params"]["total_num_steps"] = 0
-    assert "total_num_steps" in refused({**ZERO, "scheduler": schedule}, "--max_steps", "5", "--warmup_steps", "2")
+    assert "total_num_steps is 0" in refused({**ZERO, "scheduler": schedule}, "--warmup_steps", "2")
 
 
 @pytest.mark.parametrize(

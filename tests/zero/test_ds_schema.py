@@ -29,6 +29,9 @@ WRONG = {
     "max_grad_norm": ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, ("gradient_clipping",)),
     "schedule type": ({"scheduler": {"type": "WarmUpLR"}}, ("'WarmUpLR'", "WarmupLR")),
     "schedule setting": ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 1}}}, ("params.warmup", "warmup_num_steps")),
+    "no steps": (
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 0}}}, ("total_num_steps is 0", '"auto"')
+    ),
     "aio": ({"aio": {"threads": 1}}, ("aio.threads",)),
     "checkpointing": ({"activation_checkpointing": {"partition": True}}, ("activation_checkpointing.partition",)),
     "tensorboard": ({"tensorboard": {"enabled": True}}, ("tensorboard.enabled is true", "pip install tensorboard")),
@@ -47,6 +50,18 @@ def test_each_mistake_is_named(fault, monkeypatch):
         assert text in problems[0], problems
 
 
+def test_nvme_without_its_operator(monkeypatch, tmp_path):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
+    (problem,) = schema_problems(config)
+    assert "offload_param.device is 'nvme'" in problem
+    assert "libaio-dev" in problem
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
+    assert schema_problems(config) == []
+
+
 def test_all_mistakes_are_listed():
     problems = schema_problems({
         "zero_optimization": {"stage": 3, "nosuch": 1, "reduce_bucket_size": -1}, "gradient_cliping": 1.0,
@@ -58,7 +73,10 @@ def test_all_mistakes_are_listed():
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_the_shipped_configs_have_none(name):
+def test_the_shipped_configs_have_none(name, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     config = load_ds_config(name)
     config["zero_optimization"].pop("zero_hpz_partition_size", None)
     assert schema_problems(without_auto(config)) == []

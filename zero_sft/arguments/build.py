@@ -15,9 +15,9 @@ from zero_sft.arguments.ds_conflicts import (
     count_steps,
     find_conflicts,
     find_schedule_conflicts,
+    schema_message,
 )
 from zero_sft.arguments.names import refused_accelerator_key
-from zero_sft.ds_config import without_auto
 from zero_sft.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def build_training_arguments(
 
     from zero_sft.arguments.dry_run import dry_run  # torch, without which --help answers at once
     from zero_sft.arguments.training import TrainingArguments
+    from zero_sft.ds_config import without_auto
     from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
 
     accelerator: Any = get_accelerator()
@@ -55,7 +56,7 @@ def build_training_arguments(
     config, notes = complete_config(ds_config, optim, scheduler_settings(ds_config.get("scheduler")))
     problems = [*schema_problems(without_auto(config)), *_unsupported_precision(config, accelerator)]
     if problems:
-        raise ConfigError(conflict_message(problems, where))
+        raise ConfigError(schema_message(problems, where))
     try:
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
@@ -64,6 +65,8 @@ def build_training_arguments(
     if refused:
         raise ArgumentError(refused)
     problems = find_conflicts(config, arguments, given, arguments.world_size)
+    if arguments.max_steps > 0:
+        problems += find_schedule_conflicts(config, arguments, arguments.max_steps)
     if problems:
         raise ConfigError(conflict_message(problems, where))
     dry_run(arguments)

@@ -23,15 +23,15 @@ _STEPS = 100
 _NO_KWARGS = ("constant", "constant_with_warmup")
 """Schedules to which transformers passes no --lr_scheduler_kwargs."""
 
-_LOSSES = ("nll", "dft")
+_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+"""What an evaluation returns, of which the best model is told."""
 
 
 def dry_run(arguments: Any) -> None:
     """Raise one `ArgumentError` for everything in the Trainer's arguments that can't be built. Does not communicate."""
     problems = [*_report_problems(arguments), *_liger_problems(arguments), *_checkpointing_problems(arguments)]
-    problems += _optimizer_problems(arguments)
-    if arguments.loss_type not in _LOSSES:
-        problems.append(f"--loss_type {arguments.loss_type}: expected one of {', '.join(_LOSSES)}")
+    problems += [*_optimizer_problems(arguments), *_loader_problems(arguments), *_best_model_problems(arguments)]
+    problems += _number_problems(arguments)
     if problems:
         raise ArgumentError("\n".join(["the arguments can't be used:", *problems] if len(problems) > 1 else problems))
 
@@ -100,6 +100,52 @@ def _optimizer_problems(arguments: Any) -> list[str]:
         f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {settings}",
     )
     return problems + ([problem] if problem else [])
+
+
+def _loader_problems(arguments: Any) -> list[str]:
+    """A DataLoader checks its settings when it is made, and starts no process before it is iterated."""
+    _, problem = _tried(
+        lambda: torch.utils.data.DataLoader(
+            [0],  # type: ignore[arg-type]
+            num_workers=arguments.dataloader_num_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+        ),
+        "the arguments --dataloader_*",
+    )
+    return [problem] if problem else []
+
+
+def _best_model_problems(arguments: Any) -> list[str]:
+    """Whatever the first evaluation would find out, hours later."""
+    problems = []
+    metric = arguments.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in _METRICS:
+        names = ", ".join(_METRICS)
+        problems.append(
+            f"--metric_for_best_model {metric}: the evaluation of this job gives {names}, each with or without eval_"
+        )
+    if arguments.save_only_model and arguments.load_best_model_at_end:
+        problems.append("--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out")
+    return problems
+
+
+def _number_problems(arguments: Any) -> list[str]:
+    problems = []
+    for name in ("seed", "data_seed"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < 2**32:
+            problems.append(f"--{name} must be at least 0 and below 2**32; got {value}")
+    if arguments.weight_decay < 0:
+        problems.append(f"--weight_decay must be at least 0; got {arguments.weight_decay}")
+    if not 0 <= arguments.label_smoothing_factor < 1:
+        problems.append(f"--label_smoothing_factor must be at least 0 and below 1; got {arguments.label_smoothing_factor}")
+    if arguments.max_grad_norm is not None and arguments.max_grad_norm < 0:
+        problems.append(f"--max_grad_norm must be at least 0, which means no clipping; got {arguments.max_grad_norm}")
+    if arguments.pad_to_multiple_of is not None and arguments.pad_to_multiple_of < 1:
+        problems.append(f"--pad_to_multiple_of must be at least 1; got {arguments.pad_to_multiple_of}")
+    return problems
 
 
 def _tried(make: Callable[[], Any], what: str) -> tuple[Any, str]:

@@ -46,6 +46,9 @@ def complete_config(
         scheduler_params: the settings that the class of the config's `scheduler` takes.
     """
     result, notes = copy.deepcopy(dict(config)), []
+    for section in ("optimizer", "scheduler"):
+        if section in result and result[section] is None:
+            del result[section]  # transformers takes null for a section that is there
     for key in _DECIDED_BY_ARGUMENTS:
         if result.get(key) is None:
             result[key] = "auto"
@@ -116,14 +119,19 @@ def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: in
 
 
 def conflict_message(problems: Iterable[str], where: str) -> str:
-    """One error text for all problems of a DeepSpeed config."""
-    return "\n".join(
-        [
-            f"the DeepSpeed config {where} can't be used with these arguments:",
-            *(f"- {problem}" for problem in problems),
-            'Write "auto" for a value that an argument gives, or change one of the two. docs/configs.md explains the keys.',
-        ]
-    )
+    """One error text for all contradictions between a DeepSpeed config and the arguments."""
+    remedy = 'Write "auto" for a value that an argument gives, or change one of the two. docs/configs.md explains the keys.'
+    return "\n".join([f"the DeepSpeed config {where} and the arguments contradict each other:", *_listed(problems), remedy])
+
+
+def schema_message(problems: Iterable[str], where: str) -> str:
+    """One error text for everything that DeepSpeed refuses or would ignore in a config."""
+    lines = [f"the DeepSpeed config {where} can't be used:", *_listed(problems), "docs/configs.md explains the shipped ones."]
+    return "\n".join(lines)
+
+
+def _listed(problems: Iterable[str]) -> list[str]:
+    return [f"- {problem}" for problem in problems]
 
 
 def count_steps(rows: int, arguments: Any, world_size: int) -> int:
@@ -141,7 +149,8 @@ def _pairs(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[
     optimizer = (config.get("optimizer") or {}).get("params") or {}
     scheduler = (config.get("scheduler") or {}).get("params") or {}
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    whole = f"{world_size} ranks × --per_device_train_batch_size {micro} × --gradient_accumulation_steps {accumulation}"
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    whole = f"{ranks} × --per_device_train_batch_size {micro} × --gradient_accumulation_steps {accumulation}"
     precision = {name: bool(getattr(args, name) or getattr(args, f"{name}_full_eval")) for name in ("bf16", "fp16")}
     return [
         (

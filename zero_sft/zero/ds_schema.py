@@ -56,6 +56,7 @@ def schema_problems(config: Mapping[str, Any]) -> list[str]:
         problems += found or _section_problems(key, value)
     if not problems:
         problems = [*_monitor_problems(plain), *_optimizer_problems(plain), *_scheduler_problems(plain)]
+        problems += _nvme_problems(plain["zero_optimization"])
     return problems
 
 
@@ -151,6 +152,19 @@ def _monitor_problems(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _nvme_problems(zero: Mapping[str, Any]) -> list[str]:
+    """NVMe takes an operator that DeepSpeed compiles at first use, which the load would reach first."""
+    sections = [name for name in ("offload_param", "offload_optimizer") if (zero.get(name) or {}).get("device") == "nvme"]
+    if not sections:
+        return []
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    with _quiet():
+        usable = AsyncIOBuilder().is_compatible(verbose=False)
+    missing = "headers of libaio (libaio-dev on Debian and Ubuntu, libaio-devel on Fedora and RHEL) or a C++ compiler"
+    return [] if usable else [f"zero_optimization.{sections[0]}.device is 'nvme', and DeepSpeed finds no {missing} here."]
+
+
 def _optimizer_problems(config: Mapping[str, Any]) -> list[str]:
     section = config.get("optimizer")
     if section is None:
@@ -197,6 +211,11 @@ def _scheduler_problems(config: Mapping[str, Any]) -> list[str]:
         return [*problems, f"scheduler.params is {params!r:.80}, expected a section, {{...}}."]
     known = _parameters(found)
     unknown = [name for name in params if name not in known]
+    problems += [
+        f'scheduler.params.{name} is {params[name]!r}, expected a whole number from 1 on, or "auto".'
+        for name in ("total_num_steps", "warmup_num_steps")
+        if name in params and name in known and (type(params[name]) is not int or params[name] < 1)
+    ]
     return problems + [f"scheduler.params.{name}: {kind} has no such setting. It has {', '.join(known)}." for name in unknown]
 
 
