@@ -18,7 +18,8 @@ from typing import Any
 from zero_sft import distributed
 from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
 from zero_sft.cluster import failure
-from zero_sft.cluster.watch import leave, watch_launcher
+from zero_sft.cluster.job import run_rank
+from zero_sft.cluster.watch import leave
 from zero_sft.console import open_console, quieten_transformers
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
@@ -44,19 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(argv):
         sys.stdout.write(help_text())
         return 0
-    watch_launcher()
-    failure.begin_job(World())
-    try:
-        world = World.detect()
-        failure.begin_job(world)
+
+    def job(world: World) -> None:
         open_console(world)
         run(parse(argv), world)
-    except KeyboardInterrupt:
-        return failure.report_interrupt()
-    except Exception as error:  # noqa: BLE001 - whatever it is, one rank says it
-        return failure.report_failure(error)
-    failure.end_job()
-    return 0
+
+    return run_rank(job)
 
 
 def run(parsed: Parsed, world: World) -> None:

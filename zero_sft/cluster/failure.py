@@ -32,8 +32,7 @@ FOLLOW_ON_SECONDS = 3.0
 """How long a rank whose peer is gone waits for the peer's own message."""
 
 _LOST_PEER = re.compile(
-    r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue|"
-    r"process group|Socket Timeout",
+    r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue",
     re.IGNORECASE,
 )
 _TOO_LITTLE_MEMORY = (
@@ -45,7 +44,7 @@ _TOO_LITTLE_MEMORY = (
 
 @dataclass
 class _Job:
-    """What is known when the job fails. `train.main` and `connect` set it; it lives as long as the process."""
+    """What is known when the job fails. `run_rank`, `connect` and the job set it; it lives as long as the process."""
 
     world: World = field(default_factory=World)
     stage: str | Callable[[], str] = "starting"
@@ -189,8 +188,11 @@ def _report_lost_rank(error: BaseException) -> None:
         if _job.board and _job.board.dead_ranks() and time.monotonic() > deadline - FOLLOW_ON_SECONDS + 0.5:
             break  # whoever is gone had half a second to speak
         time.sleep(0.05)
-    if (_job.board or _job.world.is_main) and _claim():
-        _say(_lost_text(error))
+    if not (_job.board or _job.world.is_main) or not _claim():
+        return
+    _say(_lost_text(error))
+    if not isinstance(error, errors.RankLostError) and not (_job.board and _job.board.dead_ranks()):
+        _say_traceback(error, None)  # no rank has died, so that this may be where it began
 
 
 def _lost_text(error: BaseException | None) -> str:
