@@ -81,6 +81,8 @@ class Started:
             with contextlib.suppress(psutil.Error, OSError):
                 if os.getsid(process.pid) == self.process.pid:
                     self._seen.add(process)
+        with contextlib.suppress(psutil.Error):  # torchrun gives each rank a session
+            self._seen.update(psutil.Process(self.process.pid).children(recursive=True))
         return [process for process in self._seen if _lives(process)]
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 150) -> None:

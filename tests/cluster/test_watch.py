@@ -1,6 +1,5 @@
 """The thread that ends a rank with its launcher, apart from ranks."""
 
-import os
 import signal
 import subprocess
 import sys

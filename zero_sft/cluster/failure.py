@@ -4,6 +4,8 @@ An error that all ranks agree on is said by rank 0. An error that one rank has i
 not one of `zero_sft.errors`. What other ranks then meet (connections that are closed, collectives that fail, SIGTERM from
 the launcher) follows from it: they are silent, and write their traceback to a file of the output folder. If a rank has died
 and said nothing, one of those that are left says so.
+
+Imports no torch, so that a rank can watch its launcher while the libraries are imported.
 """
 
 import contextlib
@@ -19,8 +21,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from zero_sft import errors
 from zero_sft.cluster.board import NodeBoard
@@ -161,7 +161,7 @@ def _begin_to_leave() -> bool:
 
 def _follows_from_another(error: BaseException) -> bool:
     """True for the errors of torch.distributed that a rank gets when another one is gone."""
-    if isinstance(error, torch.distributed.DistError):
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):  # torch's; without importing it here
         return True
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None and _job.world.world_size > 1
 
@@ -242,6 +242,8 @@ def _is_first_host(*, otherwise: bool) -> bool:
     answers: list[int] = []
 
     def ask() -> None:
+        import torch
+
         with contextlib.suppress(Exception):
             store = torch.distributed.distributed_c10d._get_default_store()
             answers.append(store.add("zero_sft/spoken", 1))
@@ -264,7 +266,7 @@ def _stage() -> str:
 
 
 def _advice(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
         return f"\n{_TOO_LITTLE_MEMORY}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"\nThe host has too little memory. {_TOO_LITTLE_MEMORY}"
