@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-arch test-gpu lint format bench scaling clean
+.PHONY: help setup demo test test-all test-arch test-gpu bench-gpu gpu-environment wheels lint arguments format bench scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,14 +36,34 @@ test-all: setup ## with those that take long
 test-arch: setup ## every causal LM type of transformers against plain loading; writes docs/architectures.md
 	$(BIN)/python -m tests.sweep --write docs/architectures.md
 
-test-gpu: setup ## on a machine with GPUs: loads onto them, as many ranks as there are
-	ZERO_SFT_TEST_DEVICES=1 $(BIN)/python -m pytest -m gpu tests/gpu
+# What runs on GPUs: .venv, or, where a folder of wheels was brought, an environment on top of the torch of GPU_PYTHON.
+GPU_PYTHON ?= python3
+WHEELS ?= wheels
+GPU_BIN := $(if $(wildcard $(WHEELS)/*.whl),.venv-gpu/bin,$(BIN))
+
+gpu-environment: $(if $(wildcard $(WHEELS)/*.whl),.venv-gpu/.installed,setup)
+
+.venv-gpu/.installed: $(wildcard $(WHEELS)/*.whl) benchmarks/gpu/environment.py
+	$(GPU_PYTHON) benchmarks/gpu/environment.py $(WHEELS) .venv-gpu
+	@touch $@
+
+test-gpu: gpu-environment ## on a machine with GPUs: loads onto them, packing, training, as many ranks as there are
+	ZERO_SFT_TEST_DEVICES=1 $(GPU_BIN)/python -m pytest -m gpu tests/gpu
+
+bench-gpu: gpu-environment ## test-gpu, load, training and memory on one GPU in 8 minutes; writes docs/gpu.md
+	$(GPU_BIN)/python -m benchmarks.gpu --write docs/gpu.md
+
+wheels: setup ## what bench-gpu needs next to torch, for a machine without a network: wheels/
+	$(BIN)/python -m benchmarks.gpu.wheels --folder $(WHEELS)
 
 lint: setup ## format, lint, types, import contracts
 	$(BIN)/ruff format --check zero_sft tests benchmarks examples
 	$(BIN)/ruff check zero_sft tests benchmarks examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+
+arguments: setup ## the table of inherited arguments that --help shows, for the installed TRL and transformers
+	$(BIN)/python -c "from zero_sft.arguments.inherited import write_table; write_table()"
 
 format: setup ## put the code into the project's format
 	$(BIN)/ruff format zero_sft tests benchmarks examples
@@ -56,4 +76,4 @@ scaling: setup ## what published models need on 8 to 1,024 GPUs; writes docs/sca
 	$(BIN)/python -m zero_sft.estimate --model shipped --world_size 8 64 256 1024 --markdown docs/scaling.md
 
 clean: ## remove .venv and what was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-gpu $(WHEELS) build dist *.egg-info .pytest_cache .ruff_cache

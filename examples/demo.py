@@ -32,20 +32,26 @@ PROMPTS = (
 
 TRAINING = {
     "num_train_epochs": 1,
-    "per_device_train_batch_size": 2,
+    "per_device_train_batch_size": 1,  # rows of two or three samples each
     "per_device_eval_batch_size": 2,
     "learning_rate": 3e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 2,
-    "model_max_length": 256,
+    "model_max_length": 512,  # the longest sample has 309 tokens
     "bf16": True,
     "activation_checkpointing": False,
-    "logging_steps": 2,
+    "logging_steps": 1,
     "eval_strategy": "epoch",
     "eval_on_start": True,
     "save_strategy": "no",
     "seed": 1,
 }
+
+
+EXPECTATION = """
+What to expect: 19 steps teach a model of 135 million parameters the form of the answers, four lines that begin with
+"Short answer:", "Why:", "Do this:" and "Check:", and where to stop. They teach it hardly any facts: read the answers above
+for their form, not for their advice."""
 
 
 def cache_folder() -> Path:
@@ -100,7 +106,9 @@ def _download(scratch: Path) -> None:
 def _convert(scratch: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     options = {"gguf_file": "model.gguf"}
     plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16, quantization_config=plain, **options)
@@ -121,7 +129,8 @@ def split_conversations(folder: Path) -> tuple[Path, Path]:
 def main() -> int:
     """Run the demo; returns the job's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "demo")
+    own = ROOT / "runs" / "demo"
+    parser.add_argument("--output_dir", type=Path, default=own)
     parser.add_argument("launcher_options", nargs="*", help="for launch.sh, after --: for example -- --num_gpus 2")
     options = parser.parse_args()
     model = model_folder()
@@ -134,6 +143,7 @@ def main() -> int:
         "eval_data_path": held_out,
         "sample_prompts": data / "prompts.json",
         "output_dir": options.output_dir,
+        "overwrite_output_dir": options.output_dir == own,
         **TRAINING,
     }
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
@@ -141,6 +151,7 @@ def main() -> int:
     print("+ " + " ".join(command), flush=True)
     status = subprocess.run(command, check=False, env={**os.environ, "ZERO_SFT_PYTHON": sys.executable}).returncode
     if status == 0:
+        print(EXPECTATION)
         print(f"\nAn ordinary model now: AutoModelForCausalLM.from_pretrained({str(options.output_dir)!r})")
     return status
 

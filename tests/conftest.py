@@ -30,9 +30,10 @@ def pytest_generate_tests(metafunc):
 def pytest_runtestloop(session):
     if not session.config.option.collectonly and any(item.get_closest_marker("world_size") for item in session.items):
         from tests.operators import compile_all
-        from tests.runner import context
+        from tests.runner import ON_DEVICES, context
 
-        compile_all(context)
+        if not ON_DEVICES:  # those of CPU ranks; no test on devices takes one
+            compile_all(context)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -18,8 +18,13 @@ import pytest
 
 PRELOAD = ["torch", "torch.distributed", "transformers", "deepspeed", "zero_sft", "tests.preload"]
 
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(PRELOAD)
+ON_DEVICES = bool(os.environ.get("ZERO_SFT_TEST_DEVICES"))
+"""Ranks take a device each. They are started afresh then: DeepSpeed asks CUDA for devices when it is imported, and a process
+that has done so can't be forked."""
+
+context = multiprocessing.get_context("spawn" if ON_DEVICES else "forkserver")
+if not ON_DEVICES:
+    context.set_forkserver_preload(PRELOAD)
 
 
 class Skip(str):
@@ -42,7 +47,7 @@ def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[...
         keep_operators_apart()
         torch.set_num_threads(1)
         device, backend = get_accelerator(), "gloo"
-        if os.environ.get("ZERO_SFT_TEST_DEVICES") and device.device_name() != "cpu":
+        if ON_DEVICES and device.device_name() != "cpu":
             device.set_device(rank)
             backend = f"cpu:gloo,{device.device_name()}:{device.communication_backend_name()}"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)

@@ -167,7 +167,7 @@ def test_command_line(argv, name, value):
         (["--eval_packing", "True"], ["--eval_packing has no meaning", "are padded"]),
         (["--dataset_num_proc", "0"], ["--dataset_num_proc must be more than 0"]),
         (["--assistant_only_loss", "False"], ["only the assistant's text is ever trained on"]),
-        (["--dataset_text_field", "body"], ["--data_path"]),
+        (["--dataset_text_field", "body"], ["--data_format text"]),
         (["--torch_compile"], ["--torch_compile"]),
         (["--push_to_hub"], ["hf upload"]),
         (["train.toml"], ["'train.toml'", ".yaml"]),
@@ -268,7 +268,34 @@ def test_tables_name_what_exists():
     assert set(REFUSED_OPTIMIZERS) <= set(known["optim"].choices)
     for name in REFUSALS.keys() & known.keys():  # a default must never be refused
         default = known[name].default
-        assert default in REFUSALS[name].passing or name in ("assistant_only_loss", "do_train"), (name, default)
+        exempt = ("assistant_only_loss", "do_train", "dataset_text_field")
+        assert default in REFUSALS[name].passing or name in exempt, (name, default)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset_text_field", "text"), ("dataset_text_field", "body"), ("completion_only_loss", "False"),
+        ("completion_only_loss", "text"), ("assistant_only_loss", "False"), ("dataset_kwargs", '{"add_special_tokens": false}'),
+        ("eos_token", "no"), ("pad_token", "none of these"), ("packing_strategy", "wrapped"), ("padding_free", "True"),
+        ("eval_packing", "True"), ("truncation_mode", "keep_end"), ("shuffle_dataset", "True"), ("dataset_batch_size", "10"),
+        ("length_column_name", "n"), ("include_for_metrics", "loss"), ("batch_eval_metrics", "True"), ("label_names", "y"),
+        ("remove_unused_columns", "True"), ("eval_accumulation_steps", "2"),
+    ],
+)  # fmt: skip
+def test_what_trl_reads_of_the_data_and_this_job_does_not_is_refused(name, value):
+    """Trained with it, nothing would be otherwise."""
+    assert f"--{name}" in refused(f"--{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "today"),
+    [("chat_template_path", "chatml", "chat_template"), ("max_length", "77", "model_max_length")],
+)
+def test_what_trl_calls_otherwise_is_taken(name, value, today):
+    parsed = parse([f"--{name}", value])
+    assert str({**dataclasses.asdict(parsed.data), **parsed.training}[today]) == value
+    assert f"--{name} is --{today} today" in parsed.notes[0]
 
 
 def test_every_field_of_the_trainer_is_an_argument():

@@ -120,7 +120,7 @@ def test_other_kinds_of_scaling_are_kept_within_their_context_and_never_replaced
 def test_given_rope_parameters_win_and_keep_rope_theta():
     config = make("llama", max_position_embeddings=131072, rope_parameters=LLAMA3)
     given = {"rope_type": "yarn", "factor": 32}
-    new = rope(with_context(config, model_max_length=10**6, rope_parameters=given))
+    new = rope(with_context(config, model_max_length=2**18, rope_parameters=given))
     assert new == {**given, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
     assert rope(with_context(config, rope_parameters={"rope_type": "llama3", "factor": 16.0})) == {
         **LLAMA3,

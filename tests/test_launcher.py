@@ -30,6 +30,7 @@ def main(args=None):
     parser.add_argument("--num_gpus", "--num_accelerators", type=int, default=-1)
     parser.add_argument("--master_port", type=int, default=29500)
     parser.add_argument("--module", action="store_true")
+    parser.add_argument("--log_level", default="info")
     parser.add_argument("user_script")
     parser.add_argument("user_args", nargs=argparse.REMAINDER)
     print(json.dumps(vars(parser.parse_args(args))))
@@ -218,6 +219,9 @@ def test_only_the_scripts_of_this_interpreter_are_looked_at(scripts, tmp_path, m
             ["x.py", "-m", "y", "--module"],
             {"module": False, "user_script": "x.py", "user_args": ["-m", "y", "--module"]},
         ),
+        (["-m", "x"], {"log_level": "info"}),
+        (["-m", "zero_sft.train", "--seed", "1"], {"log_level": "error"}),
+        (["--log_level", "debug", "--module", "zero_sft.train"], {"log_level": "debug"}),
         (["-i", "m", "x.py", "-m"], {"module": False, "include": "m", "user_script": "x.py", "user_args": ["-m"]}),
         (
             ["-m", "x", "-max", "3", "--master_port", "1"],

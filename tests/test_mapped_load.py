@@ -39,7 +39,7 @@ def test_bit_for_bit(checkpoint):
     report = model.load_report
     everyone = [each["bytes_mapped"] for each in report.ranks]
     assert all(0 < each <= numbers["bytes_read"] for each, numbers in zip(everyone, report.ranks, strict=True))
-    assert "MiB of it mapped" in report.summary()
+    assert "of that mapped from the page cache" in report.summary()
 
 
 @pytest.mark.world_size(2)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zero_sft import distributed
+from zero_sft import distributed, progress
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
@@ -52,7 +52,8 @@ def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[st
 def fill_computed(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> None:
     """The tensors that come out of whole ones, group by group. Every rank; communicates."""
     tensors = draft.tensors()
-    for group, names in draft.resolution.by_group():
+    groups = list(draft.resolution.by_group())
+    for group, names in progress.counted(groups, "computing tensors, once per node", "groups"):
         wanted = [name for name in names if name not in ready and shards.is_sharded(tensors[name])]
         if not wanted:
             continue

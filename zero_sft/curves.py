@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
     """Draw training and evaluation loss over steps into a PNG. Returns False where there is nothing to draw.
 
     Args:
+        title: what was trained, over the picture.
         history: the trainer's `state.log_history`: dicts with "step" and "loss" or "eval_loss".
     """
     curves = {
@@ -21,14 +22,17 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     for label, points in curves.items():
         if points:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, label=label, marker="o" if len(points) < 30 else None, markersize=3)
+    axes.set_title(title, fontsize="medium", wrap=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss per trained token")
+    axes.set_ylabel("mean loss of a trained token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

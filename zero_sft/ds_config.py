@@ -41,6 +41,9 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             f"{where} is not a ZeRO stage 3 config: zero_optimization.stage is {stage!r}. Set it to 3, or use a shipped one: "
             f"{', '.join(shipped_names())}."
         )
+    for section in ("offload_param", "offload_optimizer"):
+        if section in zero and zero[section] is None:
+            del zero[section]  # as DeepSpeed reads it; transformers and accelerate fail at null
     return _plain_precision(config, where)
 
 
@@ -114,7 +117,7 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
     Raises:
         ConfigError: an hpZ size that does not fit the ranks.
     """
-    result = _without_auto(config)
+    result = without_auto(config)
     for section, name in DTYPE_NAMES.items():
         if section in config:
             result[section] = {**(result[section] or {}), "enabled": dtype == name}
@@ -169,7 +172,8 @@ def require_nvme(config: Mapping[str, Any]) -> None:
             )
 
 
-def _without_auto(value: Any) -> Any:
+def without_auto(value: Any) -> Any:
+    """A copy of a config or a part of it, without the keys whose value is "auto"."""
     if isinstance(value, Mapping):
-        return {key: _without_auto(each) for key, each in value.items() if each != "auto"}
+        return {key: without_auto(each) for key, each in value.items() if each != "auto"}
     return copy.deepcopy(value)

@@ -40,6 +40,10 @@ class ExportError(ZeroSftError):
     """An output folder that can't be written."""
 
 
+class NotPlacedError(ExportError):
+    """A complete export that could not take its folder's place; the message says where it is."""
+
+
 class UnsupportedVersionError(ZeroSftError):
     """A DeepSpeed or transformers release whose internals are not where this package needs them."""
 

@@ -21,7 +21,7 @@ from zero_sft.errors import ArgumentError, CheckpointError
 from zero_sft.world import World
 
 CODE = ("*.py",)
-CONFIG = ("config.json", "generation_config.json")
+CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 BIN_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
@@ -164,7 +164,7 @@ def _patterns(names: tuple[str, ...], variant: str | None) -> tuple[str, ...]:
 def _local_everywhere(name_or_path: str, hub: HubOptions, world: World) -> Path | None:
     """The folder of that name, if every rank sees one: a relative path and a hub id can look alike. Communicates."""
     with distributed.agreed(world, f"looking for {name_or_path}") as told:
-        local = _local_folder(name_or_path, hub)
+        local = local_folder(name_or_path, hub)
         told.mine = local is not None
     found = told.everyone
     if any(found) and not all(found):
@@ -176,7 +176,12 @@ def _local_everywhere(name_or_path: str, hub: HubOptions, world: World) -> Path 
     return local
 
 
-def _local_folder(name_or_path: str, hub: HubOptions) -> Path | None:
+def local_folder(name_or_path: str, hub: HubOptions) -> Path | None:
+    """The folder of that name on this machine, or None where the name is a hub id. Does not communicate.
+
+    Raises:
+        CheckpointError: a path that does not exist.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _inside(path, hub.subfolder)

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft import ds_config as ds_configs
-from zero_sft.arguments import Parsed
+from zero_sft.arguments import Parsed, build_training_arguments
+from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe, require_sources
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
+from zero_sft.model_check import require_usable_model
+from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
@@ -22,15 +25,17 @@ logger = logging.getLogger("zero_sft.train")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the job works on. `sampling`: arguments of the trainer that follow from the data."""
+    """What the job works on. `arguments`: the Trainer's; `sampling`: those of them that follow from the data."""
 
+    arguments: Any
     config: Any
     tokenizer: Any
     training_data: Prepared
     evaluation_data: Prepared | None
     prompts: tuple[str, ...]
-    ds_config: Mapping[str, Any]
     hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
+    checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
+    overwrites: bool = False  # a former run in the output folder
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -39,8 +44,9 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     from zero_sft.config import prepare_config, text_config
     from zero_sft.hub import HubOptions, pin_revision
     from zero_sft.samples import read_prompts
-    from zero_sft.saving.folder import require_writable
-    from zero_sft.saving.resume import require_resumable
+    from zero_sft.saving.former_run import require_no_former_run
+    from zero_sft.saving.rehearsal import rehearse_writing
+    from zero_sft.saving.resume import agree_on_checkpoint
     from zero_sft.tokenizer import load_tokenizer
 
     training = parsed.training
@@ -48,16 +54,24 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         ds = ds_configs.load_ds_config(training["deepspeed"])
         ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
+        arguments = build_training_arguments(training, ds, parsed.given)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
-        require_resumable(training.get("resume_from_checkpoint"), training["output_dir"], world.world_size)
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
+    in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
+    checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
+    with agreed(world, "checking the output folder") as told:
         if world.is_main:
-            require_writable(training["output_dir"])
+            told.mine = require_no_former_run(
+                training["output_dir"], checkpoint and checkpoint.folder, overwrite=training.get("overwrite_output_dir", False)
+            )
+    overwrites = told.everyone[0]
+    rehearse_writing(training["output_dir"], world)
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
     logger.info("reading the config of %s", name)
     hub = parsed.model.hub_options(training["cache_dir"])
     hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
     config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
+    require_usable_model(parsed, arguments, config, hub, world)
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
     packing = choose_packing(
         parsed.data.packing, text_config(config), attention=parsed.model.attn_implementation, lazy=parsed.data.lazy_preprocess
@@ -67,18 +81,27 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         if world.is_main:
             for paths in filter(None, (parsed.data.training_path, held_out)):
                 require_sources(paths)
-    train, sampling = _training_data(parsed, packing, tokenizer, world)
+    rows = getattr(text_config(config), "vocab_size", None)
+    train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
+    for option, value in sampling.items():
+        setattr(arguments, option, value)
+    with agreed(world, "counting the steps"):
+        require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
     return Inputs(
+        arguments=arguments,
         config=config,
         tokenizer=tokenizer,
         training_data=train,
-        evaluation_data=None if held_out is None or unused else _prepare(_recipe(parsed, held_out), tokenizer, world),
+        evaluation_data=None
+        if held_out is None or unused
+        else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
-        ds_config=ds,
         hub=hub,
+        checkpoint=checkpoint,
+        overwrites=overwrites,
         sampling=sampling,
     )
 
@@ -91,16 +114,18 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
-def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: World) -> tuple[Prepared, dict[str, Any]]:
+def _training_data(
+    parsed: Parsed, packing: Packing, tokenizer: Any, embedding_rows: int | None, world: World
+) -> tuple[Prepared, dict[str, Any]]:
     """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
     given, from samples of like length. Every rank; communicates.
 
     Raises:
         DataError: too little for one batch.
     """
-    recipe = _recipe(parsed, parsed.data.training_path)
+    recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare(replace(recipe, pack=packing.on), tokenizer, world)
+    prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
     if prepared.unpacked is not None:
         needed = size["world_size"] * size["per_device_batch_size"]
         packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
@@ -110,21 +135,22 @@ def _training_data(parsed: Parsed, packing: Packing, tokenizer: Any, world: Worl
             return prepared, {}
     train = prepared.unpacked or prepared
     require_one_batch(train, **size)
-    logger.info("samples are not packed: %s", packing.reason)
+    logger.info("  not packed: %s", packing.reason)
     if parsed.data.packing is not None:
         return train, {}
     grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
-def _recipe(parsed: Parsed, paths: str) -> Recipe:
+def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
     seed, length = parsed.training.get("data_seed"), parsed.training["model_max_length"]
     seed = parsed.training.get("seed", 42) if seed is None else seed
-    return Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
+    recipe = Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
+    return replace(recipe, embedding_rows=embedding_rows)
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("data: %s", recipe.paths)
+def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
+    logger.info("%s: %s", what, recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
     samples = prepared.unpacked or prepared
     for line in samples.lines():

@@ -2,11 +2,11 @@
 
 DeepSpeed's console script `deepspeed` knows `--module` but not its short form: `deepspeed -m zero_sft.train` ends in
 "unrecognized arguments: -m". `enable` puts a small script in its place that gives DeepSpeed's own argument parser one
-more name for `--module` and then runs DeepSpeed's own `main`. Every launcher option, its values, and whatever stands
-after the user's module are therefore still parsed by DeepSpeed, in whatever release is installed: a `-m` among the
-user's own arguments stays there. The shim also has DeepSpeed's runner mended by `cluster/deepspeed_command.py` (master
-port, signals, words for pdsh); where that can't be imported, it does without, so that removing this package does not break
-DeepSpeed.
+more name for `--module`, and another default of `--log_level` where a module of this package is started; then it runs
+DeepSpeed's own `main`. Every launcher option, its values, and whatever stands after the user's module are therefore still
+parsed by DeepSpeed, in whatever release is installed: a `-m` among the user's own arguments stays there. The shim also has
+DeepSpeed's runner mended by `cluster/deepspeed_command.py` (master port, signals, words for pdsh); where that can't be
+imported, it does without, so that removing this package does not break DeepSpeed.
 
 The original script lies beside the shim, in a hidden file; `disable` moves it back, byte for byte. An upgrade of
 DeepSpeed writes its own script over the shim: `status` says so, and `launch_note` tells the training job.
@@ -33,7 +33,7 @@ MODULE_FORM = "deepspeed --num_gpus 8 --module zero_sft.train ..."
 
 _MARKER = "# zero_sft launcher shim"
 _SHIM_BODY = f'''\
-{_MARKER}: DeepSpeed's launcher, with -m as a short form of --module.
+{_MARKER}: DeepSpeed's launcher, with -m as a short form of --module; quieter for zero_sft's own modules.
 # Undo with: python -m zero_sft.launcher disable
 import argparse
 import sys
@@ -49,17 +49,24 @@ except ImportError:  # zero_sft was removed, or is older
 
 
 _add_argument = argparse.ArgumentParser.add_argument
+_STARTS_ZERO_SFT = any(word.startswith("zero_sft.") for word in sys.argv[1:])
 
 
-def _add_argument_and_short_form(parser, *flags, **options):
-    """Register `-m` together with `--module`, so that the launcher's own parser decides what `-m` belongs to."""
+def _add_our_argument(parser, *flags, **options):
+    """Register `-m` together with `--module`, so that the launcher's own parser decides what `-m` belongs to.
+
+    At its level "info" the launcher prints the whole command once, and once more for each rank; at "warning", that there is
+    no hostfile.
+    """
     if flags == ("--module",):
         flags = ("-m", "--module")
+    if flags == ("--log_level",) and _STARTS_ZERO_SFT:
+        options["default"] = "error"
     return _add_argument(parser, *flags, **options)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser.add_argument = _add_argument_and_short_form
+    argparse.ArgumentParser.add_argument = _add_our_argument
     sys.exit(run(runner))
 '''
 

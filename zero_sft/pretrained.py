@@ -144,7 +144,7 @@ def load_model(
         config = prepare_config(model_name_or_path, **hub)
     ds, name, seed = _engine(ds_config, dtype, config, world)
     _warn_if_untested(world)
-    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, world_size=world.world_size)
+    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, rank=world.rank, world_size=world.world_size)
     request = Request(
         folder=folder,
         config=config,
@@ -182,7 +182,7 @@ def _engine(
         ds = ds_configs.load_ds_config(ds_config)
         wanted = wanted_dtype(dtype, config)
         name = ds_configs.engine_dtype(ds, wanted)
-        _check_dtype(dtype, wanted, name)
+        require_engine_dtype(dtype, wanted, name)
         ds = ds_configs.concrete(ds, name, world.node_group_size, world.world_size)
     return ds, name, told.everyone[0]
 
@@ -206,7 +206,8 @@ def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
     return str(found).removeprefix("torch.")  # torch.half is another name of torch.float16
 
 
-def _check_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+def require_engine_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+    """Raise `ArgumentError` if a dtype was asked for (not "auto") that is not the engine's."""
     if dtype != "auto" and asked != engine:
         raise ArgumentError(
             f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "

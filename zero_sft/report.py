@@ -2,9 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from zero_sft.progress import size
+
+Numbers = Mapping[str, float]
+"""`LoadReport.numbers` of one rank."""
+
+_NUMBERS = (
+    "seconds", "bytes_read", "bytes_mapped", "requests", "bytes_communicated", "peak_host_bytes", "peak_device_bytes",
+)  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,13 +53,14 @@ class LoadReport:
     slowest_seconds: float = 0.0
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
+    rank: int = 0
     world_size: int = 1
     stages: dict[str, float] = field(default_factory=dict)
     ranks: list[dict[str, float]] = field(default_factory=list)
 
     def numbers(self) -> dict[str, float]:
         """This rank's own numbers, for the others."""
-        return {name: getattr(self, name) for name, _, _, _ in _ROWS} | {f"stage {k}": v for k, v in self.stages.items()}
+        return {name: getattr(self, name) for name in _NUMBERS} | {f"stage {k}": v for k, v in self.stages.items()}
 
     def gather(self, everyone: list[dict[str, float]]) -> None:
         """Take in the numbers of all ranks."""
@@ -65,30 +76,37 @@ class LoadReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def summary(self) -> str:
-        """The report for a person, a few lines."""
+        """The report for a person, a few lines; the same on every rank. `print_summary` prints it once."""
+        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
         lines = [
-            f"loaded {self.model}: {self.parameters / 1e6:,.1f} M parameters in {self.dtype} by the {self.loader} loader on "
-            f"{self.world_size} rank{'s' * (self.world_size > 1)} in {self.slowest_seconds:.2f} s (slowest rank)",
+            f"loaded {self.model} in {self.slowest_seconds:.2f} s: {self.parameters / 1e6:,.1f} M parameters in {self.dtype}, "
+            f"sharded over {ranks} ({self.loader} loader)",
         ]
         lines += self._table()
         if self.verified is not None:
-            lines.append(f"  read back: {self.verified} of the model's tensors are what the files give, on every rank")
+            lines.append(f"  read back: {self.verified} tensors of the model equal what the files give, on every rank")
         for title, names in self._notable():
             lines.append(f"  {title}: {len(names)} ({_shown(names)})")
         return "\n".join(lines)
 
+    def print_summary(self) -> None:
+        """Print the summary to stdout on rank 0, and nothing on other ranks. Any rank; does not communicate."""
+        if self.rank == 0:
+            sys.stdout.write(self.summary() + "\n")
+            sys.stdout.flush()
+
     def _table(self) -> list[str]:
-        """The numbers of this rank, of the slowest, and of all together, a row each."""
+        """A row for each number: the least and the most of any rank, and the sum where it means something."""
         everyone = self.ranks or [self.numbers()]
-        slowest = max(range(len(everyone)), key=lambda rank: everyone[rank]["seconds"])
-        columns = {"rank 0": everyone[0], f"slowest, rank {slowest}": everyone[slowest]}
-        rows = [(name, title, unit, combine) for name, title, unit, combine in _ROWS if any(each[name] for each in everyone)]
-        rows[1:1] = [(f"stage {stage}", f"  {stage}", 1.0, max) for stage in self.stages]
-        lines = [f"  {'':24}" + "".join(f"{title:>20}" for title in (*columns, "all together"))]
-        for name, title, unit, combine in rows:
-            values = [each.get(name, 0) for each in columns.values()] + [combine(each.get(name, 0) for each in everyone)]
-            digits = 2 if unit == 1.0 else 1 if unit > 1 else 0
-            lines.append(f"  {title:24}" + "".join(f"{value / (unit or 1):>20,.{digits}f}" for value in values))
+        columns = ["one rank: least", "most", "all ranks"] if len(everyone) > 1 else ["this rank"]
+        lines = [f"  {'':{_TITLE_WIDTH}}" + "".join(f"{title:>{_WIDTH}}" for title in columns)]
+        for row in [*_ROWS[:1], *(_stage_row(stage) for stage in self.stages), *_ROWS[1:]]:
+            values = [row.value(each) for each in everyone]
+            if not any(values):
+                continue
+            cells = [row.form(min(values)), row.form(max(values)), "" if row.total is None else row.form(row.total(everyone))]
+            cells = cells if len(everyone) > 1 else cells[:1]
+            lines.append((f"  {row.title:{_TITLE_WIDTH}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)).rstrip())
         return lines
 
     def _notable(self) -> list[tuple[str, Sequence[str]]]:
@@ -106,16 +124,80 @@ class LoadReport:
         return [(title, names) for title, names in rows if names]
 
 
-_ROWS: tuple[tuple[str, str, float, Callable[[Iterable[float]], float]], ...] = (
-    ("seconds", "seconds (longest)", 1.0, max),
-    ("bytes_read", "MiB read (sum)", 2**20, sum),
-    ("bytes_mapped", "MiB of it mapped (sum)", 2**20, sum),
-    ("requests", "read requests (sum)", 0, sum),
-    ("bytes_communicated", "KiB of exchanges (sum)", 2**10, sum),
-    ("peak_host_bytes", "MiB grown, host (most)", 2**20, max),
-    ("peak_device_bytes", "MiB grown, device (most)", 2**20, max),
+def _seconds(value: float) -> str:
+    return f"{value:,.2f} s"
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _speed(value: float) -> str:
+    return f"{size(value)}/s"
+
+
+def _copied(rank: Numbers) -> float:
+    """Bytes that were read into memory; what is mapped is not read yet."""
+    return rank["bytes_read"] - rank["bytes_mapped"]
+
+
+def _read_speed(rank: Numbers) -> float:
+    """Bytes a second in the stage that reads; 0 where all was mapped."""
+    seconds = rank.get("stage read", 0.0)
+    return _copied(rank) / seconds if seconds else 0.0
+
+
+def _speed_of_all(ranks: Sequence[Numbers]) -> float:
+    slowest = max(rank.get("stage read", 0.0) for rank in ranks)
+    return sum(map(_copied, ranks)) / slowest if slowest else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """A row of the summary: its number of one rank, how it is written, and the number of all ranks, where there is one."""
+
+    title: str
+    value: Callable[[Numbers], float]
+    form: Callable[[float], str]
+    total: Callable[[Sequence[Numbers]], float] | None = None
+
+
+def _summed(title: str, name: str, form: Callable[[float], str]) -> _Row:
+    def total(ranks: Sequence[Numbers]) -> float:
+        return sum(rank[name] for rank in ranks)
+
+    return _Row(title=title, value=lambda rank: rank[name], form=form, total=total)
+
+
+def _stage_row(stage: str) -> _Row:
+    title = f"  {_STAGES.get(stage, stage)}"
+    return _Row(title=title, value=lambda rank: rank.get(f"stage {stage}", 0.0), form=_seconds)
+
+
+_TITLE_WIDTH, _WIDTH = 44, 17
+
+_STAGES = {
+    "skeleton": "build the model without weights",
+    "headers": "read the files' headers",
+    "plan": "plan the reads",
+    "initialise": "initialise what the checkpoint lacks",
+    "read": "read the weights",
+    "compute": "compute what can't be read in place",
+    "finish": "tie weights, finish the model",
+    "verify": "verify the shards against the files",
+}
+"""What each of `LoadReport.stages` does."""
+
+_ROWS = (
+    _Row(title="time", value=lambda rank: rank["seconds"], form=_seconds),
+    _summed("read from the checkpoint", "bytes_read", size),
+    _summed("  of that mapped from the page cache", "bytes_mapped", size),
+    _summed("  in how many reads", "requests", _count),
+    _Row(title="  speed, mapped bytes left out", value=_read_speed, form=_speed, total=_speed_of_all),
+    _summed("messages between ranks, none with weights", "bytes_communicated", size),
+    _Row(title="host memory, highest above the start", value=lambda rank: rank["peak_host_bytes"], form=size),
+    _Row(title="device memory, highest above the start", value=lambda rank: rank["peak_device_bytes"], form=size),
 )
-"""Name, title, unit (0: a count), and how the ranks' numbers are put together."""
 
 
 def _shown(names: Sequence[str], limit: int = 3) -> str:

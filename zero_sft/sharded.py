@@ -4,16 +4,16 @@
 nothing communicates, so a rank that fails never leaves the others in a collective.
 """
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from zero_sft import distributed, skeleton, transformers_internals
+from zero_sft import distributed, progress, skeleton, transformers_internals
 from zero_sft.checkpoint.index import assemble, locate, read_headers
 from zero_sft.checkpoint.scaled import ScaledTensor
 from zero_sft.computed import compute, fill_computed
@@ -32,6 +32,15 @@ from zero_sft.storage.mapped import map_cached
 from zero_sft.verify import Held, digest, verify
 from zero_sft.world import World
 from zero_sft.zero import gather, internals, missing, shards
+
+_SHOWN = {
+    "skeleton": "building the model",
+    "headers": "reading the checkpoint's headers",
+    "plan": "planning the reads",
+    "initialise": "initialising what the checkpoint lacks",
+    "verify": "verifying the shards",
+}
+"""How stages are called where progress is shown."""
 
 BUFFER_MIB_A_THREAD = 16
 """What a reading thread holds at most: two staging buffers, or a tile that is multiplied by its scales."""
@@ -146,14 +155,18 @@ def _read(draft: Draft, params: Mapping[str, Any], plan: Plan, mmap: bool) -> in
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
         wanted = (by_target[name] for name in memory if name in by_target)
         reads = sorted((read for reads in wanted for read in reads), key=lambda read: (read.file, read.offset_bytes))
-        _fill(draft, reads, memory)
+        _fill(draft, reads, memory, task.advance)
 
-    shards.fill_shards({name: param for name, param in params.items() if name not in mapped}, fill)
+    left = sum(read.nbytes_in_all for name, reads in by_target.items() if name not in mapped for read in reads)
+    with progress.task("reading the weights", left, progress.BYTES) as task:
+        shards.fill_shards({name: param for name, param in params.items() if name not in mapped}, fill)
     return sum(shard.nbytes for shard in mapped.values())
 
 
-def _fill(draft: Draft, reads: Sequence[Read], memory: Mapping[str, torch.Tensor]) -> None:
-    reader.fill(reads, memory, draft.threads, draft.index.stamps, dequantise)
+def _fill(
+    draft: Draft, reads: Sequence[Read], memory: Mapping[str, torch.Tensor], advance: Callable[[int], None] | None = None
+) -> None:
+    reader.fill(reads, memory, draft.threads, draft.index.stamps, dequantise, advance)
 
 
 def _finish(draft: Draft, request: Request, world: World, report: LoadReport, equal_ties: Sequence[Sequence[bool]]) -> None:
@@ -243,10 +256,11 @@ class Stopwatch:
         self._report = report
         self._start = time.perf_counter()
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the body under `name`."""
+        """Time the body under `name`, and show that it is under way; the reads show more, their bytes."""
         start = time.perf_counter()
-        yield
+        with progress.task(_SHOWN[name]) if name in _SHOWN else contextlib.nullcontext():
+            yield
         self._report.stages[name] = time.perf_counter() - start
         self._report.seconds = time.perf_counter() - self._start

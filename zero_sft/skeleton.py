@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from zero_sft.conversion.quantised import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.request import Request
-from zero_sft.transformers_internals import internal, kept_dtypes, zero3_config
+from zero_sft.transformers_internals import internal, kept_dtypes, without_zero3, zero3_config
 from zero_sft.zero.init import ShardedInit
 
 
 def resolve_class(
-    config: PreTrainedConfig, model_class: Any, folder: Path, trust_remote_code: bool
+    config: PreTrainedConfig, model_class: Any, folder: str | Path, trust_remote_code: bool
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The concrete model class, and the config it takes (a composite config's text part where the class wants that).
 
@@ -56,6 +56,29 @@ def resolve_class(
     return (found, config.get_text_config()) if text and getattr(found, "config_class", None) == text else (found, config)
 
 
+def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name: str) -> None:
+    """Raise `ArgumentError` unless the class can use this attention here. Any rank by itself.
+
+    transformers' own check, run on an object of the class that was never initialised: it looks at the class, the installed
+    packages and the devices, and at no weights.
+    """
+    probe = object.__new__(cls)
+    probe.__dict__["config"] = config
+    try:
+        probe._check_and_adjust_attn_implementation(name, is_init_check=True)
+    except Exception as error:  # ValueError, ImportError, and whatever a kernel's download raises
+        supported = {
+            "sdpa": cls._supports_sdpa,
+            "flex_attention": cls._supports_flex_attn,
+            "flash_attention_2, flash_attention_3 (with their packages, on GPUs)": cls._supports_flash_attn,
+        }
+        names = ", ".join(["eager", *(each for each, has in supported.items() if has)])
+        raise ArgumentError(
+            f"attn_implementation {name!r} can't be used with {cls.__name__}: {str(error).strip().splitlines()[0]}\n"
+            f"{cls.__name__} takes {names}. Without --attn_implementation transformers chooses."
+        ) from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
     """A model without weights. Whole and on the meta device, until `shard` makes its parameters ZeRO parameters."""
@@ -77,7 +100,7 @@ def build(request: Request) -> Skeleton:
     """
     try:
         init = ShardedInit(dict(request.ds_config))
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
+    except Exception as error:  # pydantic's ValidationError, DeepSpeedConfigError, AssertionError, KeyError, TypeError
         reason = str(error).strip() or type(error).__name__
         raise ConfigError(
             f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones."
@@ -109,9 +132,11 @@ def construct(request: Request, *around: Any) -> PreTrainedModel:
     cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
     config = unquantised(copy.deepcopy(config))
     if request.attn_implementation is not None:
+        require_attention(cls, config, request.attn_implementation)
         config._attn_implementation = request.attn_implementation
     set_dtype(config, request.dtype)
     contexts = (
+        without_zero3(),
         internal("local_torch_dtype")(request.dtype, cls.__name__),
         internal("no_tie_weights")(),
         internal("apply_patches")(),

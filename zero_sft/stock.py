@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from zero_sft import skeleton
+from zero_sft import progress, skeleton
 from zero_sft.distributed import agreed
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
@@ -27,20 +27,23 @@ def load_stock(request: Request, world: World, report: LoadReport) -> PreTrained
     """
     with agreed(world, "preparing the model's class"):
         cls, config = skeleton.resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
+        if request.attn_implementation is not None:
+            skeleton.require_attention(cls, config, request.attn_implementation)
     hf_config = zero3_config(request.ds_config)
     start = time.perf_counter()
     optional: dict[str, Any] = (
         {} if request.attn_implementation is None else {"attn_implementation": request.attn_implementation}
     )
-    loaded: Any = cls.from_pretrained(
-        str(request.folder),
-        config=config,
-        dtype=request.dtype,
-        local_files_only=True,
-        variant=request.variant,
-        output_loading_info=True,
-        **optional,
-    )
+    with progress.task("loading as transformers does"):
+        loaded: Any = cls.from_pretrained(
+            str(request.folder),
+            config=config,
+            dtype=request.dtype,
+            local_files_only=True,
+            variant=request.variant,
+            output_loading_info=True,
+            **optional,
+        )
     model, info = loaded
     report.seconds = time.perf_counter() - start
     report.missing = sorted(info["missing_keys"])

@@ -31,8 +31,8 @@ class Timeline:
 
     def summary(self) -> str:
         """One line for a person."""
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._seconds.items())
-        return f"{sum(self._seconds.values()):.1f} s from the start to the end of the first step: {parts}"
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
+        return f"the first step ended {sum(self._seconds.values()):.1f} s after the program's start: {parts}"
 
 
 def trainer_callback(timeline: Timeline, say: Any) -> Any:

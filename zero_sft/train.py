@@ -5,35 +5,39 @@
 Every rank runs `main`. What is cheap and may be wrong comes first, so that bad input is found before the weights are read;
 every such stage ends in an agreement, so that all ranks leave with the same error, said once by rank 0. Training itself is
 TRL's `SFTTrainer` on the Hugging Face Trainer and DeepSpeed.
+
+What imports torch is imported in the functions, so that `--help` answers at once.
 """
 
+import copy
 import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zero_sft import distributed
-from zero_sft.arguments import Parsed, build_training_arguments, help_text, parse, wants_help
+from zero_sft import progress
+from zero_sft.arguments import Parsed, answer_help, parse, wants_help
 from zero_sft.cluster import failure
 from zero_sft.cluster.job import run_rank
-from zero_sft.cluster.watch import leave
-from zero_sft.console import open_console, quieten_transformers
-from zero_sft.distributed import agreed
+from zero_sft.console import close_console, open_console, quieten_transformers
 from zero_sft.errors import ArgumentError
-from zero_sft.inputs import Inputs, read_inputs
 from zero_sft.launcher import launch_note
-from zero_sft.timeline import Timeline, trainer_callback
 from zero_sft.world import World
+
+if TYPE_CHECKING:
+    from zero_sft.inputs import Inputs
+    from zero_sft.timeline import Timeline
 
 logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
 
 LOGS = "logs"
 """The folder inside the output folder with what is known about the run."""
 
-ANSWER_TOKENS = 96
+ANSWER_TOKENS = 256
+"""Tokens of an answer to a sample prompt at most: enough for most answers to end."""
 
 _ROUTING = ("output_router_logits", "router_aux_loss_coef")
 """What TRL writes into the config of a mixture of experts while it trains."""
@@ -43,12 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the job; returns the exit status. Every rank."""
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
-        sys.stdout.write(help_text())
-        return 0
+        return answer_help(argv)
 
     def job(world: World) -> None:
         open_console(world)
-        run(parse(argv), world)
+        try:
+            run(parse(argv), world)
+        finally:
+            close_console()
 
     return run_rank(job)
 
@@ -59,17 +65,23 @@ def run(parsed: Parsed, world: World) -> None:
     Raises:
         ZeroSftError: the same on every rank.
     """
+    from zero_sft import distributed
+    from zero_sft.disk_room import require_room_for_run
+    from zero_sft.inputs import read_inputs
+    from zero_sft.timeline import Timeline
+
+    if parsed.training.get("disable_tqdm"):
+        open_console(world, bars=False)
     for note in (*parsed.notes, launch_note()):
         if note:
             logger.info(note)
     timeline = Timeline()
     timeline.end("imports")
-    logger.info(
-        "joining the ranks, %d; the first run on a machine compiles DeepSpeed's operators, a minute or (NVMe) three",
-        world.world_size,
-    )
-    with failure.stage("joining the ranks"):
+    ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
+    logger.info("starting %s; the first run on a machine compiles operators of DeepSpeed's, for one to three minutes", ranks)
+    with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
         world = distributed.connect(world)
+    logger.info("%s on %s", ranks, _device())
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.
     distributed.agree_on(world, "arguments", _shown(parsed))
@@ -78,17 +90,23 @@ def run(parsed: Parsed, world: World) -> None:
     inputs = read_inputs(parsed, world)
     failure.set_log_folder(Path(parsed.training["output_dir"]) / LOGS)
     timeline.end("inputs")
-    if _offloads_optimizer(inputs.ds_config) and parsed.training["optim"] == "adamw_torch":
-        logger.info("the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there")
-    with agreed(world, "setting up the trainer's arguments"):
-        arguments = build_training_arguments({**parsed.training, **inputs.sampling}, inputs.ds_config)
+    require_room_for_run(parsed, inputs.arguments, inputs, world)
     failure.set_stage("loading the model")
-    model = _load(parsed, arguments, inputs)
+    model = _load(parsed, inputs.arguments, inputs)
     timeline.end("load")
-    _train_and_export(parsed, arguments, model, inputs, world, timeline)
+    _train_and_export(parsed, inputs.arguments, model, inputs, world, timeline)
 
 
-def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
+def _device() -> str:
+    """The kind of device that DeepSpeed has chosen, for the log."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    kind = accelerator.device_name().partition(":")[0]
+    return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
+
+
+def _load(parsed: Parsed, arguments: Any, inputs: "Inputs") -> Any:
     """The model, under the DeepSpeed config as the Trainer has completed it. Every rank; communicates."""
     from transformers import set_seed
 
@@ -112,14 +130,14 @@ def _load(parsed: Parsed, arguments: Any, inputs: Inputs) -> Any:
     )
 
 
-def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs, world: World, timeline: Timeline) -> None:
+def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
-    from zero_sft.config import text_config
-    from zero_sft.saving.export import save_pretrained
+    from zero_sft.distributed import agreed
+    from zero_sft.saving.rescue import export_or_rescue
     from zero_sft.zero import gather
 
-    tokenizer, report = inputs.tokenizer, model.load_report
+    report = model.load_report
     failure.set_stage("answering prompts")
     before = []
     if inputs.prompts:
@@ -127,44 +145,63 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: Inputs
             before = _answers(parsed, model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
-    text = text_config(model.config)
-    routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    trainer = _trainer(arguments, model, inputs, timeline)
-    resumed = arguments.resume_from_checkpoint
-    logger.info("training%s", f", from the checkpoint that --resume_from_checkpoint {resumed} names" if resumed else "")
-    failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    failure.set_stage("answering prompts")
-    after = _answers_of_engine(parsed, trainer, inputs)
+    trainer = _trainer(arguments, model, parsed, inputs, timeline)
     output = Path(arguments.output_dir)
+    _begin(output, inputs, world)
+    failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
+    trainer.train(resume_from_checkpoint=None if inputs.checkpoint is None else str(inputs.checkpoint.folder))
     logger.info("writing the model to %s", output)
     failure.set_stage("writing the model")
-    text.update(routing)  # the trainer's loss had them set
-    trained: Any = trainer.model_wrapped
-    _set_chat_template(tokenizer, parsed)
-    save_pretrained(trained, output, tokenizer=tokenizer)
+    export_or_rescue(trainer.export, output, world)  # before anything else that may fail
+    failure.set_stage("answering prompts")
+    after = _answers_of_engine(parsed, trainer, inputs)
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
+    known = {
+        "arguments": _shown(parsed),
+        "history": trainer.state.log_history,
+        "load_report": report.to_dict(),
+        "timeline": timeline.seconds,
+        "answers": answers,
+    }
     with agreed(world, "writing the logs"):
         if world.is_main:
-            known = {
-                "arguments": _shown(parsed),
-                "history": trainer.state.log_history,
-                "load_report": report.to_dict(),
-                "timeline": timeline.seconds,
-                "answers": answers,
-            }
-            _write_logs(output, known)
+            try:
+                _write_logs(output, known)
+            except Exception as error:  # noqa: BLE001 - the model is there, and the run must not end as if it were not
+                logger.warning("the logs could not be written to %s: %s. The model is complete.", output / LOGS, error)
             _say_results(output, trainer.state.log_history, answers)
+    trained: Any = trainer.model_wrapped
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
 
 
-def _trainer(arguments: Any, model: Any, inputs: Inputs, timeline: Timeline) -> Any:
-    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
+def _begin(output: Path, inputs: "Inputs", world: World) -> None:
+    """Say what is resumed, and remove the former run's checkpoints where it is to be overwritten. Every rank; communicates."""
+    from zero_sft.distributed import agreed
+    from zero_sft.saving.former_run import remove_checkpoints
 
+    if inputs.checkpoint is not None:
+        logger.info("starting the engine, with the checkpoint %s, which is whole", inputs.checkpoint.folder)
+        return
+    with agreed(world, "removing the former run's checkpoints"):
+        if world.is_main and inputs.overwrites:
+            remove_checkpoints(output)
+    logger.info("starting the engine")
+
+
+def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timeline: "Timeline") -> Any:
+    from zero_sft.config import text_config
+    from zero_sft.job.steps import StepLog
+    from zero_sft.timeline import trainer_callback
+    from zero_sft.trainer import LastStepLogged, Published, Trainer, collator_for
+
+    text = text_config(model.config)
+    routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
+    published = Published(tokenizer=_with_trained_template(inputs.tokenizer, parsed), config_values=routing)
     try:
-        return Trainer(
+        trainer = Trainer(
             model=model,
             args=arguments,
+            published=published,
             train_dataset=inputs.training_data.dataset,
             eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
@@ -173,24 +210,33 @@ def _trainer(arguments: Any, model: Any, inputs: Inputs, timeline: Timeline) -> 
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
+    rows = "packed rows" if inputs.training_data.unpacked is not None else "samples"
+    log = StepLog(lambda: trainer.tokens, rows)
+    trainer.add_callback(log)
+    log.wait_for_engine()
+    return trainer
 
 
-def _set_chat_template(tokenizer: Any, parsed: Parsed) -> None:
-    """The format that was trained goes out with the model: without it, nobody could ask it anything as it has learnt to be."""
+def _with_trained_template(tokenizer: Any, parsed: Parsed) -> Any:
+    """A copy of the tokenizer with the chat template that is trained, as checkpoints and the export hold it."""
     from zero_sft.data.templates import choose_template
 
-    tokenizer.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
+    published = copy.deepcopy(tokenizer)
+    published.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
+    return published
 
 
-def _answers(parsed: Parsed, model: Any, inputs: Inputs) -> list[str]:
+def _answers(parsed: Parsed, model: Any, inputs: "Inputs") -> list[str]:
     from zero_sft.samples import answer
 
-    logger.info("answering %d prompts", len(inputs.prompts))
+    count = len(inputs.prompts)
+    logger.info("answering %d prompt%s", count, "s" * (count != 1))
     template = parsed.data.chat_template
-    return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
+    with progress.task("answering prompts"):
+        return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
 
 
-def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: Inputs) -> list[str]:
+def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[str]:
     """After the training: a small model is gathered once for all tokens, a large one module by module for each."""
     if not inputs.prompts:
         return []
@@ -210,10 +256,11 @@ def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
     logs = output / LOGS
     logs.mkdir(exist_ok=True)
     for name, content in known.items():
+        (logs / f"{name}.json").unlink(missing_ok=True)  # a former run's
         if content:
             text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
             (logs / f"{name}.json").write_text(text, encoding="utf-8")
-    plot_loss(known["history"], logs / "loss.png")
+    plot_loss(known["history"], logs / "loss.png", f"Loss of {Path(known['arguments']['model_name_or_path']).name}, {output}")
 
 
 def _say_results(output: Path, history: list, answers: list) -> None:
@@ -223,16 +270,11 @@ def _say_results(output: Path, history: list, answers: list) -> None:
     if len(losses) > 1:
         (first, before), (last, after) = losses[0], losses[-1]
         change = 100 * (after / before - 1)
-        when = f"after step {first}" if first else "before"
-        logger.info("loss on held-out conversations: %.3f %s, %.3f after step %d (%+.0f %%)", before, when, after, last, change)
+        when = f"after step {first}" if first else "before training"
+        logger.info("loss on held-out samples: %.3f %s, %.3f after step %d (%+.1f %%)", before, when, after, last, change)
     curve = output / LOGS / "loss.png"
     drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)
-
-
-def _offloads_optimizer(ds_config: Mapping[str, Any]) -> bool:
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
 
 
 def _shown(parsed: Parsed) -> dict[str, Any]:
@@ -244,5 +286,7 @@ def _shown(parsed: Parsed) -> dict[str, Any]:
 if __name__ == "__main__":
     status = main()
     if status:
+        from zero_sft.cluster.watch import leave
+
         leave(status)  # the interpreter's own way out may wait for ranks that are gone
     sys.exit(status)

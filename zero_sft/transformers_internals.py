@@ -5,10 +5,11 @@ the way back (`--loader stock`), instead of an ImportError out of the middle of 
 warning from `warn_if_untested`.
 """
 
+import contextlib
 import copy
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -98,6 +99,22 @@ def zero3_config(ds_config: Mapping[str, Any]) -> Any:
     reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
     active = reference() if reference is not None and internal("is_deepspeed_zero3_enabled")() else None
     return active or internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
+
+
+@contextlib.contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let transformers take ZeRO-3 for switched off.
+
+    A model that builds another inside its constructor (`AutoModel.from_config`, as classification heads do) would open a
+    `zero.Init` there as long as any other model or `HfDeepSpeedConfig` is alive, and fail on the meta device.
+    """
+    module: Any = importlib.import_module("transformers.integrations.deepspeed")
+    reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
+    module._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        module._hf_deepspeed_config_weak_ref = reference
 
 
 def kept_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:

@@ -75,6 +75,7 @@ def test_it_says_what_the_job_will_do(model, data, capsys):
             part in said for part in ("they fill", "too few to train on")
         ], shown
         assert f"{'like length' if said else 'rows of 512'} (the job)" in shown
+        assert (" samples packed into " in shown, "not packed: " in shown) == (not said, bool(said)), "one statement"
 
 
 def test_the_cost_of_padding():

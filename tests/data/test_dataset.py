@@ -63,10 +63,23 @@ def test_lazy_gives_the_same_samples(tmp_path, template):
 
 
 def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
-    prepared = prepare(written(tmp_path, ("x" * 100, "b")), byte_tokenizer(CHATML), model_max_length=60, lazy=True)
+    path = written(tmp_path, ("x" * 100, "b"), ("a", "b"))
+    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=True)
     assert set(prepared.dataset[0]["labels"]) == {IGNORED}
     assert prepared.reports[0].tokens is None
     assert "tokenised when they are needed" in prepared.reports[0].lines()[1]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("count", [2, 1100])
+def test_data_of_which_tokenising_leaves_nothing_is_refused(tmp_path, lazy, count):
+    """Lazily, too: an evaluation on it has a loss of nan."""
+    path = written(tmp_path, *[("x" * 100, "b")] * count)
+    said = rf"no sample is left .*\({count:,} cut off before the first answer\).* is 60, and the shortest has 1[0-9]+"
+    with pytest.raises(DataError, match=said):
+        prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=lazy)
+    path = written(tmp_path, *[("x" * 100, "b")] * count, ("a", "b"))
+    assert prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=lazy).dataset
 
 
 def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):

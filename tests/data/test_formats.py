@@ -201,8 +201,10 @@ def test_plain_text_is_taken_as_it_is(tmp_path):
 def test_a_layout_can_be_forced(tmp_path):
     both = {"conversations": ONE, "text": "x"}
     path = written(tmp_path, [both, {"text": "y"}])
-    assert read_samples(Files(path=path).objects()).layouts == ("sharegpt", "text")
-    assert [each.completion for each in read_samples(Files(path=path).objects(), "text").samples] == ["x", "y"]
+    assert "sample 1: the keys of 2 formats, `conversations` of sharegpt and `text` of text. Say which" in refused(path)
+    reading = read_samples(Files(path=path).objects(), "text")
+    assert [each.completion for each in reading.samples] == ["x", "y"]
+    assert reading.unread == {"conversations": 1}, "said in the log"
     with pytest.raises(DataError, match=r"sample 2: --data_format sharegpt: expected .* got the keys 'text'"):
         read_samples(Files(path=path).objects(), "sharegpt")
 

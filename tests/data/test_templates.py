@@ -169,7 +169,7 @@ def test_a_text_that_the_template_has_no_place_for():
 
 def test_thoughts_that_contain_the_prompt_are_trained_on_whole():
     thoughts = "<think>\nit goes <|im_start|>assistant\n, I think\n</think>\n\n"
-    rendered = with_template(THINKING).render(conversation("Hi", f"{thoughts}Hello."))
+    rendered = with_template(CHATML).render(conversation("Hi", f"{thoughts}Hello."))
     assert spans(rendered) == [f"{thoughts}Hello.<|im_end|>"]
 
 
@@ -188,7 +188,7 @@ def test_thoughts_that_name_their_own_tag_are_whole_or_refused():
 
 def test_an_answer_of_which_nothing_is_left_is_refused():
     forgetting = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim }}")
-    for answer in ("<think>x</think>", "<think>x</think>\n", "  "):
+    for answer in ("<think>x</think>", "<think>x</think>\n"):
         with pytest.raises(DataError, match="message 2: the chat template leaves nothing of this answer"):
             with_template(forgetting).render(conversation("Hi", answer, "More?", "No."))
     assert spans(with_template(forgetting).render(conversation("Hi", "<think>x</think>A"))) == ["A<|im_end|>"]

@@ -94,6 +94,43 @@ def test_names_that_would_not_load_back_are_not_written(tmp_path):
 
 
 @pytest.mark.world_size(2)
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_one_rank_alone_that_can_not_write_the_published_names(checkpoint, tmp_path):
+    """All ranks write the model's own names then, and each says so once (the job shows what rank 0 says)."""
+    from unittest import mock
+
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.saving import export
+    from zero_sft.world import World
+
+    model = load_model(str(checkpoint), ds_config=models.zero3())
+
+    def no_way_back(*_):
+        raise ValueError("no way back")
+
+    way_back = no_way_back if World.detect().rank == 1 else export.original_format
+    with mock.patch.object(export, "original_format", way_back), mock.patch.object(export.logger, "warning") as warning:
+        save_pretrained(model, tmp_path / "out")
+    assert warning.call_count == 1
+    assert "no way back" in str(warning.call_args)
+    del model
+    assert same_state(models.plain(tmp_path / "out", torch.bfloat16), models.plain(checkpoint, torch.bfloat16))
+
+
+@pytest.mark.world_size(2)
+def test_ranks_that_would_write_other_files_write_none(llama, tmp_path):
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.errors import DistributedError
+    from zero_sft.world import World
+
+    model = load_model(str(llama), ds_config=models.zero3())
+    with pytest.raises(DistributedError, match="disagree about the files of the export"):
+        save_pretrained(model, tmp_path / "out", max_file_bytes=20_000 if World.detect().rank else 10**9)
+    torch.distributed.barrier()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+@pytest.mark.world_size(2)
 def test_after_training_through_the_engine(llama, tmp_path):
     """The exported weights are the engine's: those that `GatheredParameters` shows after the steps."""
     import deepspeed

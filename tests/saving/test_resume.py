@@ -1,18 +1,33 @@
 """What a run is resumed from is looked at before the weights are read."""
 
+import json
+import logging
+from pathlib import Path
+
 import pytest
+import torch
 
 from zero_sft.errors import ArgumentError
-from zero_sft.saving.resume import require_resumable
+from zero_sft.saving.resume import find_checkpoint, require_resumable
 
 
-def checkpoint(folder, ranks):
-    states = folder / "global_step3"
+def checkpoint(folder: Path, ranks: int, bf16: bool = True) -> Path:
+    """The files of a checkpoint of the Trainer's, each with a little in it."""
+    step = int(folder.name.rpartition("-")[2])
+    write_states(folder / f"global_step{step}", ranks, bf16)
+    (folder / "latest").write_text(f"global_step{step}")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    torch.save({"last_epoch": step}, folder / "scheduler.pt")
+    for rank in range(ranks):
+        torch.save({"cpu": rank}, folder / (f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"))
+    return folder
+
+
+def write_states(states: Path, ranks: int, bf16: bool = True) -> None:
     states.mkdir(parents=True)
     for rank in range(ranks):
-        (states / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-        (states / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
-    return folder
+        torch.save({"dp_world_size": ranks}, states / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        torch.save({"m": torch.zeros(99)}, states / f"{'bf16_' * bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
 
 
 @pytest.mark.parametrize("wanted", [None, False])
@@ -21,15 +36,25 @@ def test_a_new_run(tmp_path, wanted):
 
 
 def test_the_last_one_or_the_named_one(tmp_path):
-    first, _ = checkpoint(tmp_path / "checkpoint-3", 4), checkpoint(tmp_path / "checkpoint-20", 2)
-    require_resumable(True, tmp_path, 2)
-    require_resumable(str(first), tmp_path, 4)
+    first, last = checkpoint(tmp_path / "checkpoint-3", 4), checkpoint(tmp_path / "checkpoint-20", 2)
+    assert find_checkpoint(True, tmp_path, 2).folder == last
+    assert find_checkpoint(str(first), tmp_path, 4).folder == first
+    alone = checkpoint(tmp_path / "alone" / "checkpoint-3", 1)
+    assert find_checkpoint(True, alone.parent, 1).world_size == 1
 
 
 def test_another_number_of_ranks(tmp_path):
-    checkpoint(tmp_path / "checkpoint-3", 2)
-    with pytest.raises(ArgumentError, match=r"written by 2 ranks, and here are 3.*Start as many ranks"):
+    folder = checkpoint(tmp_path / "checkpoint-3", 2)
+    with pytest.raises(ArgumentError, match=r"written by 2 ranks, and here are 3.*Start as many ranks") as caught:
         require_resumable(True, tmp_path, 3)
+    assert f"zero_to_fp32 {folder} {folder} --safe_serialization" in str(caught.value)
+
+
+def test_another_precision(tmp_path):
+    checkpoint(tmp_path / "checkpoint-3", 2, bf16=False)
+    assert find_checkpoint(True, tmp_path, 2, bf16=False)
+    with pytest.raises(ArgumentError, match=r"this run trains in bf16. Give --bf16 False"):
+        find_checkpoint(True, tmp_path, 2, bf16=True)
 
 
 @pytest.mark.parametrize("wanted", [True, "elsewhere"])
@@ -38,7 +63,95 @@ def test_nothing_there(tmp_path, wanted):
         require_resumable(wanted, tmp_path, 1)
 
 
-def test_weights_alone(tmp_path):
+def test_nothing_of_deepspeed(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ArgumentError, match="holds no state of DeepSpeed's"):
         require_resumable(True, tmp_path, 1)
+
+
+def test_weights_alone(tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    for wanted in (True, str(folder)):
+        with pytest.raises(ArgumentError, match=f"without the optimizer's state.*--model_name_or_path {folder}"):
+            require_resumable(wanted, tmp_path, 1)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+STATES = "global_step9/"
+OPTIMIZER, MODEL = (
+    STATES + "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    STATES + "zero_pp_rank_1_mp_rank_00_model_states.pt",
+)
+FAULTS = {
+    "no latest": ("latest", Path.unlink, "`latest` is missing"),
+    "latest of another step": ("latest", lambda path: path.write_text("global_step7"), "`latest` names 'global_step7'"),
+    "empty latest": ("latest", lambda path: path.write_text(""), "`latest` names ''"),
+    "states of another step": ("global_step9", lambda path: path.rename(path.with_name("old")), "global_step9 is missing"),
+    "empty optimizer": (OPTIMIZER, lambda path: path.write_bytes(b""), f"{OPTIMIZER} is empty"),
+    "cut optimizer": (OPTIMIZER, _cut, f"{OPTIMIZER} is cut or damaged"),
+    "optimizer of zeros": (OPTIMIZER, _zeroed, f"{OPTIMIZER} is cut or damaged"),
+    "no optimizer": (OPTIMIZER, Path.unlink, f"{OPTIMIZER} is missing"),
+    "no model states": (MODEL, Path.unlink, f"{MODEL} is missing"),
+    "no states of rank 0": (MODEL.replace("rank_1", "rank_0"), Path.unlink, "rank_0_mp_rank_00_model_states.pt is missing"),
+    "cut model states": (MODEL, _cut, f"{MODEL} is cut or damaged"),
+    "no trainer state": ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
+    "cut trainer state": ("trainer_state.json", _cut, "trainer_state.json can't be read"),
+    "no random generators": ("rng_state_1.pth", Path.unlink, "rng_state_1.pth is missing"),
+    "no scheduler": ("scheduler.pt", Path.unlink, "scheduler.pt is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_that_is_not_whole(tmp_path, fault, caplog):
+    """Named, it is an error that says what is missing; for True the newest whole one is taken, and the log says so."""
+    name, damage, message = FAULTS[fault]
+    folder = checkpoint(tmp_path / "checkpoint-9", 2)
+    assert find_checkpoint(str(folder), tmp_path, 2).folder == folder
+    damage(folder / name)
+    with pytest.raises(ArgumentError) as caught:
+        find_checkpoint(str(folder), tmp_path, 2)
+    assert message in str(caught.value)
+    with pytest.raises(ArgumentError) as caught:
+        find_checkpoint(True, tmp_path, 2)
+    assert message in str(caught.value)
+    older = checkpoint(tmp_path / "checkpoint-8", 2)
+    with pytest.raises(ArgumentError, match=f"Name {older}, which is whole"):
+        find_checkpoint(str(folder), tmp_path, 2)
+    with caplog.at_level(logging.WARNING):
+        assert find_checkpoint(True, tmp_path, 2).folder == older
+    assert message in caplog.text
+    assert str(folder) in caplog.text
+
+
+def test_what_is_left_over_in_a_whole_one_does_not_matter(tmp_path):
+    """States, and random generators, of an earlier save by more ranks."""
+    folder = checkpoint(tmp_path / "checkpoint-9", 2)
+    write_states(folder / "global_step5", 4)
+    for rank in (2, 3):
+        torch.save({}, folder / f"rng_state_{rank}.pth")
+    torch.save({}, folder / "global_step9" / "zero_pp_rank_3_mp_rank_00_model_states.pt")
+    assert find_checkpoint(True, tmp_path, 2).world_size == 2
+
+
+def test_a_scheduler_of_deepspeed_is_in_its_states(tmp_path):
+    folder = checkpoint(tmp_path / "checkpoint-9", 2)
+    (folder / "scheduler.pt").unlink()
+    assert find_checkpoint(True, tmp_path, 2, {"scheduler": {"type": "WarmupLR"}})
+
+
+def test_states_on_nvme(tmp_path):
+    folder, ds = checkpoint(tmp_path / "checkpoint-9", 2), {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(ArgumentError, match="offloaded_tensors/rank00 is missing"):
+        find_checkpoint(True, tmp_path, 2, ds)
+    for rank in range(2):
+        (folder / "global_step9" / "offloaded_tensors" / f"rank{rank:02d}").mkdir(parents=True)
+    assert find_checkpoint(True, tmp_path, 2, ds)

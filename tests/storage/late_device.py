@@ -5,6 +5,8 @@ So a staging buffer that is overwritten too early, or a copy that nobody waits f
 
 from unittest import mock
 
+import torch
+
 from zero_sft.storage import reader
 
 
@@ -34,9 +36,14 @@ class LateEvent:
 
 def late_device(pinned):
     """A patch of the reader under which every destination is on that device; `pinned` collects the staging buffers."""
+
+    def make_pinned(numel, dtype):
+        pinned.append(torch.zeros(numel, dtype=dtype))
+        return pinned[-1]
+
     return mock.patch.multiple(
         reader,
         CopyQueue=LateQueue,
         is_on_device=lambda tensor: True,
-        pinned=lambda buffer: [pinned.append(buffer), buffer][1],
+        pinned_zeros=make_pinned,
     )

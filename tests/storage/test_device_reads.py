@@ -57,7 +57,8 @@ def test_the_check_would_notice_a_buffer_that_is_used_too_early(file, monkeypatc
     assert not torch.equal(memory["whole"], tensors["whole"])
 
 
-def _never_waits(worker, for_device):
+def _never_waits(worker, place):
+    worker._queue = worker._queue or reader.CopyQueue(place.device)
     while len(worker._staging) <= worker._turn:
         worker._staging.append(torch.empty(reader.STAGING_BYTES, dtype=torch.uint8))
     return worker._staging[worker._turn]

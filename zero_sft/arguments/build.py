@@ -1,50 +1,99 @@
 """From checked values to the Trainer's arguments object, on the device that this machine has.
 
 This is the step with side effects. It runs on every rank, after the process group exists (on a CPU, DeepSpeed's batch sizes
-are wrong otherwise) and before the model is built (transformers learns of ZeRO-3 from the object).
+are wrong otherwise) and before anything is read: whatever the Trainer, DeepSpeed or an optional package would refuse later is
+refused here. transformers learns of ZeRO-3 from the object, so it must exist before the model is built.
 """
 
-import copy
-import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.arguments.dry_run import dry_run
+from zero_sft.arguments.ds_conflicts import (
+    complete_config,
+    conflict_message,
+    count_steps,
+    find_conflicts,
+    find_schedule_conflicts,
+)
 from zero_sft.arguments.names import refused_accelerator_key
-from zero_sft.errors import ArgumentError
+from zero_sft.ds_config import without_auto
+from zero_sft.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
     from zero_sft.arguments.training import TrainingArguments
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("zero_sft.train")
 
 
-def build_training_arguments(values: Mapping[str, Any], ds_config: Mapping[str, Any]) -> "TrainingArguments":
+def build_training_arguments(
+    values: Mapping[str, Any], ds_config: Mapping[str, Any], given: Set[str] = frozenset()
+) -> "TrainingArguments":
     """Make the Trainer's arguments from `Parsed.training` and the DeepSpeed config as read. Every rank; does not communicate.
 
     `distributed.connect` must have run. On a machine without an accelerator `use_cpu` is set, with which bf16 works, and
-    `tf32`, which speeds up GPUs alone, is put aside with a line in the log.
+    `tf32`, which speeds up GPUs alone, is put aside with a line in the log. The DeepSpeed config of the result has "auto" for
+    what the given one leaves open (`arguments.hf_deepspeed_config`).
+
+    Args:
+        given: the names of the arguments that the user gave.
 
     Raises:
         ArgumentError: a value or a combination that this machine or the Trainer can't use.
+        ConfigError: a DeepSpeed config that DeepSpeed refuses or the arguments contradict; names everything that is wrong.
     """
     from deepspeed.accelerator import get_accelerator
 
     from zero_sft.arguments.training import TrainingArguments
+    from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
 
     accelerator: Any = get_accelerator()
-    device = accelerator.device_name().partition(":")[0]
-    fitted = fit_to_device(values, device)
-    if fitted.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        raise ArgumentError("--use_liger_kernel needs a package that isn't installed: pip install liger-kernel")
+    fitted = fit_to_device(values, accelerator.device_name().partition(":")[0])
+    where = ds_config_name(values)
+    optim = str(fitted.get("optim", "adamw_torch"))
+    config, notes = complete_config(ds_config, optim, scheduler_settings(ds_config.get("scheduler")))
+    problems = [*schema_problems(without_auto(config)), *_unsupported_precision(config, accelerator)]
+    if problems:
+        raise ConfigError(conflict_message(problems, where))
     try:
-        arguments = TrainingArguments(**{**fitted, "deepspeed": copy.deepcopy(dict(ds_config))})
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        arguments = TrainingArguments(**{**fitted, "deepspeed": config})
+    except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
         raise ArgumentError(f"the Trainer refuses these arguments: {error}") from error
     refused = refused_accelerator_key(vars(arguments.accelerator_config))  # they may have come from a file
     if refused:
         raise ArgumentError(refused)
+    problems = find_conflicts(config, arguments, given, arguments.world_size)
+    if problems:
+        raise ConfigError(conflict_message(problems, where))
+    dry_run(arguments)
+    for note in notes:
+        logger.info(note)
     return arguments
+
+
+def require_matching_schedule(arguments: "TrainingArguments", where: str, rows: int, world_size: int) -> None:
+    """Raise `ConfigError` if the DeepSpeed config's `scheduler` contradicts the number of steps on `rows` rows."""
+    steps = count_steps(rows, arguments, world_size)
+    problems = find_schedule_conflicts(arguments.hf_deepspeed_config.config, arguments, steps)
+    if problems:
+        raise ConfigError(conflict_message(problems, where))
+
+
+def ds_config_name(values: Mapping[str, Any]) -> str:
+    """The name of the DeepSpeed config for messages: what --deepspeed was, if it was text."""
+    source = values.get("deepspeed")
+    return str(source) if isinstance(source, str) else "given with --deepspeed"
+
+
+def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> list[str]:
+    """A precision that is switched on in the config and that DeepSpeed's device does not compute in."""
+    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    return [
+        f"{name}.enabled is true, and DeepSpeed does not support {name} on this machine ({accelerator.device_name()})."
+        for name, is_supported in supported.items()
+        if config[name].get("enabled") is True and not is_supported()
+    ]
 
 
 def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:

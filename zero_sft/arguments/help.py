@@ -1,46 +1,185 @@
-"""The text of `--help`: the three groups, this project's arguments at length, the inherited ones in a line each."""
+"""The text of `--help`: an overview, `--help all`, or one argument with `--help NAME`.
 
+It needs none of the heavy libraries: see `inherited.py`. The overview has this project's arguments at length, of each
+inherited one its first sentence, and the names that have changed. Names are searched, too: `--help learning` lists every
+argument that has the word in its name or its text.
+"""
+
+import contextlib
+import difflib
+import re
+import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.arguments.parse import DATA, MODEL, TRAINING, specifications
+from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
+from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS, Translation
 from zero_sft.arguments.values import Spec
+from zero_sft.errors import ConfigError
+from zero_sft.world import World
 
 WIDTH = 118
+ALL = "all"
+
+OWN_FIELDS = (
+    "output_dir",
+    "overwrite_output_dir",
+    "model_max_length",
+    "optim",
+    "cache_dir",
+    "deepspeed",
+    "resume_from_checkpoint",
+)
+"""Arguments of the training group that the overview shows at length."""
 
 _HEAD = """\
 Fine-tune a causal language model on conversations, sharded by DeepSpeed ZeRO-3.
 
     python -m zero_sft.train [train.yaml | train.json] [--name value | --name=value | --flag | --no_flag] ...
 
-The file holds `name: value`; the command line wins over it. Names that have changed since FastChat's commands were
-published are understood and named in the log.
+    --help all      every argument with its whole text, and the names that are refused
+    --help NAME     one argument; `--help learning` lists those that have the word in their name or text
+
+The file holds `name: value`; the command line wins over it.
 """
+
+_SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)\.\s+(?=[A-Z`])")
+
+_GROUPS = {
+    MODEL: "Model",
+    DATA: "Data",
+    TRAINING: "Training, inherited from TRL's SFTConfig and the Trainer",
+}
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for `help_text`."""
-    return any(word in ("-h", "--help") for word in argv)
+    """Whether the command line asks for help."""
+    return any(word in ("-h", "--help") or word.startswith("--help=") for word in argv)
 
 
-def help_text() -> str:
-    """All arguments with their defaults, in the groups Model, Data and Training."""
-    from zero_sft.arguments.training import OWN_FIELDS
+def answer_help(argv: Sequence[str]) -> int:
+    """Write what a command line asks for to stdout, on rank 0; returns the exit status, 2 for a name that nothing matches."""
+    text, status = "", 0
+    for topic in _topics(argv) or [None]:
+        part = help_text(topic)
+        if part is None:
+            part, status = f"No argument has {topic!r} in its name or text. `--help` lists all arguments.\n", 2
+        text += part
+    with contextlib.suppress(ConfigError):  # variables of a launcher that can't be used: say it all the same
+        if not World.detect().is_main:
+            return status
+    sys.stdout.write(text)
+    return status
 
-    hidden = REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED
-    specs = [spec for spec in specifications().values() if spec.name not in hidden]
-    own = [spec for name in OWN_FIELDS for spec in specs if spec.name == name]
-    inherited = [spec for spec in specs if spec.group == TRAINING and spec.name not in OWN_FIELDS]
+
+def _topics(argv: Sequence[str]) -> list[str]:
+    """The names that are asked for: `--help=NAME`, or the words after `--help`; one `--NAME` there counts, if it is alone."""
+    position = next(n for n, word in enumerate(argv) if word in ("-h", "--help") or word.startswith("--help="))
+    word, after = argv[position], list(argv[position + 1 :])
+    if word.startswith("--help="):
+        return [word.removeprefix("--help=")]
+    if len(after) == 1:
+        return [after[0].lstrip("-")]
+    names = []
+    for name in after:
+        if name.startswith("-"):
+            break
+        names.append(name)
+    return names
+
+
+def help_text(topic: str | None = None) -> str | None:
+    """The overview; everything for "all"; else what there is about an argument's name or a word, None for nothing."""
+    specs = {name: spec for name, spec in listed_specifications().items() if name not in _hidden()}
+    if topic is None:
+        return _overview(specs)
+    if topic.lower() == ALL:
+        return _everything(specs)
+    name = topic.replace("-", "_").lower()
+    exact = _about(name, specs)
+    return "\n".join([*exact, ""]) if exact else _search(name, specs)
+
+
+def _hidden() -> frozenset[str]:
+    """Names that are arguments of the Trainer and can't be used."""
+    return frozenset(REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED)
+
+
+def _overview(specs: Mapping[str, Spec]) -> str:
+    inherited = [spec for spec in specs.values() if spec.group == TRAINING and spec.name not in OWN_FIELDS]
     parts = [_HEAD]
     for title, chosen in (
-        ("Model", [spec for spec in specs if spec.group == MODEL]),
-        ("Data", [spec for spec in specs if spec.group == DATA]),
-        ("Training", own),
+        ("Model", [spec for spec in specs.values() if spec.group == MODEL]),
+        ("Data", [spec for spec in specs.values() if spec.group == DATA]),
+        ("Training", [specs[name] for name in OWN_FIELDS]),
     ):
         parts += [f"{title}:", *_at_length(chosen), ""]
-    parts += ["Training, inherited from TRL's SFTConfig and the Trainer:", *_in_a_line(inherited), ""]
+    parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *_in_short(inherited), ""]
+    parts += ["Names that have changed, and are understood:", *_changed(), ""]
+    refused = ", ".join(f"--{name}" for name in sorted(REFUSALS))
+    parts += ["Names that are refused (`--help NAME` says why):", *_wrapped(refused, 2), ""]
     return "\n".join(parts)
+
+
+def _everything(specs: Mapping[str, Spec]) -> str:
+    parts = [_HEAD]
+    for group, title in _GROUPS.items():
+        parts += [f"{title}:", *_at_length(spec for spec in specs.values() if spec.group == group), ""]
+    parts += ["Names that have changed, and are understood:", *_changed(), ""]
+    parts += ["Names that are refused:"]
+    reasons: dict[str, list[str]] = {}
+    for name, refusal in REFUSALS.items():
+        reasons.setdefault(refusal.reason, []).append(f"--{name}")
+    for reason, names in reasons.items():
+        parts += [*_wrapped(", ".join(names), 2), *_wrapped(reason, 6)]
+    return "\n".join([*parts, ""])
+
+
+def _about(name: str, specs: Mapping[str, Spec]) -> list[str]:
+    """All that there is to say about one name; nothing where there is none."""
+    if name in specs:
+        old = [f"--{each}" for each, translation in TRANSLATIONS.items() if translation.name == name]
+        also = [f"      Also understood: {', '.join(old)}"] if old else []
+        return [*_at_length([specs[name]]), f"      Expected: {specs[name].expected}.", *also]
+    if name in TRANSLATIONS:
+        today = TRANSLATIONS[name].name
+        return [*_changed([name]), *_about(today, specs)]
+    if name in REFUSALS:
+        return [f"  --{name} is refused: {REFUSALS[name].reason}."]
+    if name in IGNORED:
+        return [f"  --{name} is ignored: launchers add it."]
+    return []
+
+
+def _search(word: str, specs: Mapping[str, Spec]) -> str | None:
+    """Arguments with a word in their name, names that are nearly it, and arguments with the word in their text."""
+    names = [*specs, *TRANSLATIONS, *REFUSALS]
+    found = dict.fromkeys([name for name in names if word in name] + difflib.get_close_matches(word, names, n=5))
+    spoken = word.replace("_", " ")
+    mentioned = [
+        spec for name, spec in specs.items() if name not in found and re.search(rf"\b{re.escape(spoken)}", spec.help, re.I)
+    ]
+    if not found and not mentioned:
+        return None
+    lines = (
+        [f"No argument is called --{word}. Those that are called nearly so, or have the word in their name:"] if found else []
+    )
+    for name in found:
+        lines += _in_short([specs[name]]) if name in specs else _about(name, {})
+    if mentioned:
+        lines += [f"Arguments with {spoken!r} in their text:", *_in_short(mentioned)]
+    return "\n".join([*lines, ""])
+
+
+def _changed(names: Iterable[str] = TRANSLATIONS) -> list[str]:
+    return [f"  --{name}  is  {_today(TRANSLATIONS[name])}" for name in names]
+
+
+def _today(translation: Translation) -> str:
+    if translation.values:
+        values = [(old, new) for old, new in translation.values.items() if new is not None]
+        return ", ".join(f"--{translation.name} {new} (for {old})" for old, new in values)
+    return f"--{translation.name}" + " (a number below 1 is a share of all steps)" * (translation.below is not None)
 
 
 def _at_length(specs: Iterable[Spec]) -> list[str]:
@@ -48,13 +187,20 @@ def _at_length(specs: Iterable[Spec]) -> list[str]:
     for spec in specs:
         choices = f" ({', '.join(spec.choices)})" if spec.choices and len(spec.choices) < 8 else ""
         lines.append(f"  --{spec.name} = {spec.default!r}{choices}")
-        lines += textwrap.wrap(spec.help, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += _wrapped(spec.help, 6)
     return lines
 
 
-def _in_a_line(specs: Iterable[Spec]) -> list[str]:
+def _in_short(specs: Iterable[Spec]) -> list[str]:
+    """Name and default, and the first sentence of the text, whole."""
     lines = []
     for spec in specs:
-        start = f"  --{spec.name} = {spec.default!r}  "
-        lines.append(start + textwrap.shorten(spec.help, max(20, WIDTH - len(start)), placeholder=" ..."))
+        lines.append(f"  --{spec.name} = {spec.default!r}")
+        lines += _wrapped(_SENTENCE_END.split(" ".join(spec.help.split()))[0].rstrip("."), 6)
     return lines
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -35,6 +35,7 @@ TRANSLATIONS: dict[str, Translation] = {
     # TRL
     "max_length": Translation(name="model_max_length"),
     "max_seq_length": Translation(name="model_max_length"),
+    "chat_template_path": Translation(name="chat_template"),
     "model_revision": Translation(name="revision"),
     "use_liger": Translation(name="use_liger_kernel"),
     # FastChat
@@ -57,6 +58,7 @@ _ZERO3 = "the model is sharded by DeepSpeed ZeRO-3; leave it out, and choose wit
 _LORA = "this release trains all parameters, sharded over the ranks, without LoRA and quantised weights; leave it out"
 _DATA = "this job prepares the data itself; name the files with --data_path and the template with --chat_template"
 _TOKENIZER = "the tokenizer is set up before training, the same on every rank; change it in the model's folder"
+_METRICS = "an evaluation here is of the loss alone; leave it out"
 _PACKING = "see --packing; leave it out"
 _PUSH = "the job's result is exported at its end; upload that folder with `hf upload`"
 _DDP = "gradients are exchanged by DeepSpeed, not by DDP; leave it out"
@@ -74,9 +76,15 @@ REFUSALS: dict[str, Refusal] = {
     **_all(_ZERO3, "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params sharded_ddp parallelism_config"),
     **_all(_LORA, "q_lora lora_r lora_alpha lora_dropout lora_target_modules lora_weight_path lora_bias use_peft "
                   "load_in_4bit load_in_8bit"),
-    **_all(_DATA, "chat_template_path dataset_text_field completion_only_loss dataset_batch_size",
-           (None, "text")),
+    **_all(_DATA, "dataset_batch_size", (None,)),
     **_all(_DATA, "dataset_kwargs", (None, {"skip_prepare_dataset": True})),
+    "dataset_text_field": Refusal(reason="plain text is read from `text`; see --data_format text", passing=(None,)),
+    "completion_only_loss": Refusal(reason="what follows a prompt is what is trained on; leave it out", passing=(None, True)),
+    "length_column_name": Refusal(reason="lengths are those of the tokenised samples; leave it out", passing=(None, "length")),
+    **_all(_METRICS, "include_for_metrics batch_eval_metrics eval_use_gather_object",
+           (None, False, [])),
+    **_all(_METRICS, "eval_accumulation_steps", (None,)),
+    **_all(_METRICS, "prediction_loss_only eval_do_concat_batches", (None, False, True)),
     "assistant_only_loss": Refusal(reason="only the assistant's text is ever trained on; leave it out", passing=(True,)),
     "shuffle_dataset": Refusal(reason="samples are shuffled anew each epoch already; see --train_sampling_strategy"),
     "remove_unused_columns": Refusal(reason="samples come without unused columns; leave it out"),
@@ -85,7 +93,7 @@ REFUSALS: dict[str, Refusal] = {
     **_all(_PACKING, "padding_free"),
     "eval_packing": Refusal(reason="samples to evaluate on are padded, each batch to its longest; leave it out"),
     **_all(_PACKING, "packing_strategy", ("bfd",)),
-    **_all(_TOKENIZER, "eos_token pad_token"),
+    **_all(_TOKENIZER, "eos_token pad_token", (None,)),
     **_all(_FAST, "use_fast_tokenizer use_fast", (True,)),
     "model_init_kwargs": Refusal(reason="the model is loaded by this job; see --dtype, --attn_implementation", passing=(None,)),
     "use_cache": Refusal(reason="training has no use for the cache of past keys; leave it out"),
@@ -102,7 +110,6 @@ REFUSALS: dict[str, Refusal] = {
     "do_train": Refusal(reason="this job always trains", passing=(True,)),
     "do_predict": Refusal(reason="this job has nothing to predict; see --eval_data_path"),
     "logging_dir": Refusal(reason="transformers reads TENSORBOARD_LOGGING_DIR from the environment instead"),
-    "overwrite_output_dir": Refusal(reason="name another --output_dir; to go on from a checkpoint, --resume_from_checkpoint"),
     "save_safetensors": Refusal(reason="models are always saved as safetensors; leave it out", passing=(True,)),
     **_all("use --accelerator_config", "dispatch_batches"),
     **_all(_GONE, "fp16_backend half_precision_backend fp16_opt_level use_mps_device use_ipex jit_mode_eval torchdynamo "

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from zero_sft.arguments.groups import DataArguments, ModelArguments
+from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, own_specifications
 from zero_sft.arguments.names import (
     IGNORED,
     REFUSALS,
@@ -22,8 +23,6 @@ from zero_sft.arguments.names import (
 from zero_sft.arguments.sources import COMMAND_LINE, Given, read_command_line, read_file
 from zero_sft.arguments.values import Spec, specs_of
 from zero_sft.errors import ArgumentError
-
-MODEL, DATA, TRAINING = "model", "data", "training"
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -40,13 +39,14 @@ class Parsed:
 
     `training` holds what `build_training_arguments` takes: what was given, and always `output_dir`, `model_max_length`,
     `optim`, `cache_dir`, `deepspeed` and `resume_from_checkpoint`. `notes` are lines for the log, one for each
-    translated name.
+    translated name; `given` are the names that the user gave, as they are called today.
     """
 
     model: ModelArguments
     data: DataArguments
     training: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
+    given: frozenset[str] = field(default=frozenset())
 
 
 def parse(argv: Sequence[str]) -> Parsed:
@@ -76,6 +76,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         data=DataArguments(**groups[DATA]),
         training=MappingProxyType(groups[TRAINING]),
         notes=tuple(dict.fromkeys(notes)),
+        given=frozenset(values),
     )
 
 
@@ -84,7 +85,7 @@ def specifications() -> Mapping[str, Spec]:
     """Every argument of the three groups, by name, in the order of `--help`."""
     from zero_sft.arguments.training import TrainingArguments
 
-    own = {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA)}
+    own = own_specifications()
     inherited = specs_of(TrainingArguments, TRAINING)  # SFTConfig has a `trust_remote_code` too; the model's group owns it
     return MappingProxyType({**own, **{name: spec for name, spec in inherited.items() if name not in own}})
 

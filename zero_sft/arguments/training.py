@@ -14,9 +14,6 @@ from typing import Any
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-OWN_FIELDS = ("output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint")
-"""What `--help` shows at length."""
-
 
 @dataclass
 class TrainingArguments(SFTConfig):
@@ -24,6 +21,10 @@ class TrainingArguments(SFTConfig):
 
     output_dir: str = field(
         default="output", metadata={"help": "Where checkpoints go while training, and the finished model at the end."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace what another run has left in --output_dir; its checkpoints are removed."},
     )
     model_max_length: int = field(
         default=512, metadata={"help": "The longest sequence in tokens; what is longer is cut off, and counted in the log."}

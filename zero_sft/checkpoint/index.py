@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from zero_sft.checkpoint.folder_kind import folder_kind, placeholder
 from zero_sft.checkpoint.header import StoredTensor, read_header
 from zero_sft.checkpoint.stamp import Stamp, stamp
 from zero_sft.errors import CheckpointError
@@ -167,6 +168,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if placeholder(path):
+            raise CheckpointError(f"{path} is not an index of weights: {placeholder(path)}") from error
         raise CheckpointError(f"{path} is not an index of weights ({error!r}). Fetch it again.") from error
     for name in set(weight_map.values()):
         pure = PurePosixPath(name)
@@ -179,7 +182,14 @@ def _no_weights(folder: Path, variant: str | None) -> str:
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
     expected = f"{of_variant(SINGLE_FILE, variant)}, {of_variant(BIN_FILE, variant)}"
     message = f"no weights in {folder}: expected {expected} or an index of them"
-    if "adapter_config.json" in names:
-        return f"{message}, found an adapter. Merge it into its base model with PEFT's merge_and_unload and save that."
+    kind = folder_kind(folder) if folder.is_dir() else ""
+    if kind:
+        return f"{message}.\n{kind}"
+    parts = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    if parts and variant is None:
+        return (
+            f"{message}, found {', '.join(parts[:4])}. If these are parts of one model, its index file "
+            f"({INDEX_FILE}) is missing: download it as well. If they are a variant's, give --variant."
+        )
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"{message}, found {shown or 'nothing'}. Name the folder that holds the weights."

@@ -109,9 +109,11 @@ def _start_default_group(world: World) -> None:
     """DeepSpeed reads the rank from the environment alone, so what SLURM or a lone process lacks is written there."""
     import deepspeed
 
+    from zero_sft.zero.devices import require_own_device
     from zero_sft.zero.operators import keep_operators_apart
     from zero_sft.zero.shared_memory import unlink_own
 
+    require_own_device(world)
     keep_operators_apart()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     if world.world_size == 1:

@@ -65,7 +65,7 @@ def key_of_rows(data: Data, pipeline: Pipeline) -> str:
         data.identity(),
         _tokenizer(pipeline.tokenizer),
         [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
-        [asdict(pipeline.reader), pipeline.model_max_length, pipeline.lazy],
+        [asdict(pipeline.reader), pipeline.model_max_length, pipeline.lazy, pipeline.embedding_rows],
     )
 
 

@@ -7,8 +7,8 @@ what is around the stand-ins is put together from an earlier rendering, and only
 needed. What ends an answer, and what stands before it when the model begins to write, is found once a template, on a
 conversation of two questions.
 
-Thoughts, between `<think>` and `</think>` at the beginning of an answer, are trained on where the template keeps them; most
-drop those of earlier answers, as the model never sees them again.
+Thoughts, between `<think>` and `</think>` at the beginning of an answer, are given to the template where it takes them
+(`thoughts`), and trained on where it keeps them; most drop those of earlier answers, as the model never sees them again.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from typing import Any
 from zero_sft.data.conversation import ASSISTANT, USER, Conversation
 from zero_sft.data.habits import STAND_IN, VICUNA_INSTEAD, Habits, apply
 from zero_sft.data.rendered import Rendered
+from zero_sft.data.thoughts import CLOSE, OPEN, Answer, has_thoughts, kept_at, nothing_left, split_answer
 from zero_sft.errors import DataError
 
-_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _MOST_FRAMES = 1000
 
 CHATML = (
@@ -48,6 +48,25 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A text of which the place is looked for: an answer's, or its thoughts where these have a field of the message."""
+
+    turn: int
+    text: str
+    is_thoughts: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """The spans of answers, and the rest of what `Rendered` has of them."""
+
+    spans: tuple[tuple[int, int], ...] = ()
+    ends: tuple[tuple[int, int], ...] = ()
+    thoughts: int = 0
+    dropped_thoughts: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
     """A chat template of that `name`: the tokenizer's own, or where there is a `source`, that Jinja."""
 
@@ -57,6 +76,7 @@ class ChatTemplate:
     source: str | None = None
     frames: dict[tuple[tuple[str, bool], ...], Frame | None] = field(default_factory=dict, repr=False, compare=False)
     adds_special_tokens = False  # chat templates write theirs themselves
+    trains_on_blanks = False  # most of them strip texts, and of white space nothing would be left
 
     def render(self, conversation: Conversation) -> Rendered:
         """Render with the template, and find the answers.
@@ -65,16 +85,36 @@ class ChatTemplate:
             DataError: the template fails on this conversation, leaves out a text, rewrites its answers, or ends one with
                 nothing.
         """
-        text, spans = "", ()
+        text, located, trained = "", Located(), ()
         if conversation.turns:
-            messages = [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+            answers = self._answers(conversation)
+            messages = [
+                answers[number].message(turn.role) if number in answers else {"role": turn.role, "content": turn.text}
+                for number, turn in enumerate(conversation.turns)
+            ]
             text = self._apply(messages, conversation.where)
             frame = self._frame(messages)
             _require_all_shown(text, frame, messages, conversation.where)
-            places = [number for number, turn in enumerate(conversation.turns) if turn.role == ASSISTANT and turn.text]
-            found = self._locate(text, frame, messages, places, conversation.where)
-            spans = tuple(span for number, span in zip(places, found, strict=True) if conversation.turns[number].trained)
-        return Rendered(text=text, spans=spans, where=conversation.where, adds_special_tokens=self.adds_special_tokens)
+            located = self._locate(text, frame, messages, answers, conversation.where)
+            spans = zip(answers, located.spans, strict=True)
+            trained = tuple(span for number, span in spans if conversation.turns[number].trained)
+        return Rendered(
+            text=text,
+            spans=trained,
+            where=conversation.where,
+            adds_special_tokens=self.adds_special_tokens,
+            ends=located.ends,
+            thoughts=located.thoughts,
+            dropped_thoughts=located.dropped_thoughts,
+        )
+
+    def _answers(self, conversation: Conversation) -> dict[int, Answer]:
+        """The answers that have a text, by the number of their turn."""
+        return {
+            number: split_answer(turn.text, self.habits.thoughts, f"{conversation.where}, message {number + 1}")
+            for number, turn in enumerate(conversation.turns)
+            if turn.role == ASSISTANT and turn.text.strip()
+        }
 
     def prompt(self, question: str) -> str:
         """The text after which the model writes its answer to one question.
@@ -92,36 +132,52 @@ class ChatTemplate:
         return apply(self.tokenizer, self.source, messages, where, prompt=prompt)
 
     def _locate(
-        self, text: str, frame: Frame | None, messages: Sequence[Mapping[str, str]], places: Sequence[int], where: str
-    ) -> list[tuple[int, int]]:
-        """The span of each message in `places`.
+        self, text: str, frame: Frame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer], where: str
+    ) -> Located:
+        """The span of each answer.
 
         Worked example (ChatML, one answer "Hello."): with a stand-in the text is "...assistant\n", stand-in, "<|im_end|>\n".
         The text begins with the first of these, ends with the last, and between is "Hello."; the span is "Hello.<|im_end|>".
         """
-        if not places:
-            return []
-        parts = [_split_thoughts(messages[number]["content"]) for number in places]
+        if not answers:
+            return Located()
         # White space at a text's ends may be taken for the template's, or the other way round.
-        if all(each["content"] == each["content"].strip() for each in messages) and not any(thoughts for thoughts, _ in parts):
-            around = _assembled(frame, messages, places)
+        is_plain = all(each["content"] == each["content"].strip() for each in messages)
+        if is_plain and not any(each.thoughts for each in answers.values()):
+            around = _assembled(frame, messages, answers)
             if around:
+                pieces = [Piece(turn=number, text=each.text) for number, each in answers.items()]
                 with contextlib.suppress(DataError):  # a template that looks at the texts: it is asked again, with these
-                    return self._fitted(text, around, places, parts, where)
-        return self._fitted(text, self._rendered(messages, places, parts, where), places, parts, where)
+                    return self._fitted(text, around, pieces, answers, where)
+        around, pieces = self._rendered(messages, answers, where)
+        return self._fitted(text, around, pieces, answers, where)
 
     def _rendered(
-        self, messages: Sequence[Mapping[str, str]], places: Sequence[int], parts: Sequence[tuple[str, str]], where: str
-    ) -> list[str]:
-        """What is around the answers when stand-ins are in their places: one text more than there are answers."""
+        self, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer], where: str
+    ) -> tuple[list[str], list[Piece]]:
+        """What is around the answers when stand-ins are in their places, one text more than there are pieces, and these.
+
+        Thoughts in a field have a stand-in, too; where the template leaves them out, they are no piece.
+        """
         word = _unused(messages)
         replaced = [dict(message) for message in messages]
-        for number, (thoughts, _) in zip(places, parts, strict=True):
-            replaced[number]["content"] = f"{thoughts}{word}{number}{word}"
-        around = re.split(rf"{word}(\d+){word}", self._apply(replaced, where))
-        if around[1::2] != [str(number) for number in places]:
-            raise _unmaskable(where, places[0])
-        return around[::2]
+        for number, each in answers.items():
+            stand_in = f"{word}{number}{word}"
+            replaced[number]["content"] = stand_in if each.field else each.content.removesuffix(each.text) + stand_in
+            if each.field:
+                replaced[number][each.field] = f"{word}{number}t{word}"
+        around = re.split(rf"{word}(\d+t?){word}", self._apply(replaced, where))
+        pieces = [
+            Piece(turn=number, text=each.thoughts if name.endswith("t") else each.text, is_thoughts=name.endswith("t"))
+            for name in around[1::2]
+            if (each := answers.get(number := int(name.removesuffix("t")))) is not None
+        ]
+        found = [each.turn for each in pieces if not each.is_thoughts]
+        thoughts = [place for place, each in enumerate(pieces) if each.is_thoughts]
+        is_in_order = all(pieces[place + 1 : place + 2] and pieces[place + 1].turn == pieces[place].turn for place in thoughts)
+        if found != list(answers) or not is_in_order or any(pieces[place + 1].is_thoughts for place in thoughts):
+            raise _unmaskable(where, next(iter(answers)), answers)
+        return around[::2], pieces
 
     def _frame(self, messages: Sequence[Mapping[str, str]]) -> Frame | None:
         """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
@@ -138,28 +194,39 @@ class ChatTemplate:
         return frame
 
     def _fitted(
-        self, text: str, around: Sequence[str], places: Sequence[int], parts: Sequence[tuple[str, str]], where: str
-    ) -> list[tuple[int, int]]:
+        self, text: str, around: Sequence[str], pieces: Sequence[Piece], answers: Mapping[int, Answer], where: str
+    ) -> Located:
         """The spans of the answers, if the whole text is what is around them and they."""
         if not text.startswith(around[0]):
-            raise _unmaskable(where, places[0])
-        spans, end, start = [], 0, len(around[0])
-        for number, (thoughts, answer), after in zip(places, parts, around[1:], strict=True):
-            length = _length_of_body(text, start, answer, after, is_last=number == places[-1])
+            raise _unmaskable(where, pieces[0].turn, answers)
+        spans, ends, kept = [], [], 0
+        end, start, opened = 0, len(around[0]), None
+        for piece, after in zip(pieces, around[1:], strict=True):
+            length = _length_of_body(text, start, piece.text, after, is_last=piece is pieces[-1])
             if length is None:
-                raise _unmaskable(where, number)
-            begin = end + _begin(text[end:start], thoughts, self.habits.prompt)
-            if "<think>" in thoughts.replace("<think>", "", 1) and thoughts.strip() not in text[end:start]:
-                raise _unmaskable(where, number)  # templates take what follows the last "<think>" for the thoughts
-            end = start + length
+                raise _unmaskable(where, piece.turn, answers)
+            if piece.is_thoughts:
+                opened = end + _after_prompt(text[end:start], self.habits.prompt)
+                kept += 1
+                start += length + len(after)
+                continue
+            begin = opened
+            if begin is None:
+                answer, before = answers[piece.turn], text[end:start]
+                thoughts = "" if answer.field else answer.thoughts
+                place = kept_at(before, thoughts) if thoughts else None
+                if OPEN in thoughts.replace(OPEN, "", 1) and thoughts.strip() not in before:
+                    raise _unmaskable(where, piece.turn, answers)  # templates take what follows the last "<think>" for them
+                kept += place is not None and has_thoughts(answer)
+                begin = end + _begin(before, len(before) if place is None else place, self.habits.prompt)
+            end, opened = start + length, None
             if not text[begin:end].strip():
-                raise DataError(
-                    f"{where}, message {number + 1}: the chat template leaves nothing of this answer but its end. Give it more "
-                    "than white space and thoughts, or nothing."
-                )
+                raise nothing_left(f"{where}, message {piece.turn + 1}")
             spans.append((begin, end + self._length_of_stop(after, where)))
+            ends.append((piece.turn, spans[-1][1]))
             start = end + len(after)
-        return spans
+        thoughts = sum(map(has_thoughts, answers.values()))
+        return Located(spans=tuple(spans), ends=tuple(ends), thoughts=thoughts, dropped_thoughts=thoughts - kept)
 
     def _length_of_stop(self, after: str, where: str) -> int:
         for stop in self.habits.stops:
@@ -171,25 +238,29 @@ class ChatTemplate:
         )
 
 
-def _assembled(frame: Frame | None, messages: Sequence[Mapping[str, str]], places: Sequence[int]) -> list[str] | None:
+def _assembled(frame: Frame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer]) -> list[str] | None:
     """`ChatTemplate._rendered`, without rendering: from what the template writes around all texts of any such conversation."""
     filled = [number for number, each in enumerate(messages) if each["content"]]
     if frame is None or list(frame.shown) != filled:
         return None
-    around = [frame.around[0]]
+    around = [[frame.around[0]]]
     for number, literal in zip(filled, frame.around[1:], strict=True):
-        if number in places:
-            around.append(literal)
+        if number in answers:
+            around.append([literal])
         else:
-            around[-1] += messages[number]["content"] + literal
-    return around
+            around[-1] += [messages[number]["content"], literal]
+    return ["".join(each) for each in around]
 
 
 def _require_all_shown(text: str, frame: Frame | None, messages: Sequence[Mapping[str, str]], where: str) -> None:
     """Raise where a text that is no answer is left out: a tool's, or a system text's, for which a template has no words."""
+    shown = None if frame is None else frozenset(frame.shown)
     for number, each in enumerate(messages):
         content = each["content"].strip()
-        if content and each["role"] != ASSISTANT and not (number in frame.shown if frame else content in text):
+        if not content or each["role"] == ASSISTANT:
+            continue
+        is_shown = number in shown if shown is not None else content in text
+        if not is_shown:
             raise DataError(
                 f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
                 "--chat_template one that has a place for it, or take it out of the data."
@@ -205,15 +276,12 @@ def _length_of_body(text: str, start: int, answer: str, after: str, *, is_last: 
     return None
 
 
-def _begin(before: str, thoughts: str, prompt: str) -> int:
+def _begin(before: str, start: int, prompt: str) -> int:
     """Where the model begins to write, in what stands between the last answer and this one, thoughts included.
 
-    White space that follows the prompt is its own: most tokenizers join it with the first word.
+    `start`: where the thoughts begin, or the answer if there are none. White space that follows the prompt is its own: most
+    tokenizers join it with the first word.
     """
-    start = len(before)
-    if thoughts:
-        kept = [each.start() for each in re.finditer("<think>", before) if _same_thoughts(before[each.start() :], thoughts)]
-        start = kept[-1] if kept else start
     if not prompt:
         return len(before[:start].rstrip())
     place = before.rfind(prompt, 0, start + len(prompt))  # not in the thoughts
@@ -221,28 +289,23 @@ def _begin(before: str, thoughts: str, prompt: str) -> int:
     return first if place >= 0 and (first > start or not before[first:start].strip()) else start
 
 
-def _split_thoughts(content: str) -> tuple[str, str]:
-    """An answer's thoughts, with the tags and the white space around them, and the rest."""
-    found = _THOUGHTS.match(content)
-    return (content[: found.end()], content[found.end() :]) if found else ("", content)
-
-
-def _same_thoughts(text: str, thoughts: str) -> bool:
-    """True if a text is these thoughts, but for white space."""
-    one, other = _THOUGHTS.fullmatch(text), _THOUGHTS.fullmatch(thoughts)
-    return one is not None and other is not None and one[1].strip() == other[1].strip()
+def _after_prompt(before: str, prompt: str) -> int:
+    """Where the model begins to write thoughts for which the template has words of its own, in what stands before them."""
+    place = before.rfind(prompt) if prompt else -1
+    return place + len(prompt) if place >= 0 else len(before.rstrip())
 
 
 def _unused(messages: Sequence[Mapping[str, str]]) -> str:
     """A word that is in no message, and that no template looks for, strips or escapes."""
     word = STAND_IN
-    while any(word in message["content"] for message in messages):
+    while any(word in value for message in messages for value in message.values()):
         word += "r"
     return word
 
 
-def _unmaskable(where: str, index: int) -> DataError:
-    return DataError(
-        f"{where}, message {index + 1}: the chat template rewrites the turns of this conversation, so it can't be told surely "
-        f"which part of its text is the assistant's answer. {VICUNA_INSTEAD}"
-    )
+def _unmaskable(where: str, index: int, answers: Mapping[int, Answer]) -> DataError:
+    message = f"{where}, message {index + 1}: the chat template rewrites the turns of this conversation, so it can't be told "
+    message += "surely which part of its text is the assistant's answer. "
+    if index in answers and CLOSE in answers[index].content:
+        message += f"The answer has {CLOSE} in it, which the template may look for. "
+    return DataError(message + VICUNA_INSTEAD)

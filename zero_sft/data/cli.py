@@ -36,21 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     quieten_transformers(World())
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     try:
-        tokenizer, packing = _tokenizer(options), _packing(options)
+        tokenizer, config = _tokenizer(options), _config(options)
+        packing = _packing(options, config)
         recipe = Recipe.from_options(
             options, paths=options.data_path, model_max_length=options.model_max_length, seed=options.seed
         )
-        found = prepare_sources(replace(recipe, pack=packing.on), tokenizer)
+        rows = getattr(config, "vocab_size", None)
+        found = prepare_sources(replace(recipe, pack=packing.on, embedding_rows=rows), tokenizer)
         prepared = found.unpacked or found
         lengths = prepared.dataset["length"]
-        notes = [*found.notes[len(prepared.notes) :], *_notes(packing, found, options)]
+        notes = _notes(packing, found, options)
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:
             console.print(line, markup=False)
         _print_histogram(lengths, console)
         for number in range(min(options.show, len(prepared.dataset))):
             _print_sample(number, prepared.dataset[number], tokenizer, console)
         if options.plot:
-            _draw(lengths, options.plot)
+            _draw(lengths, options.plot, f"{len(lengths):,} samples of {options.data_path}")
             console.print(f"lengths drawn in {options.plot}", markup=False)
     except ZeroSftError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -127,15 +129,20 @@ def _wanted(options: argparse.Namespace) -> bool | None:
     return None if options.packing is None else options.packing == "True"
 
 
-def _packing(options: argparse.Namespace) -> "Packing":
-    """As the job would decide."""
+def _config(options: argparse.Namespace) -> Any:
+    """The language model's."""
     from zero_sft.config import prepare_config_in, text_config
-    from zero_sft.data.packing import choose_packing
     from zero_sft.hub import HubOptions
 
     hub = HubOptions.from_kwargs(_hub(options))
-    config = prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None)
-    return choose_packing(_wanted(options), text_config(config), attention=None, lazy=options.lazy_preprocess)
+    return text_config(prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None))
+
+
+def _packing(options: argparse.Namespace, config: Any) -> "Packing":
+    """As the job would decide."""
+    from zero_sft.data.packing import choose_packing
+
+    return choose_packing(_wanted(options), config, attention=None, lazy=options.lazy_preprocess)
 
 
 def _notes(packing: "Packing", found: "Prepared", options: argparse.Namespace) -> list[str]:
@@ -145,7 +152,7 @@ def _notes(packing: "Packing", found: "Prepared", options: argparse.Namespace) -
 
     samples, batch = (found.unpacked or found).dataset, options.per_device_train_batch_size
     job = unless_too_few(packing, _wanted(options), len(found.dataset), batch)
-    lines = [] if job.on else [f"samples are not packed: {job.reason}"]
+    lines = [*found.notes[-1:]] if job.on else [f"not packed: {job.reason}"]
     if len(samples) < batch:
         lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
     return lines + cost_lines(
@@ -215,7 +222,7 @@ def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") 
     console.print(text)
 
 
-def _draw(lengths: Sequence[int], path: Path) -> None:
+def _draw(lengths: Sequence[int], path: Path, title: str) -> None:
     """The histogram as a picture."""
     import matplotlib
 
@@ -224,7 +231,8 @@ def _draw(lengths: Sequence[int], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     axes.hist(lengths, bins=50, color="tab:green")
-    axes.set_xlabel("tokens of a sample")
+    axes.set_title(title, fontsize="medium", wrap=True)
+    axes.set_xlabel("tokens of a sample, at most --model_max_length")
     axes.set_ylabel("samples")
     figure.tight_layout()
     try:

@@ -27,15 +27,18 @@ class Conversation:
     turns: tuple[Turn, ...]
     where: str
 
-    @property
-    def answers(self) -> int:
-        """How many answers there are to train on."""
-        return sum(turn.role == ASSISTANT and turn.trained and bool(turn.text) for turn in self.turns)
+    def answers(self, *, blank_counts: bool = False) -> int:
+        """How many answers there are to train on; `blank_counts`: also those of white space alone."""
+        return sum(turn.trained and has_text(turn, blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
 
-    @property
-    def empty_answers(self) -> int:
+    def empty_answers(self, *, blank_counts: bool = False) -> int:
         """How many answers have no text."""
-        return sum(turn.role == ASSISTANT and not turn.text for turn in self.turns)
+        return sum(not has_text(turn, blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
+
+
+def has_text(turn: Turn, *, blank_counts: bool) -> bool:
+    """Whether a turn has a text; `blank_counts`: white space is one."""
+    return bool(turn.text if blank_counts else turn.text.strip())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +49,11 @@ class Passage:
     completion: str
     where: str
 
-    @property
-    def answers(self) -> int:
+    def answers(self, **_: bool) -> int:
         """1 if there is something to train on."""
         return int(bool(self.completion.strip()))
 
-    @property
-    def empty_answers(self) -> int:
+    def empty_answers(self, **_: bool) -> int:
         """1 if the completion has no text."""
         return int(not self.completion.strip())
 
@@ -72,25 +73,28 @@ class Dialogue:
 def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dialogue:
     """A system text if there is one, then questions and answers in turn, between them what tools say.
 
-    As in FastChat a leading turn that isn't the user's is dropped; unlike there, a last turn without an answer costs that turn
-    and not the conversation.
+    As in FastChat a leading turn that isn't the user's is dropped; unlike there, turns of users and tools after the last answer
+    cost those turns, however many there are, and not the conversation.
 
     `words`: what the data calls a role, where that is another word.
 
-    Worked example: gpt, human, gpt, human → human, gpt; 1 in front, 1 behind.
+    Worked example: gpt, human, gpt, human, human → human, gpt; 1 in front, 2 behind.
 
     Raises:
-        DataError: turns of one speaker that follow each other, or a system text among the turns.
+        DataError: turns of one speaker that follow each other, but for those after an answer that is the last, or a system text
+            among the turns.
     """
     start = 1 if turns and turns[0].role == SYSTEM else 0
     head, rest = list(turns[:start]), list(turns[start:])
     leading = 1 if rest and rest[0].role != USER else 0
-    rest = rest[leading:]
-    if leading and turns[start].role == SYSTEM:
+    if leading and rest[0].role == SYSTEM:
         raise DataError(f"{where}, turn {start + 1}: a second system text. Join them, or remove one.")
+    rest = rest[leading:]
+    answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
     before = None
     for number, turn in enumerate(rest):
-        if turn.role not in _FOLLOWS[before]:
+        is_tail = answered and number >= answered and turn.role != SYSTEM
+        if not is_tail and turn.role not in _FOLLOWS[before]:
             expected = " or ".join(words.get(each, each) for each in _FOLLOWS[before])
             remedy = "Join or remove turns of one speaker that follow each other."
             if turn.role == SYSTEM:
@@ -102,5 +106,4 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dia
                 f"{words.get(turn.role, turn.role)}. {remedy}"
             )
         before = turn.role
-    answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
     return Dialogue(turns=(*head, *rest[:answered]), leading=leading, unanswered=len(rest) - answered)

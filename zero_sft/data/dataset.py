@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
+from zero_sft import progress
 from zero_sft.data import cache
+from zero_sft.data.embedded import rows_to_check
 from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.long import TRUNCATE
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SAY_EVERY_SECONDS = 15
 _MANY = 0.05
 """A share of samples that are of no use, above which something may be wrong with the data."""
 
@@ -65,6 +66,11 @@ class Prepared:
             if each.untrained_share > _MANY:
                 share = f"{each.untrained_share:.0%} of the {'usable ' if each.bad else ''}samples"
                 warnings.append(f"{each.file}: nothing is trained on in {share} ({listed(each.dropped)})")
+            if each.thoughts and each.dropped_thoughts == each.thoughts:
+                warnings.append(
+                    f"{each.file}: the template {each.template} leaves out the thoughts of all {each.thoughts:,} answers that "
+                    "have some, so they are not trained on"
+                )
         return warnings
 
 
@@ -75,8 +81,9 @@ def make_pipeline(
     model_max_length: int,
     lazy: bool = False,
     reader: Reader = PLAIN,
+    embedding_rows: int | None = None,
 ) -> Pipeline:
-    """How objects of a file become rows.
+    """How objects of a file become rows, for a model with so many `embedding_rows`; None: not known.
 
     Raises:
         DataError: a template that can't be used, or options that contradict each other.
@@ -87,7 +94,14 @@ def make_pipeline(
             "out."
         )
     template = choose_template(chat_template, tokenizer)
-    return Pipeline(reader=reader, tokenizer=tokenizer, template=template, model_max_length=model_max_length, lazy=lazy)
+    return Pipeline(
+        reader=reader,
+        tokenizer=tokenizer,
+        template=template,
+        model_max_length=model_max_length,
+        lazy=lazy,
+        embedding_rows=rows_to_check(tokenizer, embedding_rows),
+    )
 
 
 def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> Prepared:
@@ -105,7 +119,7 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
         parts = list(make_parts(pipeline, data.objects(), processes))
         table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
         report = _report(data, [each.report for each in parts], pipeline)
-        return _prepared(_in_memory(table), replace(report, left_out=data.left_out()), pipeline)
+        return _prepared(_in_memory(table), _of(data, report), pipeline)
     data.require_outside(root)
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
@@ -131,8 +145,13 @@ def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path
     except (TypeError, LookupError) as error:
         raise DataError(f"{entry} is damaged: {error}. Delete that folder; it will be made anew.") from error
     first_bad = tuple(each.replace(report.file, data.name, 1) for each in report.first_bad)  # it may have been moved
-    report = replace(report, file=data.name, template=pipeline.template.name, left_out=data.left_out(), first_bad=first_bad)
+    report = replace(_of(data, report), file=data.name, template=pipeline.template.name, first_bad=first_bad)
     return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
+
+
+def _of(data: Data, report: DataReport) -> DataReport:
+    """The report with what is to be said of the source itself."""
+    return replace(report, left_out=data.left_out(), note=data.note())
 
 
 def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> Prepared:
@@ -159,22 +178,18 @@ def _write(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataRe
     """The rows to a file, part by part."""
     reports = []
     with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
-        for part in _audibly(make_parts(pipeline, data.objects(), processes), data.name):
+        for part in _shown(make_parts(pipeline, data.objects(), processes), data.name):
             writer.write_batch(part.rows)
             reports.append(part.report)
     return _report(data, reports, pipeline)
 
 
-def _audibly(parts: Iterator[Part], name: str) -> Iterator[Part]:
-    """The parts, with a line in the log now and then."""
-    start = said = time.monotonic()
-    samples = 0
-    for part in parts:
-        samples += part.report.samples
-        if time.monotonic() - said > _SAY_EVERY_SECONDS:
-            said = time.monotonic()
-            logger.info("%s: %s samples prepared, %s a second", name, f"{samples:,}", f"{samples / (said - start):,.0f}")
-        yield part
+def _shown(parts: Iterator[Part], name: str) -> Iterator[Part]:
+    """The parts; the samples in them are counted where progress is shown."""
+    with progress.task(f"preparing {name}", unit="samples") as task:
+        for part in parts:
+            task.advance(part.report.samples)
+            yield part
 
 
 def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataReport:
@@ -183,7 +198,7 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
     Raises:
         DataError: no samples in it, or nothing to train on.
     """
-    empty = DataReport(file=data.name, template=pipeline.template.name)
+    empty = DataReport(file=data.name, template=pipeline.template.name, has_trained=False)
     report = total([empty, *parts])
     if report.samples == report.bad:
         if report.bad:
@@ -191,6 +206,8 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
                 f"{data.name} holds no samples but {report.bad:,} that can't be used, the first: {report.first_bad[0]}"
             )
         raise DataError(f"{data.name} holds no samples. Expected {EXPECTED}.")
+    if report.kept and not report.has_trained:  # lazily tokenised: all were looked at, and stay in
+        report = replace(report, kept=0, dropped={**report.dropped, CUT_OFF: report.kept})
     if not report.kept:
         raise DataError(_nothing_left(report, pipeline.model_max_length))
     return report

@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.checkpoint.stamp import Stamp, stamp
+from zero_sft.data.kinds import require_kind
 from zero_sft.data.layouts import EXPECTED
+from zero_sft.data.splits import Chosen, choose_split
 from zero_sft.data.text import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
 
 _TEXTS = (".json", ".jsonl")
 _PARQUET = ".parquet"
 _ENDINGS = (*_TEXTS, _PARQUET, *(text + compressed for text in _TEXTS for compressed in COMPRESSED))
+
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""What the library `datasets` writes next to data."""
 
 _ARGUMENTS = "--data_path and --eval_data_path"
 
@@ -30,41 +35,50 @@ class BadLine(DataError):
 
 def is_named_as_data(path: Path) -> bool:
     """Whether a file's name is that of a file of data."""
-    return path.name.lower().endswith(_ENDINGS)
+    return path.name.lower().endswith(_ENDINGS) and path.name not in _ABOUT_DATA
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that a path stands for: itself, or a folder's, sorted, those of folders inside too.
+def files_of(path: Path, split: str | None = None) -> Chosen:
+    """The files that a path stands for: itself, or a folder's, sorted, those of folders inside too, of one split.
 
     Raises:
-        DataError: a folder without any.
+        DataError: a folder without any, or one that leaves open which split is meant.
     """
     if not path.is_dir():
         if path.exists() and not path.is_file():
             raise DataError(f"{path} is a pipe or a device, and can't be read twice. Write the data to a file.")
-        return [path]
+        return Chosen(files=(path,))
     seen = _seen_in(path)
     found = [each for each in seen if is_named_as_data(each)]
+    if not found and any(each.suffix == ".arrow" for each in seen):
+        raise DataError(
+            f"{path} was written by save_to_disk, for the library `datasets` alone. Write it with to_parquet instead."
+        )
     if not found:
         but = f", but {seen[0].name}" if seen else ""
         raise DataError(f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file{but}. Check {_ARGUMENTS}.")
-    return found
+    return choose_split(path, found, split)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """A file, or a folder of files, as a source of objects."""
+    """A file, or a folder of files, as a source of objects; `split`: which of a folder's, see `choose_split`."""
 
     path: Path
+    split: str | None = None
 
     @property
     def name(self) -> str:
         """For messages."""
-        return str(self.path)
+        return f"{self.path}:{self.split}" if self.split else str(self.path)
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        return files_of(self.path, self.split).files
 
     def objects(self) -> Iterator[tuple[Any, str]]:
         """`read_objects` of each file."""
-        for file in files_of(self.path):
+        for file in self._files:
             yield from read_objects(file)
 
     def identity(self) -> list[Any]:
@@ -73,7 +87,7 @@ class Files:
         Raises:
             DataError: no such file, or it can't be read.
         """
-        return [_digest(each) for each in files_of(self.path)]
+        return [_digest(each) for each in self._files]
 
     def left_out(self) -> tuple[str, ...]:
         """Names of files in the folder that are not read."""
@@ -81,9 +95,13 @@ class Files:
             return ()
         return tuple(str(each.relative_to(self.path)) for each in _seen_in(self.path) if not is_named_as_data(each))
 
+    def note(self) -> str:
+        """A line for the log on which split is read, where the folder has several."""
+        return files_of(self.path, self.split).note
+
     def state(self) -> list[Any]:
         """Tells whether the files were written to meanwhile, without reading them; errors as `identity`'s."""
-        return [(each, _stamp(each)) for each in files_of(self.path)]
+        return [(each, _stamp(each)) for each in self._files]
 
     def require_outside(self, root: Path) -> None:
         """Raise if files that are written below `root` would be read as data."""
@@ -151,7 +169,9 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     Raises:
         DataError: no such file, not UTF-8, not JSON, damaged, or nothing in it; with the remedy.
     """
-    for each, place in _parquet(path) if path.suffix.lower() == _PARQUET else _json_objects(path):
+    is_parquet = path.suffix.lower() == _PARQUET
+    require_kind(path, is_parquet=is_parquet)
+    for each, place in _parquet(path) if is_parquet else _json_objects(path):
         yield each, f"{path}, {place}{_identity(each)}"
 
 

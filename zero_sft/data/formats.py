@@ -1,7 +1,8 @@
 """From objects to samples, and an account of what was dropped or skipped on the way."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from zero_sft.data.conversation import Sample
@@ -12,13 +13,17 @@ from zero_sft.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """Samples in order, the layouts they were found in, what was dropped, and why objects were skipped."""
+    """Samples in order, the layouts they were found in, what was dropped, and why objects were skipped.
+
+    `unread`: keys that were not read, and in how many samples.
+    """
 
     samples: tuple[Sample, ...]
     layouts: tuple[str, ...]
     leading_turns: int = 0
     unanswered_turns: int = 0
     bad: tuple[str, ...] = ()
+    unread: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_samples(objects: Iterable[tuple[Any, str]], data_format: str | None = None, skip_bad: bool = False) -> Reading:
@@ -31,7 +36,7 @@ def read_samples(objects: Iterable[tuple[Any, str]], data_format: str | None = N
     Raises:
         DataError: a line that is not JSON, or an object that is no sample; with the place and the remedy.
     """
-    samples, layouts, bad, leading, unanswered = [], set(), [], 0, 0
+    samples, layouts, bad, leading, unanswered, unread = [], set(), [], 0, 0, Counter[str]()
     for raw, where in objects:
         try:
             if isinstance(raw, BadLine):
@@ -45,6 +50,7 @@ def read_samples(objects: Iterable[tuple[Any, str]], data_format: str | None = N
         layouts.add(layout)
         leading += found.leading
         unanswered += found.unanswered
+        unread.update(found.unread)
         samples.append(found.sample)
     return Reading(
         samples=tuple(samples),
@@ -52,4 +58,5 @@ def read_samples(objects: Iterable[tuple[Any, str]], data_format: str | None = N
         leading_turns=leading,
         unanswered_turns=unanswered,
         bad=tuple(bad),
+        unread=dict(unread),
     )

@@ -1,5 +1,6 @@
 """A chat template asked for text, and what it writes around answers, found out on a conversation of two questions."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, USER
+from zero_sft.data.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHabit
 from zero_sft.errors import DataError
 
 STAND_IN = "zerosftanswer"
@@ -20,11 +22,12 @@ class Habits:
     """What a template writes around answers.
 
     `prompt`: what it adds when the model is to write. `stops`: what may end an answer, the usual one first; the model must
-    write it itself.
+    write it itself. `thoughts`: what it does with those of an answer.
     """
 
     prompt: str
     stops: tuple[str, ...]
+    thoughts: ThoughtsHabit
 
 
 def apply(
@@ -74,7 +77,33 @@ def learn_habits(tokenizer: Any, source: str | None) -> Habits:
     if not prompt:  # some write it always: then it is behind the last answer, too
         rest = parts[3].removeprefix(next((stop for stop in stops if parts[3].startswith(stop)), ""))
         prompt = rest.lstrip()
-    return Habits(prompt=prompt, stops=stops)
+    return Habits(prompt=prompt, stops=stops, thoughts=_thoughts_habit(tokenizer, source))
+
+
+def _thoughts_habit(tokenizer: Any, source: str | None) -> ThoughtsHabit:
+    """Find out where a template takes thoughts from, on two answers that have some."""
+    word = STAND_IN
+    inner = [f"{word}0", f"{word}1"]  # without the line ends that templates write there
+    blocks = [f"{OPEN}{thoughts} {CLOSE}{word}" for thoughts in inner]
+    as_text = _talk(tokenizer, source, [{"content": block} for block in blocks])
+    for name in FIELDS:
+        from_field = _talk(tokenizer, source, [{"content": word, name: thoughts} for thoughts in inner])
+        if inner[-1] in from_field:
+            if "".join(from_field.split()) == "".join(as_text.split()):
+                return ThoughtsHabit(is_parsed=any(block not in as_text for block in blocks))
+            return ThoughtsHabit(field=name)
+    if any(block not in as_text for block in blocks):
+        return ThoughtsHabit(is_parsed=True)
+    return ThoughtsHabit(writes_block=as_text.count(CLOSE) > len(blocks))
+
+
+def _talk(tokenizer: Any, source: str | None, answers: Sequence[Mapping[str, str]]) -> str:
+    """The answers, each to a question, as text; empty where the template can't render them."""
+    question = {"role": USER, "content": "question"}
+    messages = [message for each in answers for message in (question, {"role": ASSISTANT, **each})]
+    with contextlib.suppress(DataError):
+        return apply(tokenizer, source, messages, "two answers with thoughts")
+    return ""
 
 
 def stops_of(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:

@@ -41,6 +41,10 @@ class HubDataset:
         """Nothing."""
         return ()
 
+    def note(self) -> str:
+        """Nothing: the name says the split."""
+        return ""
+
     def state(self) -> None:
         """None: a commit does not change."""
 

@@ -22,7 +22,8 @@ IGNORED = -100
 class Example:
     """One sample as tokens: `labels[i]` is `input_ids[i]`, for `trained_tokens` of them, or -100.
 
-    `cut_tokens` went beyond the longest length, and `cut_trained_tokens` of these would have been trained on.
+    `cut_tokens` went beyond the longest length, and `cut_trained_tokens` of these would have been trained on. `thoughts` and
+    `dropped_thoughts`: as in `Rendered`.
     """
 
     input_ids: list[int]
@@ -30,6 +31,8 @@ class Example:
     trained_tokens: int
     cut_tokens: int = 0
     cut_trained_tokens: int = 0
+    thoughts: int = 0
+    dropped_thoughts: int = 0
 
 
 def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, model_max_length: int) -> list[Example]:
@@ -59,7 +62,7 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
             while ids and chars_of(len(ids) - 1) is None:  # added at the end; the text has an end of its own
                 ids.pop()
             ranges = [_trained_range(chars_of, ids, span, tokenizer) for span in rendered[place].spans]
-            examples[place] = _example(ids, ranges, model_max_length)
+            examples[place] = _example(ids, ranges, model_max_length, rendered[place])
     return [examples[place] for place in range(len(rendered))]
 
 
@@ -104,7 +107,7 @@ def _trained_range(
     return first, last
 
 
-def _example(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int) -> Example:
+def _example(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int, rendered: Rendered) -> Example:
     labels = [IGNORED] * len(ids)
     trained, reached = 0, 1  # nothing comes before the first token that could tell it
     for first, last in ranges:
@@ -120,4 +123,6 @@ def _example(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length
         trained_tokens=kept,
         cut_tokens=max(0, len(ids) - model_max_length),
         cut_trained_tokens=trained - kept,
+        thoughts=rendered.thoughts,
+        dropped_thoughts=rendered.dropped_thoughts,
     )

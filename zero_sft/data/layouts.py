@@ -6,11 +6,11 @@
     prompt_completion   {"prompt": ..., "completion": ...}, both text, or both lists of messages
     text                {"text": ...}
 
-An object that has the keys of several is of the first of them whose lists are not empty. A turn with `"train": false` or
-`"weight": 0` is not trained on. Alpaca's is one question, the instruction with the input below it, and one answer, after a
-`history` of such pairs if there is one. The first three may have a `system` text beside. Plain text (`text`, and prompts and
-completions that are text) is taken as it is, without a template. What belongs to a conversation and isn't read (`tools`) is
-refused: the model would be trained on another conversation.
+An object with the keys of two layouts is refused, unless a layout was asked for by name, or one of the lists is empty. A
+turn with `"train": false`, `"loss": false` or `"weight": 0` is not trained on. Alpaca's is one question, the instruction with
+the input below it, and one answer, after a `history` of such pairs if there is one. The first three may have a `system` text
+next to them. Plain text (`text`, and prompts and completions that are text) is taken as it is, without a template. What
+becomes of other keys: see `keys`.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,29 +18,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
+from zero_sft.data.keys import asks_for_nothing, is_trained, require_known_turn, unread_keys
 from zero_sft.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A sample, and how many turns were dropped before the first question and behind the last answer."""
+    """A sample, how many turns were dropped before the first question and behind the last answer, and the keys not read."""
 
     sample: Sample
     leading: int = 0
     unanswered: int = 0
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """One way to write a sample: the keys by which it is known, what it looks like, and how it is read.
 
-    `unread`: keys that belong to a conversation, too, and are refused here.
+    `others`: the keys that are read where they are there.
     """
 
     keys: tuple[str, ...]
     looks: str
     read: Callable[[Mapping[str, Any], str], Found]
-    unread: tuple[str, ...] = ("tools", "functions", "history")
+    others: tuple[str, ...] = ()
 
 
 _SHAREGPT_ROLES = {
@@ -49,8 +51,6 @@ _SHAREGPT_ROLES = {
 }  # fmt: skip
 _SAME_WORDS: Mapping[str, str] = {}
 _SHAREGPT_WORDS = {USER: "human", ASSISTANT: "gpt"}
-_UNRENDERED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-_NOTHING = (None, "", [], {}, "[]", "{}")
 _MESSAGE_ROLES = {each: each for each in (USER, ASSISTANT, SYSTEM, TOOL)}
 
 
@@ -66,25 +66,66 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.")
     names = [data_format] if data_format else list(LAYOUTS)
-    fitting = [name for name in names if all(sample.get(key) is not None for key in LAYOUTS[name].keys)]
-    for name in sorted(fitting, key=lambda name: any(sample[key] == [] for key in LAYOUTS[name].keys)):
-        for key in LAYOUTS[name].unread:
-            if sample.get(key) not in _NOTHING:
-                raise DataError(f"{where}: `{key}` is not read in the format {name}. Write it into the texts, or remove it.")
-        return name, LAYOUTS[name].read(sample, where)
+    fitting = [name for name in names if _fits(sample, name)]
+    full = [name for name in fitting if not any(asks_for_nothing(sample[key]) for key in LAYOUTS[name].keys)]
+    if len(full) > 1:
+        raise DataError(
+            f"{where}: the keys of {len(full)} formats, {_keys_of(full[0])} of {full[0]} and {_keys_of(full[1])} of {full[1]}. "
+            f"Say which to train on, --data_format {full[0]} or {full[1]}, or remove the others."
+        )
+    if fitting:
+        name = (full or fitting)[0]
+        layout = LAYOUTS[name]
+        found = layout.read(sample, where)
+        unread = unread_keys(
+            sample,
+            where,
+            layout=name,
+            read=("id", *layout.keys, *layout.others),
+            texts=_texts_of(found.sample),
+            chosen=data_format is not None,
+        )
+        return name, replace(found, unread=(*found.unread, *unread)) if unread else found
     keys = ", ".join([f"{key!r}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"
-    raise DataError(f"{where}: {wanted}; got the keys {keys}.")
+    raise DataError(f"{where}: {wanted}; got the keys {keys}.{_hint(sample)}")
+
+
+def _hint(sample: Mapping[str, Any]) -> str:
+    """For an object that is a list of samples in a wrapping, or answers to compare."""
+    for key, value in sample.items():
+        if (
+            isinstance(value, list)
+            and value
+            and isinstance(value[0], Mapping)
+            and any(_fits(value[0], name) for name in LAYOUTS)
+        ):
+            return f" The samples seem to be in `{key}`: write that list alone."
+    if all(sample.get(key) is not None for key in ("chosen", "rejected")):
+        return " Answers to compare (`chosen`, `rejected`) are not read: write the chosen one as `completion`."
+    return ""
+
+
+def _fits(sample: Mapping[str, Any], layout: str) -> bool:
+    return all(sample.get(key) is not None for key in LAYOUTS[layout].keys)
+
+
+def _keys_of(layout: str) -> str:
+    return " and ".join(f"`{key}`" for key in LAYOUTS[layout].keys)
+
+
+def _texts_of(sample: Sample) -> list[str]:
+    return [sample.prompt, sample.completion] if isinstance(sample, Passage) else [turn.text for turn in sample.turns]
 
 
 def _sharegpt(sample: Mapping[str, Any], where: str) -> Found:
-    turns = _turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
-    return _conversation(_with_system(sample, turns, where), where, _SHAREGPT_WORDS)
+    turns, notes = _turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
+    return _conversation(_with_system(sample, turns, where), where, _SHAREGPT_WORDS, notes)
 
 
 def _messages(sample: Mapping[str, Any], where: str) -> Found:
-    turns = _turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
-    return _conversation(_with_system(sample, turns, where), where)
+    turns, notes = _turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
+    return _conversation(_with_system(sample, turns, where), where, unread=notes)
 
 
 def _alpaca(sample: Mapping[str, Any], where: str) -> Found:
@@ -101,7 +142,7 @@ def _alpaca(sample: Mapping[str, Any], where: str) -> Found:
 def _history(sample: Mapping[str, Any], where: str) -> list:
     """The questions and answers before an instruction."""
     pairs = sample.get("history")
-    if pairs in _NOTHING:
+    if asks_for_nothing(pairs):
         return []
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise DataError(f"{where}: `history` must be a list of pairs of a question and an answer; got {str(pairs)[:80]}.")
@@ -119,10 +160,11 @@ def _with_system(sample: Mapping[str, Any], turns: list[Turn], where: str) -> li
 def _prompt_completion(sample: Mapping[str, Any], where: str) -> Found:
     prompt, completion = sample["prompt"], sample["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked, answered = (
+        (asked, notes), (answered, others) = (
             _turns(sample[key], key, ("role", "content"), _MESSAGE_ROLES, where) for key in ("prompt", "completion")
         )
-        return _conversation([*(replace(turn, trained=False) for turn in asked), *answered], where)
+        turns = [*(replace(turn, trained=False) for turn in asked), *answered]
+        return _conversation(turns, where, unread=tuple(dict.fromkeys((*notes, *others))))
     texts = (_text(prompt, "prompt", where), _text(completion, "completion", where))
     return Found(sample=Passage(prompt=texts[0], completion=texts[1], where=where))
 
@@ -133,57 +175,74 @@ def _plain(sample: Mapping[str, Any], where: str) -> Found:
 
 LAYOUTS = {
     "sharegpt": Layout(
-        keys=("conversations",), read=_sharegpt, looks='{"conversations": [{"from": "human", "value": ...}, ...]}'
+        keys=("conversations",),
+        read=_sharegpt,
+        looks='{"conversations": [{"from": "human", "value": ...}, ...]}',
+        others=("system",),
     ),
-    "messages": Layout(keys=("messages",), read=_messages, looks='{"messages": [{"role": "user", "content": ...}, ...]}'),
+    "messages": Layout(
+        keys=("messages",),
+        read=_messages,
+        looks='{"messages": [{"role": "user", "content": ...}, ...]}',
+        others=("system",),
+    ),
     "alpaca": Layout(
         keys=("instruction", "output"),
         read=_alpaca,
         looks='{"instruction": ..., "input": ..., "output": ...}',
-        unread=("tools", "functions"),
+        others=("input", "history", "system"),
     ),
     "prompt_completion": Layout(
-        keys=("prompt", "completion"),
-        read=_prompt_completion,
-        looks='{"prompt": ..., "completion": ...}',
-        unread=("system", "tools", "functions", "history"),
+        keys=("prompt", "completion"), read=_prompt_completion, looks='{"prompt": ..., "completion": ...}'
     ),
-    "text": Layout(keys=("text",), read=_plain, looks='{"text": ...}', unread=()),
+    "text": Layout(keys=("text",), read=_plain, looks='{"text": ...}'),
 }
 EXPECTED = f"{', '.join(each.looks for each in list(LAYOUTS.values())[:-1])} or {LAYOUTS['text'].looks}"
 
 
-def _conversation(turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS) -> Found:
+def _conversation(turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS, unread: tuple[str, ...] = ()) -> Found:
     kept = dialogue(turns, where, words)
-    return Found(sample=Conversation(turns=kept.turns, where=where), leading=kept.leading, unanswered=kept.unanswered)
+    sample = Conversation(turns=kept.turns, where=where)
+    return Found(sample=sample, leading=kept.leading, unanswered=kept.unanswered, unread=unread)
 
 
-def _turns(raw: Any, key: str, names: tuple[str, str], roles: Mapping[str, str], where: str) -> list[Turn]:
-    """The turns as they stand in the file, roles and texts checked; `names` are the keys of a turn's role and text."""
+def _turns(
+    raw: Any, key: str, names: tuple[str, str], roles: Mapping[str, str], where: str
+) -> tuple[list[Turn], tuple[str, ...]]:
+    """The turns as they stand in the file, roles and texts checked, and their keys that are not read, as `messages.id`.
+
+    `names` are the keys of a turn's role and text.
+    """
     if not isinstance(raw, list):
         raise DataError(f"{where}: `{key}` must be a list of turns; got {type(raw).__name__}.")
-    turns = []
+    turns, notes = [], dict[str, None]()
     for number, each in enumerate(raw, start=1):
         place = f"{where}, turn {number}"
+        if isinstance(each, Mapping) and names[0] in each:
+            notes.update(dict.fromkeys(require_known_turn(each, place, names=names)))
         role, text = (each.get(name) for name in names) if isinstance(each, Mapping) else (None, None)
-        for key in _UNRENDERED if isinstance(each, Mapping) else ():
-            if each.get(key):
-                raise DataError(f"{place}: `{key}` is not rendered. Write it into the text, as the model writes it.")
         if not isinstance(role, str) or not isinstance(text, str):
             looks = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
-            raise DataError(f"{place}: expected {looks} with texts; got {str(each)[:80]}.")
+            raise DataError(f"{place}: expected {looks} with texts; got {str(each)[:80]}.{_remedy(role, text, names[1])}")
         if role not in roles:
             raise DataError(f"{place}: unknown role {role!r}; expected one of {', '.join(roles)}.")
-        turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=_is_trained(each, place)))
-    return turns
+        trained = is_trained(each, place, is_answer=roles[role] == ASSISTANT)
+        turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=trained or roles[role] != ASSISTANT))
+    return turns, tuple(f"{key}.{note}" for note in notes)
 
 
-def _is_trained(turn: Mapping[str, Any], place: str) -> bool:
-    train, weight = turn.get("train"), turn.get("weight")
-    if train not in (None, True, False) or weight not in (None, 0, 1):
-        given = f'"train": {train!r}' if train not in (None, True, False) else f'"weight": {weight!r}'
-        raise DataError(f'{place}: {given}; expected "train": true or false, or "weight": 0 or 1.')
-    return (train is None or bool(train)) and weight != 0
+def _remedy(role: Any, text: Any, name: str) -> str:
+    """For a turn whose role or text is not a text."""
+    if not isinstance(role, str):
+        return ""
+    if text is None:
+        return f' Give `{name}` a text, "" for a turn without one, or remove the turn.'
+    if isinstance(text, list):
+        parts = [each.get("type") for each in text if isinstance(each, Mapping)]
+        if all(part == "text" for part in parts) and len(parts) == len(text):
+            return " A list of parts is not read: join their texts to one."
+        return " A list of parts is not read, and only text is trained on: write the turn as one text, or leave the sample out."
+    return f" Write `{name}` as one text."
 
 
 def _text_or_nothing(sample: Mapping[str, Any], key: str, where: str) -> str:

@@ -31,7 +31,7 @@ class Recipe:
     """All that says how data becomes a dataset, the tokenizer apart. `paths`: see `parse_sources`.
 
     `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps everything in memory.
-    `processes`: how many prepare, where there is much.
+    `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
     """
 
     paths: str
@@ -43,6 +43,7 @@ class Recipe:
     pack: bool = False
     root: Path | None = None
     processes: int = 1
+    embedding_rows: int | None = None
 
     @classmethod
     def from_options(cls, options: Any, *, paths: str, model_max_length: int, seed: int) -> "Recipe":
@@ -98,6 +99,7 @@ def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
         model_max_length=recipe.model_max_length,
         lazy=recipe.lazy,
         reader=recipe.reader,
+        embedding_rows=recipe.embedding_rows,
     )
 
 

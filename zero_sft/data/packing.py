@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zero_sft import progress
 from zero_sft.data.report import counted
 from zero_sft.errors import ArgumentError
 
@@ -95,7 +96,8 @@ def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = 
         "batch_size": max(1, min(_AT_ONCE, _TOKENS_AT_ONCE // model_max_length)),
         "load_from_cache_file": False,
     }
-    return pack_dataset(dataset.select_columns(["input_ids", "labels"]), model_max_length, "bfd", options)
+    with progress.task("packing the samples"):
+        return pack_dataset(dataset.select_columns(["input_ids", "labels"]), model_max_length, "bfd", options)
 
 
 def packed_line(samples: int, packed: "datasets.Dataset", model_max_length: int) -> str:

@@ -14,6 +14,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data.conversation import SYSTEM, Conversation, Passage, Sample, Turn
+from zero_sft.data.embedded import require_embedded
 from zero_sft.data.formats import Reading
 from zero_sft.data.labels import Example, tokenise
 from zero_sft.data.long import DROP, SPLIT, split_rounds
@@ -42,13 +43,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """How objects become rows. `model_max_length` is in tokens; `lazy` puts off the tokenising."""
+    """How objects become rows. `model_max_length` is in tokens; `lazy` puts off the tokenising.
+
+    `embedding_rows`: ids from there on are refused; None where the tokenizer has no such.
+    """
 
     reader: Reader
     tokenizer: PreTrainedTokenizerBase
     template: Template
     model_max_length: int
     lazy: bool = False
+    embedding_rows: int | None = None
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -62,16 +67,14 @@ class Pipeline:
             DataError: a bad sample, unless such are skipped.
         """
         reading = self.reader.read(objects)
-        answered = [each for each in reading.samples if each.answers]
+        answered = [each for each in reading.samples if self._is_answered(each)]
         bad = list(reading.bad)
         dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
         skipped = bad if self.reader.skips_bad else None
         if self.lazy:
-            if self.reader.skips_bad:
-                answered = [each for each in answered if self._render(each, skipped) is not None]
-            list(self._examples(answered[:1]))  # what fails on every sample fails now
+            answered, account = self._looked_at(answered, skipped)
             texts = [json.dumps(asdict(each)) for each in answered]
-            return self._part(reading, answered, {"sample": texts}, {"bad": bad, "dropped": dropped})
+            return self._part(reading, answered, {"sample": texts}, {"bad": bad, "dropped": dropped, **account})
         whole = list(self._examples(answered, skipped))
         used, kept, split, lost = [], [], 0, Counter[str]()
         for sample, example in whole:
@@ -91,6 +94,23 @@ class Pipeline:
         account = {"bad": bad, "dropped": dropped, "split": split, "lost": dict(lost), "shortest": shortest, **_counts(kept)}
         return self._part(reading, used, _columns(kept), account)
 
+    def _looked_at(self, samples: Sequence[Sample], bad: list[str] | None) -> tuple[list[Sample], dict[str, Any]]:
+        """The samples to be tokenised later, after a look at as few as tell that they can be used, and the account of these.
+
+        What fails on every sample fails now: so one is tokenised, and the next as long as nothing is trained on in them; all,
+        where there are ids to look for.
+        """
+        if self.embedding_rows is not None:
+            samples = [sample for sample, _ in self._examples(samples, bad)]
+        elif bad is not None:
+            samples = [sample for sample in samples if self._render(sample, bad) is not None]
+        shortest = None
+        for _, example in (each for sample in samples for each in self._examples([sample])):
+            if example.trained_tokens:
+                return list(samples), {"has_trained": True}
+            shortest = _length(example) if shortest is None else min(shortest, _length(example))
+        return list(samples), {"has_trained": False, "shortest": shortest}
+
     def _part(self, reading: Reading, used: Sequence[Sample], columns: Mapping[str, list], account: Mapping[str, Any]) -> Part:
         rows = pyarrow.RecordBatch.from_pydict(dict(columns), schema=self.schema)
         bad, dropped = account["bad"], account["dropped"]
@@ -104,7 +124,8 @@ class Pipeline:
             turns=sum(turn.role != SYSTEM for each in talks for turn in each.turns),
             leading_turns=reading.leading_turns,
             unanswered_turns=reading.unanswered_turns,
-            empty_answers=sum(each.empty_answers for each in used),
+            unread=reading.unread,
+            empty_answers=sum(each.empty_answers(blank_counts=self.template.trains_on_blanks) for each in used),
             **{
                 **account,
                 "bad": len(bad),
@@ -114,11 +135,23 @@ class Pipeline:
         )
         return Part(rows=rows, report=report)
 
+    def _is_answered(self, sample: Sample) -> bool:
+        return sample.answers(blank_counts=self.template.trains_on_blanks) > 0
+
     def _examples(self, samples: Sequence[Sample], bad: list[str] | None = None) -> Iterator[tuple[Sample, Example]]:
         """Render and tokenise, in order. What can't be rendered is left out with its error in `bad`, if that is given."""
         rendered = [(sample, text) for sample in samples if (text := self._render(sample, bad)) is not None]
         examples = tokenise([text for _, text in rendered], self.tokenizer, self.model_max_length)
-        yield from zip((sample for sample, _ in rendered), examples, strict=True)
+        for (sample, text), example in zip(rendered, examples, strict=True):
+            if self.embedding_rows is not None:
+                try:
+                    require_embedded(example.input_ids, self.tokenizer, self.embedding_rows, text.where)
+                except DataError as error:
+                    if bad is None:
+                        raise
+                    bad.append(str(error))
+                    continue
+            yield sample, example
 
     def _render(self, sample: Sample, bad: list[str] | None) -> Rendered | None:
         try:
@@ -144,7 +177,7 @@ class Pipeline:
             parts = split_rounds(sample, fits)
             if len(parts) == 1:
                 return [example]
-            answered = [part for part in parts if part.answers]
+            answered = [part for part in parts if self._is_answered(part)]
             examples = [each for _, each in self._examples(answered)]
         except DataError as error:
             if bad is None:
@@ -172,6 +205,8 @@ def _counts(kept: Sequence[Example]) -> dict[str, int | None]:
     return {
         "tokens": sum(len(each.input_ids) for each in kept),
         "trained_tokens": sum(each.trained_tokens for each in kept),
+        "thoughts": sum(each.thoughts for each in kept),
+        "dropped_thoughts": sum(each.dropped_thoughts for each in kept),
         "cut_samples": sum(each.cut_tokens > 0 for each in kept),
         "cut_tokens": sum(each.cut_tokens for each in kept),
         "cut_trained_tokens": sum(each.cut_trained_tokens for each in kept),

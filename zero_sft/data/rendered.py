@@ -7,10 +7,15 @@ from dataclasses import dataclass
 class Rendered:
     """A sample as text; `spans` are the half-open ranges of characters to train on, in order.
 
-    `adds_special_tokens`: whether the tokenizer is to add its own, since the text has none.
+    `adds_special_tokens`: whether the tokenizer is to add its own, since the text has none. `ends`: the turn of each answer
+    with a text, and where it ends. `thoughts`: how many answers have some, `dropped_thoughts`: how many of these are without
+    theirs in the text.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     where: str
     adds_special_tokens: bool
+    ends: tuple[tuple[int, int], ...] = ()
+    thoughts: int = 0
+    dropped_thoughts: int = 0

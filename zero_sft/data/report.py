@@ -9,20 +9,25 @@ from typing import Any
 MOST_SHOWN = 3
 """Errors of skipped samples that are shown."""
 
+MOST_KEYS_SHOWN = 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off.
+    """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off, but for
+    `has_trained`: whether anything is trained on in one of the samples.
 
     `bad` samples were skipped, the first few with the errors `first_bad`; they count among `samples`, as does a sample that was
     `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
     those of the others. `shortest` is the least length of a sample, `longest` the greatest of a kept row, in tokens, before
-    they are cut. `left_out` are files of a folder that are not data.
+    they are cut. `left_out` are files of a folder that are not data, and `note` is a line on its splits. `unread` are keys that
+    were not read, and in how many samples.
     """
 
     file: str
     template: str
     left_out: tuple[str, ...] = ()
+    note: str = ""
     layouts: tuple[str, ...] = ()
     samples: int = 0
     kept: int = 0
@@ -32,14 +37,18 @@ class DataReport:
     first_bad: tuple[str, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)
     leading_turns: int = 0
     unanswered_turns: int = 0
     empty_answers: int = 0
     tokens: int | None = None
     trained_tokens: int | None = None
+    thoughts: int | None = None
+    dropped_thoughts: int | None = None
     cut_samples: int | None = None
     cut_tokens: int | None = None
     cut_trained_tokens: int | None = None
+    has_trained: bool = True
     shortest: int | None = None
     longest: int | None = None
 
@@ -48,15 +57,22 @@ class DataReport:
         found = f"format {' and '.join(self.layouts)}, template {self.template}"
         of = "from" if self.split else "of"
         lines = [f"{self.file}: {self.kept:,} {of} {counted(self.samples, 'sample')}, {counted(self.turns, 'turn')} ({found})"]
+        if self.note:
+            lines.append(self.note)
         if self.left_out:
             shown = ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
             lines.append(f"{counted(len(self.left_out), 'other file')} in it left out: {shown}")
+        if self.unread:
+            lines.append(_unread_line(self.unread))
         if self.split:
             lines.append(f"{counted(self.split, 'sample')} longer than --model_max_length, split between rounds")
         if any(self.lost.values()):
             lines.append("parts of split samples dropped: " + listed(self.lost))
         if self.tokens is None:
-            lines.append("tokenised when they are needed: how many tokens they have, and which are cut off, is not known")
+            lines.append(
+                "tokenised when they are needed: how many tokens they have, which are cut off, and which thoughts the template "
+                "leaves out, is not known"
+            )
         else:
             lines.append(f"{counted(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
         if self.bad:
@@ -72,6 +88,11 @@ class DataReport:
         turns = {"leading, not the user's": self.leading_turns, "last, unanswered": self.unanswered_turns}
         if any(turns.values()):
             lines.append("turns dropped: " + listed(turns))
+        if self.dropped_thoughts:
+            lines.append(
+                f"the template leaves out the thoughts of {counted(self.dropped_thoughts, 'answer')}, of {self.thoughts:,} "
+                "that have some"
+            )
         if self.empty_answers:
             lines.append(f"{counted(self.empty_answers, 'empty answer')}, not trained on")
         return lines
@@ -91,19 +112,27 @@ def total(parts: Iterable[DataReport]) -> DataReport:
 def _sum(one: DataReport, other: DataReport) -> DataReport:
     ends = {"shortest": min, "longest": max}
     counts = {each.name: _added(getattr(one, each.name), getattr(other, each.name)) for each in fields(DataReport)
-              if isinstance(getattr(one, each.name), int) or isinstance(getattr(other, each.name), int)}  # fmt: skip
+              if type(getattr(one, each.name)) is int or type(getattr(other, each.name)) is int}  # fmt: skip
     lengths = {name: [getattr(each, name) for each in (one, other) if getattr(each, name) is not None] for name in ends}
     return replace(
         one,
         **counts
         | {name: end(lengths[name], default=None) for name, end in ends.items()}
         | {
+            "has_trained": one.has_trained or other.has_trained,
             "layouts": tuple(sorted({*one.layouts, *other.layouts})),
             "first_bad": (*one.first_bad, *other.first_bad)[:MOST_SHOWN],
             "dropped": dict(Counter(one.dropped) + Counter(other.dropped)),
             "lost": dict(Counter(one.lost) + Counter(other.lost)),
+            "unread": dict(Counter(one.unread) + Counter(other.unread)),
         },
     )
+
+
+def _unread_line(unread: Mapping[str, int]) -> str:
+    """Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)"."""
+    shown = [f"{key} ({counted(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])]
+    return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
 
 
 def _added(one: Any, other: Any) -> int:

@@ -1,4 +1,7 @@
-"""Where samples come from: what `--data_path` names, `a.json,b.jsonl` or with weights `a.json:0.7,org/name:train_sft:0.3`."""
+"""Where samples come from: what `--data_path` names, `a.json,b.jsonl` or with weights `a.json:0.7,org/name:train_sft:0.3`.
+
+A folder is named as a dataset of the hub is, `folder` or `folder:split`.
+"""
 
 import math
 import re
@@ -69,6 +72,9 @@ def _source(part: str, text: str) -> Source:
 def _data(name: str) -> Data:
     """A file or folder, or, where there is none of that name, the dataset of the hub that it may name."""
     path, match = Path(name).expanduser(), _HUB_ID.fullmatch(name)
+    folder, _, split = name.rpartition(":")
+    if folder and split and not path.exists() and Path(folder).expanduser().is_dir():
+        return Files(path=Path(folder).expanduser(), split=split)
     if match is None or path.exists() or is_named_as_data(path) or path.parent.exists():
         return Files(path=path)
     return HubDataset(id=match["id"], config=match["config"], split=match["split"] or "train")

@@ -65,6 +65,10 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
 
 
 def _from_file(path: Path) -> str:
+    if path.is_dir():
+        found = next(iter(sorted(path.glob("*.jinja"))), None)
+        remedy = f"give {found}" if found else "name the Jinja file itself"
+        raise DataError(f"--chat_template {path} is a folder; expected a Jinja file: {remedy}.")
     if not path.is_file():
         if path.suffix or len(path.parts) > 1:
             raise DataError(f"--chat_template {path}: no such file.")

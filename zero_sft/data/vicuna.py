@@ -39,6 +39,7 @@ class VicunaTemplate:
 
     stop: str = VICUNA_STOP
     name = VICUNA
+    trains_on_blanks = True  # an answer of white space is one, as in FastChat
     adds_special_tokens = True  # the text has no beginning-of-sequence token of its own
 
     def render(self, conversation: Conversation) -> Rendered:

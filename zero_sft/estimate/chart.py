@@ -21,26 +21,45 @@ def draw(title: str, loads: Sequence[RankLoad], device: Mapping[str, int], devic
         from matplotlib import pyplot
     except ImportError as error:
         raise ArgumentError(f"--plot needs matplotlib ({error}): pip install 'zero_sft[train]'") from error
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), dpi=120, width_ratios=(3, 2))
-    ranks = range(len(loads))
-    left.step(ranks, [each.nbytes / 1e9 for each in loads], where="mid", color="tab:blue")
-    left.set(xlabel="rank", ylabel="GB read", title=title)
-    left.set_ylim(bottom=0)
-    other: Any = left.twinx()
-    other.step(ranks, [each.requests for each in loads], where="mid", color="tab:orange", alpha=0.7)
-    other.set_ylabel("requests", color="tab:orange")
-    other.set_ylim(bottom=0)
-    bottom = 0.0
-    for name, nbytes in device.items():
-        right.bar([0], [nbytes / 2**30], bottom=[bottom], label=name, width=0.5)
-        bottom += nbytes / 2**30
-    right.axhline(device_bytes / 2**30, color="black", linestyle="--", label="the device's memory")
-    right.set(ylabel="GiB of one device", xlim=(-0.5, 1.6), xticks=[])
-    right.legend(loc="upper right", fontsize="small")
-    figure.tight_layout()
+    figure = pyplot.figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    figure.suptitle(title)
+    grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
+    above = figure.add_subplot(grid[0, 0])
+    below = figure.add_subplot(grid[1, 0], sharex=above)
+    _over_ranks(above, [load.nbytes / 1e9 for load in loads], "GB", "read by each rank")
+    _over_ranks(below, [load.requests for load in loads], "requests", "in how many requests")
+    below.set_xlabel("rank")
+    _memory(figure.add_subplot(grid[:, 1]), device, device_bytes)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise ArgumentError(f"--plot {path} can't be written: {error}") from error
     finally:
         pyplot.close(figure)
+
+
+def _over_ranks(axes: Any, values: Sequence[float], unit: str, title: str) -> None:
+    """One number of each rank, on axes that begin at 0, so that equal ranks look equal."""
+    from matplotlib.ticker import MaxNLocator
+
+    edges = [rank - 0.5 for rank in range(len(values) + 1)]
+    axes.stairs(values, edges, fill=True, color="tab:blue", alpha=0.6)
+    axes.set(ylabel=unit, title=title, xlim=(edges[0], edges[-1]), ylim=(0, 1.15 * max(*values, 1e-9)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.title.set_fontsize("medium")
+
+
+def _memory(axes: Any, device: Mapping[str, int], device_bytes: int) -> None:
+    """What a device holds, one on top of the other, next to the line of what it has; names stand at the right, outside."""
+    bottom, bars = 0.0, []
+    for name, nbytes in device.items():
+        label = f"{name}: {nbytes / 2**30:,.1f}"
+        bars.append(axes.bar([0], [nbytes / 2**30], bottom=[bottom], label=label, width=0.6))
+        bottom += nbytes / 2**30
+    limit = device_bytes / 2**30
+    line = axes.axhline(limit, color="black", linestyle="--", label=f"memory of the device: {limit:,.0f}")
+    axes.set(ylabel="GiB", title=f"one device at its worst: {bottom:,.1f} GiB", xlim=(-0.5, 0.5), xticks=[])
+    axes.set_ylim(0, 1.1 * max(bottom, limit))
+    axes.title.set_fontsize("medium")
+    handles = [line, *reversed(bars)]
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)

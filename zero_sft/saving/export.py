@@ -2,12 +2,13 @@
 
 Every rank computes the same layout, under the names and shapes that plain `save_pretrained` gives: experts one by one, as
 they were published. Rank 0 writes the headers, config and tokenizer; every rank plans the load of what it holds from those
-files, and writes the bytes that it would read. All of it happens in a hidden folder beside the target, which takes its place
-at the very end: a job that dies meanwhile leaves the target as it was.
+files, and writes the bytes that it would read. All of it happens in a hidden draft (`folder.py`), which takes the target's
+place at the very end (`placing.py`): a job that dies meanwhile leaves the target as it was.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -22,17 +23,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zero_sft import distributed
+from zero_sft import distributed, progress
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
 from zero_sft.checkpoint.layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
 from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.distributed import agreed
-from zero_sft.errors import ExportError
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, pieces
 from zero_sft.plan.regions import whole
-from zero_sft.saving.folder import explained, put_in_place
+from zero_sft.saving.folder import Draft, explained, find_draft, kept, make_draft
+from zero_sft.saving.placing import put_in_place
 from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
@@ -60,24 +61,40 @@ def save_pretrained(
     world = distributed.connect(World.detect())
     inner: Any = getattr(model, "module", model)
     tensors = dict(_tensors(inner))
-    with agreed(world, f"checking {target}"):
-        if world.is_main and target.exists() and not target.is_dir():
-            raise ExportError(f"{target} is a file. Name a folder for the model.")
-    layout = _lay_out(inner, tensors, max_file_bytes)
-    files = layout.files
-    draft = target.parent / f".{target.name}.part"
+    layout = _agreed_layout(inner, tensors, max_file_bytes, world)
+    draft: Draft | None = None
+    is_complete = False
     try:
+        with agreed(world, f"preparing {target}") as told, explained(target):
+            told.same = ("files of the export", {"layout": layout.digest()})
+            if world.is_main:
+                draft = make_draft(target)
+                told.mine = draft.reference
+        draft = draft or find_draft(target, told.everyone[0])
         with agreed(world, f"preparing {target}"), explained(target):
             if world.is_main:
-                _prepare(draft, files, inner, tokenizer)
+                _prepare(draft.folder, layout.files, inner, tokenizer)
         with agreed(world, f"writing {target}"), explained(target):
-            _write_own(draft, layout, tensors, world)
-        with agreed(world, f"finishing {target}"), explained(target):
+            _write_own(draft.folder, layout, tensors, world)
+        is_complete = True
+        with agreed(world, f"finishing {target}"), kept(draft):
             if world.is_main:
-                put_in_place(draft, target)
+                put_in_place(draft)
     finally:
-        if world.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
+        if world.is_main and draft is not None and not is_complete:
+            shutil.rmtree(draft.folder, ignore_errors=True)
+
+
+def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int, world: World) -> "Layout":
+    """The published format where every rank can write it, else the model's own names on every rank. Communicates."""
+    state = {n: torch.empty(shards.full_shape(t), dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    with agreed(world, "laying out the export") as told:
+        published, told.mine = published_layout(model, state, max_file_bytes)
+    reason = next((reason for reason in told.everyone if reason is not None), None)
+    if reason is None and published is not None:
+        return published
+    logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
+    return own_layout(state, max_file_bytes)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -96,8 +113,6 @@ def _prepare(
     draft: Path, files: Sequence[FileLayout], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Everything but the weights' bytes: headers with room for the data behind them, config, tokenizer. Rank 0."""
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     for file in files:
         with (draft / file.name).open("wb") as out:
             out.write(file.header)
@@ -115,19 +130,39 @@ class Layout:
     stored: Mapping[str, StoredTensor]
     sources: Mapping[str, Makeup]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
 
-def _lay_out(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int) -> Layout:
-    """The published format where it loads back as this model, element for element; else the model's own names."""
-    state = {n: torch.empty(shards.full_shape(t), dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    def digest(self) -> str:
+        """A hash of every file's header and of every element's place: equal on ranks that will write the same files."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(repr((file.name, file.nbytes)).encode() + file.header)
+        for name in sorted(self.sources):
+            digest.update(repr((name, self.sources[name])).encode())
+        return digest.hexdigest()
+
+
+def published_layout(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES
+) -> tuple[Layout | None, str | None]:
+    """The files of the published format, for a state dict on meta; or None and the reason why it can't be used.
+
+    It is used where it loads back as this model, element for element. Any rank; does not communicate.
+    """
     try:
         published = _planned(original_format(model, state), max_file_bytes)
         resolution = resolve(model, state, published.stored)
         reason = _misfit(state, published.stored, resolution)
-        if reason is None:
-            return dataclasses.replace(published, sources=resolution.sources)
     except Exception as error:  # noqa: BLE001 - operations of any model; the training's result must not be lost for them
-        reason = f"{type(error).__name__}: {error}"
-    logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
+        return None, f"{type(error).__name__}: {error}"
+    return (None, reason) if reason else (dataclasses.replace(published, sources=resolution.sources), None)
+
+
+def own_layout(state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES) -> Layout:
+    """The files of a state dict under the model's own names. Any rank; does not communicate."""
     own = _planned(state, max_file_bytes)
     shapes = {name: tuple(each.shape) for name, each in state.items()}
     sources = {name: Makeup.of(name, shape, whole(name, shape)) for name, shape in shapes.items()}
@@ -162,6 +197,8 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
         for file in layout.files:
             handles[file.name] = os.open(folder / file.name, os.O_WRONLY)
             stack.callback(os.close, handles[file.name])
+        total = sum(_own_bytes(tensor, world) for tensor in tensors.values())
+        task = stack.enter_context(progress.task("writing the model", total, progress.BYTES))
         for name, tensor in tensors.items():
             is_sharded = shards.is_sharded(tensor)
             if not is_sharded and not world.is_main:
@@ -173,5 +210,13 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
                 write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
             if is_sharded:
                 shards.release_shard(tensor)
+            task.advance(_own_bytes(tensor, world))
         for handle in handles.values():
             os.fsync(handle)
+
+
+def _own_bytes(tensor: Any, world: World) -> int:
+    """What this rank writes of a tensor."""
+    if shards.is_sharded(tensor):
+        return shards.local_range(tensor).numel * tensor.element_size()
+    return tensor.numel() * tensor.element_size() if world.is_main else 0

@@ -13,9 +13,15 @@ def accelerator() -> Any:
     return get_accelerator()
 
 
-def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in page-locked host memory, from which devices copy directly."""
-    return accelerator().pin_memory(tensor)
+def pinned_zeros(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """`numel` zeros in page-locked host memory, from which devices copy directly.
+
+    They are made there: pinning an ordinary tensor would hold both for a while, twice a rank's offloaded shards.
+    """
+    device = accelerator()
+    if device.device_name() == "cpu":  # nothing is page-locked there, and fresh zeros cost nothing until they are touched
+        return device.pin_memory(torch.zeros(numel, dtype=dtype))
+    return device.pin_empty(numel, dtype=dtype).zero_()
 
 
 def is_on_device(tensor: torch.Tensor) -> bool:
@@ -24,13 +30,15 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 
 
 class CopyQueue:
-    """Copies from page-locked buffers to one device, in their order, on a stream of their own.
+    """Copies from page-locked buffers to one device, in their order, on their own stream.
 
-    The stream is the given device's, whatever the calling thread's current device is: threads start with the first.
+    It belongs to the thread that makes it, whose current device it sets: threads start with the first device, and whatever
+    they ask of CUDA there (memory, events) would take some hundred MiB of it for each rank of the node.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._accelerator = accelerator()
+        self._accelerator.set_device(device.index or 0)
         self._stream = self._accelerator.Stream(device=device)
         self._stream.wait_stream(self._accelerator.current_stream(device.index))  # destinations may be being zeroed there
 

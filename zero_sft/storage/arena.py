@@ -58,6 +58,6 @@ def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool) -
     if device.type != "cpu" or numel == 0:
         return torch.zeros(numel, dtype=dtype, device=device)
     if pinned:
-        return accelerator.pinned(torch.zeros(numel, dtype=dtype))
+        return accelerator.pinned_zeros(numel, dtype)
     memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype)  # holds the mapping until the last view is gone

@@ -19,7 +19,7 @@ from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.checkpoint.stamp import Stamp, require_unchanged
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
-from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned
+from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import Pages
 
@@ -38,12 +38,14 @@ def fill(
     threads: int = 1,
     stamps: Mapping[str, Stamp] | None = None,
     dequantise: Dequantise | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> int:
     """Read every byte of `reads` into `destinations` (flat tensors by target name). Returns the bytes read.
 
     Args:
         stamps: by path, which file it was when the reads were planned.
         dequantise: the arithmetic of reads that have scales.
+        advance: told the bytes of each piece that has been read, of at most 32 MiB; several threads call it.
 
     Raises:
         CheckpointError: a file that can't be opened or read, ends early, or is no longer the one that was planned.
@@ -52,7 +54,7 @@ def fill(
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for read in reads for path in _files(read))
         handles = {path: stack.enter_context(opened(path, stamps.get(path))) for path in paths}
-        job = _Job(handles=handles, destinations=destinations, dequantise=dequantise)
+        job = _Job(handles=handles, destinations=destinations, dequantise=dequantise, advance=advance)
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
             _work(job, iter(pieces))
@@ -68,6 +70,7 @@ class _Job:
     handles: Mapping[str, int]
     destinations: Mapping[str, torch.Tensor]
     dequantise: Dequantise | None
+    advance: Callable[[int], None] | None = None
     pages: Pages = dataclasses.field(default_factory=Pages)
 
 
@@ -89,6 +92,8 @@ def _work(job: _Job, queue: Iterator[Read]) -> None:
     worker = _Worker(job)
     for piece in queue:
         worker.run(piece)
+        if job.advance is not None:
+            job.advance(piece.nbytes_in_all)
     worker.finish()
 
 
@@ -167,7 +172,7 @@ class _Worker:
 
     def _read_scattered(self, read: Read, dtype: torch.dtype) -> None:
         destination = self._job.destinations[read.target]
-        buffer = self._buffer(is_on_device(destination))[: read.nbytes]
+        buffer = self._buffer(destination)[: read.nbytes]
         self._read(read, buffer, 0)
         self._copy(_place(read, destination), buffer.view(dtype), read.source_strides)
 
@@ -197,7 +202,7 @@ class _Worker:
         _place(read, destination).copy_(arranged)
 
     def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
-        buffer = self._buffer(is_on_device(part))[: part.numel() * dtype.itemsize]
+        buffer = self._buffer(part)[: part.numel() * dtype.itemsize]
         self._read(read, buffer, skip_bytes)
         if not is_on_device(part):
             self._job.pages.make_present(part)
@@ -208,18 +213,21 @@ class _Worker:
 
         One from which a copy to a device is under way may be overwritten only when that has ended.
         """
-        if is_on_device(place):
-            self._queue = self._queue or CopyQueue(place.device)
+        if self._queue is not None and is_on_device(place):
             self._queue.copy(place, elements, strides)
             self._copied[self._turn] = self._queue.mark()
         else:
             place.copy_(elements.as_strided(place.shape, strides))
         self._turn = 1 - self._turn
 
-    def _buffer(self, for_device: bool) -> torch.Tensor:
+    def _buffer(self, place: torch.Tensor) -> torch.Tensor:
+        """The buffer whose turn it is, free to be overwritten; page-locked if `place` is on a device."""
+        for_device = is_on_device(place)
+        if for_device and self._queue is None:
+            self._queue = CopyQueue(place.device)  # before anything else that this thread asks of the device
         while len(self._staging) <= self._turn:
-            buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8)
-            self._staging.append(pinned(buffer) if for_device else buffer)
+            empty = pinned_zeros if for_device else torch.empty
+            self._staging.append(empty(STAGING_BYTES, dtype=torch.uint8))
         event = self._copied[self._turn]
         if event is not None:
             event.synchronize()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from zero_sft.checkpoint.folder_kind import placeholder
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.errors import CheckpointError
 from zero_sft.storage.dtypes import STORED_DTYPES
@@ -55,7 +56,7 @@ def _size_of_zip(path: str) -> int:
             f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights."
         ) from error
     if not is_zip:
-        raise CheckpointError(_not_a_zip(path))
+        raise CheckpointError(placeholder(Path(path)) or _not_a_zip(path))
     return size_bytes
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from zero_sft.checkpoint.folder_kind import first_placeholder
 from zero_sft.errors import TokenizerError, ZeroSftError
-from zero_sft.hub import HubOptions
+from zero_sft.hub import TOKENIZER, HubOptions
 from zero_sft.tokenizer.fingerprints import PROBES
 
 logger = logging.getLogger(__name__)
@@ -36,17 +37,19 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
     except ZeroSftError:
         raise
     except Exception as error:  # the tokenizers library raises bare exceptions
+        instead = first_placeholder([path for pattern in TOKENIZER for path in sorted(folder.glob(pattern))])
+        if instead:
+            raise TokenizerError(instead) from error
         raise TokenizerError(
             f"can't load the tokenizer in {folder}: {str(error).strip() or type(error).__name__}\nCopy its files again from "
             "the original model; if it comes with code of its own that you trust, give --trust_remote_code True."
         ) from error
     config = _read_json(folder / "config.json")
     pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
-    if tokenizer.pad_token not in (None, pad):
-        logger.info("padding with %s (%s) instead of %s; so does what is saved", pad, why, tokenizer.pad_token)
+    if pad != tokenizer.pad_token and (tokenizer.pad_token, why) != (None, UNK):
+        instead = "" if tokenizer.pad_token is None else f" instead of {tokenizer.pad_token}"
+        logger.info("the tokenizer pads with %s (%s)%s; padding is never trained on", pad, why, instead)
     tokenizer.pad_token = pad
-    if why != UNK:
-        logger.warning("no usable unk token in the tokenizer of %s; padding with %s (%s)", folder, pad, why)
     return tokenizer
 
 

@@ -1,0 +1,76 @@
+"""Run the parts one after the other and write what they have found. See the package's docstring."""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.gpu.document import document
+from benchmarks.gpu.isolation import Outcome, run_part
+from benchmarks.gpu.parts import TESTS, parts, tests_of
+from benchmarks.gpu.settings import Settings
+
+SECONDS = 430
+"""What all parts may take together, so that the whole, its environment made, ends within 8 minutes."""
+
+
+def main() -> int:
+    """Returns 0 if every part that could run has come to its end, 1 if one has not."""
+    options = _parser().parse_args()
+    work = Path(options.work or tempfile.mkdtemp(prefix="zero_sft-gpu-"))
+    work.mkdir(parents=True, exist_ok=True)
+    tiny = {"size": "tiny", "length": 128, "steps": 2, "rounds": 1, "dry_run": True} if options.dry_run else {}
+    settings = Settings(work=str(work), **tiny)
+    settings.write()
+    try:
+        outcomes = _run_all(settings, options.seconds, options.only, options.write)
+    finally:
+        if not options.work:
+            shutil.rmtree(work, ignore_errors=True)
+    print(document(settings, outcomes))
+    return int(any(each.status in ("failed", "out of time") for each in outcomes.values()))
+
+
+def _run_all(settings: Settings, seconds: float, only: list[str] | None, write: Path | None) -> dict[str, Outcome]:
+    """Each part in its turn; the document is written after each, so that it is there however this ends."""
+    outcomes: dict[str, Outcome] = {}
+    end, work = time.monotonic() + seconds, Path(settings.work)
+    for part in parts(settings):
+        if only and part.name not in only:
+            continue
+        obstacle = part.obstacle(outcomes["machine"].result if "machine" in outcomes else {})
+        if obstacle:
+            skipped = {"seconds": 0.0, "limit_s": 0.0, "result": {}, "tail": obstacle}
+            outcomes[part.name] = Outcome(name=part.name, status="skipped", **skipped)
+        else:
+            outcome = run_part(part.name, part.command, min(part.limit_s, end - time.monotonic()), work)
+            if part.name == TESTS:
+                outcome.result.update(tests_of(work))  # type: ignore[attr-defined]
+            outcomes[part.name] = outcome
+        print(f"{part.name}: {outcomes[part.name].status}, {outcomes[part.name].seconds:.0f} s", flush=True)
+        if write:
+            _write(write, settings, outcomes)
+    return outcomes
+
+
+def _write(path: Path, settings: Settings, outcomes: dict[str, Outcome]) -> None:
+    path.write_text(document(settings, outcomes), encoding="utf-8")
+    raw = {name: outcome.to_dict() for name, outcome in outcomes.items()}
+    path.with_suffix(".json").write_text(json.dumps(raw, indent=1), encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="What one GPU shows in some minutes.")
+    parser.add_argument("--write", type=Path, help="write the document here, and the raw results next to it as JSON")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"what all parts may take together (default {SECONDS})")
+    parser.add_argument("--dry_run", action="store_true", help="every part that a CPU can do, with a tiny model")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone; they find the others' files in --work")
+    parser.add_argument("--work", help="a folder for the checkpoint and the logs, kept (default: a new one, removed)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

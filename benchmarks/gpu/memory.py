@@ -1,0 +1,30 @@
+"""What `python -m zero_sft.estimate` says of the training that `benchmarks.gpu.train` measures."""
+
+import time
+
+from benchmarks.gpu.settings import Settings, keep
+
+
+def main() -> None:
+    """Estimate, part by part."""
+    from zero_sft.estimate.run import RUNTIME_BYTES, Run, Trainer
+    from zero_sft.estimate.subject import subject
+    from zero_sft.hub import HubOptions
+
+    settings = Settings.read()
+    start = time.perf_counter()
+    of = subject(str(settings.folder), HubOptions())
+    run = Run(
+        world_size=1, ranks_per_node=1, ds_config="zero3", batch_size=1, length=settings.length, checkpointing=True,
+        packing=True, device_bytes=80 * 2**30, host_bytes=128 * 2**30,
+    )  # fmt: skip
+    needs = Trainer(of).needs(run)
+    keep("memory", {
+        "device": dict(needs.memory.device), "phases": {name: dict(parts) for name, parts in needs.memory.phases.items()},
+        "longest_phase": needs.memory.longest_phase, "device_peak": needs.memory.device_peak, "runtime": RUNTIME_BYTES,
+        "seconds": time.perf_counter() - start, "parameters": of.numel,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

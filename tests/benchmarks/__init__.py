@@ -1,0 +1,1 @@
+"""The benchmarks, as far as tests can hold them: they run."""

@@ -1,0 +1,190 @@
+"""`zero_sft.data.keys`: no key that says what is to be trained on is ignored, and no value that says nothing is refused."""
+
+import json
+
+import pytest
+
+from tests.data.tiny import CHATML, byte_tokenizer, prepare
+from zero_sft.data.files import Files
+from zero_sft.data.formats import read_samples
+from zero_sft.errors import DataError
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+TURNS = {"messages": MESSAGES}
+PAIR = {"prompt": "Hi", "completion": "Hello."}
+ALPACA = {"instruction": "Hi", "output": "Hello."}
+
+
+def reading_of(tmp_path, *samples, data_format=None, parquet=False):
+    path = tmp_path / ("data.parquet" if parquet else "data.json")
+    if parquet:
+        import datasets
+
+        datasets.Dataset.from_list(list(samples)).to_parquet(path)
+    else:
+        path.write_text(json.dumps(samples))
+    return read_samples(Files(path=path).objects(), data_format)
+
+
+def answer(**marks):
+    return {"messages": [MESSAGES[0], {**MESSAGES[1], **marks}]}
+
+
+# As they are written for ms-swift, xtuner, axolotl, OpenAI, LLaMA-Factory, TRL (preferences, KTO, vision), FastChat's kin.
+REFUSED = [
+    *[{**layout, key: value} for layout in (TURNS, {"conversations": SHAREGPT}, ALPACA, PAIR) for key, value in (
+        ("label", False), ("kto_tag", "false"), ("weight", 0.5), ("loss", False), ("loss_scale", 0), ("mask", True),
+        ("train", "false"), ("images", ["a.png"]), ("image", "a.png"), ("videos", ["a.mp4"]), ("audios", [{"path": "a.wav"}]),
+        ("objects", {"bbox": [[0, 0, 1, 1]]}), ("system_prompt", "Be brief."), ("chat_template_kwargs", {"thinking": False}),
+        ("tools", [{"name": "f"}]), ("functions", '[{"name": "f"}]'), ("chosen", MESSAGES), ("rejected", "No."),
+        ("rejected_response", "No."), ("text", "other"), ("response", "other"), ("labels", [1, 2]), ("loss_mask", [0, 1]),
+        ("tool_choice", "auto"), ("answer_loss_mask", [1]), ("imageUrl", "a.png"), ("isMasked", True),
+    )],
+    *[{**layout, key: "other"} for layout in (TURNS, {"conversations": SHAREGPT}) for key in (
+        "instruction", "prompt", "input", "output", "completion", "query"
+    )],
+    {**ALPACA, "context": "other"}, {**PAIR, "question": "other"}, {**ALPACA, "prompt": "other"},
+    {"text": "Hi", "prompt": "other"}, {"text": "Hi", "images": ["a.png"]}, {"text": "Hi", "loss": 0}, {**PAIR, "system": "x"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", REFUSED, ids=lambda sample: "+".join(sample))
+def test_a_key_with_a_meaning_is_refused(tmp_path, sample):
+    *_, key = sample
+    with pytest.raises(DataError, match=rf"sample 1: .*`{key}`"):
+        reading_of(tmp_path, sample)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {key: nothing}
+        for key in ("images", "tools", "system_prompt", "chosen", "rejected", "label", "text", "mask", "chat_template_kwargs")
+        for nothing in (None, "", [], {}, "null", "[]", [None], {"thinking": None}, [{"a": None, "b": []}])
+        if key != "text" or not nothing
+    ]
+    + [{"loss": True}, {"weight": 1}, {"weight": "1.0"}, {"label": "True"}, {"loss_scale": 1.0}, {"mask": False}],
+    ids=str,
+)
+def test_a_value_that_asks_for_nothing_passes(tmp_path, extra):
+    (sample,) = reading_of(tmp_path, {**TURNS, **extra}).samples
+    assert [turn.text for turn in sample.turns] == ["Hi", "Hello."]
+
+
+def test_arrow_gives_every_row_all_keys(tmp_path):
+    """What one sample asks for is a null in the others."""
+    turns = [
+        {**MESSAGES[0], "train": None, "info": None}, {**MESSAGES[1], "train": False, "info": {"a": None}}, *MESSAGES
+    ]  # fmt: skip
+    reading = reading_of(tmp_path, {"messages": turns, "images": ["a"][:0]}, {**TURNS, "source": "x"}, parquet=True)
+    assert [[turn.trained for turn in each.turns] for each in reading.samples] == [[True, False, True, True], [True, True]]
+    with pytest.raises(DataError, match="sample 2: `images`"):
+        reading_of(tmp_path, {**TURNS, "images": []}, {**TURNS, "images": ["a.png"]}, parquet=True)
+
+
+@pytest.mark.parametrize("key", ["text", "instruction", "chosen", "rejected", "prompt"])
+def test_the_format_that_is_asked_for_settles_other_texts(tmp_path, key):
+    sample = {**TURNS, key: "other"}
+    reading = reading_of(tmp_path, sample, data_format="messages")
+    assert reading.unread == {key: 1}
+    with pytest.raises(DataError, match="--data_format messages"):
+        reading_of(tmp_path, sample)
+
+
+@pytest.mark.parametrize(
+    ("sample", "names"),
+    [
+        ({**TURNS, "text": "a"}, ("messages", "text")),
+        ({**TURNS, "conversations": SHAREGPT}, ("sharegpt", "messages")),
+        ({**TURNS, **PAIR}, ("messages", "prompt_completion")),
+        ({**ALPACA, "text": "a"}, ("alpaca", "text")),
+        ({**ALPACA, **PAIR}, ("alpaca", "prompt_completion")),
+    ],
+    ids=lambda value: "+".join(value),
+)
+def test_two_formats_in_a_sample_are_both_named(tmp_path, sample, names):
+    with pytest.raises(DataError, match=rf"the keys of 2 formats, .* of {names[0]} and .* of {names[1]}\. Say which"):
+        reading_of(tmp_path, sample)
+    for name in names:
+        assert reading_of(tmp_path, sample, data_format=name).unread
+
+
+def test_a_copy_of_a_text_that_is_read_is_no_other_text(tmp_path):
+    """As `prompt` in UltraChat and No Robots."""
+    sample = {"prompt": " Hi\n", "prompt_id": "1", "messages": MESSAGES}
+    assert reading_of(tmp_path, sample).unread == {"prompt": 1, "prompt_id": 1}
+
+
+def test_notes_are_named_in_the_log_with_their_count(tmp_path):
+    path = tmp_path / "data.json"
+    notes = {"id": "1", "source": "web", "language": "en", "num_images": 3, "my_note": {"a": [1]}}
+    turns = [{**MESSAGES[0], "timestamp": 7}, MESSAGES[1]]
+    path.write_text(json.dumps([{"messages": turns, **notes}, {**TURNS, "source": "book"}, TURNS, {"text": "a", "label": 0}]))
+    lines = prepare(path, byte_tokenizer(CHATML), model_max_length=200).lines()
+    (line,) = [line for line in lines if line.startswith("keys that are not read")]
+    assert line == (
+        "keys that are not read: source (2 samples), messages.timestamp (1 sample), language (1 sample), "
+        "num_images (1 sample), my_note (1 sample), label (1 sample)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("marks", "trained"),
+    [
+        ({"loss": False}, False), ({"loss": "false"}, False), ({"loss": 0}, False), ({"loss": True}, True),
+        ({"loss_scale": 0}, False), ({"loss_scale": 0.0}, False), ({"loss_scale": "1"}, True), ({"weight": "0"}, False),
+        ({"train": "False"}, False), ({"train": "true"}, True), ({"mask": True}, False), ({"mask": "true"}, False),
+        ({"mask": False}, True), ({"loss": None, "weight": None, "mask": None, "train": None}, True),
+        ({"train": False, "loss": False}, False), ({"train_detail": []}, True), ({"train_detail": None}, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_answers_marks_are_read(tmp_path, marks, trained):
+    (sample,) = reading_of(tmp_path, answer(**marks)).samples
+    assert sample.turns[1].trained is trained
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"loss": 0.5}, {"loss_scale": 2}, {"weight": "half"}, {"train": "no"}, {"mask": 1}, {"mask": [0, 1]},
+        {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, {"loss_mask": 0}, {"trainable": False},
+        {"ignore": True}, {"images": ["a.png"]}, {"name": "Bob"}, {"chosen": "x"}, {"my_note": "x"}, {"label": False},
+        {"train": True, "weight": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_turns_other_marks_are_refused(tmp_path, marks):
+    key, *_ = marks
+    with pytest.raises(DataError, match=rf"sample 1, turn 2: .*{key}"):
+        reading_of(tmp_path, answer(**marks))
+
+
+@pytest.mark.parametrize("mark", ["train", "loss"])
+def test_a_question_that_is_to_be_trained_on_is_refused(tmp_path, mark):
+    with pytest.raises(DataError, match=r"turn 1: .* only answers are"):
+        reading_of(tmp_path, {"messages": [{**MESSAGES[0], mark: True}, MESSAGES[1]]})
+    assert reading_of(tmp_path, {"messages": [{**MESSAGES[0], mark: False, "weight": 1}, MESSAGES[1]]}).samples
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (None, '"" for a turn without one'),
+        ([{"type": "text", "text": "Hi"}], "join their texts to one"),
+        ([{"type": "image", "image": "a.png"}], "only text is trained on"),
+        (7, "Write `content` as one text"),
+    ],
+)
+def test_content_that_is_not_a_text_comes_with_a_remedy(tmp_path, content, remedy):
+    with pytest.raises(DataError, match=f"sample 1, turn 1: .*{remedy}"):
+        reading_of(tmp_path, {"messages": [{"role": "user", "content": content}, MESSAGES[1]]})
+
+
+@pytest.mark.parametrize("tail", [["user"], ["user", "user"], ["user", "user", "user"], ["tool"], ["user", "tool"]])
+def test_what_follows_the_last_answer_is_dropped(tmp_path, tail):
+    sample = {"messages": [*MESSAGES, *({"role": role, "content": "x"} for role in tail)]}
+    reading = reading_of(tmp_path, sample)
+    assert [turn.text for turn in reading.samples[0].turns] == ["Hi", "Hello."]
+    assert reading.unanswered_turns == len(tail)

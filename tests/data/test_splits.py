@@ -1,0 +1,139 @@
+"""`zero_sft.data.splits`: what is held out is not trained on because it lies in the same folder.
+
+The reference is the library `datasets`, which reads the same folders.
+"""
+
+import json
+
+import pytest
+
+from tests.data.tiny import byte_tokenizer, prepare
+from zero_sft.data.dataset import make_pipeline
+from zero_sft.data.dataset import prepare as prepare_source
+from zero_sft.data.files import Files
+from zero_sft.data.source import parse_sources
+from zero_sft.data.splits import split_of
+from zero_sft.errors import DataError
+
+
+def folder_of(tmp_path, *names):
+    """Each file holds its name as text."""
+    import datasets
+
+    folder = tmp_path / "data set"
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list([{"text": name}]).to_parquet(path)
+        else:
+            path.write_text(json.dumps({"text": name}) + "\n")
+    return folder
+
+
+def read(folder, split=None):
+    return [each["text"] for each, _ in Files(path=folder, split=split).objects()]
+
+
+SHARDS = ("data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")
+LAYOUTS = [
+    SHARDS,
+    ("train.jsonl", "test.jsonl", "dev.jsonl"),
+    ("my_train.jsonl", "my-validation.jsonl"),
+    ("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"),
+    ("training.jsonl", "eval.jsonl"),
+    ("en/train.jsonl", "en/val.jsonl", "de/train.jsonl"),
+]
+
+
+@pytest.mark.parametrize("names", LAYOUTS, ids=str)
+def test_train_is_taken_as_the_library_does(tmp_path, names):
+    import datasets
+
+    folder = folder_of(tmp_path, *names)
+    expected = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))["text"]
+    assert sorted(read(folder)) == sorted(expected)
+    (line,) = [line for line in prepare(folder, byte_tokenizer(), model_max_length=100).lines() if "left out" in line]
+    assert line.startswith("split train read; left out: ")
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_split_is_named_after_the_folder(tmp_path, split):
+    import datasets
+
+    folder = folder_of(tmp_path, *SHARDS, "data/validation-00000-of-00001.parquet")
+    expected = datasets.load_dataset(str(folder), split=split, cache_dir=str(tmp_path / "cache"))["text"]
+    for text, weight in ((f"{folder}:{split}", None), (f"{folder}:{split}:0.5,{folder}:train:0.5", 0.5)):
+        source, *_ = parse_sources(text)
+        assert (source.data.name, source.weight) == (f"{folder}:{split}", weight)
+        prepared = prepare_source(source.data, make_pipeline(byte_tokenizer(), model_max_length=100))
+        assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in prepared.dataset["input_ids"]] == expected
+    with pytest.raises(DataError, match="has no split 'tests': its splits are test, train, validation"):
+        read(folder, "tests")
+    with pytest.raises(DataError, match="has no split 'train': no name of a file"):
+        read(folder_of(tmp_path / "other", "a.json"), "train")
+
+
+def test_several_splits_without_a_train_are_asked_for(tmp_path):
+    names = [f"data/{each}-00000-of-00001.parquet" for each in ("train_sft", "test_sft", "train_gen", "test_gen")]
+    folder = folder_of(tmp_path, *names)
+    with pytest.raises(DataError, match=r"has the splits test_gen, test_sft, train_gen, train_sft, .*data set:train_gen\."):
+        read(folder)
+    assert read(folder, "train_sft") == [names[0]]
+
+
+@pytest.mark.parametrize(
+    ("names", "taken", "note"),
+    [
+        (("a.json", "b.json"), 2, ""),
+        (("test/a.json", "test/b.json"), 2, ""),
+        (("train.json", "more.json"), 2, ""),
+        (("chats.json", "test.json"), 1, "files that name no split read; left out: test (1 file)"),
+        (("latest.json", "contest.json", "trainer.json"), 3, ""),
+        (("en-00000-of-00001.jsonl", "de-00000-of-00001.jsonl"), 2, "splits de, en: all are read"),
+    ],
+    ids=str,
+)
+def test_folders_without_several_splits(tmp_path, names, taken, note):
+    folder = folder_of(tmp_path, *names)
+    assert read(folder) == sorted(read(folder)) == sorted(names)[:taken]
+    assert Files(path=folder).note().startswith(note)
+    assert bool(Files(path=folder).note()) == bool(note)
+
+
+def test_a_readme_says_which_files_are_which(tmp_path):
+    folder = folder_of(tmp_path, "a.jsonl", "b.jsonl", "c.jsonl")
+    one = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [a.jsonl, c*]\n"
+    (folder / "README.md").write_text(one + '  - split: test\n    path: "b.jsonl"\n---\n# Data\n')
+    assert (read(folder), read(folder, "test")) == (["a.jsonl", "c.jsonl"], ["b.jsonl"])
+    (folder / "README.md").write_text(one + "- config_name: other\n  data_files: b.jsonl\n---\n")
+    with pytest.raises(DataError, match=r"has several configurations, as its README\.md says: default, other"):
+        read(folder)
+    (folder / "README.md").write_text("---\n: [\n---\n")
+    assert len(read(folder)) == 3
+
+
+def test_what_the_library_writes_about_data_is_not_data(tmp_path):
+    import datasets
+
+    folder = folder_of(tmp_path, *SHARDS, "dataset_infos.json")
+    assert len(read(folder)) == 2
+    datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "a"}])).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"saved was written by save_to_disk.*to_parquet"):
+        read(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("data/train_sft-00000-of-00003.parquet", "train_sft"),
+        ("my_dev.jsonl", "validation"),
+        ("chats.json", None),
+        ("Test.JSON", "test"),
+        ("train/test/a.json", "test"),
+        ("attest.json", None),
+        ("train2024.jsonl.gz", "train"),
+    ],
+)
+def test_split_of(name, split):
+    assert split_of(name) == split

@@ -1,0 +1,127 @@
+"""The log of a training: lines that a person reads, from a real job, and the count of tokens over a resume."""
+
+import contextlib
+import io
+import json
+import re
+
+import pytest
+
+from tests import small_job
+from zero_sft.progress import clock, size
+
+LINE = re.compile(
+    r"step (?P<step>\d+)/(?P<steps>\d+)  epoch \d+\.\d\d  loss (?P<loss>\d+\.\d{3})  lr (?P<lr>\d\.\de[-+]\d\d)  grad \S+"
+    r"  (?P<rate>[\d,]+) tok/s(  (?P<left>\d+:\d\d) left)?"
+)
+EVALUATION = re.compile(
+    r"step (?P<step>\d+)/\d+  epoch \d+\.\d\d  eval loss (?P<loss>\d+\.\d{3})  (?P<samples>\d+) samples in \S+ s"
+)
+
+
+def run(folder, out, **arguments):
+    """A run's stdout and stderr on this rank."""
+    said, wrong = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
+        small_job.train(folder, out, **arguments)
+    return said.getvalue(), wrong.getvalue()
+
+
+@pytest.mark.world_size(2, timeout_s=300)
+def test_the_log_of_a_job_and_its_tokens_over_a_resume(tmp_path):
+    """The reference for the resumed run's count is the run that was not interrupted."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        small_job.make(tmp_path, 24)
+    dist.barrier()
+    options = {
+        "per_device_train_batch_size": 2, "packing": False, "max_steps": 6, "logging_steps": 2, "save_strategy": "steps",
+        "save_steps": 3, "eval_data_path": tmp_path / "data.json", "eval_strategy": "steps", "eval_steps": 3,
+    }  # fmt: skip
+    said, wrong = run(tmp_path, "whole", **options)
+    again, _ = run(tmp_path, "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3", **options)
+    if dist.get_rank() == 1:
+        assert not said
+        assert "step" not in wrong
+        return
+    history = small_job.history(tmp_path, "whole")
+    steps = {int(found["step"]): found for found in LINE.finditer(said)}
+    assert list(steps) == [2, 4, 6]
+    for entry in history:
+        if "loss" in entry:
+            assert steps[entry["step"]]["loss"] == f"{entry['loss']:.3f}"
+            assert steps[entry["step"]]["lr"] == f"{entry['learning_rate']:.1e}" == "1.0e-03"
+    assert [bool(found["left"]) for found in steps.values()] == [True, True, False]
+    evaluations = {int(found["step"]): found for found in EVALUATION.finditer(said)}
+    expected = {entry["step"]: f"{entry['eval_loss']:.3f}" for entry in history if "eval_loss" in entry}
+    assert {step: found["loss"] for step, found in evaluations.items()} == expected
+    assert {found["samples"] for found in evaluations.values()} == {"24"}
+    assert "training: 6 steps, 4 samples a step (2 ranks x 2 on each)" in said
+    assert "training: steps 4 to 6, 4 samples a step" in again
+    assert re.search(r"trained 6 steps in \d+:\d\d, mean loss", said)
+    for noise in ("{'", "Writing model shards", "\r", "\x1b"):
+        assert noise not in said + wrong
+    tokens = {
+        out: {entry["step"]: entry["num_tokens"] for entry in small_job.history(tmp_path, out) if "loss" in entry}
+        for out in ("whole", "resumed")
+    }
+    assert tokens["resumed"] == tokens["whole"]
+    assert 0 < tokens["whole"][2] < tokens["whole"][4] < tokens["whole"][6]
+
+
+@pytest.mark.world_size(1, timeout_s=200)
+def test_a_checkpoint_without_the_count_goes_on_from_the_last_that_was_logged(tmp_path):
+    small_job.make(tmp_path, 8)
+    options = {"per_device_train_batch_size": 2, "packing": False, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    run(tmp_path, "whole", **options)
+    file = tmp_path / "whole" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    assert state["stateful_callbacks"].pop("TokenCount")["attributes"]["tokens"] == state["log_history"][-1]["num_tokens"]
+    file.write_text(json.dumps(state))
+    run(tmp_path, "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2", **options)
+    whole, resumed = (
+        [entry["num_tokens"] for entry in small_job.history(tmp_path, out) if "loss" in entry] for out in ("whole", "resumed")
+    )
+    assert whole == resumed
+
+
+def test_lines():
+    from zero_sft.job.steps import evaluation_line, finished_line, other_line, training_metrics
+
+    logs = {"loss": 2.9411, "learning_rate": 1.8e-5, "grad_norm": 1.3239, "epoch": 0.5217, "entropy": 1.0, "num_tokens": 9.0}
+    assert training_metrics(logs, 1104.6, 161.2) == "loss 2.941  lr 1.8e-05  grad 1.32  1,105 tok/s  2:41 left"
+    assert training_metrics({"loss": float("nan"), "aux_loss": 0.0123}, None, None) == "loss nan  aux loss 0.012"
+    sets = {"eval_a_loss": 2.31, "eval_a_runtime": 3.1, "eval_a_samples_per_second": 3.226, "epoch": 1.0}
+    assert evaluation_line(sets, 12, 23) == "step 12/23  epoch 1.00  eval a loss 2.310  10 samples in 3.1 s"
+    assert finished_line({"train_runtime": 161.0, "train_loss": 2.5}, 23) == "trained 23 steps in 2:41, mean loss 2.500"
+    assert finished_line({"train_runtime": 0.1, "train_loss": 0.0}, 0) == "trained 0 steps in 0:00"
+    assert other_line({"mine": 0.5, "epoch": 1.0}, 2, 3) == "step 2/3  epoch 1.00  mine 0.5"
+    assert not other_line({"epoch": 1.0, "total_flos": 1.0}, 2, 3)
+
+
+def test_time_left_and_throughput():
+    """Time left counts what lies between steps; tokens a second don't count evaluations and saves."""
+    from zero_sft.job.steps import Pace, Throughput
+
+    pace = Pace()
+    pace.step(5, 100.0)
+    assert pace.seconds_left(11) is None
+    pace.step(6, 102.0)
+    pace.step(7, 104.0)
+    assert pace.seconds_left(11) == 8.0
+    assert pace.seconds_left(7) is None
+    speed = Throughput()
+    speed.measured_from(1000)
+    speed.resume(10.0)
+    speed.add(12.0)
+    assert speed.tokens_a_second(1600) == 300.0
+    speed.resume(50.0)  # after an evaluation
+    speed.add(51.0)
+    assert speed.tokens_a_second(1700) == 100.0
+    assert speed.tokens_a_second(1700) is None
+
+
+def test_words_for_durations_and_sizes():
+    assert [clock(each) for each in (0.4, 5, 161, 3723, 90000)] == ["0:00", "0:05", "2:41", "1:02:03", "1 d 1:00:00"]
+    assert [size(each) for each in (0, 1000, 1536, 13 * 2**30)] == ["0 B", "1000 B", "1.5 KiB", "13.0 GiB"]

@@ -1,0 +1,43 @@
+"""Opens exported folders as a user of plain transformers does, in any release of it, and reports what it got as JSON.
+
+    python tests/published/reader.py QUESTION FOLDER ...
+
+One line for each folder: `{"prompt": ids, "answer": text, "stopped": bool, "logits": numbers}`, where the logits are the first
+64 of the last position; or `{"error": text}`.
+"""
+
+import json
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MOST_TOKENS = 40
+
+
+def read(folder, question):
+    """Answer one question with the folder's own tokenizer, chat template and generation config."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    model.generation_config.max_length = None
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1, :64].float().tolist()
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MOST_TOKENS)
+    new = out[0, ids.shape[1] :].tolist()
+    ends = model.generation_config.eos_token_id
+    stopped = new[-1] in (ends if isinstance(ends, list) else [ends])
+    answer = tokenizer.decode(new, skip_special_tokens=True).strip()
+    return {"prompt": ids[0].tolist(), "answer": answer, "stopped": stopped, "logits": logits}
+
+
+if __name__ == "__main__":
+    for path in sys.argv[2:]:
+        try:
+            result = read(path, sys.argv[1])
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(result), flush=True)

@@ -1,0 +1,262 @@
+"""A reader sees the former model or the new one, whenever the writer is killed; what else the folder holds stays."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.saving import models_on_disk as models
+from tests.saving.killed import killed_before_each_step
+from zero_sft.errors import ExportError
+from zero_sft.saving import exchange as exchanging
+from zero_sft.saving import folder as folders
+from zero_sft.saving.folder import Draft, Placing, kept, make_draft
+from zero_sft.saving.placing import put_in_place
+
+OLD, NEW = 1, 2
+
+
+def drafted(target: Path, files: int = 1, settings: int | None = None, placing: Placing | None = None, number=NEW) -> Draft:
+    """A finished draft of the new model."""
+    draft = make_draft(target)
+    if placing is Placing.IN_PLACE and draft.placing is not placing:
+        inside = target / draft.folder.name
+        draft.folder.rename(inside)
+        draft = Draft(folder=inside, target=draft.target, placing=placing)
+    models.write(draft.folder, number, files, settings=settings)
+    return draft
+
+
+FORMER = [(1, "safetensors"), (3, "safetensors"), (1, "bin"), (2, "bin")]
+
+
+@pytest.mark.parametrize(("files", "kind"), FORMER)
+@pytest.mark.parametrize("fresh", [1, 3])
+def test_killed_at_any_step_of_an_exchange(tmp_path, files, kind, fresh):
+    out, rest = tmp_path / "out", {}
+
+    def prepare():
+        models.cleared(tmp_path)
+        models.write(out, OLD, files, kind)
+        rest.update(models.write_others(out))
+        draft = drafted(out, fresh)
+        assert draft.placing is Placing.EXCHANGE
+        return lambda: put_in_place(draft)
+
+    seen = []
+    for _ in killed_before_each_step(prepare):
+        weights, settings = models.read(out)
+        assert weights == settings
+        assert models.others(out) == rest
+        seen += weights
+    assert set(seen) == {OLD, NEW}
+    assert len(seen) > 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(("files", "kind"), FORMER)
+@pytest.mark.parametrize("fresh", [1, 3])
+@pytest.mark.parametrize("settings", [OLD, NEW])
+def test_killed_at_any_step_in_place(tmp_path, files, kind, fresh, settings):
+    """Weights are never mixed; where the settings change with them, there are none for a moment instead."""
+    out, rest = tmp_path / "out", {}
+
+    def prepare():
+        models.cleared(tmp_path)
+        models.write(out, OLD, files, kind)
+        rest.update(models.write_others(out))
+        draft = drafted(out, fresh, settings, Placing.IN_PLACE)
+        return lambda: put_in_place(draft)
+
+    seen, without = [], 0
+    for _ in killed_before_each_step(prepare):
+        assert models.others(out) == rest
+        try:
+            weights, found = models.read(out)
+        except FileNotFoundError:
+            without += 1
+            continue
+        assert len(weights) == 1
+        assert found == ({OLD} if settings == OLD else weights)
+        seen += weights
+    assert set(seen) == {OLD, NEW}
+    assert bool(without) == (settings == NEW)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    names = {path.name for path in out.glob("*model*")}
+    assert len(names) == (2 if fresh == 1 else 5)  # and the user's model-backup.bin
+
+
+@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
+def test_readers_meanwhile(tmp_path, placing):
+    """A reader in a loop, over many exports of one file each: weights and config that it opens together belong together."""
+    out = models.write(tmp_path / "out", 0)
+    models.write_others(out)
+    stop = tmp_path / "stop"
+    child = os.fork()
+    if child == 0:
+        os._exit(_read_until(stop, out))
+    for number in range(1, 201):
+        put_in_place(drafted(out, 3 if number % 2 else 1, 0, placing, number))
+    stop.touch()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def _read_until(stop: Path, out: Path) -> int:
+    """0 if no read mixed two models. A folder held open is the same folder to the end; then all of it belongs together."""
+    reads = 0
+    while not stop.exists() or not reads:
+        try:
+            weights, _ = models.read(out)
+        except (FileNotFoundError, ValueError):
+            continue
+        reads += 1
+        if len(weights) > 1:
+            return 1
+        time.sleep(0.0001)
+    return 0
+
+
+def test_a_folder_held_open_is_one_model(tmp_path):
+    """A reader that opens the folder first sees weights and settings of one model, whatever happens to the name."""
+    out = models.write(tmp_path / "out", OLD, 3)
+    handle = os.open(out, os.O_RDONLY)
+    before = Path(f"/proc/self/fd/{handle}")
+    with mock.patch("zero_sft.saving.placing.shutil.rmtree"):
+        put_in_place(drafted(out))
+    assert models.read(before) == ({OLD}, {OLD})
+    assert models.read(out) == ({NEW}, {NEW})
+    os.close(handle)
+
+
+@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
+def test_files_of_two_models_never_share_a_name(tmp_path, placing):
+    """A reader that has the former index finds the former files or none."""
+    out = models.write(tmp_path / "out", OLD, 3)
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    put_in_place(drafted(out, 3, placing=placing))
+    assert models.read(out) == ({NEW}, {NEW})
+    assert not [name for name in index.values() if (out / name).exists()]
+    put_in_place(drafted(out, 3, placing=placing))
+    assert all((out / name).exists() for name in index.values())
+
+
+def test_a_new_folder_appears_at_once(tmp_path):
+    out = tmp_path / "far" / "away" / "out"
+    put_in_place(drafted(out, 3))
+    assert models.read(out) == ({NEW}, {NEW})
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_what_others_write_during_an_exchange_is_kept(tmp_path):
+    """A file that appears, and one that is replaced, after the draft got its links."""
+    out = models.write(tmp_path / "out", OLD)
+    models.write_others(out)
+    draft = drafted(out)
+
+    def late(one, other):
+        (out / "logs" / "late.txt").write_text("late")
+        (out / "fresh.txt").write_text("fresh")
+        (out / "replaced").write_text("changed")
+        (out / "replaced").replace(out / "notes.txt")
+        exchanging.exchange(one, other)
+
+    with mock.patch("zero_sft.saving.placing.exchange", late):
+        put_in_place(draft)
+    assert models.read(out) == ({NEW}, {NEW})
+    found = models.others(out)
+    assert (found["logs/late.txt"], found["fresh.txt"], found["notes.txt"]) == ("late", "fresh", "changed")
+    assert (out / "checkpoint-5" / "latest").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("how", ["no exchange", "no links"])
+def test_where_a_folder_cannot_be_exchanged_files_are_replaced(tmp_path, how):
+    out = models.write(tmp_path / "out", OLD, 3)
+    rest = models.write_others(out)
+    refuse = mock.Mock(side_effect=OSError(1, "Operation not permitted"))
+    if how == "no exchange":
+        with mock.patch.object(exchanging, "exchange", refuse):
+            draft = drafted(out, 3)
+            assert (draft.placing, draft.folder.parent) == (Placing.IN_PLACE, out)
+            put_in_place(draft)
+    else:
+        draft = drafted(out, 3)
+        with mock.patch("os.link", refuse):
+            put_in_place(draft)
+    assert models.read(out) == ({NEW}, {NEW})
+    assert models.others(out) == rest
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_rights_of_the_folder_stay(tmp_path):
+    out = models.write(tmp_path / "out", OLD)
+    out.chmod(0o2770)
+    put_in_place(drafted(out))
+    assert out.stat().st_mode & 0o7777 == 0o2770
+
+
+def test_the_working_directory_is_not_exchanged(tmp_path, monkeypatch):
+    out = models.write(tmp_path / "out", OLD)
+    monkeypatch.chdir(out)
+    put_in_place(drafted(Path()))
+    assert models.read(Path()) == ({NEW}, {NEW})
+
+
+def test_a_former_tokenizer_goes_with_its_model(tmp_path):
+    out = models.write(tmp_path / "out", OLD)
+    for name in ("chat_template.jinja", "merges.txt", "generation_config.json"):
+        (out / name).write_text("1")
+    put_in_place(drafted(out))
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+
+
+def test_a_failed_last_step_keeps_the_draft_and_names_it(tmp_path):
+    """Some file is refused in the middle: all is as it was, and the finished model is where the error says."""
+    out = models.write(tmp_path / "out", OLD, 3)
+    rest = models.write_others(out)
+    draft = drafted(out, 3, placing=Placing.IN_PLACE)
+    rename, refused = Path.rename, []
+
+    def refuse(self, destination):
+        if self.name == "tokenizer.json" and destination == out / "tokenizer.json":
+            refused.append(self)
+            raise OSError(30, "Read-only file system", str(self))
+        return rename(self, destination)
+
+    with mock.patch.object(Path, "rename", refuse), pytest.raises(ExportError, match="Read-only") as caught, kept(draft):
+        put_in_place(draft)
+    assert refused
+    assert str(draft.folder) in str(caught.value)
+    assert models.read(out) == ({OLD}, {OLD})
+    assert models.read(draft.folder) == ({NEW}, {NEW})
+    assert models.others(out) == rest
+
+
+def test_an_adapter_in_the_folder_is_refused(tmp_path):
+    out = models.write(tmp_path / "out", OLD)
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"adapter_config\.json"):
+        folders.require_writable(out)
+
+
+def unshared(*words: object, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a program in a mount namespace of its own, where it may mount; skip the test where that is not allowed."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("this user may not make a mount namespace")
+    command = ["unshare", "--mount", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind mount", "link", "mount point inside"])
+def test_a_target_on_another_file_system(tmp_path, kind):
+    done = unshared(sys.executable, "-m", "tests.saving.mounted", kind, tmp_path / "top")
+    assert "placed" in done.stdout, done.stderr

@@ -1,0 +1,213 @@
+"""Runs of the whole job on two ranks: what their checkpoints and exports hold, and what a resumed run makes of them."""
+
+import contextlib
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests import small_job
+from tests.runner import run_ranks
+from tests.saving.test_placing import unshared
+
+STEPS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def job(folder: Path, out: str, arguments: dict[str, Any]) -> None:
+    small_job.train(folder, out, **arguments)
+
+
+def refused(folder: Path, out: str, arguments: dict[str, Any], message: str) -> None:
+    """One rank's part of a run that must end before the weights are read, with that message on rank 0."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), mock.patch("zero_sft.pretrained.load_model") as load:
+        with pytest.raises(AssertionError):
+            small_job.train(folder, out, **arguments)
+    assert not load.called
+    if dist.get_rank() == 0:
+        assert message in " ".join(said.getvalue().split()), said.getvalue()
+        assert said.getvalue().count("error:") == 1
+
+
+def run(folder: Path, out: str, *, ranks: int = 2, **arguments: Any) -> Path:
+    run_ranks(ranks, job, {"folder": folder, "out": out, "arguments": STEPS | arguments}, 400)
+    return folder / out
+
+
+def run_refused(folder: Path, out: str, message: str, *, ranks: int = 2, **arguments: Any) -> None:
+    run_ranks(ranks, refused, {"folder": folder, "out": out, "arguments": STEPS | arguments, "message": message}, 400)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return small_job.make(tmp_path_factory.mktemp("runs"), 24)
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    """A run of four steps that saved at the second and the fourth; its tests leave it as it is."""
+    return run(folder, "whole", chat_template="vicuna")
+
+
+def copied(run_folder: Path, name: str) -> Path:
+    return Path(shutil.copytree(run_folder, run_folder.parent / name))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_checkpoints_hold_the_settings_of_the_export(folder, whole):
+    """The trained template among them: it is not the one that the model's folder came with."""
+    exported = {name: data for name, data in files(whole).items() if not name.startswith("model")}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= exported.keys()
+    for step in (2, 4):
+        saved = files(whole / f"checkpoint-{step}")
+        assert {name: saved.get(name) for name in exported} == exported
+    template = AutoTokenizer.from_pretrained(whole / "checkpoint-2").chat_template
+    assert "ASSISTANT" in template
+    assert template != AutoTokenizer.from_pretrained(folder / "model").chat_template
+
+
+def test_a_finished_run_that_is_resumed_exports_the_same(folder, whole):
+    before, out = files(whole), copied(whole, "finished")
+    run(folder, out.name, chat_template="vicuna", resume_from_checkpoint=True)
+    assert files(out) == before
+    assert small_job.losses(folder, out.name) == small_job.losses(folder, whole.name)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_newest_checkpoint_is_cut(folder, whole):
+    """The one before is taken, and the end is that of the uninterrupted run, bit for bit."""
+    before, out = files(whole), copied(whole, "cut")
+    optimizer = out / "checkpoint-4" / "global_step4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    run_refused(folder, out.name, f"{optimizer.name} is cut", resume_from_checkpoint=out / "checkpoint-4")
+    run(folder, out.name, chat_template="vicuna", resume_from_checkpoint=True)
+    assert files(out) == before
+
+
+def test_a_folder_with_another_run(folder, whole):
+    out = copied(whole, "another")
+    (out / "notes.txt").write_text("mine")
+    run_refused(folder, out.name, "holds another run (model.safetensors, ...)")
+    assert files(out).keys() == files(whole).keys() | {"notes.txt"}
+    run(folder, out.name, overwrite_output_dir=True, max_steps=1, save_steps=5)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not equal(weights(out), weights(whole))
+
+
+def test_the_remedy_for_another_number_of_ranks(folder, whole):
+    """The command of the message, as it stands there: the weights of the checkpoint, which a run of any size starts from."""
+    from zero_sft.errors import ArgumentError
+    from zero_sft.saving.resume import require_resumable
+
+    out = copied(whole, "elsewhere")
+    with pytest.raises(ArgumentError) as caught:
+        require_resumable(True, out, 3)
+    _, command, rest = str(caught.value).split("`")
+    words = command.split()
+    assert words[0] == "python"
+    subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, timeout=300)
+    assert f"--model_name_or_path {out / 'checkpoint-4'} " in rest
+    assert equal(weights(out / "checkpoint-4"), weights(whole))
+    again = run(folder, "three", ranks=3, model_name_or_path=out / "checkpoint-4", learning_rate=0.0, max_steps=1)
+    assert equal(weights(again), weights(whole))
+
+
+def test_weights_alone(folder, whole):
+    """Each checkpoint is a plain model then, without the optimizer, and a run does not resume from it.
+
+    The logs can't be written here, since a file has their folder's name: the run ends well all the same.
+    """
+    (folder / "alone").mkdir()
+    (folder / "alone" / "logs").write_text("mine")
+    out = run(folder, "alone", save_only_model=True, chat_template="vicuna")
+    checkpoint = out / "checkpoint-4"
+    assert not list(out.glob("checkpoint-*/global_step*"))
+    assert equal(weights(checkpoint), weights(whole))
+    assert not equal(weights(out / "checkpoint-2"), weights(whole))
+    assert files(checkpoint).keys() == files(out).keys() - {"logs"} | {"trainer_state.json"}
+    run_refused(folder, "alone", f"--model_name_or_path {checkpoint}", resume_from_checkpoint=True)
+
+
+def lost(folder: Path, out: str) -> None:
+    """One rank's part of a run whose output folder becomes a file while it trains."""
+    import os
+    from unittest import mock
+
+    from zero_sft import trainer
+
+    os.chdir(folder)
+    train = trainer.Trainer.train
+
+    def train_and_lose(self, *args, **kwargs):
+        train(self, *args, **kwargs)
+        if self.args.process_index == 0:
+            shutil.rmtree(folder / out)
+            (folder / out).write_text("a file")
+        torch.distributed.barrier()
+
+    said = io.StringIO()
+    with mock.patch.object(trainer.Trainer, "train", train_and_lose), contextlib.redirect_stderr(said):
+        with pytest.raises(AssertionError):
+            small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
+    if torch.distributed.get_rank() == 0:
+        assert "The trained model is complete in" in said.getvalue()
+
+
+def test_an_output_folder_that_is_lost_during_the_run(folder, whole):
+    run_ranks(2, lost, {"folder": folder, "out": "lost"}, 400)
+    (rescued,) = folder.glob("lost-rescued-*")
+    assert equal(weights(rescued), weights(whole))
+
+
+def test_a_mount_point_as_the_output_folder(tmp_path):
+    done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "50m", timeout_s=900)
+    assert "trained" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_disk_that_is_too_small(tmp_path):
+    """Two checkpoints of 0.4 MB and a model of 0.1 MB: found before the weights are read."""
+    done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "600k", timeout_s=900)
+    assert "trained" not in done.stdout
+    assert "and this run needs" in done.stderr
+    assert "2 checkpoints of" in done.stderr
+    assert "loading the model" not in done.stderr
+
+
+def test_sizes_are_known_beforehand(folder, whole):
+    """The export's to the byte; a checkpoint's from below, and not far."""
+    from transformers import AutoConfig
+
+    from zero_sft.request import Checks, Request
+    from zero_sft.saving.room import checkpoint_bytes, folder_bytes, sizes_of, state_bytes_of
+
+    request = Request(
+        folder=folder / "model", config=AutoConfig.from_pretrained(folder / "model"), ds_config={}, dtype=torch.float32, seed=0,
+        model_class=None, attn_implementation=None, trust_remote_code=False, variant=None, buffer_mib=64, mmap=False,
+        while_reading=None, checks=Checks(),
+    )  # fmt: skip
+    export_bytes, numel = sizes_of(request)
+    assert export_bytes == (whole / "model.safetensors").stat().st_size
+    states = checkpoint_bytes(numel, state_bytes_of("adamw_torch"))
+    assert states <= folder_bytes(whole / "checkpoint-2" / "global_step2") < 1.2 * states

@@ -1,0 +1,70 @@
+"""Folders of published models, from the load over a short training to an export that plain transformers opens and that stops.
+
+Each model learns one answer by heart. Its export must give that answer in plain transformers, with the export's own chat
+template and generation config, and stop there.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.published import models, reader
+
+READER = str(Path(reader.__file__))
+
+QUESTION, ANSWER = "What is the capital of France?", "Paris, of course."
+STEPS = 24
+QUICK = ("vicuna-7b-v1.5", "Llama-3.1-8B", "Qwen3-8B", "gemma-3-1b-it")
+"""The models that `make test` trains; `make test-all` trains all of them."""
+
+
+@pytest.fixture
+def folder(request, tmp_path):
+    """The model's folder, with the conversations next to it."""
+    models.write(request.param, tmp_path / request.param)
+    talk = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    (tmp_path / "data.json").write_text(json.dumps([{"id": str(number), "conversations": talk} for number in range(8)]))
+    return tmp_path / request.param
+
+
+def train_and_export(folder, **changes):
+    """One rank's part of the job."""
+    from zero_sft import train
+
+    name = folder.name
+    arguments = {
+        "model_name_or_path": folder, "data_path": folder.parent / "data.json", "output_dir": folder.parent / "out",
+        "max_steps": STEPS, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": STEPS,
+        "learning_rate": 0.01, "lr_scheduler_type": "constant", "bf16": False, "seed": 3, "packing": False,
+        "activation_checkpointing": False, **changes,
+    }  # fmt: skip
+    if models.MODELS[name].trained_template:
+        arguments["chat_template"] = models.MODELS[name].trained_template
+    assert train.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))]) == 0
+
+
+def read_back(folder, python=sys.executable):
+    """What plain transformers makes of the exported files, in a process without ZeRO-3."""
+    done = subprocess.run([python, READER, QUESTION, str(folder)], capture_output=True, text=True, timeout=200, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"error": done.stderr[-2000:]}
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in models.MODELS if name not in QUICK]
+
+
+@pytest.mark.world_size(2, timeout_s=280)
+@pytest.mark.parametrize("folder", [*QUICK, *SLOW], indirect=True)
+def test_trained_exported_answers_and_stops(folder):
+    import torch.distributed as dist
+
+    train_and_export(folder)
+    if dist.get_rank() == 0:
+        found = read_back(folder.parent / "out")
+        assert "error" not in found, found
+        assert found["answer"].endswith(ANSWER)
+        assert found["stopped"]
+    dist.barrier()

@@ -1,0 +1,38 @@
+"""`zero_sft.zero.devices`: a rank without a device is told so, before DeepSpeed takes one that is not there."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from zero_sft.errors import ConfigError
+from zero_sft.world import World
+from zero_sft.zero import devices
+
+
+@pytest.fixture
+def see(monkeypatch):
+    def sees(name, count):
+        found = SimpleNamespace(device_name=lambda: name, device_count=lambda: count)
+        monkeypatch.setattr(devices, "get_accelerator", lambda: found)
+
+    return sees
+
+
+@pytest.mark.parametrize(("local_rank", "speaks"), [(1, True), (2, False)])
+def test_one_device_for_each_task_is_refused(see, local_rank, speaks):
+    see("cuda", 1)
+    world = World(rank=local_rank + 4, world_size=8, local_rank=local_rank, local_world_size=4)
+    with pytest.raises(ConfigError, match=f"local rank {local_rank}, but sees 1 device.*--gpus-per-node") as caught:
+        devices.require_own_device(world)
+    assert caught.value.lone == speaks  # type: ignore[attr-defined]
+
+
+def test_all_devices_are_seen(see):
+    see("cuda", 4)
+    for local_rank in range(4):
+        devices.require_own_device(World(rank=local_rank, world_size=4, local_rank=local_rank, local_world_size=4))
+
+
+def test_cpu_ranks_need_none(see):
+    see("cpu", 1)
+    devices.require_own_device(World(rank=3, world_size=4, local_rank=3, local_world_size=4))

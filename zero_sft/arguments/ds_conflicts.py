@@ -1,0 +1,221 @@
+"""The DeepSpeed config and the arguments: fill what the config leaves open, and list what contradicts.
+
+Both describe one run. transformers compares them when the engine starts, after the weights are loaded, and compares only keys
+that the config has: a key that is absent (`gradient_clipping`, `optimizer.params.lr`) lets DeepSpeed's default run, and the
+argument does nothing. So absent keys become "auto" here, which the Trainer fills from the arguments, and everything that can be
+compared is compared at the start.
+
+Pure functions from data to data. Left out: keys of DeepSpeed that no argument speaks of (`zero/ds_schema.py` checks those).
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
+"""Values of --optim that DeepSpeed's CPU Adam computes as well."""
+
+_DECIDED_BY_ARGUMENTS = (
+    "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+)  # fmt: skip
+_OPTIMIZER_PARAMS = {
+    "adam": ("lr", "betas", "eps", "weight_decay"),
+    "adamw": ("lr", "betas", "eps", "weight_decay"),
+    "lamb": ("lr", "betas", "eps", "weight_decay"),
+    "lion": ("lr", "betas", "weight_decay"),
+    "muon": ("lr", "weight_decay"),
+    "adagrad": ("lr", "weight_decay"),
+}
+_SCHEDULER_PARAMS = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
+_SAME_SCHEDULE = {
+    "WarmupLR": ("constant_with_warmup",),
+    "WarmupDecayLR": ("linear",),
+    "WarmupCosineLR": ("cosine", "cosine_with_min_lr"),
+}
+
+
+def complete_config(
+    config: Mapping[str, Any], optim: str, scheduler_params: Iterable[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """The config with "auto" for what it leaves open and the arguments decide, and lines for the log about what it decides.
+
+    Args:
+        config: as `load_ds_config` returns it.
+        optim: the value of --optim.
+        scheduler_params: the settings that the class of the config's `scheduler` takes.
+    """
+    result, notes = copy.deepcopy(dict(config)), []
+    for key in _DECIDED_BY_ARGUMENTS:
+        if result.get(key) is None:
+            result[key] = "auto"
+    for section in ("bf16", "fp16"):
+        result.setdefault(section, {"enabled": "auto"})
+    optimizer, scheduler = result.get("optimizer"), result.get("scheduler")
+    if isinstance(optimizer, dict) and isinstance(optimizer.get("params") or {}, dict):
+        optimizer["params"] = dict(optimizer.get("params") or {})
+        for name in _OPTIMIZER_PARAMS.get(str(optimizer.get("type")).lower(), ("lr", "weight_decay")):
+            optimizer["params"].setdefault(name, "auto")
+        notes.append(f"the optimizer is {optimizer.get('type')}, from the DeepSpeed config's section; --optim has no effect")
+    elif optimizer is None:
+        notes += _keep_optimizer(result, optim)
+    if isinstance(scheduler, dict) and isinstance(scheduler.get("params") or {}, dict):
+        scheduler["params"] = dict(scheduler.get("params") or {})
+        for name in set(_SCHEDULER_PARAMS) & set(scheduler_params):
+            scheduler["params"].setdefault(name, "auto")
+        notes.append(f"the schedule is {scheduler.get('type')}, from the DeepSpeed config; --lr_scheduler_type has no effect")
+    return result, notes
+
+
+def _keep_optimizer(config: dict[str, Any], optim: str) -> list[str]:
+    """Stop accelerate from replacing the optimizer: with offload it makes DeepSpeed's CPU Adam of nearly any."""
+    if not offloads_optimizer(config):
+        return []
+    if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW:
+        config["zero_force_ds_cpu_optimizer"] = False
+    if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW:
+        return [f"--optim {optim} runs as DeepSpeed's CPU Adam (AdamW): zero_force_ds_cpu_optimizer is on in the config"]
+    slow = optim == "adamw_torch"
+    return ["the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there"] if slow else []
+
+
+def offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    """True if the optimizer's states are on the host or on NVMe."""
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    return isinstance(offload, Mapping) and offload.get("device", "none") != "none"
+
+
+def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], world_size: int) -> list[str]:
+    """List every value of a completed config that the arguments contradict, one line each.
+
+    Args:
+        config: what `complete_config` returned, before the Trainer fills "auto".
+        arguments: the Trainer's.
+        given: the names of the arguments that the user gave.
+    """
+    optimizer, scheduler = config.get("optimizer"), config.get("scheduler")
+    problems = [text for text in map(_compared, _pairs(config, arguments, world_size)) if text]
+    if isinstance(optimizer, Mapping) and "optim" in given:
+        problems += _other_optimizer(str(optimizer.get("type")), str(arguments.optim.value))
+    elif optimizer is None:
+        problems += _replaced_optimizer(config, str(arguments.optim.value))
+    if isinstance(scheduler, Mapping):
+        problems += _other_schedule(str(scheduler.get("type")), str(arguments.lr_scheduler_type.value), given)
+    return problems
+
+
+def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int) -> list[str]:
+    """`find_conflicts` for what depends on the number of optimizer steps, which is known once the data is prepared."""
+    params = (config.get("scheduler") or {}).get("params") or {}
+    warmup = max(1, arguments.get_warmup_steps(steps))
+    pairs = (
+        ("scheduler.params.total_num_steps", params.get("total_num_steps"), steps, "this run's number of optimizer steps"),
+        ("scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), warmup, "--warmup_steps"),
+    )
+    return [text for text in map(_compared, pairs) if text]
+
+
+def conflict_message(problems: Iterable[str], where: str) -> str:
+    """One error text for all problems of a DeepSpeed config."""
+    return "\n".join(
+        [
+            f"the DeepSpeed config {where} can't be used with these arguments:",
+            *(f"- {problem}" for problem in problems),
+            'Write "auto" for a value that an argument gives, or change one of the two. docs/configs.md explains the keys.',
+        ]
+    )
+
+
+def count_steps(rows: int, arguments: Any, world_size: int) -> int:
+    """The optimizer steps of a run on `rows` rows, as the Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    whole = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = whole(whole(rows / arguments.per_device_train_batch_size) / world_size)
+    steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * steps)
+
+
+def _pairs(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[str, Any, Any, str]]:
+    """(key, the config's value, the arguments' value, the argument) of everything that both state."""
+    optimizer = (config.get("optimizer") or {}).get("params") or {}
+    scheduler = (config.get("scheduler") or {}).get("params") or {}
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    whole = f"{world_size} ranks × --per_device_train_batch_size {micro} × --gradient_accumulation_steps {accumulation}"
+    precision = {name: bool(getattr(args, name) or getattr(args, f"{name}_full_eval")) for name in ("bf16", "fp16")}
+    return [
+        (
+            "train_micro_batch_size_per_gpu",
+            config.get("train_micro_batch_size_per_gpu"),
+            micro,
+            "--per_device_train_batch_size",
+        ),
+        (
+            "gradient_accumulation_steps",
+            config.get("gradient_accumulation_steps"),
+            accumulation,
+            "--gradient_accumulation_steps",
+        ),
+        ("train_batch_size", config.get("train_batch_size"), world_size * micro * accumulation, whole),
+        ("gradient_clipping", config.get("gradient_clipping"), args.max_grad_norm, "--max_grad_norm"),
+        *((f"{name}.enabled", config[name].get("enabled"), on, f"--{name}") for name, on in precision.items()),
+        ("optimizer.params.lr", optimizer.get("lr"), args.learning_rate, "--learning_rate"),
+        ("optimizer.params.betas", optimizer.get("betas"), [args.adam_beta1, args.adam_beta2], "--adam_beta1, --adam_beta2"),
+        ("optimizer.params.eps", optimizer.get("eps"), args.adam_epsilon, "--adam_epsilon"),
+        ("optimizer.params.weight_decay", optimizer.get("weight_decay"), args.weight_decay, "--weight_decay"),
+        ("scheduler.params.warmup_max_lr", scheduler.get("warmup_max_lr"), args.learning_rate, "--learning_rate"),
+    ]
+
+
+def _compared(pair: tuple[str, Any, Any, str]) -> str:
+    key, stated, wanted, argument = pair
+    if stated is None or stated == "auto" or (stated == wanted and isinstance(stated, bool) == isinstance(wanted, bool)):
+        return ""
+    return f"{key} is {stated!r}, and the arguments say {wanted!r} ({argument})."
+
+
+def _other_optimizer(kind: str, optim: str) -> list[str]:
+    same = {
+        "adam": ADAMW,
+        "adamw": ADAMW,
+        "lion": {"lion_32bit"},
+        "sgd": {"sgd"},
+        "rmsprop": {"rmsprop"},
+        "adagrad": {"adagrad"},
+    }
+    if optim in same.get(kind.lower(), {kind.lower()}):
+        return []
+    return [
+        f"optimizer.type is {kind!r}, and --optim is {optim!r}. Remove the config's section `optimizer`, or leave --optim out."
+    ]
+
+
+def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> list[str]:
+    if optim in ADAMW or not offloads_optimizer(config):
+        return []
+    offload = config["zero_optimization"]["offload_optimizer"]
+    problems = []
+    if config.get("zero_force_ds_cpu_optimizer", True):
+        problems.append(
+            f"zero_force_ds_cpu_optimizer is true, so DeepSpeed's CPU Adam would run instead of --optim {optim}. Write false."
+        )
+    if offload.get("super_offload"):
+        problems.append(f"zero_optimization.offload_optimizer.super_offload runs with Adam alone, and --optim is {optim!r}.")
+    if config["zero_optimization"].get("zenflow"):
+        problems.append(f"zero_optimization.zenflow runs with Adam alone, and --optim is {optim!r}.")
+    return problems
+
+
+def _other_schedule(kind: str, schedule: str, given: Set[str]) -> list[str]:
+    problems = []
+    if "lr_scheduler_type" in given and schedule not in _SAME_SCHEDULE.get(kind, ()):
+        problems.append(
+            f"scheduler.type is {kind!r}, and --lr_scheduler_type is {schedule!r}. "
+            "Remove the config's section `scheduler`, or leave --lr_scheduler_type out."
+        )
+    ignored = [name for name in ("warmup_steps", "lr_scheduler_kwargs") if name in given]
+    ignored = [name for name in ignored if name == "lr_scheduler_kwargs" or kind not in _SAME_SCHEDULE]
+    return problems + [
+        f"scheduler.type is {kind!r}, which does not take --{name}. Remove the config's section `scheduler`, or the argument."
+        for name in ignored
+    ]

@@ -1,0 +1,72 @@
+"""What this job will write, against the room in its output folder; before the weights are read."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zero_sft.arguments import Parsed
+from zero_sft.distributed import agreed
+from zero_sft.ds_config import engine_dtype
+from zero_sft.inputs import Inputs
+from zero_sft.world import World
+
+logger = logging.getLogger("zero_sft.train")
+
+
+def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> None:
+    """Check the room for the export and for the checkpoints that the arguments ask for. Every rank; communicates.
+
+    Raises:
+        ExportError: too little room on the file system of `--output_dir`.
+    """
+    from zero_sft.saving.former_run import checkpoints_in
+    from zero_sft.saving.room import folder_bytes, require_room
+
+    with agreed(world, "checking the room in the output folder"):
+        if not world.is_main:
+            return
+        try:
+            sizes = _sizes(parsed, arguments, inputs, world)
+        except Exception as error:  # noqa: BLE001 - a model that can't be built: the load says more of it
+            logger.debug("the size of the export is not known: %r", error)
+            return
+        output = Path(arguments.output_dir)
+        freed = sum(map(folder_bytes, checkpoints_in(output))) if inputs.overwrites else 0
+        require_room(output, sizes, freed)
+
+
+def _sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
+    from zero_sft.pretrained import wanted_dtype
+    from zero_sft.request import Checks, Request
+    from zero_sft.saving import room
+
+    ds, name = arguments.hf_deepspeed_config.config, parsed.model.model_name_or_path
+    request = Request(
+        folder=Path(name), config=inputs.config, ds_config=ds,
+        dtype=getattr(torch, engine_dtype(ds, wanted_dtype(parsed.model.dtype, inputs.config))), seed=0, model_class=None,
+        attn_implementation=parsed.model.attn_implementation, trust_remote_code=parsed.model.trust_remote_code,
+        variant=None, buffer_mib=64, mmap=False, while_reading=None, checks=Checks(),
+    )  # fmt: skip
+    export_bytes, numel = room.sizes_of(request)
+    optimizer = (ds.get("optimizer") or {}).get("type") or _value(arguments.optim)
+    states = room.checkpoint_bytes(numel, room.state_bytes_of(optimizer))
+    batches = len(inputs.training_data.dataset) / (arguments.per_device_train_batch_size * world.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    steps_an_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
+    return room.SaveSizes(
+        export_bytes=export_bytes,
+        checkpoint_bytes=export_bytes if arguments.save_only_model else states,
+        checkpoints=room.checkpoints_at_once(
+            _value(arguments.save_strategy), steps, arguments.save_steps, steps / steps_an_epoch,
+            arguments.save_total_limit, 0 if inputs.checkpoint is None else inputs.checkpoint.global_step,
+        ),
+    )  # fmt: skip
+
+
+def _value(option: Any) -> str:
+    """The text of an option that may be a member of an Enum."""
+    return str(getattr(option, "value", option))

@@ -1,0 +1,72 @@
+"""Check the model against the job before data is prepared: its class, attention, precision, and the files of its weights.
+
+Each of these would end the job when the model is built, which comes after the data (an hour, for a large set) and, for some,
+after the weights. Left out: a model on the hub, whose weights are fetched at the load; models with code of their own, whose
+class is unknown until that code runs.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from zero_sft.arguments import Parsed
+from zero_sft.distributed import agreed
+from zero_sft.ds_config import engine_dtype
+from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.world import World
+
+logger = logging.getLogger("zero_sft.train")
+
+_FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+"""Keys of `zero_optimization` whose "auto" the Trainer computes from the model's hidden size."""
+
+
+def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mapping[str, Any], world: World) -> None:
+    """Raise an error for whatever can be known of the model before it is built. Every rank; communicates.
+
+    Raises:
+        ZeroSftError: the same on every rank.
+    """
+    from zero_sft.hub import HubOptions, local_folder
+    from zero_sft.pretrained import require_engine_dtype, wanted_dtype
+    from zero_sft.skeleton import require_attention, resolve_class
+
+    options = HubOptions.from_kwargs(hub)
+    ds_config = arguments.hf_deepspeed_config.config
+    with agreed(world, "checking the model"):
+        wanted = wanted_dtype(parsed.model.dtype, config)
+        dtype = engine_dtype(ds_config, wanted)
+        require_engine_dtype(parsed.model.dtype, wanted, dtype)
+        attention = parsed.model.attn_implementation
+        if attention and "flash" in attention and dtype == "float32":
+            raise ArgumentError(
+                f"--attn_implementation {attention} computes in 16 bits alone, and this run trains in float32. "
+                "Give --bf16 True, or --attn_implementation sdpa."
+            )
+        folder = local_folder(parsed.model.model_name_or_path, options)
+        if not getattr(config, "auto_map", None):
+            cls, part = resolve_class(config, None, folder or parsed.model.model_name_or_path, trust_remote_code=False)
+            if attention:
+                require_attention(cls, part, attention)
+        _require_hidden_size(arguments.hf_deepspeed_config, config)
+        if folder is not None and world.is_main:
+            _require_weights(folder, options.variant)
+
+
+def _require_weights(folder: Any, variant: str | None) -> None:
+    """Find the weights and read every header: a missing, cut or placeholder file is found here. Rank 0."""
+    from zero_sft.checkpoint.index import open_index
+    from zero_sft.storage import torch_zip
+
+    open_index(folder, torch_zip.read_header, variant)
+
+
+def _require_hidden_size(hf_config: Any, config: Any) -> None:
+    """The Trainer's own rule for three "auto" values, which it applies when the engine starts."""
+    left = [key for key in _FROM_HIDDEN_SIZE if hf_config.is_auto(f"zero_optimization.{key}")]
+    parts = [config, getattr(config, "text_config", None)]
+    if left and not any(hasattr(part, name) for part in parts for name in ("hidden_size", "hidden_sizes")):
+        raise ConfigError(
+            f'zero_optimization has "auto" for {", ".join(left)}, which the Trainer computes from the model\'s hidden_size, '
+            f"and {type(config).__name__} has none. Write numbers there: for a model of width h about h², 0.9 h² and 10 h."
+        )

@@ -1,0 +1,37 @@
+"""The end of a run tried at its start: all ranks write to the folder, and a draft is renamed as the export's will be."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+from zero_sft.distributed import agreed
+from zero_sft.errors import ExportError
+from zero_sft.saving.folder import explained, find_draft, leftover_drafts, writable_draft
+from zero_sft.world import World
+
+logger = logging.getLogger(__name__)
+
+
+def rehearse_writing(path: str | Path, world: World) -> None:
+    """Make a draft of the export to the folder `path`, let a rank of each node write to it, and remove it. Every rank.
+
+    Communicates. Leaves nothing behind, but for parent folders of `path`.
+
+    Raises:
+        ExportError: the folder can't be made or written, or a node does not see it.
+    """
+    with contextlib.ExitStack() as stack:
+        with agreed(world, "checking the output folder") as told:
+            if world.is_main:
+                for leftover in leftover_drafts(path):
+                    logger.warning("%s was left by a run that did not end well: move what you need, and remove it", leftover)
+                told.mine = stack.enter_context(writable_draft(path)).reference
+        draft = find_draft(path, told.everyone[0])
+        with agreed(world, "writing to the output folder"), explained(path):
+            if world.local_rank == 0:
+                if not draft.folder.is_dir():
+                    raise ExportError(
+                        f"--output_dir {path} is not the same folder on all nodes: rank {world.rank} does not see what rank 0 "
+                        "wrote there. Name a folder on a file system that all nodes share."
+                    )
+                (draft.folder / f"rank-{world.rank}").write_bytes(b"0")

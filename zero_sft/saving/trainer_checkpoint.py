@@ -1,0 +1,156 @@
+"""Is a `checkpoint-N` folder whole? Looked at file by file.
+
+A checkpoint of the Trainer's under DeepSpeed ZeRO-3, in the order in which it is written:
+
+| file | by | what for |
+| --- | --- | --- |
+| `config.json`, tokenizer files | rank 0 | not read again |
+| `global_stepN/zero_pp_rank_R_mp_rank_00_model_states.pt` | every rank R | buffers, shapes, counters |
+| `global_stepN/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt` | every rank R | weights in fp32 and the optimizer's state |
+| `global_stepN/offloaded_tensors/rankR/` | every rank R | the optimizer's state, where it is on NVMe |
+| `latest` | rank 0 | names the `global_stepN` folder that counts; others are left over |
+| `scheduler.pt` | rank 0 | unless the DeepSpeed config has a scheduler |
+| `rng_state_R.pth` (one rank: `rng_state.pth`) | every rank R | random generators |
+| `trainer_state.json` | rank 0 | the step, the log |
+
+`.pt` and `.pth` files are zip archives, whose directory is at the end: one that was cut or never written to has none.
+One file is unpickled, with torch's allow-list: rank 0's model states, which tell the number of ranks. Everything here runs on
+one rank and does not communicate.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MODEL_STATES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt")
+_OPTIM_STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
+_RNG_STATE = re.compile(r"rng_state_(\d+)\.pth")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+class NotWholeError(Exception):
+    """Why a folder can't be resumed from; `weights_alone`: because it was meant to hold weights alone."""
+
+    def __init__(self, reason: str, *, weights_alone: bool = False) -> None:
+        super().__init__(reason)
+        self.weights_alone = weights_alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerCheckpoint:
+    """A whole checkpoint: its step, the ranks that wrote it, and whether its engine was a bf16 one."""
+
+    folder: Path
+    global_step: int
+    world_size: int
+    bf16: bool
+
+    def files_of(self, rank: int) -> tuple[Path, ...]:
+        """What a rank reads when it resumes from it."""
+        states = self.folder / f"global_step{self.global_step}"
+        rng = f"rng_state_{rank}.pth" if self.world_size > 1 else "rng_state.pth"
+        return (
+            states / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
+            states / f"{'bf16_' * self.bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+            self.folder / rng,
+        )
+
+
+def inspect(folder: Path, ds_config: Mapping[str, Any] | None = None) -> TrainerCheckpoint:
+    """Look at every file of a checkpoint. `ds_config` says which files this run needs besides those of every run.
+
+    Raises:
+        NotWholeError: naming the first file that is missing, cut or of another step.
+    """
+    _require_not_weights_alone(folder)
+    step = _global_step(folder)
+    states = _latest(folder, step)
+    names = [path.name for path in states.iterdir()]
+    models = {int(found[1]) for name in names if (found := _MODEL_STATES.fullmatch(name))}
+    optimizers = {int(found[2]): bool(found[1]) for name in names if (found := _OPTIM_STATES.fullmatch(name))}
+    if not models | optimizers.keys():
+        raise NotWholeError(f"{states.name} holds no states of DeepSpeed")
+    generators = {int(found[1]) for path in folder.iterdir() if (found := _RNG_STATE.fullmatch(path.name))}
+    world_size = _recorded_world_size(states, folder) or 1 + max(models | optimizers.keys() | generators)
+    bf16 = optimizers.get(0, any(optimizers.values()))
+    found = TrainerCheckpoint(folder=folder, global_step=step, world_size=world_size, bf16=bf16)
+    for rank in range(found.world_size):
+        for path in found.files_of(rank):
+            _require_archive(path, folder)
+    sections = ds_config or {}
+    if "scheduler" not in sections:
+        _require_archive(folder / "scheduler.pt", folder)
+    if ((sections.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device") == "nvme":
+        for rank in range(found.world_size):
+            if not (states / "offloaded_tensors" / f"rank{rank:02d}").is_dir():
+                raise NotWholeError(f"{states.name}/offloaded_tensors/rank{rank:02d} is missing")
+    return found
+
+
+def _require_not_weights_alone(folder: Path) -> None:
+    has_states = (folder / "latest").exists() or any(folder.glob("global_step*"))
+    if not has_states and any((folder / name).exists() for name in _WEIGHTS):
+        raise NotWholeError("it holds weights without the optimizer's state (--save_only_model)", weights_alone=True)
+    if not has_states:
+        raise NotWholeError("it holds no state of DeepSpeed's")
+
+
+def _global_step(folder: Path) -> int:
+    path = folder / "trainer_state.json"
+    try:
+        step = json.loads(path.read_bytes())["global_step"]
+    except FileNotFoundError as error:
+        raise NotWholeError("trainer_state.json is missing") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NotWholeError(f"trainer_state.json can't be read ({error!r:.100})") from error
+    if type(step) is not int:
+        raise NotWholeError(f"trainer_state.json has the global_step {step!r}, expected a number")
+    return step
+
+
+def _latest(folder: Path, step: int) -> Path:
+    """The folder with DeepSpeed's states, which `latest` names."""
+    expected = f"global_step{step}"
+    try:
+        tag = (folder / "latest").read_text(encoding="utf-8").strip()
+    except FileNotFoundError as error:
+        raise NotWholeError("the file `latest` is missing") from error
+    except (OSError, ValueError) as error:
+        raise NotWholeError(f"the file `latest` can't be read ({error!r:.100})") from error
+    if tag != expected:
+        raise NotWholeError(f"the file `latest` names {tag!r:.60}, and trainer_state.json is of step {step}")
+    if not (folder / tag).is_dir():
+        raise NotWholeError(f"the folder {tag} is missing")
+    return folder / tag
+
+
+def _recorded_world_size(states: Path, folder: Path) -> int | None:
+    """How many ranks wrote the checkpoint, as rank 0 has noted; None where it has not in a way that is safe to read."""
+    path = states / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    _require_archive(path, folder)
+    try:
+        size = torch.load(path, map_location="meta", mmap=True, weights_only=True)["dp_world_size"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError, OSError):
+        return None
+    return size if type(size) is int and size > 0 else None
+
+
+def _require_archive(path: Path, folder: Path) -> None:
+    name = path.relative_to(folder)
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            archive.namelist()
+    except FileNotFoundError as error:
+        raise NotWholeError(f"{name} is missing") from error
+    except zipfile.BadZipFile as error:
+        raise NotWholeError(f"{name} is empty" if size == 0 else f"{name} is cut or damaged ({size:,} bytes)") from error
+    except OSError as error:
+        raise NotWholeError(f"{name} can't be read ({error.strerror or error})") from error

@@ -1,0 +1,29 @@
+"""Each rank's device. DeepSpeed takes the one with the number of the local rank."""
+
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+
+from zero_sft.errors import ConfigError
+from zero_sft.world import World
+
+
+def require_own_device(world: World) -> None:
+    """Check that this rank sees a device with its local rank's number. Does not communicate.
+
+    Raises:
+        ConfigError: it does not. The first such rank of each node says so for all of them.
+    """
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return
+    count = accelerator.device_count()
+    if world.local_rank < count:
+        return
+    error = ConfigError(
+        f"rank {world.rank} has local rank {world.local_rank}, but sees {count} device{'s' * (count != 1)}. Start as many "
+        "ranks on a node as it has devices, and let every rank see all of them: under SLURM, ask for --gpus-per-node, not for "
+        "--gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank."
+    )
+    error.lone = world.local_rank == count  # type: ignore[attr-defined]
+    raise error

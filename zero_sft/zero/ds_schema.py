@@ -1,0 +1,234 @@
+"""Check a DeepSpeed config as the engine will, before anything is read.
+
+DeepSpeed validates its config when the engine starts, which is after the weights are loaded, and raises a traceback on every
+rank. Here its own parser runs at the start, section by section, so that all problems are listed at once. DeepSpeed ignores
+unknown keys outside of its pydantic models; they are refused here, since a misspelt key is a setting that does nothing.
+
+Left out: whether a combination of features can train (ZeRO-3 with `compile`, for example); only the engine knows that.
+"""
+
+import contextlib
+import difflib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import pydantic
+import torch
+
+SECTIONS = frozenset({
+    "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
+    "data_efficiency", "data_types", "datastates_ckpt", "expert_parallel", "flops_profiler", "fp16", "hybrid_engine",
+    "optimizer", "pipeline", "scheduler", "tensor_parallel", "tensorboard", "timers", "torch_autocast", "wandb",
+    "weight_quantization", "zero_optimization",
+})  # fmt: skip
+FLAGS = frozenset({
+    "disable_allgather", "disable_python_gc", "dump_state", "dataloader_drop_last", "managed_gradient_accumulation",
+    "memory_breakdown", "prescale_gradients", "use_data_before_expert_parallelism", "wall_clock_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+})  # fmt: skip
+NUMBERS = frozenset({
+    "gradient_accumulation_steps", "gradient_clipping", "gradient_predivide_factor", "sequence_parallel_size",
+    "steps_per_print", "train_batch_size", "train_micro_batch_size_per_gpu", "vocabulary_size",
+})  # fmt: skip
+TEXTS = frozenset({"communication_data_type", "gradient_allreduce_op", "log_level", "seq_parallel_communication_data_type"})
+
+NOTES = frozenset({"$schema", "comment", "_comment", "//"})
+"""Keys that people use for remarks; they set nothing."""
+
+_MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+_OPTIMIZER_SECTION = ("type", "params", "legacy_fusion")
+_SCHEDULER_SECTION = ("type", "params")
+
+
+def schema_problems(config: Mapping[str, Any]) -> list[str]:
+    """List what DeepSpeed refuses or ignores in a config of stage 3 without "auto", one sentence each.
+
+    Does not communicate. The batch sizes are not compared with the number of ranks.
+    """
+    known = SECTIONS | FLAGS | NUMBERS | TEXTS | NOTES | _removed()
+    problems = [_unknown(key, known) for key in config if key not in known]
+    plain = {key: value for key, value in config.items() if key in known - NOTES}
+    for key, value in plain.items():
+        found = _wrong_type(key, value)
+        problems += found or _section_problems(key, value)
+    if not problems:
+        problems = [*_monitor_problems(plain), *_optimizer_problems(plain), *_scheduler_problems(plain)]
+    return problems
+
+
+def _removed() -> set[str]:
+    """Keys that DeepSpeed once had; its parser explains what became of each."""
+    from deepspeed.runtime import config as ds
+
+    return set(getattr(ds, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}))
+
+
+def _unknown(key: str, known: frozenset[str] | set[str]) -> str:
+    near = difflib.get_close_matches(key, known - NOTES, n=1)
+    inside = _inside_zero(key)
+    hint = f" Did you mean {near[0]}?" if near else f" It belongs into {inside}." if inside else ""
+    return f"{key}: DeepSpeed has no such key, and would ignore it.{hint}"
+
+
+def _inside_zero(key: str) -> str:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    return "zero_optimization" if key in names else ""
+
+
+def _wrong_type(key: str, value: Any) -> list[str]:
+    """A top-level value of another type than DeepSpeed expects; its parser doesn't look."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None:
+        return []
+    for names, fits, expected in (
+        (SECTIONS, isinstance(value, dict), "a section, {...}"),
+        (FLAGS, isinstance(value, bool), "true or false"),
+        (NUMBERS, number and value >= 0, "a number, 0 or more"),
+        (TEXTS, isinstance(value, str), "text"),
+    ):
+        if key in names and not fits:
+            return [f"{key} is {value!r:.80}, expected {expected}."]
+    return []
+
+
+def _section_problems(key: str, value: Any) -> list[str]:
+    """What DeepSpeed's parser says about one top-level key alone."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    if value is None or key in ("train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler"):
+        return []
+    ignored = _ignored_keys(key, value)
+    if ignored:
+        return ignored
+    base: dict[str, Any] = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+    try:
+        with _quiet():
+            DeepSpeedConfig({**base, key: value})
+    except pydantic.ValidationError as error:
+        return [_validation_text(key, each) for each in error.errors()]
+    except Exception as error:  # noqa: BLE001 - the parser raises AssertionError, KeyError, TypeError and its own
+        reason = str(error).strip() or type(error).__name__
+        return [f"{key}: {reason}"]
+    return []
+
+
+def _validation_text(section: str, error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path if path[:1] == [section] else [section, *path])
+    if error["type"] == "extra_forbidden":
+        return f"{name}: DeepSpeed has no such key."
+    return f"{name} is {error['input']!r:.80}: {error['msg'][:1].lower()}{error['msg'][1:]}."
+
+
+def _ignored_keys(key: str, value: Any) -> list[str]:
+    """Unknown keys of the sections that DeepSpeed reads key by key."""
+    from deepspeed.runtime.activation_checkpointing import config as checkpointing
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+
+    known: dict[str, set[str]] = {
+        "aio": {*AIO_DEFAULT_DICT, "thread_count"},
+        "activation_checkpointing": set(checkpointing.ACT_CHKPT_DEFAULT),
+        "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
+        "flops_profiler": {
+            "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"
+        },
+    }  # fmt: skip
+    if key not in known:
+        return []
+    return [f"{key}.{name}: DeepSpeed has no such key, and would ignore it." for name in value if name not in known[key]]
+
+
+def _monitor_problems(config: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{section}.enabled is true, but the package {package} isn't installed: pip install {package}, or remove the section."
+        for section, package in _MONITOR_PACKAGES.items()
+        if (config.get(section) or {}).get("enabled") and find_spec(package) is None
+    ]
+
+
+def _optimizer_problems(config: Mapping[str, Any]) -> list[str]:
+    section = config.get("optimizer")
+    if section is None:
+        return []
+    problems = [f"optimizer.{key}: DeepSpeed has no such key." for key in section if key not in _OPTIMIZER_SECTION]
+    kind, params = section.get("type"), section.get("params") or {}
+    if not isinstance(kind, str) or optimizer_class(kind) is None:
+        from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+        names = ", ".join(sorted({*DEEPSPEED_OPTIMIZERS} - {"muadam", "muadamw", "musgd"}))
+        return [*problems, f"optimizer.type is {kind!r}: expected one of {names}, or the name of a class in torch.optim."]
+    if not isinstance(params, dict):
+        return [*problems, f"optimizer.params is {params!r:.80}, expected a section, {{...}}."]
+    if "max_grad_norm" in params:
+        problems.append("optimizer.params.max_grad_norm: DeepSpeed refuses it; write gradient_clipping, outside of optimizer.")
+    known = {*_parameters(optimizer_class(kind)), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
+    known |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
+    return problems + [
+        f"optimizer.params.{name}: {kind} has no such setting. It has {', '.join(sorted(_parameters(optimizer_class(kind))))}."
+        for name in params
+        if name not in known and name != "max_grad_norm"
+    ]
+
+
+def optimizer_class(kind: str) -> Any:
+    """A class with the settings of DeepSpeed's optimizer of that name, or None where it has none."""
+    same = {"adam": "AdamW", "adamw": "AdamW", "adagrad": "Adagrad", "lion": "AdamW", "lamb": "AdamW", "muon": "AdamW"}
+    return getattr(torch.optim, same.get(kind.lower(), kind), None)
+
+
+def _scheduler_problems(config: Mapping[str, Any]) -> list[str]:
+    section = config.get("scheduler")
+    if section is None:
+        return []
+    problems = [f"scheduler.{key}: DeepSpeed has no such key." for key in section if key not in _SCHEDULER_SECTION]
+    kind, params = section.get("type"), section.get("params") or {}
+    found = scheduler_class(kind)
+    if found is None:
+        from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+
+        names = ", ".join(VALID_LR_SCHEDULES)
+        return [*problems, f"scheduler.type is {kind!r}: expected one of {names}, or a class in torch.optim.lr_scheduler."]
+    if not isinstance(params, dict):
+        return [*problems, f"scheduler.params is {params!r:.80}, expected a section, {{...}}."]
+    known = _parameters(found)
+    unknown = [name for name in params if name not in known]
+    return problems + [f"scheduler.params.{name}: {kind} has no such setting. It has {', '.join(known)}." for name in unknown]
+
+
+def scheduler_class(kind: Any) -> Any:
+    """DeepSpeed's or torch's class of a learning-rate schedule, or None where neither has one of that name."""
+    from deepspeed.runtime import lr_schedules
+
+    if not isinstance(kind, str):
+        return None
+    own = getattr(lr_schedules, kind, None) if kind in lr_schedules.VALID_LR_SCHEDULES else None
+    return own or getattr(torch.optim.lr_scheduler, kind, None)
+
+
+def scheduler_settings(section: Any) -> list[str]:
+    """The settings that the schedule of a config's `scheduler` section takes; empty without one."""
+    found = scheduler_class(section.get("type")) if isinstance(section, Mapping) else None
+    return [] if found is None else _parameters(found)
+
+
+def _parameters(cls: Any) -> list[str]:
+    """The settings that a class's constructor takes, without the parameters or the optimizer."""
+    return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "params", "optimizer")]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence DeepSpeed's logger: each parse prints a line, and deprecations are said when the engine starts."""
+    from deepspeed.utils import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
