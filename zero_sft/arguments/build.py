@@ -9,7 +9,6 @@ import logging
 from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.dry_run import dry_run
 from zero_sft.arguments.ds_conflicts import (
     complete_config,
     conflict_message,
@@ -66,6 +65,8 @@ def build_training_arguments(
     problems = find_conflicts(config, arguments, given, arguments.world_size)
     if problems:
         raise ConfigError(conflict_message(problems, where))
+    from zero_sft.arguments.dry_run import dry_run  # imports torch, which --help and a rank's first moments do without
+
     dry_run(arguments)
     for note in notes:
         logger.info(note)
