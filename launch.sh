@@ -209,7 +209,44 @@ run_here() {
   [[ -n ${given[--master_port]:-} ]] || launcher_options+=(--master_port "$(free_port)")
   # Unset, every rank would start a thread for each core of the machine.
   [[ ! $ranks =~ ^[1-9][0-9]*$ ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $(($(nproc) / ranks)))}
-  exec "$deepspeed" "${launcher_options[@]}" --module "$module" "${job_arguments[@]}"
+  [[ -n $ranks ]] || require_words_for_other_machines "$deepspeed"
+  run_and_wait "$deepspeed" "${launcher_options[@]}" --module "$module" "${job_arguments[@]}"
+}
+
+# Through pdsh a shell on each machine reads the words again; only the shim of `python -m zero_sft.launcher enable` quotes them.
+require_words_for_other_machines() { # COMMAND
+  local word
+  ! grep -qs 'zero_sft launcher shim' "$1" || return 0
+  for word in "${job_arguments[@]}"; do
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ && $word != *%[hnu%]* ]] ||
+      die "on other machines a shell would change the argument '$word': put it into a YAML file and give that, or run" \
+        "'python -m zero_sft.launcher enable' once"
+  done
+}
+
+# Run a command and exit with its status. DeepSpeed's launcher passes no signal on, so its child gets SIGTERM here, which
+# ends the ranks; then this script waits for it as before.
+run_and_wait() { # COMMAND...
+  local job status name
+  export ZERO_SFT_LAUNCHER_PID=$$ # the ranks end with this process
+  "$@" <&0 &
+  job=$!
+  for name in TERM INT HUP; do
+    # shellcheck disable=SC2064
+    trap "pass_on $job" "$name"
+  done
+  while :; do
+    status=0
+    wait "$job" || status=$?
+    kill -0 "$job" 2>/dev/null || break # else a signal has ended the waiting
+  done
+  exit "$status"
+}
+
+pass_on() { # PID
+  local children=()
+  read -r -a children 2>/dev/null <"/proc/$1/task/$1/children" || true
+  kill -TERM "${children[@]:-$1}" 2>/dev/null || true
 }
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -42,9 +41,12 @@ def shimmed(folder: Path) -> Path:
     scripts.mkdir(exist_ok=True)
     real = Path(sys.executable).with_name("deepspeed")
     original = real.with_name(".deepspeed.zero_sft-original")
-    shutil.copy2(original if original.is_file() else real, scripts / "deepspeed")
+    text = (original if original.is_file() else real).read_text()
+    script = scripts / "deepspeed"
+    script.write_text(f"#!{sys.executable}\n{text.partition(chr(10))[2]}")  # this environment may be a moved copy
+    script.chmod(0o755)
     launcher.enable([scripts])
-    return scripts / "deepspeed"
+    return script
 
 
 class Started:
@@ -79,6 +81,8 @@ class Started:
             with contextlib.suppress(psutil.Error, OSError):
                 if os.getsid(process.pid) == self.process.pid:
                     self._seen.add(process)
+        with contextlib.suppress(psutil.Error):  # torchrun gives each rank a session
+            self._seen.update(psutil.Process(self.process.pid).children(recursive=True))
         return [process for process in self._seen if _lives(process)]
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 150) -> None:

@@ -1,9 +1,11 @@
 """Exchanges, and failures that all ranks raise together."""
 
+import datetime
+
 import pytest
 
 from zero_sft import distributed
-from zero_sft.errors import CheckpointError, DistributedError
+from zero_sft.errors import CheckpointError, DistributedError, RankLostError
 from zero_sft.world import World
 
 
@@ -64,3 +66,18 @@ def test_a_stage_whose_ranks_differ():
             if world.rank == 2:
                 raise CheckpointError("broken")
             told.same = ("config", {"a": world.rank})
+
+
+def test_a_dead_rank_is_told_from_a_slow_one(monkeypatch):
+    """gloo's message is the same, and names the time that it would have waited."""
+
+    def barrier(**_):
+        raise RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 1800000 ms")
+
+    monkeypatch.setattr(distributed.dist, "monitored_barrier", barrier)
+    with pytest.raises(RankLostError, match="rank 1 ended while the others were at 'reading'"):
+        with distributed.agreed(World(world_size=2), "reading"):
+            pass
+    with pytest.raises(RankLostError, match=r"rank 1 did not come to the end of 'reading' within 0:00:00"):
+        with distributed.agreed(World(world_size=2), "reading", datetime.timedelta(0)):
+            pass

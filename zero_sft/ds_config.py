@@ -134,7 +134,9 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
 
 
 def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) -> dict[str, int]:
-    """`{"zero_hpz_partition_size": n}` as it has to be, or {} where hpZ is off. "auto" is the ranks per node.
+    """`{"zero_hpz_partition_size": n}` as it has to be, or {} where hpZ is off. "auto" is `local_world_size`.
+
+    `local_world_size`: the ranks per node, or where nodes differ `World.node_group_size`.
 
     Raises:
         ConfigError: a size that does not divide the number of ranks, or is larger: DeepSpeed takes the latter without a word.

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from zero_sft import progress
 from zero_sft.arguments import Parsed, answer_help, parse, wants_help
+from zero_sft.cluster import failure
+from zero_sft.cluster.job import run_rank
 from zero_sft.console import close_console, open_console, quieten_transformers
 from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
@@ -46,26 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         return answer_help(argv)
-    from zero_sft.cluster import failure
-    from zero_sft.cluster.watch import watch_launcher
 
-    watch_launcher()
-    failure.begin_job(World())
-    try:
-        world = World.detect()
-        failure.begin_job(world)
+    def job(world: World) -> None:
         open_console(world)
-        run(parse(argv), world)
-    except KeyboardInterrupt:
-        close_console()
-        return failure.report_interrupt()
-    except Exception as error:  # noqa: BLE001 - whatever it is, one rank says it
-        close_console()
-        return failure.report_failure(error)
-    finally:
-        close_console()
-    failure.end_job()
-    return 0
+        try:
+            run(parse(argv), world)
+        finally:
+            close_console()
+
+    return run_rank(job)
 
 
 def run(parsed: Parsed, world: World) -> None:
@@ -75,7 +66,6 @@ def run(parsed: Parsed, world: World) -> None:
         ZeroSftError: the same on every rank.
     """
     from zero_sft import distributed
-    from zero_sft.cluster import failure
     from zero_sft.disk_room import require_room_for_run
     from zero_sft.inputs import read_inputs
     from zero_sft.timeline import Timeline
@@ -143,7 +133,6 @@ def _load(parsed: Parsed, arguments: Any, inputs: "Inputs") -> Any:
 def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
-    from zero_sft.cluster import failure
     from zero_sft.distributed import agreed
     from zero_sft.saving.rescue import export_or_rescue
     from zero_sft.zero import gather

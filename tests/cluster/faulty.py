@@ -1,14 +1,22 @@
-"""The job with a fault in it: `python -m tests.cluster.faulty`, with FAULT, a rank and a step in the environment."""
+"""A job that fails as FAULT says, on the ranks of FAULT_RANKS: `python -m tests.cluster.faulty`.
+
+Without arguments, its ranks do nothing but exchange numbers; with those of `zero_sft.train`, they train.
+"""
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
-from zero_sft import train
+from zero_sft.cluster import failure
+from zero_sft.world import World
 
 
-def _fault(kind: str) -> None:
+def _fault() -> None:
+    if os.environ["RANK"] not in os.environ.get("FAULT_RANKS", "").split(","):
+        return
+    kind = os.environ["FAULT"]
     if kind == "raise":
         raise RuntimeError("the fault of this test")
     if kind == "memory":
@@ -21,25 +29,46 @@ def _fault(kind: str) -> None:
         raise DataError("sample 7 can't be read")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "sleep":
-        time.sleep(1000)
 
 
-def main() -> int:
-    """`zero_sft.train.main` with a step that fails on the ranks that FAULT_RANKS lists."""
+def _exchange_for_ever(world: World) -> None:
+    from zero_sft import distributed
+
+    world = distributed.connect(world)
+    failure.set_log_folder(Path(os.environ["LOGS"]))
+    failure.set_stage("training, in step 2")
+    for number in range(100_000):
+        distributed.exchange(world, number)
+        if number == 1:
+            sys.stdout.write("'loss'\n")
+        if number > 3:
+            _fault()
+        time.sleep(0.1)
+
+
+def _train() -> int:
+    from zero_sft import train
     from zero_sft.trainer import Trainer
 
     original = Trainer.training_step
 
     def training_step(self: Trainer, *args: object, **kwargs: object) -> object:
-        ranks = os.environ["FAULT_RANKS"].split(",")
-        if self.state.global_step >= 1 and os.environ["RANK"] in ranks:
-            _fault(os.environ["FAULT"])
+        if self.state.global_step >= 1:
+            _fault()
         return original(self, *args, **kwargs)
 
     Trainer.training_step = training_step
     return train.main()
 
 
+def main() -> int:
+    """The rank's exit status."""
+    from zero_sft.cluster.job import run_rank
+
+    return _train() if any(word.startswith("--model") for word in sys.argv[1:]) else run_rank(_exchange_for_ever)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from zero_sft.cluster.watch import leave
+
+    leave(main())

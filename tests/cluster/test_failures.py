@@ -1,6 +1,7 @@
 """A run that fails says so once, whatever the other ranks then see, and nobody of it is left."""
 
 import json
+import os
 import signal
 import socket
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import Started, deepspeed, free_port, shimmed, torchrun
+from tests.launching import ROOT, Started, deepspeed, free_port, shimmed, torchrun
+from zero_sft import launcher
 
 FAULTY = "tests.cluster.faulty"
 
@@ -26,20 +28,25 @@ def start(tmp_path):
         run.kill()
 
 
-def trains(run: Started) -> bool:
-    return "'loss'" in run.output or "loss " in run.output
+@pytest.fixture(params=["exchanges", pytest.param("training", marks=pytest.mark.slow)])
+def words(request, job, tmp_path, monkeypatch):
+    """The words of the job: one that exchanges numbers, or one that trains."""
+    monkeypatch.setenv("LOGS", str(tmp_path / "out" / "logs"))
+    return job() if request.param == "training" else []
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "SIGHUP", "SIGTERM with the shim"])
-def test_nobody_outlives_the_launcher(job, start, tmp_path, how):
-    """A signal to the `deepspeed` process alone, in the middle of the training."""
+def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
+    """A signal to the `deepspeed` process alone, in the middle of the job."""
     name, _, shim = how.partition(" ")
-    command = [str(shimmed(tmp_path)), "--num_gpus", "2", "-m", "zero_sft.train", *job()] if shim else deepspeed(2, *job())
+    command = deepspeed(2, *words, module=FAULTY)
+    if shim:
+        command = [str(shimmed(tmp_path)), "--num_gpus", "2", "-m", FAULTY, *words]
     run = start(command)
-    run.wait_for(lambda: trains(run))
-    assert len(run.ranks()) == 2
+    run.wait_for(lambda: "'loss'" in run.output)
+    assert len(run.ranks(FAULTY)) == 2
     run.process.send_signal(getattr(signal, name))
-    assert run.wait(30) != 0
+    assert run.wait(40) != 0
     assert run.left_after(20) == []
     assert run.output.count("error: ") == 1, run.output[-3000:]
     assert ("SIGTERM has ended the job" if shim else "the launcher has ended") in run.output
@@ -47,47 +54,65 @@ def test_nobody_outlives_the_launcher(job, start, tmp_path, how):
     assert "Traceback" not in run.output
 
 
-@pytest.mark.parametrize(("dead", "launcher"), [(0, deepspeed), (1, deepspeed), (1, torchrun)])
-def test_a_killed_rank_is_named(job, start, dead, launcher):
-    run = start(launcher(2, *job()))
-    run.wait_for(lambda: trains(run))
-    pid = run.ranks()[dead].pid
-    run.ranks()[dead].send_signal(signal.SIGKILL)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", pytest.param("SIGKILL", marks=pytest.mark.slow)])
+def test_launch_sh_passes_signals_on_and_waits(start, tmp_path, name):
+    """With DeepSpeed's own script, which passes nothing on."""
+    script = shimmed(tmp_path)
+    launcher.disable([script.parent])
+    python = script.parent / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    env = {"ZERO_SFT_PYTHON": str(python), "ZERO_SFT_MODULE": FAULTY, "LOGS": str(tmp_path)}
+    run = start([str(ROOT / "launch.sh"), "--num_gpus", "2"], **env)
+    run.wait_for(lambda: "'loss'" in run.output)
+    run.process.send_signal(getattr(signal, name))
+    assert run.wait(40) != 0
+    assert run.left_after(20 if name == "SIGKILL" else 2) == []
+    assert run.output.count("error: ") == 1, run.output[-3000:]
+
+
+@pytest.mark.parametrize(("dead", "launch"), [(0, deepspeed), (1, deepspeed), (1, torchrun)])
+def test_a_killed_rank_is_named(words, start, dead, launch):
+    run = start(launch(2, *words, module=FAULTY))
+    run.wait_for(lambda: "'loss'" in run.output)
+    killed = run.ranks(FAULTY)[dead]
+    killed.send_signal(signal.SIGKILL)
     assert run.wait(60) != 0
     assert run.left_after(20) == []
     assert run.output.count("error: ") == 1, run.output[-3000:]
-    assert f"error: rank {dead} (process {pid}) on {socket.gethostname()} ended while training, in step " in run.output
+    where = f"rank {dead} (process {killed.pid}) on {socket.gethostname()}"
+    assert f"error: {where} ended while training, in step " in run.output
     assert "0:30:00" not in run.output
-    assert "Traceback" not in run.output
+    assert launch is torchrun or "Traceback" not in run.output  # torchrun has one of its own
 
 
 @pytest.mark.parametrize(
     ("fault", "ranks", "says"),
     [
-        ("raise", "1", "failed while training, in step 2 of 100000: RuntimeError: the fault of this test"),
+        ("raise", "1", "failed while training, in step 2"),
         ("raise", "0,1", "RuntimeError: the fault of this test"),
         ("memory", "0", "--per_device_train_batch_size"),
         ("data", "1", "sample 7 can't be read (rank 1 alone)"),
     ],
 )
-def test_an_error_in_a_step_is_one_message(job, start, tmp_path, fault, ranks, says):
-    run = start(deepspeed(2, *job(), module=FAULTY), FAULT=fault, FAULT_RANKS=ranks)
+def test_an_error_in_a_step_is_one_message(words, start, tmp_path, fault, ranks, says):
+    run = start(deepspeed(2, *words, module=FAULTY), FAULT=fault, FAULT_RANKS=ranks)
     assert run.wait() != 0
     assert run.left_after(20) == []
     assert run.output.count("error: ") == 1, run.output[-4000:]
     assert says in run.output
     assert run.output.count("Traceback") == (0 if fault == "data" else 1), "of the rank that failed, once"
-    assert ("_fault(os.environ" in run.output) == (fault != "data"), "a fault in a user's code needs its traceback"
-    if fault == "raise":
+    if fault == "raise":  # a fault in a user's code needs its traceback
+        assert 'raise RuntimeError("the fault of this test")' in run.output
         assert "the fault of this test" in (tmp_path / "out" / "logs" / "error_rank_1.txt").read_text()
 
 
-def test_a_taken_port_is_named(job, start):
+def test_a_taken_port_is_named(start):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        run = start(deepspeed(2, *job(), port=port))
+        run = start(deepspeed(2, module=FAULTY, port=port))
         assert run.wait() != 0
     assert run.output.count("error: ") == 1, run.output[-3000:]
     assert f"the master port {port} of {socket.gethostname()} is taken by process" in run.output
@@ -180,8 +205,6 @@ def test_arguments_arrive_through_pdsh_as_given(start, tmp_path, probe):
         (path / name).write_text(text)
         (path / name).chmod(0o755)
     (tmp_path / "hosts").write_text("hosta slots=1\nhostb slots=1\n")
-    import os
-
     command = [
         str(shimmed(tmp_path)), "--hostfile", str(tmp_path / "hosts"), "--master_addr", "127.0.0.1", "--no_local_rank", "-m",
         "probe", *WORDS,

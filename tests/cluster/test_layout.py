@@ -1,10 +1,12 @@
 """The nodes that ranks agree on, from the hosts that they run on."""
 
+import dataclasses
 import os
 
 import pytest
 
 from zero_sft import distributed
+from zero_sft.cluster import failure
 from zero_sft.cluster.layout import place_in_layout
 from zero_sft.errors import ConfigError
 from zero_sft.world import World
@@ -67,3 +69,18 @@ def test_the_hosts_decide_whatever_the_launcher_says():
     assert world.node_leaders == (0, 0, 0)
     assert os.environ["LOCAL_WORLD_SIZE"] == "3"
     assert distributed.connect(World.detect()) is world, "agreed on once"
+
+
+@pytest.mark.world_size(3)
+def test_one_rank_of_a_node_speaks():
+    world = distributed.connect(World.detect())
+    claims = distributed.exchange(world, failure._claim())
+    assert sorted(claims) == [False, False, True]
+
+
+@pytest.mark.world_size(2)
+def test_one_host_speaks():
+    """Two hosts of one rank each, whose boards say nothing of each other: the store of the ranks does."""
+    world = distributed.connect(World.detect())
+    failure.set_board(dataclasses.replace(world, node_leaders=(0, 1)), None)
+    assert sorted(distributed.exchange(world, failure._claim())) == [False, True]

@@ -132,6 +132,18 @@ def test_hostfile_decides_the_ranks(machine):
     assert "OMP_NUM_THREADS" not in machine.env("deepspeed")
 
 
+@pytest.mark.parametrize("word", ["two words", '{"a": 1}', "$HOME", "a;b", "*", "it's", "", "100%n"])
+def test_words_that_a_shell_on_other_machines_would_change(machine, word):
+    """Unless DeepSpeed's command has the shim, which quotes them."""
+    assert "put it into a YAML file" in machine.run("-H", "/hosts", "--lr", word, status=2)
+    assert machine.started() == []
+    machine.run("--lr", word)
+    assert machine.argv("deepspeed")[-1] == word, "on this machine no shell reads it"
+    machine.add("deepspeed", '# zero_sft launcher shim\nrecord deepspeed "$@"', machine.project / ".venv" / "bin")
+    machine.run("-H", "/hosts", "--lr", word)
+    assert machine.argv("deepspeed")[-1] == word
+
+
 def test_knows_the_options_of_the_installed_launcher(machine):
     spec = find_spec("deepspeed")
     if spec is None or not spec.origin:

@@ -4,6 +4,8 @@ An error that all ranks agree on is said by rank 0. An error that one rank has i
 not one of `zero_sft.errors`. What other ranks then meet (connections that are closed, collectives that fail, SIGTERM from
 the launcher) follows from it: they are silent, and write their traceback to a file of the output folder. If a rank has died
 and said nothing, one of those that are left says so.
+
+Imports no torch, so that a rank can watch its launcher while the libraries are imported.
 """
 
 import contextlib
@@ -20,8 +22,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from zero_sft import errors
 from zero_sft.cluster.board import NodeBoard
 from zero_sft.world import World
@@ -32,8 +32,7 @@ FOLLOW_ON_SECONDS = 3.0
 """How long a rank whose peer is gone waits for the peer's own message."""
 
 _LOST_PEER = re.compile(
-    r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue|"
-    r"process group|Socket Timeout",
+    r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue",
     re.IGNORECASE,
 )
 _TOO_LITTLE_MEMORY = (
@@ -45,7 +44,7 @@ _TOO_LITTLE_MEMORY = (
 
 @dataclass
 class _Job:
-    """What is known when the job fails. `train.main` and `connect` set it; it lives as long as the process."""
+    """What is known when the job fails. `run_rank`, `connect` and the job set it; it lives as long as the process."""
 
     world: World = field(default_factory=World)
     stage: str | Callable[[], str] = "starting"
@@ -162,7 +161,7 @@ def _begin_to_leave() -> bool:
 
 def _follows_from_another(error: BaseException) -> bool:
     """True for the errors of torch.distributed that a rank gets when another one is gone."""
-    if isinstance(error, torch.distributed.DistError):
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):  # torch's; without importing it here
         return True
     return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None and _job.world.world_size > 1
 
@@ -189,8 +188,11 @@ def _report_lost_rank(error: BaseException) -> None:
         if _job.board and _job.board.dead_ranks() and time.monotonic() > deadline - FOLLOW_ON_SECONDS + 0.5:
             break  # whoever is gone had half a second to speak
         time.sleep(0.05)
-    if (_job.board or _job.world.is_main) and _claim():
-        _say(_lost_text(error))
+    if not (_job.board or _job.world.is_main) or not _claim():
+        return
+    _say(_lost_text(error))
+    if not isinstance(error, errors.RankLostError) and not (_job.board and _job.board.dead_ranks()):
+        _say_traceback(error, None)  # no rank has died, so that this may be where it began
 
 
 def _lost_text(error: BaseException | None) -> str:
@@ -240,6 +242,8 @@ def _is_first_host(*, otherwise: bool) -> bool:
     answers: list[int] = []
 
     def ask() -> None:
+        import torch
+
         with contextlib.suppress(Exception):
             store = torch.distributed.distributed_c10d._get_default_store()
             answers.append(store.add("zero_sft/spoken", 1))
@@ -262,7 +266,7 @@ def _stage() -> str:
 
 
 def _advice(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
         return f"\n{_TOO_LITTLE_MEMORY}"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return f"\nThe host has too little memory. {_TOO_LITTLE_MEMORY}"

@@ -57,16 +57,17 @@ def watch_launcher() -> None:
             if signal.getsignal(number) is signal.SIG_DFL:  # SIGHUP is ignored under nohup
                 signal.signal(number, _left_to_the_thread)
         signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_forget_in_child)
     _Watch.thread = threading.Thread(target=_watch, args=(launchers, receiver), name="zero_sft-watch", daemon=True)
     _Watch.thread.start()
 
 
 def find_launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those of a process's ancestors that start ranks and wait for them."""
+    """Those of a process's ancestors that start ranks and wait for them; `launch.sh` leaves its number in a variable."""
     found = []
     for process in ancestors:
         with contextlib.suppress(psutil.Error):
-            if is_launcher(process.cmdline()):
+            if is_launcher(process.cmdline()) or str(process.pid) == os.environ.get("ZERO_SFT_LAUNCHER_PID"):
                 found.append(process)
     return found
 
@@ -99,6 +100,14 @@ def leave(status: int) -> None:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(status)
+
+
+def _forget_in_child() -> None:
+    """A forked child (a data loader's worker) has no such thread; a signal to it must end it, and not reach ours."""
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _left_to_the_thread:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _left_to_the_thread(_number: int, _frame: FrameType | None) -> None:
