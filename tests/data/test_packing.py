@@ -18,8 +18,24 @@ LEAKY = ("opt", "bloom", "falcon", "mamba")
 
 @pytest.mark.parametrize("model_type", sorted(ISOLATING | set(NAMED)))
 def test_they_keep_packed_samples_apart(model_type):
+    """With each attention that it is packed for; flash and flex without their kernels."""
     assert model_type in ISOLATING
-    assert isolation.verdict(model_type) == ""
+    config = architectures.tiny_config(model_type)
+    packed = [each for each in isolation.ATTENTIONS if choose_packing(None, config, attention=each, lazy=False).on]
+    assert {"sdpa", "eager"} <= set(packed)
+    assert isolation.verdict(model_type, packed) == ""
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "gptj"])
+def test_an_attention_that_gets_no_position_ids_is_not_packed_for(model_type):
+    config = architectures.tiny_config(model_type)
+    assert isolation.verdict(model_type, ["flash_attention_2"]).startswith("flash_attention_2: 0.")
+    for attention in ("flash_attention_2", "flash_attention_3"):
+        assert not choose_packing(None, config, attention=attention, lazy=False).on
+    with pytest.raises(
+        ArgumentError, match=f"attention flash_attention_2 is not known to keep packed samples of a {model_type}"
+    ):
+        choose_packing(True, config, attention="flash_attention_2", lazy=False)
 
 
 @pytest.mark.parametrize("model_type", LEAKY)
