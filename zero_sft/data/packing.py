@@ -39,7 +39,7 @@ LEAKING = {
         "cohere_compass_text ctrl fuyu gpt_bigcode gpt_neo gptj hrm_text moshi persimmon whisper".split()  # noqa: SIM905
     )
 }
-"""Types of `ISOLATING` that don't keep samples apart with an attention of that kind: they hand it no position ids, or refuse it.
+"""Types of `ISOLATING` that leak with an attention of that kind: they hand it no position ids, or refuse it.
 
 Found by `tests/isolation.py` with transformers 5.23, on a CPU: with transformers' own code down to the functions of flash-attn,
 which are written out in plain torch there. `gpt_neo` and `gptj` have classes of their own for it, which were not looked at.
