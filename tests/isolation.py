@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tests import architectures, attentions
+from tests import architectures
+from tests.attentions import FLASH, FLEX, give, kernels_of
 from zero_sft.data.collator import Collator
 
 TOLERANCE = 1e-4
 SEEDS = 3
 LENGTHS = ((9, 14, 6), (7, 11))
-ATTENTIONS = ("sdpa", "eager", attentions.FLASH, attentions.FLEX)
+ATTENTIONS = ("sdpa", "eager", FLASH, FLEX)
 
 
 @torch.no_grad()
@@ -45,10 +46,10 @@ def leak(model: torch.nn.Module, vocabulary: int = 60) -> float:
     return worst
 
 
-def verdict(model_type: str) -> str:
-    """ "" if a tiny model of this type keeps packed samples apart with each attention that it has, else why not."""
+def verdict(model_type: str, attentions: Sequence[str] = ATTENTIONS) -> str:
+    """ "" if a tiny model of this type keeps packed samples apart with each of these attentions that it has, else why not."""
     tried = 0
-    for attention in ATTENTIONS:
+    for attention in attentions:
         try:
             found = min(_leaks(model_type, attention), default=None)
         except (ValueError, ImportError) as error:
@@ -69,16 +70,16 @@ def _leaks(model_type: str, attention: str) -> Iterator[float]:
         torch.manual_seed(seed)
         config = architectures.tiny_config(model_type)
         _without_chance(config)
-        built = "eager" if attention in (attentions.FLASH, attentions.FLEX) else attention
+        built = "eager" if attention in (FLASH, FLEX) else attention
         kinds = {"attn_implementation": built, "experts_implementation": "eager"}
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kinds).train()
         architectures.randomise(model)
         for param in model.parameters():
             if param.is_floating_point():
                 param.data.mul_(0.3)
-        if not attentions.give(model, attention):
+        if not give(model, attention):
             return
-        with attentions.kernels_of(attention):
+        with kernels_of(attention):
             found = leak(model)
         yield found
         if found < TOLERANCE:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu.document import document
 from benchmarks.gpu.isolation import Outcome, run_part
-from benchmarks.gpu.parts import TESTS, parts, tests_of
+from benchmarks.gpu.parts import DRY_RUN_PATIENCE, TESTS, parts, tests_of
 from benchmarks.gpu.settings import Settings
 
 SECONDS = 430
@@ -26,7 +26,8 @@ def main() -> int:
     settings = Settings(work=str(work), **tiny)
     settings.write()
     try:
-        outcomes = _run_all(settings, options.seconds, options.only, options.write)
+        seconds = options.seconds * (DRY_RUN_PATIENCE if options.dry_run else 1)
+        outcomes = _run_all(settings, seconds, options.only, options.write)
     finally:
         if not options.work:
             shutil.rmtree(work, ignore_errors=True)

@@ -72,15 +72,15 @@ def _machine(facts: Mapping[str, Any]) -> str:
 
 def _tests(outcomes: Outcomes) -> str:
     found = finished(outcomes, TESTS)
-    if not found.get("lines") and not found.get("passed"):
+    if not any(found.get(kind) for kind in ("passed", "failed", "skipped")):
         return ""
     counts = {kind: len(found[kind]) for kind in ("passed", "failed", "skipped")}
     lines = ["## Tests", "", "`make test-gpu`: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()) + "."]
     lines += ["", *(f"- {name}" for name in found["passed"])]
-    needs = sorted({found["lines"][name] for name in found["skipped"]})
+    needs = sorted({found["lines"].get(name, "for want of devices or packages") for name in found["skipped"]})
     lines += ["", f"Skipped: {'; '.join(needs)}."] if needs else []
     for name in found["failed"]:
-        lines += ["", f"Failed: {name}", "", "```", found["lines"][name], "```"]
+        lines += ["", f"Failed: {name}", "", "```", found["lines"].get(name, "see the log below"), "```"]
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ def ours(settings: Settings, attention: str) -> Any:
     from zero_sft import distributed, load_model
     from zero_sft.arguments import build_training_arguments, parse
     from zero_sft.ds_config import load_ds_config
-    from zero_sft.trainer import Trainer, collator_for
+    from zero_sft.trainer import Published, Trainer, collator_for
     from zero_sft.world import World
 
     given = {
@@ -63,8 +63,8 @@ def ours(settings: Settings, attention: str) -> Any:
     model = load_model(str(settings.folder), ds_config=arguments.hf_deepspeed_config.config, attn_implementation=attention)
     tokenizer = _tokenizer()
     return Trainer(
-        model=model, args=arguments, train_dataset=rows(settings), processing_class=tokenizer,
-        data_collator=collator_for(model, tokenizer, None),
+        model=model, args=arguments, published=Published(tokenizer=tokenizer, config_values={}), train_dataset=rows(settings),
+        processing_class=tokenizer, data_collator=collator_for(model, tokenizer, None),
     )  # fmt: skip
 
 
@@ -75,7 +75,10 @@ def plain_trl(settings: Settings, attention: str) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     from zero_sft.ds_config import load_ds_config
+    from zero_sft.zero.operators import keep_operators_apart
 
+    if not torch.cuda.is_available():
+        keep_operators_apart()  # a CPU rank loads one, which was compiled there
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     arguments = SFTConfig(
         output_dir=str(settings.folder.parent / "out"), bf16=True, max_steps=settings.steps, per_device_train_batch_size=1,

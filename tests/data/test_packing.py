@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import architectures, isolation
+from tests.attentions import FLASH, give, kernels_of
 from tests.data.test_dataset import written
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from zero_sft.data.collator import Collator
@@ -18,8 +19,24 @@ LEAKY = ("opt", "bloom", "falcon", "mamba")
 
 @pytest.mark.parametrize("model_type", sorted(ISOLATING | set(NAMED)))
 def test_they_keep_packed_samples_apart(model_type):
+    """With each attention that it is packed for; flash and flex without their kernels."""
     assert model_type in ISOLATING
-    assert isolation.verdict(model_type) == ""
+    config = architectures.tiny_config(model_type)
+    packed = [each for each in isolation.ATTENTIONS if choose_packing(None, config, attention=each, lazy=False).on]
+    assert {"sdpa", "eager"} <= set(packed)
+    assert isolation.verdict(model_type, packed) == ""
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "persimmon"])
+def test_an_attention_that_gets_no_position_ids_is_not_packed_for(model_type):
+    config = architectures.tiny_config(model_type)
+    assert isolation.verdict(model_type, ["flash_attention_2"]).startswith("flash_attention_2: ")
+    for attention in ("flash_attention_2", "flash_attention_3"):
+        assert not choose_packing(None, config, attention=attention, lazy=False).on
+    with pytest.raises(
+        ArgumentError, match=f"attention flash_attention_2 is not known to keep packed samples of a {model_type}"
+    ):
+        choose_packing(True, config, attention="flash_attention_2", lazy=False)
 
 
 @pytest.mark.parametrize("model_type", LEAKY)
@@ -102,7 +119,7 @@ def test_a_flat_batch():
     assert Collator(pad_token_id=0, flat=True)([{"input_ids": [1], "labels": [1]}] * 2)["input_ids"].shape == (2, 1)
 
 
-@pytest.mark.parametrize("attention", isolation.ATTENTIONS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", FLASH])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma", "gpt2"])
 def test_the_loss_of_a_packed_batch_is_that_of_its_samples(samples, model_type, attention):
     torch.manual_seed(1)
@@ -111,16 +128,20 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_samples(samples, model_type, 
     config.max_position_embeddings = 512
     if model_type == "gpt2":
         config.n_positions = 512
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).train()
+    built = "sdpa" if attention == FLASH else attention
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=built).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    collate = Collator(pad_token_id=0, multiple_of=8)
     losses, gradients = [], []
-    for rows in (pack(samples.dataset, 300), samples.dataset):
+    for rows, used in ((samples.dataset, built), (pack(samples.dataset, 300), attention)):
         model.zero_grad()
-        loss = model(**collate(list(rows)), use_cache=False).loss
-        loss.backward()
+        assert give(model, used)
+        batch = Collator(pad_token_id=0, multiple_of=8, flat=used == FLASH)(list(rows))
+        batch.pop("row_lengths", None)
+        with kernels_of(used):
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([param.grad.flatten() for param in model.parameters() if param.grad is not None]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

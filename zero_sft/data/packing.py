@@ -30,9 +30,20 @@ ISOLATING = frozenset(
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper youtu
 """.split()  # noqa: SIM905 - a table
 )
-"""Types of language models (transformers' `model_type`) that keep packed samples apart, with each of `ATTENTIONS`."""
+"""Types of language models (transformers' `model_type`) that keep packed samples apart, but for `LEAKING`."""
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+LEAKING = {
+    "flash": frozenset(
+        "cohere_compass_text ctrl fuyu gpt_bigcode gpt_neo gptj hrm_text moshi persimmon whisper".split()  # noqa: SIM905
+    )
+}
+"""Types of `ISOLATING` that leak with an attention of that kind: they hand it no position ids, or refuse it.
+
+Found by `tests/isolation.py` with transformers 5.23, on a CPU: with transformers' own code down to the functions of flash-attn,
+which are written out in plain torch there. `gpt_neo` and `gptj` have classes of their own for it, which were not looked at.
+"""
 
 _AT_ONCE = 20_000  # samples packed together, if they are not very long
 _TOKENS_AT_ONCE = 2**30  # Arrow counts a column's in 32 bits
@@ -78,8 +89,9 @@ def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
         return f"models of type {config.model_type} are not known to keep packed samples apart"
     if getattr(config, "alibi", False):
         return "ALiBi does not keep packed samples apart"
-    if attention is not None and attention not in ATTENTIONS:
-        return f"attention {attention} is not known to keep packed samples apart"
+    leaking = [kind for kind, types in LEAKING.items() if kind in (attention or "") and config.model_type in types]
+    if (attention is not None and attention not in ATTENTIONS) or leaking:
+        return f"attention {attention} is not known to keep packed samples of a {config.model_type} apart"
     return ""
 
 
