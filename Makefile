@@ -30,8 +30,19 @@ demo: setup ## fine-tune a real chat model on the sample conversations
 test: setup ## the tests, some minutes
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: setup ## with those that take long
+test-all: setup older-readers ## with those that take long, and transformers 4 to open exports
 	$(BIN)/python -m pytest -m "not gpu"
+
+# transformers 4 in an environment of its own, which finds all that is not in it (torch) in .venv.
+.PHONY: older-readers
+older-readers: .venv-4/.installed
+
+.venv-4/.installed: constraints-4.txt $(STAMP)
+	$(BIN)/python -m venv --without-pip --clear .venv-4
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$(.venv-4/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	$(BIN)/python -m pip --python .venv-4/bin/python install --quiet --no-deps -r constraints-4.txt
+	@touch $@
 
 test-arch: setup ## every causal LM type of transformers against plain loading; writes docs/architectures.md
 	$(BIN)/python -m tests.sweep --write docs/architectures.md
@@ -76,4 +87,4 @@ scaling: setup ## what published models need on 8 to 1,024 GPUs; writes docs/sca
 	$(BIN)/python -m zero_sft.estimate --model shipped --world_size 8 64 256 1024 --markdown docs/scaling.md
 
 clean: ## remove .venv and what was built
-	rm -rf $(VENV) .venv-gpu $(WHEELS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-4 .venv-gpu $(WHEELS) build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,8 @@
 """Models that bring code of their own: loaded where it is trusted, refused where it is not."""
 
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -125,3 +127,20 @@ def test_without_trust_there_is_one_refusal_and_nothing_is_run(folder):
         path.write_text("raise SystemExit('this was run')")
     with pytest.raises(ConfigError, match=r"trust_remote_code"):
         load_model(str(folder), ds_config=models.zero3())
+
+
+@pytest.mark.world_size(1)
+def test_an_export_brings_the_code_along(folder, tmp_path):
+    """What was exported is opened by plain transformers, with the code in the export's own folder."""
+    from zero_sft import load_model, save_pretrained
+
+    save_pretrained(load_model(str(folder), ds_config=models.zero3(), trust_remote_code=True), tmp_path / "out")
+    shutil.rmtree(folder)
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M; "
+        "print(type(M.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.split() == ["OwnForCausalLM"], done.stderr

@@ -1,6 +1,8 @@
 """A checkpoint meets its model: what of the one makes what of the other, and whether they belong together."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +66,31 @@ def meet(bare: Skeleton, index: CheckpointIndex, quantizer: Any, threads: int, i
     draft = Draft(bare=bare, index=index, resolution=resolution, away=away, threads=threads)
     _require_fit(draft, ignore_mismatched_sizes)
     return draft
+
+
+_BUFFERS = re.compile(r"inv_freq$|rotary_emb\.|masked_bias$|\.attn\.bias$|\.attention\.bias$")
+"""Names that older checkpoints have for what is computed today."""
+
+
+def left_out_parts(unexpected: Iterable[str], names: Iterable[str]) -> dict[str, int]:
+    """The parts of a checkpoint that a model does not have, such as a vision tower, with the number of their tensors. Pure.
+
+    Args:
+        unexpected: the checkpoint's tensors that the model has no place for.
+        names: the model's own tensors.
+
+    Worked example: "model.visual.blocks.0.w", for a model that has "model.layers.0.w" → "model.visual".
+    """
+    known = {name[:end] for name in names for end in _dots(name)}
+    parts: Counter[str] = Counter()
+    for name in unexpected:
+        if not _BUFFERS.search(name):
+            parts[next((name[:end] for end in _dots(name) if name[:end] not in known), name)] += 1
+    return dict(sorted(parts.items()))
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, char in enumerate(name) if char == "."]
 
 
 def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:

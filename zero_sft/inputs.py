@@ -33,6 +33,7 @@ class Inputs:
     training_data: Prepared
     evaluation_data: Prepared | None
     prompts: tuple[str, ...]
+    generation: Any  # the model's generation config, which stops where the data's answers end
     hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
     checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
     overwrites: bool = False  # a former run in the output folder
@@ -42,6 +43,7 @@ class Inputs:
 def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
     from zero_sft.config import prepare_config, text_config
+    from zero_sft.export_rehearsal import rehearse_export
     from zero_sft.hub import HubOptions, pin_revision
     from zero_sft.samples import read_prompts
     from zero_sft.saving.former_run import require_no_former_run
@@ -85,6 +87,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
             for paths in filter(None, (parsed.data.training_path, held_out)):
                 require_sources(paths)
     rows = getattr(text_config(config), "vocab_size", None)
+    generation = rehearse_export(parsed, config, tokenizer, HubOptions.from_kwargs(hub), world)
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
@@ -102,6 +105,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         if held_out is None or unused
         else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
+        generation=generation,
         hub=hub,
         checkpoint=checkpoint,
         overwrites=overwrites,

@@ -126,6 +126,14 @@ def context_tokens(rope: Mapping[str, Any], position_count: int) -> int:
     return position_count
 
 
+def readable_tokens(text: PreTrainedConfig) -> int | None:
+    """The longest sequence that a language model can read, in tokens; None where its config sets no end."""
+    kind, count = positions(text), _count(text)
+    if count is None or kind == "unbounded":
+        return None
+    return max([count, *(context_tokens(rope, count) for rope in _global_rope(text).values())])
+
+
 def _stretch(text: PreTrainedConfig, wanted: int, name: str) -> None:
     """Scale RoPE in place if the context is less than `wanted` tokens."""
     kind, count = positions(text), _count(text)

@@ -11,6 +11,7 @@ from typing import Any
 from zero_sft.data.templates import choose_template
 from zero_sft.data.text import read_text
 from zero_sft.errors import DataError
+from zero_sft.generation_config import eos_token_ids, turn_ends
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -40,26 +41,45 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, chat_template:
         max_new_tokens: tokens an answer at most.
     """
     import torch
+    from transformers import GenerationConfig
 
     template = choose_template(chat_template, tokenizer)
+    stop_texts = turn_ends(tokenizer, template.turn_ends).texts
     texts = [template.prompt(each) for each in prompts]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=template.adds_special_tokens)
     finally:
         tokenizer.padding_side = side
-    training = model.training
+    own, training = model.generation_config, model.training
+    # The model's settings may ask for sampling, several answers or other results than tokens.
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=list(eos_token_ids(own)) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+    )
     model.eval()
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=batch["input_ids"].to(model.device),
-            attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-            synced_gpus=True,
-        )
-    model.train(training)
+    try:
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                stop_strings=list(stop_texts) or None,
+                tokenizer=tokenizer,
+                synced_gpus=True,
+            )
+    finally:
+        model.generation_config = own
+        model.train(training)
     new = out[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    answers = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [_without_end(text, stop_texts).strip() for text in answers]
+
+
+def _without_end(text: str, stop_texts: Sequence[str]) -> str:
+    for stop in stop_texts:
+        text = text.partition(stop)[0]
+    return text

@@ -5,6 +5,7 @@ nothing communicates, so a rank that fails never leaves the others in a collecti
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -19,7 +20,7 @@ from zero_sft.checkpoint.scaled import ScaledTensor
 from zero_sft.computed import compute, fill_computed
 from zero_sft.conversion.quantised import dequantise, quantizer_for
 from zero_sft.distributed import agreed
-from zero_sft.draft import Draft, meet
+from zero_sft.draft import Draft, left_out_parts, meet
 from zero_sft.errors import CheckpointError
 from zero_sft.headers import read_headers_together
 from zero_sft.plan.partition import FlatRange, whole_range
@@ -41,6 +42,7 @@ _SHOWN = {
     "verify": "verifying the shards",
 }
 """How stages are called where progress is shown."""
+logger = logging.getLogger(__name__)
 
 BUFFER_MIB_A_THREAD = 16
 """What a reading thread holds at most: two staging buffers, or a tile that is multiplied by its scales."""
@@ -85,6 +87,15 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
     with watch.stage("finish"):
         _finish(draft, request, world, report, told.everyone)
     _account(report, draft, plan)
+    if world.is_main and (parts := left_out_parts(draft.resolution.unexpected, draft.state)):
+        shown = ", ".join(f"{part} ({count} tensor{'s' * (count != 1)})" for part, count in list(parts.items())[:8])
+        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+        logger.warning(
+            "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s%s",
+            type(draft.model).__name__,
+            shown,
+            more,
+        )
     if request.checks.strict and (report.missing or report.unexpected):
         raise CheckpointError(_not_strict(request, report))
     if request.checks.verify:
@@ -184,7 +195,9 @@ def _finish(draft: Draft, request: Request, world: World, report: LoadReport, eq
         model._adjust_missing_and_unexpected_keys(info)
         report.missing, report.unexpected = sorted(info.missing_keys), sorted(info.unexpected_keys)
         model.eval()
-        skeleton.read_generation_config(model, request)
+        left_out = skeleton.give_generation_config(model, request)
+        for sentence in left_out if world.is_main else ():
+            logger.warning(sentence)
         gather.install(model)
         skeleton.keep_zero3_enabled(model, request.ds_config)
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from zero_sft.conversion.quantised import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.generation_config import read_generation_config
 from zero_sft.request import Request
 from zero_sft.transformers_internals import internal, kept_dtypes, without_zero3, zero3_config
 from zero_sft.zero.init import ShardedInit
@@ -153,6 +154,20 @@ def construct(request: Request, *around: Any) -> PreTrainedModel:
         return cls(config)
 
 
+def blank(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of that class on the meta device, nothing tied. Any rank by itself."""
+    with contextlib.ExitStack() as stack:
+        for context in (
+            internal("no_tie_weights")(),
+            internal("apply_patches")(),
+            torch.device("meta"),
+            internal("meta_device_safe_creation_ops")(),
+            _no_values_on_meta(),
+        ):
+            stack.enter_context(context)
+        return cls(copy.deepcopy(config))
+
+
 @contextlib.contextmanager
 def _no_values_on_meta() -> Iterator[None]:
     """torch's initialisers leave tensors on the meta device alone: half the time of building a model is spent there."""
@@ -200,15 +215,20 @@ def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
             part.dtype = dtype
 
 
-def read_generation_config(model: PreTrainedModel, request: Request) -> None:
-    """Give the model the folder's generation settings, as `from_pretrained` does."""
+def give_generation_config(model: PreTrainedModel, request: Request) -> tuple[str, ...]:
+    """Give the model the folder's generation settings, as `from_pretrained` does; returns what was left out, and why."""
     adjust: Any = getattr(model, "adjust_generation_fn", None)
     if adjust is None or not model.can_generate():
-        return
+        return ()
+    generation, left_out = read_generation_config(request.folder)
+    if left_out:
+        model.generation_config = generation
+        return left_out
     adjust(
         None, False, None, str(request.folder), cache_dir=None, force_download=False, proxies=None, local_files_only=True,
         token=None, revision=None, subfolder="", trust_remote_code=request.trust_remote_code,
     )  # fmt: skip
+    return ()
 
 
 def keep_zero3_enabled(model: PreTrainedModel, ds_config: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@
 partitioned again: about three times the model in traffic. Its account of unexpected and mismatched names is always empty.
 """
 
+import logging
 import time
 from typing import Any
 
@@ -12,11 +13,14 @@ from transformers import PreTrainedModel
 
 from zero_sft import progress, skeleton
 from zero_sft.distributed import agreed
+from zero_sft.generation_config import read_generation_config
 from zero_sft.report import LoadReport
 from zero_sft.request import Request
 from zero_sft.transformers_internals import zero3_config, zero3_under
 from zero_sft.world import World
 from zero_sft.zero import gather, shards
+
+logger = logging.getLogger(__name__)
 
 
 def load_stock(request: Request, world: World, report: LoadReport) -> PreTrainedModel:
@@ -29,11 +33,16 @@ def load_stock(request: Request, world: World, report: LoadReport) -> PreTrained
         cls, config = skeleton.resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
         if request.attn_implementation is not None:
             skeleton.require_attention(cls, config, request.attn_implementation)
+        generation, left_out = read_generation_config(request.folder)
+        for sentence in left_out if world.is_main else ():
+            logger.warning(sentence)
     hf_config = zero3_config(request.ds_config)
     start = time.perf_counter()
     optional: dict[str, Any] = (
         {} if request.attn_implementation is None else {"attn_implementation": request.attn_implementation}
     )
+    if left_out:
+        optional["generation_config"] = generation  # or transformers refuses the whole model
     with progress.task("loading as transformers does"), zero3_under(request.ds_config):
         loaded: Any = cls.from_pretrained(
             str(request.folder),

@@ -93,6 +93,7 @@ def run(parsed: Parsed, world: World) -> None:
     require_room_for_run(parsed, inputs.arguments, inputs, world)
     failure.set_stage("loading the model")
     model = _load(parsed, inputs.arguments, inputs)
+    model.generation_config = inputs.generation
     timeline.end("load")
     _train_and_export(parsed, inputs.arguments, model, inputs, world, timeline)
 

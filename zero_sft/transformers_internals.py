@@ -42,6 +42,7 @@ _WANTED = {
     "patch_output_recorders": "transformers.modeling_utils",
     "_get_model_class": "transformers.models.auto.auto_factory",
     "get_class_from_dynamic_module": "transformers.dynamic_module_utils",
+    "custom_object_save": "transformers.dynamic_module_utils",
     "HfDeepSpeedConfig": "transformers.integrations",
     "is_deepspeed_zero3_enabled": "transformers.integrations",
 }

@@ -23,7 +23,12 @@ _AUTO_BUCKETS = {
 }  # fmt: skip
 _LIVE = {"stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9}
 _CPU = {"device": "cpu", "pin_memory": True}
-_STAGE_2_KEYS = {"allgather_partitions": True, "allgather_bucket_size": 2e8, "reduce_scatter": True, "round_robin_gradients": True}
+_STAGE_2_KEYS = {
+    "allgather_partitions": True,
+    "allgather_bucket_size": 2e8,
+    "reduce_scatter": True,
+    "round_robin_gradients": True,
+}
 
 DS_CONFIGS: dict[str, dict[str, Any]] = {
     "transformers' documentation, offloaded": {

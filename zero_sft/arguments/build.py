@@ -69,7 +69,6 @@ def build_training_arguments(
         problems += find_schedule_conflicts(config, arguments, arguments.max_steps)
     if problems:
         raise ConfigError(conflict_message(problems, where))
-    from zero_sft.arguments.dry_run import dry_run  # imports torch, which --help and a rank's first moments do without
 
     dry_run(arguments)
     for note in notes:

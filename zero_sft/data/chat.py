@@ -79,6 +79,11 @@ class ChatTemplate:
     adds_special_tokens = False  # chat templates write theirs themselves
     trains_on_blanks = False  # most of them strip texts, and of white space nothing would be left
 
+    @property
+    def turn_ends(self) -> tuple[str, ...]:
+        """The texts that end an answer: one, or that of an answer in the middle and that of the last one."""
+        return self.habits.stops
+
     def render(self, conversation: Conversation) -> Rendered:
         """Render with the template, and find the answers.
 

@@ -42,6 +42,11 @@ class VicunaTemplate:
     trains_on_blanks = True  # an answer of white space is one, as in FastChat
     adds_special_tokens = True  # the text has no beginning-of-sequence token of its own
 
+    @property
+    def turn_ends(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        return (self.stop,)
+
     def render(self, conversation: Conversation) -> Rendered:
         """As FastChat does: an empty text leaves out the space before it and what separates it from the next turn.
 

@@ -34,6 +34,7 @@ from zero_sft.plan.plan import Makeup, Target, pieces
 from zero_sft.plan.regions import whole
 from zero_sft.saving.folder import Draft, explained, find_draft, kept, make_draft
 from zero_sft.saving.placing import put_in_place
+from zero_sft.saving.readable import require_readable, unwrapped
 from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
@@ -55,12 +56,15 @@ def save_pretrained(
     All ranks must see `path` on one file system. What else the folder holds stays; former weights in it are replaced.
 
     Raises:
-        ExportError: the folder can't be written, or is not the same on all ranks.
+        ExportError: the folder can't be written, or is not the same on all ranks; or nobody would read the model back as it is.
     """
     target = Path(path).expanduser()
     world = distributed.connect(World.detect())
-    inner: Any = getattr(model, "module", model)
-    tensors = dict(_tensors(inner))
+    with agreed(world, "checking the model"):
+        inner = unwrapped(model)
+        tensors = dict(_tensors(inner))
+        if world.is_main:
+            require_readable(inner, _on_meta(tensors))
     layout = _agreed_layout(inner, tensors, max_file_bytes, world)
     draft: Draft | None = None
     is_complete = False
@@ -87,7 +91,7 @@ def save_pretrained(
 
 def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int, world: World) -> "Layout":
     """The published format where every rank can write it, else the model's own names on every rank. Communicates."""
-    state = {n: torch.empty(shards.full_shape(t), dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    state = _on_meta(tensors)
     with agreed(world, "laying out the export") as told:
         published, told.mine = published_layout(model, state, max_file_bytes)
     reason = next((reason for reason in told.everyone if reason is not None), None)
@@ -98,15 +102,20 @@ def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The state dict's parameters and persistent buffers, a shared one once, under the name that it is loaded by."""
+    """The state dict's parameters and persistent buffers; without the names that a reader ties to others which are written."""
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    seen: set[int] = set()
+    written: set[int] = set()
     everything = list(model.state_dict(keep_vars=True).items())
     for name, tensor in sorted(everything, key=lambda item: item[0] in tied):
-        if torch.is_tensor(tensor) and id(tensor) not in seen and name not in ignored:
-            seen.add(id(tensor))
+        if torch.is_tensor(tensor) and name not in ignored and not (name in tied and id(tensor) in written):
+            written.add(id(tensor))
             yield name, tensor
+
+
+def _on_meta(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Whole tensors without data."""
+    return {n: torch.empty(shards.current_shape(t), dtype=t.dtype, device="meta") for n, t in tensors.items()}
 
 
 def _prepare(
@@ -203,20 +212,24 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
             is_sharded = shards.is_sharded(tensor)
             if not is_sharded and not world.is_main:
                 continue
-            flat = shards.local_shard(tensor) if is_sharded else tensor.detach().contiguous().reshape(-1)
-            span = shards.local_range(tensor) if is_sharded else whole_range(flat.numel())
-            for piece in pieces(Target(makeup=layout.sources[name], span=span)):
-                place = layout.stored[piece.source]
-                write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
-            if is_sharded:
-                shards.release_shard(tensor)
+            span = shards.current_range(tensor) if is_sharded else whole_range(tensor.numel())
+            with shards.current_values(tensor) if is_sharded else _whole_values(tensor) as values:
+                flat = values.to(tensor.dtype)  # a shard keeps its dtype when a partitioned model is cast
+                for piece in pieces(Target(makeup=layout.sources[name], span=span)):
+                    place = layout.stored[piece.source]
+                    write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
             task.advance(_own_bytes(tensor, world))
         for handle in handles.values():
             os.fsync(handle)
 
 
+@contextlib.contextmanager
+def _whole_values(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield tensor.detach().contiguous().reshape(-1)
+
+
 def _own_bytes(tensor: Any, world: World) -> int:
     """What this rank writes of a tensor."""
     if shards.is_sharded(tensor):
-        return shards.local_range(tensor).numel * tensor.element_size()
+        return shards.current_range(tensor).numel * tensor.element_size()
     return tensor.numel() * tensor.element_size() if world.is_main else 0

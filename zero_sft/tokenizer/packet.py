@@ -16,6 +16,7 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from zero_sft.errors import TokenizerError
+from zero_sft.tokenizer.base_config import base_config, keep_base_config
 from zero_sft.tokenizer.fingerprints import fingerprint
 
 
@@ -26,6 +27,7 @@ def pack(tokenizer: PreTrainedTokenizerBase, label: str) -> bytes:
         files = {path.name: path.read_bytes() for path in sorted(Path(top).iterdir())}
     kind = type(tokenizer)
     index = {"label": re.sub(r"\W", "_", label) or "model", "class": [kind.__module__, kind.__qualname__]}
+    index["base_config"] = base_config(tokenizer)
     index["files"] = [[name, len(data)] for name, data in files.items()]
     head = json.dumps(index).encode()
     return b"".join([len(head).to_bytes(8, "big"), head, *files.values()])
@@ -69,6 +71,7 @@ def rebuild(packet: bytes, name: str, *, trust_remote_code: bool = False) -> Pre
         tokenizer._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
         tokenizer._tokenizer.encode_special_tokens = tokenizer.split_special_tokens
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = name
+    keep_base_config(tokenizer, index["base_config"])
     for key in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer: not to be exported with it
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer

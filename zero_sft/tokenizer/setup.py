@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 from zero_sft.checkpoint.folder_kind import first_placeholder
 from zero_sft.errors import TokenizerError, ZeroSftError
 from zero_sft.hub import TOKENIZER, HubOptions
+from zero_sft.tokenizer.base_config import keep_base_config
 from zero_sft.tokenizer.fingerprints import PROBES
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
         instead = "" if tokenizer.pad_token is None else f" instead of {tokenizer.pad_token}"
         logger.info("the tokenizer pads with %s (%s)%s; padding is never trained on", pad, why, instead)
     tokenizer.pad_token = pad
+    keep_base_config(tokenizer, {"padding_side": type(tokenizer).padding_side, **_read_json(folder / "tokenizer_config.json")})
     return tokenizer
 
 

@@ -6,12 +6,13 @@ Everything here is local: no function communicates.
 # DeepSpeed hangs its state on parameters as attributes that no stub knows.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, is_zero_param
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, is_zero_param
 from torch import nn
 
 from zero_sft.plan.partition import FlatRange, shard_range
@@ -107,6 +108,38 @@ def local_shard(param: nn.Parameter) -> torch.Tensor:
     if param.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE:
         param.nvme_swapper.swap_in([param], async_op=False)
     return param.ds_tensor.narrow(0, 0, local_range(param).numel)
+
+
+def is_gathered(param: nn.Parameter) -> bool:
+    """True if a parameter is whole on this rank now, as small ones stay under an engine. Then forward computes with that."""
+    return param.ds_status == ZeroParamStatus.AVAILABLE
+
+
+def current_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The whole tensor's shape, as forward computes with it."""
+    return tuple(tensor.shape) if is_sharded(tensor) and is_gathered(tensor) else full_shape(tensor)
+
+
+def current_range(param: nn.Parameter) -> FlatRange:
+    """The flat range of `current_shape` that this rank answers for."""
+    numel = param.numel() if is_gathered(param) else param.ds_numel
+    return shard_range(numel, param.ds_zero_partition_rank, param.ds_zero_partition_world_size)
+
+
+@contextlib.contextmanager
+def current_values(param: nn.Parameter) -> Iterator[torch.Tensor]:
+    """The elements of `current_range` as forward computes with them, flat.
+
+    A gathered parameter may have been changed in place, which its shard does not show. From NVMe it is brought in for a while.
+    """
+    if is_gathered(param):
+        own = current_range(param)
+        yield param.detach().reshape(-1)[own.start : own.stop]
+        return
+    try:
+        yield local_shard(param)
+    finally:
+        release_shard(param)
 
 
 def partitions(param: nn.Parameter) -> int:
