@@ -59,8 +59,8 @@ class SavingTrainer(SFTTrainer):
         for name in _OVERRIDDEN:
             if not hasattr(SFTTrainer, name):
                 raise UnsupportedVersionError(
-                    f"transformers {transformers.__version__} has moved Trainer.{name}, which saving and resuming need; tested "
-                    f"with {', '.join(TESTED)}. Install a tested release."
+                    f"transformers {transformers.__version__} has moved Trainer.{name}, which saving and resuming "
+                    f"need; tested with {', '.join(TESTED)}. Install a tested release."
                 )
         self._published = published
         super().__init__(*args, **kwargs)
