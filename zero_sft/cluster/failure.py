@@ -23,6 +23,7 @@ from pathlib import Path
 
 from zero_sft import errors
 from zero_sft.cluster.board import NodeBoard
+from zero_sft.cluster.memory_advice import advise, kernel_kills
 from zero_sft.world import World
 
 FOLLOW_ON_SECONDS = 3.0
@@ -34,11 +35,6 @@ _STAGE = "_zero_sft_stage"
 _LOST_PEER = re.compile(
     r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue",
     re.IGNORECASE,
-)
-_TOO_LITTLE_MEMORY = (
-    "Give a device fewer tokens at a time: a smaller --per_device_train_batch_size (and more --gradient_accumulation_steps), a "
-    "smaller --model_max_length, --activation_checkpointing True; or use more ranks, or --deepspeed zero3_offload. "
-    "python -m zero_sft.estimate tells what a step needs."
 )
 
 
@@ -61,7 +57,7 @@ _job = _Job()
 def begin_job(world: World) -> None:
     """Forget a former job of this process. Any rank by itself."""
     global _job
-    _job = _Job(world=world, kills_before=_kernel_kills())
+    _job = _Job(world=world, kills_before=kernel_kills())
 
 
 def set_stage(stage: str | Callable[[], str]) -> None:
@@ -109,7 +105,7 @@ def report_failure(error: BaseException) -> int:
         _say(f"{error} (rank {_job.world.rank} alone)")
     else:
         path = _write_traceback(error)
-        _say(f"{_here()} failed while {_stage(error)}: {type(error).__name__}: {error}{_advice(error)}")
+        _say(f"{_here()} failed while {_stage(error)}: {type(error).__name__}: {error}{advise(error)}")
         _say_traceback(error, path)
     return 1
 
@@ -213,7 +209,7 @@ def _lost_text(error: BaseException | None) -> str:
             "ended, or the network between the hosts has failed. The messages of the other hosts say more."
         )
     ranks = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead.items())
-    kills = _kernel_kills() - _job.kills_before
+    kills = kernel_kills() - _job.kills_before
     if kills > 0:
         cause = f"The kernel has killed {kills} process{'es' * (kills > 1)} on {host} for lack of host memory meanwhile. "
         cause += (
@@ -225,15 +221,6 @@ def _lost_text(error: BaseException | None) -> str:
             f"in its container (see dmesg on {host}, or the scheduler's account of the job)."
         )
     return f"{ranks} on {host} ended while {_stage(error)}, and left no message. {cause}"
-
-
-def _kernel_kills() -> int:
-    """Processes that the kernel has killed for lack of memory, since the host started."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
 
 
 def _claim() -> bool:
@@ -272,14 +259,6 @@ def _stage(error: BaseException | None = None) -> str:
         return _job.stage() if callable(_job.stage) else _job.stage
     except Exception:  # noqa: BLE001 - a message must come
         return "training"
-
-
-def _advice(error: BaseException) -> str:
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
-        return f"\n{_TOO_LITTLE_MEMORY}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"\nThe host has too little memory. {_TOO_LITTLE_MEMORY}"
-    return ""
 
 
 def _say(text: str) -> None:
