@@ -9,7 +9,6 @@ Imports no torch, so that a rank can watch its launcher while the libraries are 
 """
 
 import contextlib
-import logging
 import os
 import re
 import signal
@@ -24,21 +23,18 @@ from pathlib import Path
 
 from zero_sft import errors
 from zero_sft.cluster.board import NodeBoard
+from zero_sft.cluster.memory_advice import advise, kernel_kills
 from zero_sft.world import World
-
-logger = logging.getLogger(__name__)
 
 FOLLOW_ON_SECONDS = 3.0
 """How long a rank whose peer is gone waits for the peer's own message."""
 
+_STAGE = "_zero_sft_stage"
+"""The attribute of an error with the stage in which it came."""
+
 _LOST_PEER = re.compile(
     r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue",
     re.IGNORECASE,
-)
-_TOO_LITTLE_MEMORY = (
-    "Give a device fewer tokens at a time: a smaller --per_device_train_batch_size (and more --gradient_accumulation_steps), a "
-    "smaller --model_max_length, --activation_checkpointing True; or use more ranks, or --deepspeed zero3_offload. "
-    "python -m zero_sft.estimate tells what a step needs."
 )
 
 
@@ -61,7 +57,7 @@ _job = _Job()
 def begin_job(world: World) -> None:
     """Forget a former job of this process. Any rank by itself."""
     global _job
-    _job = _Job(world=world, kills_before=_kernel_kills())
+    _job = _Job(world=world, kills_before=kernel_kills())
 
 
 def set_stage(stage: str | Callable[[], str]) -> None:
@@ -71,10 +67,16 @@ def set_stage(stage: str | Callable[[], str]) -> None:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """`set_stage` for the body; if the body fails, it stays."""
-    before, _job.stage = _job.stage, name
-    yield
-    _job.stage = before
+    """`set_stage` for the body; an error of the body remembers it."""
+    job, before, _job.stage = _job, _job.stage, name
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, _STAGE):
+            setattr(error, _STAGE, name)
+        raise
+    finally:
+        job.stage = before
 
 
 def set_board(world: World, board: NodeBoard | None) -> None:
@@ -103,7 +105,7 @@ def report_failure(error: BaseException) -> int:
         _say(f"{error} (rank {_job.world.rank} alone)")
     else:
         path = _write_traceback(error)
-        _say(f"{_here()} failed while {_stage()}: {type(error).__name__}: {error}{_advice(error)}")
+        _say(f"{_here()} failed while {_stage(error)}: {type(error).__name__}: {error}{advise(error)}")
         _say_traceback(error, path)
     return 1
 
@@ -203,11 +205,11 @@ def _lost_text(error: BaseException | None) -> str:
     if not dead:
         reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "no reason is known"
         return (
-            f"{_here()} lost the connection to another rank while {_stage()}: {reason}\nA rank on another host has "
+            f"{_here()} lost the connection to another rank while {_stage(error)}: {reason}\nA rank on another host has "
             "ended, or the network between the hosts has failed. The messages of the other hosts say more."
         )
     ranks = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead.items())
-    kills = _kernel_kills() - _job.kills_before
+    kills = kernel_kills() - _job.kills_before
     if kills > 0:
         cause = f"The kernel has killed {kills} process{'es' * (kills > 1)} on {host} for lack of host memory meanwhile. "
         cause += (
@@ -218,16 +220,7 @@ def _lost_text(error: BaseException | None) -> str:
             "A signal has killed it: kill -9 by a person or the scheduler, a crash in native code, or lack of host memory "
             f"in its container (see dmesg on {host}, or the scheduler's account of the job)."
         )
-    return f"{ranks} on {host} ended while {_stage()}, and left no message. {cause}"
-
-
-def _kernel_kills() -> int:
-    """Processes that the kernel has killed for lack of memory, since the host started."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
+    return f"{ranks} on {host} ended while {_stage(error)}, and left no message. {cause}"
 
 
 def _claim() -> bool:
@@ -258,19 +251,14 @@ def _here() -> str:
     return f"rank {_job.world.rank} on {socket.gethostname()}"
 
 
-def _stage() -> str:
+def _stage(error: BaseException | None = None) -> str:
+    """What the job did when `error` came, or does now."""
+    if hasattr(error, _STAGE):
+        return getattr(error, _STAGE)
     try:
         return _job.stage() if callable(_job.stage) else _job.stage
     except Exception:  # noqa: BLE001 - a message must come
         return "training"
-
-
-def _advice(error: BaseException) -> str:
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
-        return f"\n{_TOO_LITTLE_MEMORY}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"\nThe host has too little memory. {_TOO_LITTLE_MEMORY}"
-    return ""
 
 
 def _say(text: str) -> None:
@@ -292,6 +280,8 @@ def _write_traceback(error: BaseException) -> Path | None:
     path = _job.logs / f"error_rank_{_job.world.rank}.txt"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{_here()}, process {os.getpid()}, while {_stage()}\n{''.join(traceback.format_exception(error))}")
+        path.write_text(
+            f"{_here()}, process {os.getpid()}, while {_stage(error)}\n{''.join(traceback.format_exception(error))}"
+        )
         return path
     return None

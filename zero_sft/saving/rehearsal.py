@@ -28,7 +28,7 @@ def rehearse_writing(path: str | Path, world: World) -> None:
                 told.mine = stack.enter_context(writable_draft(path)).reference
         draft = find_draft(path, told.everyone[0])
         with agreed(world, "writing to the output folder"), explained(path):
-            if world.local_rank == 0:
+            if world.leads_node:
                 if not draft.folder.is_dir():
                     raise ExportError(
                         f"--output_dir {path} is not the same folder on all nodes: rank {world.rank} does not see what rank 0 "
