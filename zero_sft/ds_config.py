@@ -41,8 +41,8 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             f"{where} is not a ZeRO stage 3 config: zero_optimization.stage is {stage!r}. Set it to 3, or use a shipped one: "
             f"{', '.join(shipped_names())}."
         )
-    for section in ("offload_param", "offload_optimizer"):
-        if section in zero and zero[section] is None:
+    if zero is not None:
+        for section in [name for name in ("offload_param", "offload_optimizer") if zero.get(name, "") is None]:
             del zero[section]  # as DeepSpeed reads it; transformers and accelerate fail at null
     return _plain_precision(config, where)
 

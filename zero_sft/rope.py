@@ -220,11 +220,13 @@ def _is_number(value: str) -> bool:
 def _require_reach(text: PreTrainedConfig, wanted: int) -> None:
     """Refuse a factor that was given and is too small for `wanted` tokens; what has no factor is the user's own choice."""
     count = _count(text)
-    for rope in _global_rope(text).values() if count is not None else ():
+    if count is None:
+        return
+    for rope in _global_rope(text).values():
         context = context_tokens(rope, count)
         if _kind(rope) not in _NEED_FACTOR or wanted <= context:
             continue
-        base = count if _kind(rope) in ("linear", "dynamic") else rope.get("original_max_position_embeddings") or count
+        base: int = count if _kind(rope) in ("linear", "dynamic") else rope.get("original_max_position_embeddings") or count
         raise ArgumentError(
             f"rope_parameters reach {context} tokens (rope_type {_kind(rope)!r}, factor {rope['factor']} of {base} tokens), "
             f"less than --model_max_length {wanted}. Give a factor of at least {math.ceil(100 * wanted / base) / 100:g}, "

@@ -157,7 +157,7 @@ def _nvme_problems(zero: Mapping[str, Any]) -> list[str]:
     sections = [name for name in ("offload_param", "offload_optimizer") if (zero.get(name) or {}).get("device") == "nvme"]
     if not sections:
         return []
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined]
 
     with _quiet():
         usable = AsyncIOBuilder().is_compatible(verbose=False)
