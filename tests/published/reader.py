@@ -26,7 +26,7 @@ def read(folder, question):
     model.generation_config.max_length = None
     with torch.no_grad():
         logits = model(ids).logits[0, -1, :64].float().tolist()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MOST_TOKENS)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MOST_TOKENS, do_sample=False)
     new = out[0, ids.shape[1] :].tolist()
     ends = model.generation_config.eos_token_id
     stopped = new[-1] in (ends if isinstance(ends, list) else [ends])

@@ -138,25 +138,25 @@ def test_a_tokenizer_config_that_both_open():
 
 
 def test_the_tokenizer_keeps_what_the_model_can_read(tmp_path):
-    """Length and padding side are the base's, where a run has set its own."""
+    """The length is the base's, where a run has set its own; the padding side is the run's."""
     from zero_sft.saving.settings import _write_tokenizer
     from zero_sft.tokenizer.base_config import keep_base_config
 
     config = models.tiny_config("llama", max_position_embeddings=8192)
     cases = {
-        "the base's": ({"model_max_length": 16_384, "padding_side": "left"}, 16_384, "left"),
-        "the config's, where the base states none": ({"model_max_length": 10**30}, 8192, "right"),
-        "the config's, where it was stretched": ({"model_max_length": 4096}, 8192, "right"),
-        "a tokenizer of the user's": ({}, 8192, "right"),
+        "the base's": ({"model_max_length": 16_384, "padding_side": "left"}, 16_384),
+        "the config's, where the base states none": ({"model_max_length": 10**30}, 8192),
+        "the config's, where it was stretched": ({"model_max_length": 4096}, 8192),
+        "a tokenizer of the user's": ({}, 8192),
     }
-    for number, (base, length, side) in enumerate(cases.values()):
+    for number, (base, length) in enumerate(cases.values()):
         tokenizer = tiny.byte_tokenizer()
         tokenizer.model_max_length, tokenizer.padding_side = 256, "right"
         keep_base_config(tokenizer, base)
         (tmp_path / str(number)).mkdir()
         _write_tokenizer(tmp_path / str(number), tokenizer, config)
         saved = json.loads((tmp_path / str(number) / "tokenizer_config.json").read_text())
-        assert (saved["model_max_length"], saved.get("padding_side", "right")) == (length, side)
+        assert (saved["model_max_length"], saved.get("padding_side", "right")) == (length, "right")
         assert (tokenizer.model_max_length, tokenizer.padding_side) == (256, "right"), "the run's own stays"
 
 

@@ -20,6 +20,7 @@ from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.generation_config import write_generation_config
 from zero_sft.rope import readable_tokens, text_config
 from zero_sft.saving.older_readers import older_tokenizer_config, with_older_keys
+from zero_sft.saving.reopened import changed_encoding
 from zero_sft.tokenizer.base_config import base_config
 from zero_sft.transformers_internals import internal
 
@@ -66,11 +67,16 @@ def rehearse_settings(
 ) -> None:
     """Write what an export would hold next to the weights to a temporary folder, with this chat template. Rank 0.
 
+    A tokenizer that reads back as another is named in a warning.
+
     Raises:
         ExportError: something in it can't be saved.
     """
     with tempfile.TemporaryDirectory(prefix="zero_sft_") as folder, _chat_template(tokenizer, chat_template):
         _write(Path(folder), Settings(config=config, generation=generation, tokenizer=tokenizer))
+        changed = None if tokenizer is None else changed_encoding(Path(folder), tokenizer)
+        if changed:
+            logger.warning(changed)
 
 
 @contextlib.contextmanager
@@ -144,7 +150,7 @@ def heads_are_tied(model: PreTrainedModel) -> bool | None:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any, config: PreTrainedConfig) -> None:
-    """The tokenizer with the base's length and padding side, not the run's; in a form that transformers 4 opens as well."""
+    """The tokenizer with the base's length, not the run's; in a form that transformers 4 opens as well."""
     base = base_config(tokenizer)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -152,8 +158,8 @@ def _write_tokenizer(folder: Path, tokenizer: Any, config: PreTrainedConfig) -> 
     readable, stated = readable_tokens(text_config(config)), base.get("model_max_length")
     lengths = [length for length in (stated, readable) if isinstance(length, int) and length < _UNSTATED]
     saved["model_max_length"] = max(lengths) if lengths else stated or saved["model_max_length"]
-    if "padding_side" in base:
-        saved["padding_side"] = base["padding_side"]
+    if "legacy" in base:
+        saved.setdefault("legacy", base["legacy"])
     _write_json(path, older_tokenizer_config(saved, base, _adds(tokenizer), tokenizer.chat_template))
 
 

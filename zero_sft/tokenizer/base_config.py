@@ -1,14 +1,14 @@
 """What a model's own `tokenizer_config.json` says, kept with the tokenizer that a run has set up in another way.
 
-A run needs its own length and padding side, and transformers renames a tokenizer's class. What is exported is the model's, so
-that it can be read and generated from as the model could.
+A run needs its own length, transformers renames a tokenizer's class, and drops `legacy`, on which a Llama tokenizer's ids after
+a special token depend. The export has the model's own values.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 _ATTRIBUTE = "_zero_sft_base_config"
-_KEPT = ("tokenizer_class", "model_max_length", "padding_side", "add_bos_token", "add_eos_token")
+_KEPT = ("tokenizer_class", "model_max_length", "add_bos_token", "add_eos_token", "legacy")
 
 
 def keep_base_config(tokenizer: Any, config: Mapping[str, Any]) -> None:

@@ -51,7 +51,7 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
         instead = "" if tokenizer.pad_token is None else f" instead of {tokenizer.pad_token}"
         logger.info("the tokenizer pads with %s (%s)%s; padding is never trained on", pad, why, instead)
     tokenizer.pad_token = pad
-    keep_base_config(tokenizer, {"padding_side": type(tokenizer).padding_side, **_read_json(folder / "tokenizer_config.json")})
+    keep_base_config(tokenizer, _read_json(folder / "tokenizer_config.json"))
     return tokenizer
 
 
