@@ -30,10 +30,7 @@ def fp8(folder: Path, block: tuple[int, int], *, suffix: str = "_scale_inv", sca
             else:
                 tensors[name] = tensor
         save_file(tensors, path, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
-        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _write_index(folder)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -53,8 +50,16 @@ def mxfp4(folder: Path) -> Path:
             else:
                 tensors[name] = tensor
         save_file(tensors, path, metadata={"format": "pt"})
+    _write_index(folder)
     config = json.loads((folder / "config.json").read_text())
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def _write_index(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = {name: path.name for path in folder.glob("*.safetensors") for name in load_file(path)}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
