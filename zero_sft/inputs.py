@@ -84,8 +84,9 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     held_out = parsed.data.eval_data_path
     with agreed(world, "looking for the data"):
         if world.is_main:
-            for paths in filter(None, (parsed.data.training_path, held_out)):
-                require_sources(paths)
+            require_sources(parsed.data.training_path)
+            if held_out is not None:
+                require_sources(held_out, to_evaluate=True)
     rows = getattr(text_config(config), "vocab_size", None)
     generation = rehearse_export(parsed, config, tokenizer, HubOptions.from_kwargs(hub), world)
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)

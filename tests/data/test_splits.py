@@ -11,6 +11,7 @@ from tests.data.tiny import byte_tokenizer, prepare
 from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.dataset import prepare as prepare_source
 from zero_sft.data.files import Files
+from zero_sft.data.mixture import require_sources
 from zero_sft.data.source import parse_sources
 from zero_sft.data.splits import split_of
 from zero_sft.errors import DataError
@@ -137,3 +138,16 @@ def test_what_the_library_writes_about_data_is_not_data(tmp_path):
 )
 def test_split_of(name, split):
     assert split_of(name) == split
+
+
+def test_what_is_evaluated_on_is_named(tmp_path):
+    """A folder's training split is not held out, so it is not evaluated on unless it is asked for."""
+    folder = folder_of(tmp_path, "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")
+    require_sources(str(folder))
+    with pytest.raises(DataError, match=r"Name the one to evaluate on: --eval_data_path .*:test\."):
+        require_sources(str(folder), to_evaluate=True)
+    for split in ("test", "train"):
+        require_sources(f"{folder}:{split}", to_evaluate=True)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "chats.json").write_text('[{"text": "x"}]')
+    require_sources(str(tmp_path / "one"), to_evaluate=True)

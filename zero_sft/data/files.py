@@ -99,6 +99,10 @@ class Files:
         """A line for the log on which split is read, where the folder has several."""
         return files_of(self.path, self.split).note
 
+    def held_out(self) -> str | None:
+        """A split of the folder that is not read, where none was named."""
+        return files_of(self.path, self.split).held_out
+
     def state(self) -> list[Any]:
         """Tells whether the files were written to meanwhile, without reading them; errors as `identity`'s."""
         return [(each, _stamp(each)) for each in self._files]

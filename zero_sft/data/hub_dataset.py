@@ -45,6 +45,9 @@ class HubDataset:
         """Nothing: the name says the split."""
         return ""
 
+    def held_out(self) -> None:
+        """None: the name says the split."""
+
     def state(self) -> None:
         """None: a commit does not change."""
 

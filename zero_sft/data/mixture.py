@@ -76,10 +76,20 @@ def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepa
     return _finished([prepare(each.data, pipeline, processes=recipe.processes, root=recipe.root) for each in sources], recipe)
 
 
-def require_sources(paths: str) -> None:
-    """Raise `DataError` where a path names no file, before work is spent on the others. Any rank; does not communicate."""
-    for each in parse_sources(paths):
-        each.data.state()
+def require_sources(paths: str, *, to_evaluate: bool = False) -> None:
+    """Raise `DataError` where a path names no file, before work is spent on the others. Any rank; does not communicate.
+
+    Args:
+        to_evaluate: a folder with several splits must say which one: `train` is not what is held out.
+    """
+    for source in parse_sources(paths):
+        source.data.state()
+        held_out = source.data.held_out() if to_evaluate else None
+        if held_out:
+            raise DataError(
+                f"--eval_data_path {source.data.name} has several splits. Name the one to evaluate on: "
+                f"--eval_data_path {source.data.name}:{held_out}."
+            )
 
 
 def open_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str]) -> Prepared | None:

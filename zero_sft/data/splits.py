@@ -32,6 +32,7 @@ class Chosen:
 
     files: tuple[Path, ...]
     note: str = ""
+    held_out: str | None = None  # a split that is left out, though nobody has named another
 
 
 def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> Chosen:
@@ -71,7 +72,8 @@ def _without(folder: Path, names: Mapping[Path, str | None], taken: set[str | No
     which = f"split {TRAIN}" if TRAIN in taken else "files that name no split"
     files = tuple(file for file, name in names.items() if name in taken)
     example = next((name for name in names.values() if name not in taken and name), TRAIN)
-    return Chosen(files=files, note=f"{which} read; left out: {left}. Name another as {folder}:{example}")
+    note = f"{which} read; left out: {left}. Name another as {folder}:{example}"
+    return Chosen(files=files, note=note, held_out=example)
 
 
 def split_of(name: str, declared: Sequence[tuple[str, str]] = ()) -> str | None:
