@@ -199,13 +199,13 @@ class _Moves:
 def _distinct_names(folder: Path, target: Path) -> tuple[set[str], set[str]]:
     """The names in the draft, and those of the former model in the target, with no weights file but the entry in both.
 
-    Where the former model's files have the same names, the draft's are renamed, in the index as well: a reader that has the
-    former index never opens a new file by it.
+    Where there is a former model, the draft's files get names of their own, in the index as well: a reader that has the index
+    of the former one, or of one before that, never opens a new file by it.
     """
     fresh = {path.name for path in folder.iterdir()}
     former = former_names(target, fresh)
     shards = {name for name in fresh if WEIGHTS.fullmatch(name) and name not in _ENTRIES}
-    if not shards & former:
+    if not shards or not any(WEIGHTS.fullmatch(name) for name in former):
         return fresh, former
     token = secrets.token_hex(4)
     names = {name: f"{name.removesuffix('.safetensors')}-{token}.safetensors" for name in shards}
