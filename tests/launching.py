@@ -59,7 +59,7 @@ class Started:
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 list(command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=_signals_as_in_a_terminal,
             )  # fmt: skip
         self._seen: set[psutil.Process] = set()
 
@@ -111,6 +111,12 @@ class Started:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
         self.process.wait(timeout=20)
+
+
+def _signals_as_in_a_terminal() -> None:
+    """A job in the background of a script, or under nohup, is born with signals ignored; these tests send them."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _lives(process: psutil.Process) -> bool:

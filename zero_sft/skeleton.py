@@ -163,6 +163,7 @@ def blank(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMod
             torch.device("meta"),
             internal("meta_device_safe_creation_ops")(),
             _no_values_on_meta(),
+            without_zero3(),
         ):
             stack.enter_context(context)
         return cls(copy.deepcopy(config))

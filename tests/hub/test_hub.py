@@ -20,8 +20,10 @@ REPO = "someone/tiny"
 TOKEN = "hf_secretsecretsecret"
 
 JOB = """
-import json, logging, sys
+import json, logging, os, sys
 import torch
+from zero_sft.cluster import layout
+layout._host_identity = lambda: os.environ["NODE"]
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 from zero_sft import load_pretrained
 from zero_sft.errors import ZeroSftError
@@ -55,7 +57,7 @@ def load(hub: standin.Hub, homes: list[Path], repo: str = REPO, nodes: int = 1, 
     for rank, home in enumerate(homes):
         env = {
             **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "RANK": str(rank),
-            "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local),
+            "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local), "NODE": str(rank // local),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [sys.executable, "-c", JOB, repo, json.dumps(options)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import models
+from tests import architectures, models
 from zero_sft.errors import ExportError
 
 
@@ -44,6 +44,23 @@ def test_round_trip(checkpoint, tmp_path, max_file_bytes):
     assert "config.json" in files
     assert "deepspeed" not in " ".join(path.read_text().lower() for path in (tmp_path / "out").glob("*.json"))
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+@pytest.fixture
+def gemma3(tmp_path):
+    return architectures.save("gemma3", tmp_path / "gemma3")
+
+
+@pytest.mark.world_size(2)
+def test_a_model_that_builds_another_in_its_constructor(gemma3, tmp_path):
+    """Rank 0 builds it once more to compare: while a model is alive, that one must not open a `zero.Init`, and wait."""
+    from zero_sft import load_model, save_pretrained
+
+    reference = models.plain(gemma3, torch.bfloat16)
+    model = load_model(str(gemma3), ds_config=models.zero3())
+    save_pretrained(model, tmp_path / "out")
+    del model
+    assert same_state(models.plain(tmp_path / "out", torch.bfloat16), reference)
 
 
 @pytest.mark.world_size(1, 3)
