@@ -29,6 +29,7 @@ def operators():
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(tmp_path, operators):
     page = tmp_path / "gpu.md"
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry_run", "--write", str(page), "--work", str(tmp_path / "work")]

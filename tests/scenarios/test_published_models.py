@@ -18,7 +18,7 @@ READER = str(Path(reader.__file__))
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris, of course."
 STEPS = 40
-QUICK = ("vicuna-7b-v1.5", "Llama-3.1-8B", "Qwen3-8B", "gemma-3-1b-it")
+QUICK = ("vicuna-7b-v1.5", "Llama-3.1-8B")
 """The models that `make test` trains; `make test-all` trains all of them."""
 
 
