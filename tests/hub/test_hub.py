@@ -57,8 +57,8 @@ def load(hub: standin.Hub, homes: list[Path], repo: str = REPO, nodes: int = 1, 
     for rank, home in enumerate(homes):
         env = {
             **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "RANK": str(rank),
-            "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local), "NODE": str(rank // local),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local),
+            "NODE": str(rank // local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
         }  # fmt: skip
         command = [sys.executable, "-c", JOB, repo, json.dumps(options)]
         ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
