@@ -7,9 +7,7 @@ to other ids, silently. `settings.py` writes back what it knows of; this finds w
 from pathlib import Path
 from typing import Any
 
-from zero_sft.tokenizer.fingerprints import fingerprint
-
-_PREFIX = "encoding of "
+from zero_sft.tokenizer.fingerprints import encodings
 
 
 def changed_encoding(folder: Path, tokenizer: Any) -> str | None:
@@ -25,13 +23,13 @@ def changed_encoding(folder: Path, tokenizer: Any) -> str | None:
         reopened = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare exceptions
         return f"plain transformers can't open the exported tokenizer: {str(error).strip() or type(error).__name__}."
-    own, other = fingerprint(tokenizer), fingerprint(reopened)
-    for name in own:
-        if name.startswith(_PREFIX) and own[name] != other.get(name):
+    own, other = encodings(tokenizer), encodings(reopened)
+    for text, ids in own.items():
+        found = other.get(text)
+        if ids != found:
             return (
-                f"plain transformers encodes {name.removeprefix(_PREFIX)} with the exported tokenizer to other ids "
-                f"({_around(other.get(name), own[name])}) than this run trains on ({_around(own[name], other.get(name))}). "
-                "Open the export with the base model's tokenizer files, or report this."
+                f"plain transformers encodes {text} with the exported tokenizer to other ids ({_around(found, ids)}) than this "
+                f"run trains on ({_around(ids, found)}). Open the export with the base model's tokenizer files, or report this."
             )
     return None
 

@@ -17,8 +17,6 @@ def fingerprint(tokenizer: Any) -> dict[str, Any]:
     def digest(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})[:64]
-    probes = (*PROBES, "".join(f"{each}a {each}" for each in special))
     return {
         "class": type(tokenizer).__name__,
         "size": len(tokenizer),
@@ -32,5 +30,12 @@ def fingerprint(tokenizer: Any) -> dict[str, Any]:
         "model_max_length": tokenizer.model_max_length,
         "legacy": getattr(tokenizer, "legacy", None),
         "backend": digest(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None,
-        **{f"encoding of {each!r:.60}": tokenizer.encode(each) for each in probes},
+        **{f"encoding of {text}": ids for text, ids in encodings(tokenizer).items()},
     }
+
+
+def encodings(tokenizer: Any) -> dict[str, list[int]]:
+    """The ids of awkward texts, and of one with the special tokens, each under the first 60 characters of its `repr`."""
+    special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})[:64]
+    texts = (*PROBES, "".join(f"{token}a {token}" for token in special))
+    return {f"{text!r:.60}": tokenizer.encode(text) for text in texts}
