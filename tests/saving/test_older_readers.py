@@ -120,6 +120,8 @@ def test_a_tokenizer_config_that_both_open():
         "tokenizer_class": "PreTrainedTokenizerFast",
         "additional_special_tokens": ["<a>"],
         "eos_token": "</s>",
+        "bos_token": None,  # GPT2Tokenizer of transformers 4 has one where this is not said
+        "unk_token": None,
     }
     base = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}
     older = older_tokenizer_config(saved, base, {"add_bos_token": False, "add_eos_token": False}, "{{ messages }}")
@@ -129,9 +131,11 @@ def test_a_tokenizer_config_that_both_open():
         "{{ messages }}",
     )
     assert "add_eos_token" not in older
-    named = {"tokenizer_class": "GemmaTokenizer", "model_specific_special_tokens": {"image_token": "<i>"}}
+    own = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<x>")
+    named = {"tokenizer_class": "GemmaTokenizer", **own, "model_specific_special_tokens": {"image_token": "<i>"}}
     assert older_tokenizer_config(named, {}, {}, {"default": "a", "tools": "b"}) == {
         "tokenizer_class": "GemmaTokenizer",
+        **own,
         "extra_special_tokens": {"image_token": "<i>"},
         "chat_template": [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}],
     }

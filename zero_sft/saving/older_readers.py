@@ -84,6 +84,10 @@ def _scaling(rope: Mapping[str, Any], model_type: str) -> dict[str, Any] | None:
     return {**scaling, "rope_type": kind}
 
 
+_FILLED_IN = ("bos_token", "eos_token", "unk_token")
+"""Special tokens that classes of transformers 4 (GPT2Tokenizer) have a value for where the file doesn't say `null`."""
+
+
 def older_tokenizer_config(
     saved: Mapping[str, Any], base: Mapping[str, Any], adds: Mapping[str, bool], chat_template: str | Mapping[str, str] | None
 ) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def older_tokenizer_config(
         adds: `add_bos_token` and `add_eos_token` as the tokenizer really does; transformers 4's classes look at these.
         chat_template: one, or several by name; it stays in its own file, too.
     """
-    result = dict(saved)
+    result = dict.fromkeys(_FILLED_IN) | dict(saved)
     if result.get("tokenizer_class") == "TokenizersBackend":
         result["tokenizer_class"] = base.get("tokenizer_class", "PreTrainedTokenizerFast")
         if result["tokenizer_class"] == "TokenizersBackend":
