@@ -79,11 +79,15 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
             else "If it is spelled right, a newer release may know it: pip install -U transformers"
         )
         raise ConfigError(
-            f"{path}: transformers {transformers.__version__} does not know the model type {model_type!r}. {remedy}"
+            f"{path}: transformers {transformers.__version__} does not know the model type {model_type!r}. {remedy}",
+            code="config.unknown_model_type",
         )
     quantisation = raw.get("quantization_config")
     if quantisation is not None and not isinstance(quantisation, dict):
-        raise ConfigError(f"{path}: quantization_config is {quantisation!r}, expected an object. Compare it with the original.")
+        raise ConfigError(
+            f"{path}: quantization_config is {quantisation!r}, expected an object. Compare it with the original.",
+            code="config.bad_quantization_config",
+        )
     try:
         return AutoConfig.from_pretrained(
             folder,
@@ -93,7 +97,9 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
             local_files_only=options.local_files_only,
         )
     except Exception as error:  # each model type has exceptions of its own for values that don't fit
-        raise ConfigError(f"{path} is no usable {model_type} config: {error}. Compare it with the original.") from error
+        raise ConfigError(
+            f"{path} is no usable {model_type} config: {error}. Compare it with the original.", code="config.unusable"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -102,16 +108,21 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"no config.json in {path.parent}.\n{kind}"
             if kind
-            else f"no config.json in {path.parent}. Name the folder that holds it next to the weights."
+            else f"no config.json in {path.parent}. Name the folder that holds it next to the weights.",
+            code="config.missing",
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         if placeholder(path):
-            raise ConfigError(placeholder(path)) from error
-        raise ConfigError(f"{path} can't be read as JSON: {error}. Download or copy the file again.") from error
+            raise ConfigError(placeholder(path), code="config.placeholder_file") from error
+        raise ConfigError(
+            f"{path} can't be read as JSON: {error}. Download or copy the file again.", code="config.not_json"
+        ) from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {raw!r:.80}. Download or copy the file again.")
+        raise ConfigError(
+            f"{path}: expected a JSON object, got {raw!r:.80}. Download or copy the file again.", code="config.not_an_object"
+        )
     return raw
 
 

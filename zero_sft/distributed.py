@@ -95,7 +95,7 @@ def _agreed(world: World, stage: str, timeout: datetime.timedelta) -> Iterator[T
         told.everyone = [told.mine]
         return
     _await_all(stage, timeout)
-    report = None if failure is None else [type(failure).__name__, str(failure)]
+    report = None if failure is None else [type(failure).__name__, str(failure), *getattr(failure, "codes", ())]
     digest = told.same and _digest(told.same[1])
     everyone = exchange(world, [report, told.mine, digest])
     reports, told.everyone, digests = (list(each) for each in zip(*everyone, strict=True))
@@ -104,12 +104,12 @@ def _agreed(world: World, stage: str, timeout: datetime.timedelta) -> Iterator[T
         if told.same:
             _require_same(world, *told.same, digests)
         return
-    kind, message = reports[failed[0]]
+    kind, message, *codes = reports[failed[0]]
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
         message += f"\n(rank {failed[0]} of {world.world_size} while {stage}; failed: rank {ranks})"
     says_no_more = isinstance(failure, errors.ZeroSftError)
-    raise _rebuilt(kind, message) from None if says_no_more else failure
+    raise _rebuilt(kind, message, codes) from None if says_no_more else failure
 
 
 def _await_all(stage: str, timeout: datetime.timedelta) -> None:
@@ -127,15 +127,15 @@ def _await_all(stage: str, timeout: datetime.timedelta) -> None:
                 f"{ranks} did not come to the end of '{stage}' within {timeout}. Its storage or its network hangs; look at "
                 "its host."
             )
-        raise errors.RankLostError(message) from error
+        raise errors.RankLostError(message, code="cluster.rank_lost") from error
 
 
-def _rebuilt(kind: str, message: str) -> errors.ZeroSftError:
+def _rebuilt(kind: str, message: str, codes: Sequence[str]) -> errors.ZeroSftError:
     cls = getattr(errors, kind, None)
     if isinstance(cls, type) and issubclass(cls, errors.ZeroSftError):
-        error = cls(message)
+        error = cls(message, code=codes[0], listed=codes[1:])
     else:
-        error = errors.DistributedError(f"{kind}: {message}")
+        error = errors.DistributedError(f"{kind}: {message}", code="cluster.rank_failed")
     error.agreed = True
     return error
 
@@ -193,7 +193,8 @@ def _require_same(world: World, what: str, values: Mapping[str, Any], digests: S
             shown = "; ".join(f"{text[:200]} on rank {', '.join(map(str, ranks))}" for text, ranks in variants.items())
             lines.append(f"  {key}: {shown}")
     error = errors.DistributedError(
-        f"the ranks disagree about the {what}:\n" + "\n".join(lines) + "\nGive every rank the same files and arguments."
+        f"the ranks disagree about the {what}:\n" + "\n".join(lines) + "\nGive every rank the same files and arguments.",
+        code="cluster.ranks_disagree",
     )
     error.agreed = True
     raise error

@@ -97,7 +97,7 @@ def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
     """Refuse a checkpoint of another model: shapes that differ, or most of the weights absent."""
     mismatched = draft.resolution.mismatched
     if mismatched and not ignore_mismatched_sizes:
-        raise CheckpointError(_misfit(draft.index.folder, mismatched))
+        raise CheckpointError(_misfit(draft.index.folder, mismatched), code="checkpoint.shapes_differ")
     wanted = {name: tensor.numel() for name, tensor in draft.state.items() if name not in draft.away}
     present = sum(numel for name, numel in wanted.items() if name in draft.resolution.loaded)
     if 2 * present < sum(wanted.values()):
@@ -105,7 +105,8 @@ def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
         found = ", ".join(sorted(draft.index.tensors)[:3])
         raise CheckpointError(
             f"{draft.index.folder} lacks most of the model's weights ({present:,} of {sum(wanted.values()):,} elements found). "
-            f"The model wants {examples}, ...; the files have {found}, .... Name a checkpoint of {type(draft.model).__name__}."
+            f"The model wants {examples}, ...; the files have {found}, .... Name a checkpoint of {type(draft.model).__name__}.",
+            code="checkpoint.other_model",
         )
 
 

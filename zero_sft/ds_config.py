@@ -39,7 +39,8 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if stage != 3:
         raise ConfigError(
             f"{where} is not a ZeRO stage 3 config: zero_optimization.stage is {stage!r}. Set it to 3, or use a shipped one: "
-            f"{', '.join(shipped_names())}."
+            f"{', '.join(shipped_names())}.",
+            code="ds_config.not_stage_3",
         )
     if zero is not None:
         for section in [name for name in ("offload_param", "offload_optimizer") if zero.get(name, "") is None]:
@@ -67,10 +68,13 @@ def _plain_precision(config: dict[str, Any], where: str) -> dict[str, Any]:
         except pydantic.ValidationError:
             plain = None
         if plain is None or not isinstance(written, dict):
-            raise ConfigError(f'{where}: {section} is {json.dumps(written)}. Write it as {{"enabled": true}}, false or "auto".')
+            raise ConfigError(
+                f'{where}: {section} is {json.dumps(written)}. Write it as {{"enabled": true}}, false or "auto".',
+                code="ds_config.bad_precision_section",
+            )
         config[section] = {**written, "enabled": plain}
     if all(config.get(section, {}).get("enabled") is True for section in DTYPE_NAMES):
-        raise ConfigError(f"{where} enables both bf16 and fp16. Set one of them to false.")
+        raise ConfigError(f"{where} enables both bf16 and fp16. Set one of them to false.", code="ds_config.bf16_and_fp16")
     return config
 
 
@@ -85,16 +89,19 @@ def _path_of(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    raise ConfigError(f"no DeepSpeed config {source!r}: neither a file nor a shipped name ({', '.join(shipped_names())}).")
+    raise ConfigError(
+        f"no DeepSpeed config {source!r}: neither a file nor a shipped name ({', '.join(shipped_names())}).",
+        code="ds_config.not_found",
+    )
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror or error}.") from error
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}.", code="ds_config.unreadable") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from error
+        raise ConfigError(f"{path} is not JSON: {error}.", code="ds_config.not_json") from error
 
 
 def engine_dtype(config: Mapping[str, Any], wanted: str) -> str:
@@ -127,7 +134,9 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
         if size is None:
             result.pop(key, None)
         elif type(size) is not int or size < 1:
-            raise ConfigError(f'{key} is {size!r}. Set it to a whole number from 1 on, or to "auto".')
+            raise ConfigError(
+                f'{key} is {size!r}. Set it to a whole number from 1 on, or to "auto".', code="ds_config.bad_bucket_size"
+            )
     if not any(key in result for key in _BATCH_SIZES[:2]):
         result["train_micro_batch_size_per_gpu"] = 1
     return result
@@ -148,7 +157,8 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
     if type(size) is not int or not 1 <= size <= world_size or world_size % size or _across_nodes(size, local_world_size):
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size is {size!r}, which is no whole number that divides {world_size} ranks, "
-            f'{local_world_size} on each node. Set it to the ranks per node (here {local_world_size}) or to "auto".'
+            f'{local_world_size} on each node. Set it to the ranks per node (here {local_world_size}) or to "auto".',
+            code="ds_config.bad_hpz_size",
         )
     return {"zero_hpz_partition_size": size}
 
@@ -168,7 +178,8 @@ def require_nvme(config: Mapping[str, Any]) -> None:
         if not path or not Path(path).is_dir() or not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"zero_optimization.{section}.nvme_path is {path!r}, which is no folder that can be written here. Copy "
-                "the config, set nvme_path to a folder on a local NVMe disk of every node, and name the copy with --deepspeed."
+                "the config, set nvme_path to a folder on a local NVMe disk of every node, and name the copy with --deepspeed.",
+                code="ds_config.nvme_path_unwritable",
             )
 
 

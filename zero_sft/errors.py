@@ -1,19 +1,62 @@
-"""The errors that a user can cause, each with its remedy.
+"""The errors that a user can cause, each with its remedy and a stable code.
 
-One small hierarchy, so that a caller can catch `ZeroSftError` and a test can name the precise kind. Every message says what
-was expected, what was found, where, and what to do about it. Errors travel between ranks as plain text
-(`distributed.agree`), so each class is built from one string.
+One small hierarchy, so that a caller can catch `ZeroSftError`, and a `code` for the precise kind ("data.unknown_role"), which
+stays when a sentence changes. Every message says what was expected, what was found, where, and what to do about it. Errors
+travel between ranks and processes as their class's name, their text and their codes.
 """
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 
 class ZeroSftError(Exception):
     """Base of everything this package raises on purpose.
 
     `lone`: one rank alone has it, and must say it itself. `agreed`: all ranks have it, by agreement, so that rank 0 says it.
+
+    Args:
+        code: the kind of the error, `topic.what_is_wrong`. Only torch's DataLoader leaves it out, which makes the error of a
+            worker process again from its text.
+        listed: the codes of the problems that the message lists, if there are several.
     """
 
     lone = False
     agreed = False
+
+    def __init__(self, message: str, *, code: str = "", listed: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.codes = (code, *listed)
+
+    def __reduce__(self) -> Any:
+        return _restored, (type(self), str(self), self.codes)
+
+    @property
+    def code(self) -> str:
+        """The kind of the error; the first of `codes`, which has those of listed problems behind it."""
+        return self.codes[0]
+
+    @property
+    def with_code(self) -> str:
+        """The message for a person, with the code behind it; each listed problem has its own."""
+        return str(self) if self.codes[1:] else f"{self} [{self.code}]"
+
+    @classmethod
+    def listing(cls, problems: Sequence["ZeroSftError"], heading: str, *, remedy: str = "", code: str) -> Self:
+        """One error for several problems, a line each; a single one keeps its code, and without a `remedy` its sentence."""
+        if len(problems) == 1:
+            code = problems[0].code
+        if len(problems) == 1 and not remedy:
+            return cls(str(problems[0]), code=code)
+        lines = [
+            heading,
+            *(f"- {problem.with_code if len(problems) > 1 else problem}" for problem in problems),
+            *([remedy] if remedy else []),
+        ]
+        return cls("\n".join(lines), code=code, listed=[problem.code for problem in problems] if len(problems) > 1 else ())
+
+
+def _restored(cls: type[ZeroSftError], message: str, codes: Sequence[str]) -> ZeroSftError:
+    return cls(message, code=codes[0], listed=codes[1:])
 
 
 class ConfigError(ZeroSftError):

@@ -66,9 +66,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} can't be read as JSON: {error}. Copy the file again, or remove it.") from error
+        raise ConfigError(
+            f"{path} can't be read as JSON: {error}. Copy the file again, or remove it.", code="generation_config.not_json"
+        ) from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {raw!r:.80}. Copy the file again, or remove it.")
+        raise ConfigError(
+            f"{path}: expected a JSON object, got {raw!r:.80}. Copy the file again, or remove it.",
+            code="generation_config.not_an_object",
+        )
     return raw
 
 

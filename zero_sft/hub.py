@@ -64,12 +64,14 @@ class HubOptions:
             if name not in own:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]}?" if near else ""
-                raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.")
+                raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.", code="arguments.unknown")
         for name, value in kwargs.items():
             require_kind(name, value, _KINDS[name])
         variant = kwargs.get("variant")
         if variant is not None and not _VARIANT.fullmatch(variant):
-            raise ArgumentError(f"variant {variant!r} is no part of a file's name; expected one like fp16.")
+            raise ArgumentError(
+                f"variant {variant!r} is no part of a file's name; expected one like fp16.", code="hub.bad_variant"
+            )
         return cls(**kwargs)
 
 
@@ -77,7 +79,9 @@ def require_kind(name: str, value: object, kind: tuple[Any, str]) -> None:
     """Raise `ArgumentError` unless a value is of one of the types that `kind` has, with words for them."""
     types, wanted = kind
     if not isinstance(value, types):
-        raise ArgumentError(f"{name} must be {wanted}, got {value!r:.80}")  # a token is a text, so never shown
+        raise ArgumentError(
+            f"{name} must be {wanted}, got {value!r:.80}", code="arguments.wrong_value"
+        )  # a token is a text, so never shown
 
 
 def pin_revision(name_or_path: str, hub: HubOptions, world: World) -> HubOptions:
@@ -127,7 +131,7 @@ def _fetched(name_or_path: str, hub: HubOptions, world: World, patterns: tuple[s
             if mine and folder is None:
                 folder = _snapshot(name_or_path, hub, wanted, local_only=turn == "everyone" and not world.is_main)
     if folder is None:  # can't be: "everyone" has had its turn
-        raise CheckpointError(f"{name_or_path} was not found")
+        raise CheckpointError(f"{name_or_path} was not found", code="hub.not_found")
     return _inside(folder, hub.subfolder)
 
 
@@ -171,7 +175,8 @@ def _local_everywhere(name_or_path: str, hub: HubOptions, world: World) -> Path 
         absent = [rank for rank, each in enumerate(found) if not each]
         raise CheckpointError(
             f"{name_or_path} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a "
-            "file system that all nodes share, or copy it to every node."
+            "file system that all nodes share, or copy it to every node.",
+            code="hub.folder_not_on_all_nodes",
         )
     return local
 
@@ -186,7 +191,10 @@ def local_folder(name_or_path: str, hub: HubOptions) -> Path | None:
     if path.is_dir():
         return _inside(path, hub.subfolder)
     if _looks_like_a_path(name_or_path):
-        raise CheckpointError(f"no such folder: {name_or_path}. Name an existing folder, or a hub id such as 'org/model'.")
+        raise CheckpointError(
+            f"no such folder: {name_or_path}. Name an existing folder, or a hub id such as 'org/model'.",
+            code="hub.no_such_folder",
+        )
     return None
 
 
@@ -204,9 +212,11 @@ def _inside(folder: Path, subfolder: str) -> Path:
     if not subfolder:
         return folder
     if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
-        raise CheckpointError(f"subfolder {subfolder!r} leads out of {folder}. Name a folder inside it.")
+        raise CheckpointError(
+            f"subfolder {subfolder!r} leads out of {folder}. Name a folder inside it.", code="hub.subfolder_leaves_folder"
+        )
     if not (folder / subfolder).is_dir():
-        raise CheckpointError(f"{folder} has no folder {subfolder!r}. Check --subfolder.")
+        raise CheckpointError(f"{folder} has no folder {subfolder!r}. Check --subfolder.", code="hub.no_such_subfolder")
     return folder / subfolder
 
 
@@ -225,9 +235,11 @@ def _snapshot(repo: str, hub: HubOptions, patterns: tuple[str, ...], *, local_on
             allow_patterns=[prefix + each for each in patterns],
         )
     except HFValidationError as error:
-        raise CheckpointError(f"{repo!r} is neither an existing folder nor a hub id ('org/model'): {error}") from error
+        raise CheckpointError(
+            f"{repo!r} is neither an existing folder nor a hub id ('org/model'): {error}", code="hub.not_found"
+        ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(_unavailable(repo, hub, error)) from error
+        raise CheckpointError(_unavailable(repo, hub, error), code="hub.unavailable") from error
     return Path(found)
 
 

@@ -118,7 +118,8 @@ def _require_other_folder(model: str, output_dir: str) -> None:
     with contextlib.suppress(OSError):  # no such folders; rank 0 may just be trying whether one can be made
         if Path(model).samefile(output_dir):
             raise ArgumentError(
-                f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another."
+                f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another.",
+                code="export.into_the_models_folder",
             )
 
 

@@ -117,7 +117,8 @@ def disable(folders: Sequence[Path] | None = None) -> None:
             else:
                 raise ConfigError(
                     f"{script} is the shim of zero_sft, but its original, {original.name}, is no longer beside it. "
-                    "Reinstall it: pip install --force-reinstall --no-deps deepspeed"
+                    "Reinstall it: pip install --force-reinstall --no-deps deepspeed",
+                    code="launcher.original_gone",
                 )
 
 
@@ -182,7 +183,8 @@ def _scripts(folders: Sequence[Path] | None) -> list[Path]:
     raise ConfigError(
         f"no `deepspeed` command in {' or '.join(dict.fromkeys(map(str, folders)))}, the scripts of {sys.executable}. "
         "Install DeepSpeed into this environment (pip install deepspeed), or run this with the Python that has it. "
-        f"The form that needs no change to any script: {MODULE_FORM}"
+        f"The form that needs no change to any script: {MODULE_FORM}",
+        code="launcher.no_deepspeed_command",
     )
 
 
@@ -197,7 +199,8 @@ def _read_launcher(script: Path) -> bytes:
         return content
     raise ConfigError(
         f"{script} {problem}, so it stays as it is. Reinstall it (pip install --force-reinstall --no-deps deepspeed), "
-        f"or use the form that needs no change: {MODULE_FORM}"
+        f"or use the form that needs no change: {MODULE_FORM}",
+        code="launcher.unknown_script",
     )
 
 
@@ -223,7 +226,8 @@ def _writing(script: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(
             f"can't change {script}: {error.strerror or error}. Run this as the owner of {script.parent}, "
-            f"or use the form that needs no change: {MODULE_FORM}"
+            f"or use the form that needs no change: {MODULE_FORM}",
+            code="launcher.script_unwritable",
         ) from error
 
 

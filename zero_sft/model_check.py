@@ -41,7 +41,8 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
         if attention and "flash" in attention and dtype == "float32":
             raise ArgumentError(
                 f"--attn_implementation {attention} computes in 16 bits alone, and this run trains in float32. "
-                "Give --bf16 True, or --attn_implementation sdpa."
+                "Give --bf16 True, or --attn_implementation sdpa.",
+                code="arguments.attention_needs_16_bits",
             )
         folder = local_folder(parsed.model.model_name_or_path, options)
         if not getattr(config, "auto_map", None):
@@ -49,7 +50,8 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
             if arguments.activation_checkpointing and not cls.supports_gradient_checkpointing:
                 raise ArgumentError(
                     f"{cls.__name__} can't recompute activations, which --activation_checkpointing asks for (the default): "
-                    "give --activation_checkpointing False."
+                    "give --activation_checkpointing False.",
+                    code="arguments.no_activation_checkpointing",
                 )
             if attention:
                 require_attention(cls, part, attention)
@@ -73,5 +75,6 @@ def _require_hidden_size(hf_config: Any, config: Any) -> None:
     if left and not any(hasattr(part, name) for part in parts for name in ("hidden_size", "hidden_sizes")):
         raise ConfigError(
             f'zero_optimization has "auto" for {", ".join(left)}, which the Trainer computes from the model\'s hidden_size, '
-            f"and {type(config).__name__} has none. Write numbers there: for a model of width h about h², 0.9 h² and 10 h."
+            f"and {type(config).__name__} has none. Write numbers there: for a model of width h about h², 0.9 h² and 10 h.",
+            code="ds_config.auto_needs_hidden_size",
         )

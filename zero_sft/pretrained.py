@@ -132,9 +132,12 @@ def load_model(
         ZeroSftError: the same one on every rank; its class says what was wrong.
     """
     if loader not in LOADERS:
-        raise ArgumentError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}")
+        raise ArgumentError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}", code="arguments.wrong_value")
     if type(buffer_mib) is not int or buffer_mib < BUFFER_MIB_A_THREAD:
-        raise ArgumentError(f"buffer_mib must be a whole number, at least {BUFFER_MIB_A_THREAD}; got {buffer_mib!r}")
+        raise ArgumentError(
+            f"buffer_mib must be a whole number, at least {BUFFER_MIB_A_THREAD}; got {buffer_mib!r}",
+            code="arguments.wrong_value",
+        )
     _require_flags(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes, mmap=mmap)
     options = HubOptions.from_kwargs(hub, load_model)
     world = distributed.connect(World.detect())
@@ -202,7 +205,7 @@ def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
         dtype = getattr(config, "dtype", None) or torch.float32
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
-        raise ArgumentError(f"dtype must be 'auto', a torch dtype or its name, got {dtype!r}")
+        raise ArgumentError(f"dtype must be 'auto', a torch dtype or its name, got {dtype!r}", code="arguments.wrong_value")
     return str(found).removeprefix("torch.")  # torch.half is another name of torch.float16
 
 
@@ -211,7 +214,8 @@ def require_engine_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> N
     if dtype != "auto" and asked != engine:
         raise ArgumentError(
             f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "
-            'fp16.enabled in it to match (or to "auto"), or leave dtype at "auto".'
+            'fp16.enabled in it to match (or to "auto"), or leave dtype at "auto".',
+            code="arguments.dtype_contradicts_engine",
         )
 
 

@@ -42,7 +42,9 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     try:
         return config.get_text_config(decoder=True)
     except ValueError as error:
-        raise ConfigError(f"{config.name_or_path} has no single language model to fine-tune: {error}") from error
+        raise ConfigError(
+            f"{config.name_or_path} has no single language model to fine-tune: {error}", code="config.no_language_model"
+        ) from error
 
 
 _NUMBERS = frozenset({
@@ -62,7 +64,9 @@ def with_context(
     """A copy of `config` for training on up to `model_max_length` tokens. Pure; errors as in `prepare_config`."""
     whole = isinstance(model_max_length, int) and not isinstance(model_max_length, bool)
     if model_max_length is not None and (not whole or model_max_length < 1):
-        raise ConfigError(f"--model_max_length must be a whole number, at least 1; got {model_max_length!r}.")
+        raise ConfigError(
+            f"--model_max_length must be a whole number, at least 1; got {model_max_length!r}.", code="arguments.wrong_value"
+        )
     config = copy.deepcopy(config)
     text = text_config(config)
     name = config.name_or_path or text.model_type
@@ -76,7 +80,10 @@ def with_context(
         problem = _unusable(rope, text)
         if problem:
             where = "rope_parameters" if layers is None else f"rope_parameters of {layers}"
-            raise ConfigError(f"{name}: {where} (rope_scaling) in config.json: {problem}. Compare it with the original.")
+            raise ConfigError(
+                f"{name}: {where} (rope_scaling) in config.json: {problem}. Compare it with the original.",
+                code="rope.bad_parameters_in_config",
+            )
     if model_max_length is not None:
         _stretch(text, model_max_length, name)
     return config
@@ -144,7 +151,8 @@ def _stretch(text: PreTrainedConfig, wanted: int, name: str) -> None:
     if kind == "table" and wanted > count:
         raise ConfigError(
             f"{name} can't read more than {count} tokens: it looks positions up in a table of that length (model type "
-            f"{text.model_type}, no RoPE to scale). Got --model_max_length {wanted}; give at most {count}."
+            f"{text.model_type}, no RoPE to scale). Got --model_max_length {wanted}; give at most {count}.",
+            code="rope.position_table_too_short",
         )
     for layers, rope in _global_rope(text).items():
         has, context = _kind(rope), context_tokens(rope, count)
@@ -155,7 +163,8 @@ def _stretch(text: PreTrainedConfig, wanted: int, name: str) -> None:
             raise ConfigError(
                 f"{name} has a context of {context} tokens by RoPE scaling of the kind {has} ({rope!r:.300}), which is "
                 f"not replaced silently for --model_max_length {wanted}. Give at most {context}, or say how to scale "
-                f"with rope_parameters, which are laid over these: {{'rope_type': '{has}', 'factor': {factor}, ...}}"
+                f"with rope_parameters, which are laid over these: {{'rope_type': '{has}', 'factor': {factor}, ...}}",
+                code="rope.other_scaling_in_place",
             )
         _write(text, layers, {"rope_type": "linear", "factor": float(math.ceil(wanted / count))})
 
@@ -164,7 +173,9 @@ def _replace(text: PreTrainedConfig, given: dict, name: str) -> None:
     """Lay `given` over the model's RoPE parameters in place: one dict for the global layers, or one by layer type."""
     own = _rope_by_layer(text)
     if positions(text) != "rope":
-        raise ConfigError(f"{name} (model type {text.model_type}) has no RoPE: leave rope_parameters out.")
+        raise ConfigError(
+            f"{name} (model type {text.model_type}) has no RoPE: leave rope_parameters out.", code="rope.model_without_rope"
+        )
     by_layer = isinstance(given, dict) and any(isinstance(each, dict) for each in given.values())
     for layers, changes in (given if by_layer else dict.fromkeys(_global_rope(text) or own, given)).items():
         kind = changes.get("rope_type") if isinstance(changes, dict) else None
@@ -172,19 +183,25 @@ def _replace(text: PreTrainedConfig, given: dict, name: str) -> None:
             raise ConfigError(
                 f"rope_parameters: expected a dict such as {{'rope_type': 'linear', 'factor': 2.0}}, its rope_type one "
                 f"of default, {', '.join(ROPE_INIT_FUNCTIONS)}; or such a dict by layer type, of which {name} has "
-                f"{', '.join(filter(None, own)) or 'only one'}. Got {given!r}."
+                f"{', '.join(filter(None, own)) or 'only one'}. Got {given!r}.",
+                code="rope.bad_parameters",
             )
         problem = _unusable(changes, text)
         if problem:
-            raise ArgumentError(f"rope_parameters: {problem}. Given: {given!r}.")
+            raise ArgumentError(f"rope_parameters: {problem}. Given: {given!r}.", code="rope.bad_parameters")
         if changes.get("factor", 1) < 1:
-            raise ArgumentError(f"rope_parameters: 'factor' must be a number, at least 1; got {changes['factor']!r}.")
+            raise ArgumentError(
+                f"rope_parameters: 'factor' must be a number, at least 1; got {changes['factor']!r}.",
+                code="rope.bad_parameters",
+            )
         _write(text, layers, changes)
     try:
         text.standardize_rope_params()
         text.validate_rope()
     except Exception as error:  # KeyError, TypeError, AttributeError and others
-        raise ArgumentError(f"rope_parameters do not fit {name}: {error}. Given: {given!r}.") from error
+        raise ArgumentError(
+            f"rope_parameters do not fit {name}: {error}. Given: {given!r}.", code="rope.bad_parameters"
+        ) from error
 
 
 def _unusable(rope: Mapping[str, Any], text: PreTrainedConfig) -> str:
@@ -230,7 +247,8 @@ def _require_reach(text: PreTrainedConfig, wanted: int) -> None:
         raise ArgumentError(
             f"rope_parameters reach {context} tokens (rope_type {_kind(rope)!r}, factor {rope['factor']} of {base} tokens), "
             f"less than --model_max_length {wanted}. Give a factor of at least {math.ceil(100 * wanted / base) / 100:g}, "
-            f"or --model_max_length {context}."
+            f"or --model_max_length {context}.",
+            code="rope.does_not_reach_length",
         )
 
 

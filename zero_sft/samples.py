@@ -25,11 +25,13 @@ def read_prompts(path: Path) -> list[str]:
         try:
             prompts = json.loads(text)
         except ValueError as error:
-            raise DataError(f"{path} is not JSON: {error}. Give a list of texts, or one prompt a line.") from error
+            raise DataError(
+                f"{path} is not JSON: {error}. Give a list of texts, or one prompt a line.", code="data.prompts_not_json"
+            ) from error
     else:
         prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts or not all(isinstance(each, str) for each in prompts):
-        raise DataError(f"{path} holds no prompts. Give a JSON list of texts, or one prompt a line.")
+        raise DataError(f"{path} holds no prompts. Give a JSON list of texts, or one prompt a line.", code="data.no_prompts")
     return prompts
 
 

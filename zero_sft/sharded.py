@@ -97,7 +97,7 @@ def load_sharded(request: Request, world: World, report: LoadReport) -> PreTrain
             more,
         )
     if request.checks.strict and (report.missing or report.unexpected):
-        raise CheckpointError(_not_strict(request, report))
+        raise CheckpointError(_not_strict(request, report), code="checkpoint.not_strict")
     if request.checks.verify:
         with watch.stage("verify"):
             report.verified = _verify(draft, world, ready)

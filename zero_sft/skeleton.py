@@ -41,7 +41,9 @@ def resolve_class(
         return auto, config
     mapping = getattr(auto, "_model_mapping", None)
     if mapping is None:
-        raise ArgumentError(f"model_class must be a PreTrainedModel class or an Auto class, got {model_class!r}")
+        raise ArgumentError(
+            f"model_class must be a PreTrainedModel class or an Auto class, got {model_class!r}", code="arguments.wrong_value"
+        )
     reference = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
     if reference and trust_remote_code:
         return internal("get_class_from_dynamic_module")(reference, str(folder)), config
@@ -49,9 +51,13 @@ def resolve_class(
         if reference:
             raise ConfigError(
                 f"{folder} brings its own code for {auto.__name__} ({reference}), which runs only with "
-                "trust_remote_code=True (--trust_remote_code). Read the code first."
+                "trust_remote_code=True (--trust_remote_code). Read the code first.",
+                code="config.remote_code_untrusted",
             )
-        raise ConfigError(f"{auto.__name__} has no model for {type(config).__name__} (model_type {config.model_type!r})")
+        raise ConfigError(
+            f"{auto.__name__} has no model for {type(config).__name__} (model_type {config.model_type!r})",
+            code="config.no_such_head",
+        )
     found = internal("_get_model_class")(config, mapping)
     text = config.sub_configs.get("text_config")
     return (found, config.get_text_config()) if text and getattr(found, "config_class", None) == text else (found, config)
@@ -76,7 +82,8 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
         names = ", ".join(["eager", *(each for each, has in supported.items() if has)])
         raise ArgumentError(
             f"attn_implementation {name!r} can't be used with {cls.__name__}: {_first_sentence(error)}\n"
-            f"{cls.__name__} takes {names}. Without --attn_implementation transformers chooses."
+            f"{cls.__name__} takes {names}. Without --attn_implementation transformers chooses.",
+            code="arguments.attention_unusable",
         ) from error
 
 
@@ -109,7 +116,8 @@ def build(request: Request) -> Skeleton:
     except Exception as error:  # pydantic's ValidationError, DeepSpeedConfigError, AssertionError, KeyError, TypeError
         reason = str(error).strip() or type(error).__name__
         raise ConfigError(
-            f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones."
+            f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones.",
+            code="ds_config.refused_by_deepspeed",
         ) from error
     model, state = outline(request, init)
     return Skeleton(model=model, state=state, init=init)

@@ -175,7 +175,8 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
         if late_error is not None:
             raise DistributedError(
                 f"after the last step: {type(late_error).__name__}: {late_error}. The model as the last step left it is "
-                f"complete in {output}."
+                f"complete in {output}.",
+                code="cluster.failed_after_last_step",
             ) from late_error
     trained: Any = trainer.model_wrapped
     trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
@@ -218,7 +219,7 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
             callbacks=[trainer_callback(timeline, logger.info), LastStepLogged()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
-        raise ArgumentError(f"the trainer refuses these arguments: {error}") from error
+        raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     rows = "packed rows" if inputs.training_data.unpacked is not None else "samples"
     log = StepLog(lambda: trainer.tokens, rows)
     trainer.add_callback(log)

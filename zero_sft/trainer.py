@@ -62,7 +62,8 @@ class Trainer(SavingTrainer):
         if batches and trained is not None and _is_lazy(self.train_dataset) and int(trained) == 0:
             raise DataError(
                 f"nothing is trained on in the batches of step {self.state.global_step + 1}: all samples were cut off before "
-                "their first answer. Raise --model_max_length, or leave --lazy_preprocess out, which drops such samples."
+                "their first answer. Raise --model_max_length, or leave --lazy_preprocess out, which drops such samples.",
+                code="data.nothing_trained_on",
             )
         return batches, trained
 
@@ -74,7 +75,7 @@ class Trainer(SavingTrainer):
                 yield self._without_repeated(batch, rows, size, self.args.dataloader_drop_last)
         except DataError as error:
             said = str(error).rpartition("DataError: ")[2].strip()  # a worker process's comes with its traceback
-            alone = DataError(said)
+            alone = DataError(said, code=error.code or "data.unusable_sample")
             alone.lone = self.args.world_size > 1
             raise alone from None
 

@@ -62,7 +62,7 @@ def internal(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_WANTED[name]), name)
     except (ImportError, AttributeError) as error:
-        raise UnsupportedVersionError(_moved(f"{_WANTED[name]}.{name}")) from error
+        raise UnsupportedVersionError(_moved(f"{_WANTED[name]}.{name}"), code="version.transformers_moved") from error
 
 
 def check() -> None:
@@ -75,7 +75,7 @@ def check() -> None:
         internal(name)
     for name in _METHODS:
         if not hasattr(transformers.PreTrainedModel, name):
-            raise UnsupportedVersionError(_moved(f"PreTrainedModel.{name}"))
+            raise UnsupportedVersionError(_moved(f"PreTrainedModel.{name}"), code="version.transformers_moved")
 
 
 def loading_info(missing: Iterable[str], unexpected: Iterable[str]) -> Any:

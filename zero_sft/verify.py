@@ -78,11 +78,15 @@ def verify(
         names = sorted({name for each in everywhere for name in each})
         raise CheckpointError(
             f"read back, other than the files: {', '.join(names[:5])} ({len(names)} in all, first on rank {rank}). The files "
-            "changed while they were read, or storage or memory is faulty. Load again, and compare the files' checksums."
+            "changed while they were read, or storage or memory is faulty. Load again, and compare the files' checksums.",
+            code="checkpoint.verification_failed",
         )
     unread = sorted(held.keys() - merged.keys())
     if unread:
-        raise CheckpointError(f"read back, nothing was found for {', '.join(unread[:5])}. Load with --loader stock.")
+        raise CheckpointError(
+            f"read back, nothing was found for {', '.join(unread[:5])}. Load with --loader stock.",
+            code="checkpoint.not_verified",
+        )
     return len(held)
 
 

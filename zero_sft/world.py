@@ -144,7 +144,8 @@ def _unusable(problem: str, names: tuple[str, ...], env: Mapping[str, str]) -> e
     values = ", ".join(f"{name}={env.get(name, '(not set)')}" for name in names)
     return errors.ConfigError(
         f"the launcher's variables {problem}. Found: {values}. Start the job with ./launch.sh, deepspeed, torchrun, mpirun or "
-        "srun, and unset what a former job has left."
+        "srun, and unset what a former job has left.",
+        code="cluster.bad_launcher_variables",
     )
 
 
@@ -166,7 +167,10 @@ def _slurm_node_tasks(env: Mapping[str, str]) -> dict[str, str]:
     for part in listed.split(",") if listed else ():
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
-            raise errors.ConfigError(f"SLURM's list of tasks per node is not readable: {listed!r}. Start the job with srun.")
+            raise errors.ConfigError(
+                f"SLURM's list of tasks per node is not readable: {listed!r}. Start the job with srun.",
+                code="cluster.bad_launcher_variables",
+            )
         tasks += [match[1]] * int(match[2] or 1)
     node = int(env["SLURM_NODEID"]) if env.get("SLURM_NODEID", "").isdigit() else 0
     return {"_SLURM_NODE_TASKS": tasks[min(node, len(tasks) - 1)]} if tasks else {}
@@ -178,5 +182,6 @@ def _require_no_half(env: Mapping[str, str]) -> None:
         if env.get(name, lone) != lone and other not in env:
             raise errors.ConfigError(
                 f"{name}={env[name]} is set, but {other} is not. Start the job with ./launch.sh, deepspeed, torchrun, mpirun "
-                f"or srun; for one process alone, unset {name}."
+                f"or srun; for one process alone, unset {name}.",
+                code="cluster.launcher_variable_missing",
             )

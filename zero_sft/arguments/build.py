@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments.ds_conflicts import (
     complete_config,
-    conflict_message,
+    conflict_error,
     count_steps,
     find_conflicts,
     find_schedule_conflicts,
-    schema_message,
+    schema_error,
 )
 from zero_sft.arguments.names import refused_accelerator_key
 from zero_sft.errors import ArgumentError, ConfigError
@@ -56,19 +56,19 @@ def build_training_arguments(
     config, notes = complete_config(ds_config, optim, scheduler_settings(ds_config.get("scheduler")))
     problems = [*schema_problems(without_auto(config)), *_unsupported_precision(config, accelerator)]
     if problems:
-        raise ConfigError(schema_message(problems, where))
+        raise schema_error(problems, where)
     try:
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
-        raise ArgumentError(f"the Trainer refuses these arguments: {error}") from error
+        raise ArgumentError(f"the Trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     refused = refused_accelerator_key(vars(arguments.accelerator_config))  # they may have come from a file
     if refused:
-        raise ArgumentError(refused)
+        raise ArgumentError(refused, code="arguments.accelerator_key")
     problems = find_conflicts(config, arguments, given, arguments.world_size)
     if arguments.max_steps > 0:
         problems += find_schedule_conflicts(config, arguments, arguments.max_steps)
     if problems:
-        raise ConfigError(conflict_message(problems, where))
+        raise conflict_error(problems, where)
 
     dry_run(arguments)
     for note in notes:
@@ -81,7 +81,7 @@ def require_matching_schedule(arguments: "TrainingArguments", where: str, rows: 
     steps = count_steps(rows, arguments, world_size)
     problems = find_schedule_conflicts(arguments.hf_deepspeed_config.config, arguments, steps)
     if problems:
-        raise ConfigError(conflict_message(problems, where))
+        raise conflict_error(problems, where)
 
 
 def ds_config_name(values: Mapping[str, Any]) -> str:
@@ -90,11 +90,14 @@ def ds_config_name(values: Mapping[str, Any]) -> str:
     return str(source) if isinstance(source, str) else "given with --deepspeed"
 
 
-def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> list[str]:
+def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> list[ConfigError]:
     """A precision that is switched on in the config and that DeepSpeed's device does not compute in."""
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
     return [
-        f"{name}.enabled is true, and DeepSpeed does not support {name} on this machine ({accelerator.device_name()})."
+        ConfigError(
+            f"{name}.enabled is true, and DeepSpeed does not support {name} on this machine ({accelerator.device_name()}).",
+            code="ds_config.unsupported_precision",
+        )
         for name, is_supported in supported.items()
         if config[name].get("enabled") is True and not is_supported()
     ]
@@ -110,7 +113,8 @@ def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
     if device != "cpu":
         if fitted.get("use_cpu"):
             raise ArgumentError(
-                f"--use_cpu on a machine with {device}: DeepSpeed has taken it already. Start the job with DS_ACCELERATOR=cpu."
+                f"--use_cpu on a machine with {device}: DeepSpeed has taken it already. Start the job with DS_ACCELERATOR=cpu.",
+                code="arguments.cpu_on_accelerator",
             )
         return fitted
     for name, instead in (
@@ -119,7 +123,9 @@ def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
         ("activation_offloading", "leave it out"),
     ):
         if fitted.get(name):
-            raise ArgumentError(f"--{name} needs an accelerator, and this machine has none: {instead}.")
+            raise ArgumentError(
+                f"--{name} needs an accelerator, and this machine has none: {instead}.", code="arguments.needs_accelerator"
+            )
     if fitted.pop("tf32", None):
         logger.info("--tf32 is put aside: it speeds up NVIDIA GPUs, and this machine has none")
     fitted["use_cpu"] = True

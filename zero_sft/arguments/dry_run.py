@@ -33,10 +33,10 @@ def dry_run(arguments: Any) -> None:
     problems += [*_optimizer_problems(arguments), *_loader_problems(arguments), *_best_model_problems(arguments)]
     problems += _number_problems(arguments)
     if problems:
-        raise ArgumentError("\n".join(["the arguments can't be used:", *problems] if len(problems) > 1 else problems))
+        raise ArgumentError.listing(problems, "the arguments can't be used:", code="arguments.unusable")
 
 
-def _report_problems(arguments: Any) -> list[str]:
+def _report_problems(arguments: Any) -> list[ArgumentError]:
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
     problems = []
@@ -45,17 +45,24 @@ def _report_problems(arguments: Any) -> list[str]:
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
         except Exception as error:  # noqa: BLE001 - each integration has its own
-            problems.append(f"--report_to {name} can't be used: {_reason(error)}")
+            problems.append(
+                ArgumentError(f"--report_to {name} can't be used: {_reason(error)}", code="arguments.report_to_unusable")
+            )
     return problems
 
 
-def _liger_problems(arguments: Any) -> list[str]:
+def _liger_problems(arguments: Any) -> list[ArgumentError]:
     if arguments.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-        return ["--use_liger_kernel needs a package that isn't installed: pip install liger-kernel"]
+        return [
+            ArgumentError(
+                "--use_liger_kernel needs a package that isn't installed: pip install liger-kernel",
+                code="arguments.package_missing",
+            )
+        ]
     return []
 
 
-def _checkpointing_problems(arguments: Any) -> list[str]:
+def _checkpointing_problems(arguments: Any) -> list[ArgumentError]:
     """Unknown keys would end the first step, in a TypeError inside the model."""
     known = [
         name
@@ -64,13 +71,16 @@ def _checkpointing_problems(arguments: Any) -> list[str]:
     ] + ["every_n_layers", "offload", "selective"]
     given = arguments.activation_checkpointing_kwargs or {}
     return [
-        f"--activation_checkpointing_kwargs has the unknown key {name!r}; known: {', '.join(sorted(set(known)))}"
+        ArgumentError(
+            f"--activation_checkpointing_kwargs has the unknown key {name!r}; known: {', '.join(sorted(set(known)))}",
+            code="arguments.unknown_key",
+        )
         for name in given
         if name not in known
     ]
 
 
-def _optimizer_problems(arguments: Any) -> list[str]:
+def _optimizer_problems(arguments: Any) -> list[ArgumentError]:
     """Make the optimizer that --optim names, and the schedule, for one parameter."""
     from transformers import Trainer
     from transformers.optimization import get_scheduler
@@ -81,15 +91,19 @@ def _optimizer_problems(arguments: Any) -> list[str]:
 
     config = arguments.hf_deepspeed_config.config
     has_own = "optimizer" in config
-    made, problem = (None, "") if has_own else _tried(optimizer, f"--optim {arguments.optim.value}")
-    problems = [problem] if problem else []
+    made, problems = (None, []) if has_own else _tried(optimizer, f"--optim {arguments.optim.value}")
     if "scheduler" in config:
         return problems
     kind, settings = arguments.lr_scheduler_type.value, arguments.lr_scheduler_kwargs
     if settings and kind in _NO_KWARGS:
-        problems.append(f"--lr_scheduler_kwargs {settings} does nothing with --lr_scheduler_type {kind}: leave it out")
+        problems.append(
+            ArgumentError(
+                f"--lr_scheduler_kwargs {settings} does nothing with --lr_scheduler_type {kind}: leave it out",
+                code="arguments.no_effect",
+            )
+        )
     base = made or torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    _, problem = _tried(
+    _, of_schedule = _tried(
         lambda: get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=base,
@@ -99,12 +113,12 @@ def _optimizer_problems(arguments: Any) -> list[str]:
         ),
         f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {settings}",
     )
-    return problems + ([problem] if problem else [])
+    return problems + of_schedule
 
 
-def _loader_problems(arguments: Any) -> list[str]:
+def _loader_problems(arguments: Any) -> list[ArgumentError]:
     """A DataLoader checks its settings when it is made, and starts no process before it is iterated."""
-    _, problem = _tried(
+    _, problems = _tried(
         lambda: torch.utils.data.DataLoader(
             [0],  # type: ignore[arg-type]
             num_workers=arguments.dataloader_num_workers,
@@ -114,45 +128,71 @@ def _loader_problems(arguments: Any) -> list[str]:
         ),
         "the arguments --dataloader_*",
     )
-    return [problem] if problem else []
+    return problems
 
 
-def _best_model_problems(arguments: Any) -> list[str]:
+def _best_model_problems(arguments: Any) -> list[ArgumentError]:
     """Whatever the first evaluation would find out, hours later."""
     problems = []
     metric = arguments.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in _METRICS:
         names = ", ".join(_METRICS)
         problems.append(
-            f"--metric_for_best_model {metric}: the evaluation of this job gives {names}, each with or without eval_"
+            ArgumentError(
+                f"--metric_for_best_model {metric}: the evaluation of this job gives {names}, each with or without eval_",
+                code="arguments.unknown_metric",
+            )
         )
     if arguments.save_only_model and arguments.load_best_model_at_end:
-        problems.append("--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out")
+        problems.append(
+            ArgumentError(
+                "--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out",
+                code="arguments.needs_whole_checkpoints",
+            )
+        )
     return problems
 
 
-def _number_problems(arguments: Any) -> list[str]:
+def _number_problems(arguments: Any) -> list[ArgumentError]:
     problems = []
     for name in ("seed", "data_seed"):
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < 2**32:
-            problems.append(f"--{name} must be at least 0 and below 2**32; got {value}")
+            problems.append(
+                ArgumentError(f"--{name} must be at least 0 and below 2**32; got {value}", code="arguments.out_of_range")
+            )
     if arguments.weight_decay < 0:
-        problems.append(f"--weight_decay must be at least 0; got {arguments.weight_decay}")
+        problems.append(
+            ArgumentError(f"--weight_decay must be at least 0; got {arguments.weight_decay}", code="arguments.out_of_range")
+        )
     if not 0 <= arguments.label_smoothing_factor < 1:
-        problems.append(f"--label_smoothing_factor must be at least 0 and below 1; got {arguments.label_smoothing_factor}")
+        problems.append(
+            ArgumentError(
+                f"--label_smoothing_factor must be at least 0 and below 1; got {arguments.label_smoothing_factor}",
+                code="arguments.out_of_range",
+            )
+        )
     if arguments.max_grad_norm is not None and arguments.max_grad_norm < 0:
-        problems.append(f"--max_grad_norm must be at least 0, which means no clipping; got {arguments.max_grad_norm}")
+        problems.append(
+            ArgumentError(
+                f"--max_grad_norm must be at least 0, which means no clipping; got {arguments.max_grad_norm}",
+                code="arguments.out_of_range",
+            )
+        )
     if arguments.pad_to_multiple_of is not None and arguments.pad_to_multiple_of < 1:
-        problems.append(f"--pad_to_multiple_of must be at least 1; got {arguments.pad_to_multiple_of}")
+        problems.append(
+            ArgumentError(
+                f"--pad_to_multiple_of must be at least 1; got {arguments.pad_to_multiple_of}", code="arguments.out_of_range"
+            )
+        )
     return problems
 
 
-def _tried(make: Callable[[], Any], what: str) -> tuple[Any, str]:
+def _tried(make: Callable[[], Any], what: str) -> tuple[Any, list[ArgumentError]]:
     try:
-        return make(), ""
+        return make(), []
     except Exception as error:  # noqa: BLE001 - optimizers and schedules raise ValueError, TypeError, ImportError and others
-        return None, f"{what} can't be used: {_reason(error)}"
+        return None, [ArgumentError(f"{what} can't be used: {_reason(error)}", code="arguments.unusable_value")]
 
 
 def _reason(error: Exception) -> str:

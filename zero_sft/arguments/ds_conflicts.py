@@ -10,8 +10,10 @@ Pure functions from data to data. Left out: keys of DeepSpeed that no argument s
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
+
+from zero_sft.errors import ConfigError
 
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 """Values of --optim that DeepSpeed's CPU Adam computes as well."""
@@ -88,7 +90,7 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return isinstance(offload, Mapping) and offload.get("device", "none") != "none"
 
 
-def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], world_size: int) -> list[str]:
+def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], world_size: int) -> list[ConfigError]:
     """List every value of a completed config that the arguments contradict, one line each.
 
     Args:
@@ -97,7 +99,7 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], w
         given: the names of the arguments that the user gave.
     """
     optimizer, scheduler = config.get("optimizer"), config.get("scheduler")
-    problems = [text for text in map(_compared, _pairs(config, arguments, world_size)) if text]
+    problems = _contradictions(_pairs(config, arguments, world_size))
     if isinstance(optimizer, Mapping) and "optim" in given:
         problems += _other_optimizer(str(optimizer.get("type")), str(arguments.optim.value))
     elif optimizer is None:
@@ -107,7 +109,7 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], w
     return problems
 
 
-def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int) -> list[str]:
+def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int) -> list[ConfigError]:
     """`find_conflicts` for what depends on the number of optimizer steps, which is known once the data is prepared."""
     params = (config.get("scheduler") or {}).get("params") or {}
     warmup = max(1, arguments.get_warmup_steps(steps))
@@ -115,23 +117,20 @@ def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: in
         ("scheduler.params.total_num_steps", params.get("total_num_steps"), steps, "this run's number of optimizer steps"),
         ("scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), warmup, "--warmup_steps"),
     )
-    return [text for text in map(_compared, pairs) if text]
+    return _contradictions(pairs)
 
 
-def conflict_message(problems: Iterable[str], where: str) -> str:
-    """One error text for all contradictions between a DeepSpeed config and the arguments."""
+def conflict_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
+    """One error for all contradictions between a DeepSpeed config and the arguments."""
+    heading = f"the DeepSpeed config {where} and the arguments contradict each other:"
     remedy = 'Write "auto" for a value that an argument gives, or change one of the two. docs/configs.md explains the keys.'
-    return "\n".join([f"the DeepSpeed config {where} and the arguments contradict each other:", *_listed(problems), remedy])
+    return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.contradictions")
 
 
-def schema_message(problems: Iterable[str], where: str) -> str:
-    """One error text for everything that DeepSpeed refuses or would ignore in a config."""
-    lines = [f"the DeepSpeed config {where} can't be used:", *_listed(problems), "docs/configs.md explains the shipped ones."]
-    return "\n".join(lines)
-
-
-def _listed(problems: Iterable[str]) -> list[str]:
-    return [f"- {problem}" for problem in problems]
+def schema_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
+    """One error for everything that DeepSpeed refuses or would ignore in a config."""
+    heading, remedy = f"the DeepSpeed config {where} can't be used:", "docs/configs.md explains the shipped ones."
+    return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.unusable")
 
 
 def count_steps(rows: int, arguments: Any, world_size: int) -> int:
@@ -176,14 +175,17 @@ def _pairs(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[
     ]
 
 
-def _compared(pair: tuple[str, Any, Any, str]) -> str:
-    key, stated, wanted, argument = pair
-    if stated is None or stated == "auto" or (stated == wanted and isinstance(stated, bool) == isinstance(wanted, bool)):
-        return ""
-    return f"{key} is {stated!r}, and the arguments say {wanted!r} ({argument})."
+def _contradictions(pairs: Iterable[tuple[str, Any, Any, str]]) -> list[ConfigError]:
+    return [
+        ConfigError(
+            f"{key} is {stated!r}, and the arguments say {wanted!r} ({argument}).", code="ds_config.contradicts_argument"
+        )
+        for key, stated, wanted, argument in pairs
+        if stated not in (None, "auto") and (stated != wanted or isinstance(stated, bool) != isinstance(wanted, bool))
+    ]
 
 
-def _other_optimizer(kind: str, optim: str) -> list[str]:
+def _other_optimizer(kind: str, optim: str) -> list[ConfigError]:
     same = {
         "adam": ADAMW,
         "adamw": ADAMW,
@@ -195,11 +197,15 @@ def _other_optimizer(kind: str, optim: str) -> list[str]:
     if optim in same.get(kind.lower(), {kind.lower()}):
         return []
     return [
-        f"optimizer.type is {kind!r}, and --optim is {optim!r}. Remove the config's section `optimizer`, or leave --optim out."
+        ConfigError(
+            f"optimizer.type is {kind!r}, and --optim is {optim!r}. Remove the config's section `optimizer`, or leave --optim "
+            "out.",
+            code="ds_config.other_optimizer",
+        )
     ]
 
 
-def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> list[str]:
+def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> list[ConfigError]:
     if optim in ADAMW or not offloads_optimizer(config):
         return []
     offload = config["zero_optimization"]["offload_optimizer"]
@@ -212,10 +218,10 @@ def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> list[str]:
         problems.append(f"zero_optimization.offload_optimizer.super_offload runs with Adam alone, and --optim is {optim!r}.")
     if config["zero_optimization"].get("zenflow"):
         problems.append(f"zero_optimization.zenflow runs with Adam alone, and --optim is {optim!r}.")
-    return problems
+    return [ConfigError(problem, code="ds_config.other_optimizer") for problem in problems]
 
 
-def _other_schedule(kind: str, schedule: str, given: Set[str]) -> list[str]:
+def _other_schedule(kind: str, schedule: str, given: Set[str]) -> list[ConfigError]:
     problems = []
     if "lr_scheduler_type" in given and schedule not in _SAME_SCHEDULE.get(kind, ()):
         problems.append(
@@ -224,7 +230,8 @@ def _other_schedule(kind: str, schedule: str, given: Set[str]) -> list[str]:
         )
     ignored = [name for name in ("warmup_steps", "lr_scheduler_kwargs") if name in given]
     ignored = [name for name in ignored if name == "lr_scheduler_kwargs" or kind not in _SAME_SCHEDULE]
-    return problems + [
+    problems += [
         f"scheduler.type is {kind!r}, which does not take --{name}. Remove the config's section `scheduler`, or the argument."
         for name in ignored
     ]
+    return [ConfigError(problem, code="ds_config.other_schedule") for problem in problems]

@@ -59,13 +59,13 @@ def parse(argv: Sequence[str]) -> Parsed:
     known = specifications()
     given, file = read_command_line(argv, readable_names())
     values: dict[str, Any] = {}
-    problems: list[str] = []
+    problems: list[ArgumentError] = []
     notes: list[str] = []
     for source in (read_file(file) if file else [], given):  # the command line last: it wins
         values.update(_understood(source, known, problems, notes))
     problems += _contradictions(values)
     if problems:
-        raise ArgumentError("\n".join(["the arguments can't be used:", *problems] if len(problems) > 1 else problems))
+        raise ArgumentError.listing(problems, "the arguments can't be used:", code="arguments.unusable")
     groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: known[name].default for name in _ALWAYS}}
     for name, value in values.items():
         groups[known[name].group][name] = value
@@ -103,7 +103,9 @@ def readable_names() -> Mapping[str, Spec]:
     return MappingProxyType(known)
 
 
-def _understood(source: Iterable[Given], known: Mapping[str, Spec], problems: list[str], notes: list[str]) -> dict[str, Any]:
+def _understood(
+    source: Iterable[Given], known: Mapping[str, Spec], problems: list[ArgumentError], notes: list[str]
+) -> dict[str, Any]:
     """The values of one source under today's names; what is wrong is added to `problems`, what is worth a line to `notes`."""
     values: dict[str, Any] = {}
     names: dict[str, str] = {}  # today's name → the name that was used
@@ -111,7 +113,7 @@ def _understood(source: Iterable[Given], known: Mapping[str, Spec], problems: li
         try:
             result = _one(each, known)
         except ArgumentError as error:
-            problems.append(f"{error} (from {each.origin})")
+            problems.append(ArgumentError(f"{error} (from {each.origin})", code=error.code))
             continue
         if result is None:
             continue
@@ -119,8 +121,11 @@ def _understood(source: Iterable[Given], known: Mapping[str, Spec], problems: li
         used = names.setdefault(name, each.name)
         if used != each.name and values[name] != value:
             problems.append(
-                f"--{used}{_shown(name, values[name])} and --{each.name}{_shown(name, value)} contradict each other: both set "
-                f"{name}. Give one (from {each.origin})"
+                ArgumentError(
+                    f"--{used}{_shown(name, values[name])} and --{each.name}{_shown(name, value)} contradict each other: "
+                    f"both set {name}. Give one (from {each.origin})",
+                    code="arguments.contradiction",
+                )
             )
         if name != each.name:
             notes.append(f"--{each.name} is --{name} today: taken as --{name}{_shown(name, value)}")
@@ -141,19 +146,21 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
     if given.name not in readable:
         near = difflib.get_close_matches(given.name, readable, n=1)
         hint = f"Did you mean --{near[0]}?" if near else "--help lists all names."
-        raise ArgumentError(f"unknown argument --{given.name}. {hint}")
+        raise ArgumentError(f"unknown argument --{given.name}. {hint}", code="arguments.unknown")
     value = readable[given.name].fit(given.value)
     _require_secrecy(given, value)
     if given.name in REFUSALS:
         refusal = REFUSALS[given.name]
         if (value.lower() if isinstance(value, str) else value) in refusal.passing:
             return None
-        raise ArgumentError(f"--{given.name} has no meaning in this job: {refusal.reason}")
+        raise ArgumentError(f"--{given.name} has no meaning in this job: {refusal.reason}", code="arguments.no_meaning")
     if given.name not in TRANSLATIONS:
         return given.name, value
     old = TRANSLATIONS[given.name]
     if old.below is not None and not 0 <= value < old.below:
-        raise ArgumentError(f"--{given.name} must be at least 0 and below {old.below:g}; got {value}")
+        raise ArgumentError(
+            f"--{given.name} must be at least 0 and below {old.below:g}; got {value}", code="arguments.out_of_range"
+        )
     if old.values:
         value = old.values[value]
         if value is None:
@@ -165,45 +172,90 @@ def _require_secrecy(given: Given, value: object) -> None:
     if given.name in _SECRETS and isinstance(value, str) and given.origin == COMMAND_LINE:
         raise ArgumentError(
             f"--{given.name} on a command line is no secret: process lists show it, and the launcher has logged it. "
-            "Revoke it, and set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of arguments"
+            "Revoke it, and set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of "
+            "arguments",
+            code="arguments.secret_on_command_line",
         )
 
 
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
+def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
     """What is wrong with values that are each right by themselves."""
     counts = {name: values[name] for name in _POSITIVE if values.get(name) is not None}
-    problems = [f"--{name} must be more than 0; got {value}" for name, value in counts.items() if value <= 0]
+    problems = [
+        ArgumentError(f"--{name} must be more than 0; got {value}", code="arguments.out_of_range")
+        for name, value in counts.items()
+        if value <= 0
+    ]
     if values.get("max_steps", -1) < -1 or values.get("max_steps") == 0:
-        problems.append(f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {values['max_steps']}")
+        problems.append(
+            ArgumentError(
+                f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {values['max_steps']}",
+                code="arguments.out_of_range",
+            )
+        )
     if values.get("eval_data_path") is None:
         wanted = [f"--{name} {values[name]}" for name in _NEED_EVALUATION_DATA if values.get(name)]
         if values.get("eval_strategy", "no") != "no":
             wanted.append(f"--eval_strategy {values['eval_strategy']}")
-        problems += [f"{each} needs conversations to evaluate on: give --eval_data_path" for each in wanted]
+        problems += [
+            ArgumentError(
+                f"{each} needs conversations to evaluate on: give --eval_data_path", code="arguments.needs_evaluation_data"
+            )
+            for each in wanted
+        ]
     if values.get("bf16") and values.get("fp16"):
-        problems.append("--bf16 True and --fp16 True exclude each other: give one")
+        problems.append(
+            ArgumentError("--bf16 True and --fp16 True exclude each other: give one", code="arguments.contradiction")
+        )
     if values.get("label_smoothing_factor") and values.get("eval_strategy", "no") != "no":
-        problems.append("--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out")
+        problems.append(
+            ArgumentError(
+                "--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out",
+                code="arguments.contradiction",
+            )
+        )
     problems += _precision_of_evaluation(values)
     if values.get("save_only_model") and values.get("load_best_model_at_end"):
-        problems.append("--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out")
+        problems.append(
+            ArgumentError(
+                "--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out",
+                code="arguments.needs_whole_checkpoints",
+            )
+        )
     if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
-        problems.append("--save_strategy best needs a measure: give --metric_for_best_model loss")
+        problems.append(
+            ArgumentError(
+                "--save_strategy best needs a measure: give --metric_for_best_model loss", code="arguments.needs_metric"
+            )
+        )
     if values.get("optim") in REFUSED_OPTIMIZERS:
-        problems.append(f"--optim {values['optim']} can't be used: {REFUSED_OPTIMIZERS[values['optim']]}; see adamw_torch")
+        problems.append(
+            ArgumentError(
+                f"--optim {values['optim']} can't be used: {REFUSED_OPTIMIZERS[values['optim']]}; see adamw_torch",
+                code="arguments.optimizer_refused",
+            )
+        )
     if not values.get("deepspeed", "zero3"):
-        problems.append("--deepspeed is empty: this job shards the model with DeepSpeed ZeRO-3; give zero3 or a file")
+        problems.append(
+            ArgumentError(
+                "--deepspeed is empty: this job shards the model with DeepSpeed ZeRO-3; give zero3 or a file",
+                code="arguments.deepspeed_empty",
+            )
+        )
     accelerator = values.get("accelerator_config")
     refused = refused_accelerator_key(accelerator) if isinstance(accelerator, Mapping) else None
-    return problems + [refused] if refused else problems
+    return [*problems, ArgumentError(refused, code="arguments.accelerator_key")] if refused else problems
 
 
-def _precision_of_evaluation(values: Mapping[str, Any]) -> list[str]:
+def _precision_of_evaluation(values: Mapping[str, Any]) -> list[ArgumentError]:
     """The engine has one precision for all it does: DeepSpeed's "auto" would turn on training in the evaluation's."""
     bf16, fp16 = values.get("bf16"), values.get("fp16", False)
     trained = {"bf16": not fp16 if bf16 is None else bf16, "fp16": fp16}
     return [
-        f"--{name}_full_eval needs --{name} True as well: under DeepSpeed training and evaluation have one precision"
+        ArgumentError(
+            f"--{name}_full_eval needs --{name} True as well: under DeepSpeed training and evaluation have one precision",
+            code="arguments.evaluation_precision",
+        )
         for name, on in trained.items()
         if values.get(f"{name}_full_eval") and not on
     ]

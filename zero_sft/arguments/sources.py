@@ -79,7 +79,7 @@ def _given(name: str, values: list[str], specs: Mapping[str, Spec]) -> Given:
         return Given(name=_negated(name, specs), value=False, origin=COMMAND_LINE)
     if not values:
         if spec is not None and "boolean" not in spec.kinds:
-            raise ArgumentError(f"--{name} needs a value: {spec.expected}")
+            raise ArgumentError(f"--{name} needs a value: {spec.expected}", code="arguments.value_missing")
         return Given(name=name, value=True, origin=COMMAND_LINE)
     return Given(name=name, value=values[0] if len(values) == 1 else values, origin=COMMAND_LINE)
 
@@ -94,11 +94,14 @@ def _as_file(word: str, file: Path | None, given: list[Given]) -> Path:
     if word.lower().endswith(FILE_SUFFIXES) and file is None:
         return Path(word)
     if given and isinstance(given[-1].value, bool) and not word.startswith("-"):
-        raise ArgumentError(f"--{given[-1].name} {word}: expected True or False, or nothing after it")
+        raise ArgumentError(
+            f"--{given[-1].name} {word}: expected True or False, or nothing after it", code="arguments.not_a_bool"
+        )
     after = f" after --{given[-1].name}" if given else ""
     raise ArgumentError(
         f"can't tell what {word!r}{after} is: expected --name value, or one file of arguments ({', '.join(FILE_SUFFIXES)}). "
-        "A text with spaces needs quotes; a value that begins with -- needs the form --name=value."
+        "A text with spaces needs quotes; a value that begins with -- needs the form --name=value.",
+        code="arguments.stray_word",
     )
 
 
@@ -112,13 +115,15 @@ def read_file(path: Path) -> list[Given]:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise ArgumentError(f"can't read the arguments file {path}: {reason}") from error
+        raise ArgumentError(f"can't read the arguments file {path}: {reason}", code="arguments.file_unreadable") from error
     pairs = _json_pairs(path, text) if path.suffix.lower() == ".json" else _yaml_pairs(path, text)
     names = [name for name, _ in pairs]
     for name in names:
         if not isinstance(name, str) or names.count(name) > 1:
             problem = "is given twice" if isinstance(name, str) else "is not a name"
-            raise ArgumentError(f"{path}: {name!r} {problem}. Write each argument once, as `name: value`.")
+            raise ArgumentError(
+                f"{path}: {name!r} {problem}. Write each argument once, as `name: value`.", code="arguments.file_bad_key"
+            )
     return [Given(name=name.replace("-", "_"), value=value, origin=str(path)) for name, value in pairs]
 
 
@@ -132,9 +137,12 @@ def _json_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
     try:
         content = json.loads(text, object_pairs_hook=remember)
     except ValueError as error:
-        raise ArgumentError(f"{path} is not JSON: {error}") from error
+        raise ArgumentError(f"{path} is not JSON: {error}", code="arguments.file_not_json") from error
     if not isinstance(content, dict):
-        raise ArgumentError(f"{path}: expected one JSON object of names and values, got {type(content).__name__}")
+        raise ArgumentError(
+            f"{path}: expected one JSON object of names and values, got {type(content).__name__}",
+            code="arguments.file_not_an_object",
+        )
     return depth_first[-1]
 
 
@@ -148,12 +156,13 @@ def _yaml_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
             return []
         if not isinstance(node, yaml.MappingNode):
             raise ArgumentError(
-                f"{path}: expected lines of `name: value`, got {type(loader.construct_document(node)).__name__}"
+                f"{path}: expected lines of `name: value`, got {type(loader.construct_document(node)).__name__}",
+                code="arguments.file_not_an_object",
             )
         return [
             (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True)) for key, value in node.value
         ]
     except yaml.YAMLError as error:
-        raise ArgumentError(f"{path} is not YAML: {error}") from error
+        raise ArgumentError(f"{path} is not YAML: {error}", code="arguments.file_not_yaml") from error
     finally:
         loader.dispose()

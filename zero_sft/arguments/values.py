@@ -64,7 +64,9 @@ class Spec:
         """
         fitted = self._from_text(value) if isinstance(value, str) else self._from_data(value)
         if fitted is _MISFIT:
-            raise ArgumentError(f"--{self.name} must be {self.expected}; got {value!r}{self._nearest(value)}")
+            raise ArgumentError(
+                f"--{self.name} must be {self.expected}; got {value!r}{self._nearest(value)}", code="arguments.wrong_value"
+            )
         return fitted
 
     def _from_text(self, text: str) -> Any:
@@ -89,7 +91,7 @@ class Spec:
         try:
             return self._from_data(json.loads(text))
         except ValueError as error:
-            raise ArgumentError(f"--{self.name} is not JSON: {error}; got {text!r}") from error
+            raise ArgumentError(f"--{self.name} is not JSON: {error}; got {text!r}", code="arguments.value_not_json") from error
 
     def _from_data(self, value: Any) -> Any:
         if value is None:

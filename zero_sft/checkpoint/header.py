@@ -88,13 +88,17 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             prefix = file.read(_LENGTH.size)
             header_nbytes = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
             if placeholder(Path(path)):
-                raise CheckpointError(placeholder(Path(path)))
+                raise CheckpointError(placeholder(Path(path)), code="checkpoint.placeholder_file")
             if not 2 <= header_nbytes <= min(MAX_HEADER_BYTES, size_bytes - _LENGTH.size):
-                raise CheckpointError(_damaged(path, f"a header of {header_nbytes} bytes in a file of {size_bytes} bytes"))
+                raise CheckpointError(
+                    _damaged(path, f"a header of {header_nbytes} bytes in a file of {size_bytes} bytes"),
+                    code="checkpoint.header_too_long",
+                )
             text = file.read(header_nbytes)
     except OSError as error:
         raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights."
+            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights.",
+            code="checkpoint.file_unreadable",
         ) from error
     tensors = _parse(path, text, data_start_bytes=_LENGTH.size + header_nbytes)
     _check_layout(path, tensors, data_start_bytes=_LENGTH.size + header_nbytes, size_bytes=size_bytes)
@@ -105,9 +109,11 @@ def _parse(path: str, text: bytes, data_start_bytes: int) -> list[StoredTensor]:
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(_damaged(path, f"a header that is not JSON ({error})")) from error
+        raise CheckpointError(
+            _damaged(path, f"a header that is not JSON ({error})"), code="checkpoint.header_not_json"
+        ) from error
     if not isinstance(header, dict):
-        raise CheckpointError(_damaged(path, "a header that is not a JSON object"))
+        raise CheckpointError(_damaged(path, "a header that is not a JSON object"), code="checkpoint.header_not_an_object")
     return [_entry(path, name, raw, data_start_bytes) for name, raw in header.items() if name != "__metadata__"]
 
 
@@ -126,13 +132,18 @@ def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTenso
         if not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError("negative or fractional numbers")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(_damaged(path, f"an entry for {name!r} that is not understood ({error})")) from error
+        raise CheckpointError(
+            _damaged(path, f"an entry for {name!r} that is not understood ({error})"), code="checkpoint.header_bad_entry"
+        ) from error
     if dtype not in ITEM_BITS:
-        raise CheckpointError(f"{path}: tensor {name!r} has the unknown dtype {dtype!r}. Known: {', '.join(ITEM_BITS)}.")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the unknown dtype {dtype!r}. Known: {', '.join(ITEM_BITS)}.",
+            code="checkpoint.unknown_dtype",
+        )
     expected_nbytes = math.prod(shape) * ITEM_BITS[dtype] // 8
     if end - begin != expected_nbytes:
         found = f"{end - begin} bytes for {name!r}, where {dtype} {list(shape)} takes {expected_nbytes}"
-        raise CheckpointError(_damaged(path, found))
+        raise CheckpointError(_damaged(path, found), code="checkpoint.wrong_size_of_tensor")
     return StoredTensor(
         name=name, file=path, dtype=dtype, shape=shape, offset_bytes=data_start_bytes + begin, nbytes=end - begin
     )
@@ -142,10 +153,15 @@ def _check_layout(path: str, tensors: list[StoredTensor], data_start_bytes: int,
     position = data_start_bytes
     for each in sorted(tensors, key=lambda t: (t.offset_bytes, t.nbytes)):
         if each.offset_bytes != position:
-            raise CheckpointError(_damaged(path, f"{each.name!r} at byte {each.offset_bytes}, expected at {position}"))
+            raise CheckpointError(
+                _damaged(path, f"{each.name!r} at byte {each.offset_bytes}, expected at {position}"),
+                code="checkpoint.tensors_overlap",
+            )
         position += each.nbytes
     if position != size_bytes:
-        raise CheckpointError(_damaged(path, f"{size_bytes} bytes, where its header promises {position}"))
+        raise CheckpointError(
+            _damaged(path, f"{size_bytes} bytes, where its header promises {position}"), code="checkpoint.truncated"
+        )
 
 
 def _damaged(path: str, found: str) -> str:

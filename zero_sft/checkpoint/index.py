@@ -81,7 +81,10 @@ def locate(folder: str | Path, read_bin: ReadHeader | None = None, variant: str 
     for plain_single, plain_index, read in layouts:
         single, index = folder / of_variant(plain_single, variant), folder / of_variant(plain_index, variant)
         if single.is_dir():
-            raise CheckpointError(f"{single} is a folder, expected a file. Name the folder that holds the weights.")
+            raise CheckpointError(
+                f"{single} is a folder, expected a file. Name the folder that holds the weights.",
+                code="checkpoint.folder_in_place_of_file",
+            )
         if single.is_file():
             return Files(folder=folder, paths=(single,), stamps=(stamp(single),), read=read)
         if index.is_file():
@@ -89,7 +92,7 @@ def locate(folder: str | Path, read_bin: ReadHeader | None = None, variant: str 
             paths = _named_by(index, promised)
             stamps = tuple(map(stamp, paths))
             return Files(folder=folder, paths=paths, stamps=stamps, read=read, index=index, promised=promised)
-    raise CheckpointError(_no_weights(folder, variant))
+    raise CheckpointError(_no_weights(folder, variant), code="checkpoint.no_weights")
 
 
 def read_headers(files: Files) -> Sequence[Mapping[str, StoredTensor]]:
@@ -116,7 +119,8 @@ def assemble(files: Files, headers: Sequence[Mapping[str, StoredTensor]]) -> Che
         tensors |= found
     if not tensors:
         raise CheckpointError(
-            f"{files.paths[0]} holds no tensors, only a header. Fetch it again, or name the folder that has the weights."
+            f"{files.paths[0]} holds no tensors, only a header. Fetch it again, or name the folder that has the weights.",
+            code="checkpoint.no_tensors",
         )
     astray = sorted(
         name
@@ -127,7 +131,8 @@ def assemble(files: Files, headers: Sequence[Mapping[str, StoredTensor]]) -> Che
         more = f" (and {len(astray) - 1} others)" if len(astray) > 1 else ""
         raise CheckpointError(
             f"{files.index} promises {astray[0]!r} in {files.promised[astray[0]]}, whose header has no such tensor{more}. "
-            "The files are of different versions: fetch the checkpoint again."
+            "The files are of different versions: fetch the checkpoint again.",
+            code="checkpoint.index_promises_other_tensors",
         )
     stamps = {str(path): each for path, each in zip(files.paths, files.stamps, strict=True)}
     return CheckpointIndex(folder=str(files.folder), stamps=stamps, tensors=tensors, doubled=tuple(sorted(doubled)))
@@ -150,7 +155,10 @@ def _named_by(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
     for path in paths:
         if not path.is_file():
             found = "is a folder" if path.is_dir() else f"is not in {index.parent}"
-            raise CheckpointError(f"{index} names {path.name!r}, which {found}. The download is incomplete: fetch it again.")
+            raise CheckpointError(
+                f"{index} names {path.name!r}, which {found}. The download is incomplete: fetch it again.",
+                code="checkpoint.shard_missing",
+            )
     return paths
 
 
@@ -166,15 +174,22 @@ def read_weight_map(path: Path) -> dict[str, str]:
         if not weight_map or not all(isinstance(k, str) and v and isinstance(v, str) for k, v in weight_map.items()):
             raise TypeError("weight_map is empty or maps to something other than file names")
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or error}.") from error
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}.", code="checkpoint.file_unreadable") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if placeholder(path):
-            raise CheckpointError(f"{path} is not an index of weights: {placeholder(path)}") from error
-        raise CheckpointError(f"{path} is not an index of weights ({error!r}). Fetch it again.") from error
+            raise CheckpointError(
+                f"{path} is not an index of weights: {placeholder(path)}", code="checkpoint.placeholder_file"
+            ) from error
+        raise CheckpointError(
+            f"{path} is not an index of weights ({error!r}). Fetch it again.", code="checkpoint.index_malformed"
+        ) from error
     for name in set(weight_map.values()):
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{path} names {name!r}, which lies outside its folder. Don't use this checkpoint.")
+            raise CheckpointError(
+                f"{path} names {name!r}, which lies outside its folder. Don't use this checkpoint.",
+                code="checkpoint.index_leaves_folder",
+            )
     return weight_map
 
 

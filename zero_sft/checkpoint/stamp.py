@@ -29,7 +29,10 @@ def stamp(file: str | os.PathLike[str] | int) -> Stamp:
     try:
         found = os.stat(file)  # noqa: PTH116 - an open file's descriptor too
     except OSError as error:
-        raise CheckpointError(f"{file} can't be looked at: {error.strerror}. Check that it exists and its rights.") from error
+        raise CheckpointError(
+            f"{file} can't be looked at: {error.strerror}. Check that it exists and its rights.",
+            code="checkpoint.file_unreadable",
+        ) from error
     return Stamp(device=found.st_dev, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
 
@@ -47,5 +50,6 @@ def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: S
     if expected is not None and stamp(file) != expected:
         raise CheckpointError(
             f"{path} was replaced or written to after its header was read. Wait until nothing writes the checkpoint any more "
-            "(a download, a copy, another job's export), and load again."
+            "(a download, a copy, another job's export), and load again.",
+            code="checkpoint.changed_while_read",
         )

@@ -56,7 +56,8 @@ def connect(world: World) -> World:
         raise errors.DistributedError(
             f"torch.distributed says rank {dist.get_rank()} of {dist.get_world_size()}, the launcher's variables say rank "
             f"{world.rank} of {world.world_size}. Don't make a process group of another size before the load: ZeRO-3 would "
-            "silently keep the model whole."
+            "silently keep the model whole.",
+            code="cluster.process_group_of_another_size",
         )
     default = dist.group.WORLD
     if _Control.group is None or _Control.parent is not default:
@@ -122,7 +123,8 @@ def _start_default_group(world: World) -> None:
     if "MASTER_ADDR" not in os.environ:
         raise errors.ConfigError(
             "MASTER_ADDR is not set, so the ranks can't find each other. Start the job with ./launch.sh, which derives it, "
-            "or export MASTER_ADDR and MASTER_PORT."
+            "or export MASTER_ADDR and MASTER_PORT.",
+            code="cluster.no_master_address",
         )
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -139,7 +141,8 @@ def _port_is_taken(port: int) -> errors.ConfigError:
     error = errors.ConfigError(
         f"the master port {port} of {socket.gethostname()} is taken{_who_listens(port)}. Give this job another: "
         f"--master_port {_free_port()} (with deepspeed, before the module's name), or leave it out with ./launch.sh, which "
-        "chooses a free one."
+        "chooses a free one.",
+        code="cluster.port_taken",
     )
     error.lone = True
     return error

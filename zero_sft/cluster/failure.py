@@ -102,7 +102,7 @@ def report_failure(error: BaseException) -> int:
     elif not _claim():
         _write_traceback(error)
     elif is_ours:
-        _say(f"{error} (rank {_job.world.rank} alone)")
+        _say(f"{error} (rank {_job.world.rank} alone) [{error.code}]")
     else:
         path = _write_traceback(error)
         _say(f"{_here()} failed while {_stage(error)}: {type(error).__name__}: {error}{advise(error)}")
@@ -172,13 +172,13 @@ def _report_shared_error(error: errors.ZeroSftError) -> None:
     """Rank 0 says an error that every rank has. If it has not got it, nor agreed to it, the rank that has it says it."""
     if _job.world.is_main:
         if _claim():
-            _say(str(error))
+            _say(error.with_code)
     elif _job.board and not error.agreed:
         deadline = time.monotonic() + FOLLOW_ON_SECONDS
         while not _job.board.is_claimed and time.monotonic() < deadline:
             time.sleep(0.05)
         if _job.board.claim() and _is_first_host(otherwise=False):
-            _say(f"{error} (rank {_job.world.rank} alone)")
+            _say(f"{error} (rank {_job.world.rank} alone) [{error.code}]")
 
 
 def _report_lost_rank(error: BaseException) -> None:
@@ -201,7 +201,7 @@ def _lost_text(error: BaseException | None) -> str:
     dead = _job.board.dead_ranks() if _job.board else {}
     host = socket.gethostname()
     if not dead and isinstance(error, errors.RankLostError):
-        return str(error)
+        return error.with_code
     if not dead:
         reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "no reason is known"
         return (

@@ -54,7 +54,8 @@ def place_in_layout(world: World, ranks: Sequence[Mapping[str, Any]]) -> World:
         raise errors.ConfigError(
             f"ranks {one} and {other} both run on {ranks[one]['name']} with LOCAL_RANK={ranks[one]['local_rank']}, so they "
             "would take the same GPU. Start the job with ./launch.sh, deepspeed, torchrun or srun, or give each rank of a "
-            "node its own LOCAL_RANK."
+            "node its own LOCAL_RANK.",
+            code="cluster.local_rank_shared",
         )
     mates = [rank for rank, leader in zip(ranks, leaders, strict=True) if leader == leaders[world.rank]]
     return replace(

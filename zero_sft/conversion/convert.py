@@ -146,7 +146,8 @@ class _Tracing:
             one, other = group.rivals[0], group.stored[0]
             raise CheckpointError(
                 f"{self.stored[one].file}: {one!r} and {other!r} both make the model's {group.name!r}: the checkpoint has it "
-                "whole and in parts. Which of them is meant can't be known: keep one, or fetch it again."
+                "whole and in parts. Which of them is meant can't be known: keep one, or fetch it again.",
+                code="checkpoint.whole_and_in_parts",
             )
         if group.converter is None:
             first = self.stored[next(iter(group.members))]
@@ -168,7 +169,7 @@ class _Tracing:
             cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
             if isinstance(cause, (tracing.NotTraceable, regions.TooManyRegions)):
                 return self._shapes(group)
-            raise CheckpointError(_not_converted(group, self.stored, cause)) from cause
+            raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause
         return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
 
     def _shapes(self, group: Group) -> dict[str, tuple[Shape, Regions | None]]:
@@ -177,14 +178,17 @@ class _Tracing:
         def hollow(name: str) -> torch.Tensor:
             stored = self.stored[name]
             if stored.dtype not in TORCH_DTYPES:
-                raise CheckpointError(f"{stored.file}: {name!r} is stored as {stored.dtype}, which torch can't read.")
+                raise CheckpointError(
+                    f"{stored.file}: {name!r} is stored as {stored.dtype}, which torch can't read.",
+                    code="checkpoint.unsupported_dtype",
+                )
             return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
 
         try:
             result = run(group, self.whole, hollow, loading_info((), ()))
         except (internal("SkipParameters"), RuntimeError) as error:
             cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
-            raise CheckpointError(_not_converted(group, self.stored, cause)) from cause
+            raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause
         return {name: (tuple(tensor.shape), None) for name, tensor in result.items()}
 
 
@@ -230,7 +234,8 @@ def _check_dtype(tensor: StoredTensor) -> None:
         raise CheckpointError(
             f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, and no scales for it were found under a name that "
             "goes with the config's quantization_config, so what its numbers mean can't be told. Take the whole checkpoint "
-            "with its config, or an unquantised one."
+            "with its config, or an unquantised one.",
+            code="checkpoint.scales_missing",
         )
 
 

@@ -29,13 +29,15 @@ def quantizer_for(config: PreTrainedConfig, where: str) -> Any:
         return None
     if not isinstance(settings, dict) and not hasattr(settings, "quant_method"):
         raise CheckpointError(
-            f"{where}: quantization_config is {settings!r}; expected what transformers writes, with a quant_method."
+            f"{where}: quantization_config is {settings!r}; expected what transformers writes, with a quant_method.",
+            code="checkpoint.bad_quantization_config",
         )
     method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
     method = getattr(method, "value", method)
     refusal = CheckpointError(
         f"{where} is quantised ({method}), which transformers can't dequantise while loading; training needs plain weights. "
-        "Take the model's unquantised checkpoint."
+        "Take the model's unquantised checkpoint.",
+        code="checkpoint.quantization_unsupported",
     )
     try:
         if isinstance(settings, dict):
@@ -47,9 +49,15 @@ def quantizer_for(config: PreTrainedConfig, where: str) -> Any:
         if "dequantize" not in quantizer.get_load_operations():
             raise refusal
     except ImportError as error:
-        raise CheckpointError(f"{where} is quantised ({method}), and dequantising it needs a package: {error}") from error
+        raise CheckpointError(
+            f"{where} is quantised ({method}), and dequantising it needs a package: {error}",
+            code="checkpoint.quantization_needs_package",
+        ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where} is quantised ({method}) in a way that transformers doesn't know: {error}") from error
+        raise CheckpointError(
+            f"{where} is quantised ({method}) in a way that transformers doesn't know: {error}",
+            code="checkpoint.quantization_unknown",
+        ) from error
     return quantizer
 
 

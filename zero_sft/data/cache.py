@@ -102,7 +102,9 @@ def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | 
             raise ValueError(f"{len(dataset)} rows of {account['rows']}")
         return dataset, account["account"]
     except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's errors are among them
-        raise DataError(f"{folder} is damaged: {error}. Delete that folder; it will be made anew.") from error
+        raise DataError(
+            f"{folder} is damaged: {error}. Delete that folder; it will be made anew.", code="data.cache_entry_damaged"
+        ) from error
 
 
 def keep(
@@ -118,7 +120,10 @@ def keep(
         store(root, key, write)
         found = find(root, key)
     if found is None:
-        raise DataError(f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.")
+        raise DataError(
+            f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.",
+            code="data.cache_entry_gone",
+        )
     return *found, there is not None
 
 
@@ -141,7 +146,8 @@ def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, 
             _take_place(made, root / key)
     except OSError as error:
         raise DataError(
-            f"can't keep prepared data in {root}: {error.strerror or error}. Name a folder with room: --data_cache_dir."
+            f"can't keep prepared data in {root}: {error.strerror or error}. Name a folder with room: --data_cache_dir.",
+            code="data.cache_unwritable",
         ) from error
 
 

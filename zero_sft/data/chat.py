@@ -240,7 +240,8 @@ class ChatTemplate:
                 return len(stop)
         raise DataError(
             f"{where}: the chat template puts nothing after an answer that tells its end, so the model could not learn to stop."
-            " Write {{ eos_token }} there, and see that the tokenizer has the template's special tokens; or give another."
+            " Write {{ eos_token }} there, and see that the tokenizer has the template's special tokens; or give another.",
+            code="data.template_without_turn_end",
         )
 
 
@@ -272,7 +273,8 @@ def _require_all_shown(text: str, frame: Frame | None, messages: Sequence[Mappin
         if place < 0 or (shown is not None and number not in shown):
             raise DataError(
                 f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
-                "--chat_template one that has a place for it, or take it out of the data."
+                "--chat_template one that has a place for it, or take it out of the data.",
+                code="data.template_drops_text",
             )
 
 
@@ -317,4 +319,4 @@ def _unmaskable(where: str, index: int, answers: Mapping[int, Answer]) -> DataEr
     message += "surely which part of its text is the assistant's answer. "
     if index in answers and CLOSE in answers[index].content:
         message += f"The answer has {CLOSE} in it, which the template may look for. "
-    return DataError(message + VICUNA_INSTEAD)
+    return DataError(message + VICUNA_INSTEAD, code="data.template_rewrites_turns")

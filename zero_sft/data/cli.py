@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _draw(lengths, options.plot, f"{len(lengths):,} samples of {options.data_path}")
             console.print(f"lengths drawn in {options.plot}", markup=False)
     except ZeroSftError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error.with_code}\n")
         return 2
     return 0
 
@@ -238,6 +238,8 @@ def _draw(lengths: Sequence[int], path: Path, title: str) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"--plot {path} can't be written: {error}. Name a .png in a folder that exists.") from error
+        raise ArgumentError(
+            f"--plot {path} can't be written: {error}. Name a .png in a folder that exists.", code="arguments.plot_unwritable"
+        ) from error
     finally:
         pyplot.close(figure)

@@ -88,7 +88,9 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dia
     head, rest = list(turns[:start]), list(turns[start:])
     leading = 1 if rest and rest[0].role != USER else 0
     if leading and rest[0].role == SYSTEM:
-        raise DataError(f"{where}, turn {start + 1}: a second system text. Join them, or remove one.")
+        raise DataError(
+            f"{where}, turn {start + 1}: a second system text. Join them, or remove one.", code="data.second_system_text"
+        )
     rest = rest[leading:]
     answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
     before = None
@@ -103,7 +105,8 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dia
                 remedy = "A tool speaks after an answer."
             raise DataError(
                 f"{where}, turn {start + leading + number + 1}: roles must alternate; expected {expected}, got "
-                f"{words.get(turn.role, turn.role)}. {remedy}"
+                f"{words.get(turn.role, turn.role)}. {remedy}",
+                code="data.roles_do_not_alternate",
             )
         before = turn.role
     return Dialogue(turns=(*head, *rest[:answered]), leading=leading, unanswered=len(rest) - answered)

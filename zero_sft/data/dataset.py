@@ -91,7 +91,8 @@ def make_pipeline(
     if lazy and reader.long != TRUNCATE:
         raise DataError(
             f"--long {reader.long} takes the samples' lengths, which --lazy_preprocess does not know at the start. Leave one "
-            "out."
+            "out.",
+            code="data.overlong_needs_lengths",
         )
     template = choose_template(chat_template, tokenizer)
     return Pipeline(
@@ -143,7 +144,9 @@ def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path
     try:
         report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("layouts", "first_bad")}})
     except (TypeError, LookupError) as error:
-        raise DataError(f"{entry} is damaged: {error}. Delete that folder; it will be made anew.") from error
+        raise DataError(
+            f"{entry} is damaged: {error}. Delete that folder; it will be made anew.", code="data.cache_entry_damaged"
+        ) from error
     first_bad = tuple(each.replace(report.file, data.name, 1) for each in report.first_bad)  # it may have been moved
     report = replace(_of(data, report), file=data.name, template=pipeline.template.name, first_bad=first_bad)
     return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
@@ -170,7 +173,9 @@ def _entry(file: Path, data: Data, state: Any, pipeline: Pipeline, processes: in
     """The rows to a file, how many, and their account, if the data is in the state still that its key was made in."""
     report = _write(file, data, pipeline, processes)
     if data.state() != state:
-        raise DataError(f"{data.name} has changed while it was read. Start again when nobody writes to it.")
+        raise DataError(
+            f"{data.name} has changed while it was read. Start again when nobody writes to it.", code="data.changed_while_read"
+        )
     return report.kept, asdict(report)
 
 
@@ -203,13 +208,14 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
     if report.samples == report.bad:
         if report.bad:
             raise DataError(
-                f"{data.name} holds no samples but {report.bad:,} that can't be used, the first: {report.first_bad[0]}"
+                f"{data.name} holds no samples but {report.bad:,} that can't be used, the first: {report.first_bad[0]}",
+                code="data.all_samples_bad",
             )
-        raise DataError(f"{data.name} holds no samples. Expected {EXPECTED}.")
+        raise DataError(f"{data.name} holds no samples. Expected {EXPECTED}.", code="data.no_samples")
     if report.kept and not report.has_trained:  # lazily tokenised: all were looked at, and stay in
         report = replace(report, kept=0, dropped={**report.dropped, CUT_OFF: report.kept})
     if not report.kept:
-        raise DataError(_nothing_left(report, pipeline.model_max_length))
+        raise DataError(_nothing_left(report, pipeline.model_max_length), code="data.nothing_left")
     return report
 
 
@@ -241,5 +247,6 @@ def require_one_batch(prepared: Prepared, *, world_size: int, per_device_batch_s
             remedy = "fewer ranks, or leave --packing True out: then samples are padded"
         raise DataError(
             f"{files}: {there}{size}, and one batch needs {needed}: {per_device_batch_size} on each of "
-            f"{counted(world_size, 'rank')}. Give more data, a smaller --per_device_train_batch_size, {remedy}."
+            f"{counted(world_size, 'rank')}. Give more data, a smaller --per_device_train_batch_size, {remedy}.",
+            code="data.too_few_samples",
         )

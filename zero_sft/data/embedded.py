@@ -29,5 +29,6 @@ def require_embedded(ids: Sequence[int], tokenizer: Any, rows: int, where: str) 
     raise DataError(
         f"{where}: the model has no embedding for the token {tokenizer.convert_ids_to_tokens(beyond)!r}: its id is {beyond}, "
         f"and the embedding has {rows} rows (vocab_size in config.json). Take it out of the text or the chat template, or give "
-        "the tokenizer that belongs to the model."
+        "the tokenizer that belongs to the model.",
+        code="data.token_without_embedding",
     )

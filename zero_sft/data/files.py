@@ -46,17 +46,23 @@ def files_of(path: Path, split: str | None = None) -> Chosen:
     """
     if not path.is_dir():
         if path.exists() and not path.is_file():
-            raise DataError(f"{path} is a pipe or a device, and can't be read twice. Write the data to a file.")
+            raise DataError(
+                f"{path} is a pipe or a device, and can't be read twice. Write the data to a file.",
+                code="data.not_a_regular_file",
+            )
         return Chosen(files=(path,))
     seen = _seen_in(path)
     found = [each for each in seen if is_named_as_data(each)]
     if not found and any(each.suffix == ".arrow" for each in seen):
         raise DataError(
-            f"{path} was written by save_to_disk, for the library `datasets` alone. Write it with to_parquet instead."
+            f"{path} was written by save_to_disk, for the library `datasets` alone. Write it with to_parquet instead.",
+            code="data.saved_to_disk",
         )
     if not found:
         but = f", but {seen[0].name}" if seen else ""
-        raise DataError(f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file{but}. Check {_ARGUMENTS}.")
+        raise DataError(
+            f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file{but}. Check {_ARGUMENTS}.", code="data.no_data_files"
+        )
     return choose_split(path, found, split)
 
 
@@ -115,7 +121,8 @@ class Files:
             and not _is_hidden(root.resolve(), self.path.resolve())
         ):
             raise DataError(
-                f"--data_cache_dir {root} is inside the data, {self.path}, and would be read with it. Name another."
+                f"--data_cache_dir {root} is inside the data, {self.path}, and would be read with it. Name another.",
+                code="data.cache_inside_data",
             )
 
 
@@ -123,7 +130,7 @@ def _stamp(file: Path) -> Stamp:
     try:
         return stamp(file)
     except CheckpointError as error:
-        raise DataError(f"no such file: {file}. Check {_ARGUMENTS}.") from error
+        raise DataError(f"no such file: {file}. Check {_ARGUMENTS}.", code="data.no_such_file") from error
 
 
 def _digest(file: Path) -> str:
@@ -142,7 +149,7 @@ def _seen_in(folder: Path) -> list[Path]:
 
 def _is_file(path: Path) -> bool:
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{path} is a link to nothing, {path.readlink()}. Repair or remove it.")
+        raise DataError(f"{path} is a link to nothing, {path.readlink()}. Repair or remove it.", code="data.broken_link")
     return path.is_file()
 
 
@@ -160,7 +167,9 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise DataError(f"the folder {error.filename} can't be read: {error.strerror}. Check its rights.") from error
+    raise DataError(
+        f"the folder {error.filename} can't be read: {error.strerror}. Check its rights.", code="data.folder_unreadable"
+    ) from error
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -183,11 +192,12 @@ def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
     with open_text(path, argument=_ARGUMENTS, errors="surrogateescape") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
-        raise DataError(f"{path} is empty; expected {EXPECTED}, as one JSON list or one object a line.")
+        raise DataError(f"{path} is empty; expected {EXPECTED}, as one JSON list or one object a line.", code="data.empty_file")
     if first == "{":
         raise DataError(
             f"{path} is one JSON object over several lines; expected one JSON list of samples, or one sample a line. Write the "
-            "list alone, or each object in a line of its own."
+            "list alone, or each object in a line of its own.",
+            code="data.object_over_lines",
         )
     yield from _list(path) if first.startswith("[") else _lines(path)
 
@@ -208,9 +218,9 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
                     line.encode()
                     sample = _json(line.rstrip("\n"), path, first_line=number)
                 except UnicodeEncodeError:
-                    sample = BadLine(f"{path}, line {number}: not UTF-8. Save the file as UTF-8.")
+                    sample = BadLine(f"{path}, line {number}: not UTF-8. Save the file as UTF-8.", code="data.not_utf8")
                 except DataError as error:
-                    sample = BadLine(str(error))
+                    sample = BadLine(str(error), code=error.code)
                 yield sample, f"line {number}"
 
 
@@ -224,15 +234,20 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
             names = file.schema_arrow.names
             opened = True
             if len(set(names)) < len(names):
-                raise DataError(f"{path} has several columns of one name, among {', '.join(names)}. Rename them.")
+                raise DataError(
+                    f"{path} has several columns of one name, among {', '.join(names)}. Rename them.",
+                    code="data.duplicate_columns",
+                )
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield row, f"sample {number}"
     except FileNotFoundError as error:
-        raise DataError(f"no such file: {path}. Check {_ARGUMENTS}.") from error
+        raise DataError(f"no such file: {path}. Check {_ARGUMENTS}.", code="data.no_such_file") from error
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: of a value in a column
         remedy = "Repair the column, or write it without." if opened else "Write it again."
-        raise DataError(f"{path} is no usable Parquet file: {str(error).rstrip('.')}. {remedy}") from error
+        raise DataError(
+            f"{path} is no usable Parquet file: {str(error).rstrip('.')}. {remedy}", code="data.bad_parquet"
+        ) from error
 
 
 def _json(text: str, path: Path, first_line: int) -> Any:
@@ -242,12 +257,16 @@ def _json(text: str, path: Path, first_line: int) -> Any:
         raise DataError(
             f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}; got "
             f"{_excerpt(error.doc, error.pos)}. The file must be one JSON list, or one JSON object a line; one of "
-            "Parquet is named .parquet, and others (CSV) are not read."
+            "Parquet is named .parquet, and others (CSV) are not read.",
+            code="data.not_json",
         ) from error
     except ValueError as error:  # a number of thousands of digits, a key that is there twice
-        raise DataError(f"{path}, line {first_line}: not usable as JSON: {error}.") from error
+        raise DataError(f"{path}, line {first_line}: not usable as JSON: {error}.", code="data.bad_json_value") from error
     except RecursionError as error:
-        raise DataError(f"{path}, line {first_line}: JSON nested too deep to be conversations. Expected {EXPECTED}.") from error
+        raise DataError(
+            f"{path}, line {first_line}: JSON nested too deep to be conversations. Expected {EXPECTED}.",
+            code="data.json_nested_too_deep",
+        ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -46,10 +46,15 @@ def apply(
         )
     except TemplateSyntaxError as error:
         said = str(error.message).rstrip(".")
-        raise DataError(f"the chat template is no Jinja that can be used: line {error.lineno}: {said}. Repair it.") from error
+        raise DataError(
+            f"the chat template is no Jinja that can be used: line {error.lineno}: {said}. Repair it.",
+            code="data.template_not_jinja",
+        ) from error
     except Exception as error:  # a template may fail in any way: a division by zero, a recursion
         said = str(error).rstrip(".") or type(error).__name__
-        raise DataError(f"{where}: the chat template can't render this conversation: {said}. {VICUNA_INSTEAD}") from error
+        raise DataError(
+            f"{where}: the chat template can't render this conversation: {said}. {VICUNA_INSTEAD}", code="data.template_fails"
+        ) from error
     return str(rendered)
 
 
@@ -69,7 +74,8 @@ def learn_habits(tokenizer: Any, source: str | None) -> Habits:
     if len(parts) != len(talk):
         raise DataError(
             f"the chat template leaves out or changes texts, tried on {where}, so answers can't be found in it. It has to "
-            f"write message['content'] as it is. {VICUNA_INSTEAD}"
+            f"write message['content'] as it is. {VICUNA_INSTEAD}",
+            code="data.template_changes_texts",
         )
     marks = sorted((mark for mark in tokenizer.get_added_vocab() if mark.strip()), key=len, reverse=True)
     stops = stops_of(parts[1], parts[3], marks)

@@ -120,7 +120,10 @@ def unread_keys(
             remedy = _REMEDY.get(meaning) or (
                 f"Give --data_format {layout} if the rest is what is to be trained on, or remove it."
             )
-            raise DataError(f"{where}: `{key}` is not read in the format {layout}: it is {meaning}. {remedy}")
+            raise DataError(
+                f"{where}: `{key}` is not read in the format {layout}: it is {meaning}. {remedy}",
+                code="data.key_of_another_format",
+            )
         unread.append(key)
     return tuple(unread)
 
@@ -176,12 +179,13 @@ def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
         for key in ("train", "loss", "loss_scale"):
             if verdicts.get(key):
                 raise DataError(
-                    f'{place}: "{key}": {turn[key]!r} asks for this turn to be trained on, and only answers are. Remove it.'
+                    f'{place}: "{key}": {turn[key]!r} asks for this turn to be trained on, and only answers are. Remove it.',
+                    code="data.only_answers_are_trained_on",
                 )
         return False
     if len(set(verdicts.values())) > 1:
         given = " and ".join(f'"{key}": {turn[key]!r}' for key in verdicts)
-        raise DataError(f"{place}: {given} contradict each other. Give one.")
+        raise DataError(f"{place}: {given} contradict each other. Give one.", code="data.contradicting_keys")
     return all(verdicts.values())
 
 
@@ -194,7 +198,10 @@ def _verdict(key: str, value: Any, place: str) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if flag is None or (key == "mask" and is_number):  # 1 in a mask may mean that a text is trained on, or that it is not
         expected = "0 or 1" if key in ("weight", "loss_scale") else "true or false"
-        raise DataError(f'{place}: "{key}": {value!r}; expected {expected}. "train": false leaves an answer out of the loss.')
+        raise DataError(
+            f'{place}: "{key}": {value!r}; expected {expected}. "train": false leaves an answer out of the loss.',
+            code="data.bad_value_of_key",
+        )
     return flag != (key == "mask")
 
 
@@ -213,7 +220,7 @@ def require_known_turn(turn: Mapping[str, Any], place: str, *, names: Collection
         if key in HARMLESS_OF_TURNS:
             notes.append(key)
             continue
-        raise DataError(f"{place}: {_why_refused(key)}")
+        raise DataError(f"{place}: {_why_refused(key)}", code="data.key_refused")
     return tuple(notes)
 
 

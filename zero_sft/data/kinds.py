@@ -34,9 +34,12 @@ def require_kind(path: Path, *, is_parquet: bool) -> None:
     except OSError:
         return
     if start.startswith(_LFS):
-        raise DataError(f"{path} is a git-LFS pointer, without the data. Fetch it: `git lfs pull`, or `hf download`.")
+        raise DataError(
+            f"{path} is a git-LFS pointer, without the data. Fetch it: `git lfs pull`, or `hf download`.",
+            code="data.placeholder_file",
+        )
     if is_parquet or path.suffix.lower() in COMPRESSED:
         return
     for beginning, kind in _BEGINNINGS.items():
         if start.startswith(beginning):
-            raise DataError(f"{path} is {kind}.")
+            raise DataError(f"{path} is {kind}.", code="data.unsupported_kind")

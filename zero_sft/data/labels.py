@@ -46,7 +46,8 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"{type(tokenizer).__name__} does not tell which characters a token comes from, so the assistant's text can't be "
-            "found. Convert the model's tokenizer to a tokenizer.json."
+            "found. Convert the model's tokenizer to a tokenizer.json.",
+            code="data.tokenizer_without_offsets",
         )
     added = frozenset(tokenizer.added_tokens_decoder)
     examples: dict[int, Example] = {}

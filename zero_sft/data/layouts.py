@@ -65,7 +65,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         DataError: an object of no layout, or one that is not written as its layout says.
     """
     if not isinstance(sample, Mapping):
-        raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.")
+        raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.", code="data.sample_not_an_object")
     names = [data_format] if data_format else list(LAYOUTS)
     fitting = [name for name in names if _fits(sample, name)]
     full = [name for name in fitting if not any(asks_for_nothing(sample[key]) for key in LAYOUTS[name].keys)]
@@ -75,7 +75,8 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     if len(full) > 1:
         raise DataError(
             f"{where}: the keys of {len(full)} formats, {_keys_of(full[0])} of {full[0]} and {_keys_of(full[1])} of {full[1]}. "
-            f"Say which to train on, --data_format {full[0]} or {full[1]}, or remove the others."
+            f"Say which to train on, --data_format {full[0]} or {full[1]}, or remove the others.",
+            code="data.several_formats",
         )
     if fitting:
         name = (full or fitting)[0]
@@ -88,7 +89,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         return name, replace(found, unread=(*found.unread, *unread)) if unread else found
     keys = ", ".join([f"{key!r}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"
-    raise DataError(f"{where}: {wanted}; got the keys {keys}.{_hint(sample)}")
+    raise DataError(f"{where}: {wanted}; got the keys {keys}.{_hint(sample)}", code="data.unknown_format")
 
 
 def _hint(sample: Mapping[str, Any]) -> str:
@@ -145,7 +146,10 @@ def _history(sample: Mapping[str, Any], where: str) -> list:
     if asks_for_nothing(pairs):
         return []
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
-        raise DataError(f"{where}: `history` must be a list of pairs of a question and an answer; got {str(pairs)[:80]}.")
+        raise DataError(
+            f"{where}: `history` must be a list of pairs of a question and an answer; got {str(pairs)[:80]}.",
+            code="data.bad_history",
+        )
     return pairs
 
 
@@ -153,7 +157,9 @@ def _with_system(sample: Mapping[str, Any], turns: list[Turn], where: str) -> li
     """The turns, after the `system` text that stands beside them if there is one."""
     text = _text_or_nothing(sample, "system", where)
     if text and turns and turns[0].role == SYSTEM:
-        raise DataError(f"{where}: a system text among the turns and one beside them, `system`. Remove one.")
+        raise DataError(
+            f"{where}: a system text among the turns and one beside them, `system`. Remove one.", code="data.second_system_text"
+        )
     return [Turn(role=SYSTEM, text=text), *turns] if text else turns
 
 
@@ -214,7 +220,7 @@ def _turns(
     `names` are the keys of a turn's role and text.
     """
     if not isinstance(raw, list):
-        raise DataError(f"{where}: `{key}` must be a list of turns; got {type(raw).__name__}.")
+        raise DataError(f"{where}: `{key}` must be a list of turns; got {type(raw).__name__}.", code="data.turns_not_a_list")
     turns, notes = [], dict[str, None]()
     for number, each in enumerate(raw, start=1):
         place = f"{where}, turn {number}"
@@ -223,9 +229,12 @@ def _turns(
         role, text = (each.get(name) for name in names) if isinstance(each, Mapping) else (None, None)
         if not isinstance(role, str) or not isinstance(text, str):
             looks = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
-            raise DataError(f"{place}: expected {looks} with texts; got {str(each)[:80]}.{_remedy(role, text, names[1])}")
+            raise DataError(
+                f"{place}: expected {looks} with texts; got {str(each)[:80]}.{_remedy(role, text, names[1])}",
+                code="data.bad_turn",
+            )
         if role not in roles:
-            raise DataError(f"{place}: unknown role {role!r}; expected one of {', '.join(roles)}.")
+            raise DataError(f"{place}: unknown role {role!r}; expected one of {', '.join(roles)}.", code="data.unknown_role")
         trained = is_trained(each, place, is_answer=roles[role] == ASSISTANT)
         turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=trained or roles[role] != ASSISTANT))
     return turns, tuple(f"{key}.{note}" for note in notes)
@@ -251,7 +260,7 @@ def _text_or_nothing(sample: Mapping[str, Any], key: str, where: str) -> str:
 
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{key}` must be a text; got {str(value)[:80]}.")
+        raise DataError(f"{where}: `{key}` must be a text; got {str(value)[:80]}.", code="data.not_a_text")
     return _unicode(value, where)
 
 
@@ -259,5 +268,7 @@ def _unicode(text: str, place: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: half a character (a lone surrogate) in the text. Repair the text.") from error
+        raise DataError(
+            f"{place}: half a character (a lone surrogate) in the text. Repair the text.", code="data.lone_surrogate"
+        ) from error
     return text

@@ -88,7 +88,8 @@ def require_sources(paths: str, *, to_evaluate: bool = False) -> None:
         if held_out:
             raise DataError(
                 f"--eval_data_path {source.data.name} has several splits. Name the one to evaluate on: "
-                f"--eval_data_path {source.data.name}:{held_out}."
+                f"--eval_data_path {source.data.name}:{held_out}.",
+                code="data.eval_split_unnamed",
             )
 
 
@@ -173,7 +174,8 @@ def _drawn(
         name = names[rows.index(max(rows))]
         raise DataError(
             f"to draw every sample of {name} by its weight takes {max(rows):,.0f} rows, and there are {whole:,} samples. Give "
-            "it a larger weight, or leave it out."
+            "it a larger weight, or leave it out.",
+            code="data.weights_too_far_apart",
         )
     mixed = datasets.interleave_datasets(
         [part.add_column(_SOURCE, [number] * len(part)) for number, part in enumerate(parts)],

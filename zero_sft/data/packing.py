@@ -71,7 +71,10 @@ def choose_packing(wanted: bool | None, config: Any, *, attention: str | None, l
         return Packing(on=False, reason="--packing False")
     reason = _obstacle(config, attention, lazy)
     if reason and wanted:
-        raise ArgumentError(f"--packing True: {reason}. Leave it out, and samples are padded to the longest of their batch.")
+        raise ArgumentError(
+            f"--packing True: {reason}. Leave it out, and samples are padded to the longest of their batch.",
+            code="data.packing_impossible",
+        )
     return Packing(on=not reason, reason=reason)
 
 

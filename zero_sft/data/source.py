@@ -33,19 +33,24 @@ def parse_sources(text: str) -> list[Source]:
         DataError: an empty part, a weight that is no number above 0, or weights for some of the sources only.
     """
     if not text.strip():
-        raise DataError("--data_path or --eval_data_path is empty: is a variable not set? Name a file, a folder or a dataset.")
+        raise DataError(
+            "--data_path or --eval_data_path is empty: is a variable not set? Name a file, a folder or a dataset.",
+            code="data.no_path",
+        )
     if _exists(text):
         return [Source(data=_data(text))]
     sources = [_source(part.strip(), text) for part in text.split(",")]
     weighted = sum(each.weight is not None for each in sources)
     if 0 < weighted < len(sources):
         raise DataError(
-            f"{text}: weights for {weighted} of {len(sources)} sources. Give each a weight (a number after a colon), or none."
+            f"{text}: weights for {weighted} of {len(sources)} sources. Give each a weight (a number after a colon), or none.",
+            code="data.weights_missing",
         )
     shares = [each.weight for each in sources if each.weight is not None]
     if shares and min(shares) < _LEAST_SHARE * max(shares):
         raise DataError(
-            f"{text}: the weights {max(shares):g} and {min(shares):g} are too far apart. Leave the smaller one out."
+            f"{text}: the weights {max(shares):g} and {min(shares):g} are too far apart. Leave the smaller one out.",
+            code="data.weights_too_far_apart",
         )
     return sources
 
@@ -57,7 +62,7 @@ def _exists(text: str) -> bool:
 def _source(part: str, text: str) -> Source:
     name, colon, weight = part.rpartition(":")
     if not part:
-        raise DataError(f"{text!r} names an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.")
+        raise DataError(f"{text!r} names an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path")
     if not colon or _exists(part):
         return Source(data=_data(part))
     try:
@@ -65,7 +70,10 @@ def _source(part: str, text: str) -> Source:
     except ValueError:
         return Source(data=_data(part))
     if not name or not math.isfinite(share) or share <= 0:
-        raise DataError(f"{part}: a weight is a number above 0, after a path; got {weight!r}. Write a.json:0.7,b.jsonl:0.3.")
+        raise DataError(
+            f"{part}: a weight is a number above 0, after a path; got {weight!r}. Write a.json:0.7,b.jsonl:0.3.",
+            code="data.bad_weight",
+        )
     return Source(data=_data(name), weight=share)
 
 

@@ -49,7 +49,9 @@ def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> Cho
         split = wanted if wanted in splits else _keyword(wanted) or wanted
         if split not in splits:
             has = f"its splits are {', '.join(splits)}" if splits else "no name of a file or folder in it tells a split"
-            raise DataError(f"{folder} has no split {wanted!r}: {has}. Check --data_path and --eval_data_path.")
+            raise DataError(
+                f"{folder} has no split {wanted!r}: {has}. Check --data_path and --eval_data_path.", code="data.no_such_split"
+            )
         return Chosen(files=tuple(file for file in files if names[file] == split))
     held_out = [name for name in splits if _keyword(name) not in (None, TRAIN)]
     if len(splits) > 1 and TRAIN in splits:
@@ -57,7 +59,8 @@ def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> Cho
     if len(splits) > 1 and any(_keyword(name) for name in splits):
         example = next((name for name in splits if _keyword(name) == TRAIN), splits[0])
         raise DataError(
-            f"{folder} has the splits {', '.join(splits)}, and none is called {TRAIN}. Name one of them: {folder}:{example}."
+            f"{folder} has the splits {', '.join(splits)}, and none is called {TRAIN}. Name one of them: {folder}:{example}.",
+            code="data.no_train_split",
         )
     if held_out and None in counts:
         return _without(folder, names, {None})
@@ -113,7 +116,8 @@ def _declared(folder: Path) -> list[tuple[str, str]]:
         names = [str(each.get("config_name")) for each in configs]
         raise DataError(
             f"{folder} has several configurations, as its README.md says: {', '.join(names)}. Name the folder or the files of "
-            "one."
+            "one.",
+            code="data.several_configurations",
         )
     files = configs[0].get("data_files") if configs else None
     if isinstance(files, str):

@@ -51,16 +51,20 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
         if stop not in tokenizer.get_added_vocab():
             raise DataError(
                 f"--chat_template {name}: this model's tokenizer has no token {stop}, which ends a turn there. "
-                "Use --chat_template vicuna, or add the token."
+                "Use --chat_template vicuna, or add the token.",
+                code="data.template_token_missing",
             )
     elif name not in (None, MODEL):
         source = _from_file(Path(name).expanduser())
     elif not own:
-        raise DataError("--chat_template model: this model's tokenizer has no chat template. Use --chat_template vicuna.")
+        raise DataError(
+            "--chat_template model: this model's tokenizer has no chat template. Use --chat_template vicuna.",
+            code="data.model_without_template",
+        )
     try:
         habits = learn_habits(tokenizer, source)
     except DataError as error:
-        raise DataError(f"--chat_template {name or MODEL}: {error}") from error
+        raise DataError(f"--chat_template {name or MODEL}: {error}", code=error.code) from error
     return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, habits=habits, source=source)
 
 
@@ -68,10 +72,15 @@ def _from_file(path: Path) -> str:
     if path.is_dir():
         found = next(iter(sorted(path.glob("*.jinja"))), None)
         remedy = f"give {found}" if found else "name the Jinja file itself"
-        raise DataError(f"--chat_template {path} is a folder; expected a Jinja file: {remedy}.")
+        raise DataError(
+            f"--chat_template {path} is a folder; expected a Jinja file: {remedy}.", code="data.template_is_a_folder"
+        )
     if not path.is_file():
         if path.suffix or len(path.parts) > 1:
-            raise DataError(f"--chat_template {path}: no such file.")
+            raise DataError(f"--chat_template {path}: no such file.", code="data.no_such_template")
         names = ", ".join((VICUNA, *NAMED, MODEL))
-        raise DataError(f"--chat_template {path}: unknown chat template; expected {names}, or the path of a Jinja file.")
+        raise DataError(
+            f"--chat_template {path}: unknown chat template; expected {names}, or the path of a Jinja file.",
+            code="data.unknown_template",
+        )
     return read_text(path, expected="a chat template in Jinja", argument="--chat_template")

@@ -36,7 +36,7 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
     with open_text(path, argument=argument) as file:
         text = file.read()
     if not text.strip():
-        raise DataError(f"{path} is empty; expected {expected}.")
+        raise DataError(f"{path} is empty; expected {expected}.", code="data.empty_file")
     return text
 
 
@@ -61,12 +61,16 @@ def readable(path: Path, *, argument: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"no such file: {path}. Check {argument}.") from error
+        raise DataError(f"no such file: {path}. Check {argument}.", code="data.no_such_file") from error
     except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder; expected a file. Name the file itself.") from error
+        raise DataError(
+            f"{path} is a folder; expected a file. Name the file itself.", code="data.folder_in_place_of_file"
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+        raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.", code="data.not_utf8") from error
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if getattr(error, "errno", None) is None:  # what a decompressor says
-            raise DataError(f"{path} is damaged: {error}. Compress it again.") from error
-        raise DataError(f"{path} can't be read: {getattr(error, 'strerror', error)}. Check {argument}.") from error
+            raise DataError(f"{path} is damaged: {error}. Compress it again.", code="data.bad_compression") from error
+        raise DataError(
+            f"{path} can't be read: {getattr(error, 'strerror', error)}. Check {argument}.", code="data.file_unreadable"
+        ) from error

@@ -70,12 +70,16 @@ def split_answer(content: str, habit: ThoughtsHabit, where: str) -> Answer:
         content = f"{OPEN}\n{content}"
         found = _BLOCK.match(content)
     if found is None and content.lstrip().startswith(OPEN):
-        raise DataError(f"{where}: the answer begins with {OPEN}, and there is no {CLOSE}. Close the thoughts, or remove them.")
+        raise DataError(
+            f"{where}: the answer begins with {OPEN}, and there is no {CLOSE}. Close the thoughts, or remove them.",
+            code="data.thoughts_not_closed",
+        )
     thoughts, text = (content[: found.end()], content[found.end() :]) if found else ("", content)
     if CLOSE in text:
         raise DataError(
             f"{where}: the text of the answer has {CLOSE} in it, and the chat template keeps thoughts apart from the text. Put "
-            f"them at the beginning of the answer, between {OPEN} and {CLOSE} once, or remove the tag."
+            f"them at the beginning of the answer, between {OPEN} and {CLOSE} once, or remove the tag.",
+            code="data.thoughts_in_text",
         )
     if not found or habit.is_parsed:
         return Answer(content=content, thoughts=thoughts, text=text)
@@ -84,7 +88,8 @@ def split_answer(content: str, habit: ThoughtsHabit, where: str) -> Answer:
             return Answer(content=text, text=text)
         raise DataError(
             f"{where}: the chat template writes thoughts up to {CLOSE} itself, before each answer, and takes none from data. "
-            "Give --chat_template one that does, or remove the thoughts."
+            "Give --chat_template one that does, or remove the thoughts.",
+            code="data.template_takes_no_thoughts",
         )
     if not text.strip():
         raise nothing_left(where)
@@ -96,7 +101,8 @@ def nothing_left(where: str) -> DataError:
     """The error of an answer without a text."""
     return DataError(
         f"{where}: the chat template leaves nothing of this answer but its end. Give it more than white space and thoughts, or "
-        "nothing."
+        "nothing.",
+        code="data.nothing_left_of_answer",
     )
 
 

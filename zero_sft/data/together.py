@@ -43,6 +43,7 @@ def _alone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: list[str], 
     if prepared.keys != keys:
         raise DataError(
             f"{recipe.paths} holds other data on rank {world.rank}'s node than on rank 0's. Put the data on a file system that "
-            "all nodes share, or copy it to every node."
+            "all nodes share, or copy it to every node.",
+            code="data.differs_between_nodes",
         )
     return prepared

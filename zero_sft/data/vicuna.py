@@ -55,7 +55,8 @@ class VicunaTemplate:
         """
         if any(turn.role == TOOL for turn in conversation.turns):
             raise DataError(
-                f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template one that has."
+                f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template one that has.",
+                code="data.vicuna_without_tools",
             )
         system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
         pieces, spans, ends = [f"{system} "], [], []
@@ -101,5 +102,6 @@ def vicuna_stop(tokenizer: Any) -> str:
         return str(tokenizer.eos_token)
     raise DataError(
         "--chat_template vicuna: this model's tokenizer has no end-of-sequence token, so the model could not learn to stop. "
-        "Set eos_token in its tokenizer_config.json."
+        "Set eos_token in its tokenizer_config.json.",
+        code="data.tokenizer_without_eos",
     )

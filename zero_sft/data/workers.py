@@ -65,7 +65,8 @@ def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], 
     except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
             f"one of {processes} processes that prepare the data has died, perhaps for lack of memory. Start fewer: "
-            "--dataset_num_proc."
+            "--dataset_num_proc.",
+            code="data.worker_died",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -78,6 +78,7 @@ def peak_bytes(request: Request, *, batch_size: int, length: int, checkpointing:
                 model(input_ids=tokens, labels=tokens).loss.backward()
     except Exception as error:  # a model's own code may raise anything
         raise ConfigError(
-            f"the activations of {request.config.model_type} can't be counted: {type(error).__name__}: {error}"
+            f"the activations of {request.config.model_type} can't be counted: {type(error).__name__}: {error}",
+            code="estimate.activations_uncountable",
         ) from error
     return live.peak

@@ -20,7 +20,9 @@ def draw(title: str, loads: Sequence[RankLoad], device: Mapping[str, int], devic
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ArgumentError(f"--plot needs matplotlib ({error}): pip install 'zero_sft[train]'") from error
+        raise ArgumentError(
+            f"--plot needs matplotlib ({error}): pip install 'zero_sft[train]'", code="arguments.package_missing"
+        ) from error
     figure = pyplot.figure(figsize=(11, 4.6), dpi=120, layout="constrained")
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
@@ -33,7 +35,7 @@ def draw(title: str, loads: Sequence[RankLoad], device: Mapping[str, int], devic
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise ArgumentError(f"--plot {path} can't be written: {error}") from error
+        raise ArgumentError(f"--plot {path} can't be written: {error}", code="arguments.plot_unwritable") from error
     finally:
         pyplot.close(figure)
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plot:
             _plot(results, options)
     except ZeroSftError as error:
-        sys.stderr.write(f"error: {error}\n".replace("--model_name_or_path", "--model"))  # the job's name for it
+        sys.stderr.write(f"error: {error.with_code}\n".replace("--model_name_or_path", "--model"))  # the job's name for it
         return 2
     sys.stdout.write(json.dumps([each.to_dict() for each in results], indent=2) + "\n" if options.json else "")
     for each in [] if options.json else results:
@@ -87,13 +87,17 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ArgumentError(f"--markdown {path} can't be written: {error.strerror or error}") from error
+        raise ArgumentError(
+            f"--markdown {path} can't be written: {error.strerror or error}", code="estimate.markdown_unwritable"
+        ) from error
 
 
 def _plot(results: "Sequence[Result]", options: argparse.Namespace) -> None:
     from zero_sft.estimate.chart import draw
 
     if len(results) != 1:
-        raise ArgumentError(f"--plot draws one model in one world; these are {len(results)}. Name one of each.")
+        raise ArgumentError(
+            f"--plot draws one model in one world; these are {len(results)}. Name one of each.", code="estimate.plot_of_several"
+        )
     (only,) = results
     draw(f"{only.of.name} on {only.run.world_size:,} GPUs", only.loads, only.device, only.run.device_bytes, options.plot)

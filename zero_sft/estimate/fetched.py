@@ -31,10 +31,15 @@ def fetch_headers(repo: str, options: HubOptions) -> dict[str, StoredTensor] | N
             found = list(pool.map(fetch, files))
     except EntryNotFoundError as error:
         if index.is_file():
-            raise CheckpointError(f"{repo}: {index_name} names a file that the repository lacks: {error}") from error
+            raise CheckpointError(
+                f"{repo}: {index_name} names a file that the repository lacks: {error}", code="estimate.shard_missing"
+            ) from error
         return None
     except Exception as error:  # the hub's own, and those of its transport
-        raise CheckpointError(f"the headers of {repo} can't be fetched: {error}. Try again, or name a local folder.") from error
+        raise CheckpointError(
+            f"the headers of {repo} can't be fetched: {error}. Try again, or name a local folder.",
+            code="estimate.headers_not_fetched",
+        ) from error
     return {each.name: each for file, header in zip(files, found, strict=True) for each in _tensors(file, header.tensors)}
 
 

@@ -42,7 +42,7 @@ def storage(text: str) -> Storage:
     if "=" in name:
         name, rest = "nvme", [name, *rest]
     if name not in STORAGES:
-        raise ArgumentError(f"unknown storage {name!r}; known: {', '.join(STORAGES)}")
+        raise ArgumentError(f"unknown storage {name!r}; known: {', '.join(STORAGES)}", code="estimate.unknown_storage")
     least = {each.name: each.metadata["least"] for each in fields(Storage)}
     changes = {}
     for each in rest:
@@ -53,5 +53,8 @@ def storage(text: str) -> Storage:
         except (ValueError, KeyError):
             good = False
         if not good:
-            raise ArgumentError(f"storage {each!r}: expected one of {', '.join(least)} and a figure, as in node_gb_s=3")
+            raise ArgumentError(
+                f"storage {each!r}: expected one of {', '.join(least)} and a figure, as in node_gb_s=3",
+                code="estimate.bad_storage_figure",
+            )
     return replace(STORAGES[name], **changes)

@@ -105,7 +105,9 @@ def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str
     try:
         folder = resolve_folder_alone(name, options, CONFIG)
     except CheckpointError as error:
-        raise ConfigError(f"{error}\nModels that ship as configs: {', '.join(shipped_models())}.") from error
+        raise ConfigError(
+            f"{error}\nModels that ship as configs: {', '.join(shipped_models())}.", code="estimate.no_such_model"
+        ) from error
     return folder, load_config(folder, options), "fetched"
 
 
@@ -114,7 +116,9 @@ def _from_file(path: Path) -> PreTrainedConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(raw.pop("model_type"), **raw)
     except Exception as error:  # each model type has exceptions of its own
-        raise ConfigError(f"{path} is no usable model config: {error!r}. Name a model's config.json.") from error
+        raise ConfigError(
+            f"{path} is no usable model config: {error!r}. Name a model's config.json.", code="config.unusable"
+        ) from error
 
 
 def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tuple[int, int] | None) -> dict[str, StoredTensor]:

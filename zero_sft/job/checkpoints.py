@@ -60,7 +60,8 @@ class SavingTrainer(SFTTrainer):
             if not hasattr(SFTTrainer, name):
                 raise UnsupportedVersionError(
                     f"transformers {transformers.__version__} has moved Trainer.{name}, which saving and resuming "
-                    f"need; tested with {', '.join(TESTED)}. Install a tested release."
+                    f"need; tested with {', '.join(TESTED)}. Install a tested release.",
+                    code="version.trainer_moved",
                 )
         self._published = published
         super().__init__(*args, **kwargs)

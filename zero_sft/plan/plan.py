@@ -175,13 +175,18 @@ def check_cover(makeup: Makeup, stored: Mapping[str, StoredTensor]) -> None:
     """
     covered = sum(math.prod(region.sizes) for region in makeup.regions)
     if covered != math.prod(makeup.shape):
-        raise CheckpointError(f"{makeup.name}: sources give {covered} elements, expected {math.prod(makeup.shape)}")
+        raise CheckpointError(
+            f"{makeup.name}: sources give {covered} elements, expected {math.prod(makeup.shape)}", code="plan.elements_missing"
+        )
     for region in makeup.regions:
         last = region.offset + sum((n - 1) * stride for n, stride in zip(region.sizes, region.strides, strict=True))
         source = stored[region.source]
         held = source.nbytes // source.itemsize
         if last >= held:
-            raise CheckpointError(f"{makeup.name}: reads element {last} of {source.name} in {source.file}, of {held}")
+            raise CheckpointError(
+                f"{makeup.name}: reads element {last} of {source.name} in {source.file}, of {held}",
+                code="plan.read_beyond_tensor",
+            )
 
 
 def pieces(target: Target) -> Iterator[Piece]:

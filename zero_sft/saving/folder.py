@@ -83,11 +83,12 @@ def make_draft(path: str | Path) -> Draft:
 
 def _require_usable(target: Path) -> None:
     if target.exists() and not target.is_dir():
-        raise ExportError(f"{target} is a file. Name a folder for the model.")
+        raise ExportError(f"{target} is a file. Name a folder for the model.", code="export.target_is_a_file")
     if (target / "adapter_config.json").exists():
         raise ExportError(
             f"{target} holds an adapter (adapter_config.json), which transformers would load on top of the model that is "
-            "written next to it. Name another folder."
+            "written next to it. Name another folder.",
+            code="export.target_holds_adapter",
         )
 
 
@@ -179,7 +180,8 @@ class explained:
         if isinstance(error, OSError):
             raise ExportError(
                 f"{self._target} can't be written: {error.strerror or error} ({error.filename}). Name another --output_dir, "
-                "with room for the model, that all ranks share."
+                "with room for the model, that all ranks share.",
+                code="export.unwritable",
             ) from error
 
 
@@ -196,5 +198,6 @@ class kept:
         if isinstance(error, OSError):
             raise NotPlacedError(
                 f"the model is complete in {self._draft.folder}, but could not take its place in {self._draft.target}: "
-                f"{error.strerror or error} ({error.filename}). Move it there by hand, or load it from where it is."
+                f"{error.strerror or error} ({error.filename}). Move it there by hand, or load it from where it is.",
+                code="export.not_placed",
             ) from error

@@ -37,13 +37,15 @@ def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overw
         raise ArgumentError(
             f"--output_dir {output_dir} holds another run ({found[0]}{', ...' * (len(found) > 1)}). Name another folder, go on "
             "from its last checkpoint with --resume_from_checkpoint True, or give --overwrite_output_dir True, which removes "
-            "its checkpoints when the training begins and replaces its model at the end."
+            "its checkpoints when the training begins and replaces its model at the end.",
+            code="export.holds_another_run",
         )
     for folder in checkpoints_in(output):
         if model and Path(model).expanduser().resolve().is_relative_to(folder.resolve()):
             raise ArgumentError(
                 f"--overwrite_output_dir True would remove {folder}, which --model_name_or_path names. Name another "
-                "--output_dir."
+                "--output_dir.",
+                code="export.would_remove_the_model",
             )
     return True
 

@@ -40,7 +40,8 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
         if hasattr(outer, "peft_config") or inner is None:
             remedy = MERGE_FIRST if hasattr(outer, "peft_config") else "Give the model inside of it."
             raise ExportError(
-                f"a {type(outer).__name__} can't be exported: nothing reads back the names of its weights. {remedy}"
+                f"a {type(outer).__name__} can't be exported: nothing reads back the names of its weights. {remedy}",
+                code="export.wrapped_model",
             )
     return inner
 
@@ -64,12 +65,16 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
     if absent:
         renamed = f" (they are called {_shown(extra)} now)" if extra else ""
         adapter = MERGE_FIRST if hasattr(model, "peft_config") or any("lora_" in name for name in extra) else _REBUILD
-        raise ExportError(f"the model has changed since it was loaded: it lacks {_shown(absent)}{renamed}. {adapter}")
+        raise ExportError(
+            f"the model has changed since it was loaded: it lacks {_shown(absent)}{renamed}. {adapter}",
+            code="export.model_lacks_tensors",
+        )
     if misfits:
         name = misfits[0]
         raise ExportError(
             f"the model has changed since it was loaded: {name} has the shape {list(state[name].shape)}, and its config makes "
-            f"{list(expected[name].shape)}. Change the config as well."
+            f"{list(expected[name].shape)}. Change the config as well.",
+            code="export.shape_not_in_config",
         )
     if extra:
         logger.warning(

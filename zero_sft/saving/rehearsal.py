@@ -32,6 +32,7 @@ def rehearse_writing(path: str | Path, world: World) -> None:
                 if not draft.folder.is_dir():
                     raise ExportError(
                         f"--output_dir {path} is not the same folder on all nodes: rank {world.rank} does not see what rank 0 "
-                        "wrote there. Name a folder on a file system that all nodes share."
+                        "wrote there. Name a folder on a file system that all nodes share.",
+                        code="export.folder_not_shared",
                     )
                 (draft.folder / f"rank-{world.rank}").write_bytes(b"0")

@@ -34,4 +34,4 @@ def export_or_rescue(export: Callable[[Path], None], output: Path, world: World)
         except ZeroSftError as second:
             logger.error("%s", second)
             raise error from None
-        raise ExportError(f"{error}\nThe trained model is complete in {rescue}.") from error
+        raise ExportError(f"{error}\nThe trained model is complete in {rescue}.", code=error.code) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
-from zero_sft.saving.trainer_checkpoint import NotWholeError, TrainerCheckpoint, inspect
+from zero_sft.saving.trainer_checkpoint import WEIGHTS_ALONE, NotWholeError, TrainerCheckpoint, inspect
 from zero_sft.world import World
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ def agree_on_checkpoint(
             if not path.is_file():
                 raise ArgumentError(
                     f"--resume_from_checkpoint {wanted}: rank {world.rank} does not see {path}, which rank 0 sees. Put the "
-                    "checkpoint on a file system that all ranks share."
+                    "checkpoint on a file system that all ranks share.",
+                    code="resume.folder_not_shared",
                 )
     return found
 
@@ -77,12 +78,14 @@ def find_checkpoint(
         raise ArgumentError(
             f"{asked}: {found.folder} was written by {found.world_size} ranks, and here are {world_size}; ZeRO's state is cut "
             "for their number. Start as many ranks, or train on from its weights with a new optimizer: "
-            + _weights(found.folder)
+            + _weights(found.folder),
+            code="resume.other_world_size",
         )
     if bf16 is not None and bf16 is not found.bf16:
         there, here = ("bf16", "fp32 or fp16") if found.bf16 else ("fp32 or fp16", "bf16")
         raise ArgumentError(
-            f"{asked}: {found.folder} was trained in {there}, and this run trains in {here}. Give --bf16 {found.bf16}."
+            f"{asked}: {found.folder} was trained in {there}, and this run trains in {here}. Give --bf16 {found.bf16}.",
+            code="resume.other_dtype",
         )
     return found
 
@@ -97,15 +100,15 @@ def _weights(folder: Path) -> str:
 
 def _named(asked: str, folder: Path, ds_config: Mapping[str, Any] | None) -> TrainerCheckpoint:
     if not folder.is_dir():
-        raise ArgumentError(f"{asked}: no folder {folder}. Leave it out to start anew.")
+        raise ArgumentError(f"{asked}: no folder {folder}. Leave it out to start anew.", code="resume.no_such_folder")
     try:
         return inspect(folder, ds_config)
     except NotWholeError as error:
-        raise ArgumentError(f"{asked}: {_unusable(folder, error)}") from error
+        raise ArgumentError(f"{asked}: {_unusable(folder, error)}", code=error.code) from error
 
 
 def _unusable(folder: Path, error: NotWholeError) -> str:
-    if error.weights_alone:
+    if error.code == WEIGHTS_ALONE:
         return (
             f"{folder} can't be resumed from: {error}. Train on from these weights with a new optimizer: --model_name_or_path "
             f"{folder} and another --output_dir instead of --resume_from_checkpoint."
@@ -135,12 +138,17 @@ def _newest(asked: str, output_dir: Path, ds_config: Mapping[str, Any] | None) -
             logger.warning("%s is passed over, since it is not whole: %s", path, error)
         return found
     if not problems:
-        raise ArgumentError(f"{asked}: no checkpoint-* folder in {output_dir}. Leave it out to start anew.")
+        raise ArgumentError(
+            f"{asked}: no checkpoint-* folder in {output_dir}. Leave it out to start anew.", code="resume.no_checkpoint"
+        )
     folder, error = problems[0]
-    if error.weights_alone or len(problems) == 1:
-        raise ArgumentError(f"{asked}: {_unusable(folder, error)}")
+    if error.code == WEIGHTS_ALONE or len(problems) == 1:
+        raise ArgumentError(f"{asked}: {_unusable(folder, error)}", code=error.code)
     lines = "\n".join(f"  {path.name}: {error}" for path, error in problems)
-    raise ArgumentError(f"{asked}: no checkpoint in {output_dir} is whole. Leave it out to start anew.\n{lines}")
+    raise ArgumentError(
+        f"{asked}: no checkpoint in {output_dir} is whole. Leave it out to start anew.\n{lines}",
+        code="resume.no_whole_checkpoint",
+    )
 
 
 def _newest_first(folder: Path) -> list[Path]:

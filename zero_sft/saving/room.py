@@ -95,7 +95,8 @@ def require_room(path: str | Path, sizes: SaveSizes, freed_bytes: int = 0) -> No
         remedy = f"give --save_total_limit {fitting - 1}, " if fitting > 1 else "give --save_strategy no, "
     raise ExportError(
         f"--output_dir {path} has room for {_shown(free)}, and this run needs {_shown(sizes.nbytes)}: "
-        f"{_shown(sizes.export_bytes)} for the model{checkpoints}. Free some, {remedy}or name another --output_dir."
+        f"{_shown(sizes.export_bytes)} for the model{checkpoints}. Free some, {remedy}or name another --output_dir.",
+        code="export.no_room",
     )
 
 

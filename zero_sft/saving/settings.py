@@ -118,7 +118,8 @@ class _explained:
         if isinstance(error, Exception) and not isinstance(error, OSError | ZeroSftError):
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ExportError(
-                f"{self._what} can't be saved: {reason}. Put it right in the model's files, or in what your code has set."
+                f"{self._what} can't be saved: {reason}. Put it right in the model's files, or in what your code has set.",
+                code="export.settings_unsavable",
             ) from error
 
 

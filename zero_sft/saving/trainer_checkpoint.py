@@ -29,18 +29,20 @@ from typing import Any
 
 import torch
 
+from zero_sft.errors import ArgumentError
+
 _MODEL_STATES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 _RNG_STATE = re.compile(r"rng_state_(\d+)\.pth")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-class NotWholeError(Exception):
-    """Why a folder can't be resumed from; `weights_alone`: because it was meant to hold weights alone."""
+WEIGHTS_ALONE = "resume.weights_alone"
+"""The code of the error about a checkpoint that was written without the optimizer's state."""
 
-    def __init__(self, reason: str, *, weights_alone: bool = False) -> None:
-        super().__init__(reason)
-        self.weights_alone = weights_alone
+
+class NotWholeError(ArgumentError):
+    """Why a folder can't be resumed from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ def inspect(folder: Path, ds_config: Mapping[str, Any] | None = None) -> Trainer
     models = {int(found[1]) for name in names if (found := _MODEL_STATES.fullmatch(name))}
     optimizers = {int(found[2]): bool(found[1]) for name in names if (found := _OPTIM_STATES.fullmatch(name))}
     if not models | optimizers.keys():
-        raise NotWholeError(f"{states.name} holds no states of DeepSpeed")
+        raise NotWholeError(f"{states.name} holds no states of DeepSpeed", code="resume.no_deepspeed_state")
     generators = {int(found[1]) for path in folder.iterdir() if (found := _RNG_STATE.fullmatch(path.name))}
     world_size = _recorded_world_size(states, folder) or 1 + max(models | optimizers.keys() | generators)
     bf16 = optimizers.get(0, any(optimizers.values()))
@@ -90,16 +92,19 @@ def inspect(folder: Path, ds_config: Mapping[str, Any] | None = None) -> Trainer
     if ((sections.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device") == "nvme":
         for rank in range(found.world_size):
             if not (states / "offloaded_tensors" / f"rank{rank:02d}").is_dir():
-                raise NotWholeError(f"{states.name}/offloaded_tensors/rank{rank:02d} is missing")
+                raise NotWholeError(f"{states.name}/offloaded_tensors/rank{rank:02d} is missing", code="resume.file_missing")
     return found
 
 
 def _require_not_weights_alone(folder: Path) -> None:
     has_states = (folder / "latest").exists() or any(folder.glob("global_step*"))
     if not has_states and any((folder / name).exists() for name in _WEIGHTS):
-        raise NotWholeError("it holds weights without the optimizer's state (--save_only_model)", weights_alone=True)
+        raise NotWholeError(
+            "it holds weights without the optimizer's state (--save_only_model)",
+            code=WEIGHTS_ALONE,
+        )
     if not has_states:
-        raise NotWholeError("it holds no state of DeepSpeed's")
+        raise NotWholeError("it holds no state of DeepSpeed's", code="resume.no_deepspeed_state")
 
 
 def _global_step(folder: Path) -> int:
@@ -107,11 +112,13 @@ def _global_step(folder: Path) -> int:
     try:
         step = json.loads(path.read_bytes())["global_step"]
     except FileNotFoundError as error:
-        raise NotWholeError("trainer_state.json is missing") from error
+        raise NotWholeError("trainer_state.json is missing", code="resume.file_missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotWholeError(f"trainer_state.json can't be read ({error!r:.100})") from error
+        raise NotWholeError(f"trainer_state.json can't be read ({error!r:.100})", code="resume.bad_trainer_state") from error
     if type(step) is not int:
-        raise NotWholeError(f"trainer_state.json has the global_step {step!r}, expected a number")
+        raise NotWholeError(
+            f"trainer_state.json has the global_step {step!r}, expected a number", code="resume.bad_trainer_state"
+        )
     return step
 
 
@@ -121,13 +128,16 @@ def _latest(folder: Path, step: int) -> Path:
     try:
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
     except FileNotFoundError as error:
-        raise NotWholeError("the file `latest` is missing") from error
+        raise NotWholeError("the file `latest` is missing", code="resume.file_missing") from error
     except (OSError, ValueError) as error:
-        raise NotWholeError(f"the file `latest` can't be read ({error!r:.100})") from error
+        raise NotWholeError(f"the file `latest` can't be read ({error!r:.100})", code="resume.file_unreadable") from error
     if tag != expected:
-        raise NotWholeError(f"the file `latest` names {tag!r:.60}, and trainer_state.json is of step {step}")
+        raise NotWholeError(
+            f"the file `latest` names {tag!r:.60}, and trainer_state.json is of step {step}",
+            code="resume.latest_is_of_another_step",
+        )
     if not (folder / tag).is_dir():
-        raise NotWholeError(f"the folder {tag} is missing")
+        raise NotWholeError(f"the folder {tag} is missing", code="resume.file_missing")
     return folder / tag
 
 
@@ -149,8 +159,10 @@ def _require_archive(path: Path, folder: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             archive.namelist()
     except FileNotFoundError as error:
-        raise NotWholeError(f"{name} is missing") from error
+        raise NotWholeError(f"{name} is missing", code="resume.file_missing") from error
     except zipfile.BadZipFile as error:
-        raise NotWholeError(f"{name} is empty" if size == 0 else f"{name} is cut or damaged ({size:,} bytes)") from error
+        raise NotWholeError(
+            f"{name} is empty" if size == 0 else f"{name} is cut or damaged ({size:,} bytes)", code="resume.file_damaged"
+        ) from error
     except OSError as error:
-        raise NotWholeError(f"{name} can't be read ({error.strerror or error})") from error
+        raise NotWholeError(f"{name} can't be read ({error.strerror or error})", code="resume.file_unreadable") from error

@@ -103,7 +103,9 @@ def opened(path: str, expected: Stamp | None) -> Iterator[int]:
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
-        raise CheckpointError(f"{path} can't be opened: {error.strerror}. Check that it exists and its rights.") from error
+        raise CheckpointError(
+            f"{path} can't be opened: {error.strerror}. Check that it exists and its rights.", code="checkpoint.file_unreadable"
+        ) from error
     try:
         require_unchanged(path, handle, expected)
         if hasattr(os, "posix_fadvise"):  # cold, on a local disk, a fifth faster: the kernel reads further ahead
@@ -244,11 +246,14 @@ class _Worker:
             try:
                 count = os.preadv(self._job.handles[file], [view[position:]], offset)
             except OSError as error:
-                raise CheckpointError(f"{file} can't be read at byte {offset} (for {target}): {error.strerror}.") from error
+                raise CheckpointError(
+                    f"{file} can't be read at byte {offset} (for {target}): {error.strerror}.", code="checkpoint.read_failed"
+                ) from error
             if count == 0:
                 raise CheckpointError(
                     f"{file} ends at byte {offset}, expected {len(view) - position} more for {target}: it was cut "
-                    "after its header was read. Fetch it again."
+                    "after its header was read. Fetch it again.",
+                    code="checkpoint.truncated_while_read",
                 )
             position += count
 

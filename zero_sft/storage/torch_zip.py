@@ -33,16 +33,21 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors, which is never unpickled here: {reason[:300]}\nFetch it again, or "
-            "take the model's safetensors files."
+            "take the model's safetensors files.",
+            code="checkpoint.unsafe_or_damaged",
         ) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a mapping from names to tensors.")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, expected a mapping from names to tensors.",
+            code="checkpoint.not_a_mapping",
+        )
     found = {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
     nested = [name for name, value in content.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
     if nested and not found:
         raise CheckpointError(
             f"{path} holds no tensors itself, but a mapping of them under {nested[0]!r}. Save that alone, once, in Python:\n"
-            f"  import torch; torch.save(torch.load({path!r}, weights_only=True)[{nested[0]!r}], {path!r})"
+            f"  import torch; torch.save(torch.load({path!r}, weights_only=True)[{nested[0]!r}], {path!r})",
+            code="checkpoint.nested_mapping",
         )
     return found
 
@@ -53,21 +58,27 @@ def _size_of_zip(path: str) -> int:
         is_zip = bool(size_bytes) and zipfile.is_zipfile(path)
     except OSError as error:
         raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights."
+            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights.",
+            code="checkpoint.file_unreadable",
         ) from error
     if not is_zip:
-        raise CheckpointError(placeholder(Path(path)) or _not_a_zip(path))
+        raise CheckpointError(placeholder(Path(path)) or _not_a_zip(path), code="checkpoint.not_a_zip")
     return size_bytes
 
 
 def _stored(path: str, name: str, tensor: torch.Tensor, size_bytes: int) -> StoredTensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in STORED_DTYPES:
-        raise CheckpointError(f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}; expected a plain one.")
+        raise CheckpointError(
+            f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}; expected a plain one.",
+            code="checkpoint.not_a_plain_tensor",
+        )
     itemsize, shape, strides = tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride())
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if tensor.numel() else 0
     if start is None or start + (tensor.storage_offset() + reach) * itemsize > size_bytes:
-        raise CheckpointError(f"{path}: the bytes of {name!r} are not in the file. Fetch it again.")
+        raise CheckpointError(
+            f"{path}: the bytes of {name!r} are not in the file. Fetch it again.", code="checkpoint.truncated"
+        )
     return StoredTensor(
         name=name,
         file=path,

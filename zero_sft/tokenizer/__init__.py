@@ -34,10 +34,14 @@ class Wanted:
     def check(self) -> None:
         """Raise an ArgumentError for a setting out of range."""
         if self.padding_side not in ("right", "left"):
-            raise ArgumentError(f"--padding_side must be right or left; got {self.padding_side!r}.")
+            raise ArgumentError(
+                f"--padding_side must be right or left; got {self.padding_side!r}.", code="arguments.wrong_value"
+            )
         length = self.model_max_length
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise ArgumentError(f"--model_max_length must be a whole number, at least 1; got {length!r}.")
+            raise ArgumentError(
+                f"--model_max_length must be a whole number, at least 1; got {length!r}.", code="arguments.wrong_value"
+            )
 
     def prepare(self) -> Prepared:
         """Set it up and pack it. Rank 0, by itself; it may be on another thread."""

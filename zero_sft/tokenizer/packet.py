@@ -44,11 +44,15 @@ def unpack(packet: bytes) -> tuple[Mapping[str, Any], dict[str, bytes]]:
     files = {}
     for name, size in index["files"]:
         if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-            raise TokenizerError(f"the tokenizer packet names a file {name!r}; expected a plain file name.")
+            raise TokenizerError(
+                f"the tokenizer packet names a file {name!r}; expected a plain file name.", code="tokenizer.bad_packet"
+            )
         files[name] = packet[start : start + size]
         start += size
     if start != len(packet):
-        raise TokenizerError(f"the tokenizer packet has {len(packet)} bytes; its index expects {start}.")
+        raise TokenizerError(
+            f"the tokenizer packet has {len(packet)} bytes; its index expects {start}.", code="tokenizer.bad_packet"
+        )
     return index, files
 
 
@@ -86,7 +90,8 @@ def check_faithful(original: PreTrainedTokenizerBase | None, rebuilt: PreTrained
     if lost:
         raise TokenizerError(
             f"{type(original).__name__} does not survive save_pretrained and from_pretrained: {lost[0]} was "
-            f"{before[lost[0]]!r:.200} and became {after.get(lost[0])!r:.200}. Save it as tokenizer.json first."
+            f"{before[lost[0]]!r:.200} and became {after.get(lost[0])!r:.200}. Save it as tokenizer.json first.",
+            code="tokenizer.not_faithful",
         )
     if getattr(original, "vocab_file", None):
         rebuilt.vocab_file = original.vocab_file

@@ -40,10 +40,11 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
     except Exception as error:  # the tokenizers library raises bare exceptions
         instead = first_placeholder([path for pattern in TOKENIZER for path in sorted(folder.glob(pattern))])
         if instead:
-            raise TokenizerError(instead) from error
+            raise TokenizerError(instead, code="tokenizer.placeholder_file") from error
         raise TokenizerError(
             f"can't load the tokenizer in {folder}: {str(error).strip() or type(error).__name__}\nCopy its files again from "
-            "the original model; if it comes with code of its own that you trust, give --trust_remote_code True."
+            "the original model; if it comes with code of its own that you trust, give --trust_remote_code True.",
+            code="tokenizer.unusable",
         ) from error
     config = _read_json(folder / "config.json")
     pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
@@ -63,7 +64,10 @@ def _open(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
     lacks = not any((folder / each).is_file() for each in known) and not getattr(tokenizer, "vocab_file", None)
     if lacks and len(known) > 1 and not pieces and type(tokenizer).__module__.startswith("transformers.models."):
         # transformers makes one that knows nothing but its special tokens, without a word.
-        raise TokenizerError(f"no tokenizer files in {folder}: expected one of {', '.join(sorted(known))}. Copy them there.")
+        raise TokenizerError(
+            f"no tokenizer files in {folder}: expected one of {', '.join(sorted(known))}. Copy them there.",
+            code="tokenizer.no_files",
+        )
     if pieces and tokenizer.is_fast:
         tokenizer = _as_sentencepiece(tokenizer, pieces, folder, settings)
     if isinstance(getattr(tokenizer, "legacy", None), bool):
@@ -100,7 +104,8 @@ def choose_pad_token(tokenizer: Any, rows: int | None = None) -> tuple[str, str]
         return tokenizer.eos_token, "the eos token, for want of a reserved one"
     raise TokenizerError(
         "the tokenizer has no unk, pad, reserved or eos token to pad with that its model has an embedding for. Name one of "
-        "its tokens as pad_token in tokenizer_config.json."
+        "its tokens as pad_token in tokenizer_config.json.",
+        code="tokenizer.nothing_to_pad_with",
     )
 
 
@@ -114,7 +119,9 @@ def _sentencepiece(folder: Path) -> Any:
             importlib.import_module("google.protobuf")
             return importlib.import_module("sentencepiece").SentencePieceProcessor(model_file=str(path))
         except ImportError as error:
-            raise TokenizerError(f"{path} can't be read ({error}): pip install sentencepiece protobuf") from error
+            raise TokenizerError(
+                f"{path} can't be read ({error}): pip install sentencepiece protobuf", code="tokenizer.package_missing"
+            ) from error
     return None
 
 
@@ -132,7 +139,8 @@ def _as_sentencepiece(tokenizer: Any, pieces: Any, folder: Path, settings: dict[
     if generic and any(tokenizer.encode(each, add_special_tokens=False) != pieces.encode(each) for each in PROBES[2:]):
         raise TokenizerError(
             f"transformers converts the SentencePiece model in {folder} to other ids than its own. Name the model's own "
-            "tokenizer_class in tokenizer_config.json, or copy its tokenizer.json there."
+            "tokenizer_class in tokenizer_config.json, or copy its tokenizer.json there.",
+            code="tokenizer.other_ids_than_sentencepiece",
         )
     return tokenizer
 

@@ -23,7 +23,8 @@ def require_own_device(world: World) -> None:
     error = ConfigError(
         f"rank {world.rank} has local rank {world.local_rank}, but sees {count} device{'s' * (count != 1)}. Start as many "
         "ranks on a node as it has devices, and let every rank see all of them: under SLURM, ask for --gpus-per-node, not for "
-        "--gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank."
+        "--gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank.",
+        code="cluster.rank_without_device",
     )
     error.lone = world.local_rank == count  # type: ignore[attr-defined]
     raise error

@@ -11,12 +11,14 @@ import contextlib
 import difflib
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
 import pydantic
 import torch
+
+from zero_sft.errors import ConfigError
 
 SECTIONS = frozenset({
     "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
@@ -43,7 +45,7 @@ _OPTIMIZER_SECTION = ("type", "params", "legacy_fusion")
 _SCHEDULER_SECTION = ("type", "params")
 
 
-def schema_problems(config: Mapping[str, Any]) -> list[str]:
+def schema_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     """List what DeepSpeed refuses or ignores in a config of stage 3 without "auto", one sentence each.
 
     Does not communicate. The batch sizes are not compared with the number of ranks.
@@ -67,11 +69,15 @@ def _removed() -> set[str]:
     return set(getattr(ds, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}))
 
 
-def _unknown(key: str, known: frozenset[str] | set[str]) -> str:
+def _unknown(key: str, known: frozenset[str] | set[str]) -> ConfigError:
     near = difflib.get_close_matches(key, known - NOTES, n=1)
     inside = _inside_zero(key)
     hint = f" Did you mean {near[0]}?" if near else f" It belongs into {inside}." if inside else ""
-    return f"{key}: DeepSpeed has no such key, and would ignore it.{hint}"
+    return _no_such_key(key, f", and would ignore it.{hint}")
+
+
+def _no_such_key(name: str, end: str = ".") -> ConfigError:
+    return ConfigError(f"{name}: DeepSpeed has no such key{end}", code="ds_config.unknown_key")
 
 
 def _inside_zero(key: str) -> str:
@@ -81,7 +87,7 @@ def _inside_zero(key: str) -> str:
     return "zero_optimization" if key in names else ""
 
 
-def _wrong_type(key: str, value: Any) -> list[str]:
+def _wrong_type(key: str, value: Any) -> list[ConfigError]:
     """A top-level value of another type than DeepSpeed expects; its parser doesn't look."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None:
@@ -93,11 +99,15 @@ def _wrong_type(key: str, value: Any) -> list[str]:
         (TEXTS, isinstance(value, str), "text"),
     ):
         if key in names and not fits:
-            return [f"{key} is {value!r:.80}, expected {expected}."]
+            return [_bad_value(key, value, expected)]
     return []
 
 
-def _section_problems(key: str, value: Any) -> list[str]:
+def _bad_value(name: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"{name} is {value!r:.80}, expected {expected}.", code="ds_config.bad_value")
+
+
+def _section_problems(key: str, value: Any) -> list[ConfigError]:
     """What DeepSpeed's parser says about one top-level key alone."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -111,22 +121,23 @@ def _section_problems(key: str, value: Any) -> list[str]:
         with _quiet():
             DeepSpeedConfig({**base, key: value})
     except pydantic.ValidationError as error:
-        return [_validation_text(key, each) for each in error.errors()]
+        return [_validation_problem(key, each) for each in error.errors()]
     except Exception as error:  # noqa: BLE001 - the parser raises AssertionError, KeyError, TypeError and its own
         reason = str(error).strip() or type(error).__name__
-        return [f"{key}: {reason}"]
+        return [ConfigError(f"{key}: {reason}", code="ds_config.bad_value")]
     return []
 
 
-def _validation_text(section: str, error: Any) -> str:
+def _validation_problem(section: str, error: Any) -> ConfigError:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path if path[:1] == [section] else [section, *path])
     if error["type"] == "extra_forbidden":
-        return f"{name}: DeepSpeed has no such key."
-    return f"{name} is {error['input']!r:.80}: {error['msg'][:1].lower()}{error['msg'][1:]}."
+        return _no_such_key(name)
+    reason = f"{error['msg'][:1].lower()}{error['msg'][1:]}"
+    return ConfigError(f"{name} is {error['input']!r:.80}: {reason}.", code="ds_config.bad_value")
 
 
-def _ignored_keys(key: str, value: Any) -> list[str]:
+def _ignored_keys(key: str, value: Any) -> list[ConfigError]:
     """Unknown keys of the sections that DeepSpeed reads key by key."""
     from deepspeed.runtime.activation_checkpointing import config as checkpointing
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
@@ -141,18 +152,22 @@ def _ignored_keys(key: str, value: Any) -> list[str]:
     }  # fmt: skip
     if key not in known:
         return []
-    return [f"{key}.{name}: DeepSpeed has no such key, and would ignore it." for name in value if name not in known[key]]
+    return [_no_such_key(f"{key}.{name}", ", and would ignore it.") for name in value if name not in known[key]]
 
 
-def _monitor_problems(config: Mapping[str, Any]) -> list[str]:
+def _monitor_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     return [
-        f"{section}.enabled is true, but the package {package} isn't installed: pip install {package}, or remove the section."
+        ConfigError(
+            f"{section}.enabled is true, but the package {package} isn't installed: pip install {package}, or remove the "
+            "section.",
+            code="ds_config.package_missing",
+        )
         for section, package in _MONITOR_PACKAGES.items()
         if (config.get(section) or {}).get("enabled") and find_spec(package) is None
     ]
 
 
-def _nvme_problems(zero: Mapping[str, Any]) -> list[str]:
+def _nvme_problems(zero: Mapping[str, Any]) -> list[ConfigError]:
     """NVMe takes an operator that DeepSpeed compiles at first use, which the load would reach first."""
     sections = [name for name in ("offload_param", "offload_optimizer") if (zero.get(name) or {}).get("device") == "nvme"]
     if not sections:
@@ -162,28 +177,32 @@ def _nvme_problems(zero: Mapping[str, Any]) -> list[str]:
     with _quiet():
         usable = AsyncIOBuilder().is_compatible(verbose=False)
     missing = "headers of libaio (libaio-dev on Debian and Ubuntu, libaio-devel on Fedora and RHEL) or a C++ compiler"
-    return [] if usable else [f"zero_optimization.{sections[0]}.device is 'nvme', and DeepSpeed finds no {missing} here."]
+    if usable:
+        return []
+    message = f"zero_optimization.{sections[0]}.device is 'nvme', and DeepSpeed finds no {missing} here."
+    return [ConfigError(message, code="ds_config.nvme_needs_libaio")]
 
 
-def _optimizer_problems(config: Mapping[str, Any]) -> list[str]:
+def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     section = config.get("optimizer")
     if section is None:
         return []
-    problems = [f"optimizer.{key}: DeepSpeed has no such key." for key in section if key not in _OPTIMIZER_SECTION]
+    problems = [_no_such_key(f"optimizer.{key}") for key in section if key not in _OPTIMIZER_SECTION]
     kind, params = section.get("type"), section.get("params") or {}
     if not isinstance(kind, str) or optimizer_class(kind) is None:
         from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
         names = ", ".join(sorted({*DEEPSPEED_OPTIMIZERS} - {"muadam", "muadamw", "musgd"}))
-        return [*problems, f"optimizer.type is {kind!r}: expected one of {names}, or the name of a class in torch.optim."]
+        return [*problems, _bad_value("optimizer.type", kind, f"one of {names}, or the name of a class in torch.optim")]
     if not isinstance(params, dict):
-        return [*problems, f"optimizer.params is {params!r:.80}, expected a section, {{...}}."]
+        return [*problems, _bad_value("optimizer.params", params, "a section, {...}")]
     if "max_grad_norm" in params:
-        problems.append("optimizer.params.max_grad_norm: DeepSpeed refuses it; write gradient_clipping, outside of optimizer.")
+        message = "optimizer.params.max_grad_norm: DeepSpeed refuses it; write gradient_clipping, outside of optimizer."
+        problems.append(ConfigError(message, code="ds_config.max_grad_norm"))
     known = {*_parameters(optimizer_class(kind)), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
     known |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
     return problems + [
-        f"optimizer.params.{name}: {kind} has no such setting. It has {', '.join(sorted(_parameters(optimizer_class(kind))))}."
+        _no_such_setting(f"optimizer.params.{name}", kind, sorted(_parameters(optimizer_class(kind))))
         for name in params
         if name not in known and name != "max_grad_norm"
     ]
@@ -195,28 +214,32 @@ def optimizer_class(kind: str) -> Any:
     return getattr(torch.optim, same.get(kind.lower(), kind), None)
 
 
-def _scheduler_problems(config: Mapping[str, Any]) -> list[str]:
+def _scheduler_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     section = config.get("scheduler")
     if section is None:
         return []
-    problems = [f"scheduler.{key}: DeepSpeed has no such key." for key in section if key not in _SCHEDULER_SECTION]
+    problems = [_no_such_key(f"scheduler.{key}") for key in section if key not in _SCHEDULER_SECTION]
     kind, params = section.get("type"), section.get("params") or {}
     found = scheduler_class(kind)
     if found is None:
         from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 
         names = ", ".join(VALID_LR_SCHEDULES)
-        return [*problems, f"scheduler.type is {kind!r}: expected one of {names}, or a class in torch.optim.lr_scheduler."]
+        return [*problems, _bad_value("scheduler.type", kind, f"one of {names}, or a class in torch.optim.lr_scheduler")]
     if not isinstance(params, dict):
-        return [*problems, f"scheduler.params is {params!r:.80}, expected a section, {{...}}."]
+        return [*problems, _bad_value("scheduler.params", params, "a section, {...}")]
     known = _parameters(found)
     unknown = [name for name in params if name not in known]
     problems += [
-        f'scheduler.params.{name} is {params[name]!r}, expected a whole number from 1 on, or "auto".'
+        _bad_value(f"scheduler.params.{name}", params[name], 'a whole number from 1 on, or "auto"')
         for name in ("total_num_steps", "warmup_num_steps")
         if name in params and name in known and (type(params[name]) is not int or params[name] < 1)
     ]
-    return problems + [f"scheduler.params.{name}: {kind} has no such setting. It has {', '.join(known)}." for name in unknown]
+    return problems + [_no_such_setting(f"scheduler.params.{name}", str(kind), known) for name in unknown]
+
+
+def _no_such_setting(name: str, kind: str, known: Iterable[str]) -> ConfigError:
+    return ConfigError(f"{name}: {kind} has no such setting. It has {', '.join(known)}.", code="ds_config.unknown_setting")
 
 
 def scheduler_class(kind: Any) -> Any:

@@ -29,11 +29,11 @@ def check() -> None:
     for name, expected in _INIT_METHODS.items():
         method = getattr(Init, name, None)
         if method is None or list(inspect.signature(method).parameters) != expected:
-            raise UnsupportedVersionError(_moved(f"zero.Init.{name}({', '.join(expected)})"))
+            raise UnsupportedVersionError(_moved(f"zero.Init.{name}({', '.join(expected)})"), code="version.deepspeed_moved")
     if "tensor_overrides" not in inspect.signature(Init.__init__).parameters:
-        raise UnsupportedVersionError(_moved("zero.Init's argument tensor_overrides"))
+        raise UnsupportedVersionError(_moved("zero.Init's argument tensor_overrides"), code="version.deepspeed_moved")
     if not hasattr(DeepSpeedZeRoOffload, "setup_zero_stage3_hooks"):
-        raise UnsupportedVersionError(_moved("DeepSpeedZeRoOffload.setup_zero_stage3_hooks"))
+        raise UnsupportedVersionError(_moved("DeepSpeedZeRoOffload.setup_zero_stage3_hooks"), code="version.deepspeed_moved")
 
 
 def operator_builder() -> Any:
@@ -44,7 +44,7 @@ def operator_builder() -> Any:
     """
     found = [method for method in ("jit_load", "sources", "deepspeed_src_path") if hasattr(OpBuilder, method)]
     if len(found) < 3 or list(inspect.signature(OpBuilder.jit_load).parameters) != ["self", "verbose"]:
-        raise UnsupportedVersionError(_moved("OpBuilder.jit_load(self, verbose)"))
+        raise UnsupportedVersionError(_moved("OpBuilder.jit_load(self, verbose)"), code="version.deepspeed_moved")
     return OpBuilder
 
 
