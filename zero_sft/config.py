@@ -61,9 +61,10 @@ def prepare_config_in(
     distributed.agree_on(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
     if world.is_main and adapter_warning(folder):
         logger.warning(adapter_warning(folder))
-    if loaded.pad_token_id != config.pad_token_id and world.is_main:
+    padding, kept = (getattr(text_config(each), "pad_token_id", None) for each in (loaded, config))
+    if padding != kept and world.is_main:
         logger.warning(
-            "%s: config.json has pad_token_id %s, and the model has %s embeddings; it is left out", name, loaded.pad_token_id,
+            "%s: config.json has pad_token_id %s, and the model has %s embeddings; it is left out", name, padding,
             text_config(config).vocab_size,
         )  # fmt: skip
     before, after = (getattr(text_config(each), "rope_parameters", None) for each in (loaded, config))
