@@ -10,6 +10,7 @@ from typing import Any
 from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
+from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe, require_sources
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
@@ -101,11 +102,12 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     for option, value in sampling.items():
         setattr(arguments, option, value)
     lengths = train.dataset["length"] if "length" in train.dataset.column_names else ()
-    record = replace(record, rows=len(train.dataset), tokens=int(sum(lengths)))
+    steps = count_steps(len(train.dataset), arguments, world.world_size)
+    record = replace(record, rows=len(train.dataset), tokens=int(sum(lengths)), max_steps=steps)
     if world.is_main and checkpoint is not None:
         warn_of_other_data(checkpoint.folder, record)
     with agreed(world, "counting the steps"):
-        require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size)
+        require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size, parsed.given)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")

@@ -155,10 +155,10 @@ def test_the_number_of_steps():
     schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 7, "warmup_num_steps": 2}}
     arguments = built({**ZERO, "scheduler": schedule}, "--warmup_steps", "2")
     config = arguments.hf_deepspeed_config.config
-    assert [str(problem).split(",")[0] for problem in find_schedule_conflicts(config, arguments, 5)] == [
+    assert [str(problem).split(",")[0] for problem in find_schedule_conflicts(config, arguments, 5, set())] == [
         "scheduler.params.total_num_steps is 7"
     ]
-    assert find_schedule_conflicts(config, arguments, 7) == []
+    assert find_schedule_conflicts(config, arguments, 7, set()) == []
     told = refused({**ZERO, "scheduler": schedule}, "--warmup_steps", "3", "--max_steps", "5")
     assert "total_num_steps is 7, and the arguments say 5" in told
     assert "warmup_num_steps is 2, and the arguments say 3 (--warmup_steps)" in told

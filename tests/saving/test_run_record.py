@@ -43,7 +43,7 @@ def test_what_can(tmp_path, caplog):
     assert not caplog.records
     with caplog.at_level("WARNING"):
         require_same_run(tmp_path, changed(schedule="cosine"))
-    assert "was linear; from here on it is cosine" in caplog.text
+    assert "was linear, and is cosine from here on" in caplog.text
     (tmp_path / FILE).write_text("{")
     assert read_record(tmp_path) is None
 

@@ -13,8 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import small_job
+from tests.errors import raises
 from tests.runner import run_ranks
 from tests.saving.test_placing import unshared
+from zero_sft.saving.resume import require_resumable
 
 STEPS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -118,11 +120,8 @@ def test_a_folder_with_another_run(folder, whole):
 
 def test_the_remedy_for_another_number_of_ranks(folder, whole):
     """The command of the message, as it stands there: the weights of the checkpoint, which a run of any size starts from."""
-    from zero_sft.errors import ArgumentError
-    from zero_sft.saving.resume import require_resumable
-
     out = copied(whole, "elsewhere")
-    with pytest.raises(ArgumentError) as caught:
+    with raises("resume.other_world_size") as caught:
         require_resumable(True, out, 3)
     _, command, rest = str(caught.value).split("`")
     words = command.split()
@@ -161,8 +160,49 @@ def test_the_best_model_is_exported(folder, whole):
     assert equal(weights(out), weights(out / "checkpoint-2"))
 
 
+def test_the_remedy_for_a_model_with_tied_embeddings(folder, tmp_path):
+    """DeepSpeed's script refuses to write such a model's weights as safetensors."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", tie_word_embeddings=True)
+    model.save_pretrained(folder / "tied")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "tied")
+    out = run(folder, "tied_out", model_name_or_path=folder / "tied", max_steps=2)
+    with raises("resume.other_world_size") as caught:
+        require_resumable(True, out, 3)
+    command = str(caught.value).split("`")[1].split()
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, timeout=300)
+    assert equal(weights(out / "checkpoint-2"), weights(out))
+
+
+def test_a_run_that_is_made_longer_goes_on_with_the_rate_of_its_schedule(folder):
+    """The optimizer's state has the rate of the schedule's end, 0, with which the next step would be taken."""
+    common = {"lr_scheduler_type": "linear", "packing": False}
+    out = run(folder, "longer", **common)
+    said = run_and_say(folder, out.name, max_steps=6, resume_from_checkpoint=True, learning_rate=0.5, **common)
+    rates = [entry["learning_rate"] for entry in small_job.history(folder, out.name) if "loss" in entry]
+    assert rates == pytest.approx([0.001 * (1 - step / 4) for step in range(4)] + [0.001 * (1 - step / 6) for step in (4, 5)])
+    assert "was to end at step 4, and this one ends at step 6" in said
+    assert "--learning_rate 0.5 has no effect" in said
+
+
+def run_and_say(folder: Path, out: str, **arguments: Any) -> str:
+    """A run's log, as rank 0 prints it."""
+    path = folder / f"{out}.log"
+    run_ranks(2, logged, {"folder": folder, "out": out, "arguments": STEPS | arguments, "path": path}, 400)
+    return path.read_text()
+
+
+def logged(folder: Path, out: str, arguments: dict[str, Any], path: Path) -> None:
+    import torch.distributed as dist
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        small_job.train(folder, out, **arguments)
+    if dist.get_rank() == 0:
+        path.write_text(said.getvalue())
+
+
 def _consolidate(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", checkpoint, checkpoint, "--safe_serialization"]
+    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", checkpoint, checkpoint]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300)
 
 

@@ -11,6 +11,7 @@ WRONG = {
     # the config's part → what the message must name
     "misspelt key": ({"gradient_cliping": 1.0}, ("gradient_cliping", "Did you mean gradient_clipping?")),
     "key in the wrong place": ({"overlap_comm": True}, ("overlap_comm", "belongs into zero_optimization")),
+    "misspelt in zero": ({"zero_optimization": {"stage": 3, "overlap_com": True}}, ("Did you mean overlap_comm?",)),
     "unknown in zero": ({"zero_optimization": {"stage": 3, "nosuch": 1}}, ("zero_optimization.nosuch",)),
     "type in zero": ({"zero_optimization": {"stage": 3, "overlap_comm": "perhaps"}}, ("overlap_comm", "'perhaps'")),
     "nested": (

@@ -66,7 +66,7 @@ def build_training_arguments(
         raise ArgumentError(refused, code="arguments.accelerator_key")
     problems = find_conflicts(config, arguments, given, arguments.world_size)
     if arguments.max_steps > 0:
-        problems += find_schedule_conflicts(config, arguments, arguments.max_steps)
+        problems += find_schedule_conflicts(config, arguments, arguments.max_steps, given)
     if problems:
         raise conflict_error(problems, where)
 
@@ -76,10 +76,10 @@ def build_training_arguments(
     return arguments
 
 
-def require_matching_schedule(arguments: "TrainingArguments", where: str, rows: int, world_size: int) -> None:
+def require_matching_schedule(arguments: "TrainingArguments", where: str, rows: int, world_size: int, given: Set[str]) -> None:
     """Raise `ConfigError` if the DeepSpeed config's `scheduler` contradicts the number of steps on `rows` rows."""
     steps = count_steps(rows, arguments, world_size)
-    problems = find_schedule_conflicts(arguments.hf_deepspeed_config.config, arguments, steps)
+    problems = find_schedule_conflicts(arguments.hf_deepspeed_config.config, arguments, steps, given)
     if problems:
         raise conflict_error(problems, where)
 

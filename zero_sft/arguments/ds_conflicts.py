@@ -10,6 +10,7 @@ Pure functions from data to data. Left out: keys of DeepSpeed that no argument s
 
 import copy
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -99,7 +100,7 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], w
         given: the names of the arguments that the user gave.
     """
     optimizer, scheduler = config.get("optimizer"), config.get("scheduler")
-    problems = _contradictions(_pairs(config, arguments, world_size))
+    problems = _contradictions(_pairs(config, arguments, world_size), given)
     if isinstance(optimizer, Mapping) and "optim" in given:
         problems += _other_optimizer(str(optimizer.get("type")), str(arguments.optim.value))
     elif optimizer is None:
@@ -109,7 +110,7 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], w
     return problems
 
 
-def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int) -> list[ConfigError]:
+def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int, given: Set[str]) -> list[ConfigError]:
     """`find_conflicts` for what depends on the number of optimizer steps, which is known once the data is prepared."""
     params = (config.get("scheduler") or {}).get("params") or {}
     warmup = max(1, arguments.get_warmup_steps(steps))
@@ -117,7 +118,7 @@ def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: in
         ("scheduler.params.total_num_steps", params.get("total_num_steps"), steps, "this run's number of optimizer steps"),
         ("scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), warmup, "--warmup_steps"),
     )
-    return _contradictions(pairs)
+    return _contradictions(pairs, given)
 
 
 def conflict_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
@@ -175,10 +176,15 @@ def _pairs(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[
     ]
 
 
-def _contradictions(pairs: Iterable[tuple[str, Any, Any, str]]) -> list[ConfigError]:
+def _contradictions(pairs: Iterable[tuple[str, Any, Any, str]], given: Set[str]) -> list[ConfigError]:
+    def stated_by(argument: str) -> str:
+        names = re.findall(r"--(\w+)", argument)
+        return argument if any(name in given for name in names) else f"{argument}, by default"
+
     return [
         ConfigError(
-            f"{key} is {stated!r}, and the arguments say {wanted!r} ({argument}).", code="ds_config.contradicts_argument"
+            f"{key} is {stated!r}, and the arguments say {wanted!r} ({stated_by(argument)}).",
+            code="ds_config.contradicts_argument",
         )
         for key, stated, wanted, argument in pairs
         if stated not in (None, "auto") and (stated != wanted or isinstance(stated, bool) != isinstance(wanted, bool))

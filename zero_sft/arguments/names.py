@@ -107,7 +107,7 @@ REFUSALS: dict[str, Refusal] = {
     **_all(_DDP, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
     "ddp_timeout": Refusal(reason="DeepSpeed makes the process group; set DEEPSPEED_TIMEOUT (minutes)", passing=(1800,)),
     "enable_jit_checkpoint": Refusal(reason="each rank would stop by itself and leave the others waiting; see --save_steps"),
-    "do_train": Refusal(reason="this job always trains", passing=(True,)),
+    "do_train": Refusal(reason="this job always trains; leave it out, or give True", passing=(True,)),
     "do_predict": Refusal(reason="this job has nothing to predict; see --eval_data_path"),
     "logging_dir": Refusal(reason="transformers reads TENSORBOARD_LOGGING_DIR from the environment instead"),
     "save_safetensors": Refusal(reason="models are always saved as safetensors; leave it out", passing=(True,)),

@@ -28,7 +28,7 @@ _FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("global_step*", "*/global_step*/*_model_states.pt", "zero_pp_rank_*", "mp_rank_*_model_states.pt", "zero_to_fp32.py"),
         "a DeepSpeed checkpoint. To go on training give it to --resume_from_checkpoint; for its weights run its script, "
-        "`python zero_to_fp32.py . model --safe_serialization`, and copy config.json and the tokenizer's files there",
+        "`python zero_to_fp32.py . model`, and copy config.json and the tokenizer's files there",
     ),
     (
         ("trainer_state.json", "optimizer.pt", "scheduler.pt"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from trl import SFTTrainer
 
@@ -27,7 +28,7 @@ from zero_sft.zero.internals import give_defaults
 logger = logging.getLogger("zero_sft.train")
 
 
-_OVERRIDDEN = ("_run_epoch", "_save_checkpoint", "create_scheduler", "save_model")
+_OVERRIDDEN = ("_run_epoch", "_save_checkpoint", "create_scheduler", "_load_optimizer_and_scheduler", "save_model")
 """Methods of the Trainer's that it must still call by these names."""
 
 
@@ -76,6 +77,22 @@ class SavingTrainer(SFTTrainer):
         """The Trainer's. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer has not."""
         give_defaults(self.optimizer if optimizer is None else optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's; then the rates follow from the schedule, where the optimizer's state has those of the former one.
+
+        A run of 4 steps that goes on to 6 would take its fifth step with the rate of a finished schedule, 0.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule: Any = self.lr_scheduler
+        if checkpoint is None or not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            return
+        rates = [
+            base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
     def train_to_the_end(self, checkpoint: Path | None) -> Exception | None:
         """Train, and return the error of what follows the last step (a save, a report), which must not cost the model.

@@ -93,7 +93,7 @@ def find_checkpoint(
 def _weights(folder: Path) -> str:
     """The commands that make a checkpoint a model to start from, next to the config and tokenizer that it holds."""
     return (
-        f"`python -m deepspeed.utils.zero_to_fp32 {folder} {folder} --safe_serialization` adds them to the folder, then give "
+        f"`python -m deepspeed.utils.zero_to_fp32 {folder} {folder}` adds them to the folder, then give "
         f"--model_name_or_path {folder} and another --output_dir instead of --resume_from_checkpoint."
     )
 

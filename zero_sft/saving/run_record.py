@@ -22,6 +22,7 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "ffn_dim", "d_model",
 )  # fmt: skip
+_SETTINGS = ("model_max_length", "seed", "data_seed", "weight_decay")
 _OWN_STATE = frozenset({"reduce_lr_on_plateau", "greedy"})
 """Schedules whose state is not that of the others, a count of steps."""
 
@@ -31,6 +32,7 @@ class RunRecord:
     """A run as far as its checkpoints depend on it. `sizes`: of the text model's config, by name.
 
     `optimizer` and `schedule` are names; `from_ds_config` tells whether DeepSpeed makes the schedule, by its config's section.
+    `settings`: arguments that decide what a step is, by name; `samples_a_step`: on all ranks.
     """
 
     model_type: str
@@ -38,9 +40,12 @@ class RunRecord:
     optimizer: str
     schedule: str
     from_ds_config: bool
+    learning_rate: float = 0.0
+    max_steps: int = 0
+    samples_a_step: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 0
     tokens: int = 0
-    others: Mapping[str, Any] = field(default_factory=dict)  # what a later release has written
 
     @classmethod
     def of(cls, text_config: Any, arguments: Any) -> "RunRecord":
@@ -54,6 +59,9 @@ class RunRecord:
             optimizer=_family(str((config.get("optimizer") or {}).get("type") or arguments.optim.value)),
             schedule=str(section.get("type") or arguments.lr_scheduler_type.value),
             from_ds_config=bool(section),
+            learning_rate=arguments.learning_rate,
+            samples_a_step=arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+            settings={name: getattr(arguments, name) for name in _SETTINGS},
         )
 
 
@@ -108,14 +116,43 @@ def require_same_run(folder: Path, now: RunRecord) -> None:
             "another form. Give the same --lr_scheduler_type, and a DeepSpeed config with the same scheduler section.",
             code="resume.other_schedule",
         )
+    for change in _changes(then, now):
+        logger.warning("this run goes on otherwise than its checkpoint: %s", change)
+
+
+def _changes(then: RunRecord, now: RunRecord) -> list[str]:
+    """What a person may have changed without knowing what becomes of it, a sentence each."""
+    changes = []
     if then.schedule != now.schedule:
-        logger.warning("the checkpoint's learning-rate schedule was %s; from here on it is %s", then.schedule, now.schedule)
+        changes.append(f"its learning-rate schedule was {then.schedule}, and is {now.schedule} from here on")
+    if then.learning_rate and then.learning_rate != now.learning_rate:
+        changes.append(
+            f"--learning_rate {now.learning_rate:g} has no effect, since the checkpoint's schedule goes on from "
+            f"{then.learning_rate:g}. For another rate, train on from the exported model with a new optimizer"
+        )
+    if then.samples_a_step and then.samples_a_step != now.samples_a_step:
+        changes.append(
+            f"a step had {then.samples_a_step:,} samples, and has {now.samples_a_step:,} from here on, so that some are "
+            "trained on twice or not at all in this epoch"
+        )
+    return changes + [
+        f"--{name} was {then.settings[name]}, and is {value} from here on"
+        for name, value in now.settings.items()
+        if name in then.settings and then.settings[name] != value
+    ]
 
 
 def warn_of_other_data(folder: Path, now: RunRecord) -> None:
-    """Warn where the rows to train on are not those of the checkpoint. Rank 0."""
+    """Warn where the rows to train on, or the number of steps, are not those of the checkpoint. Rank 0."""
     then = read_record(folder)
-    if then is not None and then.rows and (then.rows, then.tokens) != (now.rows, now.tokens):
+    if then is None:
+        return
+    if then.max_steps and then.max_steps != now.max_steps and not now.schedule.startswith("constant"):
+        logger.warning(
+            "the checkpoint's run was to end at step %d, and this one ends at step %d: the learning-rate schedule is that of "
+            "the new length, and jumps here", then.max_steps, now.max_steps,
+        )  # fmt: skip
+    if then.rows and (then.rows, then.tokens) != (now.rows, now.tokens):
         logger.warning(
             "the training data is not the checkpoint's: %s then, %s now. The run goes on at the same step, so that the rows "
             "which come first in its order are skipped though they were not trained on.", _rows(then), _rows(now),

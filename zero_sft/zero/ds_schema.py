@@ -81,10 +81,14 @@ def _no_such_key(name: str, end: str = ".") -> ConfigError:
 
 
 def _inside_zero(key: str) -> str:
+    return "zero_optimization" if key in _zero_names() else ""
+
+
+def _zero_names() -> set[str]:
+    """The keys of `zero_optimization`."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    return "zero_optimization" if key in names else ""
+    return {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
 
 
 def _wrong_type(key: str, value: Any) -> list[ConfigError]:
@@ -132,7 +136,8 @@ def _validation_problem(section: str, error: Any) -> ConfigError:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path if path[:1] == [section] else [section, *path])
     if error["type"] == "extra_forbidden":
-        return _no_such_key(name)
+        near = difflib.get_close_matches(path[-1], _zero_names(), n=1) if section == "zero_optimization" else []
+        return _no_such_key(name, f". Did you mean {near[0]}?" if near else ".")
     reason = f"{error['msg'][:1].lower()}{error['msg'][1:]}"
     return ConfigError(f"{name} is {error['input']!r:.80}: {reason}.", code="ds_config.bad_value")
 
