@@ -147,7 +147,7 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
         near = difflib.get_close_matches(given.name, readable, n=1)
         hint = f"Did you mean --{near[0]}?" if near else "--help lists all names."
         raise ArgumentError(f"unknown argument --{given.name}. {hint}", code="arguments.unknown")
-    value = readable[given.name].fit(given.value)
+    value: Any = readable[given.name].fit(given.value)
     if given.name in SECRETS and isinstance(value, str):
         value = _secret(given, value)
     if given.name in REFUSALS:

@@ -72,7 +72,7 @@ def _copy_processor(folder: Path, config: PreTrainedConfig) -> None:
     """The base's files about images and sound, which no training changes, for a model that takes some."""
     if not any(getattr(config, name, None) for name in _MEDIA):
         return
-    found = [path for name in _PROCESSOR_FILES if (path := Path(config.name_or_path) / name).is_file()]
+    found = [path for name in _PROCESSOR_FILES if (path := Path(config.name_or_path or "") / name).is_file()]
     for path in found:
         shutil.copyfile(path, folder / path.name)
     if not found:

@@ -51,7 +51,7 @@ def operator_builder() -> Any:
 def give_defaults(optimizer: Any) -> None:
     """Give DeepSpeed's ZeRO optimizer, which may be wrapped by accelerate's, the `defaults` of the optimizer inside it."""
     outer = getattr(optimizer, "optimizer", optimizer)
-    inner = getattr(outer, "optimizer", None)
+    inner: Any = getattr(outer, "optimizer", None)
     if not hasattr(outer, "defaults") and hasattr(inner, "defaults"):
         outer.defaults = inner.defaults
 
