@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import small_job
+from tests.errors import raises
 from tests.runner import run_ranks
 from tests.saving.test_placing import unshared
 
@@ -118,11 +119,10 @@ def test_a_folder_with_another_run(folder, whole):
 
 def test_the_remedy_for_another_number_of_ranks(folder, whole):
     """The command of the message, as it stands there: the weights of the checkpoint, which a run of any size starts from."""
-    from zero_sft.errors import ArgumentError
     from zero_sft.saving.resume import require_resumable
 
     out = copied(whole, "elsewhere")
-    with pytest.raises(ArgumentError) as caught:
+    with raises("resume.other_world_size") as caught:
         require_resumable(True, out, 3)
     _, command, rest = str(caught.value).split("`")
     words = command.split()
