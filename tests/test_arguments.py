@@ -149,7 +149,7 @@ def test_command_line(argv, name, value):
         (["--seed"], ["--seed needs a value: a whole number"]),
         (["--seed", "1", "2"], ["can't tell what '2' after --seed is"]),
         (["--model_name_or_path", "my", "model"], ["'model' after --model_name_or_path", "quotes"]),
-        (["--model_max_length", "0"], ["--model_max_length must be more than 0; got 0"]),
+        (["--model_max_length", "0"], ["--model_max_length must be more than 0 and below 2**31; got 0"]),
         (["--max_steps", "0"], ["--max_steps must be more than 0"]),
         (["--max_length", "64", "--model_max_length", "128"], ["--max_length 64", "--model_max_length 128", "contradict"]),
         (["--warmup_ratio", "1.0"], ["at least 0 and below 1"]),
@@ -351,3 +351,29 @@ def test_build_says_what_the_trainer_refuses():
     ):
         with pytest.raises(ArgumentError, match=part):
             build_training_arguments(parse(argv).training, DS_CONFIG)
+
+
+@pytest.mark.parametrize("name", ["output_dir", "model_name_or_path", "sample_prompts", "cache_dir", "chat_template"])
+def test_an_empty_name_is_a_variable_that_is_not_set(name):
+    with raises("arguments.empty", f"--{name}"):
+        parse([f"--{name}", ""])
+
+
+def test_numbers_beyond_what_a_run_can_count():
+    with raises("arguments.out_of_range", "--model_max_length", "2**31"):
+        parse(["--model_max_length", "99999999999999999999"])
+
+
+def test_a_yaml_file_reads_numbers_as_the_command_line_does(tmp_path):
+    (tmp_path / "run.yaml").write_text("max_steps: 010\nlearning_rate: 1e-5\nlogging_steps: 0x10\n")
+    training = parse([str(tmp_path / "run.yaml")]).training
+    assert (training["max_steps"], training["learning_rate"], training["logging_steps"]) == (10, 1e-5, 16)
+    (tmp_path / "run.yaml").write_text("save_steps: 1:30\n")
+    with raises("arguments.wrong_value", "'1:30'"):
+        parse([str(tmp_path / "run.yaml")])
+
+
+def test_merge_keys_are_named(tmp_path):
+    (tmp_path / "run.yaml").write_text("base: &base {seed: 1}\n<<: *base\n")
+    with raises("arguments.file_merge_key", "<<"):
+        parse([str(tmp_path / "run.yaml")])

@@ -51,14 +51,14 @@ def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
     )
 
     def batches():
-        raise DataError(said)
+        raise DataError(said)  # without its code, as torch makes it again from a worker's text
         yield
 
     with raises("data.unusable_sample") as caught:
         next(Trainer._own(trainer, batches()))
     failure.begin_job(World(rank=1, world_size=2))
     assert failure.report_failure(caught.value) == 1
-    assert capsys.readouterr().err == "\nerror: a.json, sample 6: no (rank 1 alone)\n"
+    assert capsys.readouterr().err == "\nerror: a.json, sample 6: no (rank 1 alone) [data.unusable_sample]\n"
     failure.begin_job(World(rank=1, world_size=2))
     assert failure.report_failure(DataError("all have it")) == 1
     assert not capsys.readouterr().err

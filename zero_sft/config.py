@@ -53,16 +53,43 @@ def prepare_config_in(
     def read() -> tuple[PreTrainedConfig, PreTrainedConfig]:
         loaded = load_config(folder, options)
         loaded.name_or_path = name
-        return loaded, with_context(loaded, model_max_length=model_max_length, rope_parameters=rope_parameters)
+        ready = with_context(loaded, model_max_length=model_max_length, rope_parameters=rope_parameters)
+        return loaded, _with_usable_padding(ready)
 
     stage = f"reading the config of {name}"
     loaded, config = distributed.by_turns(world, stage, read, one_by_one=options.trust_remote_code)
     distributed.agree_on(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
     if world.is_main and adapter_warning(folder):
         logger.warning(adapter_warning(folder))
+    padding, kept = (getattr(text_config(each), "pad_token_id", None) for each in (loaded, config))
+    if padding != kept and world.is_main:
+        logger.warning(
+            "%s: config.json has pad_token_id %s, and the model has %s embeddings; it is left out", name, padding,
+            text_config(config).vocab_size,
+        )  # fmt: skip
     before, after = (getattr(text_config(each), "rope_parameters", None) for each in (loaded, config))
     if before != after and world.is_main:
         logger.warning("RoPE of %s from %s to %s, for model_max_length %s", name, before, after, model_max_length)
+    return config
+
+
+def _with_usable_padding(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config, without a padding token that has no embedding, on which the model's constructor would fail.
+
+    Raises:
+        ConfigError: it states no usable number of embeddings.
+    """
+    rows = getattr(text_config(config), "vocab_size", None)
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise ConfigError(
+            f"{config.name_or_path}: vocab_size in config.json is {rows!r}, expected a whole number, at least 1. Compare it "
+            "with the original.",
+            code="config.bad_vocab_size",
+        )
+    for part in {id(part): part for part in (config, text_config(config))}.values():
+        padding = getattr(part, "pad_token_id", None)
+        if rows is not None and padding is not None and not -rows <= padding < rows:
+            part.pad_token_id = None
     return config
 
 

@@ -5,6 +5,7 @@ stays when a sentence changes. Every message says what was expected, what was fo
 travel between ranks and processes as their class's name, their text and their codes.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
@@ -38,7 +39,8 @@ class ZeroSftError(Exception):
     @property
     def with_code(self) -> str:
         """The message for a person, with the code behind it; each listed problem has its own."""
-        return str(self) if self.codes[1:] else f"{self} [{self.code}]"
+        message = without_tokens(str(self))
+        return message if self.codes[1:] else f"{message} [{self.code}]"
 
     @classmethod
     def listing(cls, problems: Sequence["ZeroSftError"], heading: str, *, remedy: str = "", code: str) -> Self:
@@ -53,6 +55,14 @@ class ZeroSftError(Exception):
             *([remedy] if remedy else []),
         ]
         return cls("\n".join(lines), code=code, listed=[problem.code for problem in problems] if len(problems) > 1 else ())
+
+
+def without_tokens(text: str) -> str:
+    """The text without access tokens of the hub, which other libraries' messages may quote."""
+    return _TOKEN.sub("hf_***", text)
+
+
+_TOKEN = re.compile(r"\bhf_\w{4,}")
 
 
 def _restored(cls: type[ZeroSftError], message: str, codes: Sequence[str]) -> ZeroSftError:

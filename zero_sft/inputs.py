@@ -17,6 +17,7 @@ from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
 from zero_sft.model_check import require_usable_model
+from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.world import World
 
@@ -35,6 +36,7 @@ class Inputs:
     prompts: tuple[str, ...]
     generation: Any  # the model's generation config, which stops where the data's answers end
     hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
+    record: RunRecord
     checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
     overwrites: bool = False  # a former run in the output folder
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -45,7 +47,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     from zero_sft.config import prepare_config, text_config
     from zero_sft.export_rehearsal import rehearse_export
     from zero_sft.hub import HubOptions, pin_revision
-    from zero_sft.samples import read_prompts
+    from zero_sft.samples import read_prompts, require_answerable
     from zero_sft.saving.former_run import require_no_former_run
     from zero_sft.saving.rehearsal import rehearse_writing
     from zero_sft.saving.resume import agree_on_checkpoint
@@ -77,11 +79,17 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
     config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
     require_usable_model(parsed, arguments, config, hub, world)
+    record = RunRecord.of(text_config(config), arguments)
+    with agreed(world, "comparing the run with the checkpoint"):
+        if world.is_main and checkpoint is not None:
+            require_same_run(checkpoint.folder, record)
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
-    packing = choose_packing(
-        parsed.data.packing, text_config(config), attention=parsed.model.attn_implementation, lazy=parsed.data.lazy_preprocess
-    )
+    attention = parsed.model.attn_implementation or getattr(config, "_attn_implementation", None)
+    packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
     held_out = parsed.data.eval_data_path
+    with agreed(world, "checking the prompts"):
+        if world.is_main:
+            require_answerable(prompts, tokenizer, parsed.data.chat_template, config)
     with agreed(world, "looking for the data"):
         if world.is_main:
             require_sources(parsed.data.training_path)
@@ -92,6 +100,10 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
+    lengths = train.dataset["length"] if "length" in train.dataset.column_names else ()
+    record = replace(record, rows=len(train.dataset), tokens=int(sum(lengths)))
+    if world.is_main and checkpoint is not None:
+        warn_of_other_data(checkpoint.folder, record)
     with agreed(world, "counting the steps"):
         require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
@@ -109,6 +121,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         generation=generation,
         hub=hub,
         checkpoint=checkpoint,
+        record=record,
         overwrites=overwrites,
         sampling=sampling,
     )

@@ -37,7 +37,7 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
         wanted = wanted_dtype(parsed.model.dtype, config)
         dtype = engine_dtype(ds_config, wanted)
         require_engine_dtype(parsed.model.dtype, wanted, dtype)
-        attention = parsed.model.attn_implementation
+        attention = parsed.model.attn_implementation or getattr(config, "_attn_implementation", None)
         if attention and "flash" in attention and dtype == "float32":
             raise ArgumentError(
                 f"--attn_implementation {attention} computes in 16 bits alone, and this run trains in float32. "

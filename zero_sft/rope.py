@@ -63,9 +63,10 @@ def with_context(
 ) -> PreTrainedConfig:
     """A copy of `config` for training on up to `model_max_length` tokens. Pure; errors as in `prepare_config`."""
     whole = isinstance(model_max_length, int) and not isinstance(model_max_length, bool)
-    if model_max_length is not None and (not whole or model_max_length < 1):
+    if model_max_length is not None and (not whole or not 1 <= model_max_length < 2**31):
         raise ConfigError(
-            f"--model_max_length must be a whole number, at least 1; got {model_max_length!r}.", code="arguments.wrong_value"
+            f"--model_max_length must be a whole number, at least 1 and below 2**31; got {model_max_length!r}.",
+            code="arguments.wrong_value",
         )
     config = copy.deepcopy(config)
     text = text_config(config)

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zero_sft.config import text_config
+from zero_sft.data.embedded import require_embedded
 from zero_sft.data.templates import choose_template
 from zero_sft.data.text import read_text
 from zero_sft.errors import DataError
 from zero_sft.generation_config import eos_token_ids, turn_ends
+from zero_sft.rope import positions, readable_tokens
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -35,12 +38,40 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def require_answerable(prompts: Sequence[str], tokenizer: Any, chat_template: str | None, config: Any) -> None:
+    """Raise where a prompt has a token without an embedding, or leaves no room for an answer. Rank 0.
+
+    Raises:
+        DataError: naming the prompt.
+    """
+    if not prompts:
+        return
+    text = text_config(config)
+    template, most = choose_template(chat_template, tokenizer), _most_positions(text)
+    for number, prompt in enumerate(prompts, 1):
+        where = f"--sample_prompts, prompt {number}"
+        ids = tokenizer(template.prompt(prompt), add_special_tokens=template.adds_special_tokens).input_ids
+        if getattr(text, "vocab_size", None):
+            require_embedded(ids, tokenizer, text.vocab_size, where)
+        if most is not None and len(ids) >= most:
+            raise DataError(
+                f"{where} has {len(ids):,} tokens, and the model has positions for {most:,}, prompt and answer together. "
+                "Shorten it.",
+                code="data.prompt_too_long",
+            )
+
+
+def _most_positions(text: Any) -> int | None:
+    """The longest sequence of a model that looks positions up in a table; the others only get worse beyond their context."""
+    return readable_tokens(text) if positions(text) == "table" else None
+
+
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, chat_template: str | None, max_new_tokens: int) -> list[str]:
     """Greedy answers to `prompts`. Every rank, with the same prompts; communicates in the model's forward.
 
     Args:
         model: partitioned, before or after `deepspeed.initialize` (the inner model, not the engine).
-        max_new_tokens: tokens an answer at most.
+        max_new_tokens: tokens an answer at most; fewer where the model has no positions for them.
     """
     import torch
     from transformers import GenerationConfig
@@ -53,6 +84,9 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, chat_template:
         batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=template.adds_special_tokens)
     finally:
         tokenizer.padding_side = side
+    most = _most_positions(text_config(model.config))
+    if most is not None:
+        max_new_tokens = max(1, min(max_new_tokens, most - batch["input_ids"].shape[1]))
     own, training = model.generation_config, model.training
     # The model's settings may ask for sampling, several answers or other results than tokens.
     model.generation_config = GenerationConfig(

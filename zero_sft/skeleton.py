@@ -82,7 +82,8 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
         names = ", ".join(["eager", *(each for each, has in supported.items() if has)])
         raise ArgumentError(
             f"attn_implementation {name!r} can't be used with {cls.__name__}: {_first_sentence(error)}\n"
-            f"{cls.__name__} takes {names}. Without --attn_implementation transformers chooses.",
+            f"{cls.__name__} takes {names}. Give one as --attn_implementation; without it the model's config.json or "
+            "transformers chooses.",
             code="arguments.attention_unusable",
         ) from error
 
@@ -145,9 +146,10 @@ def construct(request: Request, *around: Any) -> PreTrainedModel:
     """The model, constructed as plain `from_pretrained` does, inside the contexts `around`. Any rank by itself."""
     cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
     config = unquantised(copy.deepcopy(config))
-    if request.attn_implementation is not None:
-        require_attention(cls, config, request.attn_implementation)
-        config._attn_implementation = request.attn_implementation
+    attention = request.attn_implementation or getattr(config, "_attn_implementation", None)
+    if attention:
+        require_attention(cls, config, attention)
+        config._attn_implementation = attention
     set_dtype(config, request.dtype)
     contexts = (
         without_zero3(),
@@ -159,7 +161,14 @@ def construct(request: Request, *around: Any) -> PreTrainedModel:
     with contextlib.ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)
-        return cls(config)
+        try:
+            return cls(config)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+            raise ConfigError(
+                f"{request.folder}: {cls.__name__} can't be made from its config.json: {type(error).__name__}: {error}. "
+                "Compare it with the original.",
+                code="config.unbuildable",
+            ) from error
 
 
 def blank(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

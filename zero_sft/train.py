@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -170,7 +171,8 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
                 _write_logs(output, known)
             except Exception as error:  # noqa: BLE001 - the model is there, and the run must not end as if it were not
                 logger.warning("the logs could not be written to %s: %s. The model is complete.", output / LOGS, error)
-            _say_results(output, trainer.state.log_history, answers)
+            best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
+            _say_results(output, trainer.state, answers, best and Path(best).name)
     with agreed(world, "ending the training"):
         if late_error is not None:
             raise DistributedError(
@@ -206,7 +208,9 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    published = Published(tokenizer=_with_trained_template(inputs.tokenizer, parsed), config_values=routing)
+    published = Published(
+        tokenizer=_with_trained_template(inputs.tokenizer, parsed), config_values=routing, record=inputs.record
+    )
     try:
         trainer = Trainer(
             model=model,
@@ -273,15 +277,18 @@ def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
     plot_loss(known["history"], logs / "loss.png", f"Loss of {Path(known['arguments']['model_name_or_path']).name}, {output}")
 
 
-def _say_results(output: Path, history: list, answers: list) -> None:
+def _say_results(output: Path, state: Any, answers: list, best: str | None) -> None:
+    history = state.log_history
     for each in answers:
         logger.info("prompt: %s\nbefore: %s\nafter:  %s", each["prompt"], each["before"], each["after"])
     losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if len(losses) > 1:
         (first, before), (last, after) = losses[0], losses[-1]
-        change = 100 * (after / before - 1)
+        change = f" ({100 * (after / before - 1):+.1f} %)" if math.isfinite(before) and math.isfinite(after) else ""
         when = f"after step {first}" if first else "before training"
-        logger.info("loss on held-out samples: %.3f %s, %.3f after step %d (%+.1f %%)", before, when, after, last, change)
+        logger.info("loss on held-out samples: %.3f %s, %.3f after step %d%s", before, when, after, last, change)
+    if best:
+        logger.info("the exported model is that of %s, the best of the run (--load_best_model_at_end)", best)
     curve = output / LOGS / "loss.png"
     drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)

@@ -37,6 +37,8 @@ REFUSED = [
         ("--metric_for_best_model bleu", "loss"),
     ),
     (("--activation_checkpointing_kwargs", '{"use_reentrent": false}'), ("use_reentrent", "use_reentrant")),
+    (("--activation_checkpointing_kwargs", '{"use_reentrant": "no"}'), ("use_reentrant = 'no'", "true or false")),
+    (("--neftune_noise_alpha", "-1"), ("--neftune_noise_alpha", "-1")),
 ]
 
 

@@ -155,7 +155,7 @@ def test_the_number_of_steps():
     schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 7, "warmup_num_steps": 2}}
     arguments = built({**ZERO, "scheduler": schedule}, "--warmup_steps", "2")
     config = arguments.hf_deepspeed_config.config
-    assert [text.split(",")[0] for text in find_schedule_conflicts(config, arguments, 5)] == [
+    assert [str(problem).split(",")[0] for problem in find_schedule_conflicts(config, arguments, 5)] == [
         "scheduler.params.total_num_steps is 7"
     ]
     assert find_schedule_conflicts(config, arguments, 7) == []

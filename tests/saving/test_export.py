@@ -55,11 +55,15 @@ def gemma3(tmp_path):
 def test_a_model_that_builds_another_in_its_constructor(gemma3, tmp_path):
     """Rank 0 builds it once more to compare: while a model is alive, that one must not open a `zero.Init`, and wait."""
     from zero_sft import load_model, save_pretrained
+    from zero_sft.world import World
 
     reference = models.plain(gemma3, torch.bfloat16)
+    if World.detect().is_main:
+        (gemma3 / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
     model = load_model(str(gemma3), ds_config=models.zero3())
     save_pretrained(model, tmp_path / "out")
     del model
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"image_processor_type": "Gemma3ImageProcessor"}'
     assert same_state(models.plain(tmp_path / "out", torch.bfloat16), reference)
 
 

@@ -1,6 +1,7 @@
 """Headers of `.bin` files: offsets against the file's bytes, views and shared storages, and files that are wrong."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -67,3 +68,22 @@ def test_files_that_are_wrong(tmp_path):
         read_header(path)
     with raises("checkpoint.file_unreadable", "No such file"):
         read_header(tmp_path / "absent.bin")
+
+
+def test_a_view_that_negates_is_not_read_as_its_bytes(tmp_path):
+    values = torch.arange(4.0)
+    view = torch.complex(values, values).conj().imag
+    assert view.is_neg()
+    torch.save({"a": view}, tmp_path / "a.bin")
+    with raises("checkpoint.not_a_plain_tensor", "'a'", "resolve_neg"):
+        read_header(tmp_path / "a.bin")
+
+
+def test_a_compressed_file_is_named_as_such(tmp_path):
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "a.bin")
+    with zipfile.ZipFile(tmp_path / "a.bin") as plain, zipfile.ZipFile(tmp_path / "b.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert torch.load(tmp_path / "b.bin", weights_only=True)["a"].tolist() == [0, 1, 2, 3]
+    with raises("checkpoint.compressed", "b.bin", "torch.save"):
+        read_header(tmp_path / "b.bin")

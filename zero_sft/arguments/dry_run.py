@@ -63,14 +63,22 @@ def _liger_problems(arguments: Any) -> list[ArgumentError]:
 
 
 def _checkpointing_problems(arguments: Any) -> list[ArgumentError]:
-    """Unknown keys would end the first step, in a TypeError inside the model."""
-    known = [
-        name
+    """Unknown keys would end the first step, in a TypeError inside the model; text would count as true."""
+    parameters = {
+        name: parameter.default
         for name, parameter in inspect.signature(checkpoint).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "use_reentrant"
-    ] + ["every_n_layers", "offload", "selective"]
+    }
+    known = [*parameters, "every_n_layers", "offload", "selective"]
     given = arguments.activation_checkpointing_kwargs or {}
+    flags = {"use_reentrant", "offload", "selective", *(name for name, value in parameters.items() if isinstance(value, bool))}
     return [
+        ArgumentError(
+            f"--activation_checkpointing_kwargs has {name} = {value!r}; expected true or false", code="arguments.wrong_value"
+        )
+        for name, value in given.items()
+        if name in flags and not isinstance(value, bool)
+    ] + [
         ArgumentError(
             f"--activation_checkpointing_kwargs has the unknown key {name!r}; known: {', '.join(sorted(set(known)))}",
             code="arguments.unknown_key",
@@ -177,6 +185,12 @@ def _number_problems(arguments: Any) -> list[ArgumentError]:
             ArgumentError(
                 f"--max_grad_norm must be at least 0, which means no clipping; got {arguments.max_grad_norm}",
                 code="arguments.out_of_range",
+            )
+        )
+    if arguments.neftune_noise_alpha is not None and arguments.neftune_noise_alpha < 0:
+        problems.append(
+            ArgumentError(
+                f"--neftune_noise_alpha must be at least 0; got {arguments.neftune_noise_alpha}", code="arguments.out_of_range"
             )
         )
     if arguments.pad_to_multiple_of is not None and arguments.pad_to_multiple_of < 1:

@@ -54,7 +54,10 @@ class ModelArguments:
     token: str | bool | None = field(
         default=None,
         repr=False,
-        metadata={"help": "The hub's access token, in a file of arguments only; by default HF_TOKEN or `hf auth login`."},
+        metadata={
+            "help": "The hub's access token for the model, in a file of arguments only; by default, and for datasets, HF_TOKEN "
+            "or `hf auth login`."
+        },
     )
     local_files_only: bool = field(default=False, metadata={"help": "Never ask the hub; use what was downloaded before."})
     subfolder: str = field(default="", metadata={"help": "The model's folder inside the repository or local folder."})

@@ -21,15 +21,15 @@ from zero_sft.arguments.names import (
     refused_accelerator_key,
 )
 from zero_sft.arguments.sources import COMMAND_LINE, Given, read_command_line, read_file
-from zero_sft.arguments.values import Spec, specs_of
+from zero_sft.arguments.values import SECRETS, Spec, specs_of
 from zero_sft.errors import ArgumentError
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "save_total_limit", "dataset_num_proc",
 )  # fmt: skip
-_SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end")
+_NEVER_EMPTY = ("output_dir", "model_name_or_path", "sample_prompts", "data_cache_dir", "cache_dir", "chat_template")
 _ALWAYS = ("output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint")
 
 
@@ -148,7 +148,8 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
         hint = f"Did you mean --{near[0]}?" if near else "--help lists all names."
         raise ArgumentError(f"unknown argument --{given.name}. {hint}", code="arguments.unknown")
     value = readable[given.name].fit(given.value)
-    _require_secrecy(given, value)
+    if given.name in SECRETS and isinstance(value, str):
+        value = _secret(given, value)
     if given.name in REFUSALS:
         refusal = REFUSALS[given.name]
         if (value.lower() if isinstance(value, str) else value) in refusal.passing:
@@ -168,23 +169,31 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
     return old.name, known[old.name].fit(value)
 
 
-def _require_secrecy(given: Given, value: object) -> None:
-    if given.name in _SECRETS and isinstance(value, str) and given.origin == COMMAND_LINE:
+def _secret(given: Given, value: str) -> str:
+    """A token without the line end of a block of text. HTTP libraries quote one with white space in their errors."""
+    if given.origin == COMMAND_LINE:
         raise ArgumentError(
             f"--{given.name} on a command line is no secret: process lists show it, and the launcher has logged it. "
             "Revoke it, and set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of "
             "arguments",
             code="arguments.secret_on_command_line",
         )
+    token = value.strip()
+    if not token.isascii() or any(character.isspace() or not character.isprintable() for character in token):
+        raise ArgumentError(
+            f"--{given.name} has white space or other characters that no token has (it is not shown). Copy it again.",
+            code="arguments.bad_token",
+        )
+    return token
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
     """What is wrong with values that are each right by themselves."""
     counts = {name: values[name] for name in _POSITIVE if values.get(name) is not None}
     problems = [
-        ArgumentError(f"--{name} must be more than 0; got {value}", code="arguments.out_of_range")
+        ArgumentError(f"--{name} must be more than 0 and below 2**31; got {value}", code="arguments.out_of_range")
         for name, value in counts.items()
-        if value <= 0
+        if not 0 < value < 2**31
     ]
     if values.get("max_steps", -1) < -1 or values.get("max_steps") == 0:
         problems.append(
@@ -242,6 +251,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
                 code="arguments.deepspeed_empty",
             )
         )
+    problems += [
+        ArgumentError(f"--{name} is empty: is a variable not set?", code="arguments.empty")
+        for name in _NEVER_EMPTY
+        if values.get(name) == ""
+    ]
     accelerator = values.get("accelerator_config")
     refused = refused_accelerator_key(accelerator) if isinstance(accelerator, Mapping) else None
     return [*problems, ArgumentError(refused, code="arguments.accelerator_key")] if refused else problems

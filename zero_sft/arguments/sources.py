@@ -5,6 +5,7 @@ argparse was left out: it takes abbreviated names, ends the process by itself on
 was given from a default.
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -149,7 +150,7 @@ def _json_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
 def _yaml_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    loader = _plain_loader()(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -159,10 +160,45 @@ def _yaml_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
                 f"{path}: expected lines of `name: value`, got {type(loader.construct_document(node)).__name__}",
                 code="arguments.file_not_an_object",
             )
+        if any(key.tag == _MERGE for key, _ in node.value):
+            raise ArgumentError(
+                f"{path}: merge keys (<<) are not read. Write the arguments out.", code="arguments.file_merge_key"
+            )
         return [
             (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True)) for key, value in node.value
         ]
     except yaml.YAMLError as error:
-        raise ArgumentError(f"{path} is not YAML: {error}", code="arguments.file_not_yaml") from error
+        # PyYAML's own text quotes the line, which may hold a token.
+        raise ArgumentError(f"{path} is not YAML: {_without_quotes(error)}", code="arguments.file_not_yaml") from None
     finally:
         loader.dispose()
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+@functools.cache
+def _plain_loader() -> Any:
+    """PyYAML's safe loader, without two number formats of YAML 1.1: 010 is not 8, and 1:30 is not 90, but text."""
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):
+        """Reads numbers as a command line does."""
+
+        def construct_number(self, node: Any) -> Any:
+            """A number, or the text where YAML 1.1 would read it to another base."""
+            text = self.construct_scalar(node)
+            if ":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text):
+                return text
+            return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+
+    for kind in ("int", "float"):
+        PlainLoader.add_constructor(f"tag:yaml.org,2002:{kind}", PlainLoader.construct_number)
+    return PlainLoader
+
+
+def _without_quotes(error: Any) -> str:
+    """What is wrong and where, without anything that the file holds."""
+    problem = re.sub(r"(['\"])(?!<).{6,}?\1", "...", str(getattr(error, "problem", None) or "it can't be read"))
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem

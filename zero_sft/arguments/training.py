@@ -54,6 +54,9 @@ class TrainingArguments(SFTConfig):
     log_level_replica: str = field(
         default="error", metadata={"help": "What the ranks other than 0 say; rank 0 speaks for all."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Log a loss of nan or inf as the one before. Off: a run that diverges shows it."}
+    )
     log_on_each_node: bool = field(
         default=False, metadata={"help": "Let the first rank of every node print the metrics, not only rank 0."}
     )

@@ -38,6 +38,9 @@ _INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _MISFIT = object()
 
+SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
+"""Arguments whose values no message and no log may show."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
@@ -64,9 +67,8 @@ class Spec:
         """
         fitted = self._from_text(value) if isinstance(value, str) else self._from_data(value)
         if fitted is _MISFIT:
-            raise ArgumentError(
-                f"--{self.name} must be {self.expected}; got {value!r}{self._nearest(value)}", code="arguments.wrong_value"
-            )
+            found = "another value, which is not shown" if self.name in SECRETS else f"{value!r}{self._nearest(value)}"
+            raise ArgumentError(f"--{self.name} must be {self.expected}; got {found}", code="arguments.wrong_value")
         return fitted
 
     def _from_text(self, text: str) -> Any:

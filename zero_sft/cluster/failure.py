@@ -263,12 +263,12 @@ def _stage(error: BaseException | None = None) -> str:
 
 def _say(text: str) -> None:
     sys.stdout.flush()
-    sys.stderr.write(f"\nerror: {text}\n")
+    sys.stderr.write(f"\nerror: {errors.without_tokens(text)}\n")
     sys.stderr.flush()
 
 
 def _say_traceback(error: BaseException, path: Path | None) -> None:
-    text = "".join(traceback.format_exception(error))
+    text = errors.without_tokens("".join(traceback.format_exception(error)))
     sys.stderr.write(f"The traceback{f', also in {path}' if path else ''}:\n{text}")
     sys.stderr.flush()
 
@@ -281,7 +281,8 @@ def _write_traceback(error: BaseException) -> Path | None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            f"{_here()}, process {os.getpid()}, while {_stage(error)}\n{''.join(traceback.format_exception(error))}"
+            f"{_here()}, process {os.getpid()}, while {_stage(error)}\n"
+            + errors.without_tokens("".join(traceback.format_exception(error)))
         )
         return path
     return None

@@ -73,6 +73,6 @@ def _loaded(of: HubDataset) -> "datasets.Dataset":
         raise DataError(
             f"{of.id} is no file or folder, and split {of.split!r} of such a dataset of the hub can't be had: {reason}\n"
             "Check --data_path and --eval_data_path: a path, org/name:split or org/name:configuration:split. A gated one needs "
-            "HF_TOKEN; where there is no internet, download it elsewhere and name its folder.",
+            "HF_TOKEN (--token is the model's); where there is no internet, download it elsewhere and name its folder.",
             code="data.hub_dataset_unavailable",
         ) from error

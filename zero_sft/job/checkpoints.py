@@ -18,22 +18,28 @@ from zero_sft.distributed import agreed
 from zero_sft.errors import ExportError, UnsupportedVersionError
 from zero_sft.saving.export import save_pretrained
 from zero_sft.saving.folder import explained, require_writable
+from zero_sft.saving.run_record import RunRecord, write_record
 from zero_sft.saving.settings import write_settings
 from zero_sft.transformers_internals import TESTED
 from zero_sft.world import World
+from zero_sft.zero.internals import give_defaults
 
 logger = logging.getLogger("zero_sft.train")
 
 
-_OVERRIDDEN = ("_run_epoch", "_save_checkpoint", "save_model")
+_OVERRIDDEN = ("_run_epoch", "_save_checkpoint", "create_scheduler", "save_model")
 """Methods of the Trainer's that it must still call by these names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What is written instead of what trains: the tokenizer with the trained chat template, and values of the config."""
+    """What is written instead of what trains: the tokenizer with the trained chat template, and values of the config.
+
+    `record`: what checkpoints say of the run.
+    """
 
     tokenizer: Any
+    record: RunRecord
     config_values: Mapping[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -65,6 +71,11 @@ class SavingTrainer(SFTTrainer):
                 )
         self._published = published
         super().__init__(*args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer has not."""
+        give_defaults(self.optimizer if optimizer is None else optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train_to_the_end(self, checkpoint: Path | None) -> Exception | None:
         """Train, and return the error of what follows the last step (a save, a report), which must not cost the model.
@@ -106,6 +117,7 @@ class SavingTrainer(SFTTrainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 model: Any = self.model
                 write_settings(folder, model, self._published.tokenizer)
+                write_record(folder, self._published.record)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The Trainer's, if the folder can be written now; else a warning, and the training goes on. Every rank."""

@@ -9,6 +9,7 @@ that one follows while a run goes on. Importing this module imports transformers
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ class StepLog(TrainerCallback):
         self._pace = Pace()
         self._throughput = Throughput()
         self._metrics = ""  # of the last step that was logged
+        self._not_finite: list[int] = []  # the logged steps whose loss is no number
 
     def wait_for_engine(self) -> None:
         """Show that DeepSpeed's engine is being made, until the training begins. Called on every rank."""
@@ -77,6 +79,7 @@ class StepLog(TrainerCallback):
         if logs is None:
             return
         if "loss" in logs:
+            self._watch_loss(logs["loss"], args, state)
             rate = self._throughput.tokens_a_second(self._tokens())
             self._metrics = training_metrics(logs, rate)
             where = _where(logs, state.global_step, state.max_steps)
@@ -91,6 +94,17 @@ class StepLog(TrainerCallback):
             line = other_line(logs, state.global_step, state.max_steps)
         if line and _speaks(args, state):
             _say(args, state, line)
+
+    def _watch_loss(self, loss: Any, args: Any, state: Any) -> None:
+        """Warn at the first loss that is not finite."""
+        if math.isfinite(float(loss)):
+            return
+        if not self._not_finite and state.is_world_process_zero:
+            logger.warning(
+                "the loss is %s at step %d: the run diverges, or the model or its data is broken. A lower --learning_rate, "
+                "more --warmup_steps and --max_grad_norm 1.0 are what helps most often.", loss, state.global_step,
+            )  # fmt: skip
+        self._not_finite.append(state.global_step)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Show the evaluation's progress, in batches of this rank."""
@@ -117,7 +131,10 @@ class StepLog(TrainerCallback):
             logger.info("checkpoint: %s", folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the bar."""
+        """End the bar, and say again what the exported model is worth."""
+        if self._not_finite and state.is_world_process_zero:
+            count, first = len(self._not_finite), self._not_finite[0]
+            logger.warning("the loss was not finite in %d of the logged steps, first at step %d", count, first)
         self._training.close()
         self._task = None
 

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,25 @@ def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
         if type(model).__module__.startswith("transformers_modules."):
             internal("custom_object_save")(model, folder)
     _write(folder, Settings.of(model, tokenizer))
+    _copy_processor(folder, model.config)
+
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_MEDIA = ("vision_config", "audio_config")
+
+
+def _copy_processor(folder: Path, config: PreTrainedConfig) -> None:
+    """The base's files about images and sound, which no training changes, for a model that takes some."""
+    if not any(getattr(config, name, None) for name in _MEDIA):
+        return
+    found = [path for name in _PROCESSOR_FILES if (path := Path(config.name_or_path) / name).is_file()]
+    for path in found:
+        shutil.copyfile(path, folder / path.name)
+    if not found:
+        logger.warning(
+            "%s has no preprocessor_config.json or processor_config.json; whoever gives the exported model images or sound "
+            "needs the original's next to it", config.name_or_path,
+        )  # fmt: skip
 
 
 def rehearse_settings(

@@ -5,6 +5,7 @@ file is run; every storage then tells its offset in the file (`torch.load` under
 be views, in any stride, and share a storage. Left out: the format of before torch 1.6, which is no zip.
 """
 
+import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -61,15 +62,34 @@ def _size_of_zip(path: str) -> int:
             f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights.",
             code="checkpoint.file_unreadable",
         ) from error
+    if is_zip and _is_compressed(path):
+        raise CheckpointError(
+            f"{path} is compressed, so that its tensors can't be read in place. Save it plainly, once, in Python:\n"
+            f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})",
+            code="checkpoint.compressed",
+        )
     if not is_zip:
         raise CheckpointError(placeholder(Path(path)) or _not_a_zip(path), code="checkpoint.not_a_zip")
     return size_bytes
+
+
+def _is_compressed(path: str) -> bool:
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch says what is wrong with a bad one
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    return False
 
 
 def _stored(path: str, name: str, tensor: torch.Tensor, size_bytes: int) -> StoredTensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in STORED_DTYPES:
         raise CheckpointError(
             f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}; expected a plain one.",
+            code="checkpoint.not_a_plain_tensor",
+        )
+    if tensor.is_neg() or tensor.is_conj():
+        raise CheckpointError(
+            f"{path}: {name!r} is a negated or conjugated view of other numbers, which the file's bytes don't show. Save it "
+            "plainly, once, in Python:\n  import torch; torch.save({name: tensor.resolve_neg().resolve_conj() for name, tensor "
+            f"in torch.load({path!r}, weights_only=True).items()}}, {path!r})",
             code="checkpoint.not_a_plain_tensor",
         )
     itemsize, shape, strides = tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride())

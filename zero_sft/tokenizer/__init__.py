@@ -38,9 +38,10 @@ class Wanted:
                 f"--padding_side must be right or left; got {self.padding_side!r}.", code="arguments.wrong_value"
             )
         length = self.model_max_length
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < 2**31:
             raise ArgumentError(
-                f"--model_max_length must be a whole number, at least 1; got {length!r}.", code="arguments.wrong_value"
+                f"--model_max_length must be a whole number, at least 1 and below 2**31; got {length!r}.",
+                code="arguments.wrong_value",
             )
 
     def prepare(self) -> Prepared:

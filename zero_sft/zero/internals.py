@@ -48,6 +48,14 @@ def operator_builder() -> Any:
     return OpBuilder
 
 
+def give_defaults(optimizer: Any) -> None:
+    """Give DeepSpeed's ZeRO optimizer, which may be wrapped by accelerate's, the `defaults` of the optimizer inside it."""
+    outer = getattr(optimizer, "optimizer", optimizer)
+    inner = getattr(outer, "optimizer", None)
+    if not hasattr(outer, "defaults") and hasattr(inner, "defaults"):
+        outer.defaults = inner.defaults
+
+
 def untested() -> str | None:
     """A warning for a release that this package was not tested with, or None."""
     version = deepspeed.__version__.split("+")[0]

@@ -1,0 +1,130 @@
+"""What a checkpoint says of the run that wrote it, so that a run that can't go on from it is told at the start.
+
+DeepSpeed and the Trainer compare nothing: another model, another optimizer or another schedule ends in a traceback after the
+weights were read, or goes on with a learning rate of 0; other data goes on silently, with its first batches skipped.
+Left out: shapes that no size of the config tells; DeepSpeed finds those itself.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zero_sft.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+FILE = "zero_sft_run.json"
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "ffn_dim", "d_model",
+)  # fmt: skip
+_OWN_STATE = frozenset({"reduce_lr_on_plateau", "greedy"})
+"""Schedules whose state is not that of the others, a count of steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run as far as its checkpoints depend on it. `sizes`: of the text model's config, by name.
+
+    `optimizer` and `schedule` are names; `from_ds_config` tells whether DeepSpeed makes the schedule, by its config's section.
+    """
+
+    model_type: str
+    sizes: Mapping[str, int]
+    optimizer: str
+    schedule: str
+    from_ds_config: bool
+    rows: int = 0
+    tokens: int = 0
+    others: Mapping[str, Any] = field(default_factory=dict)  # what a later release has written
+
+    @classmethod
+    def of(cls, text_config: Any, arguments: Any) -> "RunRecord":
+        """The record of a run with this config of the text model and these arguments of the Trainer's."""
+        config = arguments.hf_deepspeed_config.config
+        section = config.get("scheduler") or {}
+        sizes = {name: getattr(text_config, name, None) for name in _SIZES}
+        return cls(
+            model_type=text_config.model_type,
+            sizes={name: size for name, size in sizes.items() if type(size) is int},
+            optimizer=_family(str((config.get("optimizer") or {}).get("type") or arguments.optim.value)),
+            schedule=str(section.get("type") or arguments.lr_scheduler_type.value),
+            from_ds_config=bool(section),
+        )
+
+
+def _family(name: str) -> str:
+    """The name under which optimizers share the form of their states."""
+    name = name.lower()
+    return "adamw" if name in ("adam", "adamw", "adamw_torch", "adamw_torch_fused") else name
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Write the record into a checkpoint's folder. Rank 0."""
+    (folder / FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """The record in a checkpoint's folder; None where there is none that can be read, as in those of earlier releases."""
+    try:
+        raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        known = {name: value for name, value in raw.items() if name in RunRecord.__dataclass_fields__}
+        return RunRecord(**known)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def require_same_run(folder: Path, now: RunRecord) -> None:
+    """Raise where a run can't go on from the checkpoint in `folder`. Rank 0.
+
+    Raises:
+        ArgumentError: another model, optimizer, or kind of schedule than the checkpoint's.
+    """
+    then = read_record(folder)
+    if then is None:
+        return
+    asked = f"--resume_from_checkpoint: {folder} is of"
+    sizes = [f"{name} {size} (here {now.sizes.get(name)})" for name, size in then.sizes.items() if now.sizes.get(name) != size]
+    if then.model_type != now.model_type or sizes:
+        differs = ", ".join(sizes) or f"model type {then.model_type} (here {now.model_type})"
+        raise ArgumentError(
+            f"{asked} another model than --model_name_or_path names: {differs}. Give the model that the run was started with.",
+            code="resume.other_model",
+        )
+    if then.optimizer != now.optimizer:
+        raise ArgumentError(
+            f"{asked} a run with the optimizer {then.optimizer}, and this one has {now.optimizer}. Give the same --optim, or "
+            f"train on from its weights with a new optimizer: export them, and name them with --model_name_or_path.",
+            code="resume.other_optimizer",
+        )
+    apart = {then.schedule, now.schedule} & _OWN_STATE
+    if then.from_ds_config != now.from_ds_config or (apart and then.schedule != now.schedule):
+        raise ArgumentError(
+            f"{asked} a run with the learning-rate schedule {_where(then)}, and this one has {_where(now)}, whose state is of "
+            "another form. Give the same --lr_scheduler_type, and a DeepSpeed config with the same scheduler section.",
+            code="resume.other_schedule",
+        )
+    if then.schedule != now.schedule:
+        logger.warning("the checkpoint's learning-rate schedule was %s; from here on it is %s", then.schedule, now.schedule)
+
+
+def warn_of_other_data(folder: Path, now: RunRecord) -> None:
+    """Warn where the rows to train on are not those of the checkpoint. Rank 0."""
+    then = read_record(folder)
+    if then is not None and then.rows and (then.rows, then.tokens) != (now.rows, now.tokens):
+        logger.warning(
+            "the training data is not the checkpoint's: %s then, %s now. The run goes on at the same step, so that the rows "
+            "which come first in its order are skipped though they were not trained on.", _rows(then), _rows(now),
+        )  # fmt: skip
+
+
+def _rows(record: RunRecord) -> str:
+    return f"{record.rows:,} rows of {record.tokens:,} tokens" if record.tokens else f"{record.rows:,} rows"
+
+
+def _where(record: RunRecord) -> str:
+    return f"{record.schedule} {'of the DeepSpeed config' if record.from_ds_config else 'of --lr_scheduler_type'}"
