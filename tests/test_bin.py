@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import models
-from zero_sft.errors import CheckpointError
+from tests.errors import raises
 
 
 @pytest.fixture(params=["one file", "many files"])
@@ -55,5 +55,5 @@ def legacy(tmp_path):
 def test_a_legacy_pickle_is_refused_with_the_command_that_converts_it(legacy):
     from zero_sft import load_model
 
-    with pytest.raises(CheckpointError, match=r"torch\.save\(torch\.load"):
+    with raises("checkpoint.not_a_zip", "torch.save(torch.load"):
         load_model(str(legacy), ds_config=models.zero3())

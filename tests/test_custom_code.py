@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests import models
-from zero_sft.errors import ConfigError
+from tests.errors import raises
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -125,7 +125,7 @@ def test_without_trust_there_is_one_refusal_and_nothing_is_run(folder):
 
     for path in folder.glob("*.py"):
         path.write_text("raise SystemExit('this was run')")
-    with pytest.raises(ConfigError, match=r"trust_remote_code"):
+    with raises("config.unknown_model_type", "trust_remote_code"):
         load_model(str(folder), ds_config=models.zero3())
 
 

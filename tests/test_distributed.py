@@ -4,8 +4,9 @@ import datetime
 
 import pytest
 
+from tests.errors import raises
 from zero_sft import distributed
-from zero_sft.errors import CheckpointError, DistributedError, RankLostError
+from zero_sft.errors import CheckpointError
 from zero_sft.world import World
 
 
@@ -27,7 +28,7 @@ def test_a_failure_on_one_rank_is_raised_by_all():
         with distributed.agreed(world, "reading"):
             if world.rank == 1:
                 raise CheckpointError("broken")
-    with pytest.raises(DistributedError, match="ZeroDivisionError"):
+    with raises("cluster.rank_failed", "ZeroDivisionError"):
         with distributed.agreed(world, "dividing"):
             if world.rank == 2:
                 1 / 0  # noqa: B018
@@ -40,7 +41,7 @@ def test_disagreement_names_keys_and_ranks():
     world = World.detect()
     distributed.connect(world)
     distributed.agree_on(world, "config", {"a": 1, "b": [1, 2]})
-    with pytest.raises(DistributedError, match=r"(?s)a: 1 on rank 0, 2; 7 on rank 1"):
+    with raises("cluster.ranks_disagree", "a: 1 on rank 0, 2; 7 on rank 1"):
         distributed.agree_on(world, "config", {"a": 7 if world.rank == 1 else 1, "b": 2})
 
 
@@ -58,7 +59,7 @@ def test_what_a_stage_tells_travels_with_its_end():
 def test_a_stage_whose_ranks_differ():
     world = World.detect()
     distributed.connect(world)
-    with pytest.raises(DistributedError, match=r"(?s)disagree about the config.*a: 1 on rank 0, 2; 7 on rank 1"):
+    with raises("cluster.ranks_disagree", "config", "a: 1 on rank 0, 2; 7 on rank 1"):
         with distributed.agreed(world, "reading") as told:
             told.same = ("config", {"a": 7 if world.rank == 1 else 1})
     with pytest.raises(CheckpointError, match="rank 2 of 3 while reading"):  # the failure says more than the difference
@@ -75,9 +76,9 @@ def test_a_dead_rank_is_told_from_a_slow_one(monkeypatch):
         raise RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 1800000 ms")
 
     monkeypatch.setattr(distributed.dist, "monitored_barrier", barrier)
-    with pytest.raises(RankLostError, match="rank 1 ended while the others were at 'reading'"):
+    with raises("cluster.rank_lost", "rank 1 ended while the others were at 'reading'"):
         with distributed.agreed(World(world_size=2), "reading"):
             pass
-    with pytest.raises(RankLostError, match=r"rank 1 did not come to the end of 'reading' within 0:00:00"):
+    with raises("cluster.rank_lost", "rank 1 did not come to the end of 'reading' within 0:00:00"):
         with distributed.agreed(World(world_size=2), "reading", datetime.timedelta(0)):
             pass

@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests import models
-from zero_sft.errors import CheckpointError, DistributedError
+from tests.errors import raises
+from zero_sft.errors import CheckpointError
 
 
 @pytest.fixture(params=["safetensors", "bin"])
@@ -96,5 +97,5 @@ def test_ranks_that_see_other_files(many, copy):
     from zero_sft import load_model
     from zero_sft.world import World
 
-    with pytest.raises(DistributedError, match=r"(?s)disagree about the checkpoint's files.*00004-of-00099"):
+    with raises("cluster.ranks_disagree", "checkpoint's files", "00004-of-00099"):
         load_model(str(copy if World.detect().rank == 2 else many), ds_config=models.zero3())

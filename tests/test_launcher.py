@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.errors import raises
 from zero_sft import launcher
-from zero_sft.errors import ConfigError
 from zero_sft.launcher import State
 
 ORIGINAL = (
@@ -138,7 +138,7 @@ def test_disable_after_an_upgrade_keeps_the_newer_script(scripts):
 def test_a_lost_original_is_said_and_nothing_is_guessed(scripts):
     launcher.enable([scripts])
     (scripts / ".deepspeed.zero_sft-original").unlink()
-    with pytest.raises(ConfigError, match="force-reinstall"):
+    with raises("launcher.original_gone"):
         launcher.disable([scripts])
 
 
@@ -146,7 +146,7 @@ def test_a_lost_original_is_said_and_nothing_is_guessed(scripts):
 def test_a_foreign_script_is_refused(scripts, content):
     (scripts / "deepspeed").write_bytes(content)
     before = files(scripts)
-    with pytest.raises(ConfigError, match=r"not the Python script that DeepSpeed installs.*--module"):
+    with raises("launcher.unknown_script", "not the Python script that DeepSpeed installs", "--module"):
         launcher.enable([scripts])
     assert files(scripts) == before
 
@@ -154,7 +154,7 @@ def test_a_foreign_script_is_refused(scripts, content):
 def test_a_symbolic_link_is_refused(scripts, tmp_path):
     (scripts / "deepspeed").rename(tmp_path / "elsewhere")
     (scripts / "deepspeed").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="symbolic link"):
+    with raises("launcher.unknown_script", "symbolic link"):
         launcher.enable([scripts])
     assert (tmp_path / "elsewhere").read_bytes() == ORIGINAL
 
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_written_leaves_everything_as_it_was(scripts, mo
         raise PermissionError(13, "Permission denied", str(target))
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(ConfigError, match=r"Permission denied.*owner of.*--module zero_sft\.train"):
+    with raises("launcher.script_unwritable", "Permission denied", "--module zero_sft.train"):
         launcher.enable([scripts])
     assert files(scripts) == before
 
@@ -204,7 +204,7 @@ def test_only_the_scripts_of_this_interpreter_are_looked_at(scripts, tmp_path, m
     monkeypatch.setenv("PATH", str(scripts))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(launcher.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(ConfigError, match="no `deepspeed` command"):
+    with raises("launcher.no_deepspeed_command"):
         launcher.enable()
     assert (scripts / "deepspeed").read_bytes() == ORIGINAL
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import models
-from zero_sft.errors import CheckpointError, ConfigError, DistributedError
+from tests.errors import raises
+from zero_sft.errors import CheckpointError, ConfigError
 
 
 def load(folder, bf16=True, **kwargs):
@@ -283,7 +284,7 @@ def other(tmp_path):
 def test_ranks_that_see_different_checkpoints(llama, other):
     from zero_sft.world import World
 
-    with pytest.raises(DistributedError, match="disagree about the checkpoint"):
+    with raises("cluster.ranks_disagree", "checkpoint"):
         load(other if World.detect().rank == 1 else llama)
 
 
@@ -292,7 +293,7 @@ def test_code_of_the_model_needs_trust(llama):
     config = json.loads((llama / "config.json").read_text())
     config.update(model_type="own", auto_map={"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.OwnModel"})
     (llama / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="trust_remote_code"):
+    with raises("config.unknown_model_type", "trust_remote_code"):
         load(llama)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests import models
+from tests.errors import raises
 from tests.zero.test_offload import ds_config, train
-from zero_sft.errors import CheckpointError
 from zero_sft.storage import mapped
 
 
@@ -82,7 +82,7 @@ def test_an_engine_does_not_start_on_changed_files(llama, part, cut):
             os.truncate(file, 0) if cut else os.utime(file, ns=(1, 1))
     dist.barrier()
     trained = model.model if part else model
-    with pytest.raises(CheckpointError, match="was replaced or written to"):
+    with raises("checkpoint.changed_while_read"):
         deepspeed.initialize(model=trained, config=ds, model_parameters=trained.parameters())
 
 

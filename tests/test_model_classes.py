@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from tests import models
+from tests.errors import raises
 
 CLASSES = (
     "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModel",
@@ -89,7 +90,6 @@ def test_each_in_its_own_engines_dtype(llama, loader):
 @pytest.mark.world_size(1)
 def test_attention_that_cant_be_used_is_an_argument_error(llama):
     from zero_sft import load_model
-    from zero_sft.errors import ArgumentError
 
     for loader in ("sharded", "stock"):
         for name, parts in (
@@ -97,7 +97,7 @@ def test_attention_that_cant_be_used_is_an_argument_error(llama):
             ("flash_attention_2", ("flash_attention_2", "LlamaForCausalLM takes")),
             ("flash_attention_3", ("flash_attention_3",)),
         ):
-            with pytest.raises(ArgumentError) as caught:
+            with raises("arguments.attention_unusable") as caught:
                 load_model(str(llama), ds_config=models.zero3(), attn_implementation=name, loader=loader)
             for part in parts:
                 assert part in str(caught.value), str(caught.value)

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from tests.errors import raises
 from tests.models import tiny_config
-from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.errors import ArgumentError
 from zero_sft.rope import with_context
 
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64}
@@ -37,7 +38,7 @@ WRONG = {
 @pytest.mark.parametrize("fault", WRONG)
 def test_in_the_models_own_config(fault):
     rope, parts = WRONG[fault]
-    with pytest.raises(ConfigError) as caught:
+    with raises("rope.bad_parameters_in_config") as caught:
         with_context(scaled(rope), model_max_length=128)
     for part in ("config.json", *parts):
         assert part in str(caught.value)
@@ -46,14 +47,14 @@ def test_in_the_models_own_config(fault):
 @pytest.mark.parametrize("fault", sorted(WRONG.keys() - {"unknown type"}))
 def test_in_the_argument(fault):
     rope, parts = WRONG[fault]
-    with pytest.raises(ArgumentError) as caught:
+    with raises("rope.bad_parameters") as caught:
         with_context(scaled({"rope_type": "default"}), rope_parameters=rope)
     for part in ("rope_parameters", *parts):
         assert part in str(caught.value)
 
 
 def test_an_unknown_type_in_the_argument_is_answered_with_the_known_ones():
-    with pytest.raises(ConfigError) as caught:
+    with raises("rope.bad_parameters") as caught:
         with_context(scaled({"rope_type": "default"}), rope_parameters={"rope_type": "lineer", "factor": 2.0})
     for name in ROPE_INIT_FUNCTIONS:
         assert name in str(caught.value)
@@ -65,7 +66,7 @@ def test_one_bad_layer_type_among_several():
         "full_attention": {"rope_type": "linear", "factor": "8.0", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    with pytest.raises(ConfigError, match=r"full_attention.*'8.0'"):
+    with raises("rope.bad_parameters_in_config", "full_attention", "'8.0'"):
         with_context(config, model_max_length=64)
 
 

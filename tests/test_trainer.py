@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.errors import raises
 from zero_sft.cluster import failure
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
@@ -53,7 +54,7 @@ def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
         raise DataError(said)  # without its code, as torch makes it again from a worker's text
         yield
 
-    with pytest.raises(DataError) as caught:
+    with raises("data.unusable_sample") as caught:
         next(Trainer._own(trainer, batches()))
     failure.begin_job(World(rank=1, world_size=2))
     assert failure.report_failure(caught.value) == 1

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests import models
-from zero_sft.errors import ArgumentError, CheckpointError
+from tests.errors import raises
 
 SHARD_SIZES = {"one file": "1GB", "many files": "20KB"}
 
@@ -52,7 +52,7 @@ def test_a_variant_that_is_not_there(tmp_path):
     from zero_sft import load_model
 
     folder = models.save_tiny("llama", tmp_path / "plain")
-    with pytest.raises(CheckpointError, match=r"expected model\.fp16\.safetensors"):
+    with raises("checkpoint.no_weights", "expected model.fp16.safetensors"):
         load_model(str(folder), ds_config=models.zero3(), variant="fp16")
 
 
@@ -61,5 +61,5 @@ def test_a_variant_is_a_part_of_a_name(tmp_path, variant):
     from zero_sft import load_model
 
     folder = models.save_tiny("llama", tmp_path / "plain")
-    with pytest.raises(ArgumentError, match="no part of a file's name"):
+    with raises("hub.bad_variant"):
         load_model(str(folder), ds_config=models.zero3(), variant=variant)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.errors import raises
 from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
 from zero_sft.checkpoint.header import read_header
 from zero_sft.checkpoint.index import open_index
 from zero_sft.config import load_config
-from zero_sft.errors import CheckpointError, ConfigError, TokenizerError
+from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.hub import HubOptions
 from zero_sft.storage import torch_zip
 from zero_sft.tokenizer.setup import set_up
@@ -58,13 +59,13 @@ def test_folders(tmp_path, kind):
 def test_a_folder_of_which_nothing_is_known(tmp_path):
     write(tmp_path, ["notes.txt"])
     assert folder_kind(tmp_path) == ""
-    with pytest.raises(ConfigError, match=r"no config\.json"):
+    with raises("config.missing", "no config.json"):
         load_config(tmp_path, HubOptions())
 
 
 def test_parts_without_their_index(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json\) is missing"):
+    with raises("checkpoint.no_weights", "model.safetensors.index.json) is missing"):
         open_index(tmp_path)
 
 
@@ -102,7 +103,7 @@ def test_placeholders_of_the_tokenizer(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (tmp_path / name).write_bytes(POINTER)
-    with pytest.raises(TokenizerError, match="git lfs pull") as caught:
+    with raises("tokenizer.placeholder_file", "git lfs pull") as caught:
         set_up(tmp_path, HubOptions(), 64, "right")
     assert name in str(caught.value)
 

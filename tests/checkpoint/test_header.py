@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.errors import raises
 from zero_sft.checkpoint.header import read_header
 from zero_sft.errors import CheckpointError
 
@@ -50,7 +51,7 @@ def test_truncated(path, cut):
 
 def test_longer_than_promised(path):
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(CheckpointError, match="promises"):
+    with raises("checkpoint.truncated", "promises"):
         read_header(path)
 
 
@@ -76,10 +77,10 @@ def test_corrupt_headers(tmp_path, header):
 
 def test_garbage_length(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(CheckpointError, match="a header of 18446744073709551615 bytes"):
+    with raises("checkpoint.header_too_long", "a header of 18446744073709551615 bytes"):
         read_header(tmp_path / "x.safetensors")
 
 
 def test_absent(tmp_path):
-    with pytest.raises(CheckpointError, match="can't be read"):
+    with raises("checkpoint.file_unreadable"):
         read_header(tmp_path / "nothing.safetensors")

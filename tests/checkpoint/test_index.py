@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.errors import raises
 from zero_sft.checkpoint.index import open_index
 from zero_sft.errors import CheckpointError
 
@@ -40,21 +41,21 @@ def test_digest_is_of_the_contents_not_the_place(tmp_path):
 @pytest.mark.parametrize("name", ["/etc/passwd", "../other.safetensors", "a/../../x.safetensors", "..\\x"])
 def test_names_outside_the_folder(tmp_path, name):
     sharded(tmp_path, {"a": name})
-    with pytest.raises(CheckpointError, match="outside its folder"):
+    with raises("checkpoint.index_leaves_folder"):
         open_index(tmp_path)
 
 
 def test_missing_file(tmp_path):
     sharded(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="incomplete"):
+    with raises("checkpoint.shard_missing"):
         open_index(tmp_path)
 
 
 def test_tensor_not_where_promised(tmp_path):
     weight_map = sharded(tmp_path)
     sharded(tmp_path, {**weight_map, "d": weight_map["a"]})
-    with pytest.raises(CheckpointError, match="promises 'd'"):
+    with raises("checkpoint.index_promises_other_tensors", "promises 'd'"):
         open_index(tmp_path)
 
 
@@ -96,16 +97,16 @@ def test_of_a_name_in_two_files_the_last_counts_as_in_from_pretrained(tmp_path):
 
 def test_a_file_without_tensors(tmp_path):
     save_file({}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="only a header"):
+    with raises("checkpoint.no_tensors"):
         open_index(tmp_path)
 
 
 def test_folders_in_place_of_files(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match="is a folder"):
+    with raises("checkpoint.folder_in_place_of_file"):
         open_index(tmp_path)
     (tmp_path / "model.safetensors").rmdir()
     sharded(tmp_path, {"a": "sub"})
     (tmp_path / "sub").mkdir()
-    with pytest.raises(CheckpointError, match="names 'sub', which is a folder"):
+    with raises("checkpoint.shard_missing", "'sub'", "is a folder"):
         open_index(tmp_path)

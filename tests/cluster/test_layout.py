@@ -5,10 +5,10 @@ import os
 
 import pytest
 
+from tests.errors import raises
 from zero_sft import distributed
 from zero_sft.cluster import failure
 from zero_sft.cluster.layout import place_in_layout
-from zero_sft.errors import ConfigError
 from zero_sft.world import World
 
 
@@ -42,7 +42,7 @@ def test_ranks_dealt_out_in_turn():
 
 def test_two_ranks_for_one_device():
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"ranks 0 and 2 both run on localhost with LOCAL_RANK=0"):
+        with raises("cluster.local_rank_shared", "ranks 0", "and 2", "localhost", "LOCAL_RANK=0"):
             placed("aba", "000")
     assert [world.local_rank for world in placed("aab", "000", devices="cpu")] == [0, 1, 0]
 

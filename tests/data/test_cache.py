@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
+from tests.errors import raises
 from zero_sft.data import cache, dataset
 from zero_sft.data.files import Files
 from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
@@ -114,7 +115,7 @@ def test_data_that_changes_while_it_is_read_is_not_kept(data, monkeypatch):
         return make(*args)
 
     monkeypatch.setattr(dataset, "make_parts", late)
-    with pytest.raises(DataError, match="has changed while it was read"):
+    with raises("data.changed_while_read"):
         prepare_sources(recipe(data), byte_tokenizer(CHATML))
     assert entries(data) == []
 
@@ -125,7 +126,7 @@ def test_a_cache_inside_the_data_is_refused(data):
         if fine:
             assert prepare_sources(wanted, byte_tokenizer(CHATML)).reports[0].samples == 39
         else:
-            with pytest.raises(DataError, match="is inside the data"):
+            with raises("data.cache_inside_data"):
                 prepare_sources(wanted, byte_tokenizer(CHATML))
 
 
@@ -139,7 +140,7 @@ def test_what_is_left_of_a_cleared_entry_is_replaced(data):
 def test_a_damaged_account_is_named(data, account):
     made = prepare_sources(recipe(data), byte_tokenizer(CHATML))
     (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).write_text(account)
-    with pytest.raises(DataError, match="is damaged"):
+    with raises("data.cache_entry_damaged"):
         prepare_sources(recipe(data), byte_tokenizer(CHATML))
 
 
@@ -158,13 +159,13 @@ def test_a_mixture_is_opened_by_its_keys(data, lazy):
 
 def test_a_failure_leaves_nothing(data):
     data.write_text(json.dumps([{"conversations": []}]))
-    with pytest.raises(DataError, match="no sample is left"):
+    with raises("data.nothing_left", "no sample is left"):
         prepare_sources(recipe(data), byte_tokenizer())
     assert entries(data) == []
 
 
 def test_a_folder_that_can_not_be_written_to(data):
-    with pytest.raises(DataError, match=r"can't keep prepared data in /proc/nowhere.*--data_cache_dir"):
+    with raises("data.cache_unwritable", "/proc/nowhere"):
         prepare_sources(recipe(data, root=data.__class__("/proc/nowhere")), byte_tokenizer())
 
 
@@ -205,6 +206,6 @@ def test_what_killed_writers_left_is_removed_in_time(data):
 
 def test_a_path_that_names_no_file_is_found_before_the_others_are_prepared(data):
     wanted = recipe(data, paths=f"{data},{data.parent / 'nowhere.json'}")
-    with pytest.raises(DataError, match=r"no such file: .*nowhere\.json"):
+    with raises("data.no_such_file", "nowhere.json"):
         prepare_sources(wanted, byte_tokenizer())
     assert not (data.parent / "cache").exists()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.data.tiny import CHATML, SPECIAL, byte_tokenizer, prepare
+from tests.errors import raises
 from zero_sft.data.cache import key_of_rows
 from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.files import Files
@@ -43,14 +44,14 @@ def test_token_and_sample_are_named(tmp_path, lazy):
 
 def test_a_token_of_the_template(tmp_path):
     tokenizer = tokenizer_with("<|new|>", template=CHATML.replace("<|im_end|>", "<|new|>"))
-    with pytest.raises(DataError, match=r"sample 1 .* no embedding for the token '<\|new\|>'"):
+    with raises("data.token_without_embedding", "sample 1", "'<|new|>'"):
         prepare(written(tmp_path, "a"), tokenizer, embedding_rows=ROWS, model_max_length=200)
 
 
 def test_what_is_cut_off_needs_no_embedding(tmp_path):
     path, tokenizer = written(tmp_path, "a" * 100 + "<|x|>"), tokenizer_with("<|x|>")
     assert prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=60).dataset
-    with pytest.raises(DataError, match="no embedding"):
+    with raises("data.token_without_embedding"):
         prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=200)
 
 

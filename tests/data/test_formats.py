@@ -9,6 +9,7 @@ import os
 import pytest
 
 from tests.data.tiny import byte_tokenizer, prepare
+from tests.errors import raises
 from zero_sft.data.conversation import Conversation, Passage, Turn
 from zero_sft.data.files import Files
 from zero_sft.data.formats import read_samples
@@ -205,7 +206,7 @@ def test_a_layout_can_be_forced(tmp_path):
     reading = read_samples(Files(path=path).objects(), "text")
     assert [each.completion for each in reading.samples] == ["x", "y"]
     assert reading.unread == {"conversations": 1}, "said in the log"
-    with pytest.raises(DataError, match=r"sample 2: --data_format sharegpt: expected .* got the keys 'text'"):
+    with raises("data.unknown_format", "sample 2", "--data_format sharegpt: expected", "'text'"):
         read_samples(Files(path=path).objects(), "sharegpt")
 
 
@@ -260,7 +261,7 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
     reading = read_samples(Files(path=path).objects(), skip_bad=True)
     assert [each.turns for each in reading.samples] == [TURNS]
     assert [each.split(":")[0].removeprefix(f"{path}, ") for each in reading.bad] == ["line 2", "line 3, turn 2", "line 4"]
-    with pytest.raises(DataError, match=r"holds no samples but 1 that can't be used, the first: .*line 1"):
+    with raises("data.all_samples_bad", "but 1", "line 1"):
         prepare(
             written(tmp_path, "{broken", "bad.jsonl"),
             byte_tokenizer(),

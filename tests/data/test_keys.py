@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
+from tests.errors import raises
 from zero_sft.data.files import Files
 from zero_sft.data.formats import read_samples
 from zero_sft.errors import DataError
@@ -79,7 +80,7 @@ def test_arrow_gives_every_row_all_keys(tmp_path):
     ]  # fmt: skip
     reading = reading_of(tmp_path, {"messages": turns, "images": ["a"][:0]}, {**TURNS, "source": "x"}, parquet=True)
     assert [[turn.trained for turn in each.turns] for each in reading.samples] == [[True, False, True, True], [True, True]]
-    with pytest.raises(DataError, match="sample 2: `images`"):
+    with raises("data.key_of_another_format", "sample 2", "images"):
         reading_of(tmp_path, {**TURNS, "images": []}, {**TURNS, "images": ["a.png"]}, parquet=True)
 
 
@@ -122,7 +123,7 @@ def test_a_text_that_renders_the_rest_is_no_other_text(tmp_path):
     rendering = "Below is a task.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3"
     assert reading_of(tmp_path, {**sample, "text": rendering}).unread == {"text": 1}
     for other in (rendering.replace("3", "4"), rendering.replace("Add.", ""), "3 1 2 Add."):
-        with pytest.raises(DataError, match="the keys of 2 formats"):
+        with raises("data.several_formats", "of 2"):
             reading_of(tmp_path, {**sample, "text": other})
 
 
@@ -173,7 +174,7 @@ def test_a_turns_other_marks_are_refused(tmp_path, marks):
 
 @pytest.mark.parametrize("mark", ["train", "loss"])
 def test_a_question_that_is_to_be_trained_on_is_refused(tmp_path, mark):
-    with pytest.raises(DataError, match=r"turn 1: .* only answers are"):
+    with raises("data.only_answers_are_trained_on", "turn 1"):
         reading_of(tmp_path, {"messages": [{**MESSAGES[0], mark: True}, MESSAGES[1]]})
     assert reading_of(tmp_path, {"messages": [{**MESSAGES[0], mark: False, "weight": 1}, MESSAGES[1]]}).samples
 

@@ -7,6 +7,7 @@ import pyarrow
 import pytest
 
 from tests.data.tiny import byte_tokenizer
+from tests.errors import raises
 from zero_sft.data.files import Files
 from zero_sft.data.formats import read_samples
 from zero_sft.data.templates import choose_template
@@ -68,8 +69,8 @@ def test_a_number_that_is_none_is_a_note_like_others(tmp_path):
 
 
 def test_a_template_that_is_a_folder(tmp_path):
-    with pytest.raises(DataError, match="is a folder; expected a Jinja file: name the Jinja file itself"):
+    with raises("data.template_is_a_folder", "name the Jinja file itself"):
         choose_template(str(tmp_path), byte_tokenizer())
     (tmp_path / "chat_template.jinja").write_text("x")
-    with pytest.raises(DataError, match=r"is a folder; expected a Jinja file: give .*chat_template\.jinja"):
+    with raises("data.template_is_a_folder", "give", "chat_template.jinja"):
         choose_template(str(tmp_path), byte_tokenizer())

@@ -8,6 +8,7 @@ from tests import architectures, isolation
 from tests.attentions import FLASH, give, kernels_of
 from tests.data.test_dataset import written
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
+from tests.errors import raises
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
 from zero_sft.data.packing import ISOLATING, choose_packing, pack, packed_line, position_ids
@@ -65,7 +66,7 @@ def test_when_samples_are_packed():
     assert not choose_packing(False, llama, attention=None, lazy=False).on
     assert "lazy_preprocess" in choose_packing(None, llama, attention=None, lazy=True).reason
     assert "attention paged" in choose_packing(None, llama, attention="paged", lazy=False).reason
-    with pytest.raises(ArgumentError, match="lazy_preprocess"):
+    with raises("data.packing_impossible", "lazy_preprocess"):
         choose_packing(True, llama, attention=None, lazy=True)
 
 

@@ -8,13 +8,13 @@ import json
 import pytest
 
 from tests.data.tiny import byte_tokenizer, prepare
+from tests.errors import raises
 from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.dataset import prepare as prepare_source
 from zero_sft.data.files import Files
 from zero_sft.data.mixture import require_sources
 from zero_sft.data.source import parse_sources
 from zero_sft.data.splits import split_of
-from zero_sft.errors import DataError
 
 
 def folder_of(tmp_path, *names):
@@ -69,16 +69,16 @@ def test_a_split_is_named_after_the_folder(tmp_path, split):
         assert (source.data.name, source.weight) == (f"{folder}:{split}", weight)
         prepared = prepare_source(source.data, make_pipeline(byte_tokenizer(), model_max_length=100))
         assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in prepared.dataset["input_ids"]] == expected
-    with pytest.raises(DataError, match="has no split 'tests': its splits are test, train, validation"):
+    with raises("data.no_such_split", "'tests'", "its splits are test, train, validation"):
         read(folder, "tests")
-    with pytest.raises(DataError, match="has no split 'train': no name of a file"):
+    with raises("data.no_such_split", "'train'", "no name of a file"):
         read(folder_of(tmp_path / "other", "a.json"), "train")
 
 
 def test_several_splits_without_a_train_are_asked_for(tmp_path):
     names = [f"data/{each}-00000-of-00001.parquet" for each in ("train_sft", "test_sft", "train_gen", "test_gen")]
     folder = folder_of(tmp_path, *names)
-    with pytest.raises(DataError, match=r"has the splits test_gen, test_sft, train_gen, train_sft, .*data set:train_gen\."):
+    with raises("data.no_train_split", "test_gen, test_sft, train_gen, train_sft", "data set", "train_gen"):
         read(folder)
     assert read(folder, "train_sft") == [names[0]]
 
@@ -108,7 +108,7 @@ def test_a_readme_says_which_files_are_which(tmp_path):
     (folder / "README.md").write_text(one + '  - split: test\n    path: "b.jsonl"\n---\n# Data\n')
     assert (read(folder), read(folder, "test")) == (["a.jsonl", "c.jsonl"], ["b.jsonl"])
     (folder / "README.md").write_text(one + "- config_name: other\n  data_files: b.jsonl\n---\n")
-    with pytest.raises(DataError, match=r"has several configurations, as its README\.md says: default, other"):
+    with raises("data.several_configurations", "default, other"):
         read(folder)
     (folder / "README.md").write_text("---\n: [\n---\n")
     assert len(read(folder)) == 3
@@ -120,7 +120,7 @@ def test_what_the_library_writes_about_data_is_not_data(tmp_path):
     folder = folder_of(tmp_path, *SHARDS, "dataset_infos.json")
     assert len(read(folder)) == 2
     datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "a"}])).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match=r"saved was written by save_to_disk.*to_parquet"):
+    with raises("data.saved_to_disk", "saved"):
         read(tmp_path / "saved")
 
 
@@ -144,7 +144,7 @@ def test_what_is_evaluated_on_is_named(tmp_path):
     """A folder's training split is not held out, so it is not evaluated on unless it is asked for."""
     folder = folder_of(tmp_path, "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")
     require_sources(str(folder))
-    with pytest.raises(DataError, match=r"Name the one to evaluate on: --eval_data_path .*:test\."):
+    with raises("data.eval_split_unnamed", "test"):
         require_sources(str(folder), to_evaluate=True)
     for split in ("test", "train"):
         require_sources(f"{folder}:{split}", to_evaluate=True)

@@ -3,12 +3,12 @@
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation
+from tests.errors import raises
 from zero_sft.data.chat import ChatTemplate
 from zero_sft.data.conversation import ASSISTANT, TOOL, Conversation, Turn
 from zero_sft.data.habits import stops_of
 from zero_sft.data.templates import choose_template
 from zero_sft.data.vicuna import VICUNA_SYSTEM, VicunaTemplate
-from zero_sft.errors import DataError
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
@@ -143,9 +143,9 @@ def test_empty_answers_are_not_trained_on():
 
 def test_a_template_that_rewrites_turns_is_refused():
     texts = ("Hi", "Hello, how are you today?", "More?", "No, I am not sure of it.")
-    with pytest.raises(DataError, match=r"here, message 2: .*rewrites the turns.*--chat_template vicuna"):
+    with raises("data.template_rewrites_turns", "here, message 2:", "rewrites the turns", "--chat_template vicuna"):
         with_template(FORGETFUL).render(conversation(*texts))
-    with pytest.raises(DataError, match="here, message 1: the chat template leaves out the text of the user"):
+    with raises("data.template_drops_text", "here", "message 1", "user"):
         with_template(EXCERPT).render(conversation(*texts))
 
 
@@ -157,12 +157,12 @@ QUOTED = CHATML.replace("m.content", "(m.content | tojson if m.role == 'tool' el
 def test_a_text_that_the_template_has_no_place_for():
     """Not even where it stands in another text, too."""
     talk = conversation("a", "a", "b", "c", system="a")
-    with pytest.raises(DataError, match="here, message 1: the chat template leaves out the text of the system"):
+    with raises("data.template_drops_text", "here", "message 1", "system"):
         with_template(SYSTEMLESS).render(talk)
     assert with_template(TOOLLESS).render(talk)
     turns = [*conversation("a", "a").turns, Turn(role=TOOL, text='"5"'), Turn(role=ASSISTANT, text="d")]
     asked = Conversation(turns=tuple(turns), where="here")
-    with pytest.raises(DataError, match="here, message 3: the chat template leaves out the text of the tool"):
+    with raises("data.template_drops_text", "here", "message 3", "tool"):
         with_template(TOOLLESS).render(asked)
     assert spans(with_template(QUOTED).render(asked)) == ["a<|im_end|>", "d<|im_end|>"]
 
@@ -182,14 +182,14 @@ def test_thoughts_that_name_their_own_tag_are_whole_or_refused():
     answer = "<think>the tag <think> opens thoughts</think>B"
     assert spans(with_template(CHATML).render(conversation("Hi", answer))) == [f"{answer}<|im_end|>"]
     assert spans(with_template(cut).render(conversation("Hi", "<think>x</think>B"))) == ["<think>x</think>B<|im_end|>"]
-    with pytest.raises(DataError, match="message 2: the chat template rewrites"):
+    with raises("data.template_rewrites_turns", "message 2: the chat template rewrites"):
         with_template(cut).render(conversation("Hi", answer))
 
 
 def test_an_answer_of_which_nothing_is_left_is_refused():
     forgetting = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim }}")
     for answer in ("<think>x</think>", "<think>x</think>\n"):
-        with pytest.raises(DataError, match="message 2: the chat template leaves nothing of this answer"):
+        with raises("data.nothing_left_of_answer", "message 2"):
             with_template(forgetting).render(conversation("Hi", answer, "More?", "No."))
     assert spans(with_template(forgetting).render(conversation("Hi", "<think>x</think>A"))) == ["A<|im_end|>"]
 
@@ -205,7 +205,7 @@ def test_a_text_is_judged_alike_however_many_shapes_there_were(monkeypatch):
 
 
 def test_a_template_that_divides_by_nothing():
-    with pytest.raises(DataError, match=r"can't render this conversation: .*zero"):
+    with raises("data.template_fails", "zero"):
         with_template("{{ 1 // 0 }}" + CHATML)
 
 
@@ -216,7 +216,7 @@ def test_the_prompt_that_is_always_there_is_no_end_of_an_answer():
 
 
 def test_a_template_that_leaves_nothing_as_it_is_is_refused():
-    with pytest.raises(DataError, match=r"leaves out or changes texts.*--chat_template vicuna"):
+    with raises("data.template_changes_texts", "--chat_template vicuna"):
         with_template(UPPER)
 
 
@@ -226,12 +226,12 @@ def test_the_number_of_messages_may_be_told():
 
 
 def test_a_template_without_an_end_is_refused():
-    with pytest.raises(DataError, match=r"could not learn to stop. Write \{\{ eos_token \}\} there"):
+    with raises("data.template_without_turn_end"):
         with_template(ENDLESS).render(conversation("Hi", "Hello."))
 
 
 def test_a_template_that_fails_is_named_with_the_sample():
-    with pytest.raises(DataError, match="here: the chat template can't render this conversation: no system texts"):
+    with raises("data.template_fails", "here", "no system texts"):
         with_template(MISTRAL).render(conversation("Hi", "Hello.", system="Be brief."))
 
 
@@ -258,11 +258,11 @@ def test_choice():
     assert choose_template(None, byte_tokenizer()) == VicunaTemplate(stop="</s>")
     assert choose_template(None, byte_tokenizer(CHATML)).name == "model"
     assert choose_template("vicuna", byte_tokenizer(CHATML)).name == "vicuna"
-    with pytest.raises(DataError, match="has no chat template"):
+    with raises("data.model_without_template"):
         choose_template("model", byte_tokenizer())
-    with pytest.raises(DataError, match=r"nowhere\.jinja: no such file"):
+    with raises("data.no_such_template", "nowhere.jinja"):
         choose_template("nowhere.jinja", byte_tokenizer())
-    with pytest.raises(DataError, match="unknown chat template; expected vicuna, chatml, llama3, model"):
+    with raises("data.unknown_template", "vicuna, chatml, llama3, model"):
         choose_template("alpaca", byte_tokenizer())
 
 
@@ -274,7 +274,7 @@ def test_templates_by_name_and_from_a_file(tmp_path):
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert spans(rendered) == ["Hello.<|im_end|>", "No.<|im_end|>"]
-    with pytest.raises(DataError, match=r"llama3: this model's tokenizer has no token <\|eot_id\|>"):
+    with raises("data.template_token_missing", "llama3", "<|eot_id|>"):
         choose_template("llama3", tokenizer)
     tokenizer.add_tokens(["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], special_tokens=True)
     rendered = choose_template("llama3", tokenizer).render(talk)
@@ -288,9 +288,7 @@ def test_templates_by_name_and_from_a_file(tmp_path):
     assert spans(template.render(conversation("Hi", "Hello."))) == [" Hello.</s>"]
     assert template.jinja(tokenizer) == MISTRAL
     path.write_text("Hi\n{% for %}")
-    with pytest.raises(
-        DataError, match=r"--chat_template .*mine.jinja: the chat template is no Jinja .* line 2: .*Repair it.$"
-    ):
+    with raises("data.template_not_jinja", "line 2"):
         choose_template(str(path), tokenizer)
 
 
@@ -304,5 +302,5 @@ def test_vicunas_stop_is_one_token_of_the_model():
     backend.add_tokens(["</s>"])  # HTML's end of what is struck through, as in Gemma 3's vocabulary
     template = choose_template("vicuna", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>"))
     assert spans(template.render(conversation("Hi", "Hello."))) == [" Hello.<|endoftext|>"]
-    with pytest.raises(DataError, match="no end-of-sequence token"):
+    with raises("data.tokenizer_without_eos"):
         choose_template("vicuna", PreTrainedTokenizerFast(tokenizer_object=backend))

@@ -8,6 +8,7 @@ import trl
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, prepare
 from tests.data.tiny import trained_text as trained_tokens
+from tests.errors import raises
 from zero_sft.data.labels import tokenise
 from zero_sft.data.templates import choose_template
 from zero_sft.errors import DataError
@@ -109,7 +110,7 @@ def test_tags_that_do_not_tell_what_is_thought_are_refused(template, answer):
 
 
 def test_a_block_that_the_template_writes_itself_takes_no_thoughts():
-    with pytest.raises(DataError, match="message 2: the chat template writes thoughts up to </think> itself"):
+    with raises("data.template_takes_no_thoughts", "message 2", "</think>"):
         rendered_and_trained(BLOCK_OF_ITS_OWN, "Hi", "<think>hm</think>Hello.")
 
 

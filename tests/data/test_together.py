@@ -6,11 +6,11 @@ import json
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
+from tests.errors import raises
 from zero_sft import distributed
 from zero_sft.data import dataset
 from zero_sft.data.mixture import Recipe
 from zero_sft.data.together import prepare_together
-from zero_sft.errors import DataError
 from zero_sft.world import World
 
 
@@ -61,12 +61,12 @@ def test_nodes_with_other_data_are_an_error_on_every_rank(folder):
     world = cluster()
     name = ("data.json", "other.json")[world.rank // 2]
     recipe = Recipe(paths=str(folder / name), model_max_length=200, root=folder / f"node{world.rank // 2}")
-    with pytest.raises(DataError, match="holds other data on rank 2's node"):
+    with raises("data.differs_between_nodes", "rank 2"):
         prepare_together(recipe, byte_tokenizer(CHATML), world)
 
 
 @pytest.mark.world_size(2)
 def test_an_error_of_rank_0_is_every_ranks(folder):
     recipe = Recipe(paths=str(folder / "none.json"), model_max_length=200, root=folder / "c")
-    with pytest.raises(DataError, match="no such file"):
+    with raises("data.no_such_file"):
         prepare_together(recipe, byte_tokenizer(CHATML), World.detect())

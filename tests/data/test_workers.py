@@ -7,11 +7,11 @@ import signal
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
+from tests.errors import raises
 from zero_sft.data import workers
 from zero_sft.data.dataset import make_pipeline, prepare
 from zero_sft.data.files import Files
 from zero_sft.data.reader import Reader
-from zero_sft.errors import DataError
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_processes_make_what_one_makes(data, tmp_path):
 
 def test_the_first_error_of_the_stream_is_raised(data):
     pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80)
-    with pytest.raises(DataError, match="line 334: not JSON"):
+    with raises("data.not_json", "line 334"):
         prepare(data, pipeline, processes=2)
 
 
@@ -47,7 +47,7 @@ def test_a_process_that_dies_is_an_error_with_a_remedy(data):
     next(parts)
     for child in workers.multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"has died.*--dataset_num_proc"):
+    with raises("data.worker_died"):
         list(parts)
 
 

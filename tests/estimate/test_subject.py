@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests import models
+from tests.errors import raises
 from zero_sft.checkpoint.index import open_index
-from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.loading import play
 from zero_sft.estimate.storages import MODELS, shipped_models
 from zero_sft.estimate.subject import subject
@@ -61,14 +61,14 @@ def test_deepseek_is_stored_in_eight_bits_as_published():
 
 
 def test_what_can_not_be_estimated(tmp_path):
-    with pytest.raises(ConfigError, match="ship as configs: DeepSeek-V3"):
+    with raises("estimate.no_such_model", "DeepSeek-V3"):
         subject("no-such-model", HubOptions(local_files_only=True))
     broken = tmp_path / "config.json"
     broken.write_text("{}")
-    with pytest.raises(ConfigError, match="no usable model config"):
+    with raises("config.unusable"):
         subject(str(broken), HubOptions())
     broken.write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
-    with pytest.raises(ConfigError):
+    with raises("config.unusable"):
         subject(str(broken), HubOptions())
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     folder = Path(models.save_tiny("llama", tmp_path / "llama"))
     file = next(folder.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="truncated"):
+    with raises("checkpoint.truncated", "truncated"):
         subject(str(folder), HubOptions())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import models
-from zero_sft.errors import ConfigError
+from tests.errors import raises
 from zero_sft.estimate.activations import LiveMemory, peak_bytes
 from zero_sft.estimate.run import Run, Trainer
 from zero_sft.estimate.subject import subject
@@ -214,5 +214,5 @@ def test_a_tied_tensor_counts_once(tmp_path):
 
 def test_a_config_that_is_not_zero3():
     trainer = Trainer(subject("Llama-3.1-8B", HubOptions()))
-    with pytest.raises(ConfigError, match="not a ZeRO stage 3"):
+    with raises("ds_config.not_stage_3"):
         trainer.needs(run(ds_config={"zero_optimization": {"stage": 2}}))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zero_sft.errors import ArgumentError
+from tests.errors import raises
 from zero_sft.saving.former_run import remove_checkpoints, require_no_former_run
 
 
@@ -34,17 +34,17 @@ def test_no_folder(tmp_path):
 )  # fmt: skip
 def test_another_run(tmp_path, name):
     out = make(tmp_path / "out", name)
-    with pytest.raises(ArgumentError, match=r"--output_dir .* holds another run .*--overwrite_output_dir True"):
+    with raises("export.holds_another_run"):
         require_no_former_run(out, None, False)
     assert require_no_former_run(out, None, True)
     assert not require_no_former_run(out, out / "checkpoint-5", False)
-    with pytest.raises(ArgumentError, match="another run"):
+    with raises("export.holds_another_run"):
         require_no_former_run(out, tmp_path / "elsewhere" / "checkpoint-5", False)
 
 
 def test_a_checkpoint_that_is_trained_on_from_is_not_removed(tmp_path):
     out = make(tmp_path / "out", "checkpoint-5/model.safetensors", "checkpoint-7/latest")
-    with pytest.raises(ArgumentError, match=r"would remove .*checkpoint-5, which --model_name_or_path names"):
+    with raises("export.would_remove_the_model", "checkpoint-5"):
         require_no_former_run(out, None, True, str(out / "checkpoint-5"))
     assert require_no_former_run(out, None, True, str(tmp_path / "model"))
 

@@ -11,9 +11,9 @@ from unittest import mock
 
 import pytest
 
+from tests.errors import raises
 from tests.saving import models_on_disk as models
 from tests.saving.killed import killed_before_each_step
-from zero_sft.errors import ExportError
 from zero_sft.saving import exchange as exchanging
 from zero_sft.saving import folder as folders
 from zero_sft.saving.folder import Draft, Placing, kept, make_draft
@@ -255,7 +255,7 @@ def test_a_failed_last_step_keeps_the_draft_and_names_it(tmp_path):
             raise OSError(30, "Read-only file system", str(self))
         return rename(self, destination)
 
-    with mock.patch.object(Path, "rename", refuse), pytest.raises(ExportError, match="Read-only") as caught, kept(draft):
+    with mock.patch.object(Path, "rename", refuse), raises("export.not_placed", "Read-only") as caught, kept(draft):
         put_in_place(draft)
     assert refused
     assert str(draft.folder) in str(caught.value)
@@ -267,7 +267,7 @@ def test_a_failed_last_step_keeps_the_draft_and_names_it(tmp_path):
 def test_an_adapter_in_the_folder_is_refused(tmp_path):
     out = models.write(tmp_path / "out", OLD)
     (out / "adapter_config.json").write_text("{}")
-    with pytest.raises(ExportError, match=r"adapter_config\.json"):
+    with raises("export.target_holds_adapter"):
         folders.require_writable(out)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.errors import raises
 from zero_sft.errors import ArgumentError
 from zero_sft.saving.resume import find_checkpoint, require_resumable
 
@@ -45,7 +46,7 @@ def test_the_last_one_or_the_named_one(tmp_path):
 
 def test_another_number_of_ranks(tmp_path):
     folder = checkpoint(tmp_path / "checkpoint-3", 2)
-    with pytest.raises(ArgumentError, match=r"written by 2 ranks, and here are 3.*Start as many ranks") as caught:
+    with raises("resume.other_world_size", "by 2 ranks", "here are 3") as caught:
         require_resumable(True, tmp_path, 3)
     assert f"zero_to_fp32 {folder} {folder}`" in str(caught.value)
 
@@ -53,7 +54,7 @@ def test_another_number_of_ranks(tmp_path):
 def test_another_precision(tmp_path):
     checkpoint(tmp_path / "checkpoint-3", 2, bf16=False)
     assert find_checkpoint(True, tmp_path, 2, bf16=False)
-    with pytest.raises(ArgumentError, match=r"this run trains in bf16. Give --bf16 False"):
+    with raises("resume.other_dtype", "bf16", "False"):
         find_checkpoint(True, tmp_path, 2, bf16=True)
 
 
@@ -65,7 +66,7 @@ def test_nothing_there(tmp_path, wanted):
 
 def test_nothing_of_deepspeed(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ArgumentError, match="holds no state of DeepSpeed's"):
+    with raises("resume.no_deepspeed_state"):
         require_resumable(True, tmp_path, 1)
 
 
@@ -150,7 +151,7 @@ def test_a_scheduler_of_deepspeed_is_in_its_states(tmp_path):
 
 def test_states_on_nvme(tmp_path):
     folder, ds = checkpoint(tmp_path / "checkpoint-9", 2), {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
-    with pytest.raises(ArgumentError, match="offloaded_tensors/rank00 is missing"):
+    with raises("resume.file_missing", "rank00"):
         find_checkpoint(True, tmp_path, 2, ds)
     for rank in range(2):
         (folder / "global_step9" / "offloaded_tensors" / f"rank{rank:02d}").mkdir(parents=True)

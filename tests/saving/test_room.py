@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from zero_sft.errors import ExportError
+from tests.errors import raises
 from zero_sft.saving.room import SaveSizes, checkpoints_at_once, require_room
 
 
@@ -36,13 +36,13 @@ def test_too_little_room(tmp_path):
     disk = SimpleNamespace(total=10**12, free=24 * 10**9)
     with mock.patch("shutil.disk_usage", return_value=disk):
         require_room(tmp_path / "out", sizes, freed_bytes=10**9)
-        with pytest.raises(ExportError) as caught:
+        with raises("export.no_room") as caught:
             require_room(tmp_path / "out", sizes)
         disk.free = 19 * 10**9
-        with pytest.raises(ExportError, match="give --save_total_limit 2, or"):
+        with raises("export.no_room", "give --save_total_limit 2,"):
             require_room(tmp_path / "out", sizes)
         disk.free = 2 * 10**9
-        with pytest.raises(ExportError, match="give --save_strategy no, or"):
+        with raises("export.no_room", "give --save_strategy no,"):
             require_room(tmp_path / "out", sizes)
         disk.total = 0
         require_room(tmp_path / "out", sizes)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.errors import raises
 from zero_sft.checkpoint.header import read_header
 from zero_sft.checkpoint.stamp import stamp
-from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
 from zero_sft.storage import reader
 from zero_sft.storage.arena import ALIGNMENT_BYTES, Slot, allocate
@@ -73,7 +73,7 @@ def test_a_file_cut_after_its_header_was_read(file):
     path, _ = file
     header = read_header(path)
     os.truncate(path, header["a"].offset_bytes + 10)
-    with pytest.raises(CheckpointError, match=r"x\.safetensors ends at byte"):
+    with raises("checkpoint.truncated_while_read", "x.safetensors"):
         reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)})
 
 
@@ -81,7 +81,7 @@ def test_a_file_that_went_away(file):
     path, _ = file
     header = read_header(path)
     os.unlink(path)
-    with pytest.raises(CheckpointError, match="can't be opened"):
+    with raises("checkpoint.file_unreadable"):
         reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)})
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_is_another_than_when_its_header_was_read(file, change):
     with contextlib.ExitStack() as stack:
         if change == "written to while it is read":
             stack.enter_context(mock.patch.object(reader, "_pieces", lambda each: [touch() or each]))
-        with pytest.raises(CheckpointError, match="was replaced or written to after its header was read"):
+        with raises("checkpoint.changed_while_read"):
             reader.fill([read(header, "a", 0, 1000)], memory, stamps=stamps)
 
 

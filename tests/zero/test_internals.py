@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import models
+from tests.errors import raises
 from zero_sft.errors import UnsupportedVersionError
 
 
@@ -30,7 +31,7 @@ def test_moved_engine_hooks_are_named(monkeypatch):
     from zero_sft.zero import internals
 
     monkeypatch.delattr(DeepSpeedZeRoOffload, "setup_zero_stage3_hooks")
-    with pytest.raises(UnsupportedVersionError, match="setup_zero_stage3_hooks"):
+    with raises("version.deepspeed_moved", "setup_zero_stage3_hooks"):
         internals.check()
 
 
@@ -41,7 +42,7 @@ def test_a_moved_transformers_internal_is_named(monkeypatch):
 
     transformers_internals.check()
     monkeypatch.delattr(core_model_loading, "rename_source_key")
-    with pytest.raises(UnsupportedVersionError, match=r"(?s)core_model_loading.rename_source_key.*--loader stock"):
+    with raises("version.transformers_moved", "core_model_loading", "rename_source_key", "--loader stock"):
         transformers_internals.check()
 
 
@@ -68,7 +69,7 @@ def test_a_moved_internal_leaves_the_stock_loader(llama):
 
     reference = models.plain(llama, torch.bfloat16)
     with mock.patch.dict(internals._INIT_METHODS, {"_post_init_method": ["self", "moved"]}):
-        with pytest.raises(UnsupportedVersionError, match="_post_init_method"):
+        with raises("version.deepspeed_moved", "_post_init_method"):
             load_model(str(llama), ds_config=models.zero3())
         model = load_model(str(llama), ds_config=models.zero3(), loader="stock")
     assert model.load_report.loader == "stock"
