@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
-from zero_sft.data.keys import asks_for_nothing, is_trained, renders, require_known_turn, unread_keys
+from zero_sft.data.keys import is_trained, renders, require_known_turn, unread_keys
+from zero_sft.data.meanings import asks_for_nothing
 from zero_sft.errors import DataError
 
 
