@@ -10,7 +10,7 @@ import pytest
 from tests.data.tiny import CHATML, byte_tokenizer
 from zero_sft.data import cache, dataset
 from zero_sft.data.files import Files
-from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
+from zero_sft.data.mixture import Recipe, open_sources, prepare_sources, require_outputs_outside
 from zero_sft.data.reader import Reader
 from zero_sft.errors import DataError
 
@@ -125,8 +125,20 @@ def test_a_cache_inside_the_data_is_refused(data):
         if fine:
             assert prepare_sources(wanted, byte_tokenizer(CHATML)).reports[0].samples == 39
         else:
-            with pytest.raises(DataError, match="is inside the data"):
+            with pytest.raises(DataError, match=r"--data_cache_dir .* is inside the data") as caught:
                 prepare_sources(wanted, byte_tokenizer(CHATML))
+            assert caught.value.code == "data.cache_inside_data"
+
+
+def test_an_output_folder_inside_the_data_is_refused(data):
+    """Before anything is written: the next run would read what this one has written."""
+    for inside in ("out", "a/../out", ".", "new/run"):
+        with pytest.raises(DataError, match=r"--output_dir .* is inside the data") as caught:
+            require_outputs_outside(f"{data},{data.parent}", str(data.parent / inside))
+        assert caught.value.code == "data.output_inside_data"
+    for outside in (".runs/out", "../out"):
+        require_outputs_outside(str(data.parent), str(data.parent / outside))
+    require_outputs_outside(f"{data},org/name:train", str(data.parent / "out"))
 
 
 def test_what_is_left_of_a_cleared_entry_is_replaced(data):

@@ -252,3 +252,15 @@ def test_what_is_evaluated_on_is_named(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "chats.json").write_text('[{"text": "x"}]')
     require_sources(str(tmp_path / "one"), to_evaluate=True)
+
+
+def test_a_model_inside_the_data_is_named(tmp_path):
+    folder = folder_of(tmp_path, "a.jsonl", "run/checkpoint-1/trainer_state.json", "run/checkpoint-1/config.json")
+    with pytest.raises(DataError, match=r"checkpoint-1/config\.json is a file of a model or of a run") as caught:
+        read(folder)
+    assert caught.value.code == "data.model_inside_data"
+    (folder / "README.md").write_text(f"---\n{config(data_files='a.jsonl')}\n---\n")
+    assert read(folder) == ["a.jsonl"]
+    assert [each["text"] for each, _ in Files(path=folder / "run/checkpoint-1/config.json").objects()] == [
+        "run/checkpoint-1/config.json"
+    ]

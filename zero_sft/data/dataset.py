@@ -121,7 +121,7 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
         table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
         report = _report(data, [each.report for each in parts], pipeline)
         return _prepared(_in_memory(table), _of(data, report), pipeline)
-    data.require_outside(root)
+    data.require_outside(root, option="--data_cache_dir", code="data.cache_inside_data")
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
     start = time.monotonic()

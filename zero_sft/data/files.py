@@ -26,6 +26,16 @@ _ENDINGS = (*_TEXTS, _PARQUET, *(text + compressed for text in _TEXTS for compre
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What the library `datasets` writes next to data."""
 
+_OF_A_MODEL = frozenset(
+    f"{name}.json"
+    for name in (
+        *("config", "generation_config", "adapter_config", "preprocessor_config", "processor_config", "trainer_state"),
+        *("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab"),
+        *("model.safetensors.index", "pytorch_model.bin.index"),
+    )
+)
+"""What transformers and the Trainer write into the folder of a model or of a run."""
+
 _ARGUMENTS = "--data_path and --eval_data_path"
 
 
@@ -63,7 +73,15 @@ def files_of(path: Path, split: str | None = None) -> Chosen:
         raise DataError(
             f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file{but}. Check {_ARGUMENTS}.", code="data.no_data_files"
         )
-    return choose_split(path, found, split)
+    chosen = choose_split(path, found, split)
+    of_a_model = next((file for file in chosen.files if file.name in _OF_A_MODEL), None)
+    if of_a_model is not None:
+        raise DataError(
+            f"{of_a_model} is a file of a model or of a run (--output_dir), in the folder of the data, {path}, and would be "
+            "read as data. Move that model or run out of the data, or name the files of the data.",
+            code="data.model_inside_data",
+        )
+    return chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +131,15 @@ class Files:
         """Tells whether the files were written to meanwhile, without reading them; errors as `identity`'s."""
         return [(each, _stamp(each)) for each in self._files]
 
-    def require_outside(self, root: Path) -> None:
-        """Raise if files that are written below `root` would be read as data."""
+    def require_outside(self, root: Path, *, option: str, code: str) -> None:
+        """Raise, with that code, if files that are written below `root`, which `option` names, would be read as data."""
         if (
             self.path.is_dir()
             and root.resolve().is_relative_to(self.path.resolve())
             and not _is_hidden(root.resolve(), self.path.resolve())
         ):
             raise DataError(
-                f"--data_cache_dir {root} is inside the data, {self.path}, and would be read with it. Name another.",
-                code="data.cache_inside_data",
+                f"{option} {root} is inside the data, {self.path}, and would be read with it. Name another.", code=code
             )
 
 

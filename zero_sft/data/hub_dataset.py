@@ -51,7 +51,7 @@ class HubDataset:
     def state(self) -> None:
         """None: a commit does not change."""
 
-    def require_outside(self, root: Path) -> None:
+    def require_outside(self, root: Path, *, option: str, code: str) -> None:
         """Nothing: it is not read from a folder of the user's."""
 
     def identity(self) -> list[Any]:

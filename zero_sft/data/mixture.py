@@ -93,6 +93,12 @@ def require_sources(paths: str, *, to_evaluate: bool = False) -> None:
             )
 
 
+def require_outputs_outside(paths: str, output_dir: str) -> None:
+    """Raise `DataError` where what a run writes would be read as data by the next. Any rank; does not communicate."""
+    for source in parse_sources(paths):
+        source.data.require_outside(Path(output_dir), option="--output_dir", code="data.output_inside_data")
+
+
 def open_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str]) -> Prepared | None:
     """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it."""
     if recipe.root is None or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys)) is None):
