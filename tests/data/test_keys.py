@@ -1,6 +1,7 @@
 """`zero_sft.data.keys`: no key that says what is to be trained on is ignored, and no value that says nothing is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -296,3 +297,39 @@ def test_what_follows_the_last_answer_is_dropped(tmp_path, tail):
     reading = reading_of(tmp_path, sample)
     assert [turn.text for turn in reading.samples[0].turns] == ["Hi", "Hello."]
     assert reading.unanswered_turns == len(tail)
+
+
+HOSTILE = ("note\ud800", "note\x1b[31m", "note\nerror: fake", "note\u2028x", "note\u202ex", "note\r", "note" * 1000)
+SURELY_UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800-\udfff]")
+
+
+def require_safe(text):
+    text.encode()
+    assert not SURELY_UNSAFE.search(text)
+    assert not any(line.startswith("error: fake") for line in text.splitlines())
+    assert len(text) < 1500, "an excerpt, not the whole"
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_what_comes_from_the_data_is_escaped_where_it_is_printed(tmp_path, key):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{**TURNS, key: 1}]))
+    for line in prepare(path, byte_tokenizer(CHATML), model_max_length=200).lines():
+        require_safe(line)
+        assert "\n" not in line
+    bad = [
+        {**TURNS, f"images{key}_img": "x"}, {**TURNS, f"loss_{key}": 0}, {**TURNS, "loss": key}, answer(**{key: 1}),
+        answer(**{f"loss_{key}": 1}), answer(loss=key), {key: 1}, {key: [TURNS]}, {"messages": [key]},
+        {"messages": [{"role": key}]},
+        {"messages": [{"role": key, "content": "x"}]}, {"prompt": [key], "completion": "x"}, {**ALPACA, "history": key},
+        {"id": key, "messages": 5}, {**ALPACA, "history": [[key, 5]]}, key, {"messages": key},
+    ]  # fmt: skip
+    for sample in bad:
+        with pytest.raises(DataError) as caught:
+            reading_of(tmp_path, sample)
+        require_safe(str(caught.value))
+        assert "\n" not in str(caught.value), sample
+    path.write_text(f'[{{"messages": [], {json.dumps(key)}: 1, {json.dumps(key)}: 2}}]')
+    with pytest.raises(DataError) as caught:
+        prepare(path, byte_tokenizer(CHATML), model_max_length=200)
+    require_safe(str(caught.value))

@@ -15,6 +15,7 @@ from typing import Any
 
 from zero_sft.data.text import readable
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 README, _YAML = "README.md", ".huggingface.yaml"
 TRAIN = "train"
@@ -52,7 +53,7 @@ def declared_in(folder: Path) -> Declared | None:
     if not isinstance(configs, list) or not all(isinstance(config, Mapping) for config in configs):
         raise _not_understood(source, "configs", configs, "a list of configurations, with config_name and data_files")
     if len(configs) > 1:
-        names = ", ".join(ascii(config.get("config_name"))[1:-1] for config in configs)
+        names = ", ".join(on_one_line(config.get("config_name")) for config in configs)
         raise DataError(
             f"{folder} has several configurations, as its {source.name} says: {names}. Name the folder or the files of one.",
             code="data.several_configurations",
@@ -147,5 +148,5 @@ def _metadata(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 def _not_understood(source: Path, key: str, value: Any, expected: str) -> DataError:
     return DataError(
-        f"{source}: `{key}` must be {expected}; got {ascii(value)[:80]}. {_REMEDY}", code="data.readme_not_understood"
+        f"{source}: `{key}` must be {expected}; got {on_one_line(repr(value))}. {_REMEDY}", code="data.readme_not_understood"
     )

@@ -18,6 +18,7 @@ from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.splits import Chosen, choose_split
 from zero_sft.data.text import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
+from zero_sft.printable import on_one_line, printable
 
 _TEXTS = (".json", ".jsonl")
 _PARQUET = ".parquet"
@@ -201,8 +202,9 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     """
     is_parquet = path.suffix.lower() == _PARQUET
     require_kind(path, is_parquet=is_parquet)
+    name = printable(str(path), keep="")
     for each, place in _parquet(path) if is_parquet else _json_objects(path):
-        yield each, f"{path}, {place}{_identity(each)}"
+        yield each, f"{name}, {place}{_identity(each)}"
 
 
 def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
@@ -252,7 +254,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
             opened = True
             if len(set(names)) < len(names):
                 raise DataError(
-                    f"{path} has several columns of one name, among {', '.join(names)}. Rename them.",
+                    f"{path} has several columns of one name, among {', '.join(map(on_one_line, names))}. Rename them.",
                     code="data.duplicate_columns",
                 )
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -263,7 +265,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: of a value in a column
         remedy = "Repair the column, or write it without." if opened else "Write it again."
         raise DataError(
-            f"{path} is no usable Parquet file: {str(error).rstrip('.')}. {remedy}", code="data.bad_parquet"
+            f"{path} is no usable Parquet file: {printable(str(error), keep='').rstrip('.')}. {remedy}", code="data.bad_parquet"
         ) from error
 
 
@@ -290,7 +292,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"the key {on_one_line(repr(next(key for key in keys if keys.count(key) > 1)))} is there twice")
     return made
 
 
@@ -300,4 +302,4 @@ def _excerpt(text: str, position: int) -> str:
 
 def _identity(sample: Any) -> str:
     name = sample.get("id") if isinstance(sample, Mapping) else None
-    return f" (id {name!r})" if isinstance(name, str | int) else ""
+    return f" (id {on_one_line(repr(name))})" if isinstance(name, str | int) else ""

@@ -28,6 +28,7 @@ from zero_sft.data.meanings import (
     names,
 )
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 _REMEDY = {
     MASK: 'Mark the turns, with "train": false, or remove it.',
@@ -80,7 +81,7 @@ def unread_keys(
                 f"Give --data_format {layout} if the rest is what is to be trained on, or remove it."
             )
             raise DataError(
-                f"{where}: `{key}` is not read in the format {layout}: it is {meaning}. {remedy}",
+                f"{where}: `{on_one_line(key)}` is not read in the format {layout}: it is {meaning}. {remedy}",
                 code="data.key_of_another_format",
             )
         unread.append(key)
@@ -123,12 +124,13 @@ def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
         for key in ("train", "loss", "loss_scale"):
             if verdicts.get(key):
                 raise DataError(
-                    f'{place}: "{key}": {turn[key]!r} asks for this turn to be trained on, and only answers are. Remove it.',
+                    f'{place}: "{key}": {on_one_line(repr(turn[key]))} asks for this turn to be trained on, and only answers '
+                    "are. Remove it.",
                     code="data.only_answers_are_trained_on",
                 )
         return False
     if len(set(verdicts.values())) > 1:
-        given = " and ".join(f'"{key}": {turn[key]!r}' for key in verdicts)
+        given = " and ".join(f'"{key}": {on_one_line(repr(turn[key]))}' for key in verdicts)
         raise DataError(f"{place}: {given} contradict each other. Give one.", code="data.contradicting_keys")
     return all(verdicts.values())
 
@@ -143,7 +145,8 @@ def _verdict(key: str, value: Any, place: str) -> bool:
     if flag is None or (key == "mask" and is_number):  # 1 in a mask may mean that a text is trained on, or that it is not
         expected = "0 or 1" if key in ("weight", "loss_scale") else "true or false"
         raise DataError(
-            f'{place}: "{key}": {value!r}; expected {expected}. "train": false leaves an answer out of the loss.',
+            f'{place}: "{key}": {on_one_line(repr(value))}; expected {expected}. "train": false leaves '
+            "an answer out of the loss.",
             code="data.bad_value_of_key",
         )
     return flag != (key == "mask")
@@ -164,16 +167,15 @@ def require_known_turn(turn: Mapping[str, Any], place: str, *, names: Collection
         if key in HARMLESS_OF_TURNS:
             notes.append(key)
             continue
-        raise DataError(f"{place}: {_why_refused(key)}", code="data.key_refused")
+        raise DataError(f"{place}: {_why_refused(on_one_line(key), meaning_of(key, 'messages'))}", code="data.key_refused")
     return tuple(notes)
 
 
-def _why_refused(key: str) -> str:
+def _why_refused(key: str, meaning: str | None) -> str:
     if key in _THOUGHTS:
         return f"`{key}` is not rendered. Write it into the text, at its beginning, between <think> and </think>."
     if key in _UNRENDERED:
         return f"`{key}` is not rendered. Write it into the text, as the model writes it."
-    meaning = meaning_of(key, "messages")
     if meaning == MASK:
         return f'`{key}` is not read in a turn: it is {meaning}. Give "train": true or false instead, or remove it.'
     if meaning:

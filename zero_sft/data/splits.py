@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from zero_sft.data.declared import TRAIN, declared_in
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 _KEYWORDS = {
     TRAIN: ("train", "training"),
@@ -114,8 +115,9 @@ def _taken(folder: Path, found: _Splits, taken: set[str | None]) -> Chosen:
     """
     missing = [pattern for split in found.files if split in taken for pattern in found.unmatched.get(split, ())]
     if missing:
+        listed = ", ".join(on_one_line(repr(pattern)) for pattern in missing)
         raise DataError(
-            f"{found.source} declares {', '.join(map(ascii, missing))}, and {folder} has no .json, .jsonl or .parquet file of "
+            f"{found.source} declares {listed}, and {folder} has no .json, .jsonl or .parquet file of "
             "that name. Download it, or repair the README.",
             code="data.declared_files_missing",
         )
