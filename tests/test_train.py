@@ -90,6 +90,7 @@ BAD = {
     "no conversations": ({"data_path": "{tmp}/fields.json"}, "conversations"),
     "too little data": ({"per_device_train_batch_size": 32}, "one batch needs 64"),
     "unwritable output": ({"output_dir": "{tmp}/data.json/out"}, "can't be written"),
+    "output inside the data": ({"data_path": "{tmp}", "output_dir": "{tmp}/out"}, "[data.output_inside_data]"),
     "fsdp": ({"fsdp": "full_shard"}, "fsdp"),
     "truncated weights": ({"model_name_or_path": "{tmp}/truncated"}, "truncated or corrupt"),
     "context of a table": ({"model_name_or_path": "{tmp}/opt", "model_max_length": 4096}, "model_max_length"),

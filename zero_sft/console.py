@@ -12,6 +12,7 @@ import warnings
 from typing import Any
 
 from zero_sft import progress
+from zero_sft.printable import printable
 from zero_sft.world import World
 
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "httpx", "filelock", "matplotlib", "torch.distributed")
@@ -29,7 +30,7 @@ class _Elapsed(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        lines = super().format(record).splitlines() or [""]
+        lines = printable(super().format(record)).splitlines() or [""]
         seconds = time.time() - self._start
         elapsed = f"{seconds:7.1f} s" if seconds < 1000 else f"{progress.clock(seconds):>9}"
         first = f"{elapsed}  {self._prefix}{level}{lines[0]}"

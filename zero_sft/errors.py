@@ -9,9 +9,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+from zero_sft.printable import printable
+
 
 class ZeroSftError(Exception):
     """Base of everything this package raises on purpose.
+
+    What a terminal would act on is escaped in the message: it may quote a file's name, or a text of the data.
 
     `lone`: one rank alone has it, and must say it itself. `agreed`: all ranks have it, by agreement, so that rank 0 says it.
 
@@ -25,7 +29,7 @@ class ZeroSftError(Exception):
     agreed = False
 
     def __init__(self, message: str, *, code: str = "", listed: Iterable[str] = ()) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.codes = (code, *listed)
 
     def __reduce__(self) -> Any:

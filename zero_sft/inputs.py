@@ -12,7 +12,7 @@ from zero_sft.arguments import Parsed, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.data.dataset import Prepared, require_one_batch
-from zero_sft.data.mixture import Recipe, require_sources
+from zero_sft.data.mixture import Recipe, require_outputs_outside, require_sources
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
@@ -66,6 +66,8 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
     with agreed(world, "checking the output folder") as told:
         if world.is_main:
+            for paths in filter(None, (parsed.data.training_path, parsed.data.eval_data_path)):
+                require_outputs_outside(paths, training["output_dir"])
             told.mine = require_no_former_run(
                 training["output_dir"],
                 checkpoint and checkpoint.folder,

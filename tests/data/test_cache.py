@@ -11,7 +11,7 @@ from tests.data.tiny import CHATML, byte_tokenizer
 from tests.errors import raises
 from zero_sft.data import cache, dataset
 from zero_sft.data.files import Files
-from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
+from zero_sft.data.mixture import Recipe, open_sources, prepare_sources, require_outputs_outside
 from zero_sft.data.reader import Reader
 from zero_sft.errors import DataError
 
@@ -126,8 +126,18 @@ def test_a_cache_inside_the_data_is_refused(data):
         if fine:
             assert prepare_sources(wanted, byte_tokenizer(CHATML)).reports[0].samples == 39
         else:
-            with raises("data.cache_inside_data"):
+            with raises("data.cache_inside_data", "--data_cache_dir"):
                 prepare_sources(wanted, byte_tokenizer(CHATML))
+
+
+def test_an_output_folder_inside_the_data_is_refused(data):
+    """Before anything is written: the next run would read what this one has written."""
+    for inside in ("out", "a/../out", ".", "new/run"):
+        with raises("data.output_inside_data", "--output_dir"):
+            require_outputs_outside(f"{data},{data.parent}", str(data.parent / inside))
+    for outside in (".runs/out", "../out"):
+        require_outputs_outside(str(data.parent), str(data.parent / outside))
+    require_outputs_outside(f"{data},org/name:train", str(data.parent / "out"))
 
 
 def test_what_is_left_of_a_cleared_entry_is_replaced(data):
@@ -178,6 +188,52 @@ def test_a_damaged_entry_is_named(data):
         prepare_sources(recipe(data), byte_tokenizer())
 
 
+@pytest.mark.parametrize("options", [{}, {"pack": True}, {"lazy": True}], ids=str)
+@pytest.mark.parametrize("place", [0.3, 0.5, 0.9])
+def test_a_changed_byte_is_noticed(data, options, place):
+    """Lengths are as they were; the entry would be trained on."""
+    wanted = recipe(data, **options)
+    keys = prepare_sources(wanted, byte_tokenizer()).keys
+    for name in entries(data):
+        rows = data.parent / "cache" / name / cache.ROWS
+        before = rows.read_bytes()
+        at = int(place * len(before))
+        rows.write_bytes(before[:at] + bytes([before[at] ^ 1]) + before[at + 1 :])
+        for open_again in (
+            lambda: prepare_sources(wanted, byte_tokenizer()),
+            lambda: open_sources(wanted, byte_tokenizer(), keys),
+        ):
+            with pytest.raises(DataError) as caught:
+                open_again()
+            assert caught.value.code == "data.cache_entry_damaged"
+            assert str(rows.parent) in str(caught.value)
+        rows.write_bytes(before)
+    assert prepare_sources(wanted, byte_tokenizer()).keys == keys
+
+
+def test_a_changed_number_in_an_account_is_noticed(data):
+    made = prepare_sources(recipe(data), byte_tokenizer())
+    account = data.parent / "cache" / made.keys[0] / cache.ACCOUNT
+    account.write_text(account.read_text().replace('"samples": 39', '"samples": 38'))
+    with pytest.raises(DataError) as caught:
+        prepare_sources(recipe(data), byte_tokenizer())
+    assert caught.value.code == "data.cache_entry_damaged"
+
+
+def test_an_entry_is_verified_once(data, monkeypatch):
+    """By whoever opens it first on a node, and not by who has just written it."""
+    checked = []
+    checksum = cache._checksum
+    monkeypatch.setattr(cache, "_checksum", lambda rows, account: checked.append(rows) or checksum(rows, account))
+    wanted = recipe(data, pack=True)
+    keys = prepare_sources(wanted, byte_tokenizer()).keys
+    assert len(checked) == 2, "while it is written"
+    assert open_sources(wanted, byte_tokenizer(), keys, verify=False) is not None
+    assert len(checked) == 2
+    assert open_sources(wanted, byte_tokenizer(), keys, verify=True) is not None
+    assert len(checked) == 4
+
+
 def test_the_first_of_two_writers_wins(data):
     root = data.parent / "cache"
 
@@ -186,7 +242,8 @@ def test_the_first_of_two_writers_wins(data):
         return file.write_text("second"), {"by": 2}
 
     cache.store(root, "k", late)
-    assert json.loads((root / "k" / cache.ACCOUNT).read_text()) == {"rows": 5, "account": {"by": 1}}
+    account = json.loads((root / "k" / cache.ACCOUNT).read_text())
+    assert (account["rows"], account["account"]) == (5, {"by": 1})
     assert entries(data) == ["k"]
 
 

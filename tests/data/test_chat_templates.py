@@ -1,12 +1,15 @@
 """The chat templates of published models, as TRL ships them: what is trained on is what the model writes, to the character."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trl
 
 from tests.data.tiny import byte_tokenizer, conversation, trained_text
+from zero_sft.data.conversation import Conversation, Turn
 from zero_sft.data.labels import tokenise
 from zero_sft.data.templates import choose_template
 from zero_sft.errors import DataError
@@ -108,3 +111,79 @@ def test_a_template_that_was_used_before_gives_the_same(name):
                 template.render(talk)
             continue
         assert template.render(talk) == expected
+
+
+def chatml_of(content):
+    """A template with the texts of questions, tools and system written in that way; answers as they are."""
+    body = f"{{{{ m.content if m.role == 'assistant' else {content} }}}}"
+    return (
+        f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{body}<|im_end|>\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+SHORT_ONLY = (
+    "{% for m in messages %}{% if m.content|length < 100 or m.role == 'assistant' %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LONG = " ".join(f"word{number}" for number in range(40))
+CUTTING = [  # a template that changes some texts, and one of these
+    (chatml_of("m.content[:60]"), LONG),
+    (chatml_of("m.content[-60:]"), LONG),
+    (chatml_of("m.content | truncate(60)"), LONG),
+    (SHORT_ONLY, LONG),
+    (chatml_of("m.content | striptags"), "What does <b>bold</b> do?"),
+    (chatml_of("m.content.split('</think>')[-1]"), "What does </think> end?"),
+    (chatml_of("m.content | replace('\n\n', '\n')"), "One.\n\nTwo."),
+]
+
+
+@pytest.mark.parametrize(("source", "text"), CUTTING)
+@pytest.mark.parametrize("place", [1, 3, 0])
+def test_a_text_that_a_template_cuts_by_its_content_is_refused(source, text, place):
+    template = choose_template("model", byte_tokenizer(source))
+    texts = ["Hi", "Hello.", "More?", "No."]
+    template.render(conversation(*texts, system="Be brief."))
+    system = "Be brief." if place else text
+    if place:
+        texts[place - 1] = f" {text}\n"
+    with pytest.raises(DataError, match=rf"here, message {place + 1}: ") as caught:
+        template.render(conversation(*texts, system=system))
+    assert caught.value.code == "data.template_changes_texts"
+
+
+def test_a_question_that_is_in_another_text_is_looked_for_in_its_place():
+    template = choose_template("model", byte_tokenizer(SHORT_ONLY))
+    for answers in ((LONG, "Yes."), ("Yes.", f"You said: {LONG}")):
+        with pytest.raises(DataError, match="message 3: "):
+            template.render(conversation("Hi", answers[0], LONG, answers[1], "Bye", LONG))
+
+
+@pytest.mark.parametrize("name", [*ENDS])
+def test_texts_that_templates_trim_or_move_are_no_changed_texts(name):
+    _, template = model_of(name)
+    system = None if name == "gemma" else " Be brief.\n"
+    template.render(conversation(f"\n {LONG}  ", "Hello.", " <b>More?</b>\n\n</think> ", "No.", system=system))
+
+
+def test_the_text_of_a_tool_may_be_written_in_json():
+    """As in Llama-3.1's template."""
+    _, template = model_of("llama3_1")
+    roles = ("user", "assistant", "tool", "assistant")
+    texts = ("Hi", "f()", '{"a": "b"}\nüber\t', "Hello.")
+    turns = tuple(Turn(role=role, text=text) for role, text in zip(roles, texts, strict=True))
+    assert json.dumps(texts[2], ensure_ascii=False) in template.render(Conversation(turns=turns, where="here")).text
+
+
+@pytest.mark.parametrize("fails", ["", "{% if 'zerosft' in messages[1].content %}{{ raise_exception('no') }}{% endif %}"])
+def test_a_template_that_moves_the_system_text_behind_questions(fails):
+    """As Mistral's do: into the last question. One that fails on stand-ins has no frame to tell it."""
+    source = (
+        "{% if messages[0].role == 'system' %}{% set system, rest = messages[0].content, messages[1:] %}"
+        "{% else %}{% set system, rest = '', messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+        "[INST] {% if loop.index == rest|length - 1 %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    template = replace(choose_template("model", byte_tokenizer(source)), source=fails + source)
+    rendered = template.render(conversation("Hi", "Hello.", "More?", "No.", system="Be brief."))
+    assert rendered.text == "[INST] Hi[/INST]Hello.<|im_end|>[INST] Be brief.\n\nMore?[/INST]No.<|im_end|>"

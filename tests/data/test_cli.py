@@ -95,6 +95,23 @@ def test_errors_are_one_line(model, data, tmp_path, capsys):
     assert [line.startswith("error: ") for line in errors] == [True] * 3, errors
 
 
+def test_keys_and_texts_can_not_write_to_the_terminal(model, data, capsys):
+    """Neither an escape sequence, nor a line that looks like an error; half a character does not end it."""
+    sample = json.loads(data.read_text())[0]
+    sample["conversations"][0]["value"] = "\x1b[2J Hi"
+    data.write_text(json.dumps([{**sample, "a\ud800": 1, "b\nerror: fake": 1, "c\x1b[31m": 1}]))
+    command = ["--model_name_or_path", str(model), "--data_path", str(data), "--show", "1"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "a\\ud800 (1 sample), b\\nerror: fake (1 sample), c\\x1b[31m (1 sample)" in shown
+    assert "\\x1b[2J Hi" in shown
+    assert "\x1b" not in shown
+    data.write_text(json.dumps([{**sample, "images\nerror: fake\ud800": 1}]))
+    assert main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "`images\\nerror: fake\\ud800`" in line
+
+
 def test_histogram():
     assert histogram([1, 2, 24])[0] == (1, 2, 2)
     assert histogram([1, 2, 24])[-1] == (23, 24, 1)

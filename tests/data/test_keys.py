@@ -1,6 +1,7 @@
 """`zero_sft.data.keys`: no key that says what is to be trained on is ignored, and no value that says nothing is refused."""
 
 import json
+import re
 
 import pytest
 
@@ -55,6 +56,104 @@ def test_a_key_with_a_meaning_is_refused(tmp_path, sample):
     *_, key = sample
     with pytest.raises(DataError, match=rf"sample 1: .*`{key}`"):
         reading_of(tmp_path, sample)
+
+
+LEFT_OUT = (  # marks of other tools, and values that take a sample out of the loss, or a part of it
+    (
+        "no_loss ignore_loss skip_train skipTrain not_trained exclude_from_train untrained skip do_not_train is_rejected "
+        "isRejected ignore excluded train_on_inputs trainOnPrompt train_on_last loss_on_turn omit no_train NoLoss "
+        "is_undesirable kto_rejected",
+        (True, 1, "true", "yes", [True, False], {"turns": [1]}),
+    ),
+    (
+        "is_desirable desirable is_train useForTraining trainable not_masked no_mask accepted mask_inputs unmasked "
+        "used_in_training",
+        (False, 0, "false", "no", [0, 1]),
+    ),
+    (
+        "sample_weight example_weight exampleWeight lossWeight weighting token_weights turn_weights loss_weights weight2",
+        (0, 0.0, "0", 0.5, [0, 1], [1, 1], False),
+    ),
+    ("loss_mask train_mask labels_mask maskLoss", (0, 1, True, False, [0, 1])),
+)
+
+
+@pytest.mark.parametrize(("key", "values"), [(key, values) for keys, values in LEFT_OUT for key in keys.split()])
+@pytest.mark.parametrize("layout", [TURNS, {"conversations": SHAREGPT}, ALPACA, PAIR, {"text": "Hi"}], ids="+".join)
+def test_a_mark_is_known_by_its_words(tmp_path, key, values, layout):
+    for value in values:
+        with pytest.raises(DataError, match=rf"sample 1: `{key}`") as caught:
+            reading_of(tmp_path, {**layout, key: value})
+        assert caught.value.code == "data.key_of_another_format"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        *((key, (False, 0, "false", 0.0, None, "", [])) for key in (
+            "no_loss", "skipTrain", "not_trained", "untrained", "is_rejected", "train_on_inputs", "trainOnPrompt",
+        )),
+        *((key, (True, 1, 1.0, "True", None)) for key in (
+            "sample_weight", "is_desirable", "useForTraining", "lossWeight", "accepted"
+        )),
+        *((key, (False, "false", None)) for key in ("is_masked", "masked")),
+        *((key, (True, "true")) for key in ("not_masked", "mask_inputs")),
+        ("skip_prompt_formatting", (True, False)),  # OpenHermes 2.5
+        ("train_id", (0, "x")), ("weights_name", ("x",)), ("split", ("train", "test")), ("training_id", (3,)),
+        ("AcceptedAnswerId", (3,)), ("title", ("Loss",)), ("painting", (False,)), ("brain", (0,)), ("lossless", (False,)),
+    ],
+)  # fmt: skip
+def test_a_mark_that_surely_asks_for_nothing_passes(tmp_path, key, values):
+    for value in values:
+        assert len(reading_of(tmp_path, {**TURNS, key: value}).samples) == 1, value
+
+
+TEXTS_LEFT_OUT = (
+    ("reasoning_content reasoningContent thinking reasoning cot thoughts answer_cot chainOfThought", "hm"),
+    (
+        "systemPrompt System sys sys_prompt system_text system_instruction preamble instructions systemMessage",
+        "You are a pirate.",
+    ),
+    ("my_system_prompt developer_message", "You are a pirate."),
+    ("documents tool_definitions toolset toolDefinitions functionList", [{"a": 1}]),
+    ("enable_thinking enableThinking", False),
+    ("img imgs picture imgPath screenshots pic_url", "a.png"),
+)
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for keys, value in TEXTS_LEFT_OUT for key in keys.split()])
+@pytest.mark.parametrize("layout", [TURNS, {"conversations": SHAREGPT}, ALPACA, PAIR], ids="+".join)
+def test_a_text_that_is_left_out_is_known_by_its_words(tmp_path, key, value, layout):
+    with pytest.raises(DataError, match=rf"sample 1: `{key}`") as caught:
+        reading_of(tmp_path, {**layout, key: value})
+    assert caught.value.code == "data.key_of_another_format"
+    for nothing in (None, "", [], {}, [{"a": None}]):
+        assert len(reading_of(tmp_path, {**layout, key: nothing}).samples) == 1
+
+
+def test_a_suffix_is_a_text_of_a_prompt_and_completion(tmp_path):
+    with pytest.raises(DataError, match="`suffix`"):
+        reading_of(tmp_path, {**PAIR, "suffix": "end"})
+    assert reading_of(tmp_path, {**PAIR, "suffix": ""}).samples
+    assert reading_of(tmp_path, {**TURNS, "suffix": "end"}).unread == {"suffix": 1}
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"num_tools": 2}, {"operating_system": "linux"}, {"system_fingerprint": "fp"}, {"reasoning_model": "x"},
+        {"developer": "x"}, {"thinking_tokens": 5}, {"has_reasoning": True}, {"system_prompt_id": 3}, {"cot": "Hello"},
+        {"systemPrompt": "Hi"}, {"score_rejected": 8.5}, {"rejected_model": "x"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_note_about_such_a_text_or_a_copy_of_one_passes(tmp_path, note):
+    assert reading_of(tmp_path, {**TURNS, **note}).unread == dict.fromkeys(note, 1)
+
+
+def test_plain_text_may_have_what_it_was_made_of(tmp_path):
+    extra = {"label": 0, "tools": ["x"], "systemPrompt": "x", "reasoning": "x"}
+    assert reading_of(tmp_path, {"text": "Hi", **extra}).unread == dict.fromkeys(extra, 1)
 
 
 @pytest.mark.parametrize(
@@ -199,3 +298,39 @@ def test_what_follows_the_last_answer_is_dropped(tmp_path, tail):
     reading = reading_of(tmp_path, sample)
     assert [turn.text for turn in reading.samples[0].turns] == ["Hi", "Hello."]
     assert reading.unanswered_turns == len(tail)
+
+
+HOSTILE = ("note\ud800", "note\x1b[31m", "note\nerror: fake", "note\u2028x", "note\u202ex", "note\r", "note" * 1000)
+SURELY_UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202e\ud800-\udfff]")
+
+
+def require_safe(text):
+    text.encode()
+    assert not SURELY_UNSAFE.search(text)
+    assert not any(line.startswith("error: fake") for line in text.splitlines())
+    assert len(text) < 1500, "an excerpt, not the whole"
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_what_comes_from_the_data_is_escaped_where_it_is_printed(tmp_path, key):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{**TURNS, key: 1}]))
+    for line in prepare(path, byte_tokenizer(CHATML), model_max_length=200).lines():
+        require_safe(line)
+        assert "\n" not in line
+    bad = [
+        {**TURNS, f"images{key}_img": "x"}, {**TURNS, f"loss_{key}": 0}, {**TURNS, "loss": key}, answer(**{key: 1}),
+        answer(**{f"loss_{key}": 1}), answer(loss=key), {key: 1}, {key: [TURNS]}, {"messages": [key]},
+        {"messages": [{"role": key}]},
+        {"messages": [{"role": key, "content": "x"}]}, {"prompt": [key], "completion": "x"}, {**ALPACA, "history": key},
+        {"id": key, "messages": 5}, {**ALPACA, "history": [[key, 5]]}, key, {"messages": key},
+    ]  # fmt: skip
+    for sample in bad:
+        with pytest.raises(DataError) as caught:
+            reading_of(tmp_path, sample)
+        require_safe(str(caught.value))
+        assert "\n" not in str(caught.value), sample
+    path.write_text(f'[{{"messages": [], {json.dumps(key)}: 1, {json.dumps(key)}: 2}}]')
+    with pytest.raises(DataError) as caught:
+        prepare(path, byte_tokenizer(CHATML), model_max_length=200)
+    require_safe(str(caught.value))

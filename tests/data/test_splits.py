@@ -110,8 +110,109 @@ def test_a_readme_says_which_files_are_which(tmp_path):
     (folder / "README.md").write_text(one + "- config_name: other\n  data_files: b.jsonl\n---\n")
     with raises("data.several_configurations", "default, other"):
         read(folder)
-    (folder / "README.md").write_text("---\n: [\n---\n")
-    assert len(read(folder)) == 3
+
+
+def declaring(tmp_path, yaml, *names):
+    folder = folder_of(tmp_path, *names)
+    (folder / "README.md").write_text(f"---\n{yaml}\n---\n# Data\n")
+    return folder
+
+
+def config(**keys):
+    return "configs: " + json.dumps([{"config_name": "default", **keys}])
+
+
+A_SPLIT = [{"split": "train", "path": "a.jsonl"}, {"split": "test", "path": ["b.jsonl"]}]
+DECLARED = [
+    (config(data_files="train.jsonl"), ("train.jsonl", "test.jsonl"), ["train.jsonl"]),
+    (config(data_files="./a.jsonl"), ("a.jsonl", "b.jsonl"), ["a.jsonl"]),
+    (config(data_files=["a.jsonl", "c*"]), ("a.jsonl", "b.jsonl", "c1.jsonl", "d/c.jsonl"), ["a.jsonl", "c1.jsonl"]),
+    (config(data_files=A_SPLIT), ("a.jsonl", "b.jsonl", "c.jsonl"), ["a.jsonl"]),
+    (
+        config(data_files=[{"split": "train", "path": "**/good.jsonl"}, {"split": "test", "path": "**/held.jsonl"}]),
+        ("good.jsonl", "a/b/good.jsonl", "held.jsonl", "a/held.jsonl"),
+        ["a/b/good.jsonl", "good.jsonl"],
+    ),
+    (config(data_files="data/*.jsonl"), ("data/a.jsonl", "data/old/b.jsonl", "c.jsonl"), ["data/a.jsonl"]),
+    (config(data_files="data/**"), ("data/a.jsonl", "data/old/b.jsonl", "c.jsonl"), ["data/a.jsonl", "data/old/b.jsonl"]),
+    (config(data_files="**"), ("a.jsonl", "__old__/b.jsonl"), ["a.jsonl"]),
+    (config(data_files=["[a-m]*.jsonl", "x?.jsonl"]), ("b.jsonl", "n.jsonl", "x1.jsonl"), ["b.jsonl", "x1.jsonl"]),
+    (config(data_files=[{"split": name, "path": "a.jsonl"} for name in ("train", "t")]), ("a.jsonl", "b.jsonl"), ["a.jsonl"]),
+    (config(data_dir="good"), ("good/a.jsonl", "bad/b.jsonl"), ["good/a.jsonl"]),
+    (config(data_dir="train"), ("train/a.jsonl", "train/test.jsonl", "bad/b.jsonl"), None),
+    (config(data_dir="good"), ("good/train.jsonl", "good/test.jsonl", "train.jsonl"), ["good/train.jsonl"]),
+    (config(drop_labels=True), ("train.jsonl", "test.jsonl"), ["train.jsonl"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("yaml", "names", "taken"), DECLARED, ids=str)
+def test_declared_files_alone_are_read_as_the_library_does(tmp_path, yaml, names, taken):
+    import datasets
+
+    folder = declaring(tmp_path, yaml, *names)
+    found = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    if taken is None:  # the library reads test.jsonl alone, here the files that name no split are read
+        assert list(found) == ["test"]
+        taken = ["train/a.jsonl"]
+    else:
+        assert sorted(found["train"]["text"]) == taken
+    assert read(folder) == taken
+    assert "left out: " in Files(path=folder).note()
+
+
+def test_the_log_says_what_is_not_declared(tmp_path):
+    folder = declaring(tmp_path, config(data_files=A_SPLIT), "a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")
+    assert Files(path=folder).note() == (
+        f"split train read; left out: not declared in README.md (2 files), test (1 file). Name another as {folder}:test"
+    )
+    with pytest.raises(DataError) as caught:
+        require_sources(str(folder), to_evaluate=True)
+    assert caught.value.code == "data.eval_split_unnamed"
+    folder = declaring(tmp_path / "other", config(data_files="a.jsonl"), "a.jsonl", "test.jsonl")
+    assert Files(path=folder).note() == "split train read; left out: not declared in README.md (1 file)"
+    require_sources(str(folder), to_evaluate=True)
+
+
+def test_a_split_that_is_not_read_may_be_missing(tmp_path):
+    folder = declaring(tmp_path, config(data_files=A_SPLIT), "a.jsonl")
+    assert read(folder) == ["a.jsonl"]
+    with pytest.raises(DataError) as caught:
+        read(folder, "test")
+    assert caught.value.code == "data.declared_files_missing"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "code"),
+    [
+        *((f"configs: {value}", "readme_not_understood") for value in ("5", "x", "{data_files: a.jsonl}", "[5]")),
+        *((config(data_files=value), "readme_not_understood") for value in (
+            {"train": "a.jsonl"}, 5, [], [5], ["a.jsonl", {"split": "test", "path": "b.jsonl"}], [{"split": "train"}],
+            [{"split": "train", "path": 5}], [{"split": 7, "path": "a.jsonl"}], [A_SPLIT[0], A_SPLIT[0]], "**.jsonl",
+            "/a.jsonl", "../a.jsonl", "https://hub/a.jsonl", "", [{"split": "a-b", "path": "a.jsonl"}],
+        )),
+        *((config(data_dir=value), "readme_not_understood") for value in (5, "..", "/", "hf://x")),
+        ("configs: [", "readme_not_understood"),
+        ("- a", "readme_not_understood"),
+        *((config(data_files=value), "declared_files_missing") for value in (
+            "gone.jsonl", ["a.jsonl", "gone*"], "{a,b}.jsonl", "README.md", "*.csv", "data", "A.jsonl",
+        )),
+        (config(data_dir="gone"), "declared_files_missing"),
+    ],
+)  # fmt: skip
+def test_a_readme_that_is_not_understood_is_refused(tmp_path, yaml, code):
+    folder = declaring(tmp_path, yaml, "a.jsonl", "b.jsonl")
+    with pytest.raises(DataError, match="README") as caught:
+        read(folder)
+    assert caught.value.code == f"data.{code}"
+
+
+@pytest.mark.parametrize("readme", ["# Data\n", "---\n---\n# Data\n", "---\nlicense: mit\nconfigs:\n---\n", "---\nno end\n"])
+def test_a_readme_that_declares_nothing(tmp_path, readme):
+    folder = folder_of(tmp_path, "a.jsonl", "b.jsonl")
+    (folder / "README.md").write_text(readme)
+    assert read(folder) == ["a.jsonl", "b.jsonl"]
+    (folder / ".huggingface.yaml").write_text(config(data_files="b.jsonl"))  # the library reads this, too
+    assert read(folder) == ["b.jsonl"]
 
 
 def test_what_the_library_writes_about_data_is_not_data(tmp_path):
@@ -151,3 +252,15 @@ def test_what_is_evaluated_on_is_named(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "chats.json").write_text('[{"text": "x"}]')
     require_sources(str(tmp_path / "one"), to_evaluate=True)
+
+
+def test_a_model_inside_the_data_is_named(tmp_path):
+    folder = folder_of(tmp_path, "a.jsonl", "run/checkpoint-1/trainer_state.json", "run/checkpoint-1/config.json")
+    with pytest.raises(DataError, match=r"checkpoint-1/config\.json is a file of a model or of a run") as caught:
+        read(folder)
+    assert caught.value.code == "data.model_inside_data"
+    (folder / "README.md").write_text(f"---\n{config(data_files='a.jsonl')}\n---\n")
+    assert read(folder) == ["a.jsonl"]
+    assert [each["text"] for each, _ in Files(path=folder / "run/checkpoint-1/config.json").objects()] == [
+        "run/checkpoint-1/config.json"
+    ]

@@ -1,7 +1,8 @@
 """Prepared rows on disk, under a key of all that they depend on, so that they are made once and mapped by everybody.
 
 An entry is a folder, `<root>/<key>`: `rows.arrow`, Arrow's stream format, and `account.json`. It is written beside its place
-and takes it at the end by a rename, so an entry that is there is whole; of several writers the first wins.
+and takes it at the end by a rename, so an entry that is there is whole; of several writers the first wins. A checksum tells
+whether it still is what was written: CRC-32, which reads 4 GB a second, and is about disks, not about attackers.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import shutil
 import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 ROWS, ACCOUNT = "rows.arrow", "account.json"
 
 _MAKING = ".making-"
+_CHUNK_BYTES = 2**22
 _ABANDONED_SECONDS = 3 * 24 * 3600
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "trl")
@@ -84,11 +87,13 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | None":
+def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Dataset, Mapping[str, Any]] | None":
     """The rows of that key, mapped, and their account; None where there is no such entry.
 
+    `verify`: read all of it, and compare its checksum. One rank of a node does so; the others need not do it again.
+
     Raises:
-        DataError: an entry that can't be read, or has not all of its rows.
+        DataError: an entry that can't be read, has not all of its rows, or is not what was written.
     """
     import datasets
 
@@ -100,6 +105,8 @@ def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | 
         account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
         if account["rows"] != len(dataset):
             raise ValueError(f"{len(dataset)} rows of {account['rows']}")
+        if verify and account["crc32"] != _checksum(folder / ROWS, account["account"]):
+            raise ValueError("its checksum is not the one that it was written with")
         return dataset, account["account"]
     except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's errors are among them
         raise DataError(
@@ -107,18 +114,29 @@ def find(root: Path, key: str) -> "tuple[datasets.Dataset, Mapping[str, Any]] | 
         ) from error
 
 
+def _checksum(rows: Path, account: Mapping[str, Any]) -> int:
+    """Of the rows' file and of their account."""
+    value = zlib.crc32(json.dumps(account, sort_keys=True).encode())
+    with rows.open("rb") as opened:
+        while chunk := opened.read(_CHUNK_BYTES):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
 def keep(
-    root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]]
+    root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]], *, verify: bool = True
 ) -> "tuple[datasets.Dataset, Mapping[str, Any], bool]":
     """`find`, where there is nothing `store` first; and whether it was there. Errors as theirs.
+
+    `verify`: compare the checksum of an entry that was there.
 
     Raises:
         DataError: the entry was cleared away as soon as it was there.
     """
-    found = there = find(root, key)
+    found = there = find(root, key, verify=verify)
     if found is None:
         store(root, key, write)
-        found = find(root, key)
+        found = find(root, key, verify=False)
     if found is None:
         raise DataError(
             f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.",
@@ -140,7 +158,8 @@ def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, 
             made = Path(top) / key
             made.mkdir()
             rows, account = write(made / ROWS)
-            (made / ACCOUNT).write_text(json.dumps({"rows": rows, "account": account}), encoding="utf-8")
+            told = {"rows": rows, "account": account, "crc32": _checksum(made / ROWS, account)}
+            (made / ACCOUNT).write_text(json.dumps(told), encoding="utf-8")
             for each in made.iterdir():
                 _flush(each)
             _take_place(made, root / key)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zero_sft.console import open_console, quieten_transformers
 from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.printable import printable
 from zero_sft.world import World
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lengths = prepared.dataset["length"]
         notes = _notes(packing, found, options)
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:
-            console.print(line, markup=False)
+            console.print(printable(line), markup=False)
         _print_histogram(lengths, console)
         for number in range(min(options.show, len(prepared.dataset))):
             _print_sample(number, prepared.dataset[number], tokenizer, console)
@@ -215,7 +216,7 @@ def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") 
             runs.append((label != IGNORED, []))
         runs[-1][1].append(token)
     for trained, tokens in runs:
-        words = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        words = printable(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
         if trained and not console.is_terminal:
             words = f"⟦{words}⟧"
         text.append(words, style="not bold black on green" if trained else "not bold")

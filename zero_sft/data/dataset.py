@@ -121,7 +121,7 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
         table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
         report = _report(data, [each.report for each in parts], pipeline)
         return _prepared(_in_memory(table), _of(data, report), pipeline)
-    data.require_outside(root)
+    data.require_outside(root, option="--data_cache_dir", code="data.cache_inside_data")
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
     start = time.monotonic()
@@ -133,9 +133,9 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
     return _opened(dataset, account, root / key, data, pipeline)
 
 
-def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline) -> Prepared | None:
-    """What `prepare` has kept under that key; None where it has not."""
-    found = cache.find(root, key)
+def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline, *, verify: bool) -> Prepared | None:
+    """What `prepare` has kept under that key; None where it has not. `verify`: as `cache.find`'s."""
+    found = cache.find(root, key, verify=verify)
     return None if found is None else _opened(*found, root / key, data, pipeline)
 
 

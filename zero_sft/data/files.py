@@ -18,6 +18,7 @@ from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.splits import Chosen, choose_split
 from zero_sft.data.text import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
+from zero_sft.printable import on_one_line, printable
 
 _TEXTS = (".json", ".jsonl")
 _PARQUET = ".parquet"
@@ -25,6 +26,16 @@ _ENDINGS = (*_TEXTS, _PARQUET, *(text + compressed for text in _TEXTS for compre
 
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """What the library `datasets` writes next to data."""
+
+_OF_A_MODEL = frozenset(
+    f"{name}.json"
+    for name in (
+        *("config", "generation_config", "adapter_config", "preprocessor_config", "processor_config", "trainer_state"),
+        *("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens", "vocab"),
+        *("model.safetensors.index", "pytorch_model.bin.index"),
+    )
+)
+"""What transformers and the Trainer write into the folder of a model or of a run."""
 
 _ARGUMENTS = "--data_path and --eval_data_path"
 
@@ -63,7 +74,15 @@ def files_of(path: Path, split: str | None = None) -> Chosen:
         raise DataError(
             f"{path} has no {', '.join(_TEXTS)} or {_PARQUET} file{but}. Check {_ARGUMENTS}.", code="data.no_data_files"
         )
-    return choose_split(path, found, split)
+    chosen = choose_split(path, found, split)
+    of_a_model = next((file for file in chosen.files if file.name in _OF_A_MODEL), None)
+    if of_a_model is not None:
+        raise DataError(
+            f"{of_a_model} is a file of a model or of a run (--output_dir), in the folder of the data, {path}, and would be "
+            "read as data. Move that model or run out of the data, or name the files of the data.",
+            code="data.model_inside_data",
+        )
+    return chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,16 +132,15 @@ class Files:
         """Tells whether the files were written to meanwhile, without reading them; errors as `identity`'s."""
         return [(each, _stamp(each)) for each in self._files]
 
-    def require_outside(self, root: Path) -> None:
-        """Raise if files that are written below `root` would be read as data."""
+    def require_outside(self, root: Path, *, option: str, code: str) -> None:
+        """Raise, with that code, if files that are written below `root`, which `option` names, would be read as data."""
         if (
             self.path.is_dir()
             and root.resolve().is_relative_to(self.path.resolve())
             and not _is_hidden(root.resolve(), self.path.resolve())
         ):
             raise DataError(
-                f"--data_cache_dir {root} is inside the data, {self.path}, and would be read with it. Name another.",
-                code="data.cache_inside_data",
+                f"{option} {root} is inside the data, {self.path}, and would be read with it. Name another.", code=code
             )
 
 
@@ -184,8 +202,9 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     """
     is_parquet = path.suffix.lower() == _PARQUET
     require_kind(path, is_parquet=is_parquet)
+    name = printable(str(path), keep="")
     for each, place in _parquet(path) if is_parquet else _json_objects(path):
-        yield each, f"{path}, {place}{_identity(each)}"
+        yield each, f"{name}, {place}{_identity(each)}"
 
 
 def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
@@ -235,7 +254,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
             opened = True
             if len(set(names)) < len(names):
                 raise DataError(
-                    f"{path} has several columns of one name, among {', '.join(names)}. Rename them.",
+                    f"{path} has several columns of one name, among {', '.join(map(on_one_line, names))}. Rename them.",
                     code="data.duplicate_columns",
                 )
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -246,7 +265,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: of a value in a column
         remedy = "Repair the column, or write it without." if opened else "Write it again."
         raise DataError(
-            f"{path} is no usable Parquet file: {str(error).rstrip('.')}. {remedy}", code="data.bad_parquet"
+            f"{path} is no usable Parquet file: {printable(str(error), keep='').rstrip('.')}. {remedy}", code="data.bad_parquet"
         ) from error
 
 
@@ -273,7 +292,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"the key {on_one_line(repr(next(key for key in keys if keys.count(key) > 1)))} is there twice")
     return made
 
 
@@ -283,4 +302,4 @@ def _excerpt(text: str, position: int) -> str:
 
 def _identity(sample: Any) -> str:
     name = sample.get("id") if isinstance(sample, Mapping) else None
-    return f" (id {name!r})" if isinstance(name, str | int) else ""
+    return f" (id {on_one_line(repr(name))})" if isinstance(name, str | int) else ""

@@ -10,6 +10,7 @@ from typing import Any
 from zero_sft.data.conversation import ASSISTANT, USER
 from zero_sft.data.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHabit
 from zero_sft.errors import DataError
+from zero_sft.printable import printable
 
 STAND_IN = "zerosftanswer"
 """A word in place of a text, that no template looks for, strips or escapes."""
@@ -51,7 +52,7 @@ def apply(
             code="data.template_not_jinja",
         ) from error
     except Exception as error:  # a template may fail in any way: a division by zero, a recursion
-        said = str(error).rstrip(".") or type(error).__name__
+        said = printable(str(error), keep="").rstrip(".") or type(error).__name__
         raise DataError(
             f"{where}: the chat template can't render this conversation: {said}. {VICUNA_INSTEAD}", code="data.template_fails"
         ) from error

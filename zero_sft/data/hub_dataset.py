@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.errors import DataError
+from zero_sft.printable import printable
 
 if TYPE_CHECKING:
     import datasets
@@ -51,7 +52,7 @@ class HubDataset:
     def state(self) -> None:
         """None: a commit does not change."""
 
-    def require_outside(self, root: Path) -> None:
+    def require_outside(self, root: Path, *, option: str, code: str) -> None:
         """Nothing: it is not read from a folder of the user's."""
 
     def identity(self) -> list[Any]:
@@ -69,7 +70,7 @@ def _loaded(of: HubDataset) -> "datasets.Dataset":
     try:
         return datasets.load_dataset(of.id, of.config, split=of.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(printable(str(error)).strip().splitlines()), type(error).__name__)
         raise DataError(
             f"{of.id} is no file or folder, and split {of.split!r} of such a dataset of the hub can't be had: {reason}\n"
             "Check --data_path and --eval_data_path: a path, org/name:split or org/name:configuration:split. A gated one needs "

@@ -9,84 +9,44 @@ A value that asks for nothing passes: null, an empty text or list, and a mark th
 gives every row all keys, so most samples of a Parquet file have such values.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from zero_sft.data.meanings import (
+    MASK,
+    MEDIA,
+    OTHER_TEXT,
+    RATING,
+    SYSTEM_TEXT,
+    THOUGHTS,
+    TOKENS,
+    TOOLS,
+    as_flag,
+    asks_for_nothing,
+    asks_for_the_usual,
+    meaning_of,
+    names,
+)
 from zero_sft.errors import DataError
-
-_NOTHING_IN_WORDS = ("", "[]", "{}", "null", "none")
-_YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
-
-# What each group of keys means, as the end of "`key` is not read: it is ...".
-_MASK = "a mark of what is trained on"
-_RATING = "a mark of good and bad answers (KTO), and every answer is trained on here"
-_TOKENS = "a column of tokenised data, and the texts are tokenised here"
-_MEDIA = "something other than text, and text alone is trained on"
-_SYSTEM = "a system text"
-_TOOLS = "a part of the conversation"
-_OTHER_TEXT = "another text"
+from zero_sft.printable import on_one_line
 
 _REMEDY = {
-    _MASK: 'Mark the turns, with "train": false, or remove it.',
-    _RATING: "Leave out the samples with bad answers, and remove the key.",
-    _TOKENS: "Remove it.",
-    _MEDIA: "Remove the sample, or the key if the texts don't need it.",
-    _SYSTEM: "Make it the first turn, of the role system, or remove it.",
-    _TOOLS: "Write it into the texts, or remove it.",
+    MASK: 'Mark the turns, with "train": false, or remove it.',
+    RATING: "Leave out the samples with bad answers, and remove the key.",
+    TOKENS: "Remove it.",
+    MEDIA: "Remove the sample, or the key if the texts don't need it.",
+    SYSTEM_TEXT: "Make it the first turn, of the role system, or remove it.",
+    THOUGHTS: "Write them into the answer, at its beginning, between <think> and </think>, or remove the key.",
+    TOOLS: "Write it into the texts, or remove it.",
 }
 
-
-def _keys(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
-_MASKS = _keys("train train_detail trainable training loss loss_mask loss_scale loss_weight weight weights mask masks")
-_RATINGS = _keys("label kto_tag")
-_MEANING: Mapping[str, str] = {
-    **dict.fromkeys(_MASKS, _MASK),
-    **dict.fromkeys(_RATINGS, _RATING),
-    **dict.fromkeys(_keys("input_ids labels attention_mask completion_mask assistant_masks assistant_mask"), _TOKENS),
-    **dict.fromkeys(_keys("image images video videos audio audios objects bbox pixel_values"), _MEDIA),
-    **dict.fromkeys(_keys("system system_prompt system_message"), _SYSTEM),
-    **dict.fromkeys(_keys("tools functions history chat_template_kwargs tool_calls function_call"), _TOOLS),
-}
-_OTHER_TEXTS = _keys(
-    "conversations conversation messages instruction input output prompt completion text query response chosen rejected "
-    "chosen_response rejected_response rejected_messages"
-)
-_TEXTS_OF_ONE_QUESTION = _keys("question answer context")
-_WORDS_OF = {
-    _MASK: _keys("mask masks masked loss train trained trainable"),
-    _MEDIA: _keys("image images video videos audio audios"),
-    _TOOLS: _keys("tool tools function functions"),
-}
-"""Words in a key that nobody knows, such as `loss_mask_of_answer`, that make it one of a group."""
-_COUNTS = _keys("num count n id ids name names total")
-"""Words in a key that make it a note about such a thing: `num_images`."""
-
-HARMLESS_OF_TURNS = _keys(
+HARMLESS_OF_TURNS = names(
     "id idx index uuid turn turn_id turn_identifier message_id parent_id timestamp create_time created_at date time language "
     "lang country header state hashed_ip user_id author avatar model source redacted toxic score rating category topic tags "
     "metadata num_tokens token_count tokens length"
 )
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _UNRENDERED = ("tool_calls", "function_call")
-
-
-def asks_for_nothing(value: Any) -> bool:
-    """Whether a value says no more than a key that is not there: null, empty, or only of such values."""
-    if isinstance(value, str):
-        return value.strip().lower() in _NOTHING_IN_WORDS
-    if isinstance(value, Mapping):
-        return all(map(asks_for_nothing, value.values()))
-    return value is None or (isinstance(value, list | tuple) and all(map(asks_for_nothing, value)))
-
-
-def as_flag(value: Any) -> bool | None:
-    """True or False, also where it is written as a number or as text; None for anything else."""
-    text = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
-    return True if text in _YES else False if text in _NO else None
 
 
 def unread_keys(
@@ -113,47 +73,32 @@ def unread_keys(
     for key, value in sample.items():
         if key in read or asks_for_nothing(value):
             continue
-        meaning = _meaning(key, layout)
-        if texts is None and meaning in (_OTHER_TEXT, _SYSTEM):
+        meaning = meaning_of(key, layout)
+        if texts is None and meaning in (OTHER_TEXT, SYSTEM_TEXT, THOUGHTS):
             continue
         if meaning and not _is_settled(key, value, meaning, texts or (), chosen):
             remedy = _REMEDY.get(meaning) or (
                 f"Give --data_format {layout} if the rest is what is to be trained on, or remove it."
             )
             raise DataError(
-                f"{where}: `{key}` is not read in the format {layout}: it is {meaning}. {remedy}",
+                f"{where}: `{on_one_line(key)}` is not read in the format {layout}: it is {meaning}. {remedy}",
                 code="data.key_of_another_format",
             )
         unread.append(key)
     return tuple(unread)
 
 
-def _meaning(key: str, layout: str) -> str | None:
-    """The meaning that a key has for other tools, next to a sample of that layout; None: a note."""
-    name = key.strip().lower()
-    if layout == "text" and (name in _RATINGS or _MEANING.get(name) in (_SYSTEM, _TOOLS)):
-        return None  # the text is whole: a class of it, or what it was made of
-    if name in _MEANING:
-        return _MEANING[name]
-    if name in _OTHER_TEXTS or (layout in ("alpaca", "prompt_completion") and name in _TEXTS_OF_ONE_QUESTION):
-        return _OTHER_TEXT
-    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
-    if words & _COUNTS:
-        return None
-    return next((meaning for meaning, known in _WORDS_OF.items() if words & known), None)
-
-
 def _is_settled(key: str, value: Any, meaning: str, texts: Sequence[str], chosen: bool) -> bool:
     """Whether a key with a meaning says nothing that the sample, or the user, has not said."""
-    if meaning == _OTHER_TEXT and chosen:
+    if meaning == OTHER_TEXT and (chosen or (isinstance(value, str) and renders(value, texts))):
         return True
-    if meaning == _OTHER_TEXT and isinstance(value, str) and renders(value, texts):
-        return True
-    if meaning in (_OTHER_TEXT, _SYSTEM):
+    if meaning in (OTHER_TEXT, SYSTEM_TEXT):
         return isinstance(value, str) and value.strip() in {text.strip() for text in texts}
-    if meaning in (_MASK, _RATING):
-        return str(value).strip().lower() == "false" if "mask" in key.lower() else as_flag(value) is True
-    return False
+    if meaning == THOUGHTS:
+        return isinstance(value, bool | int | float) or (
+            isinstance(value, str) and any(value.strip() in each for each in texts)
+        )
+    return meaning in (MASK, RATING) and asks_for_the_usual(key, value)
 
 
 def renders(text: str, texts: Sequence[str]) -> bool:
@@ -179,12 +124,13 @@ def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
         for key in ("train", "loss", "loss_scale"):
             if verdicts.get(key):
                 raise DataError(
-                    f'{place}: "{key}": {turn[key]!r} asks for this turn to be trained on, and only answers are. Remove it.',
+                    f'{place}: "{key}": {on_one_line(repr(turn[key]))} asks for this turn to be trained on, and only answers '
+                    "are. Remove it.",
                     code="data.only_answers_are_trained_on",
                 )
         return False
     if len(set(verdicts.values())) > 1:
-        given = " and ".join(f'"{key}": {turn[key]!r}' for key in verdicts)
+        given = " and ".join(f'"{key}": {on_one_line(repr(turn[key]))}' for key in verdicts)
         raise DataError(f"{place}: {given} contradict each other. Give one.", code="data.contradicting_keys")
     return all(verdicts.values())
 
@@ -199,7 +145,8 @@ def _verdict(key: str, value: Any, place: str) -> bool:
     if flag is None or (key == "mask" and is_number):  # 1 in a mask may mean that a text is trained on, or that it is not
         expected = "0 or 1" if key in ("weight", "loss_scale") else "true or false"
         raise DataError(
-            f'{place}: "{key}": {value!r}; expected {expected}. "train": false leaves an answer out of the loss.',
+            f'{place}: "{key}": {on_one_line(repr(value))}; expected {expected}. "train": false leaves '
+            "an answer out of the loss.",
             code="data.bad_value_of_key",
         )
     return flag != (key == "mask")
@@ -220,17 +167,16 @@ def require_known_turn(turn: Mapping[str, Any], place: str, *, names: Collection
         if key in HARMLESS_OF_TURNS:
             notes.append(key)
             continue
-        raise DataError(f"{place}: {_why_refused(key)}", code="data.key_refused")
+        raise DataError(f"{place}: {_why_refused(on_one_line(key), meaning_of(key, 'messages'))}", code="data.key_refused")
     return tuple(notes)
 
 
-def _why_refused(key: str) -> str:
+def _why_refused(key: str, meaning: str | None) -> str:
     if key in _THOUGHTS:
         return f"`{key}` is not rendered. Write it into the text, at its beginning, between <think> and </think>."
     if key in _UNRENDERED:
         return f"`{key}` is not rendered. Write it into the text, as the model writes it."
-    meaning = _meaning(key, "messages")
-    if meaning == _MASK:
+    if meaning == MASK:
         return f'`{key}` is not read in a turn: it is {meaning}. Give "train": true or false instead, or remove it.'
     if meaning:
         return f"`{key}` is not read in a turn: it is {meaning}. Write it into the text, or remove it."

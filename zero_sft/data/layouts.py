@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
-from zero_sft.data.keys import asks_for_nothing, is_trained, renders, require_known_turn, unread_keys
+from zero_sft.data.keys import is_trained, renders, require_known_turn, unread_keys
+from zero_sft.data.meanings import asks_for_nothing
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         texts, chosen = _texts_of(found.sample), data_format is not None
         unread = unread_keys(sample, where, layout=name, read=read, chosen=chosen, texts=texts)
         return name, replace(found, unread=(*found.unread, *unread)) if unread else found
-    keys = ", ".join([f"{key!r}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
+    keys = ", ".join([f"{on_one_line(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"
     raise DataError(f"{where}: {wanted}; got the keys {keys}.{_hint(sample)}", code="data.unknown_format")
 
@@ -101,7 +103,7 @@ def _hint(sample: Mapping[str, Any]) -> str:
             and isinstance(value[0], Mapping)
             and any(_fits(value[0], name) for name in LAYOUTS)
         ):
-            return f" The samples seem to be in `{key}`: write that list alone."
+            return f" The samples seem to be in `{on_one_line(key)}`: write that list alone."
     if all(sample.get(key) is not None for key in ("chosen", "rejected")):
         return " Answers to compare (`chosen`, `rejected`) are not read: write the chosen one as `completion`."
     return ""
@@ -147,7 +149,7 @@ def _history(sample: Mapping[str, Any], where: str) -> list:
         return []
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise DataError(
-            f"{where}: `history` must be a list of pairs of a question and an answer; got {str(pairs)[:80]}.",
+            f"{where}: `history` must be a list of pairs of a question and an answer; got {on_one_line(pairs)}.",
             code="data.bad_history",
         )
     return pairs
@@ -230,11 +232,14 @@ def _turns(
         if not isinstance(role, str) or not isinstance(text, str):
             looks = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
             raise DataError(
-                f"{place}: expected {looks} with texts; got {str(each)[:80]}.{_remedy(role, text, names[1])}",
+                f"{place}: expected {looks} with texts; got {on_one_line(each)}.{_remedy(role, text, names[1])}",
                 code="data.bad_turn",
             )
         if role not in roles:
-            raise DataError(f"{place}: unknown role {role!r}; expected one of {', '.join(roles)}.", code="data.unknown_role")
+            raise DataError(
+                f"{place}: unknown role {on_one_line(repr(role))}; expected one of {', '.join(roles)}.",
+                code="data.unknown_role",
+            )
         trained = is_trained(each, place, is_answer=roles[role] == ASSISTANT)
         turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=trained or roles[role] != ASSISTANT))
     return turns, tuple(f"{key}.{note}" for note in notes)
@@ -260,7 +265,7 @@ def _text_or_nothing(sample: Mapping[str, Any], key: str, where: str) -> str:
 
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{key}` must be a text; got {str(value)[:80]}.", code="data.not_a_text")
+        raise DataError(f"{where}: `{key}` must be a text; got {on_one_line(value)}.", code="data.not_a_text")
     return _unicode(value, where)
 
 

@@ -93,14 +93,27 @@ def require_sources(paths: str, *, to_evaluate: bool = False) -> None:
             )
 
 
-def open_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str]) -> Prepared | None:
-    """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it."""
-    if recipe.root is None or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys)) is None):
+def require_outputs_outside(paths: str, output_dir: str) -> None:
+    """Raise `DataError` where what a run writes would be read as data by the next. Any rank; does not communicate."""
+    for source in parse_sources(paths):
+        source.data.require_outside(Path(output_dir), option="--output_dir", code="data.output_inside_data")
+
+
+def open_sources(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str], *, verify: bool = True
+) -> Prepared | None:
+    """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it.
+
+    `verify`: as `cache.find`'s.
+    """
+    if recipe.root is None or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys), verify=False) is None):
         return None
     pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
-    parts = [open_prepared(recipe.root, key, each.data, pipeline) for key, each in zip(keys, sources, strict=True)]
+    parts = [
+        open_prepared(recipe.root, key, each.data, pipeline, verify=verify) for key, each in zip(keys, sources, strict=True)
+    ]
     found = [each for each in parts if each is not None]
-    return _finished(found, recipe) if len(found) == len(sources) else None
+    return _finished(found, recipe, verify=verify) if len(found) == len(sources) else None
 
 
 def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
@@ -114,7 +127,7 @@ def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
     )
 
 
-def _finished(parts: Sequence[Prepared], recipe: Recipe) -> Prepared:
+def _finished(parts: Sequence[Prepared], recipe: Recipe, *, verify: bool = True) -> Prepared:
     """The sources' rows in one dataset, packed if wanted; from the cache where they are there."""
     mixed = mix(parts, [each.weight for each in parse_sources(recipe.paths)], recipe.seed)
     if not recipe.pack:
@@ -123,7 +136,11 @@ def _finished(parts: Sequence[Prepared], recipe: Recipe) -> Prepared:
         dataset = pack(mixed.dataset, recipe.model_max_length)
     else:
         length, key = recipe.model_max_length, _packed_key(recipe, mixed.keys)
-        dataset, *_ = cache.keep(recipe.root, key, lambda file: (len(pack(mixed.dataset, length, str(file))), {}))
+
+        def write(file: Path) -> tuple[int, dict[str, Any]]:
+            return len(pack(mixed.dataset, length, str(file))), {}
+
+        dataset, *_ = cache.keep(recipe.root, key, write, verify=verify)
     line = packed_line(len(mixed.dataset), dataset, recipe.model_max_length)
     return replace(mixed, dataset=dataset, notes=(*mixed.notes, line), unpacked=mixed)
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from zero_sft.printable import on_one_line
+
 MOST_SHOWN = 3
 """Errors of skipped samples that are shown."""
 
@@ -60,7 +62,7 @@ class DataReport:
         if self.note:
             lines.append(self.note)
         if self.left_out:
-            shown = ", ".join(self.left_out[:3]) + ", ..." * (len(self.left_out) > 3)
+            shown = ", ".join(map(on_one_line, self.left_out[:3])) + ", ..." * (len(self.left_out) > 3)
             lines.append(f"{counted(len(self.left_out), 'other file')} in it left out: {shown}")
         if self.unread:
             lines.append(_unread_line(self.unread))
@@ -131,7 +133,9 @@ def _sum(one: DataReport, other: DataReport) -> DataReport:
 
 def _unread_line(unread: Mapping[str, int]) -> str:
     """Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)"."""
-    shown = [f"{key} ({counted(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])]
+    shown = [
+        f"{on_one_line(key)} ({counted(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])
+    ]
     return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
 
 

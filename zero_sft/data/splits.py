@@ -1,21 +1,20 @@
 """Which files of a folder are for training, where it has several splits, as datasets of the hub are laid out. Pure, but for a
 README.
 
-`data/train-00000-of-00002.parquet` names its split, as do `train.jsonl`, `my_test.json`, and folders `train/` and `test/`:
-the rules are those of the library `datasets`. What is held out must not be trained on because it is in the same folder.
+Where a README declares files, these are the dataset (`declared`). Else `data/train-00000-of-00002.parquet` names its split, as
+do `train.jsonl`, `my_test.json`, and folders `train/` and `test/`: the rules are those of the library `datasets`. What is held
+out must not be trained on because it is in the same folder.
 """
 
-import fnmatch
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from zero_sft.data.declared import TRAIN, declared_in
 from zero_sft.errors import DataError
-
-TRAIN = "train"
+from zero_sft.printable import on_one_line
 
 _KEYWORDS = {
     TRAIN: ("train", "training"),
@@ -35,16 +34,28 @@ class Chosen:
     held_out: str | None = None  # a split that is left out, though nobody has named another
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Splits:
+    """The files of each split, those under None being of none; and how many a README leaves out.
+
+    `unmatched`: patterns of a split for which there are no files.
+    """
+
+    files: Mapping[str | None, Sequence[Path]]
+    undeclared: int = 0
+    unmatched: Mapping[str | None, Sequence[str]] = field(default_factory=dict)
+    source: Path | None = None
+
+
 def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> Chosen:
     """The files of the split that is `wanted`; where none is named, `train` where there are several.
 
     Raises:
-        DataError: no such split; several splits without a `train`; or several configurations.
+        DataError: no such split; several splits without a `train`; several configurations; a README that can't be understood,
+            or declares files that are not there.
     """
-    declared = _declared(folder)
-    names = {file: split_of(file.relative_to(folder).as_posix(), declared) for file in files}
-    counts = Counter(names.values())
-    splits = sorted(name for name in counts if name is not None)
+    found = _splits(folder, files)
+    splits = sorted(name for name in found.files if name is not None)
     if wanted is not None:
         split = wanted if wanted in splits else _keyword(wanted) or wanted
         if split not in splits:
@@ -52,42 +63,83 @@ def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> Cho
             raise DataError(
                 f"{folder} has no split {wanted!r}: {has}. Check --data_path and --eval_data_path.", code="data.no_such_split"
             )
-        return Chosen(files=tuple(file for file in files if names[file] == split))
-    held_out = [name for name in splits if _keyword(name) not in (None, TRAIN)]
+        return replace(_taken(folder, found, {split}), note="", held_out=None)
     if len(splits) > 1 and TRAIN in splits:
-        return _without(folder, names, {TRAIN})
+        return _taken(folder, found, {TRAIN})
     if len(splits) > 1 and any(_keyword(name) for name in splits):
         example = next((name for name in splits if _keyword(name) == TRAIN), splits[0])
         raise DataError(
             f"{folder} has the splits {', '.join(splits)}, and none is called {TRAIN}. Name one of them: {folder}:{example}.",
             code="data.no_train_split",
         )
-    if held_out and None in counts:
-        return _without(folder, names, {None})
-    note = f"splits {', '.join(splits)}: all are read; name one as {folder}:{splits[0]}" if len(splits) > 1 else ""
-    return Chosen(files=tuple(files), note=note)
+    if None in found.files and any(_keyword(name) not in (None, TRAIN) for name in splits):
+        return _taken(folder, found, {None})
+    chosen = _taken(folder, found, set(found.files))
+    if len(splits) > 1:
+        return replace(chosen, note=f"splits {', '.join(splits)}: all are read; name one as {folder}:{splits[0]}")
+    return chosen
 
 
-def _without(folder: Path, names: Mapping[Path, str | None], taken: set[str | None]) -> Chosen:
-    """The files of some splits, and what is left out."""
-    counts = Counter(name or "without a split's name" for name in names.values() if name not in taken)
-    left = ", ".join(f"{name} ({count} file{'s' * (count != 1)})" for name, count in sorted(counts.items()))
-    which = f"split {TRAIN}" if TRAIN in taken else "files that name no split"
-    files = tuple(file for file, name in names.items() if name in taken)
-    example = next((name for name in names.values() if name not in taken and name), TRAIN)
-    note = f"{which} read; left out: {left}. Name another as {folder}:{example}"
-    return Chosen(files=files, note=note, held_out=example)
+def _splits(folder: Path, files: Sequence[Path]) -> _Splits:
+    """The files of each split: as a README declares them, or as their names tell."""
+    declared = declared_in(folder)
+    by_name = {file.relative_to(folder).as_posix(): file for file in files}
+    if declared is None or not declared.patterns:
+        top = declared.data_dir if declared else ""
+        inside = {name: file for name, file in by_name.items() if PurePosixPath(name).is_relative_to(top)}
+        named = defaultdict[str | None, list[Path]](list)
+        for name, file in inside.items():
+            named[split_of(PurePosixPath(name).relative_to(top).as_posix())].append(file)
+        unmatched: dict[str | None, list[str]] = {} if inside else {None: [f"{top}/"]}
+        return _Splits(
+            files=named or {None: []},
+            undeclared=len(files) - len(inside),
+            unmatched=unmatched,
+            source=declared and declared.source,
+        )
+    matched = {split: declared.files_of(split, list(by_name)) for split in declared.patterns}
+    taken = {split: {name for names in found.values() for name in names} for split, found in matched.items()}
+    return _Splits(
+        files={split: [file for name, file in by_name.items() if name in taken[split]] for split in matched},
+        undeclared=len(set(by_name).difference(*taken.values())),
+        unmatched={split: [pattern for pattern, names in found.items() if not names] for split, found in matched.items()},
+        source=declared.source,
+    )
 
 
-def split_of(name: str, declared: Sequence[tuple[str, str]] = ()) -> str | None:
+def _taken(folder: Path, found: _Splits, taken: set[str | None]) -> Chosen:
+    """The files of some splits, and what is left out.
+
+    Raises:
+        DataError: a README that declares a file of these splits that is not there.
+    """
+    missing = [pattern for split in found.files if split in taken for pattern in found.unmatched.get(split, ())]
+    if missing:
+        listed = ", ".join(on_one_line(repr(pattern)) for pattern in missing)
+        raise DataError(
+            f"{found.source} declares {listed}, and {folder} has no .json, .jsonl or .parquet file of "
+            "that name. Download it, or repair the README.",
+            code="data.declared_files_missing",
+        )
+    others = {name or "without a split's name": len(files) for name, files in found.files.items() if name not in taken}
+    if found.undeclared:
+        others[f"not declared in {found.source.name if found.source else ''}"] = found.undeclared
+    files = tuple(sorted({file for name in taken for file in found.files[name]}))
+    if not others:
+        return Chosen(files=files)
+    left = ", ".join(f"{name} ({count} file{'s' * (count != 1)})" for name, count in sorted(others.items()))
+    names = sorted(name for name in taken if name)
+    which = f"split{'s' * (len(names) > 1)} {', '.join(names)}" if names else "files that name no split"
+    example = next((name for name in found.files if name not in taken and name), None)
+    remedy = f". Name another as {folder}:{example or TRAIN}" if len(others) > bool(found.undeclared) else ""
+    return Chosen(files=files, note=f"{which} read; left out: {left}{remedy}", held_out=example)
+
+
+def split_of(name: str) -> str | None:
     """The split that a file's path inside its folder names; None if it names none.
-
-    `declared`: pairs of a split and a pattern of paths, which decide where there are any.
 
     Worked example: data/train_sft-00000-of-00003.parquet → train_sft; my_dev.jsonl → validation; chats.json → None.
     """
-    if declared:
-        return next((split for split, pattern in declared if fnmatch.fnmatch(name, pattern)), None)
     *folders, file = PurePosixPath(name).parts
     if shard := _SHARD.match(file):
         return _exactly(shard["split"]) or shard["split"]
@@ -103,39 +155,3 @@ def _keyword(name: str) -> str | None:
     words = set(_BETWEEN_WORDS.split(name.lower()))
     parts = words | {part for word in words for part in word.split("_")}
     return next((split for split, known in _KEYWORDS.items() if parts & set(known)), None)
-
-
-def _declared(folder: Path) -> list[tuple[str, str]]:
-    """Pairs of a split and a pattern of paths that the folder's README declares, as the hub reads it.
-
-    Raises:
-        DataError: several configurations.
-    """
-    configs = [each for each in _front_matter(folder / "README.md").get("configs") or [] if isinstance(each, Mapping)]
-    if len(configs) > 1:
-        names = [str(each.get("config_name")) for each in configs]
-        raise DataError(
-            f"{folder} has several configurations, as its README.md says: {', '.join(names)}. Name the folder or the files of "
-            "one.",
-            code="data.several_configurations",
-        )
-    files = configs[0].get("data_files") if configs else None
-    if isinstance(files, str):
-        files = [{"split": TRAIN, "path": files}]
-    pairs = []
-    for each in files if isinstance(files, list) else []:
-        split, paths = (each.get("split"), each.get("path")) if isinstance(each, Mapping) else (TRAIN, each)
-        pairs += [(str(split), str(path)) for path in (paths if isinstance(paths, list) else [paths])]
-    return pairs
-
-
-def _front_matter(readme: Path) -> Mapping[str, Any]:
-    """The YAML at the beginning of a README; nothing where there is none that can be read."""
-    import yaml
-
-    try:
-        lines = readme.read_text(encoding="utf-8-sig").split("\n---", 1)
-        found = yaml.safe_load(lines[0].removeprefix("---")) if lines[0].startswith("---") and len(lines) > 1 else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, Mapping) else {}

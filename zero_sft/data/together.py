@@ -32,7 +32,7 @@ def prepare_together(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: 
     keys = json.loads(distributed.broadcast_bytes(world, told))
 
     def act() -> Prepared:
-        return own or open_sources(recipe, tokenizer, keys) or _alone(recipe, tokenizer, keys, world)
+        return own or open_sources(recipe, tokenizer, keys, verify=world.leads_node) or _alone(recipe, tokenizer, keys, world)
 
     return distributed.by_turns(world, STAGE, act, one_by_one=True, timeout=distributed.DOWNLOAD_TIMEOUT)
 

@@ -1,0 +1,32 @@
+"""`zero_sft.printable`: what a terminal would act on is written as in a Python literal, and all else as it is."""
+
+import logging
+
+import pytest
+
+from zero_sft.console import _Elapsed
+from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line, printable
+
+TEXTS = [
+    ("plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000", "plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000"),
+    ("a\ud800", "a\\ud800"),
+    ("\x1b[31mred\x9b0m\x07", "\\x1b[31mred\\x9b0m\\x07"),
+    ("a\u2028b\u202ec", "a\\u2028b\\u202ec"),
+    ("one\r\ntwo\tthree", "one\\r\ntwo\tthree"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), TEXTS)
+def test_printable(text, expected):
+    assert printable(text) == expected == printable(expected)
+    assert on_one_line(text) == expected.replace("\n", "\\n").replace("\t", "\\t")
+    assert str(DataError(text, code="data.x")) == expected
+    record = logging.LogRecord("zero_sft", logging.INFO, "", 0, "%s", (text,), None)
+    _Elapsed(0).format(record).encode()
+    assert "\x1b" not in _Elapsed(0).format(record)
+
+
+def test_an_excerpt_ends():
+    assert len(on_one_line("x" * 1000)) == 80
+    assert on_one_line(["a\n"]) == "['a\\n']"
