@@ -165,9 +165,8 @@ def test_the_log_says_what_is_not_declared(tmp_path):
     assert Files(path=folder).note() == (
         f"split train read; left out: not declared in README.md (2 files), test (1 file). Name another as {folder}:test"
     )
-    with pytest.raises(DataError) as caught:
+    with raises("data.eval_split_unnamed"):
         require_sources(str(folder), to_evaluate=True)
-    assert caught.value.code == "data.eval_split_unnamed"
     folder = declaring(tmp_path / "other", config(data_files="a.jsonl"), "a.jsonl", "test.jsonl")
     assert Files(path=folder).note() == "split train read; left out: not declared in README.md (1 file)"
     require_sources(str(folder), to_evaluate=True)
@@ -176,9 +175,8 @@ def test_the_log_says_what_is_not_declared(tmp_path):
 def test_a_split_that_is_not_read_may_be_missing(tmp_path):
     folder = declaring(tmp_path, config(data_files=A_SPLIT), "a.jsonl")
     assert read(folder) == ["a.jsonl"]
-    with pytest.raises(DataError) as caught:
+    with raises("data.declared_files_missing"):
         read(folder, "test")
-    assert caught.value.code == "data.declared_files_missing"
 
 
 @pytest.mark.parametrize(
@@ -201,9 +199,8 @@ def test_a_split_that_is_not_read_may_be_missing(tmp_path):
 )  # fmt: skip
 def test_a_readme_that_is_not_understood_is_refused(tmp_path, yaml, code):
     folder = declaring(tmp_path, yaml, "a.jsonl", "b.jsonl")
-    with pytest.raises(DataError, match="README") as caught:
+    with raises(f"data.{code}", "README"):
         read(folder)
-    assert caught.value.code == f"data.{code}"
 
 
 @pytest.mark.parametrize("readme", ["# Data\n", "---\n---\n# Data\n", "---\nlicense: mit\nconfigs:\n---\n", "---\nno end\n"])
@@ -256,9 +253,8 @@ def test_what_is_evaluated_on_is_named(tmp_path):
 
 def test_a_model_inside_the_data_is_named(tmp_path):
     folder = folder_of(tmp_path, "a.jsonl", "run/checkpoint-1/trainer_state.json", "run/checkpoint-1/config.json")
-    with pytest.raises(DataError, match=r"checkpoint-1/config\.json is a file of a model or of a run") as caught:
+    with raises("data.model_inside_data", "checkpoint-1/config.json is a file of a model or of a run"):
         read(folder)
-    assert caught.value.code == "data.model_inside_data"
     (folder / "README.md").write_text(f"---\n{config(data_files='a.jsonl')}\n---\n")
     assert read(folder) == ["a.jsonl"]
     assert [each["text"] for each, _ in Files(path=folder / "run/checkpoint-1/config.json").objects()] == [
