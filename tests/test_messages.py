@@ -1,0 +1,58 @@
+"""What the errors of the package are called, and what they say."""
+
+import copy
+import re
+
+import pytest
+
+from tests.errors import error_codes
+from tests.messages import SENTENCES, listed, sites
+from zero_sft.errors import ArgumentError, ConfigError, DataError, ZeroSftError
+
+TOPICS = {
+    "arguments", "checkpoint", "cluster", "config", "data", "ds_config", "estimate", "export", "generation_config", "hub",
+    "launcher", "plan", "resume", "rope", "tokenizer", "version",
+}  # fmt: skip
+
+
+def test_every_error_has_a_code_of_a_known_topic():
+    found = list(sites())
+    assert len(found) > 250, "the scan finds the package's errors"
+    for site in found:
+        if site.code is not None:
+            topic, _, kind = site.code.partition(".")
+            assert topic in TOPICS, site
+            assert re.fullmatch(r"[a-z][a-z0-9_]*", kind), site
+
+
+def test_the_list_of_sentences_is_that_of_the_source():
+    assert listed() == SENTENCES.read_text(encoding="utf-8"), "run `python -m tests.messages`, and read what it changes"
+
+
+def test_a_code_survives_another_process():
+    error = copy.copy(DataError("a", code="data.x", listed=["data.y"]))  # by its __reduce__, as pickle does
+    assert (type(error), str(error), error.codes, error.code) == (DataError, "a", ("data.x", "data.y"), "data.x")
+
+
+def test_one_problem_keeps_its_code_and_several_are_listed_with_theirs():
+    one, two = ArgumentError("no --a", code="arguments.a"), ArgumentError("no --b", code="arguments.b")
+    alone = ArgumentError.listing([one], "wrong:", code="arguments.unusable")
+    assert (str(alone), alone.codes) == ("no --a", ("arguments.a",))
+    both = ArgumentError.listing([one, two], "wrong:", code="arguments.unusable")
+    assert both.with_code == "wrong:\n- no --a [arguments.a]\n- no --b [arguments.b]"
+    assert both.codes == ("arguments.unusable", "arguments.a", "arguments.b")
+    assert error_codes(both.with_code) == ["arguments.a", "arguments.b"]
+    remedied = ConfigError.listing([one], "wrong:", remedy="Mend it.", code="ds_config.unusable")
+    assert remedied.with_code == "wrong:\n- no --a\nMend it. [arguments.a]"
+
+
+@pytest.mark.world_size(2)
+def test_a_code_reaches_every_rank():
+    from zero_sft.distributed import agreed
+    from zero_sft.world import World
+
+    world = World.detect()
+    with pytest.raises(ZeroSftError) as caught, agreed(world, "reading"):
+        if world.rank == 1:
+            raise DataError("a", code="data.x", listed=["data.y"])
+    assert (type(caught.value), caught.value.codes) == (DataError, ("data.x", "data.y"))
