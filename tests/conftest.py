@@ -33,6 +33,8 @@ def pytest_runtestloop(session):
         from tests.runner import ON_DEVICES, context
 
         if not ON_DEVICES:  # those of CPU ranks; no test on devices takes one
+            terminal = session.config.get_terminal_writer()
+            terminal.line("DeepSpeed's operators first: minutes, if they have to be compiled", flush=True)
             compile_all(context)
 
 

@@ -79,7 +79,7 @@ def run(parsed: Parsed, world: World) -> None:
     timeline = Timeline()
     timeline.end("imports")
     ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
-    logger.info("starting %s; the first run on a machine compiles operators of DeepSpeed's, for one to three minutes", ranks)
+    logger.info("starting %s", ranks)
     with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
         world = distributed.connect(world)
     logger.info("%s on %s", ranks, _device())
