@@ -10,6 +10,7 @@ from transformers import AutoModel
 
 from tests import architectures, models
 from tests.data import tiny
+from tests.errors import raises
 
 
 def rewritten(folder, change):
@@ -135,13 +136,13 @@ def test_the_tokenizer_is_set_up_while_the_weights_are_read(outer):
 @pytest.mark.world_size(2)
 def test_a_folder_inside(outer):
     from zero_sft import load_pretrained
-    from zero_sft.errors import CheckpointError
 
     reference = models.plain(outer / "inner", torch.bfloat16)
     options = {"ds_config": models.zero3(), "model_max_length": 32}
     model, tokenizer = load_pretrained(str(outer), subfolder="inner", **options)
     models.assert_equal(model, reference)
     assert len(tokenizer) == len(tiny.byte_tokenizer())
-    for wrong in ("nosuch", "../outer", str(outer)):
-        with pytest.raises(CheckpointError, match="folder"):
+    leaves = "hub.subfolder_leaves_folder"
+    for wrong, code in (("nosuch", "hub.no_such_subfolder"), ("../outer", leaves), (str(outer), leaves)):
+        with raises(code, wrong):
             load_pretrained(str(outer), subfolder=wrong, **options)

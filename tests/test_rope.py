@@ -7,7 +7,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.errors import raises
 from tests.models import tiny_config
-from zero_sft.errors import ArgumentError
 from zero_sft.rope import with_context
 
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64}
@@ -80,10 +79,9 @@ def test_one_bad_layer_type_among_several():
 )
 def test_a_factor_that_is_too_small_for_the_length(rope, wanted, factor):
     config = scaled({"rope_type": "default"})
-    with pytest.raises(ArgumentError, match=rf"factor of at least {factor},") as caught:
+    with raises("rope.does_not_reach_length", f"at least {factor},", "128 tokens") as caught:
         with_context(config, model_max_length=wanted, rope_parameters=rope)
     assert f"--model_max_length {wanted}" in str(caught.value)
-    assert "reach 128 tokens" in str(caught.value)
     enough = with_context(config, model_max_length=wanted, rope_parameters={**rope, "factor": float(factor)})
     model = AutoModelForCausalLM.from_config(enough)
     with torch.no_grad():

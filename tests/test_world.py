@@ -2,7 +2,7 @@
 
 import pytest
 
-from zero_sft.errors import ConfigError
+from tests.errors import raises
 from zero_sft.world import World
 
 TORCHRUN = {
@@ -79,19 +79,19 @@ def test_uneven_nodes_of_slurm(node, tasks):
 
 
 @pytest.mark.parametrize(
-    ("env", "message"),
+    ("env", "code", "values"),
     [
-        ({"RANK": "x", "WORLD_SIZE": "8"}, "RANK=x"),
-        ({"RANK": "8", "WORLD_SIZE": "8"}, "RANK is not below WORLD_SIZE"),
-        ({**TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK is not below LOCAL_WORLD_SIZE"),
-        ({**DEEPSPEED, "LOCAL_SIZE": "16"}, "LOCAL_SIZE is larger than WORLD_SIZE"),
-        ({"WORLD_SIZE": "8"}, "WORLD_SIZE=8 is set, but RANK is not"),
-        ({"RANK": "3"}, "RANK=3 is set, but WORLD_SIZE is not"),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "two"}, "tasks per node"),
+        ({"RANK": "x", "WORLD_SIZE": "8"}, "bad_launcher_variables", ("RANK=x",)),
+        ({"RANK": "8", "WORLD_SIZE": "8"}, "bad_launcher_variables", ("RANK is", "below WORLD_SIZE")),
+        ({**TORCHRUN, "LOCAL_RANK": "2"}, "bad_launcher_variables", ("LOCAL_RANK is", "below LOCAL_WORLD_SIZE")),
+        ({**DEEPSPEED, "LOCAL_SIZE": "16"}, "bad_launcher_variables", ("LOCAL_SIZE is larger than WORLD_SIZE",)),
+        ({"WORLD_SIZE": "8"}, "launcher_variable_missing", ("WORLD_SIZE=8", "but RANK")),
+        ({"RANK": "3"}, "launcher_variable_missing", ("RANK=3", "but WORLD_SIZE")),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "two"}, "bad_launcher_variables", ("'two'",)),
     ],
 )
-def test_unusable_variables(env, message):
-    with pytest.raises(ConfigError, match=message):
+def test_unusable_variables(env, code, values):
+    with raises(f"cluster.{code}", *values):
         World.detect(env)
 
 

@@ -68,7 +68,7 @@ def test_every_reporting_integration_that_is_not_installed_is_refused():
     missing = set(INTEGRATION_TO_CALLBACK) - {*get_available_reporting_integrations(), "flyte", "kubeflow"}
     assert missing
     for name in sorted(missing):
-        with pytest.raises(ArgumentError, match=f"--report_to {name} can't be used"):
+        with raises("arguments.report_to_unusable", f"--report_to {name}"):
             build_training_arguments(parse(["--report_to", name]).training, DS)
 
 

@@ -42,10 +42,13 @@ def test_offsets_are_those_of_the_reference_library(path):
             assert data == want.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-@pytest.mark.parametrize("cut", [0, 7, 8, 40, -1])
-def test_truncated(path, cut):
+@pytest.mark.parametrize(
+    ("cut", "code"),
+    [(0, "placeholder_file"), (7, "header_too_long"), (8, "header_too_long"), (40, "header_too_long"), (-1, "truncated")],
+)
+def test_truncated(path, cut, code):
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or corrupt"):
+    with raises(f"checkpoint.{code}", "model.safetensors"):
         read_header(path)
 
 

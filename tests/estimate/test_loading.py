@@ -4,7 +4,7 @@ import pytest
 import torch.distributed as dist
 
 from tests import models
-from zero_sft.errors import ArgumentError
+from tests.errors import raises
 from zero_sft.estimate.loading import RankLoad, play, seconds
 from zero_sft.estimate.storages import STORAGES, Storage, storage
 from zero_sft.estimate.subject import subject
@@ -45,6 +45,8 @@ def test_storages_by_name_and_by_figures():
     assert storage("nvme") == STORAGES["nvme"]
     assert storage("lustre, node_gb_s=10").node_gb_s == 10
     assert storage("node_gb_s=3,request_ms=2") == Storage(node_gb_s=3.0, request_ms=2.0)
-    for bad in ("floppy", "nvme,speed=3", "nvme,node_gb_s=fast", "nvme,node_gb_s=0", "nvme,request_ms=-1"):
-        with pytest.raises(ArgumentError):
-            storage(bad)
+    with raises("estimate.unknown_storage", "floppy"):
+        storage("floppy")
+    for bad in ("speed=3", "node_gb_s=fast", "node_gb_s=0", "request_ms=-1"):
+        with raises("estimate.bad_storage_figure", bad):
+            storage(f"nvme,{bad}")

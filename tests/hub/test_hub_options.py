@@ -2,7 +2,7 @@
 
 import pytest
 
-from zero_sft.errors import ArgumentError
+from tests.errors import raises
 from zero_sft.hub import HubOptions
 
 
@@ -10,13 +10,13 @@ from zero_sft.hub import HubOptions
 @pytest.mark.parametrize("value", ["False", "0", 0, 1, None])
 def test_a_flag_is_a_flag(name, value):
     """A text from a command line would count as True, and run code."""
-    with pytest.raises(ArgumentError, match=f"{name} must be True or False, got {value!r}"):
+    with raises("arguments.wrong_value", name, "True or False", repr(value)):
         HubOptions.from_kwargs({name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("revision", 3), ("subfolder", b"x"), ("variant", True), ("cache_dir", 1)])
 def test_other_types(name, value):
-    with pytest.raises(ArgumentError, match=f"{name} must be a"):
+    with raises("arguments.wrong_value", name):
         HubOptions.from_kwargs({name: value})
 
 

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
+from tests.errors import raises
 from tests.plan.test_regions import random_tensor
 from zero_sft.checkpoint.header import StoredTensor
-from zero_sft.errors import CheckpointError
 from zero_sft.plan import plan as planning
 from zero_sft.plan import regions
 from zero_sft.plan.partition import shard_range
@@ -77,12 +77,12 @@ def test_a_transposed_matrix_is_read_row_by_row():
     assert (read.nbytes, read.sizes, read.source_strides, read.target_strides) == (20, (3, 2), (4, 1), (1, 3))
 
 
-@pytest.mark.parametrize("parts", [
-    regions.whole("s", (9,)),
-    regions.narrow(regions.whole("s", (20,)), 0, 1, 11),
+@pytest.mark.parametrize(("parts", "code"), [
+    (regions.whole("s", (9,)), "plan.elements_missing"),
+    (regions.narrow(regions.whole("s", (20,)), 0, 1, 11), "plan.read_beyond_tensor"),
 ])  # fmt: skip
-def test_gaps_and_overruns_are_refused(parts):
-    with pytest.raises(CheckpointError):
+def test_gaps_and_overruns_are_refused(parts, code):
+    with raises(code, "t:"):
         check_cover(Makeup.of("t", (10,), parts), {"s": stored("s", 10, 0)})
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from tests import models
 from tests.errors import raises
-from zero_sft.errors import ExportError
 
 IDS = torch.arange(3, 15).view(1, -1)
 KEEPS_NOTHING = {"stage3_param_persistence_threshold": 0}
@@ -205,8 +204,9 @@ def test_an_adapter_that_was_trained_and_merged(llama, tmp_path, zero):
     step(engine, times=4)
     adapted = logits(engine)
     assert not torch.allclose(adapted, before, atol=1e-3)
-    for wrapped in (engine, model, base):
-        with pytest.raises(ExportError, match="Merge the adapter first"):
+    lacking, wrapped_in_peft = "export.model_lacks_tensors", "export.wrapped_model"
+    for wrapped, code in ((engine, wrapped_in_peft), (model, wrapped_in_peft), (base, lacking)):
+        with raises(code, "merge_and_unload"):
             save_pretrained(wrapped, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     scope = {"deepspeed": deepspeed, "model": model}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests import models, small_job
 from tests.data import tiny
-from zero_sft.errors import ConfigError
+from tests.errors import raises
 from zero_sft.generation_config import (
     TurnEnds,
     inconsistent,
@@ -94,11 +94,11 @@ def test_a_folder_without_the_file_has_its_settings_in_its_config(tmp_path):
     assert generation.eos_token_id == AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eos_token_id
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
-def test_a_broken_file_is_an_error(tmp_path, content):
+@pytest.mark.parametrize(("content", "code"), [("{", "not_json"), ("[1]", "not_an_object")])
+def test_a_broken_file_is_an_error(tmp_path, content, code):
     folder = folder_with(tmp_path / "base")
     (folder / "generation_config.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"generation_config\.json"):
+    with raises(f"generation_config.{code}", "generation_config.json"):
         read_generation_config(folder)
 
 

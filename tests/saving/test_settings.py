@@ -6,8 +6,8 @@ import pytest
 
 from tests import architectures, models
 from tests.data import tiny
+from tests.errors import raises
 from zero_sft.config import load_config, with_context
-from zero_sft.errors import ExportError
 from zero_sft.hub import HubOptions
 from zero_sft.saving.settings import Settings, _write, rehearse_settings
 
@@ -40,6 +40,6 @@ def test_what_can_not_be_saved_is_named(what):
     else:
         tokenizer.init_kwargs["custom"] = object()
     before = tokenizer.chat_template
-    with pytest.raises(ExportError, match=f"the (model's )?{what} can't be saved: .*JSON serializable"):
+    with raises("export.settings_unsavable", what, "JSON serializable"):
         rehearse_settings(config, None, tokenizer, "{{ messages }}")
     assert tokenizer.chat_template == before

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zero_sft.errors import ConfigError
+from tests.errors import raises
 from zero_sft.world import World
 from zero_sft.zero import devices
 
@@ -22,7 +22,7 @@ def see(monkeypatch):
 def test_one_device_for_each_task_is_refused(see, local_rank, speaks):
     see("cuda", 1)
     world = World(rank=local_rank + 4, world_size=8, local_rank=local_rank, local_world_size=4)
-    with pytest.raises(ConfigError, match=f"local rank {local_rank}, but sees 1 device.*--gpus-per-node") as caught:
+    with raises("cluster.rank_without_device", f"local rank {local_rank}", "1 device", "--gpus-per-node") as caught:
         devices.require_own_device(world)
     assert caught.value.lone == speaks  # type: ignore[attr-defined]
 
