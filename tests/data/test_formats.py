@@ -14,6 +14,7 @@ from zero_sft.data.conversation import Conversation, Passage, Turn
 from zero_sft.data.files import Files
 from zero_sft.data.formats import read_samples
 from zero_sft.data.reader import Reader
+from zero_sft.data.source import parse_sources
 from zero_sft.errors import DataError
 from zero_sft.shipped import shipped
 
@@ -357,3 +358,59 @@ def test_one_line_that_is_not_utf8(tmp_path):
     assert "data.jsonl, line 2: not UTF-8" in refused(path)
     reading = read_samples(Files(path=path).objects(), skip_bad=True)
     assert ([each.completion for each in reading.samples], len(reading.bad)) == (["a", "😀"], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://example.org/a.jsonl", "Download it"),
+        ("s3://bucket/a.jsonl:0.5,b.jsonl:0.5", "Download it"),
+        ("hf://datasets/org/name", "Write org/name, or org/name:split"),
+        ("hf://datasets/org/name@main/data/train.jsonl", "Write org/name, or"),
+        ("hf://datasets/org/name:0.5", "Write org/name, or"),
+        ("https://huggingface.co/datasets/org/name/tree/main", "Write org/name, or"),
+        ("file:///data/a.jsonl", r"Write /data/a\.jsonl\."),
+        ("FILE:///data/a.jsonl", r"Write /data/a\.jsonl\."),
+    ],
+)
+def test_an_address_is_refused_with_what_is_read(text, shown):
+    with pytest.raises(DataError, match=rf"://.*: an address is not read\. Expected a file, a folder .*{shown}") as caught:
+        parse_sources(text)
+    assert caught.value.code == "data.address_not_read"
+
+
+@pytest.mark.parametrize(
+    ("history", "shown"),
+    [
+        ([["q1", "a1"], ["q2", None]], r"pair 2 of `history`: its second text, the answer, is missing \(null\)"),
+        ([[None, "a1"]], r"pair 1 of `history`: its first text, the question, is missing \(null\)"),
+        ([["q1", 5]], "pair 1 of `history`: its second text, the answer, must be a text; got 5"),
+    ],
+)
+def test_a_missing_text_of_a_history_is_named(tmp_path, history, shown):
+    with pytest.raises(DataError, match=f"{shown}.*remove the pair") as caught:
+        only_sample(tmp_path, {"instruction": "i", "output": "o", "history": history})
+    assert caught.value.code == "data.bad_history"
+    only_sample(tmp_path, {"instruction": "i", "output": "o", "history": [["q", ""]]})
+
+
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+@pytest.mark.parametrize("messages", [[{"role": "user", "content": "q"}], {"role": "assistant", "content": "a"}])
+def test_messages_and_a_text_do_not_go_together(tmp_path, key, messages):
+    with pytest.raises(DataError, match=f"`{key}` holds messages.* Make both lists of messages, .* or both texts") as caught:
+        only_sample(tmp_path, {"prompt": "q", "completion": "a", key: messages})
+    assert caught.value.code == "data.prompt_and_completion_differ"
+
+
+@pytest.mark.parametrize("text", ["abc", "abc</s>", "abc</s>\n", "abc</s> \n\n", "abc \n"])
+@pytest.mark.parametrize("prompt", [None, "q: "])
+def test_plain_text_has_one_end(tmp_path, text, prompt):
+    """White space behind it is not trained on, since the model stops before it."""
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"text": text} if prompt is None else {"prompt": prompt, "completion": text}]))
+    tokenizer = byte_tokenizer()
+    (row,) = prepare(path, tokenizer, model_max_length=100).dataset
+    trained = tokenizer.decode([label for label in row["labels"] if label != -100])
+    assert trained == (text if text.endswith(" \n") and "<" not in text else "abc") + "</s>"
+    assert row["input_ids"].count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(row["input_ids"]) == f"<s>{prompt or ''}{text}" + "</s>" * ("</s>" not in text)

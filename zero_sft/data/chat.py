@@ -12,15 +12,15 @@ Thoughts, between `<think>` and `</think>` at the beginning of an answer, are gi
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zero_sft.data.conversation import ASSISTANT, SYSTEM, USER, Conversation
+from zero_sft.data.conversation import ASSISTANT, USER, Conversation
 from zero_sft.data.habits import STAND_IN, VICUNA_INSTEAD, Habits, apply
 from zero_sft.data.rendered import Rendered
+from zero_sft.data.shown import require_all_shown, require_places
 from zero_sft.data.thoughts import CLOSE, OPEN, Answer, has_thoughts, kept_at, nothing_left, split_answer
 from zero_sft.errors import DataError
 
@@ -101,10 +101,11 @@ class ChatTemplate:
             ]
             text = self._apply(messages, conversation.where)
             frame = self._frame(messages)
-            _require_places(frame, messages, conversation.where)
+            shown = None if frame is None else frame.shown
+            require_places(shown, messages, conversation.where)
             located = self._locate(text, frame, messages, answers, conversation.where)
             spans = dict(zip(answers, located.spans, strict=True))
-            _require_all_shown(text, frame, messages, spans, conversation.where)
+            require_all_shown(text, shown, messages, spans, conversation.where)
             trained = tuple(span for number, span in spans.items() if conversation.turns[number].trained)
         return Rendered(
             text=text,
@@ -259,69 +260,6 @@ def _assembled(frame: Frame | None, messages: Sequence[Mapping[str, str]], answe
         else:
             around[-1] += [messages[number]["content"], literal]
     return ["".join(each) for each in around]
-
-
-def _require_places(frame: Frame | None, messages: Sequence[Mapping[str, str]], where: str) -> None:
-    """Raise where a template has no place for a text that is no answer: a tool's, or a system's."""
-    if frame is None:
-        return
-    shown = frozenset(frame.shown)
-    for number, each in enumerate(messages):
-        if each["content"].strip() and each["role"] != ASSISTANT and number not in shown:
-            raise _not_shown(f"{where}, message {number + 1}", each["role"])
-
-
-def _require_all_shown(
-    text: str,
-    frame: Frame | None,
-    messages: Sequence[Mapping[str, str]],
-    spans: Mapping[int, tuple[int, int]],
-    where: str,
-) -> None:
-    """Raise where a text that is no answer is left out, cut or changed, but for white space at its ends.
-
-    A template may look at the text itself, and cut a long question. So each text is looked for where the template shows it:
-    behind the text before it, and between the answers around it, which are at `spans`.
-    """
-    shown = tuple(range(len(messages))) if frame is None else tuple(dict.fromkeys(frame.shown))
-    limits, limit = [], len(text)
-    for number in reversed(shown):
-        limit = spans[number][0] if number in spans else limit
-        limits.append(limit)
-    place = 0
-    for number, limit in zip(shown, reversed(limits), strict=True):
-        role, content = messages[number]["role"], messages[number]["content"].strip()
-        if role == ASSISTANT:
-            place = spans[number][1] if number in spans else place
-            continue
-        is_anywhere = frame is None and role == SYSTEM  # some put it into a later turn
-        end = _end_of(content, text, *((0, len(text)) if is_anywhere else (place, limit)))
-        if end is None:
-            raise _not_shown(f"{where}, message {number + 1}", role, code="data.template_changes_texts")
-        place = place if is_anywhere else end
-
-
-def _end_of(content: str, text: str, place: int, limit: int) -> int | None:
-    """Where a content ends in `text[place:limit]`, as it is or in JSON, as some templates write a tool's."""
-    found = text.find(content, place, limit)
-    if found < 0:
-        content = json.dumps(content, ensure_ascii=False)[1:-1]
-        found = text.find(content, place, limit)
-    return found + len(content) if found >= 0 else None
-
-
-def _not_shown(place: str, role: str, *, code: str = "data.template_drops_text") -> DataError:
-    if code == "data.template_drops_text":
-        return DataError(
-            f"{place}: the chat template leaves out the text of the {role}. Give --chat_template one that has a place for it, "
-            "or take it out of the data.",
-            code=code,
-        )
-    return DataError(
-        f"{place}: the chat template leaves out, cuts or changes the text of the {role}, so the answers would be trained on "
-        "without it. Give --chat_template one that writes message['content'] as it is.",
-        code=code,
-    )
 
 
 def _length_of_body(text: str, start: int, answer: str, after: str, *, is_last: bool) -> int | None:

@@ -152,6 +152,14 @@ def _history(sample: Mapping[str, Any], where: str) -> list:
             f"{where}: `history` must be a list of pairs of a question and an answer; got {on_one_line(pairs)}.",
             code="data.bad_history",
         )
+    for number, pair in enumerate(pairs, start=1):
+        for text, which in zip(pair, ("first text, the question,", "second text, the answer,"), strict=True):
+            if not isinstance(text, str):
+                found = "is missing (null)" if text is None else f"must be a text; got {on_one_line(text)}"
+                raise DataError(
+                    f'{where}, pair {number} of `history`: its {which} {found}. Write a text, "" for none, or remove the pair.',
+                    code="data.bad_history",
+                )
     return pairs
 
 
@@ -173,6 +181,13 @@ def _prompt_completion(sample: Mapping[str, Any], where: str) -> Found:
         )
         turns = [*(replace(turn, trained=False) for turn in asked), *answered]
         return _conversation(turns, where, unread=tuple(dict.fromkeys((*notes, *others))))
+    lists = [key for key in ("prompt", "completion") if isinstance(sample[key], list | Mapping)]
+    if lists and isinstance(sample["completion" if lists == ["prompt"] else "prompt"], str):
+        raise DataError(
+            f"{where}: `{lists[0]}` holds messages, and the other of `prompt` and `completion` is a text. Make both lists of "
+            'messages, [{"role": ..., "content": ...}], or both texts.',
+            code="data.prompt_and_completion_differ",
+        )
     texts = (_text(prompt, "prompt", where), _text(completion, "completion", where))
     return Found(sample=Passage(prompt=texts[0], completion=texts[1], where=where))
 

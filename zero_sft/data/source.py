@@ -15,6 +15,8 @@ from zero_sft.errors import DataError
 Data = Files | HubDataset
 
 _LEAST_SHARE = 1e-6
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_ADDRESS_OF_HUB = re.compile(r"(hf://|https?://(www\.)?(huggingface\.co|hf\.co)/)datasets/(?P<id>[\w.-]+/[\w.-]+?)([@/?#:].*)?")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>\w[\w.-]*)(?=:))?(:(?P<split>\w[\w.-]*))?")
 
 
@@ -30,7 +32,8 @@ def parse_sources(text: str) -> list[Source]:
     """The sources that `--data_path` names. An existing path is one source, whatever characters it has.
 
     Raises:
-        DataError: an empty part, a weight that is no number above 0, or weights for some of the sources only.
+        DataError: an empty part, an address such as https://..., a weight that is no number above 0, or weights for some of the
+            sources only.
     """
     if not text.strip():
         raise DataError(
@@ -61,6 +64,8 @@ def _exists(text: str) -> bool:
 
 def _source(part: str, text: str) -> Source:
     name, colon, weight = part.rpartition(":")
+    if _ADDRESS.match(part) and not _exists(part):
+        raise _address(part)
     if not part:
         raise DataError(f"{text!r} names an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path")
     if not colon or _exists(part):
@@ -75,6 +80,21 @@ def _source(part: str, text: str) -> Source:
             code="data.bad_weight",
         )
     return Source(data=_data(name), weight=share)
+
+
+def _address(part: str) -> DataError:
+    """The error of `https://...` and its like."""
+    hub, is_file = _ADDRESS_OF_HUB.fullmatch(part), part.lower().startswith("file://")
+    remedy = "Download it, and name the file or folder."
+    if hub is not None:
+        remedy = f"Write {hub['id']}, or {hub['id']}:split, or download it and name the file or folder."
+    elif is_file:
+        remedy = f"Write {part[len('file://') :]}."
+    return DataError(
+        f"{part}: an address is not read. Expected a file, a folder (folder:split), or a dataset of the hub (org/name:split). "
+        f"{remedy}",
+        code="data.address_not_read",
+    )
 
 
 def _data(name: str) -> Data:

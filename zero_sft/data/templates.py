@@ -29,9 +29,12 @@ def render(sample: Sample, template: Template, tokenizer: Any) -> Rendered:
 
 def _passage(sample: Passage, tokenizer: Any) -> Rendered:
     text, end, begin = sample.prompt + sample.completion, tokenizer.eos_token, tokenizer.bos_token
-    if end and not text.endswith(end):
+    if end and not text.endswith(end) and not text.rstrip().endswith(end):
         text += end
-    spans = ((len(sample.prompt), len(text)),) if sample.completion else ()
+    stop = len(text)
+    if end and not text.endswith(end):  # white space follows it, which the model never writes
+        stop = len(text.rstrip())
+    spans = ((len(sample.prompt), stop),) if sample.completion and stop > len(sample.prompt) else ()
     has_begin = bool(begin) and text.startswith(begin)
     return Rendered(text=text, spans=spans, where=sample.where, adds_special_tokens=not has_begin)
 
