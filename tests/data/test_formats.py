@@ -369,37 +369,34 @@ def test_one_line_that_is_not_utf8(tmp_path):
         ("hf://datasets/org/name@main/data/train.jsonl", "Write org/name, or"),
         ("hf://datasets/org/name:0.5", "Write org/name, or"),
         ("https://huggingface.co/datasets/org/name/tree/main", "Write org/name, or"),
-        ("file:///data/a.jsonl", r"Write /data/a\.jsonl\."),
-        ("FILE:///data/a.jsonl", r"Write /data/a\.jsonl\."),
+        ("file:///data/a.jsonl", "Write /data/a.jsonl."),
+        ("FILE:///data/a.jsonl", "Write /data/a.jsonl."),
     ],
 )
 def test_an_address_is_refused_with_what_is_read(text, shown):
-    with pytest.raises(DataError, match=rf"://.*: an address is not read\. Expected a file, a folder .*{shown}") as caught:
+    with raises("data.address_not_read", "://", shown):
         parse_sources(text)
-    assert caught.value.code == "data.address_not_read"
 
 
 @pytest.mark.parametrize(
     ("history", "shown"),
     [
-        ([["q1", "a1"], ["q2", None]], r"pair 2 of `history`: its second text, the answer, is missing \(null\)"),
-        ([[None, "a1"]], r"pair 1 of `history`: its first text, the question, is missing \(null\)"),
-        ([["q1", 5]], "pair 1 of `history`: its second text, the answer, must be a text; got 5"),
+        ([["q1", "a1"], ["q2", None]], ("pair 2 of `history`", "second text, the answer", "null")),
+        ([[None, "a1"]], ("pair 1 of `history`", "first text, the question", "null")),
+        ([["q1", 5]], ("pair 1 of `history`", "second text, the answer", "5")),
     ],
 )
 def test_a_missing_text_of_a_history_is_named(tmp_path, history, shown):
-    with pytest.raises(DataError, match=f"{shown}.*remove the pair") as caught:
+    with raises("data.bad_history", *shown):
         only_sample(tmp_path, {"instruction": "i", "output": "o", "history": history})
-    assert caught.value.code == "data.bad_history"
     only_sample(tmp_path, {"instruction": "i", "output": "o", "history": [["q", ""]]})
 
 
 @pytest.mark.parametrize("key", ["prompt", "completion"])
 @pytest.mark.parametrize("messages", [[{"role": "user", "content": "q"}], {"role": "assistant", "content": "a"}])
 def test_messages_and_a_text_do_not_go_together(tmp_path, key, messages):
-    with pytest.raises(DataError, match=f"`{key}` holds messages.* Make both lists of messages, .* or both texts") as caught:
+    with raises("data.prompt_and_completion_differ", f"`{key}`"):
         only_sample(tmp_path, {"prompt": "q", "completion": "a", key: messages})
-    assert caught.value.code == "data.prompt_and_completion_differ"
 
 
 @pytest.mark.parametrize("text", ["abc", "abc</s>", "abc</s>\n", "abc</s> \n\n", "abc \n"])

@@ -82,9 +82,8 @@ LEFT_OUT = (  # marks of other tools, and values that take a sample out of the l
 @pytest.mark.parametrize("layout", [TURNS, {"conversations": SHAREGPT}, ALPACA, PAIR, {"text": "Hi"}], ids="+".join)
 def test_a_mark_is_known_by_its_words(tmp_path, key, values, layout):
     for value in values:
-        with pytest.raises(DataError, match=rf"sample 1: `{key}`") as caught:
+        with raises("data.key_of_another_format", "sample 1", f"`{key}`"):
             reading_of(tmp_path, {**layout, key: value})
-        assert caught.value.code == "data.key_of_another_format"
 
 
 @pytest.mark.parametrize(
@@ -124,15 +123,14 @@ TEXTS_LEFT_OUT = (
 @pytest.mark.parametrize(("key", "value"), [(key, value) for keys, value in TEXTS_LEFT_OUT for key in keys.split()])
 @pytest.mark.parametrize("layout", [TURNS, {"conversations": SHAREGPT}, ALPACA, PAIR], ids="+".join)
 def test_a_text_that_is_left_out_is_known_by_its_words(tmp_path, key, value, layout):
-    with pytest.raises(DataError, match=rf"sample 1: `{key}`") as caught:
+    with raises("data.key_of_another_format", "sample 1", f"`{key}`"):
         reading_of(tmp_path, {**layout, key: value})
-    assert caught.value.code == "data.key_of_another_format"
     for nothing in (None, "", [], {}, [{"a": None}]):
         assert len(reading_of(tmp_path, {**layout, key: nothing}).samples) == 1
 
 
 def test_a_suffix_is_a_text_of_a_prompt_and_completion(tmp_path):
-    with pytest.raises(DataError, match="`suffix`"):
+    with raises("data.key_of_another_format", "`suffix`"):
         reading_of(tmp_path, {**PAIR, "suffix": "end"})
     assert reading_of(tmp_path, {**PAIR, "suffix": ""}).samples
     assert reading_of(tmp_path, {**TURNS, "suffix": "end"}).unread == {"suffix": 1}
@@ -204,7 +202,7 @@ def test_the_format_that_is_asked_for_settles_other_texts(tmp_path, key):
     ids=lambda value: "+".join(value),
 )
 def test_two_formats_in_a_sample_are_both_named(tmp_path, sample, names):
-    with pytest.raises(DataError, match=rf"the keys of 2 formats, .* of {names[0]} and .* of {names[1]}\. Say which"):
+    with raises("data.several_formats", *names):
         reading_of(tmp_path, sample)
     for name in names:
         assert reading_of(tmp_path, sample, data_format=name).unread
@@ -288,7 +286,7 @@ def test_a_question_that_is_to_be_trained_on_is_refused(tmp_path, mark):
     ],
 )
 def test_content_that_is_not_a_text_comes_with_a_remedy(tmp_path, content, remedy):
-    with pytest.raises(DataError, match=f"sample 1, turn 1: .*{remedy}"):
+    with raises("data.bad_turn", "sample 1, turn 1", remedy):
         reading_of(tmp_path, {"messages": [{"role": "user", "content": content}, MESSAGES[1]]})
 
 

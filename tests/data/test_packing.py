@@ -12,7 +12,6 @@ from tests.errors import raises
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
 from zero_sft.data.packing import ISOLATING, choose_packing, pack, packed_line, position_ids
-from zero_sft.errors import ArgumentError
 
 NAMED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "mixtral", "gpt_neox", "phi", "phi3", "gpt2")
 LEAKY = ("opt", "bloom", "falcon", "mamba")
@@ -34,9 +33,7 @@ def test_an_attention_that_gets_no_position_ids_is_not_packed_for(model_type):
     assert isolation.verdict(model_type, ["flash_attention_2"]).startswith("flash_attention_2: ")
     for attention in ("flash_attention_2", "flash_attention_3"):
         assert not choose_packing(None, config, attention=attention, lazy=False).on
-    with pytest.raises(
-        ArgumentError, match=f"attention flash_attention_2 is not known to keep packed samples of a {model_type}"
-    ):
+    with raises("data.packing_impossible", "flash_attention_2", model_type):
         choose_packing(True, config, attention="flash_attention_2", lazy=False)
 
 
@@ -44,7 +41,7 @@ def test_an_attention_that_gets_no_position_ids_is_not_packed_for(model_type):
 def test_what_leaks_is_not_packed(model_type):
     config = architectures.tiny_config(model_type)
     assert not choose_packing(None, config, attention=None, lazy=False).on
-    with pytest.raises(ArgumentError, match=f"--packing True: models of type {model_type} are not known"):
+    with raises("data.packing_impossible", model_type):
         choose_packing(True, config, attention=None, lazy=False)
 
 
