@@ -1,4 +1,4 @@
-"""Every error of the package with its sentence, read from the source: `python -m tests.messages` writes `sentences.txt` anew.
+"""Every error of the package with its sentence, read from the source: `python -m tests.messages` writes `sentences.txt`.
 
 The other tests match an error by its code and by the values in it, so that a sentence can be put better in one place: the
 source, and this list of it, which shows all sentences of a change side by side.

@@ -52,6 +52,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     from zero_sft.saving.former_run import require_no_former_run
     from zero_sft.saving.rehearsal import rehearse_writing
     from zero_sft.saving.resume import agree_on_checkpoint
+    from zero_sft.skeleton import attention_of
     from zero_sft.tokenizer import load_tokenizer
 
     training = parsed.training
@@ -87,7 +88,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         if world.is_main and checkpoint is not None:
             require_same_run(checkpoint.folder, record)
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
-    attention = parsed.model.attn_implementation or getattr(config, "_attn_implementation", None)
+    attention = attention_of(config, parsed.model.attn_implementation)
     packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
     held_out = parsed.data.eval_data_path
     with agreed(world, "checking the prompts"):
@@ -103,9 +104,9 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
-    lengths = train.dataset["length"] if "length" in train.dataset.column_names else ()
+    tokens = sum(report.tokens or 0 for report in (train.unpacked or train).reports)
     steps = count_steps(len(train.dataset), arguments, world.world_size)
-    record = replace(record, rows=len(train.dataset), tokens=int(sum(lengths)), max_steps=steps)
+    record = replace(record, rows=len(train.dataset), tokens=tokens, max_steps=steps)
     if world.is_main and checkpoint is not None:
         warn_of_other_data(checkpoint.folder, record)
     with agreed(world, "counting the steps"):

@@ -29,7 +29,7 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
     """
     from zero_sft.hub import HubOptions, local_folder
     from zero_sft.pretrained import require_engine_dtype, wanted_dtype
-    from zero_sft.skeleton import require_attention, resolve_class
+    from zero_sft.skeleton import attention_of, require_attention, resolve_class
 
     options = HubOptions.from_kwargs(hub)
     ds_config = arguments.hf_deepspeed_config.config
@@ -37,10 +37,10 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
         wanted = wanted_dtype(parsed.model.dtype, config)
         dtype = engine_dtype(ds_config, wanted)
         require_engine_dtype(parsed.model.dtype, wanted, dtype)
-        attention = parsed.model.attn_implementation or getattr(config, "_attn_implementation", None)
+        attention = attention_of(config, parsed.model.attn_implementation)
         if attention and "flash" in attention and dtype == "float32":
             raise ArgumentError(
-                f"--attn_implementation {attention} computes in 16 bits alone, and this run trains in float32. "
+                f"the attention {attention} computes only in 16 bits, and this run trains in float32. "
                 "Give --bf16 True, or --attn_implementation sdpa.",
                 code="arguments.attention_needs_16_bits",
             )

@@ -63,6 +63,11 @@ def resolve_class(
     return (found, config.get_text_config()) if text and getattr(found, "config_class", None) == text else (found, config)
 
 
+def attention_of(config: PreTrainedConfig, asked: str | None) -> str | None:
+    """The attention that is `asked` for, else the one that config.json names; None leaves the choice to transformers."""
+    return asked or getattr(config, "_attn_implementation", None)
+
+
 def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name: str) -> None:
     """Raise `ArgumentError` unless the class can use this attention here. Any rank by itself.
 
@@ -146,7 +151,7 @@ def construct(request: Request, *around: Any) -> PreTrainedModel:
     """The model, constructed as plain `from_pretrained` does, inside the contexts `around`. Any rank by itself."""
     cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
     config = unquantised(copy.deepcopy(config))
-    attention = request.attn_implementation or getattr(config, "_attn_implementation", None)
+    attention = attention_of(config, request.attn_implementation)
     if attention:
         require_attention(cls, config, attention)
         config._attn_implementation = attention

@@ -9,6 +9,7 @@ Left out: whether an optimizer can train under ZeRO-3 (`names.REFUSED_OPTIMIZERS
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -161,45 +162,25 @@ def _best_model_problems(arguments: Any) -> list[ArgumentError]:
     return problems
 
 
+_BOUNDS = {
+    "seed": (0, 2**32, "at least 0 and below 2**32"),
+    "data_seed": (0, 2**32, "at least 0 and below 2**32"),
+    "weight_decay": (0, math.inf, "at least 0"),
+    "label_smoothing_factor": (0, 1, "at least 0 and below 1"),
+    "max_grad_norm": (0, math.inf, "at least 0, which means no clipping"),
+    "neftune_noise_alpha": (0, math.inf, "at least 0"),
+    "pad_to_multiple_of": (1, math.inf, "at least 1"),
+}
+"""Numbers that the Trainer does not check: the least, the first that is too large, and both in words."""
+
+
 def _number_problems(arguments: Any) -> list[ArgumentError]:
-    problems = []
-    for name in ("seed", "data_seed"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 <= value < 2**32:
-            problems.append(
-                ArgumentError(f"--{name} must be at least 0 and below 2**32; got {value}", code="arguments.out_of_range")
-            )
-    if arguments.weight_decay < 0:
-        problems.append(
-            ArgumentError(f"--weight_decay must be at least 0; got {arguments.weight_decay}", code="arguments.out_of_range")
-        )
-    if not 0 <= arguments.label_smoothing_factor < 1:
-        problems.append(
-            ArgumentError(
-                f"--label_smoothing_factor must be at least 0 and below 1; got {arguments.label_smoothing_factor}",
-                code="arguments.out_of_range",
-            )
-        )
-    if arguments.max_grad_norm is not None and arguments.max_grad_norm < 0:
-        problems.append(
-            ArgumentError(
-                f"--max_grad_norm must be at least 0, which means no clipping; got {arguments.max_grad_norm}",
-                code="arguments.out_of_range",
-            )
-        )
-    if arguments.neftune_noise_alpha is not None and arguments.neftune_noise_alpha < 0:
-        problems.append(
-            ArgumentError(
-                f"--neftune_noise_alpha must be at least 0; got {arguments.neftune_noise_alpha}", code="arguments.out_of_range"
-            )
-        )
-    if arguments.pad_to_multiple_of is not None and arguments.pad_to_multiple_of < 1:
-        problems.append(
-            ArgumentError(
-                f"--pad_to_multiple_of must be at least 1; got {arguments.pad_to_multiple_of}", code="arguments.out_of_range"
-            )
-        )
-    return problems
+    values = {name: getattr(arguments, name) for name in _BOUNDS}
+    return [
+        ArgumentError(f"--{name} must be {_BOUNDS[name][2]}; got {value}", code="arguments.out_of_range")
+        for name, value in values.items()
+        if value is not None and (value < _BOUNDS[name][0] or value >= _BOUNDS[name][1])
+    ]
 
 
 def _tried(make: Callable[[], Any], what: str) -> tuple[Any, list[ArgumentError]]:

@@ -188,7 +188,59 @@ def _secret(given: Given, value: str) -> str:
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
-    """What is wrong with values that are each right by themselves."""
+    """List what is wrong with values that are each right by themselves."""
+    evaluates = values.get("eval_strategy", "no") != "no"
+    optim = values.get("optim", "")
+    found = (
+        (
+            values.get("bf16") and values.get("fp16"),
+            ArgumentError("--bf16 True and --fp16 True exclude each other: give one", code="arguments.contradiction"),
+        ),
+        (
+            values.get("label_smoothing_factor") and evaluates,
+            ArgumentError(
+                "--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out",
+                code="arguments.contradiction",
+            ),
+        ),
+        (
+            values.get("save_only_model") and values.get("load_best_model_at_end"),
+            ArgumentError(
+                "--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out",
+                code="arguments.needs_whole_checkpoints",
+            ),
+        ),
+        (
+            values.get("save_strategy") == "best" and not values.get("metric_for_best_model"),
+            ArgumentError(
+                "--save_strategy best needs a measure: give --metric_for_best_model loss", code="arguments.needs_metric"
+            ),
+        ),
+        (
+            optim in REFUSED_OPTIMIZERS,
+            ArgumentError(
+                f"--optim {optim} can't be used: {REFUSED_OPTIMIZERS.get(optim)}; see adamw_torch",
+                code="arguments.optimizer_refused",
+            ),
+        ),
+        (
+            not values.get("deepspeed", "zero3"),
+            ArgumentError(
+                "--deepspeed is empty: this job shards the model with DeepSpeed ZeRO-3; give zero3 or a file",
+                code="arguments.deepspeed_empty",
+            ),
+        ),
+    )
+    problems = [*_out_of_range(values), *_without_evaluation_data(values, evaluates=evaluates)]
+    problems += [error for is_wrong, error in found if is_wrong]
+    problems += _precision_of_evaluation(values)
+    accelerator = values.get("accelerator_config")
+    refused = refused_accelerator_key(accelerator) if isinstance(accelerator, Mapping) else None
+    return [*problems, ArgumentError(refused, code="arguments.accelerator_key")] if refused else problems
+
+
+def _out_of_range(values: Mapping[str, Any]) -> list[ArgumentError]:
+    """List numbers that no run can have, and names that are empty."""
     counts = {name: values[name] for name in _POSITIVE if values.get(name) is not None}
     problems = [
         ArgumentError(f"--{name} must be more than 0 and below 2**31; got {value}", code="arguments.out_of_range")
@@ -202,63 +254,25 @@ def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
                 code="arguments.out_of_range",
             )
         )
-    if values.get("eval_data_path") is None:
-        wanted = [f"--{name} {values[name]}" for name in _NEED_EVALUATION_DATA if values.get(name)]
-        if values.get("eval_strategy", "no") != "no":
-            wanted.append(f"--eval_strategy {values['eval_strategy']}")
-        problems += [
-            ArgumentError(
-                f"{each} needs conversations to evaluate on: give --eval_data_path", code="arguments.needs_evaluation_data"
-            )
-            for each in wanted
-        ]
-    if values.get("bf16") and values.get("fp16"):
-        problems.append(
-            ArgumentError("--bf16 True and --fp16 True exclude each other: give one", code="arguments.contradiction")
-        )
-    if values.get("label_smoothing_factor") and values.get("eval_strategy", "no") != "no":
-        problems.append(
-            ArgumentError(
-                "--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out",
-                code="arguments.contradiction",
-            )
-        )
-    problems += _precision_of_evaluation(values)
-    if values.get("save_only_model") and values.get("load_best_model_at_end"):
-        problems.append(
-            ArgumentError(
-                "--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out",
-                code="arguments.needs_whole_checkpoints",
-            )
-        )
-    if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
-        problems.append(
-            ArgumentError(
-                "--save_strategy best needs a measure: give --metric_for_best_model loss", code="arguments.needs_metric"
-            )
-        )
-    if values.get("optim") in REFUSED_OPTIMIZERS:
-        problems.append(
-            ArgumentError(
-                f"--optim {values['optim']} can't be used: {REFUSED_OPTIMIZERS[values['optim']]}; see adamw_torch",
-                code="arguments.optimizer_refused",
-            )
-        )
-    if not values.get("deepspeed", "zero3"):
-        problems.append(
-            ArgumentError(
-                "--deepspeed is empty: this job shards the model with DeepSpeed ZeRO-3; give zero3 or a file",
-                code="arguments.deepspeed_empty",
-            )
-        )
-    problems += [
+    return problems + [
         ArgumentError(f"--{name} is empty: is a variable not set?", code="arguments.empty")
         for name in _NEVER_EMPTY
         if values.get(name) == ""
     ]
-    accelerator = values.get("accelerator_config")
-    refused = refused_accelerator_key(accelerator) if isinstance(accelerator, Mapping) else None
-    return [*problems, ArgumentError(refused, code="arguments.accelerator_key")] if refused else problems
+
+
+def _without_evaluation_data(values: Mapping[str, Any], *, evaluates: bool) -> list[ArgumentError]:
+    """List the arguments that ask for an evaluation when there is no data for one."""
+    if values.get("eval_data_path") is not None:
+        return []
+    wanted = [f"--{name} {values[name]}" for name in _NEED_EVALUATION_DATA if values.get(name)]
+    wanted += [f"--eval_strategy {values['eval_strategy']}"] if evaluates else []
+    return [
+        ArgumentError(
+            f"{argument} needs conversations to evaluate on: give --eval_data_path", code="arguments.needs_evaluation_data"
+        )
+        for argument in wanted
+    ]
 
 
 def _precision_of_evaluation(values: Mapping[str, Any]) -> list[ArgumentError]:

@@ -120,7 +120,7 @@ def _meaning_of_words(words: list[str]) -> str | None:
 
 
 def asks_for_nothing(value: Any) -> bool:
-    """Whether a value says no more than a key that is not there: null, empty, or only of such values."""
+    """True if a value says no more than an absent key does: it is null, empty, or holds only such values."""
     if isinstance(value, str):
         return value.strip().lower() in _NOTHING_IN_WORDS
     if isinstance(value, Mapping):
@@ -135,7 +135,7 @@ def as_flag(value: Any) -> bool | None:
 
 
 def asks_for_the_usual(key: str, value: Any) -> bool:
-    """Whether a mark surely says that the answers are trained on, and nothing else is.
+    """True if a mark certainly says that the answers, and nothing else, are trained on.
 
     Only where every word of its name is known: `train_on_last` is not. 1 in a mask may mean that a text is trained on, or that
     it is not; so may `loss_mask`.

@@ -1,4 +1,6 @@
-"""Whether a chat template shows every text that is no answer, as it is: what was asked must be there when the answer is learnt.
+"""Check that a chat template shows every text other than the answers unchanged.
+
+An answer must not be learnt without its question.
 
 `shown` are the numbers of the messages in the order in which the template shows them, found out with stand-ins; None: the
 template can't render stand-ins. Pure.
@@ -18,7 +20,11 @@ def require_places(shown: Sequence[int] | None, messages: Sequence[Mapping[str, 
     places = frozenset(shown)
     for number, each in enumerate(messages):
         if each["content"].strip() and each["role"] != ASSISTANT and number not in places:
-            raise _not_shown(f"{where}, message {number + 1}", each["role"])
+            raise DataError(
+                f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
+                "--chat_template one that has a place for it, or take it out of the data.",
+                code="data.template_drops_text",
+            )
 
 
 def require_all_shown(
@@ -47,7 +53,11 @@ def require_all_shown(
         is_anywhere = shown is None and role == SYSTEM  # some put it into a later turn
         end = _end_of(content, text, *((0, len(text)) if is_anywhere else (place, limit)))
         if end is None:
-            raise _not_shown(f"{where}, message {number + 1}", role, code="data.template_changes_texts")
+            raise DataError(
+                f"{where}, message {number + 1}: the chat template leaves out, cuts or changes the text of the {role}, so the "
+                "answers would be trained on without it. Give --chat_template one that writes message['content'] as it is.",
+                code="data.template_changes_texts",
+            )
         place = place if is_anywhere else end
 
 
@@ -58,17 +68,3 @@ def _end_of(content: str, text: str, place: int, limit: int) -> int | None:
         content = json.dumps(content, ensure_ascii=False)[1:-1]
         found = text.find(content, place, limit)
     return found + len(content) if found >= 0 else None
-
-
-def _not_shown(place: str, role: str, *, code: str = "data.template_drops_text") -> DataError:
-    if code == "data.template_drops_text":
-        return DataError(
-            f"{place}: the chat template leaves out the text of the {role}. Give --chat_template one that has a place for it, "
-            "or take it out of the data.",
-            code=code,
-        )
-    return DataError(
-        f"{place}: the chat template leaves out, cuts or changes the text of the {role}, so the answers would be trained on "
-        "without it. Give --chat_template one that writes message['content'] as it is.",
-        code=code,
-    )

@@ -1,5 +1,5 @@
-"""Which files of a folder are for training, where it has several splits, as datasets of the hub are laid out. Pure, but for a
-README.
+"""The files of a folder that are for training, where it has several splits, as datasets of the hub are laid out. Pure, except
+for reading a README.
 
 Where a README declares files, these are the dataset (`declared`). Else `data/train-00000-of-00002.parquet` names its split, as
 do `train.jsonl`, `my_test.json`, and folders `train/` and `test/`: the rules are those of the library `datasets`. What is held

@@ -1,8 +1,8 @@
-"""What a checkpoint says of the run that wrote it, so that a run that can't go on from it is told at the start.
+"""A record of the run in each of its checkpoints, so that a run that can't resume from one says so at its start.
 
-DeepSpeed and the Trainer compare nothing: another model, another optimizer or another schedule ends in a traceback after the
-weights were read, or goes on with a learning rate of 0; other data goes on silently, with its first batches skipped.
-Left out: shapes that no size of the config tells; DeepSpeed finds those itself.
+DeepSpeed and the Trainer compare nothing. Another model, optimizer or schedule ends in a traceback after the weights were read,
+or trains with a learning rate of 0. With other data the run continues silently, and its first batches are skipped.
+Left out: shapes that no size in the config determines; DeepSpeed finds those itself.
 """
 
 import json
@@ -24,12 +24,12 @@ _SIZES = (
 )  # fmt: skip
 _SETTINGS = ("model_max_length", "seed", "data_seed", "weight_decay")
 _OWN_STATE = frozenset({"reduce_lr_on_plateau", "greedy"})
-"""Schedules whose state is not that of the others, a count of steps."""
+"""Schedules whose state is more than a count of steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """A run as far as its checkpoints depend on it. `sizes`: of the text model's config, by name.
+    """The settings of a run that its checkpoints depend on. `sizes`: from the text model's config, by name.
 
     `optimizer` and `schedule` are names; `from_ds_config` tells whether DeepSpeed makes the schedule, by its config's section.
     `settings`: arguments that decide what a step is, by name; `samples_a_step`: on all ranks.
@@ -87,7 +87,7 @@ def read_record(folder: Path) -> RunRecord | None:
 
 
 def require_same_run(folder: Path, now: RunRecord) -> None:
-    """Raise where a run can't go on from the checkpoint in `folder`. Rank 0.
+    """Raise if a run can't resume from the checkpoint in `folder`; warn about settings that differ. Rank 0.
 
     Raises:
         ArgumentError: another model, optimizer, or kind of schedule than the checkpoint's.
@@ -117,11 +117,11 @@ def require_same_run(folder: Path, now: RunRecord) -> None:
             code="resume.other_schedule",
         )
     for change in _changes(then, now):
-        logger.warning("this run goes on otherwise than its checkpoint: %s", change)
+        logger.warning("this run differs from its checkpoint: %s", change)
 
 
 def _changes(then: RunRecord, now: RunRecord) -> list[str]:
-    """What a person may have changed without knowing what becomes of it, a sentence each."""
+    """List the changed settings that may not do what a user expects, one sentence each."""
     changes = []
     if then.schedule != now.schedule:
         changes.append(f"its learning-rate schedule was {then.schedule}, and is {now.schedule} from here on")
@@ -132,8 +132,8 @@ def _changes(then: RunRecord, now: RunRecord) -> list[str]:
         )
     if then.samples_a_step and then.samples_a_step != now.samples_a_step:
         changes.append(
-            f"a step had {then.samples_a_step:,} samples, and has {now.samples_a_step:,} from here on, so that some are "
-            "trained on twice or not at all in this epoch"
+            f"a step had {then.samples_a_step:,} samples, and has {now.samples_a_step:,} from here on, so that some "
+            "samples of this epoch are trained on twice or never"
         )
     return changes + [
         f"--{name} was {then.settings[name]}, and is {value} from here on"
@@ -143,7 +143,7 @@ def _changes(then: RunRecord, now: RunRecord) -> list[str]:
 
 
 def warn_of_other_data(folder: Path, now: RunRecord) -> None:
-    """Warn where the rows to train on, or the number of steps, are not those of the checkpoint. Rank 0."""
+    """Warn if the training data or the number of steps differs from the checkpoint's. Rank 0."""
     then = read_record(folder)
     if then is None:
         return

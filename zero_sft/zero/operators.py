@@ -139,9 +139,9 @@ def _load(builder: Any, original: Callable[..., Any], verbose: bool) -> Any:
     """DeepSpeed's `jit_load` of one operator: imported if it is there, else compiled."""
     folder = operators_folder() / f"{builder.name}-{_sources_digest(builder)}"
     if not folder.is_dir():
-        logger.info("compiling DeepSpeed's operator %s, once for this environment: a minute or more", builder.name)
         with _only_one(folder.with_suffix(".flock"), builder.name):
             if not folder.is_dir():
+                logger.info("compiling DeepSpeed's operator %s, once for this environment: a minute or more", builder.name)
                 return _compile(builder, original, verbose, folder)
     return _imported(builder.name, folder)
 
