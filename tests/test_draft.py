@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from tests import architectures, models
-from zero_sft.draft import left_out_parts
+from zero_sft.loading.match import left_out_parts
 
 
 def test_parts_by_their_names():

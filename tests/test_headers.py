@@ -56,7 +56,7 @@ def test_each_header_is_read_once(many):
 def test_the_index_is_the_one_read_alone(many):
     from zero_sft import distributed
     from zero_sft.checkpoint.index import assemble, locate, open_index
-    from zero_sft.headers import read_headers_together
+    from zero_sft.loading.headers import read_headers_together
     from zero_sft.storage import torch_zip
     from zero_sft.world import World
 

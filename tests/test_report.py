@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from zero_sft.report import LoadReport
+from zero_sft.loading.report import LoadReport
 
 GIB, MIB = 2**30, 2**20
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zero_sft.config import prepare_config
-    from zero_sft.pretrained import load_model, load_pretrained
+    from zero_sft.loading.api import load_model, load_pretrained
     from zero_sft.saving.export import save_pretrained
     from zero_sft.tokenizer import load_tokenizer
 
@@ -21,8 +21,8 @@ __version__ = "0.1.0"
 __all__ = ["load_model", "load_pretrained", "load_tokenizer", "prepare_config", "save_pretrained"]
 
 _HOMES = {
-    "load_model": "zero_sft.pretrained",
-    "load_pretrained": "zero_sft.pretrained",
+    "load_model": "zero_sft.loading.api",
+    "load_pretrained": "zero_sft.loading.api",
     "load_tokenizer": "zero_sft.tokenizer",
     "prepare_config": "zero_sft.config",
     "save_pretrained": "zero_sft.saving.export",

@@ -10,10 +10,11 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from zero_sft import distributed, hub
+from zero_sft import distributed
 from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
 from zero_sft.errors import ConfigError
-from zero_sft.hub import HubOptions
+from zero_sft.hub import source as hub
+from zero_sft.hub.source import HubOptions
 from zero_sft.rope import context_tokens, positions, text_config, with_context
 from zero_sft.world import World
 

@@ -39,8 +39,8 @@ def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: 
 
 
 def _sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
-    from zero_sft.pretrained import wanted_dtype
-    from zero_sft.request import Checks, Request
+    from zero_sft.loading.api import wanted_dtype
+    from zero_sft.loading.request import Checks, Request
     from zero_sft.saving import room
 
     ds, name = arguments.hf_deepspeed_config.config, parsed.model.model_name_or_path

@@ -7,7 +7,7 @@ from zero_sft.arguments import Parsed
 from zero_sft.data.templates import choose_template
 from zero_sft.distributed import agreed
 from zero_sft.generation_config import eos_token_ids, inconsistent, read_generation_config, stop_at, turn_ends
-from zero_sft.hub import CONFIG, HubOptions, resolve_folder
+from zero_sft.hub.source import CONFIG, HubOptions, resolve_folder
 from zero_sft.saving.settings import rehearse_settings
 from zero_sft.world import World
 

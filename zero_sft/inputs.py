@@ -47,12 +47,12 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
     from zero_sft.config import prepare_config, text_config
     from zero_sft.export_rehearsal import rehearse_export
-    from zero_sft.hub import HubOptions, pin_revision
+    from zero_sft.hub.source import HubOptions, pin_revision
+    from zero_sft.loading.skeleton import attention_of
     from zero_sft.samples import read_prompts, require_answerable
     from zero_sft.saving.former_run import require_no_former_run
     from zero_sft.saving.rehearsal import rehearse_writing
     from zero_sft.saving.resume import agree_on_checkpoint
-    from zero_sft.skeleton import attention_of
     from zero_sft.tokenizer import load_tokenizer
 
     training = parsed.training

@@ -27,9 +27,9 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
     Raises:
         ZeroSftError: the same on every rank.
     """
-    from zero_sft.hub import HubOptions, local_folder
-    from zero_sft.pretrained import require_engine_dtype, wanted_dtype
-    from zero_sft.skeleton import attention_of, require_attention, resolve_class
+    from zero_sft.hub.source import HubOptions, local_folder
+    from zero_sft.loading.api import require_engine_dtype, wanted_dtype
+    from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
 
     options = HubOptions.from_kwargs(hub)
     ds_config = arguments.hf_deepspeed_config.config

@@ -112,7 +112,7 @@ def _load(parsed: Parsed, arguments: Any, inputs: "Inputs") -> Any:
     """The model, under the DeepSpeed config as the Trainer has completed it. Every rank; communicates."""
     from transformers import set_seed
 
-    from zero_sft.pretrained import load_model
+    from zero_sft.loading.api import load_model
 
     set_seed(arguments.seed)
     logger.info("loading the model")

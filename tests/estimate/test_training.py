@@ -12,7 +12,7 @@ from zero_sft.estimate.activations import LiveMemory, peak_bytes
 from zero_sft.estimate.run import Run, Trainer
 from zero_sft.estimate.subject import subject
 from zero_sft.estimate.training import Sizes, training_memory, zero_settings
-from zero_sft.hub import HubOptions
+from zero_sft.hub.source import HubOptions
 
 WIDTH = 768
 BUCKETS = {

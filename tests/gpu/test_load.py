@@ -43,7 +43,7 @@ def test_large_tensors_pass_through_the_ring(wide):
     """The bytes of a cast and of a plain copy, by one thread and by four; the host holds the ring alone."""
     from benchmarks import probes
     from zero_sft import load_model
-    from zero_sft.sharded import BUFFER_MIB_A_THREAD
+    from zero_sft.loading.sharded import BUFFER_MIB_A_THREAD
 
     cases, loaded = Cases(), {}
     for bf16 in (True, False):

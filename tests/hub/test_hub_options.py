@@ -3,7 +3,7 @@
 import pytest
 
 from tests.errors import raises
-from zero_sft.hub import HubOptions
+from zero_sft.hub.source import HubOptions
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "local_files_only"])

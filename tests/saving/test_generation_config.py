@@ -220,7 +220,8 @@ def test_what_can_not_be_saved_is_found_before_the_weights_are_read(tmp_path, fa
 
     from transformers import PreTrainedConfig
 
-    from zero_sft import pretrained, train
+    from zero_sft import train
+    from zero_sft.loading import api as pretrained
     from zero_sft.world import World
 
     file, content, message = FAULTS[fault]

@@ -278,7 +278,7 @@ def test_sizes_are_known_beforehand(folder, whole):
     """The export's up to some bytes of its header; a checkpoint's from below, and not far."""
     from transformers import AutoConfig
 
-    from zero_sft.request import Checks, Request
+    from zero_sft.loading.request import Checks, Request
     from zero_sft.saving.room import checkpoint_bytes, folder_bytes, sizes_of, state_bytes_of
 
     request = Request(

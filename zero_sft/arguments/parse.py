@@ -21,8 +21,8 @@ from zero_sft.arguments.names import (
     refused_accelerator_key,
 )
 from zero_sft.arguments.sources import COMMAND_LINE, Given, read_command_line, read_file
-from zero_sft.arguments.values import SECRETS, Spec, specs_of
 from zero_sft.errors import ArgumentError
+from zero_sft.options import SECRETS, Spec, specs_of
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zero_sft.arguments.values import FALSE_WORDS, TRUE_WORDS, Spec
 from zero_sft.errors import ArgumentError
+from zero_sft.options import FALSE_WORDS, TRUE_WORDS, Spec
 
 COMMAND_LINE = "the command line"
 FILE_SUFFIXES = (".yaml", ".yml", ".json")

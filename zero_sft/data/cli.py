@@ -111,7 +111,7 @@ def _hub(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:
-    from zero_sft.hub import HubOptions
+    from zero_sft.hub.source import HubOptions
     from zero_sft.tokenizer import Wanted
 
     wanted = Wanted(
@@ -133,7 +133,7 @@ def _wanted(options: argparse.Namespace) -> bool | None:
 def _config(options: argparse.Namespace) -> Any:
     """The language model's."""
     from zero_sft.config import prepare_config_in, text_config
-    from zero_sft.hub import HubOptions
+    from zero_sft.hub.source import HubOptions
 
     hub = HubOptions.from_kwargs(_hub(options))
     return text_config(prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None))

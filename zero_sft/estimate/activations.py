@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
-from zero_sft import skeleton
 from zero_sft.errors import ConfigError
-from zero_sft.request import Request
+from zero_sft.loading import skeleton
+from zero_sft.loading.request import Request
 
 
 class LiveMemory(TorchDispatchMode):

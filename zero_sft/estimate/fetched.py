@@ -8,7 +8,7 @@ from typing import Any
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE, of_variant, read_weight_map
 from zero_sft.errors import CheckpointError
-from zero_sft.hub import HubOptions, resolve_folder_alone
+from zero_sft.hub.source import HubOptions, resolve_folder_alone
 
 REQUESTS_AT_A_TIME = 8
 

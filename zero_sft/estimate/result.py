@@ -11,7 +11,7 @@ from zero_sft.estimate.loading import RankLoad, play, seconds
 from zero_sft.estimate.run import INTERPRETER_BYTES, RUNTIME_BYTES, Needs, Run, Trainer
 from zero_sft.estimate.storages import storage
 from zero_sft.estimate.subject import Subject, subject
-from zero_sft.hub import HubOptions
+from zero_sft.hub.source import HubOptions
 
 GIB = 2**30
 

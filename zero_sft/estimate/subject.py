@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from zero_sft import skeleton
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import open_index
 from zero_sft.checkpoint.layout import lay_out
@@ -25,9 +24,10 @@ from zero_sft.conversion.quantised import configured_blocks, quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.fetched import fetch_headers
 from zero_sft.estimate.storages import MODELS, shipped_models
-from zero_sft.hub import CONFIG, HubOptions, resolve_folder_alone
-from zero_sft.pretrained import wanted_dtype
-from zero_sft.request import Checks, Request
+from zero_sft.hub.source import CONFIG, HubOptions, resolve_folder_alone
+from zero_sft.loading import skeleton
+from zero_sft.loading.api import wanted_dtype
+from zero_sft.loading.request import Checks, Request
 from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from zero_sft import skeleton
 from zero_sft.errors import ExportError
+from zero_sft.loading import skeleton
 
 logger = logging.getLogger(__name__)
 

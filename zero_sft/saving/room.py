@@ -10,9 +10,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from zero_sft import skeleton
 from zero_sft.errors import ExportError
-from zero_sft.request import Request
+from zero_sft.loading import skeleton
+from zero_sft.loading.request import Request
 from zero_sft.saving.export import own_layout, published_layout
 from zero_sft.saving.folder import resolved
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zero_sft import distributed
 from zero_sft.errors import ArgumentError
-from zero_sft.hub import TOKENIZER, HubOptions, resolve_folder_alone
+from zero_sft.hub.source import TOKENIZER, HubOptions, resolve_folder_alone
 from zero_sft.tokenizer.fingerprints import fingerprint
 from zero_sft.tokenizer.packet import check_faithful, pack, rebuild
 from zero_sft.tokenizer.setup import set_up

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from zero_sft import progress, skeleton
+from zero_sft import progress
 from zero_sft.distributed import agreed
 from zero_sft.generation_config import read_generation_config
-from zero_sft.report import LoadReport
-from zero_sft.request import Request
+from zero_sft.loading import skeleton
+from zero_sft.loading.report import LoadReport
+from zero_sft.loading.request import Request
 from zero_sft.transformers_internals import zero3_config, zero3_under
 from zero_sft.world import World
 from zero_sft.zero import gather, shards

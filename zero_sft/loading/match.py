@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Mismatch, Resolution, Whole, resolve
 from zero_sft.errors import CheckpointError
-from zero_sft.skeleton import Skeleton
-from zero_sft.zero import missing
+from zero_sft.loading.skeleton import Skeleton
+from zero_sft.zero import init_weights as missing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

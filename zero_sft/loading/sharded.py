@@ -14,25 +14,27 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from zero_sft import distributed, progress, skeleton, transformers_internals
+from zero_sft import distributed, progress, transformers_internals
 from zero_sft.checkpoint.index import assemble, locate, read_headers
 from zero_sft.checkpoint.scaled import ScaledTensor
-from zero_sft.computed import compute, fill_computed
 from zero_sft.conversion.quantised import dequantise, quantizer_for
 from zero_sft.distributed import agreed
-from zero_sft.draft import Draft, left_out_parts, meet
 from zero_sft.errors import CheckpointError
-from zero_sft.headers import read_headers_together
+from zero_sft.loading import skeleton
+from zero_sft.loading.headers import read_headers_together
+from zero_sft.loading.match import Draft, left_out_parts, meet
+from zero_sft.loading.report import LoadReport
+from zero_sft.loading.request import Request
+from zero_sft.loading.untraceable import compute, fill_computed
+from zero_sft.loading.verify import Held, digest, verify
 from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Read, Target, plan_reads
-from zero_sft.report import LoadReport
-from zero_sft.request import Request
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.mapped import map_cached
-from zero_sft.verify import Held, digest, verify
 from zero_sft.world import World
-from zero_sft.zero import gather, internals, missing, shards
+from zero_sft.zero import gather, internals, shards
+from zero_sft.zero import init_weights as missing
 
 _SHOWN = {
     "skeleton": "building the model",

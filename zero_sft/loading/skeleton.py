@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from zero_sft.conversion.quantised import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
-from zero_sft.request import Request
+from zero_sft.loading.request import Request
 from zero_sft.transformers_internals import internal, kept_dtypes, without_zero3, zero3_config
 from zero_sft.zero.init import ShardedInit
 

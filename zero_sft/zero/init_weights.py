@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from zero_sft.transformers_internals import internal
 from zero_sft.zero import shards
-from zero_sft.zero.rehearsal import Step, rehearse
+from zero_sft.zero.init_trace import Step, rehearse
 
 Load = Callable[[Mapping[str, torch.Tensor]], None]
 """Fills whole flat tensors, by name, from the checkpoint."""

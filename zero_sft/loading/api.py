@@ -19,11 +19,11 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.config import prepare_config
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
-from zero_sft.hub import FLAG, HubOptions, pin_revision, require_kind, resolve_weights
-from zero_sft.report import LoadReport
-from zero_sft.request import Checks, Request
-from zero_sft.sharded import BUFFER_MIB_A_THREAD, load_sharded
-from zero_sft.stock import load_stock
+from zero_sft.hub.source import FLAG, HubOptions, pin_revision, require_kind, resolve_weights
+from zero_sft.loading.report import LoadReport
+from zero_sft.loading.request import Checks, Request
+from zero_sft.loading.sharded import BUFFER_MIB_A_THREAD, load_sharded
+from zero_sft.loading.stock import load_stock
 from zero_sft.storage.memory import Watermark
 from zero_sft.world import World
 from zero_sft.zero import internals

@@ -20,11 +20,11 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
 from zero_sft.distributed import agreed
-from zero_sft.draft import Draft
+from zero_sft.loading.match import Draft
+from zero_sft.loading.report import LoadReport
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, plan_reads
 from zero_sft.plan.regions import whole
-from zero_sft.report import LoadReport
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.world import World
