@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks import probes, start
 from benchmarks.checkpoints import Checkpoint, weight_files
 from benchmarks.rivals import RIVALS, available
-from benchmarks.ways import COPIED, OURS, ROOFLINES, STOCK, prepare_cache, rank_main
+from benchmarks.ways import OURS, ROOFLINES, STOCK, prepare_cache, rank_main
 from tests.runner import run_ranks
 
 _MARK = "ZERO_SFT_BENCH_NAMESPACE"
@@ -48,7 +48,7 @@ class Case:
     @property
     def ways(self) -> tuple[str, ...]:
         """Who takes turns beside the bare reads."""
-        return (OURS, COPIED, STOCK, *(name for name in self.rivals if available()[name] is None))
+        return (OURS, STOCK, *(name for name in self.rivals if available()[name] is None))
 
 
 CASES = (
@@ -84,7 +84,7 @@ def run_case(case: Case, cache: Path, pairs: int) -> dict:
     nbytes = sum(path.stat().st_size for path in weight_files(folder))
     trials = _rounds(case, folder, tuple(ROOFLINES), min(pairs, _TRIALS))
     fastest = sorted(trials, key=lambda way: statistics.median(run["seconds"] for run in trials[way]))[:2]
-    starts: dict[str, list[start.Seconds]] = {OURS: [], COPIED: [], STOCK: []} if case.starts else {}
+    starts: dict[str, list[start.Seconds]] = {OURS: [], STOCK: []} if case.starts else {}
     runs = _rounds(case, folder, (*fastest, *case.ways), pairs, starts)
     return {
         "title": case.title, "ranks": case.ranks, "nbytes": nbytes, "runs": runs, "starts": starts, "trials": trials,

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.ways import COPIED, DS_CONFIG, OURS
+from benchmarks.ways import DS_CONFIG, OURS
 
 _PATIENCE_S = 300
 _LIBRARIES = "import deepspeed, torch, transformers.models.llama.modeling_llama"  # into the page cache, before anybody's turn
@@ -72,10 +72,10 @@ def main() -> None:
 
 
 def _load(way: str, folder: str) -> Any:
-    if way in (OURS, COPIED):
+    if way == OURS:
         from zero_sft import load_model
 
-        return load_model(folder, ds_config=DS_CONFIG, mmap=way == OURS)
+        return load_model(folder, ds_config=DS_CONFIG)
     import deepspeed
     import torch
     from transformers import AutoModelForCausalLM

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ways import COPIED, OURS, ROOFLINES, STOCK
+from benchmarks.ways import OURS, ROOFLINES, STOCK
 
 ROOFLINE = "bare read"
 
@@ -21,10 +21,8 @@ def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
         "fastest in rounds of their own take turns with the others, and the one with the least median is shown. Free memory is "
         "touched before each turn, so that none pays for what a hypervisor has taken back. Memory is a rank's growth over what "
         "the interpreter had: private and shared, and mapped files. "
-        "Spread is how much earlier than the slowest rank the fastest was ready. Shards that stay on the host are "
-        "mapped from the page cache where the file is there, which takes no copy at all; `mmap=False` copies them, as a "
-        "load onto a GPU, from a cold file or with a cast does. An engine's start moves either into memory of its own: "
-        "the table from process start on shows that nothing is put off by mapping.",
+        "Spread is how much earlier than the slowest rank the fastest was ready. The tables from process start on "
+        "include imports, and DeepSpeed's engine, which moves the shards into memory of its own.",
         "",
     ]
     for case in cases:
@@ -78,8 +76,7 @@ def _table(case: Mapping[str, Any]) -> list[str]:
     rows += ["", f"Bare reads by themselves, in seconds: {'; '.join(trials)}."]
     stages = {name: statistics.median(result["stages"][name] for result in ours) for name in ours[0]["stages"]}
     rows += ["", "Of the load, in seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in stages.items()) + "."]
-    taken, mapped = (_median(ours, key) / share for key in ("taken", "mapped"))
-    rows[-1] += f" A rank took {taken:.3f} of its share of the files, {mapped:.3f} of it mapped."
+    rows[-1] += f" A rank took {_median(ours, 'taken') / share:.3f} of its share of the files."
     if case["starts"]:
         rows += ["", *_starts(case["starts"])]
     return rows
@@ -114,7 +111,7 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
             seconds = [result["seconds"] for result in results]
             middle = statistics.median(seconds)
             errors = [[middle - min(seconds)], [max(seconds) - middle]]
-            colour = "tab:green" if list(runs)[position] in (OURS, COPIED) else "tab:gray"
+            colour = "tab:green" if list(runs)[position] == OURS else "tab:gray"
             axes.barh([position], [middle], xerr=errors, color=colour, height=0.7)
             axes.annotate(f" {middle:.2f} s", (max(seconds), position), va="center", fontsize="small")
         axes.set_yticks(range(len(runs)), list(runs), fontsize="small")

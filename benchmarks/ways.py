@@ -17,7 +17,7 @@ from benchmarks.checkpoints import weight_files
 
 ROOFLINES = {f"bare read, {pages} pages, {n} thread{'s' * (n > 1)}": (pages, n)
              for pages in ("plain", "huge", "populated") for n in (1, 2)}  # fmt: skip
-OURS, COPIED, STOCK = "zero_sft", "zero_sft, mmap=False", "transformers"
+OURS, STOCK = "zero_sft", "transformers"
 DS_CONFIG = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
 
 _READ_BYTES = 32 * 2**20
@@ -55,7 +55,6 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
         "file_memory": memory.file_growth,
         "stages": report.stages if report else {},
         "taken": report.bytes_read if report else 0,
-        "mapped": report.bytes_mapped if report else 0,
     }
     (out / f"{world.rank}.json").write_text(json.dumps(result))
 
@@ -80,7 +79,7 @@ def _action(way: str) -> Any:
     assert all((deepspeed, modeling_llama, modeling_mixtral))
     for model_type in ("llama", "mixtral"):
         get_checkpoint_conversion_mapping(model_type)
-    options = {OURS: {}, COPIED: {"mmap": False}, STOCK: {"loader": "stock"}}[way]
+    options = {OURS: {}, STOCK: {"loader": "stock"}}[way]
     return lambda folder, world: load_model(str(folder), ds_config=DS_CONFIG, **options)
 
 

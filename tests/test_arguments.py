@@ -38,12 +38,12 @@ def test_defaults_are_fastchats():
     assert parsed.model.model_name_or_path == "facebook/opt-125m"
     assert parsed.model.trust_remote_code is False
     assert parsed.model.padding_side == "right"
-    assert (parsed.model.dtype, parsed.model.loader) == ("auto", "sharded")
+    assert (parsed.model.dtype, parsed.model.loader, parsed.model.cache_dir) == ("auto", "sharded", None)
     assert parsed.data.training_path == str(shipped("examples", "conversations.json"))
     assert parsed.data.eval_data_path is None
     assert parsed.data.lazy_preprocess is False
     assert parsed.training == {
-        "output_dir": "output", "model_max_length": 512, "optim": "adamw_torch", "cache_dir": None, "deepspeed": "zero3",
+        "output_dir": "output", "model_max_length": 512, "optim": "adamw_torch", "deepspeed": "zero3",
         "resume_from_checkpoint": None, "trust_remote_code": False,
     }  # fmt: skip
     assert parsed.notes == ()

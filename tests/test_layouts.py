@@ -110,15 +110,15 @@ def test_the_tokenizer_is_set_up_while_the_weights_are_read(outer):
 
     from zero_sft import load_pretrained
     from zero_sft.storage import reader
-    from zero_sft.tokenizer import Wanted
+    from zero_sft.tokenizer import TokenizerSpec
     from zero_sft.world import World
 
-    begun, prepare, fill = threading.Event(), Wanted.prepare, reader.fill
+    begun, prepare, fill = threading.Event(), TokenizerSpec.prepare, reader.fill
 
-    def prepare_and_say(wanted):
+    def prepare_and_say(spec, source):
         assert threading.current_thread() is not threading.main_thread()
         begun.set()
-        return prepare(wanted)
+        return prepare(spec, source)
 
     def fill_when_begun(*args, **kwargs):
         assert begun.wait(60)
@@ -126,7 +126,7 @@ def test_the_tokenizer_is_set_up_while_the_weights_are_read(outer):
 
     is_main = World.detect().is_main
     with (
-        mock.patch.multiple(Wanted, prepare=prepare_and_say),
+        mock.patch.multiple(TokenizerSpec, prepare=prepare_and_say),
         mock.patch.object(reader, "fill", fill_when_begun if is_main else fill),
     ):
         load_pretrained(str(outer / "inner"), ds_config=models.zero3(), model_max_length=32)

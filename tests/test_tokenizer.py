@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tests.errors import raises
 from tests.real_tokenizers import REAL, sentencepiece_folder, write_config
 from zero_sft import distributed
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
 from zero_sft.tokenizer import load_tokenizer
 from zero_sft.tokenizer.fingerprints import PROBES, fingerprint
 from zero_sft.tokenizer.packet import pack, rebuild, unpack

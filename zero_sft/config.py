@@ -13,18 +13,20 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zero_sft import distributed
 from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
 from zero_sft.errors import ConfigError
-from zero_sft.hub import source as hub
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
+from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model
+from zero_sft.options import read_keywords, takes_options
 from zero_sft.rope import context_tokens, positions, text_config, with_context
 from zero_sft.world import World
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["context_tokens", "load_config", "positions", "prepare_config", "prepare_config_in", "text_config", "with_context"]
+__all__ = ["context_tokens", "load_config", "positions", "prepare_config", "prepare_config_from", "text_config", "with_context"]
 
 
+@takes_options(HubOptions)
 def prepare_config(
-    model_name_or_path: str, *, model_max_length: int | None = None, rope_parameters: dict | None = None, **hub: Any
+    model_name_or_path: str, *, model_max_length: int | None = None, rope_parameters: dict | None = None, **options: Any
 ) -> PreTrainedConfig:
     """The config of a model, ready for training, the same on every rank. Every rank; communicates.
 
@@ -33,23 +35,25 @@ def prepare_config(
         model_max_length: the longest sequence, in tokens. Beyond the model's context its RoPE is scaled linearly.
         rope_parameters: how to scale instead, in transformers' terms (`rope_type`, `factor`, ...); laid over the
             model's own, so that `rope_theta` stays. It wins over `model_max_length`.
-        **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.
+        trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant: as in `from_pretrained`.
 
     Raises:
         ConfigError: an unusable config or argument, or positions that can't reach `model_max_length`.
         CheckpointError: no such folder, or the hub can't provide it.
         DistributedError: the ranks hold different configs; names the keys and the ranks.
     """
-    options = HubOptions.from_kwargs(hub, prepare_config)
+    (hub,) = read_keywords(options, HubOptions, function=prepare_config)
     world = distributed.connect(World.detect())
-    return prepare_config_in(world, model_name_or_path, options, model_max_length, rope_parameters)
+    source = locate_model(model_name_or_path, hub, world)
+    return prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
 
 
-def prepare_config_in(
-    world: World, name: str, options: HubOptions, model_max_length: int | None, rope_parameters: dict | None
+def prepare_config_from(
+    source: ModelSource, world: World, *, model_max_length: int | None = None, rope_parameters: dict | None = None
 ) -> PreTrainedConfig:
-    """`prepare_config` in a world that is connected already. Every rank; communicates."""
-    folder = hub.resolve_folder(name, options, world, hub.CONFIG)
+    """Do what `prepare_config` does, with a model that was located. Every rank; communicates."""
+    name, options = source.name, source.options
+    folder = fetch_files(source, world, CONFIG)
 
     def read() -> tuple[PreTrainedConfig, PreTrainedConfig]:
         loaded = load_config(folder, options)

@@ -39,18 +39,19 @@ def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: 
 
 
 def _sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
-    from zero_sft.loading.api import wanted_dtype
-    from zero_sft.loading.request import Checks, Request
+    from zero_sft.loading.dtype import wanted_dtype
+    from zero_sft.loading.request import ModelSpec
     from zero_sft.saving import room
 
-    ds, name = arguments.hf_deepspeed_config.config, parsed.model.model_name_or_path
-    request = Request(
-        folder=Path(name), config=inputs.config, ds_config=ds,
-        dtype=getattr(torch, engine_dtype(ds, wanted_dtype(parsed.model.dtype, inputs.config))), seed=0, model_class=None,
-        attn_implementation=parsed.model.attn_implementation, trust_remote_code=parsed.model.trust_remote_code,
-        variant=None, buffer_mib=64, mmap=False, while_reading=None, checks=Checks(),
-    )  # fmt: skip
-    export_bytes, numel = room.sizes_of(request)
+    ds = arguments.hf_deepspeed_config.config
+    spec = ModelSpec(
+        folder=inputs.source.folder or Path(inputs.source.name),
+        config=inputs.config,
+        dtype=getattr(torch, engine_dtype(ds, wanted_dtype(parsed.model.dtype, inputs.config))),
+        attn_implementation=parsed.model.attn_implementation,
+        trust_remote_code=parsed.model.trust_remote_code,
+    )
+    export_bytes, numel = room.sizes_of(spec)
     optimizer = (ds.get("optimizer") or {}).get("type") or _value(arguments.optim)
     states = room.checkpoint_bytes(numel, room.state_bytes_of(optimizer))
     batches = len(inputs.training_data.dataset) / (arguments.per_device_train_batch_size * world.world_size)

@@ -7,14 +7,14 @@ from zero_sft.arguments import Parsed
 from zero_sft.data.templates import choose_template
 from zero_sft.distributed import agreed
 from zero_sft.generation_config import eos_token_ids, inconsistent, read_generation_config, stop_at, turn_ends
-from zero_sft.hub.source import CONFIG, HubOptions, resolve_folder
+from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
 from zero_sft.saving.settings import rehearse_settings
 from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
 
 
-def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, hub: HubOptions, world: World) -> Any:
+def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, source: ModelSource, world: World) -> Any:
     """The generation settings of the model that the job will export; and proof that its settings can be saved at all.
 
     Every rank; communicates.
@@ -23,8 +23,7 @@ def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, hub: HubOptions
         ExportError, ConfigError: what the export holds next to the weights can't be read or saved.
         DataError: the chat template can't be used.
     """
-    name = parsed.model.model_name_or_path
-    folder = resolve_folder(name, hub, world, CONFIG)
+    folder = fetch_files(source, world, CONFIG)
     with agreed(world, "trying to save the settings"):
         generation, _ = read_generation_config(folder)  # the loader warns about what is refused there
         template = choose_template(parsed.data.chat_template, tokenizer)
@@ -36,7 +35,7 @@ def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, hub: HubOptions
         if names := inconsistent(generation):
             logger.warning(
                 "generation_config.json of %s sets %s, which transformers calls inconsistent; they are saved as they are",
-                name,
+                source.name,
                 ", ".join(names),
             )
         if added:

@@ -17,6 +17,7 @@ from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
+from zero_sft.hub.source import ModelSource
 from zero_sft.model_check import require_usable_model
 from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
@@ -36,7 +37,7 @@ class Inputs:
     evaluation_data: Prepared | None
     prompts: tuple[str, ...]
     generation: Any  # the model's generation config, which stops where the data's answers end
-    hub: Mapping[str, Any]  # the loader's `**hub`, of one commit for all stages
+    source: ModelSource
     record: RunRecord
     checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
     overwrites: bool = False  # a former run in the output folder
@@ -45,15 +46,15 @@ class Inputs:
 
 def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
-    from zero_sft.config import prepare_config, text_config
+    from zero_sft.config import prepare_config_from, text_config
     from zero_sft.export_rehearsal import rehearse_export
-    from zero_sft.hub.source import HubOptions, pin_revision
+    from zero_sft.hub.source import locate_model
     from zero_sft.loading.skeleton import attention_of
     from zero_sft.samples import read_prompts, require_answerable
     from zero_sft.saving.former_run import require_no_former_run
     from zero_sft.saving.rehearsal import rehearse_writing
     from zero_sft.saving.resume import agree_on_checkpoint
-    from zero_sft.tokenizer import load_tokenizer
+    from zero_sft.tokenizer import load_tokenizer_from
 
     training = parsed.training
     with agreed(world, "checking the DeepSpeed config and the output folder"):
@@ -79,15 +80,14 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     rehearse_writing(training["output_dir"], world)
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
     logger.info("reading the config of %s", name)
-    hub = parsed.model.hub_options(training["cache_dir"])
-    hub["revision"] = pin_revision(name, HubOptions.from_kwargs(hub), world).revision
-    config = prepare_config(name, model_max_length=length, rope_parameters=parsed.model.rope_parameters, **hub)
-    require_usable_model(parsed, arguments, config, hub, world)
+    source = locate_model(name, parsed.model.hub_options(), world)
+    config = prepare_config_from(source, world, model_max_length=length, rope_parameters=parsed.model.rope_parameters)
+    require_usable_model(parsed, arguments, config, source, world)
     record = RunRecord.of(text_config(config), arguments)
     with agreed(world, "comparing the run with the checkpoint"):
         if world.is_main and checkpoint is not None:
             require_same_run(checkpoint.folder, record)
-    tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
+    tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     attention = attention_of(config, parsed.model.attn_implementation)
     packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
     held_out = parsed.data.eval_data_path
@@ -100,7 +100,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
             if held_out is not None:
                 require_sources(held_out, to_evaluate=True)
     rows = getattr(text_config(config), "vocab_size", None)
-    generation = rehearse_export(parsed, config, tokenizer, HubOptions.from_kwargs(hub), world)
+    generation = rehearse_export(parsed, config, tokenizer, source, world)
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
@@ -124,7 +124,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
         generation=generation,
-        hub=hub,
+        source=source,
         checkpoint=checkpoint,
         record=record,
         overwrites=overwrites,

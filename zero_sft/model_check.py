@@ -6,13 +6,13 @@ class is unknown until that code runs.
 """
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 from zero_sft.arguments import Parsed
 from zero_sft.distributed import agreed
 from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.hub.source import ModelSource
 from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
@@ -21,17 +21,15 @@ _FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage
 """Keys of `zero_optimization` whose "auto" the Trainer computes from the model's hidden size."""
 
 
-def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mapping[str, Any], world: World) -> None:
+def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: ModelSource, world: World) -> None:
     """Raise an error for whatever can be known of the model before it is built. Every rank; communicates.
 
     Raises:
         ZeroSftError: the same on every rank.
     """
-    from zero_sft.hub.source import HubOptions, local_folder
-    from zero_sft.loading.api import require_engine_dtype, wanted_dtype
+    from zero_sft.loading.dtype import require_engine_dtype, wanted_dtype
     from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
 
-    options = HubOptions.from_kwargs(hub)
     ds_config = arguments.hf_deepspeed_config.config
     with agreed(world, "checking the model"):
         wanted = wanted_dtype(parsed.model.dtype, config)
@@ -44,9 +42,8 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
                 "Give --bf16 True, or --attn_implementation sdpa.",
                 code="arguments.attention_needs_16_bits",
             )
-        folder = local_folder(parsed.model.model_name_or_path, options)
         if not getattr(config, "auto_map", None):
-            cls, part = resolve_class(config, None, folder or parsed.model.model_name_or_path, trust_remote_code=False)
+            cls, part = resolve_class(config, None, source.folder or source.name, trust_remote_code=False)
             if arguments.activation_checkpointing and not cls.supports_gradient_checkpointing:
                 raise ArgumentError(
                     f"{cls.__name__} can't recompute activations, which --activation_checkpointing asks for (the default): "
@@ -56,8 +53,8 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, hub: Mappi
             if attention:
                 require_attention(cls, part, attention)
         _require_hidden_size(arguments.hf_deepspeed_config, config)
-        if folder is not None and world.is_main:
-            _require_weights(folder, options.variant)
+        if source.folder is not None and world.is_main:
+            _require_weights(source.folder, source.options.variant)
 
 
 def _require_weights(folder: Any, variant: str | None) -> None:

@@ -93,7 +93,7 @@ def run(parsed: Parsed, world: World) -> None:
     timeline.end("inputs")
     require_room_for_run(parsed, inputs.arguments, inputs, world)
     failure.set_stage("loading the model")
-    model = _load(parsed, inputs.arguments, inputs)
+    model = _load(parsed, inputs.arguments, inputs, world)
     model.generation_config = inputs.generation
     timeline.end("load")
     _train_and_export(parsed, inputs.arguments, model, inputs, world, timeline)
@@ -108,27 +108,20 @@ def _device() -> str:
     return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
 
 
-def _load(parsed: Parsed, arguments: Any, inputs: "Inputs") -> Any:
+def _load(parsed: Parsed, arguments: Any, inputs: "Inputs", world: World) -> Any:
     """The model, under the DeepSpeed config as the Trainer has completed it. Every rank; communicates."""
     from transformers import set_seed
 
-    from zero_sft.loading.api import load_model
+    from zero_sft.loading.api import load_model_from
 
     set_seed(arguments.seed)
     logger.info("loading the model")
-    return load_model(
-        parsed.model.model_name_or_path,
+    return load_model_from(
+        inputs.source,
+        world,
         ds_config=arguments.hf_deepspeed_config.config,
         config=inputs.config,
-        dtype=parsed.model.dtype,
-        attn_implementation=parsed.model.attn_implementation,
-        loader=parsed.model.loader,
-        strict=parsed.model.strict,
-        verify=parsed.model.verify,
-        ignore_mismatched_sizes=parsed.model.ignore_mismatched_sizes,
-        buffer_mib=parsed.model.buffer_mib,
-        mmap=parsed.model.mmap,
-        **inputs.hub,
+        options=parsed.model.load_options(),
     )
 
 

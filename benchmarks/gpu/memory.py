@@ -9,7 +9,7 @@ def main() -> None:
     """Estimate, part by part."""
     from zero_sft.estimate.run import RUNTIME_BYTES, Run, Trainer
     from zero_sft.estimate.subject import subject
-    from zero_sft.hub.source import HubOptions
+    from zero_sft.hub.options import HubOptions
 
     settings = Settings.read()
     start = time.perf_counter()

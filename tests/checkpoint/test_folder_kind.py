@@ -12,7 +12,7 @@ from zero_sft.checkpoint.header import read_header
 from zero_sft.checkpoint.index import open_index
 from zero_sft.config import load_config
 from zero_sft.errors import CheckpointError, ConfigError
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
 from zero_sft.storage import torch_zip
 from zero_sft.tokenizer.setup import set_up
 

@@ -8,7 +8,7 @@ from tests.errors import raises
 from zero_sft.estimate.loading import RankLoad, play, seconds
 from zero_sft.estimate.storages import STORAGES, Storage, storage
 from zero_sft.estimate.subject import subject
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
 
 
 @pytest.fixture(params=["llama", "mixtral"])

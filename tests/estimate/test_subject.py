@@ -11,7 +11,7 @@ from zero_sft.checkpoint.index import open_index
 from zero_sft.estimate.loading import play
 from zero_sft.estimate.storages import MODELS, shipped_models
 from zero_sft.estimate.subject import subject
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
 
 PUBLISHED = {  # elements of the models' own weights, as their cards and index files have them
     "DeepSeek-V3": 671_026_419_200, "Llama-3.1-405B": 405_853_388_800, "Llama-3.1-70B": 70_553_706_496,

@@ -12,7 +12,7 @@ from zero_sft.estimate.activations import LiveMemory, peak_bytes
 from zero_sft.estimate.run import Run, Trainer
 from zero_sft.estimate.subject import subject
 from zero_sft.estimate.training import Sizes, training_memory, zero_settings
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
 
 WIDTH = 768
 BUCKETS = {
@@ -88,7 +88,7 @@ def estimated(folder, zero, batch_size, length, checkpointing):
     sizes = Sizes(
         numels=[each.numel() for each in of.parameters.values()],
         itemsize=2,
-        activation_bytes=peak_bytes(of.request, batch_size=batch_size, length=length, checkpointing=checkpointing),
+        activation_bytes=peak_bytes(of.spec, batch_size=batch_size, length=length, checkpointing=checkpointing),
     )
     return training_memory(sizes, zero_settings({"zero_optimization": {"stage": 3, **zero}}, WIDTH), 2, on_cpu=True)
 
@@ -131,7 +131,7 @@ def test_activations_on_fakes_are_those_of_real_tensors(folder):
     from transformers import AutoModelForCausalLM
 
     of = subject(str(folder), HubOptions())
-    faked = peak_bytes(of.request, batch_size=2, length=128, checkpointing=False)
+    faked = peak_bytes(of.spec, batch_size=2, length=128, checkpointing=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
     model.config.use_cache = False
     for param in model.parameters():
@@ -147,10 +147,10 @@ def test_activations_on_fakes_are_those_of_real_tensors(folder):
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
 def test_checkpointing_saves_and_batches_add_up(tmp_path, kind):
-    request = subject(str(models.save_tiny(kind, tmp_path / kind)), HubOptions()).request
-    one, two = (peak_bytes(request, batch_size=n, length=64, checkpointing=False) for n in (1, 2))
+    spec = subject(str(models.save_tiny(kind, tmp_path / kind)), HubOptions()).spec
+    one, two = (peak_bytes(spec, batch_size=n, length=64, checkpointing=False) for n in (1, 2))
     assert one < two <= 2 * one
-    assert peak_bytes(request, batch_size=2, length=64, checkpointing=True) < two
+    assert peak_bytes(spec, batch_size=2, length=64, checkpointing=True) < two
 
 
 def test_states_as_deepspeed_counts_them():

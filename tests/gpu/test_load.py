@@ -43,14 +43,14 @@ def test_large_tensors_pass_through_the_ring(wide):
     """The bytes of a cast and of a plain copy, by one thread and by four; the host holds the ring alone."""
     from benchmarks import probes
     from zero_sft import load_model
-    from zero_sft.loading.sharded import BUFFER_MIB_A_THREAD
+    from zero_sft.loading.options import READER_MIB
 
     cases, loaded = Cases(), {}
     for bf16 in (True, False):
         load_model(str(wide), ds_config=models.zero3(bf16))  # the device's start, which takes host memory
         for threads in (1, 4):
             with cases.case(f"{threads} threads, bf16 {bf16}"):
-                buffer_mib = threads * BUFFER_MIB_A_THREAD
+                buffer_mib = threads * READER_MIB
                 with probes.PeakMemory() as peak:
                     loaded[bf16, threads] = load_model(str(wide), ds_config=models.zero3(bf16), buffer_mib=buffer_mib)
                 assert on_cpu() or peak.growth < (buffer_mib + 64) * 2**20

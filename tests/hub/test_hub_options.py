@@ -3,7 +3,7 @@
 import pytest
 
 from tests.errors import raises
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "local_files_only"])
@@ -11,13 +11,13 @@ from zero_sft.hub.source import HubOptions
 def test_a_flag_is_a_flag(name, value):
     """A text from a command line would count as True, and run code."""
     with raises("arguments.wrong_value", name, "True or False", repr(value)):
-        HubOptions.from_kwargs({name: value})
+        HubOptions(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), [("revision", 3), ("subfolder", b"x"), ("variant", True), ("cache_dir", 1)])
 def test_other_types(name, value):
     with raises("arguments.wrong_value", name):
-        HubOptions.from_kwargs({name: value})
+        HubOptions(**{name: value})
 
 
 def test_what_passes(tmp_path):
@@ -29,4 +29,4 @@ def test_what_passes(tmp_path):
         "subfolder": "a",
         "variant": "fp16",
     }
-    assert HubOptions.from_kwargs(given) == HubOptions(**given)
+    assert {name: getattr(HubOptions(**given), name) for name in given} == given | {"cache_dir": str(tmp_path)}

@@ -32,7 +32,7 @@ def refused(folder: Path, out: str, arguments: dict[str, Any], message: str) -> 
     import torch.distributed as dist
 
     said = io.StringIO()
-    with contextlib.redirect_stderr(said), mock.patch("zero_sft.pretrained.load_model") as load:
+    with contextlib.redirect_stderr(said), mock.patch("zero_sft.loading.api.load_model_from") as load:
         with pytest.raises(AssertionError):
             small_job.train(folder, out, **arguments)
     assert not load.called
@@ -278,15 +278,11 @@ def test_sizes_are_known_beforehand(folder, whole):
     """The export's up to some bytes of its header; a checkpoint's from below, and not far."""
     from transformers import AutoConfig
 
-    from zero_sft.loading.request import Checks, Request
+    from zero_sft.loading.request import ModelSpec
     from zero_sft.saving.room import checkpoint_bytes, folder_bytes, sizes_of, state_bytes_of
 
-    request = Request(
-        folder=folder / "model", config=AutoConfig.from_pretrained(folder / "model"), ds_config={}, dtype=torch.float32, seed=0,
-        model_class=None, attn_implementation=None, trust_remote_code=False, variant=None, buffer_mib=64, mmap=False,
-        while_reading=None, checks=Checks(),
-    )  # fmt: skip
-    export_bytes, numel = sizes_of(request)
+    config = AutoConfig.from_pretrained(folder / "model")
+    export_bytes, numel = sizes_of(ModelSpec(folder=folder / "model", config=config, dtype=torch.float32))
     assert abs(export_bytes - (whole / "model.safetensors").stat().st_size) < 64
     states = checkpoint_bytes(numel, state_bytes_of("adamw_torch"))
     assert states <= folder_bytes(whole / "checkpoint-2" / "global_step2") < 1.2 * states

@@ -8,7 +8,7 @@ from tests import architectures, models
 from tests.data import tiny
 from tests.errors import raises
 from zero_sft.config import load_config, with_context
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
 from zero_sft.saving.settings import Settings, _write, rehearse_settings
 
 

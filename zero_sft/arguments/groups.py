@@ -1,85 +1,45 @@
 """What the model and the data groups of arguments hold. The names and defaults are FastChat's, where FastChat has them.
 
 The third group, training, is TRL's `SFTConfig` with a few fields of its own: see `training.py`, which needs TRL to be imported;
-this module needs nothing.
+this module needs nothing heavy.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from zero_sft.hub.options import HubOptions
+from zero_sft.loading.options import LoadOptions
 from zero_sft.shipped import shipped
 
 SAMPLE_CONVERSATIONS = "conversations.json"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelArguments:
-    """Which model, from where, and how it is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class _ModelName:
+    """The first option of the group, for the order in `--help`."""
 
     model_name_or_path: str = field(
         default="facebook/opt-125m", metadata={"help": "The model to start from: a local folder or a hub id."}
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model and tokenizer code that comes with the checkpoint."}
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments(LoadOptions, HubOptions, _ModelName):
+    """Which model, from where, and how it is loaded: the options of the loader, and those of the tokenizer and config."""
+
+    def __post_init__(self) -> None:
+        """Check the options of each parent."""
+        LoadOptions.__post_init__(self)
+        HubOptions.__post_init__(self)
+
     padding_side: Literal["right", "left"] = field(
         default="right",
         metadata={"help": "The tokenizer's side of padding, in the exported model too; training pads at the right."},
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses where it isn't given."}
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "The weights' dtype; auto follows --bf16 and --fp16, or the DeepSpeed config."}
-    )
-    loader: Literal["sharded", "stock"] = field(
-        default="sharded",
-        metadata={"help": "sharded: every rank reads its own bytes. stock: transformers' own path, to compare or escape."},
-    )
-    strict: bool = field(default=False, metadata={"help": "A missing or unexpected weight is an error."})
-    verify: bool = field(
-        default=False, metadata={"help": "Read back: hash every shard against the files, along another path than the load's."}
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Initialise weights of another shape than the model's, instead of an error."}
-    )
-    buffer_mib: int = field(
-        default=64, metadata={"help": "MiB that the load may hold beside its shards: 16 for each reading thread."}
-    )
-    mmap: bool = field(
-        default=True,
-        metadata={"help": "Shards that stay on the host are mapped from a file that is cached, instead of copied."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
-    token: str | bool | None = field(
-        default=None,
-        repr=False,
-        metadata={
-            "help": "The hub's access token for the model, in a file of arguments only; by default, and for datasets, HF_TOKEN "
-            "or `hf auth login`."
-        },
-    )
-    local_files_only: bool = field(default=False, metadata={"help": "Never ask the hub; use what was downloaded before."})
-    subfolder: str = field(default="", metadata={"help": "The model's folder inside the repository or local folder."})
-    variant: str | None = field(
-        default=None, metadata={"help": "Which files of the weights: fp16 takes model.fp16.safetensors."}
     )
     rope_parameters: dict[str, Any] | None = field(
         default=None,
         metadata={"help": 'How to scale RoPE, as JSON: \'{"rope_type": "yarn", "factor": 4.0}\'. Wins over the automatic way.'},
     )
-
-    def hub_options(self, cache_dir: str | None) -> dict[str, Any]:
-        """The `**hub` keyword arguments of the loader's functions."""
-        return {
-            "trust_remote_code": self.trust_remote_code,
-            "cache_dir": cache_dir,
-            "revision": self.revision,
-            "token": self.token,
-            "local_files_only": self.local_files_only,
-            "subfolder": self.subfolder,
-            "variant": self.variant,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,6 @@ OWN_FIELDS = (
     "overwrite_output_dir",
     "model_max_length",
     "optim",
-    "cache_dir",
     "deepspeed",
     "resume_from_checkpoint",
 )

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from zero_sft.loading.options import REMOVED_OPTIONS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
@@ -44,6 +46,9 @@ TRANSLATIONS: dict[str, Translation] = {
 
 IGNORED = frozenset({"local_rank"})
 """What launchers add by themselves: old ones pass the rank as an argument, all of them in the environment."""
+
+REMOVED = REMOVED_OPTIONS
+"""Arguments of former releases that change nothing any more, and why: accepted for one release, with a line in the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from zero_sft.arguments.names import (
     IGNORED,
     REFUSALS,
     REFUSED_OPTIMIZERS,
+    REMOVED,
     TRANSLATIONS,
     refused_accelerator_key,
 )
@@ -30,7 +31,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end")
 _NEVER_EMPTY = ("output_dir", "model_name_or_path", "sample_prompts", "data_cache_dir", "cache_dir", "chat_template")
-_ALWAYS = ("output_dir", "model_max_length", "optim", "cache_dir", "deepspeed", "resume_from_checkpoint")
+_ALWAYS = ("output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class Parsed:
     """The arguments as plain values.
 
     `training` holds what `build_training_arguments` takes: what was given, and always `output_dir`, `model_max_length`,
-    `optim`, `cache_dir`, `deepspeed` and `resume_from_checkpoint`. `notes` are lines for the log, one for each
+    `optim`, `deepspeed` and `resume_from_checkpoint`. `notes` are lines for the log, one for each
     translated name; `given` are the names that the user gave, as they are called today.
     """
 
@@ -98,7 +99,7 @@ def readable_names() -> Mapping[str, Spec]:
         kinds = frozenset({"boolean"}) if old.values else known[old.name].kinds
         choices = () if old.values else known[old.name].choices
         known[name] = Spec(name=name, group=TRAINING, kinds=kinds, choices=choices)
-    for name in IGNORED | {each for each in REFUSALS if each not in known}:
+    for name in IGNORED | REMOVED.keys() | {each for each in REFUSALS if each not in known}:
         known[name] = Spec(name=name)
     return MappingProxyType(known)
 
@@ -110,6 +111,9 @@ def _understood(
     values: dict[str, Any] = {}
     names: dict[str, str] = {}  # today's name → the name that was used
     for each in source:
+        if each.name in REMOVED:
+            notes.append(f"--{each.name} has no effect any more: {REMOVED[each.name]}. Leave it out.")
+            continue
         try:
             result = _one(each, known)
         except ArgumentError as error:

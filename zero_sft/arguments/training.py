@@ -3,7 +3,7 @@
 Importing this module imports TRL, transformers and torch; making an object looks for devices and registers the DeepSpeed
 config with transformers. So only functions import it, and `build.py` makes the object when its time has come.
 
-Other defaults than TRL's: those of FastChat (`cache_dir`, `optim`, `model_max_length`), `output_dir`, `deepspeed`, and
+Other defaults than TRL's: those of FastChat (`optim`, `model_max_length`), `output_dir`, `deepspeed`, and
 what the way data reaches the trainer asks for (`dataset_kwargs`, `remove_unused_columns`). `save_strategy` stays "steps"
 with 500 `save_steps`, FastChat's as well as the Trainer's: a run that dies keeps its last checkpoint.
 """
@@ -31,9 +31,6 @@ class TrainingArguments(SFTConfig):
     )
     optim: OptimizerNames | str = field(
         default="adamw_torch", metadata={"help": "The optimizer, where the DeepSpeed config has none of its own."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Where downloads from the hub are kept; the hub's own cache by default."}
     )
     deepspeed: dict[str, Any] | str = field(
         default="zero3",

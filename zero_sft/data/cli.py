@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from zero_sft.data.dataset import Prepared
     from zero_sft.data.packing import Packing
+    from zero_sft.hub.source import ModelSource
 
 BINS = 12
 _BAR = 40  # characters of the longest bar
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quieten_transformers(World())
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     try:
-        tokenizer, config = _tokenizer(options), _config(options)
+        source = _source(options)
+        tokenizer, config = _tokenizer(source, options), _config(source, options)
         packing = _packing(options, config)
         recipe = Recipe.from_options(
             options, paths=options.data_path, model_max_length=options.model_max_length, seed=options.seed
@@ -105,23 +107,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _hub(options: argparse.Namespace) -> dict[str, Any]:
+def _source(options: argparse.Namespace) -> "ModelSource":
+    from zero_sft.hub.options import HubOptions
+    from zero_sft.hub.source import locate_model_alone
+
     given = {name: getattr(options, name) for name in ("revision", "cache_dir", "subfolder") if getattr(options, name)}
-    return given | {"trust_remote_code": options.trust_remote_code == "True"}
+    hub = HubOptions(trust_remote_code=options.trust_remote_code == "True", **given)
+    return locate_model_alone(options.model_name_or_path, hub)
 
 
-def _tokenizer(options: argparse.Namespace) -> Any:
-    from zero_sft.hub.source import HubOptions
-    from zero_sft.tokenizer import Wanted
+def _tokenizer(source: "ModelSource", options: argparse.Namespace) -> Any:
+    from zero_sft.tokenizer import TokenizerSpec
 
-    wanted = Wanted(
-        name=options.model_name_or_path,
-        options=HubOptions.from_kwargs(_hub(options)),
-        model_max_length=options.model_max_length,
-        padding_side="right",
-    )
-    wanted.check()
-    tokenizer, _ = wanted.prepare()
+    spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
+    spec.check()
+    tokenizer, _ = spec.prepare(source)
     return tokenizer
 
 
@@ -130,13 +130,11 @@ def _wanted(options: argparse.Namespace) -> bool | None:
     return None if options.packing is None else options.packing == "True"
 
 
-def _config(options: argparse.Namespace) -> Any:
+def _config(source: "ModelSource", options: argparse.Namespace) -> Any:
     """The language model's."""
-    from zero_sft.config import prepare_config_in, text_config
-    from zero_sft.hub.source import HubOptions
+    from zero_sft.config import prepare_config_from, text_config
 
-    hub = HubOptions.from_kwargs(_hub(options))
-    return text_config(prepare_config_in(World(), options.model_name_or_path, hub, options.model_max_length, None))
+    return text_config(prepare_config_from(source, World(), model_max_length=options.model_max_length))
 
 
 def _packing(options: argparse.Namespace, config: Any) -> "Packing":

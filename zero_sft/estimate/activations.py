@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from zero_sft.errors import ConfigError
 from zero_sft.loading import skeleton
-from zero_sft.loading.request import Request
+from zero_sft.loading.request import ModelSpec
 
 
 class LiveMemory(TorchDispatchMode):
@@ -53,18 +53,18 @@ class LiveMemory(TorchDispatchMode):
         self.now -= nbytes
 
 
-def peak_bytes(request: Request, *, batch_size: int, length: int, checkpointing: bool) -> int:
+def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: bool) -> int:
     """The most bytes of activations, logits and the gradient under way, of one rank, in one pass over (batch_size, length).
 
     Raises:
         ConfigError: a model whose code looks at its data.
     """
-    config: PreTrainedConfig = copy.deepcopy(request.config)
+    config: PreTrainedConfig = copy.deepcopy(spec.config)
     config.use_cache = False
-    request = dataclasses.replace(request, config=config)
+    spec = dataclasses.replace(spec, config=config)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-            model: Any = skeleton.construct(request)
+            model: Any = skeleton.construct(spec)
             for param in model.parameters():
                 param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
             model.train()
@@ -78,7 +78,7 @@ def peak_bytes(request: Request, *, batch_size: int, length: int, checkpointing:
                 model(input_ids=tokens, labels=tokens).loss.backward()
     except Exception as error:  # a model's own code may raise anything
         raise ConfigError(
-            f"the activations of {request.config.model_type} can't be counted: {type(error).__name__}: {error}",
+            f"the activations of {spec.config.model_type} can't be counted: {type(error).__name__}: {error}",
             code="estimate.activations_uncountable",
         ) from error
     return live.peak

@@ -8,13 +8,14 @@ from typing import Any
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE, of_variant, read_weight_map
 from zero_sft.errors import CheckpointError
-from zero_sft.hub.source import HubOptions, resolve_folder_alone
+from zero_sft.hub.source import ModelSource, fetch_files
+from zero_sft.world import World
 
 REQUESTS_AT_A_TIME = 8
 
 
-def fetch_headers(repo: str, options: HubOptions) -> dict[str, StoredTensor] | None:
-    """The tensors of a repository's safetensors files, or None where it has none.
+def fetch_headers(source: ModelSource) -> dict[str, StoredTensor] | None:
+    """Fetch the headers of a repository's safetensors files; None where it has none. One rank.
 
     Raises:
         CheckpointError: a damaged index or header, or the hub can't provide it.
@@ -22,8 +23,9 @@ def fetch_headers(repo: str, options: HubOptions) -> dict[str, StoredTensor] | N
     from huggingface_hub import parse_safetensors_file_metadata
     from huggingface_hub.errors import EntryNotFoundError
 
+    repo, options = source.name, source.options
     index_name = of_variant(INDEX_FILE, options.variant)
-    index = resolve_folder_alone(repo, options, (index_name,)) / index_name
+    index = fetch_files(source, World(), (index_name,)) / index_name
     files = sorted(set(read_weight_map(index).values())) if index.is_file() else [of_variant(SINGLE_FILE, options.variant)]
     fetch = partial(parse_safetensors_file_metadata, repo, revision=options.revision, token=options.token)
     try:

@@ -11,7 +11,8 @@ from zero_sft.estimate.loading import RankLoad, play, seconds
 from zero_sft.estimate.run import INTERPRETER_BYTES, RUNTIME_BYTES, Needs, Run, Trainer
 from zero_sft.estimate.storages import storage
 from zero_sft.estimate.subject import Subject, subject
-from zero_sft.hub.source import HubOptions
+from zero_sft.hub.options import HubOptions
+from zero_sft.loading.options import LoadOptions
 
 GIB = 2**30
 
@@ -104,7 +105,7 @@ def estimate(name: str, options: argparse.Namespace) -> Iterator[Result]:
         variant=options.variant,
     )  # fmt: skip
     at = storage(options.storage)
-    of = subject(name, hub, options.dtype)
+    of = subject(name, hub, LoadOptions(dtype=options.dtype))
     trainer = Trainer(of)
     for world_size in options.world_size:
         run = Run(

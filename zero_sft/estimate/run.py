@@ -60,7 +60,7 @@ class Trainer:
         key = (run.batch_size, run.length, run.checkpointing)
         if key not in self._counted:
             self._counted[key] = peak_bytes(
-                self._of.request, batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing
+                self._of.spec, batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing
             )
         return mask + self._counted[key]
 
@@ -71,7 +71,7 @@ class Trainer:
             ConfigError: a DeepSpeed config that can't be used, or a model whose activations can't be counted.
         """
         ds = load_ds_config(run.ds_config)
-        dtype = engine_dtype(ds, str(self._of.request.dtype).removeprefix("torch."))
+        dtype = engine_dtype(ds, str(self._of.spec.dtype).removeprefix("torch."))
         sizes = Sizes(
             numels=[each.numel() for each in self._of.parameters.values()],
             itemsize=getattr(torch, dtype).itemsize,

@@ -24,12 +24,15 @@ from zero_sft.conversion.quantised import configured_blocks, quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.fetched import fetch_headers
 from zero_sft.estimate.storages import MODELS, shipped_models
-from zero_sft.hub.source import CONFIG, HubOptions, resolve_folder_alone
+from zero_sft.hub.options import HubOptions
+from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model_alone
 from zero_sft.loading import skeleton
-from zero_sft.loading.api import wanted_dtype
-from zero_sft.loading.request import Checks, Request
+from zero_sft.loading.dtype import wanted_dtype
+from zero_sft.loading.options import LoadOptions
+from zero_sft.loading.request import ModelSpec
 from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
+from zero_sft.world import World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Subject:
 
     name: str
     config: PreTrainedConfig
-    request: Request
+    spec: ModelSpec
     model: PreTrainedModel
     state: Mapping[str, torch.Tensor]
     resolution: Resolution
@@ -57,32 +60,36 @@ class Subject:
         return sum(each.numel() for each in self.parameters.values())
 
 
-def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementation: str | None = None) -> Subject:
+def subject(name: str, options: HubOptions, load_options: LoadOptions | None = None) -> Subject:
     """Find a model by a shipped name, the path of a folder or of a config.json, or a hub id.
 
     Raises:
         ConfigError: no such model, or a config that can't be used.
         CheckpointError: damaged headers, or a checkpoint of another model.
     """
-    folder, config, headers = _config(name, options)
-    request = Request(
-        folder=folder, config=config, ds_config={}, dtype=getattr(torch, wanted_dtype(dtype, config)), seed=0,
-        model_class=None, attn_implementation=attn_implementation, trust_remote_code=options.trust_remote_code,
-        variant=options.variant, buffer_mib=64, mmap=False, while_reading=None, checks=Checks(),
-    )  # fmt: skip
+    load_options = load_options or LoadOptions()
+    folder, config, found = _find(name, options)
+    spec = ModelSpec(
+        folder=folder,
+        config=config,
+        dtype=getattr(torch, wanted_dtype(load_options.dtype, config)),
+        attn_implementation=load_options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
     quantizer = quantizer_for(config, name)
-    model, state = skeleton.outline(request)
+    model, state = skeleton.outline(spec)
     stored: Mapping[str, StoredTensor] | None = None
-    if headers == "read":
+    headers = found if isinstance(found, str) else "fetched"
+    if isinstance(found, ModelSource):
+        stored = fetch_headers(found)
+    elif headers == "read":
         stored = open_index(folder, torch_zip.read_header, options.variant).tensors
-    elif headers == "fetched":
-        stored = fetch_headers(name, options)
     if stored is None:
         headers, stored = "derived", derive(model, state, configured_blocks(quantizer))
     return Subject(
         name=name,
         config=config,
-        request=request,
+        spec=spec,
         model=model,
         state=state,
         resolution=resolve(model, state, stored, quantizer),
@@ -92,8 +99,8 @@ def subject(name: str, options: HubOptions, dtype: str = "auto", attn_implementa
     )
 
 
-def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str]:
-    """The folder (of the config), the config, and how to come by the headers: a `Subject`'s words for it."""
+def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str | ModelSource]:
+    """Find a model: the config's folder, the config, and its headers: to be "read", "derived", or fetched from a source."""
     path = Path(name).expanduser()
     if name in shipped_models():
         path = MODELS / f"{name}.json"
@@ -103,12 +110,13 @@ def _config(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str
         weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
         return path, load_config(path, options), "read" if weights else "derived"
     try:
-        folder = resolve_folder_alone(name, options, CONFIG)
+        source = locate_model_alone(name, options)
+        folder = fetch_files(source, World(), CONFIG)
     except CheckpointError as error:
         raise ConfigError(
             f"{error}\nModels that ship as configs: {', '.join(shipped_models())}.", code="estimate.no_such_model"
         ) from error
-    return folder, load_config(folder, options), "fetched"
+    return folder, load_config(folder, options), source
 
 
 def _from_file(path: Path) -> PreTrainedConfig:

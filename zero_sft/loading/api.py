@@ -1,10 +1,11 @@
-"""Load a model, or a model and its tokenizer, sharded from the first byte.
+"""Load a model, or a model and its tokenizer, sharded from the first byte: the public functions.
 
-The steps of `load_model`, in order: folder → class and dtype → skeleton → index → names → plan → arena → reads → ties, buffers
+The steps of `load_model`, in order: source → class and dtype → skeleton → index → names → plan → arena → reads → ties, buffers
 and missing weights → report. Every rank runs all of them. Each stage that can fail ends in an agreement, so that all ranks
 go on or all raise the same error.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,91 +17,75 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from zero_sft import distributed, transformers_internals
 from zero_sft import ds_config as ds_configs
-from zero_sft.config import prepare_config
+from zero_sft.config import prepare_config_from
 from zero_sft.distributed import agreed
-from zero_sft.errors import ArgumentError
-from zero_sft.hub.source import FLAG, HubOptions, pin_revision, require_kind, resolve_weights
-from zero_sft.loading.report import LoadReport
-from zero_sft.loading.request import Checks, Request
-from zero_sft.loading.sharded import BUFFER_MIB_A_THREAD, load_sharded
+from zero_sft.hub.options import HubOptions
+from zero_sft.hub.source import ModelSource, fetch_weights, locate_model
+from zero_sft.loading.dtype import require_engine_dtype, wanted_dtype
+from zero_sft.loading.options import LoadOptions, without_removed_options
+from zero_sft.loading.report import Loaded, LoadReport
+from zero_sft.loading.request import LoadRequest, ModelSpec
+from zero_sft.loading.sharded import load_sharded
 from zero_sft.loading.stock import load_stock
+from zero_sft.options import read_keywords, takes_options
 from zero_sft.storage.memory import Watermark
 from zero_sft.world import World
 from zero_sft.zero import internals
 
 logger = logging.getLogger(__name__)
 
-LOADERS = ("sharded", "stock")
 
-
+@takes_options(LoadOptions, HubOptions)
 def load_pretrained(
     model_name_or_path: str,
     *,
     ds_config: str | Path | Mapping[str, Any],
     model_max_length: int = 512,
     rope_parameters: dict | None = None,
-    dtype: str | torch.dtype = "auto",
     model_class: Any = None,
-    attn_implementation: str | None = None,
     padding_side: str = "right",
-    loader: str = "sharded",
-    strict: bool = False,
-    verify: bool = False,
-    ignore_mismatched_sizes: bool = False,
-    buffer_mib: int = 64,
-    mmap: bool = True,
-    **hub: Any,
+    **options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Config, model and tokenizer, as FastChat's training has them, under ZeRO-3. Every rank; communicates.
+    """Load config, model and tokenizer under ZeRO-3, as FastChat's training sets them up. Every rank; communicates.
 
-    What `prepare_config`, `load_model` and `load_tokenizer` give; their arguments and errors apply. Rank 0 sets the tokenizer
-    up while the weights are read.
+    The arguments and errors of `prepare_config`, `load_model` and `load_tokenizer` apply. Rank 0 sets the tokenizer up while
+    the weights are read.
     """
-    from zero_sft.tokenizer import Wanted, share  # a model alone needs no tokenizer libraries
+    from zero_sft.tokenizer import TokenizerSpec, share  # a model alone needs no tokenizer libraries
 
+    load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_pretrained)
     world = distributed.connect(World.detect())
-    options = pin_revision(model_name_or_path, HubOptions.from_kwargs(hub, load_pretrained), world)
-    hub["revision"] = options.revision
-    config = prepare_config(model_name_or_path, model_max_length=model_max_length, rope_parameters=rope_parameters, **hub)
-    wanted = Wanted(name=model_name_or_path, options=options, model_max_length=model_max_length, padding_side=padding_side)
+    source = locate_model(model_name_or_path, hub, world)
+    config = prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
+    spec = TokenizerSpec.of(source, model_max_length, padding_side)
+
+    def prepare() -> Any:
+        return spec.prepare(source)
+
     begun: list[Future] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
-        model = load_model(
-            model_name_or_path,
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+        model = load_model_from(
+            source,
+            world,
             ds_config=ds_config,
             config=config,
-            dtype=dtype,
+            options=load,
             model_class=model_class,
-            attn_implementation=attn_implementation,
-            loader=loader,
-            strict=strict,
-            verify=verify,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            buffer_mib=buffer_mib,
-            mmap=mmap,
-            while_reading=lambda: begun.append(beside.submit(wanted.prepare)) if world.is_main else None,
-            **hub,
+            while_reading=lambda: begun.append(pool.submit(prepare)) if world.is_main else None,
         )
-        tokenizer = share(world, wanted, begun[0].result if begun else wanted.prepare)
+        tokenizer = share(world, spec, begun[0].result if begun else prepare)
     return model, tokenizer
 
 
+@takes_options(LoadOptions, HubOptions)
 def load_model(
     model_name_or_path: str,
     *,
     ds_config: str | Path | Mapping[str, Any],
     config: PreTrainedConfig | None = None,
-    dtype: str | torch.dtype = "auto",
     model_class: Any = None,
-    attn_implementation: str | None = None,
-    loader: str = "sharded",
-    strict: bool = False,
-    verify: bool = False,
-    ignore_mismatched_sizes: bool = False,
-    buffer_mib: int = 64,
-    mmap: bool = True,
     while_reading: Callable[[], object] | None = None,
-    **hub: Any,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a model partitioned by ZeRO-3, every rank reading its own bytes. Every rank; communicates (no weights).
 
@@ -108,78 +93,89 @@ def load_model(
         model_name_or_path: a local folder, or a hub id, which is downloaded once per file system.
         ds_config: a DeepSpeed config of stage 3: a dict, the path of a JSON file, or a shipped name. "auto" is fine.
         config: the model's config as `prepare_config` made it; None reads the folder's own.
-        dtype: "auto", a torch dtype or its name. It decides where the DeepSpeed config says "auto"; else the engine does.
         model_class: a model class or an Auto class; None is `AutoModelForCausalLM`.
-        attn_implementation: as in transformers ("sdpa", "eager", "flash_attention_2", ...).
-        loader: "sharded", or "stock" for transformers' own way, which knows none of the following three.
-        strict: a missing or unexpected name is an error.
-        verify: read back: every shard is hashed against the files, along another path than the load's.
-        ignore_mismatched_sizes: tensors of another shape than the model's are initialised anew instead of an error.
-        buffer_mib: what the load may hold beside its shards, in MiB, at least 16: each 16 are one reading thread, as far as
-            there are cores. Leaves out the module that is initialised, and what is computed once a node.
-        mmap: a shard that stays in ordinary host memory, and is one run of a file in the page cache, is mapped from there, not
-            copied. Until an engine starts, whoever overwrites that file in place changes the model; the engine's start
-            copies, and refuses if somebody did. False: all is copied at once.
         while_reading: called when the sharded loader begins to read, on every rank, to start other work on a thread: nothing
             else happens on the host until the weights are there. It must not communicate.
-        **hub: `trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant`.
+        dtype: "auto", a torch dtype or its name. It decides where the DeepSpeed config says "auto"; else the engine does.
+        attn_implementation: as in transformers ("sdpa", "eager", "flash_attention_2", ...).
+        loader: "sharded", or "stock" for transformers' own way, which knows none of the following.
+        strict: a missing or unexpected name is an error.
+        verify: read back: every shard is hashed against the files, along another path than the load's.
+        ignore_mismatched_sizes: tensors of another shape than the model's are initialised instead of an error.
+        buffer_mib: MiB that the load may hold next to its shards, at least 16. One reading thread takes 16 MiB; there are at
+            most as many threads as cores. A module that is initialised, and what is computed once per node, do not count.
+        trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant: as in `from_pretrained`.
 
     Returns:
         An ordinary `PreTrainedModel` in evaluation mode, ready for `forward`, `generate`, `deepspeed.initialize` and
-        `Trainer`; `model.load_report` is the account of the load.
+        `Trainer`. `model.load_report` is a `LoadReport`.
 
     Raises:
-        ZeroSftError: the same one on every rank; its class says what was wrong.
+        ZeroSftError: the same one on every rank; its class and `code` say what was wrong.
     """
-    if loader not in LOADERS:
-        raise ArgumentError(f"loader must be one of {', '.join(LOADERS)}, got {loader!r}", code="arguments.wrong_value")
-    if type(buffer_mib) is not int or buffer_mib < BUFFER_MIB_A_THREAD:
-        raise ArgumentError(
-            f"buffer_mib must be a whole number, at least {BUFFER_MIB_A_THREAD}; got {buffer_mib!r}",
-            code="arguments.wrong_value",
-        )
-    _require_flags(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes, mmap=mmap)
-    options = HubOptions.from_kwargs(hub, load_model)
+    load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_model)
     world = distributed.connect(World.detect())
-    sent_before = distributed.bytes_communicated()
-    folder = resolve_weights(model_name_or_path, options, world)
-    if config is None:
-        config = prepare_config(model_name_or_path, **hub)
-    ds, name, seed = _engine(ds_config, dtype, config, world)
-    _warn_if_untested(world)
-    report = LoadReport(loader=loader, model=model_name_or_path, dtype=name, rank=world.rank, world_size=world.world_size)
-    request = Request(
-        folder=folder,
+    source = locate_model(model_name_or_path, hub, world)
+    return load_model_from(
+        source,
+        world,
+        ds_config=ds_config,
         config=config,
-        ds_config=ds,
-        dtype=getattr(torch, name),
-        seed=seed,
+        options=load,
         model_class=model_class,
-        attn_implementation=attn_implementation,
-        trust_remote_code=options.trust_remote_code,
-        variant=options.variant,
-        buffer_mib=buffer_mib,
-        mmap=mmap,
         while_reading=while_reading,
-        checks=Checks(strict=strict, verify=verify, ignore_mismatched_sizes=ignore_mismatched_sizes),
+    )
+
+
+def load_model_from(
+    source: ModelSource,
+    world: World,
+    *,
+    ds_config: str | Path | Mapping[str, Any],
+    config: PreTrainedConfig | None,
+    options: LoadOptions,
+    model_class: Any = None,
+    while_reading: Callable[[], object] | None = None,
+) -> PreTrainedModel:
+    """Do what `load_model` does, with a model that was located and options that were checked. Every rank; communicates."""
+    sent_before = distributed.bytes_communicated()
+    folder = fetch_weights(source, world)
+    if config is None:
+        config = prepare_config_from(source, world)
+    ds, dtype, seed = _engine(ds_config, options.dtype, config, world)
+    _warn_if_untested(world)
+    request = LoadRequest(
+        name=source.name,
+        model=ModelSpec(
+            folder=folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            model_class=model_class,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=source.options.trust_remote_code,
+        ),
+        ds_config=ds,
+        seed=seed,
+        variant=source.options.variant,
+        options=options,
+        while_reading=while_reading,
     )
     start = Watermark.now()
-    model = (load_stock if loader == "stock" else load_sharded)(request, world, report)
-    model.name_or_path = model.config.name_or_path = model_name_or_path
-    report.bytes_communicated = distributed.bytes_communicated() - sent_before
-    _hand_over(model, report, start, world)
-    return model
-
-
-def _require_flags(**flags: object) -> None:
-    for name, value in flags.items():
-        require_kind(name, value, FLAG)
+    loaded = (load_stock if options.loader == "stock" else load_sharded)(request, world)
+    peak_host, peak_device = Watermark.now().growth_since(start)
+    stats = dataclasses.replace(
+        loaded.stats,
+        bytes_communicated=distributed.bytes_communicated() - sent_before,
+        peak_host_bytes=peak_host,
+        peak_device_bytes=peak_device,
+    )
+    return _hand_over(request, dataclasses.replace(loaded, stats=stats), world)
 
 
 def _engine(
     ds_config: str | Path | Mapping[str, Any], dtype: str | torch.dtype, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
-    """The DeepSpeed config without "auto", the name of its engine's dtype, and rank 0's random seed. Every rank."""
+    """Return the DeepSpeed config without "auto", the name of its engine's dtype, and rank 0's random seed. Every rank."""
     with agreed(world, "reading the DeepSpeed config") as told:
         told.mine = torch.initial_seed()
         ds = ds_configs.load_ds_config(ds_config)
@@ -190,33 +186,24 @@ def _engine(
     return ds, name, told.everyone[0]
 
 
-def _hand_over(model: PreTrainedModel, report: LoadReport, start: Watermark, world: World) -> None:
-    """Complete the report, attach it to the model, and say it on rank 0. Every rank; communicates."""
-    report.peak_host_bytes, report.peak_device_bytes = Watermark.now().growth_since(start)
-    report.gather(distributed.exchange(world, report.numbers()))
+def _hand_over(request: LoadRequest, loaded: Loaded, world: World) -> PreTrainedModel:
+    """Attach the report to the model, and log it on rank 0. Every rank; communicates."""
+    model = loaded.model
+    model.name_or_path = model.config.name_or_path = request.name
+    report = LoadReport(
+        loader=request.options.loader,
+        model=request.name,
+        dtype=str(request.model.dtype).removeprefix("torch."),
+        rank=world.rank,
+        world_size=world.world_size,
+        ranks=distributed.exchange(world, loaded.stats.numbers()),
+        **vars(loaded.keys),
+        **vars(loaded.stats),
+    )
     setattr(model, "load_report", report)  # noqa: B010 - an attribute that nn.Module's stub does not know
     if world.is_main:
         logger.info(report.summary())
-
-
-def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
-    """The name of the dtype that was asked for; "auto" is the config's own, as in `from_pretrained`."""
-    if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or torch.float32
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ArgumentError(f"dtype must be 'auto', a torch dtype or its name, got {dtype!r}", code="arguments.wrong_value")
-    return str(found).removeprefix("torch.")  # torch.half is another name of torch.float16
-
-
-def require_engine_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
-    """Raise `ArgumentError` if a dtype was asked for (not "auto") that is not the engine's."""
-    if dtype != "auto" and asked != engine:
-        raise ArgumentError(
-            f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "
-            'fp16.enabled in it to match (or to "auto"), or leave dtype at "auto".',
-            code="arguments.dtype_contradicts_engine",
-        )
+    return model
 
 
 def _warn_if_untested(world: World) -> None:

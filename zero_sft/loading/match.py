@@ -1,4 +1,17 @@
-"""A checkpoint meets its model: what of the one makes what of the other, and whether they belong together."""
+"""Match a checkpoint's tensors to a model's, and reject checkpoints that do not fit.
+
+A name of the model's state dict is one of these:
+
+| names | where their values come from |
+| --- | --- |
+| `resolution.sources` | read from the checkpoint, byte range by byte range |
+| `resolution.computed` | computed from whole stored tensors (`untraceable.py`) |
+| `tied_to` | shared with another name of the model |
+| `missing_keys()` | none of these: the model initialises them |
+
+`resolution.loaded` are the first two. The model's own initialisation may change some of them; those are complete before the
+reads begin and are called `initialised` in `sharded.py`.
+"""
 
 import re
 from collections import Counter
@@ -13,59 +26,73 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Mismatch, Resolution, Whole, resolve
 from zero_sft.errors import CheckpointError
 from zero_sft.loading.skeleton import Skeleton
-from zero_sft.zero import init_weights as missing
+from zero_sft.zero import init_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """A model on its way: its skeleton, what the checkpoint has for it, and the names that will share another's tensor."""
+class CheckpointMatch:
+    """A model without weights, and what the checkpoint has for it.
 
-    bare: Skeleton
+    Attributes:
+        tied_to: the names that share another's tensor, and that other's name.
+    """
+
+    skeleton: Skeleton
     index: CheckpointIndex
     resolution: Resolution
-    away: Mapping[str, str]
-    threads: int
+    tied_to: Mapping[str, str]
 
     @property
     def model(self) -> PreTrainedModel:
         """The model itself."""
-        return self.bare.model
+        return self.skeleton.model
 
     @property
     def state(self) -> Mapping[str, torch.Tensor]:
-        """Its whole state dict, on meta."""
-        return self.bare.state
+        """The model's state dict in full shapes, on the meta device."""
+        return self.skeleton.state
 
     @property
     def whole(self) -> Whole:
         """The model as conversions see it."""
         return Whole(self.model, self.state)
 
-    def tensors(self) -> Mapping[str, Any]:
-        """The model's own parameters and persistent buffers, by name."""
-        return {name: each for name, each in self.model.state_dict(keep_vars=True).items() if name in self.state}
+    def collect_tensors(self) -> Mapping[str, Any]:
+        """Collect the model's parameters and persistent buffers as they are now, by name."""
+        state = self.model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name in self.state}
 
-    def lacking(self) -> list[str]:
+    def missing_keys(self) -> list[str]:
         """The names that the checkpoint does not fill and no tie provides."""
-        return [name for name in self.state if name not in self.resolution.loaded and name not in self.away]
+        return [name for name in self.state if name not in self.resolution.loaded and name not in self.tied_to]
+
+    def ties_with_both_stored(self) -> list[tuple[str, str]]:
+        """Tied pairs (target, source) for which the checkpoint stores both tensors."""
+        loaded = self.resolution.loaded
+        ties = self.model.all_tied_weights_keys
+        return [(target, source) for target, source in ties.items() if target in loaded and source in loaded]
 
 
-def meet(bare: Skeleton, index: CheckpointIndex, quantizer: Any, threads: int, ignore_mismatched_sizes: bool) -> Draft:
-    """Match checkpoint and model, which is whole still. Any rank by itself.
+def match_checkpoint(
+    skeleton: Skeleton, index: CheckpointIndex, quantizer: Any, ignore_mismatched_sizes: bool
+) -> CheckpointMatch:
+    """Match checkpoint and model. Any rank; does not communicate.
 
     Args:
+        skeleton: the model in full shapes, not sharded yet.
         quantizer: transformers' own, if the checkpoint is quantised.
 
     Raises:
         CheckpointError: a checkpoint of another model, or one that lacks most of this one's weights.
     """
-    resolution = resolve(bare.model, bare.state, index.tensors, quantizer)
+    model = skeleton.model
+    resolution = resolve(model, skeleton.state, index.tensors, quantizer)
     if quantizer is None:  # what was dequantised is saved as any model of its kind
-        setattr(bare.model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
-    away = missing.tied_away(bare.model.all_tied_weights_keys, resolution.loaded)
-    draft = Draft(bare=bare, index=index, resolution=resolution, away=away, threads=threads)
-    _require_fit(draft, ignore_mismatched_sizes)
-    return draft
+        setattr(model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
+    tied_to = init_weights.tied_away(model.all_tied_weights_keys, resolution.loaded)
+    match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
+    _require_fit(match, ignore_mismatched_sizes)
+    return match
 
 
 _BUFFERS = re.compile(r"inv_freq$|rotary_emb\.|masked_bias$|\.attn\.bias$|\.attention\.bias$")
@@ -93,19 +120,19 @@ def _dots(name: str) -> list[int]:
     return [place for place, char in enumerate(name) if char == "."]
 
 
-def _require_fit(draft: Draft, ignore_mismatched_sizes: bool) -> None:
+def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
     """Refuse a checkpoint of another model: shapes that differ, or most of the weights absent."""
-    mismatched = draft.resolution.mismatched
+    mismatched = match.resolution.mismatched
     if mismatched and not ignore_mismatched_sizes:
-        raise CheckpointError(_misfit(draft.index.folder, mismatched), code="checkpoint.shapes_differ")
-    wanted = {name: tensor.numel() for name, tensor in draft.state.items() if name not in draft.away}
-    present = sum(numel for name, numel in wanted.items() if name in draft.resolution.loaded)
+        raise CheckpointError(_misfit(match.index.folder, mismatched), code="checkpoint.shapes_differ")
+    wanted = {name: tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to}
+    present = sum(numel for name, numel in wanted.items() if name in match.resolution.loaded)
     if 2 * present < sum(wanted.values()):
-        examples = ", ".join(sorted(draft.lacking())[:3])
-        found = ", ".join(sorted(draft.index.tensors)[:3])
+        examples = ", ".join(sorted(match.missing_keys())[:3])
+        found = ", ".join(sorted(match.index.tensors)[:3])
         raise CheckpointError(
-            f"{draft.index.folder} lacks most of the model's weights ({present:,} of {sum(wanted.values()):,} elements found). "
-            f"The model wants {examples}, ...; the files have {found}, .... Name a checkpoint of {type(draft.model).__name__}.",
+            f"{match.index.folder} lacks most of the model's weights ({present:,} of {sum(wanted.values()):,} elements found). "
+            f"The model wants {examples}, ...; the files have {found}, .... Name a checkpoint of {type(match.model).__name__}.",
             code="checkpoint.other_model",
         )
 
@@ -115,7 +142,7 @@ def _misfit(folder: str, mismatched: Sequence[Mismatch]) -> str:
     more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
     count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
     message = f"{folder}: {count} another shape than the model's: {shown}{more}."
-    absent = [name for each in mismatched for name in each.absent]
+    absent = [name for mismatch in mismatched for name in mismatch.absent]
     if absent:
         others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
         return f"{message} It is made of parts, of which the files lack {absent[0]!r}{others}: fetch the checkpoint again."

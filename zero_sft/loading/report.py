@@ -1,4 +1,4 @@
-"""What a load did: an honest account, per rank and for the slowest, in numbers that can be checked."""
+"""Report of a load: names, numbers per rank, and a table of them for a person."""
 
 import dataclasses
 import json
@@ -7,32 +7,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from zero_sft.progress import size
 
 Numbers = Mapping[str, float]
-"""`LoadReport.numbers` of one rank."""
-
-_NUMBERS = (
-    "seconds", "bytes_read", "bytes_mapped", "requests", "bytes_communicated", "peak_host_bytes", "peak_device_bytes",
-)  # fmt: skip
+"""`LoadStats.numbers` of one rank."""
 
 
-@dataclass(slots=True, kw_only=True)
-class LoadReport:
-    """The account of one load on one rank; the lists are the same on every rank.
+@dataclass(frozen=True, kw_only=True)
+class KeyReport:
+    """Names and counts that are the same on every rank.
 
-    `mismatched` holds `(name, expected shape, got shape)`; `doubled` are stored names that several files have, of which the
-    last file's was taken, as in `from_pretrained`. `dequantised` tensors were multiplied by their scales while they were read;
-    `untraced` ones, with the bytes that a node held for each, were computed from whole stored tensors. `bytes_read` counts
-    checkpoint data of this rank, of which `bytes_mapped` were taken in place from the page cache; `bytes_communicated` what it
-    sent to others, in bytes. `seconds` is this rank's wall time, `slowest_seconds` the slowest rank's; `stages` splits
-    `seconds` by stage. `operations` are the conversions by which tensors were made of others, as in the merging of experts.
-    `verified` is the number of tensors read back and found equal, if asked for. `peak_host_bytes` and `peak_device_bytes` are
-    what this rank held at most over what it had at the start; `ranks` has the numbers of every rank, in order.
+    Attributes:
+        parameters: elements of the model's parameters, a tied one once.
+        missing: initialised by the model, since the checkpoint lacks them.
+        unexpected: stored tensors that the model has no place for.
+        mismatched: `(name, expected shape, stored shape)`.
+        doubled: stored names that several files have; the last file's was taken, as in `from_pretrained`.
+        tied: names that share another's tensor.
+        cast: names that were stored in another dtype.
+        dequantised: names that were multiplied by their scales while they were read.
+        untraced: names that were computed from whole stored tensors, with the bytes that a node held for each.
+        operations: conversions by which tensors were made of others, as in the merging of experts.
+        verified: the number of tensors read back and found equal, if asked for.
     """
 
-    loader: str
-    model: str
     parameters: int = 0
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -43,33 +43,69 @@ class LoadReport:
     dequantised: list[str] = field(default_factory=list)
     untraced: list[tuple[str, int]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
-    dtype: str = ""
     verified: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadStats:
+    """Numbers of one rank.
+
+    Attributes:
+        requests: read requests.
+        bytes_read: checkpoint data that this rank read.
+        bytes_communicated: bytes that it sent to other ranks.
+        seconds: its wall time; `stages` splits it.
+        peak_host_bytes, peak_device_bytes: the most that it held over what it had at the start.
+    """
+
     requests: int = 0
     bytes_read: int = 0
-    bytes_mapped: int = 0
     bytes_communicated: int = 0
     seconds: float = 0.0
-    slowest_seconds: float = 0.0
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
-    rank: int = 0
-    world_size: int = 1
     stages: dict[str, float] = field(default_factory=dict)
-    ranks: list[dict[str, float]] = field(default_factory=list)
 
     def numbers(self) -> dict[str, float]:
-        """This rank's own numbers, for the others."""
-        return {name: getattr(self, name) for name in _NUMBERS} | {f"stage {k}": v for k, v in self.stages.items()}
+        """The numbers under one name each, for the other ranks."""
+        numbers = {name: value for name, value in vars(self).items() if name in _NUMBERS}
+        return numbers | {f"stage {stage}": seconds for stage, seconds in self.stages.items()}
 
-    def gather(self, everyone: list[dict[str, float]]) -> None:
-        """Take in the numbers of all ranks."""
-        self.ranks = everyone
-        self.slowest_seconds = max(each["seconds"] for each in everyone)
+
+_NUMBERS = tuple(number.name for number in dataclasses.fields(LoadStats) if number.name != "stages")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a loader returns: the model, and what it found and did."""
+
+    model: PreTrainedModel
+    keys: KeyReport
+    stats: LoadStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport(LoadStats, KeyReport):
+    """Report of one load on one rank: its names, this rank's numbers, and in `ranks` the numbers of every rank, in order.
+
+    `slowest_seconds` is the wall time of the slowest rank.
+    """
+
+    loader: str
+    model: str
+    dtype: str = ""
+    rank: int = 0
+    world_size: int = 1
+    ranks: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def slowest_seconds(self) -> float:
+        """Seconds of the slowest rank."""
+        return max(rank["seconds"] for rank in self.ranks) if self.ranks else self.seconds
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"slowest_seconds": self.slowest_seconds}
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -136,20 +172,15 @@ def _speed(value: float) -> str:
     return f"{size(value)}/s"
 
 
-def _copied(rank: Numbers) -> float:
-    """Bytes that were read into memory; what is mapped is not read yet."""
-    return rank["bytes_read"] - rank["bytes_mapped"]
-
-
 def _read_speed(rank: Numbers) -> float:
-    """Bytes a second in the stage that reads; 0 where all was mapped."""
+    """Bytes a second in the stage that reads."""
     seconds = rank.get("stage read", 0.0)
-    return _copied(rank) / seconds if seconds else 0.0
+    return rank["bytes_read"] / seconds if seconds else 0.0
 
 
 def _speed_of_all(ranks: Sequence[Numbers]) -> float:
     slowest = max(rank.get("stage read", 0.0) for rank in ranks)
-    return sum(map(_copied, ranks)) / slowest if slowest else 0.0
+    return sum(rank["bytes_read"] for rank in ranks) / slowest if slowest else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +222,8 @@ _STAGES = {
 _ROWS = (
     _Row(title="time", value=lambda rank: rank["seconds"], form=_seconds),
     _summed("read from the checkpoint", "bytes_read", size),
-    _summed("  of that mapped from the page cache", "bytes_mapped", size),
     _summed("  in how many reads", "requests", _count),
-    _Row(title="  speed, mapped bytes left out", value=_read_speed, form=_speed, total=_speed_of_all),
+    _Row(title="  speed", value=_read_speed, form=_speed, total=_speed_of_all),
     _summed("messages between ranks, none with weights", "bytes_communicated", size),
     _Row(title="host memory, highest above the start", value=lambda rank: rank["peak_host_bytes"], form=size),
     _Row(title="device memory, highest above the start", value=lambda rank: rank["peak_device_bytes"], form=size),

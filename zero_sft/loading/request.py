@@ -1,4 +1,4 @@
-"""What to load, fully resolved: the one value that the steps of a load hand on."""
+"""What to build and what to load, fully resolved: the values that the stages of a load are given."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,30 +8,42 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checks:
-    """What a load insists on: no missing or unexpected name; shards read back; or shapes that may differ, to be initialised."""
-
-    strict: bool = False
-    verify: bool = False
-    ignore_mismatched_sizes: bool = False
+from zero_sft.loading.options import LoadOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What to load, resolved: a local folder, a config, a DeepSpeed config without "auto", the engine's dtype, one seed."""
+class ModelSpec:
+    """What a model without weights is built from.
+
+    Attributes:
+        folder: the local folder, for custom code and for messages.
+        model_class: a model class or an Auto class; None is `AutoModelForCausalLM`.
+    """
 
     folder: Path
     config: PreTrainedConfig
-    ds_config: Mapping[str, Any]
     dtype: torch.dtype
+    model_class: Any = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """What to load.
+
+    Attributes:
+        name: the model's name as the user gave it.
+        ds_config: a DeepSpeed config without "auto".
+        seed: for weights that the checkpoint lacks, the same on every rank.
+        variant: which files of the weights, as in transformers.
+        while_reading: called when the reads begin.
+    """
+
+    name: str
+    model: ModelSpec
+    ds_config: Mapping[str, Any]
     seed: int
-    model_class: Any
-    attn_implementation: str | None
-    trust_remote_code: bool
     variant: str | None
-    buffer_mib: int
-    mmap: bool
-    while_reading: Callable[[], object] | None
-    checks: Checks
+    options: LoadOptions
+    while_reading: Callable[[], object] | None = None

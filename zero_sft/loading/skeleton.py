@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from zero_sft.conversion.quantised import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
-from zero_sft.loading.request import Request
+from zero_sft.loading.request import ModelSpec
 from zero_sft.transformers_internals import internal, kept_dtypes, without_zero3, zero3_config
 from zero_sft.zero.init import ShardedInit
 
@@ -111,29 +111,29 @@ class Skeleton:
         self.init.shard(self.model)
 
 
-def build(request: Request) -> Skeleton:
+def build(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
     """Construct the model inside `ShardedInit`. Every rank; does not communicate.
 
     Raises:
         ConfigError: DeepSpeed refuses its config.
     """
     try:
-        init = ShardedInit(dict(request.ds_config))
+        init = ShardedInit(dict(ds_config))
     except Exception as error:  # pydantic's ValidationError, DeepSpeedConfigError, AssertionError, KeyError, TypeError
         reason = str(error).strip() or type(error).__name__
         raise ConfigError(
             f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones.",
             code="ds_config.refused_by_deepspeed",
         ) from error
-    model, state = outline(request, init)
+    model, state = outline(spec, init)
     return Skeleton(model=model, state=state, init=init)
 
 
-def outline(request: Request, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+def outline(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The model on the meta device, constructed inside the contexts `around`, and its whole state dict. Any rank by itself."""
-    model = construct(request, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")(), _no_values_on_meta())
+    model = construct(spec, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")(), _no_values_on_meta())
     internal("patch_output_recorders")(model)
-    kept = kept_dtypes(model, request.dtype)
+    kept = kept_dtypes(model, spec.dtype)
     state = {
         name: torch.empty(tensor.shape, dtype=kept(name) or tensor.dtype, device="meta")
         for name, tensor in model.state_dict().items()
@@ -142,23 +142,23 @@ def outline(request: Request, *around: Any) -> tuple[PreTrainedModel, dict[str, 
     return model, state
 
 
-def buffers(request: Request) -> dict[str, torch.Tensor]:
+def buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
     """The buffers as the model's constructor computes them, without its parameters. Any rank by itself."""
-    return dict(construct(request, _hollow_parameters()).named_buffers(remove_duplicate=False))
+    return dict(construct(spec, _hollow_parameters()).named_buffers(remove_duplicate=False))
 
 
-def construct(request: Request, *around: Any) -> PreTrainedModel:
+def construct(spec: ModelSpec, *around: Any) -> PreTrainedModel:
     """The model, constructed as plain `from_pretrained` does, inside the contexts `around`. Any rank by itself."""
-    cls, config = resolve_class(request.config, request.model_class, request.folder, request.trust_remote_code)
+    cls, config = resolve_class(spec.config, spec.model_class, spec.folder, spec.trust_remote_code)
     config = unquantised(copy.deepcopy(config))
-    attention = attention_of(config, request.attn_implementation)
+    attention = attention_of(config, spec.attn_implementation)
     if attention:
         require_attention(cls, config, attention)
         config._attn_implementation = attention
-    set_dtype(config, request.dtype)
+    set_dtype(config, spec.dtype)
     contexts = (
         without_zero3(),
-        internal("local_torch_dtype")(request.dtype, cls.__name__),
+        internal("local_torch_dtype")(spec.dtype, cls.__name__),
         internal("no_tie_weights")(),
         internal("apply_patches")(),
         *around,
@@ -170,7 +170,7 @@ def construct(request: Request, *around: Any) -> PreTrainedModel:
             return cls(config)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
             raise ConfigError(
-                f"{request.folder}: {cls.__name__} can't be made from its config.json: {type(error).__name__}: {error}. "
+                f"{spec.folder}: {cls.__name__} can't be made from its config.json: {type(error).__name__}: {error}. "
                 "Compare it with the original.",
                 code="config.unbuildable",
             ) from error
@@ -238,18 +238,18 @@ def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
             part.dtype = dtype
 
 
-def give_generation_config(model: PreTrainedModel, request: Request) -> tuple[str, ...]:
+def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str, ...]:
     """Give the model the folder's generation settings, as `from_pretrained` does; returns what was left out, and why."""
     adjust: Any = getattr(model, "adjust_generation_fn", None)
     if adjust is None or not model.can_generate():
         return ()
-    generation, left_out = read_generation_config(request.folder)
+    generation, left_out = read_generation_config(spec.folder)
     if left_out:
         model.generation_config = generation
         return left_out
     adjust(
-        None, False, None, str(request.folder), cache_dir=None, force_download=False, proxies=None, local_files_only=True,
-        token=None, revision=None, subfolder="", trust_remote_code=request.trust_remote_code,
+        None, False, None, str(spec.folder), cache_dir=None, force_download=False, proxies=None, local_files_only=True,
+        token=None, revision=None, subfolder="", trust_remote_code=spec.trust_remote_code,
     )  # fmt: skip
     return ()
 

@@ -1,4 +1,4 @@
-"""Tensors that have to be computed: conversions that can't be traced, run once a node on whole tensors, one group at a time.
+"""Compute the tensors whose conversion can't be traced, once per node from whole stored tensors, one group at a time.
 
 The first rank of each node reads the group's stored tensors and runs transformers' own operations on them; the node's ranks map
 the result from shared memory and keep their ranges. A node holds one group's sources and results at a time.
@@ -9,7 +9,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,8 +22,7 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
 from zero_sft.distributed import agreed
-from zero_sft.loading.match import Draft
-from zero_sft.loading.report import LoadReport
+from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, plan_reads
 from zero_sft.plan.regions import whole
@@ -49,32 +50,46 @@ def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[st
     return run(group, model, source), read_bytes
 
 
-def fill_computed(draft: Draft, ready: Set[str], world: World, report: LoadReport) -> None:
-    """The tensors that come out of whole ones, group by group. Every rank; communicates."""
-    tensors = draft.tensors()
-    groups = list(draft.resolution.by_group())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """What `fill_computed` did: bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
+
+    read_bytes: int
+    held_bytes: Mapping[str, int]
+
+
+def fill_computed(match: CheckpointMatch, tensors: Mapping[str, Any], initialised: Set[str], world: World) -> Computed:
+    """Fill the shards of the tensors that can't be traced, group by group. Every rank; communicates.
+
+    Args:
+        tensors: the model's sharded parameters by name.
+        initialised: names that have their values already.
+    """
+    read_bytes, held_bytes = 0, {}
+    groups = list(match.resolution.by_group())
     for group, names in progress.counted(groups, "computing tensors, once per node", "groups"):
-        wanted = [name for name in names if name not in ready and shards.is_sharded(tensors[name])]
+        wanted = [name for name in names if name not in initialised and shards.is_sharded(tensors[name])]
         if not wanted:
             continue
         made: dict[str, torch.Tensor] | None = None
         with agreed(world, f"computing {wanted[0]}"):
             if world.leads_node:
-                made, nbytes = compute(group, draft.whole, draft.index)
-                report.bytes_read += nbytes
-        with shared(made, wanted, world) as whole:
+                made, nbytes = compute(group, match.whole, match.index)
+                read_bytes += nbytes
+        with shared(made, wanted, world) as full:
             made = None
 
-            def fill(memory: Mapping[str, torch.Tensor], whole: Mapping[str, torch.Tensor] = whole) -> None:
+            def fill(memory: Mapping[str, torch.Tensor], full: Mapping[str, torch.Tensor] = full) -> None:
                 for name, shard in memory.items():
                     span = shards.local_range(tensors[name])
-                    shard[: span.numel].copy_(whole[name].reshape(-1)[span.start : span.stop])
+                    shard[: span.numel].copy_(full[name].reshape(-1)[span.start : span.stop])
 
             with agreed(world, f"keeping {wanted[0]}"):
                 shards.fill_shards({name: tensors[name] for name in wanted}, fill)
-        sources = sum(draft.index.tensors[name].nbytes for name in group.stored)
-        results = sum(draft.state[name].numel() * draft.state[name].itemsize for name in wanted)
-        report.untraced += [(name, sources + results) for name in wanted]
+        sources = sum(match.index.tensors[name].nbytes for name in group.stored)
+        results = sum(match.state[name].numel() * match.state[name].itemsize for name in wanted)
+        held_bytes |= dict.fromkeys(wanted, sources + results)
+    return Computed(read_bytes=read_bytes, held_bytes=held_bytes)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zero_sft.errors import ExportError
 from zero_sft.loading import skeleton
-from zero_sft.loading.request import Request
+from zero_sft.loading.request import ModelSpec
 from zero_sft.saving.export import own_layout, published_layout
 from zero_sft.saving.folder import resolved
 
@@ -34,9 +34,9 @@ class SaveSizes:
         return self.export_bytes + self.checkpoints * self.checkpoint_bytes
 
 
-def sizes_of(request: Request) -> tuple[int, int]:
+def sizes_of(spec: ModelSpec) -> tuple[int, int]:
     """Bytes of the exported weights, and the elements of the model's parameters. One rank; does not communicate."""
-    model, state = skeleton.outline(request)
+    model, state = skeleton.outline(spec)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     saved = {name: tensor for name, tensor in state.items() if name not in tied}
     layout, _ = published_layout(model, saved)

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from zero_sft import distributed
 from zero_sft.errors import ArgumentError
-from zero_sft.hub.source import TOKENIZER, HubOptions, resolve_folder_alone
+from zero_sft.hub.options import HubOptions
+from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model_alone
+from zero_sft.options import read_keywords, takes_options
 from zero_sft.tokenizer.fingerprints import fingerprint
 from zero_sft.tokenizer.packet import check_faithful, pack, rebuild
 from zero_sft.tokenizer.setup import set_up
@@ -23,13 +25,23 @@ Prepared = tuple[PreTrainedTokenizerBase, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """Which tokenizer, and how it is to be set up."""
+class TokenizerSpec:
+    """How a tokenizer is to be set up, and whether it may bring code."""
 
-    name: str  # a hub id, or a folder, which rank 0 alone needs to have
-    options: HubOptions
+    name: str  # the model's name, for messages
+    trust_remote_code: bool
     model_max_length: int
     padding_side: str
+
+    @classmethod
+    def of(cls, source: ModelSource, model_max_length: int, padding_side: str) -> "TokenizerSpec":
+        """The spec for a model that was located."""
+        return cls(
+            name=source.name,
+            trust_remote_code=source.options.trust_remote_code,
+            model_max_length=model_max_length,
+            padding_side=padding_side,
+        )
 
     def check(self) -> None:
         """Raise an ArgumentError for a setting out of range."""
@@ -44,33 +56,47 @@ class Wanted:
                 code="arguments.wrong_value",
             )
 
-    def prepare(self) -> Prepared:
-        """Set it up and pack it. Rank 0, by itself; it may be on another thread."""
-        folder = resolve_folder_alone(self.name, self.options, TOKENIZER)
-        tokenizer = set_up(folder, self.options, self.model_max_length, self.padding_side)
+    def prepare(self, source: ModelSource) -> Prepared:
+        """Set the tokenizer up and pack it. Rank 0; does not communicate; it may be on another thread."""
+        folder = fetch_files(source, World(), TOKENIZER)
+        tokenizer = set_up(folder, source.options, self.model_max_length, self.padding_side)
         return tokenizer, pack(tokenizer, folder.name)
 
 
+@takes_options(HubOptions)
 def load_tokenizer(
-    model_name_or_path: str, *, model_max_length: int, padding_side: str = "right", **hub: object
+    model_name_or_path: str, *, model_max_length: int, padding_side: str = "right", **options: object
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, the same on every rank. Every rank; communicates; rank 0 alone reads files.
+    """Load a model's tokenizer, the same on every rank. Every rank; communicates; rank 0 alone reads files.
 
     `model_name_or_path` is a hub id or a folder, which rank 0 alone needs to have; `model_max_length` is in tokens;
-    `padding_side` is "right" or "left"; `hub` as in `prepare_config`. The pad token is the unk token, as in FastChat, or
+    `padding_side` is "right" or "left"; `options` as in `prepare_config`. The pad token is the unk token, as in FastChat, or
     where there is none a token that is never content (logged). The vocabulary never grows.
 
     Raises:
         TokenizerError: no usable tokenizer there; CheckpointError: no such folder; ArgumentError: an argument out of
             range. Always the same one on every rank.
     """
-    options = HubOptions.from_kwargs(hub, load_tokenizer)
+    (hub,) = read_keywords(options, HubOptions, function=load_tokenizer)
+    spec = TokenizerSpec(
+        name=model_name_or_path,
+        trust_remote_code=hub.trust_remote_code,
+        model_max_length=model_max_length,
+        padding_side=padding_side,
+    )
     world = distributed.connect(World.detect())
-    wanted = Wanted(name=model_name_or_path, options=options, model_max_length=model_max_length, padding_side=padding_side)
-    return share(world, wanted, wanted.prepare)
+    return share(world, spec, lambda: spec.prepare(locate_model_alone(model_name_or_path, hub)))
 
 
-def share(world: World, wanted: Wanted, prepared: Callable[[], Prepared]) -> PreTrainedTokenizerBase:
+def load_tokenizer_from(
+    source: ModelSource, world: World, *, model_max_length: int, padding_side: str
+) -> PreTrainedTokenizerBase:
+    """Do what `load_tokenizer` does, with a model that was located. Every rank; communicates."""
+    spec = TokenizerSpec.of(source, model_max_length, padding_side)
+    return share(world, spec, lambda: spec.prepare(source))
+
+
+def share(world: World, spec: TokenizerSpec, prepared: Callable[[], Prepared]) -> PreTrainedTokenizerBase:
     """The tokenizer that rank 0 prepares, or has prepared, on every rank. Every rank; communicates.
 
     Raises:
@@ -78,17 +104,17 @@ def share(world: World, wanted: Wanted, prepared: Callable[[], Prepared]) -> Pre
     """
     original, packet = None, None
     with distributed.agreed(world, "setting up the tokenizer", distributed.DOWNLOAD_TIMEOUT):
-        wanted.check()
+        spec.check()
         if world.is_main:
             original, packet = prepared()
     packet = distributed.broadcast_bytes(world, packet)
 
     def rebuilt() -> PreTrainedTokenizerBase:
-        tokenizer = rebuild(packet, wanted.name, trust_remote_code=wanted.options.trust_remote_code)
+        tokenizer = rebuild(packet, spec.name, trust_remote_code=spec.trust_remote_code)
         check_faithful(original, tokenizer)
         return tokenizer
 
-    one_by_one = wanted.options.trust_remote_code
+    one_by_one = spec.trust_remote_code
     tokenizer = distributed.by_turns(world, "rebuilding the tokenizer", rebuilt, one_by_one=one_by_one)
     distributed.agree_on(world, "tokenizer", fingerprint(tokenizer))
     return tokenizer

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 
 from zero_sft.checkpoint.folder_kind import first_placeholder
 from zero_sft.errors import TokenizerError, ZeroSftError
-from zero_sft.hub.source import TOKENIZER, HubOptions
+from zero_sft.hub.options import HubOptions
+from zero_sft.hub.source import TOKENIZER
 from zero_sft.tokenizer.base_config import keep_base_config
 from zero_sft.tokenizer.fingerprints import PROBES
 

@@ -13,7 +13,7 @@ For inference only: what a backward pass would need is gone by then. All ranks m
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,13 +21,9 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import nn
 
-from zero_sft import distributed
-from zero_sft.checkpoint.stamp import Stamp, is_same_file, require_unchanged
-from zero_sft.world import World
 from zero_sft.zero import shards
 
 _HANDLES = "_zero_sft_gather_hooks"
-_MAPPED, _LOADED = "_zero_sft_mapped_from", "_zero_sft_loaded"  # attributes of parameters
 
 
 def install(model: nn.Module) -> None:
@@ -37,40 +33,6 @@ def install(model: nn.Module) -> None:
         if any(shards.is_sharded(param) for param in module.parameters(recurse=False)):
             hooks = [module.register_forward_pre_hook(_before), module.register_forward_hook(_after, always_call=True)]
             setattr(module, _HANDLES, hooks)
-    for param in model.parameters():
-        setattr(param, _LOADED, True)
-
-
-def mark_mapped(param: nn.Parameter, path: str, stamp: Stamp) -> None:
-    """Remember of which file a parameter's shard is a part, until an engine starts."""
-    setattr(param, _MAPPED, (path, stamp))
-
-
-def settle(module: nn.Module) -> None:
-    """Copy what is still a part of a file, and see that no file was written to. Every rank; communicates.
-
-    A file that was replaced by another, or removed, is no matter: what is mapped is the old one. Looked at before, too: to
-    touch what a file that was cut short no longer has ends the process.
-
-    Raises:
-        CheckpointError: a file was written to, so that shards may have changed; on every rank.
-    """
-    params = [param for param in module.parameters() if param.__dict__.pop(_LOADED, False)]
-    if not params:
-        return
-    with distributed.agreed(World.detect(), "copying shards that were mapped"):
-        mapped = [(param, *param.__dict__.pop(_MAPPED)) for param in params if _MAPPED in param.__dict__]
-        files = {path: expected for _, path, expected in mapped}
-        _require_unwritten(files)
-        for param, *_ in mapped:
-            param.ds_tensor.data = param.ds_tensor.data.clone()
-        _require_unwritten(files)
-
-
-def _require_unwritten(files: Mapping[str, Stamp]) -> None:
-    for path, expected in files.items():
-        if is_same_file(path, expected):
-            require_unchanged(path, path, expected)
 
 
 def remove(model: nn.Module) -> None:
@@ -114,7 +76,6 @@ def _stand_down_for_engines() -> None:
 
     @functools.wraps(original)
     def setup_zero_stage3_hooks(self: DeepSpeedZeRoOffload) -> None:
-        settle(self.module)
         remove(self.module)
         original(self)
 

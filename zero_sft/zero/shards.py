@@ -71,16 +71,6 @@ def attach(param: nn.Parameter, shard: torch.Tensor) -> None:
     param.ds_tensor = shard
 
 
-def mappable(params: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, torch.dtype]]:
-    """Padded length and dtype of the shards that stay in ordinary host memory, which a mapped file is as well."""
-    homes = {name: home(param) for name, param in params.items()}
-    return {
-        name: (param.ds_tensor.ds_numel, param.dtype)
-        for name, param in params.items()
-        if homes[name].device.type == "cpu" and not homes[name].pinned and not homes[name].on_nvme
-    }
-
-
 def fill_shards(params: Mapping[str, nn.Parameter], fill: Callable[[Mapping[str, torch.Tensor]], None]) -> None:
     """Give every parameter its shard's memory and let `fill` write into it (flat tensors of padded length, zeroed, by name).
 

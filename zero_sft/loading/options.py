@@ -1,0 +1,74 @@
+"""Options of a load, the same for `load_model`, the command lines and the estimate. Imports nothing heavy, for `--help`."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from zero_sft.errors import ArgumentError
+from zero_sft.options import require_types
+
+logger = logging.getLogger(__name__)
+
+READER_MIB = 16
+"""MiB that one reading thread holds at most: two staging buffers, or a tile that is multiplied by its scales."""
+
+REMOVED_OPTIONS = {"mmap": "shards are always copied into memory of the process"}
+"""Options of former releases that change nothing any more, and why; they are accepted with a warning for one release."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Raises:
+        ArgumentError: a value of another type, or out of range.
+    """
+
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses where it isn't given."}
+    )
+    dtype: Any = field(
+        default="auto",
+        metadata={
+            "help": "The weights' dtype; auto follows --bf16 and --fp16, or the DeepSpeed config.",
+            "choices": ("auto", "bfloat16", "float16", "float32"),
+        },
+    )
+    loader: Literal["sharded", "stock"] = field(
+        default="sharded",
+        metadata={"help": "sharded: every rank reads its own bytes. stock: transformers' own path, to compare or escape."},
+    )
+    strict: bool = field(default=False, metadata={"help": "A missing or unexpected weight is an error."})
+    verify: bool = field(
+        default=False, metadata={"help": "Read back: hash every shard against the files, along another path than the load's."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Initialise weights of another shape than the model's, instead of an error."}
+    )
+    buffer_mib: int = field(
+        default=64, metadata={"help": f"MiB that the load may hold beside its shards: {READER_MIB} for each reading thread."}
+    )
+
+    def __post_init__(self) -> None:
+        require_types(self, LoadOptions)
+        if self.buffer_mib < READER_MIB:
+            raise ArgumentError(
+                f"buffer_mib must be a whole number, at least {READER_MIB}; got {self.buffer_mib!r}",
+                code="arguments.wrong_value",
+            )
+
+    def load_options(self) -> "LoadOptions":
+        """These options alone, where they are part of more."""
+        return LoadOptions(**{option.name: getattr(self, option.name) for option in fields(LoadOptions)})
+
+    def reading_threads(self, cpu_cores: int) -> int:
+        """The number of threads that read at a time."""
+        return max(1, min(self.buffer_mib // READER_MIB, cpu_cores))
+
+
+def without_removed_options(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments without those of former releases, each with a warning in the log."""
+    for name in keywords.keys() & REMOVED_OPTIONS.keys():
+        logger.warning("%s has no effect any more: %s. Leave it out.", name, REMOVED_OPTIONS[name])
+    return {name: value for name, value in keywords.items() if name not in REMOVED_OPTIONS}
