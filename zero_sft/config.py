@@ -15,7 +15,7 @@ from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeh
 from zero_sft.errors import ConfigError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model
-from zero_sft.options import read_keywords, takes_options
+from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import context_tokens, positions, text_config, with_context
 from zero_sft.world import World
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.arguments.groups import DataArguments, ModelArguments
-from zero_sft.options import Spec, specs_of
+from zero_sft.options.spec import Spec, specs_of
 
 TABLE = Path(__file__).with_name("inherited.json")
 LIBRARIES = ("transformers", "trl")

@@ -21,9 +21,10 @@ from zero_sft.arguments.names import (
     TRANSLATIONS,
     refused_accelerator_key,
 )
-from zero_sft.arguments.sources import COMMAND_LINE, Given, read_command_line, read_file
 from zero_sft.errors import ArgumentError
-from zero_sft.options import SECRETS, Spec, specs_of
+from zero_sft.options.command_line import COMMAND_LINE, Given, read_command_line
+from zero_sft.options.file import read_file
+from zero_sft.options.spec import SECRETS, Spec, specs_of
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

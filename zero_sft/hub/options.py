@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field, fields
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options import require_types
+from zero_sft.options.keywords import require_types
 
 _VARIANT = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
 

@@ -27,7 +27,7 @@ from zero_sft.loading.report import Loaded, LoadReport
 from zero_sft.loading.request import LoadRequest, ModelSpec
 from zero_sft.loading.sharded import load_sharded
 from zero_sft.loading.stock import load_stock
-from zero_sft.options import read_keywords, takes_options
+from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.storage.memory import Watermark
 from zero_sft.world import World
 from zero_sft.zero import internals

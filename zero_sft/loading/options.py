@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options import require_types
+from zero_sft.options.keywords import require_types
 
 logger = logging.getLogger(__name__)
 
