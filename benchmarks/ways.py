@@ -30,8 +30,8 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     import torch.distributed as dist
 
     from benchmarks import probes
-    from zero_sft.distributed import connect
     from zero_sft.world import World
+    from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())
     action = _action(way)

@@ -8,11 +8,12 @@ from tests.errors import raises
 from zero_sft import distributed
 from zero_sft.errors import CheckpointError
 from zero_sft.world import World
+from zero_sft.zero.process_group import connect
 
 
 @pytest.mark.world_size(1, 3)
 def test_exchanges():
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     payload = bytes(range(world.rank * 5))
     assert distributed.exchange_bytes(world, payload) == [bytes(range(r * 5)) for r in range(world.world_size)]
     assert distributed.broadcast_bytes(world, b"abc" if world.is_main else None) == b"abc"
@@ -23,7 +24,7 @@ def test_exchanges():
 @pytest.mark.world_size(3)
 def test_a_failure_on_one_rank_is_raised_by_all():
     world = World.detect()
-    distributed.connect(world)
+    connect(world)
     with pytest.raises(CheckpointError, match=r"(?s)broken.*rank 1 of 3 while reading; failed: rank 1"):
         with distributed.agreed(world, "reading"):
             if world.rank == 1:
@@ -39,7 +40,7 @@ def test_a_failure_on_one_rank_is_raised_by_all():
 @pytest.mark.world_size(3)
 def test_disagreement_names_keys_and_ranks():
     world = World.detect()
-    distributed.connect(world)
+    connect(world)
     distributed.agree_on(world, "config", {"a": 1, "b": [1, 2]})
     with raises("cluster.ranks_disagree", "a: 1 on rank 0, 2; 7 on rank 1"):
         distributed.agree_on(world, "config", {"a": 7 if world.rank == 1 else 1, "b": 2})
@@ -48,7 +49,7 @@ def test_disagreement_names_keys_and_ranks():
 @pytest.mark.world_size(1, 3)
 def test_what_a_stage_tells_travels_with_its_end():
     world = World.detect()
-    distributed.connect(world)
+    connect(world)
     with distributed.agreed(world, "counting") as told:
         told.mine = {"rank": world.rank}
         told.same = ("config", {"a": 1})
@@ -58,7 +59,7 @@ def test_what_a_stage_tells_travels_with_its_end():
 @pytest.mark.world_size(3)
 def test_a_stage_whose_ranks_differ():
     world = World.detect()
-    distributed.connect(world)
+    connect(world)
     with raises("cluster.ranks_disagree", "config", "a: 1 on rank 0, 2; 7 on rank 1"):
         with distributed.agreed(world, "reading") as told:
             told.same = ("config", {"a": 7 if world.rank == 1 else 1})

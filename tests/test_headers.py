@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tests import models
 from tests.errors import raises
 from zero_sft.errors import CheckpointError
+from zero_sft.zero.process_group import connect
 
 
 @pytest.fixture(params=["safetensors", "bin"])
@@ -54,14 +55,13 @@ def test_each_header_is_read_once(many):
 
 @pytest.mark.world_size(3)
 def test_the_index_is_the_one_read_alone(many):
-    from zero_sft import distributed
     from zero_sft.checkpoint.index import assemble, locate, open_index
     from zero_sft.loading.headers import read_headers_together
     from zero_sft.storage import torch_zip
     from zero_sft.world import World
 
     world = World.detect()
-    distributed.connect(world)
+    connect(world)
     files = locate(many, torch_zip.read_header)
     assert assemble(files, read_headers_together(files, world)) == open_index(many, torch_zip.read_header)
 

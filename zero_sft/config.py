@@ -18,6 +18,7 @@ from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import context_tokens, positions, text_config, with_context
 from zero_sft.world import World
+from zero_sft.zero.process_group import connect
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def prepare_config(
         DistributedError: the ranks hold different configs; names the keys and the ranks.
     """
     (hub,) = read_keywords(options, HubOptions, function=prepare_config)
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     source = locate_model(model_name_or_path, hub, world)
     return prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
 

@@ -24,9 +24,7 @@ from zero_sft.cluster.control_group import (
     DOWNLOAD_TIMEOUT,
     broadcast_bytes,
     bytes_communicated,
-    connect,
     control_group,
-    disconnect,
     exchange,
     exchange_bytes,
 )
@@ -41,8 +39,6 @@ __all__ = [
     "broadcast_bytes",
     "by_turns",
     "bytes_communicated",
-    "connect",
-    "disconnect",
     "exchange",
     "exchange_bytes",
 ]

@@ -70,6 +70,7 @@ def run(parsed: Parsed, world: World) -> None:
     from zero_sft.disk_room import require_room_for_run
     from zero_sft.inputs import read_inputs
     from zero_sft.timeline import Timeline
+    from zero_sft.zero.process_group import connect
 
     if parsed.training.get("disable_tqdm"):
         open_console(world, bars=False)
@@ -81,7 +82,7 @@ def run(parsed: Parsed, world: World) -> None:
     ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
     logger.info("starting %s", ranks)
     with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
-        world = distributed.connect(world)
+        world = connect(world)
     logger.info("%s on %s", ranks, _device())
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.

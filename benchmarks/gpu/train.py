@@ -43,12 +43,13 @@ def ours(settings: Settings, attention: str) -> Any:
     """The job's trainer over a model that its loader has loaded."""
     from transformers import set_seed
 
-    from zero_sft import distributed, load_model
+    from zero_sft import load_model
     from zero_sft.arguments import build_training_arguments, parse
     from zero_sft.ds_config import load_ds_config
     from zero_sft.job.checkpoints import Published
     from zero_sft.trainer import Trainer, collator_for
     from zero_sft.world import World
+    from zero_sft.zero.process_group import connect
 
     given = {
         "model_name_or_path": settings.folder, "output_dir": settings.folder.parent / "out", "bf16": True,
@@ -58,7 +59,7 @@ def ours(settings: Settings, attention: str) -> Any:
         "disable_tqdm": True,
     }  # fmt: skip
     parsed = parse([word for key, value in given.items() for word in (f"--{key}", str(value))])
-    distributed.connect(World.detect())
+    connect(World.detect())
     arguments = build_training_arguments(parsed.training, load_ds_config("zero3"))
     set_seed(arguments.seed)
     model = load_model(str(settings.folder), ds_config=arguments.hf_deepspeed_config.config, attn_implementation=attention)

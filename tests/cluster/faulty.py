@@ -33,8 +33,9 @@ def _fault() -> None:
 
 def _exchange_for_ever(world: World) -> None:
     from zero_sft import distributed
+    from zero_sft.zero.process_group import connect
 
-    world = distributed.connect(world)
+    world = connect(world)
     failure.set_log_folder(Path(os.environ["LOGS"]))
     failure.set_stage("training, in step 2")
     for number in range(100_000):

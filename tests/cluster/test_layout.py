@@ -10,6 +10,7 @@ from zero_sft import distributed
 from zero_sft.cluster import failure
 from zero_sft.cluster.layout import place_in_layout
 from zero_sft.world import World
+from zero_sft.zero.process_group import connect
 
 
 def placed(hosts: str, local_ranks: str, devices: str = "cuda 0,1", cpus: tuple[str, ...] = ()) -> list[World]:
@@ -64,16 +65,16 @@ def test_cores_of_a_rank(cpus, own):
 def test_the_hosts_decide_whatever_the_launcher_says():
     """DeepSpeed's launcher sets LOCAL_SIZE alone; a rank that knows neither took its local rank for the node's last."""
     os.environ.pop("LOCAL_WORLD_SIZE")
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     assert world.local_world_size == 3
     assert world.node_leaders == (0, 0, 0)
     assert os.environ["LOCAL_WORLD_SIZE"] == "3"
-    assert distributed.connect(World.detect()) is world, "agreed on once"
+    assert connect(World.detect()) is world, "agreed on once"
 
 
 @pytest.mark.world_size(3)
 def test_one_rank_of_a_node_speaks():
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     claims = distributed.exchange(world, failure._claim())
     assert sorted(claims) == [False, False, True]
 
@@ -81,6 +82,6 @@ def test_one_rank_of_a_node_speaks():
 @pytest.mark.world_size(2)
 def test_one_host_speaks():
     """Two hosts of one rank each, whose boards say nothing of each other: the store of the ranks does."""
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     failure.set_board(dataclasses.replace(world, node_leaders=(0, 1)), None)
     assert sorted(distributed.exchange(world, failure._claim())) == [False, True]

@@ -5,14 +5,11 @@ on the training group's clock, and a dead peer is noticed by its closed socket. 
 """
 
 import atexit
-import contextlib
 import datetime
 import json
-import os
-import socket
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -29,29 +26,35 @@ DOWNLOAD_TIMEOUT = datetime.timedelta(hours=24)
 """How long ranks wait for a download by another rank."""
 
 
-class _Control:
-    """The gloo group of this package and what has gone through it; made again when the default group changes."""
+@dataclass(slots=True, kw_only=True)
+class ControlGroup:
+    """A gloo group of all ranks, the default group that it was made next to, and the world that the ranks agreed on."""
 
-    group: Any = None
-    parent: Any = None
+    group: Any
+    default_group: Any
+    owns_default_group: bool
     world: World | None = None
-    bytes_sent: int = 0
-    owns_default_group: bool = False
 
 
-def connect(world: World) -> World:
-    """Join the default process group (made by DeepSpeed if nobody has) and make the control group. Every rank; communicates.
+_control: ControlGroup | None = None  # set by `init_control_group`, cleared by `destroy_control_group`
+_bytes_sent = 0  # by the exchanges of this process; only ever counted up
+
+
+def init_control_group(world: World, devices: str, *, owns_default_group: bool) -> World:
+    """Make the control group, once per default group. Every rank; communicates.
+
+    Args:
+        devices: which devices this rank may use, for `describe_rank`.
+        owns_default_group: whether this package has made the default group, and ends it with the control group.
 
     Returns:
         The world with the nodes that the ranks have agreed on. Whatever depends on a node needs this one.
 
     Raises:
         ConfigError: two ranks of a node would take the same GPU.
-        DistributedError: a process group exists already whose size or rank is not this world's.
+        DistributedError: the default group's size or rank is not this world's.
     """
-    if not dist.is_initialized():
-        _start_default_group(world)
-        _Control.owns_default_group = True
+    global _control
     if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.world_size):
         raise errors.DistributedError(
             f"torch.distributed says rank {dist.get_rank()} of {dist.get_world_size()}, the launcher's variables say rank "
@@ -60,19 +63,17 @@ def connect(world: World) -> World:
             code="cluster.process_group_of_another_size",
         )
     default = dist.group.WORLD
-    if _Control.group is None or _Control.parent is not default:
-        if _Control.group is None:
-            atexit.register(disconnect)
-        _Control.group = dist.new_group(backend="gloo", timeout=DOWNLOAD_TIMEOUT)
-        _Control.parent, _Control.world = default, None
-    if _Control.world is None:
-        ranks = exchange(world, describe_rank(world, _devices()))
-        _Control.world = place_in_layout(world, ranks)
-        # accelerate and DeepSpeed read them again
-        os.environ["LOCAL_RANK"] = str(_Control.world.local_rank)
-        os.environ["LOCAL_WORLD_SIZE"] = str(_Control.world.local_world_size)
-        failure.set_board(_Control.world, _open_board(_Control.world))
-    return _Control.world
+    if _control is None or _control.default_group is not default:
+        if _control is None:
+            atexit.register(destroy_control_group)
+        owns_default_group = owns_default_group or (_control is not None and _control.owns_default_group)
+        group = dist.new_group(backend="gloo", timeout=DOWNLOAD_TIMEOUT)
+        _control = ControlGroup(group=group, default_group=default, owns_default_group=owns_default_group)
+    if _control.world is None:
+        ranks = exchange(world, describe_rank(world, devices))
+        _control.world = place_in_layout(world, ranks)
+        failure.set_board(_control.world, _open_board(_control.world))
+    return _control.world
 
 
 def _open_board(world: World) -> NodeBoard | None:
@@ -82,91 +83,25 @@ def _open_board(world: World) -> NodeBoard | None:
 
 
 def control_group() -> Any:
-    """The gloo group of this package; None before `connect`."""
-    return _Control.group
+    """The gloo group of this package; None before `init_control_group`."""
+    return None if _control is None else _control.group
 
 
-def _devices() -> str:
-    """ "cpu", or the kind of device and the numbers of the visible ones."""
-    from deepspeed.accelerator import get_accelerator
+def destroy_control_group() -> None:
+    """Destroy the gloo groups that were made here, at the program's end. Does not wait for other ranks.
 
-    accelerator: Any = get_accelerator()
-    kind = str(accelerator.device_name())
-    return kind if kind == "cpu" else f"{kind} {os.environ.get(accelerator.visible_devices_envs()[0], 'all')}"
-
-
-def disconnect() -> None:
-    """Leave the gloo groups that `connect` made, at the program's end. Does not wait for other ranks.
-
-    Threads of theirs that live on into the interpreter's exit may end it with "terminate called".
+    Their threads would live on into the interpreter's exit, and can abort it with "terminate called".
     """
-    if dist.is_initialized() and _Control.parent is dist.group.WORLD and _Control.group is not None:
+    global _control
+    if dist.is_initialized() and _control is not None and _control.default_group is dist.group.WORLD:
         is_gloo = dist.get_backend() == "gloo"
-        dist.destroy_process_group(None if _Control.owns_default_group and is_gloo else _Control.group)
-    _Control.group, _Control.parent, _Control.world, _Control.owns_default_group = None, None, None, False
-
-
-def _start_default_group(world: World) -> None:
-    """DeepSpeed reads the rank from the environment alone, so what SLURM or a lone process lacks is written there."""
-    import deepspeed
-
-    from zero_sft.zero.devices import require_own_device
-    from zero_sft.zero.operators import keep_operators_apart
-    from zero_sft.zero.shared_memory import unlink_own
-
-    require_own_device(world)
-    keep_operators_apart()
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
-    if world.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if "MASTER_ADDR" not in os.environ:
-        raise errors.ConfigError(
-            "MASTER_ADDR is not set, so the ranks can't find each other. Start the job with ./launch.sh, which derives it, "
-            "or export MASTER_ADDR and MASTER_PORT.",
-            code="cluster.no_master_address",
-        )
-    try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
-            raise
-        raise _port_is_taken(int(os.environ["MASTER_PORT"])) from error
-    dist.barrier()
-    unlink_own(world.rank)
-
-
-def _port_is_taken(port: int) -> errors.ConfigError:
-    """The error of rank 0, which alone listens."""
-    error = errors.ConfigError(
-        f"the master port {port} of {socket.gethostname()} is taken{_who_listens(port)}. Give this job another: "
-        f"--master_port {_free_port()} (with deepspeed, before the module's name), or leave it out with ./launch.sh, which "
-        "chooses a free one.",
-        code="cluster.port_taken",
-    )
-    error.lone = True
-    return error
-
-
-def _who_listens(port: int) -> str:
-    """ " by process 12 (python -m x)", if this user may know it."""
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
-                command = " ".join(psutil.Process(connection.pid).cmdline())
-                return f" by process {connection.pid} ({command[:120]})"
-    return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        dist.destroy_process_group(None if _control.owns_default_group and is_gloo else _control.group)
+    _control = None
 
 
 def bytes_communicated() -> int:
     """Bytes that this rank has put into exchanges of this package since the process began."""
-    return _Control.bytes_sent
+    return _bytes_sent
 
 
 def exchange_bytes(world: World, payload: bytes) -> list[bytes]:
@@ -185,33 +120,35 @@ def exchange_bytes(world: World, payload: bytes) -> list[bytes]:
         return [head[8 : 8 + size].numpy().tobytes() for head, size in zip(heads, sizes, strict=True)]
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
-    return [each[:size].numpy().tobytes() for each, size in zip(_gathered(padded, world), sizes, strict=True)]
+    return [gathered[:size].numpy().tobytes() for gathered, size in zip(_gathered(padded, world), sizes, strict=True)]
 
 
 def _gathered(mine: torch.Tensor, world: World) -> list[torch.Tensor]:
     """Every rank's tensor of the same size, in rank order. Every rank; communicates."""
     received = [torch.empty_like(mine) for _ in range(world.world_size)]
-    dist.all_gather(received, mine, group=_Control.group)
-    _Control.bytes_sent += mine.numel() * (world.world_size - 1)
+    dist.all_gather(received, mine, group=control_group())
+    global _bytes_sent
+    _bytes_sent += mine.numel() * (world.world_size - 1)
     return received
 
 
 def broadcast_bytes(world: World, payload: bytes | None) -> bytes:
     """Give every rank what rank 0 passes (the others pass None). Every rank; communicates."""
+    global _bytes_sent
     if world.world_size == 1:
         return payload or b""
     size = torch.tensor([len(payload or b"")], dtype=torch.int64)
-    dist.broadcast(size, 0, group=_Control.group)
+    dist.broadcast(size, 0, group=control_group())
     data = torch.empty(int(size), dtype=torch.uint8)
     if payload:
         data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
     if int(size):
-        dist.broadcast(data, 0, group=_Control.group)
+        dist.broadcast(data, 0, group=control_group())
     if world.is_main:
-        _Control.bytes_sent += (int(size) + 8) * (world.world_size - 1)
+        _bytes_sent += (int(size) + 8) * (world.world_size - 1)
     return data.numpy().tobytes()
 
 
 def exchange(world: World, value: Any) -> list[Any]:
     """`exchange_bytes` for a JSON value. Every rank; communicates."""
-    return [json.loads(each) for each in exchange_bytes(world, json.dumps(value).encode())]
+    return [json.loads(payload) for payload in exchange_bytes(world, json.dumps(value).encode())]

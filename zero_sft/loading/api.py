@@ -31,6 +31,7 @@ from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.storage.memory import Watermark
 from zero_sft.world import World
 from zero_sft.zero import internals
+from zero_sft.zero.process_group import connect
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def load_pretrained(
     from zero_sft.tokenizer import TokenizerSpec, share  # a model alone needs no tokenizer libraries
 
     load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_pretrained)
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     source = locate_model(model_name_or_path, hub, world)
     config = prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
     spec = TokenizerSpec.of(source, model_max_length, padding_side)
@@ -114,7 +115,7 @@ def load_model(
         ZeroSftError: the same one on every rank; its class and `code` say what was wrong.
     """
     load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_model)
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     source = locate_model(model_name_or_path, hub, world)
     return load_model_from(
         source,

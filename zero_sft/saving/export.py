@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zero_sft import distributed, progress
+from zero_sft import progress
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
 from zero_sft.checkpoint.layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
@@ -40,6 +40,7 @@ from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
 from zero_sft.world import World
 from zero_sft.zero import shards
+from zero_sft.zero.process_group import connect
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def save_pretrained(
         ExportError: the folder can't be written, or is not the same on all ranks; or nobody would read the model back as it is.
     """
     target = Path(path).expanduser()
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     with agreed(world, "checking the model"):
         inner = unwrapped(model)
         tensors = dict(_tensors(inner))

@@ -19,6 +19,7 @@ from zero_sft.tokenizer.fingerprints import fingerprint
 from zero_sft.tokenizer.packet import check_faithful, pack, rebuild
 from zero_sft.tokenizer.setup import set_up
 from zero_sft.world import World
+from zero_sft.zero.process_group import connect
 
 Prepared = tuple[PreTrainedTokenizerBase, bytes]
 """A tokenizer that is set up, and its packet."""
@@ -84,7 +85,7 @@ def load_tokenizer(
         model_max_length=model_max_length,
         padding_side=padding_side,
     )
-    world = distributed.connect(World.detect())
+    world = connect(World.detect())
     return share(world, spec, lambda: spec.prepare(locate_model_alone(model_name_or_path, hub)))
 
 

@@ -1,0 +1,100 @@
+"""Join the ranks: DeepSpeed's default process group, then this package's control group.
+
+DeepSpeed reads the rank from the environment alone, and accelerate reads it again, so RANK, WORLD_SIZE, LOCAL_RANK and
+LOCAL_WORLD_SIZE are written there, and MASTER_ADDR and MASTER_PORT for a process alone. Nothing takes them away again.
+"""
+
+import contextlib
+import os
+import socket
+from typing import Any
+
+import deepspeed
+import psutil
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from zero_sft import errors
+from zero_sft.cluster.control_group import init_control_group
+from zero_sft.world import World
+from zero_sft.zero.devices import require_own_device
+from zero_sft.zero.operators import keep_operators_apart
+from zero_sft.zero.shared_memory import unlink_own
+
+
+def connect(world: World) -> World:
+    """Join the default process group (made by DeepSpeed if nobody has) and the control group. Every rank; communicates.
+
+    Returns:
+        The world with the nodes that the ranks have agreed on. Whatever depends on a node needs this one.
+
+    Raises:
+        ConfigError: no master address, a port that is taken, or two ranks of a node that would take the same GPU.
+        DistributedError: a process group exists already whose size or rank is not this world's.
+    """
+    starts = not dist.is_initialized()
+    if starts:
+        _start_default_group(world)
+    connected = init_control_group(world, _devices(), owns_default_group=starts)
+    os.environ["LOCAL_RANK"] = str(connected.local_rank)
+    os.environ["LOCAL_WORLD_SIZE"] = str(connected.local_world_size)
+    return connected
+
+
+def _devices() -> str:
+    """ "cpu", or the kind of device and the numbers of the visible ones."""
+
+    accelerator: Any = get_accelerator()
+    kind = str(accelerator.device_name())
+    return kind if kind == "cpu" else f"{kind} {os.environ.get(accelerator.visible_devices_envs()[0], 'all')}"
+
+
+def _start_default_group(world: World) -> None:
+    require_own_device(world)
+    keep_operators_apart()
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
+    if world.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if "MASTER_ADDR" not in os.environ:
+        raise errors.ConfigError(
+            "MASTER_ADDR is not set, so the ranks can't find each other. Start the job with ./launch.sh, which derives it, "
+            "or export MASTER_ADDR and MASTER_PORT.",
+            code="cluster.no_master_address",
+        )
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
+            raise
+        raise _port_is_taken(int(os.environ["MASTER_PORT"])) from error
+    dist.barrier()
+    unlink_own(world.rank)
+
+
+def _port_is_taken(port: int) -> errors.ConfigError:
+    """The error of rank 0, which alone listens."""
+    error = errors.ConfigError(
+        f"the master port {port} of {socket.gethostname()} is taken{_who_listens(port)}. Give this job another: "
+        f"--master_port {_free_port()} (with deepspeed, before the module's name), or leave it out with ./launch.sh, which "
+        "chooses a free one.",
+        code="cluster.port_taken",
+    )
+    error.lone = True
+    return error
+
+
+def _who_listens(port: int) -> str:
+    """ " by process 12 (python -m x)", if this user may know it."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f" by process {connection.pid} ({command[:120]})"
+    return ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
