@@ -1,4 +1,4 @@
-"""`zero_sft.trainer`: what accelerate repeats at the end of an epoch is not trained on again, however rows are laid."""
+"""`zero_sft.job.trainer`: what accelerate repeats at the end of an epoch is not trained on again, however rows are laid."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from zero_sft.cluster import failure
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
 from zero_sft.errors import DataError
-from zero_sft.trainer import Trainer
+from zero_sft.job.trainer import Trainer
 from zero_sft.world import World
 
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]

@@ -17,6 +17,7 @@ from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import context_tokens, positions, text_config, with_context
+from zero_sft.transformers_internals import NAME_KEY
 from zero_sft.world import World
 from zero_sft.zero.process_group import connect
 
@@ -165,6 +166,6 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
             found |= _settings(value, f"{prefix}{key}.")
-        elif key != "_name_or_path":
+        elif key != NAME_KEY:
             found[f"{prefix}{key}"] = value
     return found

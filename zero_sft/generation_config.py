@@ -19,6 +19,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from zero_sft.errors import ConfigError
+from zero_sft.transformers_internals import mark_as_read
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -54,7 +55,7 @@ def read_generation_config(folder: Path) -> tuple[GenerationConfig, tuple[str, .
         kept = {name: value for name, value in raw.items() if name not in refused}
         refused |= _refused(kept, make)
         generation = make({name: value for name, value in raw.items() if name not in refused})
-    setattr(generation, "_original_object_hash", hash(generation))  # noqa: B010 - as from_pretrained does
+    mark_as_read(generation)
     return generation, tuple(
         f"{path}: transformers refuses {name} = {raw[name]!r} ({' '.join(reason.split()).rstrip('.')}); it is left out, here "
         "and in what is saved"

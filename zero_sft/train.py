@@ -197,8 +197,8 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
     from zero_sft.config import text_config
     from zero_sft.job.checkpoints import Published
     from zero_sft.job.steps import StepLog
+    from zero_sft.job.trainer import LastStepLogged, Trainer, collator_for
     from zero_sft.timeline import trainer_callback
-    from zero_sft.trainer import LastStepLogged, Trainer, collator_for
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}

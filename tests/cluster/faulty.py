@@ -49,7 +49,7 @@ def _exchange_for_ever(world: World) -> None:
 
 def _train() -> int:
     from zero_sft import train
-    from zero_sft.trainer import Trainer
+    from zero_sft.job.trainer import Trainer
 
     original = Trainer.training_step
 

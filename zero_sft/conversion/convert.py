@@ -159,7 +159,7 @@ class _Tracing:
             return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
 
         try:
-            result = run(group, self.whole, traced, loading_info((), ()), self.joiner.install)
+            result = run(group, self.whole, traced, loading_info(), self.joiner.install)
             for name, tensor in result.items():
                 if not isinstance(tensor, tracing.TracedTensor):
                     raise tracing.NotTraceable(f"{name} came out as a {type(tensor).__name__}")
@@ -185,7 +185,7 @@ class _Tracing:
             return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
 
         try:
-            result = run(group, self.whole, hollow, loading_info((), ()))
+            result = run(group, self.whole, hollow, loading_info())
         except (internal("SkipParameters"), RuntimeError) as error:
             cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
             raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause

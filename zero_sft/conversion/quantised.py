@@ -15,7 +15,7 @@ from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.scaled import ScaledTensor, blocks
 from zero_sft.conversion import tracing
 from zero_sft.errors import CheckpointError
-from zero_sft.transformers_internals import internal
+from zero_sft.transformers_internals import dequantize_function, internal, set_dequantize_function
 
 
 def quantizer_for(config: PreTrainedConfig, where: str) -> Any:
@@ -124,7 +124,7 @@ class Joiner:
 
 def dequantise(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """transformers' own arithmetic: (rows, cols) of 8-bit floats and a grid of scales that divides them → that dtype."""
-    return internal("Fp8Dequantize")(None)._dequantize_one(weight, scales, output_dtype=dtype)
+    return dequantize_function(internal("Fp8Dequantize")(None))(weight, scales, output_dtype=dtype)
 
 
 def multiply_by_blocks(converter: Any) -> None:
@@ -136,12 +136,12 @@ def _set_arithmetic(converter: Any, make: Callable[[Any], Callable[..., torch.Te
     """Give each `Fp8Dequantize` of a converter the arithmetic that `make` makes of it."""
     for operation in converter.operations:
         if isinstance(operation, internal("Fp8Dequantize")):
-            operation._dequantize_one = make(operation)
+            set_dequantize_function(operation, make(operation))
 
 
 def _by_blocks(operation: Any) -> Callable[..., torch.Tensor]:
     """transformers' own arithmetic on whole blocks: a weight that ends within one is filled up, and cut again."""
-    theirs, configured = operation._dequantize_one, configured_blocks(operation.hf_quantizer)
+    theirs, configured = dequantize_function(operation), configured_blocks(operation.hf_quantizer)
 
     def dequantize(quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
         is_matrix = quantized.dim() == 2 and quantized.is_floating_point() and quantized.itemsize == 1

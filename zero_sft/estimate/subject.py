@@ -32,6 +32,7 @@ from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
 from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
+from zero_sft.transformers_internals import tied_names
 from zero_sft.world import World
 
 
@@ -149,7 +150,7 @@ def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tup
 
 def _saved(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
     """What a save writes: a tied tensor once."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     return {name: tensor for name, tensor in state.items() if name not in tied}
 
 

@@ -11,25 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from trl import SFTTrainer
 
 from zero_sft.config import text_config
 from zero_sft.distributed import agreed
-from zero_sft.errors import ExportError, UnsupportedVersionError
+from zero_sft.errors import ExportError
+from zero_sft.job import trainer_internals
 from zero_sft.saving.export import save_pretrained
 from zero_sft.saving.folder import explained, require_writable
 from zero_sft.saving.run_record import RunRecord, write_record
 from zero_sft.saving.settings import write_settings
-from zero_sft.transformers_internals import TESTED
 from zero_sft.world import World
 from zero_sft.zero.internals import give_defaults
 
 logger = logging.getLogger("zero_sft.train")
-
-
-_OVERRIDDEN = ("_run_epoch", "_save_checkpoint", "create_scheduler", "_load_optimizer_and_scheduler", "save_model")
-"""Methods of the Trainer's that it must still call by these names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +58,10 @@ class SavingTrainer(SFTTrainer):
     """
 
     def __init__(self, *args: Any, published: Published, **kwargs: Any) -> None:
-        for name in _OVERRIDDEN:
-            if not hasattr(SFTTrainer, name):
-                raise UnsupportedVersionError(
-                    f"transformers {transformers.__version__} has moved Trainer.{name}, which saving and resuming "
-                    f"need; tested with {', '.join(TESTED)}. Install a tested release.",
-                    code="version.trainer_moved",
-                )
+        trainer_internals.check()
         self._published = published
         super().__init__(*args, **kwargs)
+        trainer_internals.check_trainer(self)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer has not."""

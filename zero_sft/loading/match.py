@@ -26,6 +26,7 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import Mismatch, Resolution, Whole, resolve
 from zero_sft.errors import CheckpointError
 from zero_sft.loading.skeleton import Skeleton
+from zero_sft.transformers_internals import set_weight_conversions, tied_names
 from zero_sft.zero import init_weights
 
 
@@ -69,7 +70,7 @@ class CheckpointMatch:
     def ties_with_both_stored(self) -> list[tuple[str, str]]:
         """Tied pairs (target, source) for which the checkpoint stores both tensors."""
         loaded = self.resolution.loaded
-        ties = self.model.all_tied_weights_keys
+        ties = tied_names(self.model)
         return [(target, source) for target, source in ties.items() if target in loaded and source in loaded]
 
 
@@ -88,8 +89,8 @@ def match_checkpoint(
     model = skeleton.model
     resolution = resolve(model, skeleton.state, index.tensors, quantizer)
     if quantizer is None:  # what was dequantised is saved as any model of its kind
-        setattr(model, "_weight_conversions", list(resolution.rules_used))  # noqa: B010 - as in from_pretrained
-    tied_to = init_weights.tied_away(model.all_tied_weights_keys, resolution.loaded)
+        set_weight_conversions(model, resolution.rules_used)
+    tied_to = init_weights.tied_away(tied_names(model), resolution.loaded)
     match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
     _require_fit(match, ignore_mismatched_sizes)
     return match

@@ -189,17 +189,15 @@ def _finish(
             if all(equal):
                 absent.add(target)
             else:  # they stay apart, and the model's list of ties forgets them, as in plain `from_pretrained`
-                del model.all_tied_weights_keys[target]
-        info = transformers_internals.loading_info(absent, resolution.unexpected)
-        model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-        model._adjust_missing_and_unexpected_keys(info)
+                del transformers_internals.tied_names(model)[target]
+        missing, unexpected = transformers_internals.tie_weights(model, absent, resolution.unexpected)
         model.eval()
         left_out = skeleton.give_generation_config(model, request.model)
         for sentence in left_out if world.is_main else ():
             logger.warning(sentence)
         gather.install(model)
         skeleton.keep_zero3_enabled(model, request.ds_config)
-    return sorted(info.missing_keys), sorted(info.unexpected_keys)
+    return missing, unexpected
 
 
 def _equal_ties(match: CheckpointMatch, tensors: Mapping[str, Any]) -> list[bool]:

@@ -20,7 +20,18 @@ from zero_sft.conversion.quantised import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading.request import ModelSpec
-from zero_sft.transformers_internals import internal, kept_dtypes, without_zero3, zero3_config
+from zero_sft.transformers_internals import (
+    adjust_generation_config,
+    check_attention,
+    configured_attention,
+    internal,
+    kept_dtypes,
+    model_mapping,
+    set_attention,
+    supported_attentions,
+    without_zero3,
+    zero3_config,
+)
 from zero_sft.zero.init import ShardedInit
 
 
@@ -39,7 +50,7 @@ def resolve_class(
     auto = AutoModelForCausalLM if model_class is None else model_class
     if isinstance(auto, type) and issubclass(auto, PreTrainedModel):
         return auto, config
-    mapping = getattr(auto, "_model_mapping", None)
+    mapping = model_mapping(auto)
     if mapping is None:
         raise ArgumentError(
             f"model_class must be a PreTrainedModel class or an Auto class, got {model_class!r}", code="arguments.wrong_value"
@@ -65,26 +76,15 @@ def resolve_class(
 
 def attention_of(config: PreTrainedConfig, asked: str | None) -> str | None:
     """The attention that is `asked` for, else the one that config.json names; None leaves the choice to transformers."""
-    return asked or getattr(config, "_attn_implementation", None)
+    return asked or configured_attention(config)
 
 
 def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name: str) -> None:
-    """Raise `ArgumentError` unless the class can use this attention here. Any rank by itself.
-
-    transformers' own check, run on an object of the class that was never initialised: it looks at the class, the installed
-    packages and the devices, and at no weights.
-    """
-    probe = object.__new__(cls)
-    probe.__dict__["config"] = config
+    """Raise `ArgumentError` unless the class can use this attention here. Any rank; does not communicate."""
     try:
-        probe._check_and_adjust_attn_implementation(name, is_init_check=True)
+        check_attention(cls, config, name)
     except Exception as error:  # ValueError, ImportError, and whatever a kernel's download raises
-        supported = {
-            "sdpa": cls._supports_sdpa,
-            "flex_attention": cls._supports_flex_attn,
-            "flash_attention_2, flash_attention_3 (with their packages, on GPUs)": cls._supports_flash_attn,
-        }
-        names = ", ".join(["eager", *(each for each, has in supported.items() if has)])
+        names = ", ".join(supported_attentions(cls))
         raise ArgumentError(
             f"attn_implementation {name!r} can't be used with {cls.__name__}: {_first_sentence(error)}\n"
             f"{cls.__name__} takes {names}. Give one as --attn_implementation; without it the model's config.json or "
@@ -154,7 +154,7 @@ def construct(spec: ModelSpec, *around: Any) -> PreTrainedModel:
     attention = attention_of(config, spec.attn_implementation)
     if attention:
         require_attention(cls, config, attention)
-        config._attn_implementation = attention
+        set_attention(config, attention)
     set_dtype(config, spec.dtype)
     contexts = (
         without_zero3(),
@@ -240,17 +240,13 @@ def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
 
 def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str, ...]:
     """Give the model the folder's generation settings, as `from_pretrained` does; returns what was left out, and why."""
-    adjust: Any = getattr(model, "adjust_generation_fn", None)
-    if adjust is None or not model.can_generate():
+    if not model.can_generate():
         return ()
     generation, left_out = read_generation_config(spec.folder)
     if left_out:
         model.generation_config = generation
         return left_out
-    adjust(
-        None, False, None, str(spec.folder), cache_dir=None, force_download=False, proxies=None, local_files_only=True,
-        token=None, revision=None, subfolder="", trust_remote_code=spec.trust_remote_code,
-    )  # fmt: skip
+    adjust_generation_config(model, str(spec.folder), spec.trust_remote_code)
     return ()
 
 

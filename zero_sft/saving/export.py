@@ -38,6 +38,7 @@ from zero_sft.saving.readable import require_readable, unwrapped
 from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
+from zero_sft.transformers_internals import names_not_saved, tied_names
 from zero_sft.world import World
 from zero_sft.zero import shards
 from zero_sft.zero.process_group import connect
@@ -104,8 +105,8 @@ def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The state dict's parameters and persistent buffers; without the names that a reader ties to others which are written."""
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    tied = set(tied_names(model))
+    ignored = names_not_saved(model)
     written: set[int] = set()
     everything = list(model.state_dict(keep_vars=True).items())
     for name, tensor in sorted(everything, key=lambda item: item[0] in tied):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from zero_sft.errors import ExportError
 from zero_sft.loading import skeleton
+from zero_sft.transformers_internals import names_not_saved, patterns_not_missed, tied_names
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,9 @@ def _reader_state(model: PreTrainedModel) -> Mapping[str, torch.Tensor] | None:
 
 def _optional(model: PreTrainedModel) -> Any:
     """A function that tells whether a reader does without a tensor of that name."""
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    patterns = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    tied = set(tied_names(model))
+    unsaved = names_not_saved(model)
+    patterns = patterns_not_missed(model)
     return lambda name: name in tied or name in unsaved or any(re.search(pattern, name) for pattern in patterns)
 
 

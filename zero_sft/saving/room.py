@@ -15,6 +15,7 @@ from zero_sft.loading import skeleton
 from zero_sft.loading.request import ModelSpec
 from zero_sft.saving.export import own_layout, published_layout
 from zero_sft.saving.folder import resolved
+from zero_sft.transformers_internals import tied_names
 
 _MASTER_BYTES = 4
 """Of each trained element, in fp32."""
@@ -37,7 +38,7 @@ class SaveSizes:
 def sizes_of(spec: ModelSpec) -> tuple[int, int]:
     """Bytes of the exported weights, and the elements of the model's parameters. One rank; does not communicate."""
     model, state = skeleton.outline(spec)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     saved = {name: tensor for name, tensor in state.items() if name not in tied}
     layout, _ = published_layout(model, saved)
     numel = sum(param.numel() for name, param in model.named_parameters() if name not in tied)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from zero_sft.errors import TokenizerError
 from zero_sft.tokenizer.base_config import base_config, keep_base_config
 from zero_sft.tokenizer.fingerprints import fingerprint
+from zero_sft.transformers_internals import set_tokenizer_backend
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, label: str) -> bytes:
@@ -72,8 +73,9 @@ def rebuild(packet: bytes, name: str, *, trust_remote_code: bool = False) -> Pre
             tokenizer = getattr(importlib.import_module(module), kind).from_pretrained(folder, local_files_only=True)
     if tokenizer.is_fast and "tokenizer.json" in files:
         # Classes that build their own backend drop what they don't know of; this one is what rank 0 had.
-        tokenizer._tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        tokenizer._tokenizer.encode_special_tokens = tokenizer.split_special_tokens
+        backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+        set_tokenizer_backend(tokenizer, backend)
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = name
     keep_base_config(tokenizer, index["base_config"])
     for key in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer: not to be exported with it

@@ -22,6 +22,7 @@ from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER
 from zero_sft.tokenizer.base_config import keep_base_config
 from zero_sft.tokenizer.fingerprints import PROBES
+from zero_sft.transformers_internals import set_tokenizer_backend
 
 logger = logging.getLogger(__name__)
 
@@ -160,4 +161,4 @@ def _order_merges_by_score(tokenizer: Any, pieces: Any, ids: dict[str, int]) -> 
         if piece[:cut] in ids and piece[cut:] in ids
     )
     state["model"]["merges"] = [[left, right] for *_, left, right in ranked]
-    tokenizer._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(state))
+    set_tokenizer_backend(tokenizer, tokenizers.Tokenizer.from_str(json.dumps(state)))

@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from zero_sft.transformers_internals import initialize_module
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
@@ -26,8 +28,7 @@ class Step:
 
     def run(self) -> None:
         """Do it."""
-        self.owner._initialize_weights(self.module, self.owner.is_custom_code())
-        self.module.__dict__.pop("_is_hf_initialized", None)
+        initialize_module(self.owner, self.module)
 
 
 class _Written(TorchDispatchMode):

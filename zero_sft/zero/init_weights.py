@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 import torch
 from transformers import PreTrainedModel
 
-from zero_sft.transformers_internals import internal
+from zero_sft.transformers_internals import internal, is_initialized, mark_initialized
 from zero_sft.zero import shards
 from zero_sft.zero.init_trace import Step, rehearse
 
@@ -76,9 +76,9 @@ def initialise(
     """
     tied = set(tied)
     for name in loaded.keys() | tied:
-        model.get_parameter_or_buffer(name)._is_hf_initialized = True
+        mark_initialized(model.get_parameter_or_buffer(name))
     params = {name: param for name, param in model.named_parameters() if name not in tied}
-    lacking = {name for name, param in params.items() if not getattr(param, "_is_hf_initialized", False)}
+    lacking = {name for name, param in params.items() if not is_initialized(param)}
     guard = internal("guard_torch_init_functions")
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.no_grad(), guard():
         steps = rehearse(model)
@@ -95,7 +95,7 @@ def initialise(
         shard(params[name])
         shards.fill_shards({name: params[name]}, lambda memory: None)
     for module in model.modules():
-        setattr(module, "_is_hf_initialized", True)  # noqa: B010 - as from_pretrained leaves it
+        mark_initialized(module)  # as from_pretrained leaves it
     return last.keys() & loaded.keys()
 
 

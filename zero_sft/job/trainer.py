@@ -17,6 +17,8 @@ from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
 from zero_sft.errors import DataError
 from zero_sft.job.checkpoints import SavingTrainer
+from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
+from zero_sft.transformers_internals import configured_attention
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -42,7 +44,7 @@ class Trainer(SavingTrainer):
     @property
     def tokens(self) -> int:
         """Tokens that all ranks have computed in the whole run, as TRL counts them: a resumed run's go on."""
-        return max(self._total_train_tokens, self._token_count().tokens)
+        return max(computed_tokens(self), self._token_count().tokens)
 
     def _token_count(self) -> "TokenCount":
         """The callback that keeps the count; the Trainer may have replaced it by one from a checkpoint."""
@@ -82,12 +84,13 @@ class Trainer(SavingTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss, and all rows' tokens of packed batches counted, where it counts one row's. Every rank; communicates."""
         rows = len(inputs["labels"]) if model.training and "attention_mask" not in inputs else 1
-        before = self._total_train_tokens = self.tokens
+        before = self.tokens
+        set_computed_tokens(self, before)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if rows > 1:
-            self._total_train_tokens += (rows - 1) * (self._total_train_tokens - before)
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        self._token_count().tokens = self._total_train_tokens
+            set_computed_tokens(self, before + rows * (computed_tokens(self) - before))
+            set_logged_tokens(self, computed_tokens(self))
+        self._token_count().tokens = computed_tokens(self)
         return loss
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -223,5 +226,5 @@ def collator_for(model: Any, tokenizer: Any, multiple_of: int | None) -> Collato
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
         multiple_of=multiple_of,
-        flat="flash" in (model.config._attn_implementation or ""),
+        flat="flash" in (configured_attention(model.config) or ""),
     )
