@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
 _MODULES = {
     "torch_dcp": ("torch.distributed.checkpoint.hf_storage", "torch.distributed.fsdp", "transformers"),

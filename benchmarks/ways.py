@@ -30,7 +30,7 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     import torch.distributed as dist
 
     from benchmarks import probes
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
     from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())

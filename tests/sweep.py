@@ -39,8 +39,8 @@ def save(case: str, folder: Path) -> Path:
 
 def check_batch(folders: dict[str, str], results: str) -> None:
     """Load each checkpoint and compare; rank 0 writes the verdicts, a JSON file a case. Every rank; communicates."""
-    from zero_sft import distributed
-    from zero_sft.world import World
+    from zero_sft.cluster import stages as distributed
+    from zero_sft.cluster.world import World
 
     world = World.detect()
     for case, folder in folders.items():
@@ -93,7 +93,7 @@ def _check_export(model: Any, reference: Any, out: Path) -> None:
     from safetensors.torch import load_file
 
     from zero_sft import save_pretrained
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     save_pretrained(model, out)
     if not World.detect().is_main:

@@ -9,8 +9,8 @@ import pytest
 
 RANK = """
 import logging, sys, warnings
-from zero_sft.console import open_console
-from zero_sft.world import World
+from zero_sft.console.log import open_console
+from zero_sft.cluster.world import World
 
 open_console(World(rank=int(sys.argv[1]), world_size=2))
 log = logging.getLogger("zero_sft.test")
@@ -45,7 +45,7 @@ def test_what_a_rank_says(rank):
 
 
 def test_a_long_run_has_hours(monkeypatch):
-    from zero_sft import console
+    from zero_sft.console import log as console
 
     monkeypatch.setattr(console, "_process_start", lambda: 0.0)
     monkeypatch.setattr(console.time, "time", lambda: 93_784.0)

@@ -5,9 +5,9 @@ import datetime
 import pytest
 
 from tests.errors import raises
-from zero_sft import distributed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
-from zero_sft.world import World
 from zero_sft.zero.process_group import connect
 
 

@@ -20,7 +20,7 @@ def test_parts_by_their_names():
 @pytest.mark.world_size(2)
 def test_a_vision_tower_that_is_left_out_is_said(tmp_path):
     from zero_sft import load_model
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     main, said = World.detect().is_main, []
     if main:

@@ -34,10 +34,11 @@ def many(request, tmp_path):
 
 @pytest.mark.world_size(1, 2, 3, 8)
 def test_each_header_is_read_once(many):
-    from zero_sft import distributed, load_model
+    from zero_sft import load_model
     from zero_sft.checkpoint import index
+    from zero_sft.cluster import stages as distributed
+    from zero_sft.cluster.world import World
     from zero_sft.storage import torch_zip
-    from zero_sft.world import World
 
     reference = index.open_index(many, torch_zip.read_header)
     read, true_header, true_zip = [], index.read_header, torch_zip.read_header
@@ -56,9 +57,9 @@ def test_each_header_is_read_once(many):
 @pytest.mark.world_size(3)
 def test_the_index_is_the_one_read_alone(many):
     from zero_sft.checkpoint.index import assemble, locate, open_index
+    from zero_sft.cluster.world import World
     from zero_sft.loading.headers import read_headers_together
     from zero_sft.storage import torch_zip
-    from zero_sft.world import World
 
     world = World.detect()
     connect(world)
@@ -95,7 +96,7 @@ def copy(many, tmp_path):
 @pytest.mark.world_size(3)
 def test_ranks_that_see_other_files(many, copy):
     from zero_sft import load_model
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     with raises("cluster.ranks_disagree", "checkpoint's files", "00004-of-00099"):
         load_model(str(copy if World.detect().rank == 2 else many), ds_config=models.zero3())

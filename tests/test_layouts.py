@@ -109,9 +109,9 @@ def test_the_tokenizer_is_set_up_while_the_weights_are_read(outer):
     from unittest import mock
 
     from zero_sft import load_pretrained
+    from zero_sft.cluster.world import World
     from zero_sft.storage import reader
     from zero_sft.tokenizer import TokenizerSpec
-    from zero_sft.world import World
 
     begun, prepare, fill = threading.Event(), TokenizerSpec.prepare, reader.fill
 

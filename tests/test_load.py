@@ -102,8 +102,8 @@ def test_an_engine_takes_it_as_it_is(llama):
 @pytest.mark.world_size(2)
 def test_each_byte_is_read_once_and_no_weight_is_sent(llama):
     from zero_sft.checkpoint.index import open_index
-    from zero_sft.distributed import exchange
-    from zero_sft.world import World
+    from zero_sft.cluster.stages import exchange
+    from zero_sft.cluster.world import World
 
     report = load(llama).load_report
     assert sum(exchange(World.detect(), report.bytes_read)) == open_index(llama).nbytes
@@ -231,8 +231,8 @@ test_saved_from_the_base_model.prepare = _without_prefix
     ],
 )
 def test_bad_checkpoints_are_one_error_on_every_rank(llama, damage, code, value):
-    from zero_sft.distributed import exchange
-    from zero_sft.world import World
+    from zero_sft.cluster.stages import exchange
+    from zero_sft.cluster.world import World
 
     folder = Path(llama) / "nothing" if damage == "no folder" else llama
     with raises(code, value) as caught:
@@ -261,8 +261,8 @@ def _damaged(request):
 def test_a_file_unreadable_on_one_rank_ends_all(llama):
     from unittest import mock
 
+    from zero_sft.cluster.world import World
     from zero_sft.storage import reader
-    from zero_sft.world import World
 
     def broken(*args, **kwargs):
         raise CheckpointError("model.safetensors can't be opened: Input/output error")
@@ -282,7 +282,7 @@ def other(tmp_path):
 
 @pytest.mark.world_size(2)
 def test_ranks_that_see_different_checkpoints(llama, other):
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     with raises("cluster.ranks_disagree", "checkpoint"):
         load(other if World.detect().rank == 1 else llama)

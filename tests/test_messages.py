@@ -48,8 +48,8 @@ def test_one_problem_keeps_its_code_and_several_are_listed_with_theirs():
 
 @pytest.mark.world_size(2)
 def test_a_code_reaches_every_rank():
-    from zero_sft.distributed import agreed
-    from zero_sft.world import World
+    from zero_sft.cluster.stages import agreed
+    from zero_sft.cluster.world import World
 
     world = World.detect()
     with pytest.raises(ZeroSftError) as caught, agreed(world, "reading"):

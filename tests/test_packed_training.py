@@ -49,7 +49,7 @@ def test_packed_and_unpacked_give_one_curve(folder, attention):
 
 def fail(folder):
     """One rank's part of a run that ends with an error on every rank."""
-    from zero_sft.cluster import failure
+    from zero_sft.cluster import failure_report as failure
 
     said = []
     failure.report_failure = lambda error: said.append(str(error)) or 0

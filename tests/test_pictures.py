@@ -26,7 +26,7 @@ def title_of(figure):
 
 @pytest.mark.parametrize("ranks", [1, 64])
 def test_the_estimates_picture_hides_nothing(saved, tmp_path, ranks):
-    from zero_sft.estimate.chart import draw
+    from zero_sft.estimate.plot import draw
 
     loads = [SimpleNamespace(nbytes=250_000_000, requests=290) for _ in range(ranks)]
     device = {"parameters": 2**31, "activations": 100 * 2**30}
@@ -48,7 +48,7 @@ def test_the_estimates_picture_hides_nothing(saved, tmp_path, ranks):
 
 
 def test_the_loss_curve_has_a_title(saved, tmp_path):
-    from zero_sft.curves import plot_loss
+    from zero_sft.job.loss_plot import plot_loss
 
     assert not plot_loss([{"step": 1, "train_runtime": 1.0}], tmp_path / "x.png", "nothing")
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "eval_loss": 1.5}]

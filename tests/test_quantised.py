@@ -52,7 +52,7 @@ def ragged(request, tmp_path):
 @pytest.mark.world_size(1, 3)
 def test_blocks_cut_short_at_the_edges(ragged):
     from zero_sft import load_model
-    from zero_sft.zero.gather import whole
+    from zero_sft.zero.gather_hooks import whole
 
     folder, plain, (rows, cols) = ragged
     model = load_model(str(folder), ds_config=models.zero3(bf16=False), dtype="float32", verify=True)
@@ -158,8 +158,9 @@ def gpt_oss(tmp_path):
 def test_what_can_not_be_traced_is_computed_once_a_node(gpt_oss):
     from pathlib import Path
 
-    from zero_sft import distributed, load_model
-    from zero_sft.world import World
+    from zero_sft import load_model
+    from zero_sft.cluster import stages as distributed
+    from zero_sft.cluster.world import World
 
     reference = models.plain(gpt_oss, torch.bfloat16)
     model = load_model(str(gpt_oss), ds_config=models.zero3(), verify=True)

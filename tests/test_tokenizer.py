@@ -15,13 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.errors import raises
 from tests.real_tokenizers import REAL, sentencepiece_folder, write_config
-from zero_sft import distributed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.hub.options import HubOptions
 from zero_sft.tokenizer import load_tokenizer
-from zero_sft.tokenizer.fingerprints import PROBES, fingerprint
-from zero_sft.tokenizer.packet import pack, rebuild, unpack
+from zero_sft.tokenizer.fingerprint import PROBES, fingerprint
+from zero_sft.tokenizer.serialize import pack, rebuild, unpack
 from zero_sft.tokenizer.setup import choose_pad_token, set_up
-from zero_sft.world import World
 
 TEXTS = [
     *PROBES[2:],

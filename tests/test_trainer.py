@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.errors import raises
-from zero_sft.cluster import failure
+from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster.world import World
 from zero_sft.data.collator import Collator
 from zero_sft.data.labels import IGNORED
 from zero_sft.errors import DataError
 from zero_sft.job.trainer import Trainer
-from zero_sft.world import World
 
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
 

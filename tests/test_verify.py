@@ -39,8 +39,8 @@ def test_one_wrong_bit_on_one_rank_is_found(folder, faulty):
     """What a faulty memory would do, on one rank alone."""
     from unittest import mock
 
+    from zero_sft.cluster.world import World
     from zero_sft.storage import reader
-    from zero_sft.world import World
 
     true_fill = reader.fill
 

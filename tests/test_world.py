@@ -3,7 +3,7 @@
 import pytest
 
 from tests.errors import raises
-from zero_sft.world import World
+from zero_sft.cluster.world import World
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1",

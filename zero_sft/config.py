@@ -10,15 +10,15 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from zero_sft import distributed
 from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import context_tokens, positions, text_config, with_context
 from zero_sft.transformers_internals import NAME_KEY
-from zero_sft.world import World
 from zero_sft.zero.process_group import connect
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,12 @@ import logging
 from typing import Any
 
 from zero_sft.arguments import Parsed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.data.templates import choose_template
-from zero_sft.distributed import agreed
 from zero_sft.generation_config import eos_token_ids, inconsistent, read_generation_config, stop_at, turn_ends
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
 from zero_sft.saving.settings import rehearse_settings
-from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
 

@@ -11,17 +11,17 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe, require_outputs_outside, require_sources
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.together import prepare_together
-from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.source import ModelSource
-from zero_sft.model_check import require_usable_model
+from zero_sft.job.model_check import require_usable_model
 from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
-from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
 

@@ -19,18 +19,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft import progress
 from zero_sft.arguments import Parsed, answer_help, parse, wants_help
-from zero_sft.cluster import failure
-from zero_sft.cluster.job import run_rank
-from zero_sft.console import close_console, open_console, quieten_transformers
+from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster.rank_main import run_rank
+from zero_sft.cluster.world import World
+from zero_sft.console import progress
+from zero_sft.console.log import close_console, open_console, quieten_transformers
 from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
-from zero_sft.world import World
 
 if TYPE_CHECKING:
     from zero_sft.inputs import Inputs
-    from zero_sft.timeline import Timeline
+    from zero_sft.job.timeline import Timeline
 
 logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
 
@@ -66,10 +66,10 @@ def run(parsed: Parsed, world: World) -> None:
     Raises:
         ZeroSftError: the same on every rank.
     """
-    from zero_sft import distributed
-    from zero_sft.disk_room import require_room_for_run
+    from zero_sft.cluster import stages as distributed
     from zero_sft.inputs import read_inputs
-    from zero_sft.timeline import Timeline
+    from zero_sft.job.disk_room import require_room_for_run
+    from zero_sft.job.timeline import Timeline
     from zero_sft.zero.process_group import connect
 
     if parsed.training.get("disable_tqdm"):
@@ -129,9 +129,9 @@ def _load(parsed: Parsed, arguments: Any, inputs: "Inputs", world: World) -> Any
 def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
-    from zero_sft.distributed import agreed
+    from zero_sft.cluster.stages import agreed
     from zero_sft.saving.rescue import export_or_rescue
-    from zero_sft.zero import gather
+    from zero_sft.zero import gather_hooks as gather
 
     report = model.load_report
     failure.set_stage("answering prompts")
@@ -180,7 +180,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
 
 def _begin(output: Path, inputs: "Inputs", world: World) -> None:
     """Say what is resumed, and remove the former run's checkpoints where it is to be overwritten. Every rank; communicates."""
-    from zero_sft.distributed import agreed
+    from zero_sft.cluster.stages import agreed
     from zero_sft.saving.folder import explained
     from zero_sft.saving.former_run import remove_checkpoints
 
@@ -197,8 +197,8 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
     from zero_sft.config import text_config
     from zero_sft.job.checkpoints import Published
     from zero_sft.job.steps import StepLog
+    from zero_sft.job.timeline import trainer_callback
     from zero_sft.job.trainer import LastStepLogged, Trainer, collator_for
-    from zero_sft.timeline import trainer_callback
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
@@ -250,7 +250,7 @@ def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[s
         return []
     from trl.models.utils import unwrap_model_for_generation
 
-    from zero_sft.zero import gather
+    from zero_sft.zero import gather_hooks as gather
 
     whole = gather.is_small(trainer.model)
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=whole) as model:
@@ -259,7 +259,7 @@ def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[s
 
 def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
     """What is known about the run, a JSON file each, and the loss curve. Rank 0."""
-    from zero_sft.curves import plot_loss
+    from zero_sft.job.loss_plot import plot_loss
 
     logs = output / LOGS
     logs.mkdir(exist_ok=True)
@@ -297,7 +297,7 @@ def _shown(parsed: Parsed) -> dict[str, Any]:
 if __name__ == "__main__":
     status = main()
     if status:
-        from zero_sft.cluster.watch import leave
+        from zero_sft.cluster.launcher_watch import leave
 
         leave(status)  # the interpreter's own way out may wait for ranks that are gone
     sys.exit(status)

@@ -7,8 +7,8 @@ from benchmarks.gpu.settings import Settings, keep
 
 def main() -> None:
     """Estimate, part by part."""
-    from zero_sft.estimate.run import RUNTIME_BYTES, Run, Trainer
-    from zero_sft.estimate.subject import subject
+    from zero_sft.estimate.memory_needs import RUNTIME_BYTES, Run, Trainer
+    from zero_sft.estimate.model import subject
     from zero_sft.hub.options import HubOptions
 
     settings = Settings.read()

@@ -45,10 +45,10 @@ def ours(settings: Settings, attention: str) -> Any:
 
     from zero_sft import load_model
     from zero_sft.arguments import build_training_arguments, parse
+    from zero_sft.cluster.world import World
     from zero_sft.ds_config import load_ds_config
     from zero_sft.job.checkpoints import Published
     from zero_sft.job.trainer import Trainer, collator_for
-    from zero_sft.world import World
     from zero_sft.zero.process_group import connect
 
     given = {

@@ -3,8 +3,8 @@
 import torch
 from safetensors.torch import load_file
 
+from zero_sft.checkpoint.file_layout import index_json, lay_out
 from zero_sft.checkpoint.header import read_header
-from zero_sft.checkpoint.layout import index_json, lay_out
 
 TENSORS = [("x", "F32", (3, 5)), ("y", "BF16", (7,)), ("z", "I64", ()), ("empty", "F32", (0, 2))]
 

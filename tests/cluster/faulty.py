@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from zero_sft.cluster import failure
-from zero_sft.world import World
+from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster.world import World
 
 
 def _fault() -> None:
@@ -32,7 +32,7 @@ def _fault() -> None:
 
 
 def _exchange_for_ever(world: World) -> None:
-    from zero_sft import distributed
+    from zero_sft.cluster import stages as distributed
     from zero_sft.zero.process_group import connect
 
     world = connect(world)
@@ -64,12 +64,12 @@ def _train() -> int:
 
 def main() -> int:
     """The rank's exit status."""
-    from zero_sft.cluster.job import run_rank
+    from zero_sft.cluster.rank_main import run_rank
 
     return _train() if any(word.startswith("--model") for word in sys.argv[1:]) else run_rank(_exchange_for_ever)
 
 
 if __name__ == "__main__":
-    from zero_sft.cluster.watch import leave
+    from zero_sft.cluster.launcher_watch import leave
 
     leave(main())

@@ -2,9 +2,9 @@
 
 import pytest
 
-from zero_sft.cluster import failure
+from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster.world import World
 from zero_sft.errors import DataError
-from zero_sft.world import World
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ import os
 import pytest
 
 from tests.errors import raises
-from zero_sft import distributed
-from zero_sft.cluster import failure
-from zero_sft.cluster.layout import place_in_layout
-from zero_sft.world import World
+from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.node_layout import place_in_layout
+from zero_sft.cluster.world import World
 from zero_sft.zero.process_group import connect
 
 

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from zero_sft.cluster.watch import is_launcher
+from zero_sft.cluster.launcher_watch import is_launcher
 
 CHILD = """
 import os, signal, sys, time
-from zero_sft.cluster.watch import watch_launcher
+from zero_sft.cluster.launcher_watch import watch_launcher
 watch_launcher()
 child = os.fork()
 if child == 0:

@@ -7,11 +7,11 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
 from tests.errors import raises
-from zero_sft import distributed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.data import dataset
 from zero_sft.data.mixture import Recipe
 from zero_sft.data.together import prepare_together
-from zero_sft.world import World
 
 
 @pytest.fixture

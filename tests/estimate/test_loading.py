@@ -5,9 +5,9 @@ import torch.distributed as dist
 
 from tests import models
 from tests.errors import raises
-from zero_sft.estimate.loading import RankLoad, play, seconds
-from zero_sft.estimate.storages import STORAGES, Storage, storage
-from zero_sft.estimate.subject import subject
+from zero_sft.estimate.model import subject
+from zero_sft.estimate.simulate import RankLoad, play, seconds
+from zero_sft.estimate.storage_profiles import STORAGES, Storage, storage
 from zero_sft.hub.options import HubOptions
 
 

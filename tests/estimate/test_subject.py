@@ -8,9 +8,9 @@ import pytest
 from tests import models
 from tests.errors import raises
 from zero_sft.checkpoint.index import open_index
-from zero_sft.estimate.loading import play
-from zero_sft.estimate.storages import MODELS, shipped_models
-from zero_sft.estimate.subject import subject
+from zero_sft.estimate.model import subject
+from zero_sft.estimate.simulate import play
+from zero_sft.estimate.storage_profiles import MODELS, shipped_models
 from zero_sft.hub.options import HubOptions
 
 PUBLISHED = {  # elements of the models' own weights, as their cards and index files have them

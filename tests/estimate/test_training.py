@@ -9,9 +9,9 @@ import torch
 from tests import models
 from tests.errors import raises
 from zero_sft.estimate.activations import LiveMemory, peak_bytes
-from zero_sft.estimate.run import Run, Trainer
-from zero_sft.estimate.subject import subject
-from zero_sft.estimate.training import Sizes, training_memory, zero_settings
+from zero_sft.estimate.engine_memory import Sizes, training_memory, zero_settings
+from zero_sft.estimate.memory_needs import Run, Trainer
+from zero_sft.estimate.model import subject
 from zero_sft.hub.options import HubOptions
 
 WIDTH = 768

@@ -22,7 +22,7 @@ TOKEN = "hf_secretsecretsecret"
 JOB = """
 import json, logging, os, sys
 import torch
-from zero_sft.cluster import layout
+from zero_sft.cluster import node_layout as layout
 layout._host_identity = lambda: os.environ["NODE"]
 logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
 from zero_sft import load_pretrained

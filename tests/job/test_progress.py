@@ -9,14 +9,14 @@ import sys
 import pytest
 
 from tests import small_job
-from zero_sft import progress
-from zero_sft.job.progress import Lines, Work
+from zero_sft.console import progress
+from zero_sft.console.bars import Lines, Work
 
 SCRIPT = """
 import logging, sys, time
-from zero_sft import progress
-from zero_sft.console import close_console, open_console
-from zero_sft.world import World
+from zero_sft.console import progress
+from zero_sft.console.log import close_console, open_console
+from zero_sft.cluster.world import World
 
 open_console(World())
 log = logging.getLogger("zero_sft.test")

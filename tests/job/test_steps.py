@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests import small_job
-from zero_sft.progress import clock, size
+from zero_sft.console.progress import clock, size
 
 LINE = re.compile(
     r"step (?P<step>\d+)/(?P<steps>\d+)  epoch \d+\.\d\d  loss (?P<loss>\d+\.\d{3})  lr (?P<lr>\d\.\de[-+]\d\d)  grad \S+"

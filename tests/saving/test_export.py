@@ -55,7 +55,7 @@ def gemma3(tmp_path):
 def test_a_model_that_builds_another_in_its_constructor(gemma3, tmp_path):
     """Rank 0 builds it once more to compare: while a model is alive, that one must not open a `zero.Init`, and wait."""
     from zero_sft import load_model, save_pretrained
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     reference = models.plain(gemma3, torch.bfloat16)
     if World.detect().is_main:
@@ -74,7 +74,7 @@ def test_the_format_is_the_published_one(checkpoint, tmp_path):
     from safetensors.torch import load_file
 
     from zero_sft import load_model, save_pretrained
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     model = load_model(str(checkpoint), ds_config=models.zero3())
     save_pretrained(model, tmp_path / "out")
@@ -121,8 +121,8 @@ def test_one_rank_alone_that_can_not_write_the_published_names(checkpoint, tmp_p
     from unittest import mock
 
     from zero_sft import load_model, save_pretrained
+    from zero_sft.cluster.world import World
     from zero_sft.saving import export
-    from zero_sft.world import World
 
     model = load_model(str(checkpoint), ds_config=models.zero3())
 
@@ -141,7 +141,7 @@ def test_one_rank_alone_that_can_not_write_the_published_names(checkpoint, tmp_p
 @pytest.mark.world_size(2)
 def test_ranks_that_would_write_other_files_write_none(llama, tmp_path):
     from zero_sft import load_model, save_pretrained
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     model = load_model(str(llama), ds_config=models.zero3())
     with raises("cluster.ranks_disagree", "files of the export"):
@@ -156,7 +156,7 @@ def test_after_training_through_the_engine(llama, tmp_path):
     import deepspeed
 
     from zero_sft import load_model, save_pretrained
-    from zero_sft.zero.gather import whole
+    from zero_sft.zero.gather_hooks import whole
 
     ds = models.zero3(train_micro_batch_size_per_gpu=1, optimizer={"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}})
     model = load_model(str(llama), ds_config=ds)
@@ -177,7 +177,7 @@ def test_after_training_through_the_engine(llama, tmp_path):
 @pytest.mark.world_size(2)
 def test_an_existing_folder_keeps_what_is_not_the_models(llama, tmp_path):
     from zero_sft import load_model, save_pretrained
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     out = tmp_path / "out"
     model = load_model(str(llama), ds_config=models.zero3())
@@ -195,8 +195,8 @@ def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
     from unittest import mock
 
     from zero_sft import load_model, save_pretrained
+    from zero_sft.cluster.world import World
     from zero_sft.saving import export
-    from zero_sft.world import World
 
     out = tmp_path / "out"
     model = load_model(str(llama), ds_config=models.zero3())
@@ -238,7 +238,7 @@ def test_tokenizer_and_generation_settings_come_along(llama, tmp_path):
 @pytest.mark.world_size(2)
 def test_only_former_weights_are_replaced(llama, tmp_path):
     from zero_sft import load_model, save_pretrained
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     out = tmp_path / "out"
     former = ["model-00001-of-00009.safetensors", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]

@@ -153,7 +153,7 @@ def base_model(folder, template, **generation):
 )
 def test_a_learnt_answer_ends_in_the_job_and_in_plain_transformers(tmp_path, template):
     """The job of a base model whose settings transformers would not save: it is exported, and the answer is said once."""
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     main = World.detect().is_main
     if main:
@@ -195,7 +195,7 @@ print(json.dumps([tokenizer.decode(said[:-1]).strip(), said[-1]]))
 @pytest.mark.world_size(2, timeout_s=200)
 @pytest.mark.parametrize("case", ["num_return_sequences", pytest.param("cache_implementation", marks=pytest.mark.slow)])
 def test_a_run_goes_on_without_what_transformers_refuses(tmp_path, case):
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     if World.detect().is_main:
         base_model(tmp_path, "vicuna", **REFUSED[case])
@@ -221,8 +221,8 @@ def test_what_can_not_be_saved_is_found_before_the_weights_are_read(tmp_path, fa
     from transformers import PreTrainedConfig
 
     from zero_sft import train
+    from zero_sft.cluster.world import World
     from zero_sft.loading import api
-    from zero_sft.world import World
 
     file, content, message = FAULTS[fault]
     if World.detect().is_main:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests import architectures, models
 from tests.data import tiny
 from zero_sft.saving.older_readers import older_tokenizer_config, with_older_keys
-from zero_sft.tokenizer.fingerprints import PROBES
+from zero_sft.tokenizer.fingerprint import PROBES
 
 ROOT = Path(__file__).parents[2]
 OLDER = ROOT / ".venv-4" / "bin" / "python"

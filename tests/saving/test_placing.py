@@ -14,7 +14,7 @@ import pytest
 from tests.errors import raises
 from tests.saving import models_on_disk as models
 from tests.saving.killed import killed_before_each_step
-from zero_sft.saving import exchange as exchanging
+from zero_sft.saving import exchange_folders as exchanging
 from zero_sft.saving import folder as folders
 from zero_sft.saving.folder import Draft, Placing, kept, make_draft
 from zero_sft.saving.placing import put_in_place

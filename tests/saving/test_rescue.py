@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError
 from zero_sft.saving.rescue import export_or_rescue
-from zero_sft.world import World
 
 
 class Writer:

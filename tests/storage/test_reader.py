@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.errors import raises
+from zero_sft.checkpoint.file_identity import stamp
 from zero_sft.checkpoint.header import read_header
-from zero_sft.checkpoint.stamp import stamp
 from zero_sft.plan.plan import Read
 from zero_sft.storage import reader
 from zero_sft.storage.arena import ALIGNMENT_BYTES, Slot, allocate

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.errors import raises
-from zero_sft.world import World
+from zero_sft.cluster.world import World
 from zero_sft.zero import devices
 
 

@@ -78,7 +78,7 @@ def test_hpz_before_the_engine(llama):
 def test_nvme(llama, tmp_path):
     models.require_async_io()
     from zero_sft import load_model
-    from zero_sft.world import World
+    from zero_sft.cluster.world import World
 
     folder = tmp_path / f"nvme{World.detect().rank}"
     folder.mkdir()

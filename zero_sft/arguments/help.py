@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS, Translation
+from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
 from zero_sft.options.spec import Spec
-from zero_sft.world import World
 
 WIDTH = 118
 ALL = "all"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from zero_sft.checkpoint.file_identity import Stamp, stamp
 from zero_sft.checkpoint.folder_kind import folder_kind, placeholder
 from zero_sft.checkpoint.header import StoredTensor, read_header
-from zero_sft.checkpoint.stamp import Stamp, stamp
 from zero_sft.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from zero_sft import errors
-from zero_sft.cluster import failure
-from zero_sft.cluster.board import NodeBoard, open_board
-from zero_sft.cluster.layout import describe_rank, place_in_layout
-from zero_sft.world import World
+from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster.node_board import NodeBoard, open_board
+from zero_sft.cluster.node_layout import describe_rank, place_in_layout
+from zero_sft.cluster.world import World
 
 _SHORT_BYTES = 256
 """What the first round of an exchange carries of each rank: 8 bytes of length, and the payload where it fits."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.conversion import tracing
 from zero_sft.conversion.keys import Group, match
-from zero_sft.conversion.quantised import Joiner, multiply_by_blocks, reads_raw
+from zero_sft.conversion.quantized import Joiner, multiply_by_blocks, reads_raw
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
 from zero_sft.plan.plan import Makeup, check_cover

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.source import Data
 from zero_sft.errors import DataError
-from zero_sft.tokenizer.fingerprints import fingerprint
+from zero_sft.tokenizer.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import datasets

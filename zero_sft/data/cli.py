@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.console import open_console, quieten_transformers
+from zero_sft.cluster.world import World
+from zero_sft.console.log import open_console, quieten_transformers
+from zero_sft.console.printable import printable
 from zero_sft.errors import ArgumentError, ZeroSftError
-from zero_sft.printable import printable
-from zero_sft.world import World
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft import progress
+from zero_sft.console import progress
 from zero_sft.data import cache
 from zero_sft.data.embedded import rows_to_check
 from zero_sft.data.layouts import EXPECTED

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from zero_sft.console.printable import on_one_line
 from zero_sft.data.text import readable
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line
 
 README, _YAML = "README.md", ".huggingface.yaml"
 TRAIN = "train"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zero_sft.checkpoint.stamp import Stamp, stamp
+from zero_sft.checkpoint.file_identity import Stamp, stamp
+from zero_sft.console.printable import on_one_line, printable
 from zero_sft.data.kinds import require_kind
 from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.splits import Chosen, choose_split
 from zero_sft.data.text import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
-from zero_sft.printable import on_one_line, printable
 
 _TEXTS = (".json", ".jsonl")
 _PARQUET = ".parquet"

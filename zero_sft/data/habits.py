@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from zero_sft.console.printable import printable
 from zero_sft.data.conversation import ASSISTANT, USER
 from zero_sft.data.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHabit
 from zero_sft.errors import DataError
-from zero_sft.printable import printable
 
 STAND_IN = "zerosftanswer"
 """A word in place of a text, that no template looks for, strips or escapes."""

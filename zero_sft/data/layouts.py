@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from zero_sft.console.printable import on_one_line
 from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
 from zero_sft.data.keys import is_trained, renders, require_known_turn, unread_keys
 from zero_sft.data.meanings import asks_for_nothing
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

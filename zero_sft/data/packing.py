@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zero_sft import progress
+from zero_sft.console import progress
 from zero_sft.data.report import counted
 from zero_sft.errors import ArgumentError
 

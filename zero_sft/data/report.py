@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from zero_sft.printable import on_one_line
+from zero_sft.console.printable import on_one_line
 
 MOST_SHOWN = 3
 """Errors of skipped samples that are shown."""

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from zero_sft.console.printable import on_one_line
 from zero_sft.data.declared import TRAIN, declared_in
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line
 
 _KEYWORDS = {
     TRAIN: ("train", "training"),

@@ -9,11 +9,11 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft import distributed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared
 from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
 from zero_sft.errors import DataError
-from zero_sft.world import World
 
 STAGE = "preparing the data"
 

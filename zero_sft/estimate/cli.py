@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zero_sft.errors import ArgumentError, ZeroSftError
-from zero_sft.estimate.storages import STORAGES, shipped_models
+from zero_sft.estimate.storage_profiles import STORAGES, shipped_models
 
 if TYPE_CHECKING:
     from zero_sft.estimate.result import Result
@@ -93,7 +93,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _plot(results: "Sequence[Result]", options: argparse.Namespace) -> None:
-    from zero_sft.estimate.chart import draw
+    from zero_sft.estimate.plot import draw
 
     if len(results) != 1:
         raise ArgumentError(

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zero_sft.estimate.loading import RankLoad, play, seconds
-from zero_sft.estimate.run import INTERPRETER_BYTES, RUNTIME_BYTES, Needs, Run, Trainer
-from zero_sft.estimate.storages import storage
-from zero_sft.estimate.subject import Subject, subject
+from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, Needs, Run, Trainer
+from zero_sft.estimate.model import Subject, subject
+from zero_sft.estimate.simulate import RankLoad, play, seconds
+from zero_sft.estimate.storage_profiles import storage
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
 

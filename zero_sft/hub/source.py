@@ -10,11 +10,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from zero_sft import distributed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.hub.download import download_snapshot
 from zero_sft.hub.options import HubOptions
-from zero_sft.world import World
 
 CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
 TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.config import text_config
-from zero_sft.distributed import agreed
 from zero_sft.errors import ExportError
 from zero_sft.job import trainer_internals
 from zero_sft.saving.export import save_pretrained
 from zero_sft.saving.folder import explained, require_writable
 from zero_sft.saving.run_record import RunRecord, write_record
 from zero_sft.saving.settings import write_settings
-from zero_sft.world import World
 from zero_sft.zero.internals import give_defaults
 
 logger = logging.getLogger("zero_sft.train")

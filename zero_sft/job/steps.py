@@ -19,8 +19,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from zero_sft import progress
-from zero_sft.progress import clock
+from zero_sft.console import progress
+from zero_sft.console.progress import clock
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -29,7 +29,7 @@ _FIRST_STEP = "time left: known after two steps"
 
 
 class StepLog(TrainerCallback):
-    """Logs metrics as lines, and shows training and evaluation as tasks of `zero_sft.progress`.
+    """Logs metrics as lines, and shows training and evaluation as tasks of `zero_sft.console.progress`.
 
     Added on every rank; rank 0 says it, and with `log_on_each_node` the first rank of every other node, too.
 

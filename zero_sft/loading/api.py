@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zero_sft import distributed, transformers_internals
 from zero_sft import ds_config as ds_configs
+from zero_sft import transformers_internals
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
-from zero_sft.distributed import agreed
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, fetch_weights, locate_model
 from zero_sft.loading.dtype import require_engine_dtype, wanted_dtype
@@ -28,8 +30,7 @@ from zero_sft.loading.request import LoadRequest, ModelSpec
 from zero_sft.loading.sharded import load_sharded
 from zero_sft.loading.stock import load_stock
 from zero_sft.options.keywords import read_keywords, takes_options
-from zero_sft.storage.memory import Watermark
-from zero_sft.world import World
+from zero_sft.storage.memory_snapshot import Watermark
 from zero_sft.zero import internals
 from zero_sft.zero.process_group import connect
 

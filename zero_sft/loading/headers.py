@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import Files
-from zero_sft.distributed import agreed
-from zero_sft.world import World
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 
 FEW_FILES = 8
 """Up to that many files are read by every rank."""

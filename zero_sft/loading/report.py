@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from zero_sft.progress import size
+from zero_sft.console.progress import size
 
 Numbers = Mapping[str, float]
 """`LoadStats.numbers` of one rank."""

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import transformers
 
-from zero_sft import distributed, progress, transformers_internals
+from zero_sft import transformers_internals
 from zero_sft.checkpoint.index import assemble, locate, read_headers
 from zero_sft.checkpoint.scaled import ScaledTensor
-from zero_sft.conversion.quantised import dequantise, quantizer_for
-from zero_sft.distributed import agreed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
+from zero_sft.console import progress
+from zero_sft.conversion.quantized import dequantise, quantizer_for
 from zero_sft.errors import CheckpointError
 from zero_sft.loading import skeleton
 from zero_sft.loading.headers import read_headers_together
@@ -31,8 +34,8 @@ from zero_sft.plan.partition import FlatRange, whole_range
 from zero_sft.plan.plan import Plan, Read, Target, plan_reads
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
-from zero_sft.world import World
-from zero_sft.zero import gather, init_weights, internals, shards
+from zero_sft.zero import gather_hooks as gather
+from zero_sft.zero import init_weights, internals, shards
 
 _SHOWN = {
     "skeleton": "building the model",

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from zero_sft.conversion.quantised import unquantised
+from zero_sft.conversion.quantized import unquantised
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading.request import ModelSpec

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from zero_sft import progress
-from zero_sft.distributed import agreed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
+from zero_sft.console import progress
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading import skeleton
 from zero_sft.loading.report import KeyReport, Loaded, LoadStats
 from zero_sft.loading.request import LoadRequest
 from zero_sft.transformers_internals import zero3_config, zero3_under
-from zero_sft.world import World
-from zero_sft.zero import gather, shards
+from zero_sft.zero import gather_hooks as gather
+from zero_sft.zero import shards
 
 logger = logging.getLogger(__name__)
 

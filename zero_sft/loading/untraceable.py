@@ -17,18 +17,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zero_sft import distributed, progress
 from zero_sft.checkpoint.index import CheckpointIndex
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
+from zero_sft.console import progress
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
-from zero_sft.distributed import agreed
 from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, plan_reads
 from zero_sft.plan.regions import whole
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
-from zero_sft.world import World
 from zero_sft.zero import shards
 
 _SHARED_MEMORY = Path("/dev/shm")

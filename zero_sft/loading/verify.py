@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from zero_sft import distributed
+from zero_sft.checkpoint.file_identity import require_unchanged
 from zero_sft.checkpoint.index import CheckpointIndex
-from zero_sft.checkpoint.stamp import require_unchanged
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.conversion.convert import Whole, run
 from zero_sft.conversion.keys import Group
-from zero_sft.distributed import agreed
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
-from zero_sft.world import World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,12 +23,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from zero_sft import progress
+from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
-from zero_sft.checkpoint.layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
+from zero_sft.console import progress
 from zero_sft.conversion.convert import Resolution, original_format, resolve
-from zero_sft.distributed import agreed
 from zero_sft.plan.partition import whole_range
 from zero_sft.plan.plan import Makeup, Target, pieces
 from zero_sft.plan.regions import whole
@@ -39,7 +40,6 @@ from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.storage.writer import write_piece
 from zero_sft.transformers_internals import names_not_saved, tied_names
-from zero_sft.world import World
 from zero_sft.zero import shards
 from zero_sft.zero.process_group import connect
 

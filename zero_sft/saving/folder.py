@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.errors import ExportError, NotPlacedError
-from zero_sft.saving.exchange import is_supported
+from zero_sft.saving.exchange_folders import is_supported
 
 DRAFT_SUFFIX = ".part"
 

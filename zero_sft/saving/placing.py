@@ -31,7 +31,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 
 from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
-from zero_sft.saving.exchange import exchange
+from zero_sft.saving.exchange_folders import exchange
 from zero_sft.saving.folder import Draft, Placing
 
 logger = logging.getLogger(__name__)

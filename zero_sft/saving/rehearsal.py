@@ -4,10 +4,10 @@ import contextlib
 import logging
 from pathlib import Path
 
-from zero_sft.distributed import agreed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError
 from zero_sft.saving.folder import explained, find_draft, leftover_drafts, writable_draft
-from zero_sft.world import World
 
 logger = logging.getLogger(__name__)
 

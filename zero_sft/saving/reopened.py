@@ -7,7 +7,7 @@ to other ids, silently. `settings.py` writes back what it knows of; this finds w
 from pathlib import Path
 from typing import Any
 
-from zero_sft.tokenizer.fingerprints import encodings
+from zero_sft.tokenizer.fingerprint import encodings
 
 
 def changed_encoding(folder: Path, tokenizer: Any) -> str | None:

@@ -5,9 +5,9 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from zero_sft import distributed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError, ZeroSftError
-from zero_sft.world import World
 
 logger = logging.getLogger(__name__)
 

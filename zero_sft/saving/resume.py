@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zero_sft.distributed import agreed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
 from zero_sft.saving.trainer_checkpoint import WEIGHTS_ALONE, NotWholeError, TrainerCheckpoint, inspect
-from zero_sft.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from zero_sft.checkpoint.file_identity import Stamp, require_unchanged
 from zero_sft.checkpoint.scaled import ScaleRows
-from zero_sft.checkpoint.stamp import Stamp, require_unchanged
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import Read
 from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft import distributed
+from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model_alone
 from zero_sft.options.keywords import read_keywords, takes_options
-from zero_sft.tokenizer.fingerprints import fingerprint
-from zero_sft.tokenizer.packet import check_faithful, pack, rebuild
+from zero_sft.tokenizer.fingerprint import fingerprint
+from zero_sft.tokenizer.serialize import check_faithful, pack, rebuild
 from zero_sft.tokenizer.setup import set_up
-from zero_sft.world import World
 from zero_sft.zero.process_group import connect
 
 Prepared = tuple[PreTrainedTokenizerBase, bytes]

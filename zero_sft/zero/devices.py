@@ -4,8 +4,8 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
-from zero_sft.world import World
 
 
 def require_own_device(world: World) -> None:

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from zero_sft import errors
 from zero_sft.cluster.control_group import init_control_group
-from zero_sft.world import World
+from zero_sft.cluster.world import World
 from zero_sft.zero.devices import require_own_device
 from zero_sft.zero.operators import keep_operators_apart
 from zero_sft.zero.shared_memory import unlink_own

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zero_sft.estimate.storages import Storage
-from zero_sft.estimate.subject import Subject
+from zero_sft.estimate.model import Subject
+from zero_sft.estimate.storage_profiles import Storage
 from zero_sft.plan.partition import shard_range
 from zero_sft.plan.plan import Target, plan_reads
 

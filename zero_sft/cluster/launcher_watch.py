@@ -22,7 +22,7 @@ from types import FrameType
 
 import psutil
 
-from zero_sft.cluster import failure
+from zero_sft.cluster import failure_report as failure
 
 POLL_SECONDS = 1.0
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from zero_sft.cluster import failure
-from zero_sft.cluster.watch import watch_launcher
-from zero_sft.world import World
+from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster.launcher_watch import watch_launcher
+from zero_sft.cluster.world import World
 
 
 def run_rank(body: Callable[[World], None]) -> int:

@@ -15,15 +15,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from zero_sft.checkpoint.file_layout import lay_out
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import open_index
-from zero_sft.checkpoint.layout import lay_out
+from zero_sft.cluster.world import World
 from zero_sft.config import load_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
-from zero_sft.conversion.quantised import configured_blocks, quantizer_for
+from zero_sft.conversion.quantized import configured_blocks, quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
-from zero_sft.estimate.fetched import fetch_headers
-from zero_sft.estimate.storages import MODELS, shipped_models
+from zero_sft.estimate.remote_headers import fetch_headers
+from zero_sft.estimate.storage_profiles import MODELS, shipped_models
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model_alone
 from zero_sft.loading import skeleton
@@ -33,7 +34,6 @@ from zero_sft.loading.request import ModelSpec
 from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.transformers_internals import tied_names
-from zero_sft.world import World
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from zero_sft.errors import TokenizerError
 from zero_sft.tokenizer.base_config import base_config, keep_base_config
-from zero_sft.tokenizer.fingerprints import fingerprint
+from zero_sft.tokenizer.fingerprint import fingerprint
 from zero_sft.transformers_internals import set_tokenizer_backend
 
 

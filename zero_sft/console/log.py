@@ -1,7 +1,7 @@
 """The one place that talks to the person: rank 0 says what is happening, the other ranks speak of errors alone.
 
 Nothing here is printed by the library; a program calls `open_console` once, and `close_console` when it ends. What lasts
-between the two: handlers and levels of loggers, warning filters, the display of `zero_sft.progress`, two environment variables.
+between the two: handlers and levels of loggers, warning filters, the display of `progress`, two environment variables.
 """
 
 import logging
@@ -11,9 +11,9 @@ import time
 import warnings
 from typing import Any
 
-from zero_sft import progress
-from zero_sft.printable import printable
-from zero_sft.world import World
+from zero_sft.cluster.world import World
+from zero_sft.console import progress
+from zero_sft.console.printable import printable
 
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "httpx", "filelock", "matplotlib", "torch.distributed")
 _SAID_OTHERWISE = "Setting accelerator to CPU"
@@ -101,7 +101,7 @@ def close_console() -> None:
 
 def _display(bars: bool) -> Any:
     try:
-        from zero_sft.job.progress import Lines, display_for
+        from zero_sft.console.bars import Lines, display_for
     except ImportError:  # rich is for the job; the loader needs none of it
         return None
     return display_for(sys.stderr) if bars else Lines()

@@ -20,9 +20,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from zero_sft.progress import BYTES, Display, clock, size
+from zero_sft.console.progress import BYTES, Display, clock, size
 
-logger = logging.getLogger("zero_sft.progress")
+logger = logging.getLogger("zero_sft.console.progress")
 
 SAY_EVERY_SECONDS = 30.0
 """In a log file: the shortest time between two lines of one task, if a tenth more is done by then."""

@@ -9,11 +9,11 @@ import logging
 from typing import Any
 
 from zero_sft.arguments import Parsed
-from zero_sft.distributed import agreed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.hub.source import ModelSource
-from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
 

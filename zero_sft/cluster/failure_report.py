@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_sft import errors
-from zero_sft.cluster.board import NodeBoard
 from zero_sft.cluster.memory_advice import advise, kernel_kills
-from zero_sft.world import World
+from zero_sft.cluster.node_board import NodeBoard
+from zero_sft.cluster.world import World
 
 FOLLOW_ON_SECONDS = 3.0
 """How long a rank whose peer is gone waits for the peer's own message."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.errors import ArgumentError
-from zero_sft.estimate.loading import RankLoad
+from zero_sft.estimate.simulate import RankLoad
 
 
 def draw(title: str, loads: Sequence[RankLoad], device: Mapping[str, int], device_bytes: int, path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from zero_sft import errors
-from zero_sft.cluster import failure as failures
+from zero_sft.cluster import failure_report as failures
 from zero_sft.cluster.control_group import (
     DOWNLOAD_TIMEOUT,
     broadcast_bytes,
@@ -28,7 +28,7 @@ from zero_sft.cluster.control_group import (
     exchange,
     exchange_bytes,
 )
-from zero_sft.world import World
+from zero_sft.cluster.world import World
 
 __all__ = [
     "DOWNLOAD_TIMEOUT",

@@ -10,8 +10,8 @@ import torch
 from zero_sft.config import text_config
 from zero_sft.ds_config import engine_dtype, load_ds_config
 from zero_sft.estimate.activations import peak_bytes
-from zero_sft.estimate.subject import Subject
-from zero_sft.estimate.training import Memory, Sizes, training_memory, zero_settings
+from zero_sft.estimate.engine_memory import Memory, Sizes, training_memory, zero_settings
+from zero_sft.estimate.model import Subject
 
 RUNTIME_BYTES = 3 * 2**29
 """What a GPU's driver, NCCL and the kernels' workspaces take of a device, about 1.5 GiB."""

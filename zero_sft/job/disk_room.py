@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from zero_sft.arguments import Parsed
-from zero_sft.distributed import agreed
+from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
 from zero_sft.inputs import Inputs
-from zero_sft.world import World
 
 logger = logging.getLogger("zero_sft.train")
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE, of_variant, read_weight_map
+from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.hub.source import ModelSource, fetch_files
-from zero_sft.world import World
 
 REQUESTS_AT_A_TIME = 8
 

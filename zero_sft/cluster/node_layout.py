@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft import errors
-from zero_sft.world import World
+from zero_sft.cluster.world import World
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SHARED_MEMORY = Path("/dev/shm")
