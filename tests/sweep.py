@@ -39,7 +39,7 @@ def save(case: str, folder: Path) -> Path:
 
 def check_batch(folders: dict[str, str], results: str) -> None:
     """Load each checkpoint and compare; rank 0 writes the verdicts, a JSON file a case. Every rank; communicates."""
-    from zero_sft.cluster import stages as distributed
+    from zero_sft.cluster.control_group import all_gather_json
     from zero_sft.cluster.world import World
 
     world = World.detect()
@@ -47,7 +47,7 @@ def check_batch(folders: dict[str, str], results: str) -> None:
         rows = []
         for dtype in DTYPES:
             mine = _check(Path(folder), dtype)
-            everyone = distributed.exchange(world, mine["problem"])
+            everyone = all_gather_json(world, mine["problem"])
             problem = next((f"rank {rank}: {each}" for rank, each in enumerate(everyone) if each), "")
             rows.append({**mine, "problem": problem})
             gc.collect()

@@ -5,7 +5,8 @@ import datetime
 import pytest
 
 from tests.errors import raises
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.control_group import all_gather_bytes, all_gather_json, broadcast_bytes
+from zero_sft.cluster.stages import collective_stage, dist, require_identical
 from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.zero.process_group import connect
@@ -15,10 +16,10 @@ from zero_sft.zero.process_group import connect
 def test_exchanges():
     world = connect(World.detect())
     payload = bytes(range(world.rank * 5))
-    assert distributed.exchange_bytes(world, payload) == [bytes(range(r * 5)) for r in range(world.world_size)]
-    assert distributed.broadcast_bytes(world, b"abc" if world.is_main else None) == b"abc"
-    assert distributed.broadcast_bytes(world, b"" if world.is_main else None) == b""
-    assert distributed.exchange(world, {"rank": world.rank}) == [{"rank": r} for r in range(world.world_size)]
+    assert all_gather_bytes(world, payload) == [bytes(range(r * 5)) for r in range(world.world_size)]
+    assert broadcast_bytes(world, b"abc" if world.is_main else None) == b"abc"
+    assert broadcast_bytes(world, b"" if world.is_main else None) == b""
+    assert all_gather_json(world, {"rank": world.rank}) == [{"rank": r} for r in range(world.world_size)]
 
 
 @pytest.mark.world_size(3)
@@ -26,14 +27,14 @@ def test_a_failure_on_one_rank_is_raised_by_all():
     world = World.detect()
     connect(world)
     with pytest.raises(CheckpointError, match=r"(?s)broken.*rank 1 of 3 while reading; failed: rank 1"):
-        with distributed.agreed(world, "reading"):
+        with collective_stage(world, "reading"):
             if world.rank == 1:
                 raise CheckpointError("broken")
     with raises("cluster.rank_failed", "ZeroDivisionError"):
-        with distributed.agreed(world, "dividing"):
+        with collective_stage(world, "dividing"):
             if world.rank == 2:
                 1 / 0  # noqa: B018
-    with distributed.agreed(world, "passing"):
+    with collective_stage(world, "passing"):
         pass
 
 
@@ -41,19 +42,19 @@ def test_a_failure_on_one_rank_is_raised_by_all():
 def test_disagreement_names_keys_and_ranks():
     world = World.detect()
     connect(world)
-    distributed.agree_on(world, "config", {"a": 1, "b": [1, 2]})
+    require_identical(world, "config", {"a": 1, "b": [1, 2]})
     with raises("cluster.ranks_disagree", "a: 1 on rank 0, 2; 7 on rank 1"):
-        distributed.agree_on(world, "config", {"a": 7 if world.rank == 1 else 1, "b": 2})
+        require_identical(world, "config", {"a": 7 if world.rank == 1 else 1, "b": 2})
 
 
 @pytest.mark.world_size(1, 3)
 def test_what_a_stage_tells_travels_with_its_end():
     world = World.detect()
     connect(world)
-    with distributed.agreed(world, "counting") as told:
-        told.mine = {"rank": world.rank}
-        told.same = ("config", {"a": 1})
-    assert told.everyone == [{"rank": rank} for rank in range(world.world_size)]
+    with collective_stage(world, "counting") as stage:
+        stage.local = {"rank": world.rank}
+        stage.must_match = ("config", {"a": 1})
+    assert stage.gathered == [{"rank": rank} for rank in range(world.world_size)]
 
 
 @pytest.mark.world_size(3)
@@ -61,13 +62,13 @@ def test_a_stage_whose_ranks_differ():
     world = World.detect()
     connect(world)
     with raises("cluster.ranks_disagree", "config", "a: 1 on rank 0, 2; 7 on rank 1"):
-        with distributed.agreed(world, "reading") as told:
-            told.same = ("config", {"a": 7 if world.rank == 1 else 1})
+        with collective_stage(world, "reading") as stage:
+            stage.must_match = ("config", {"a": 7 if world.rank == 1 else 1})
     with pytest.raises(CheckpointError, match="rank 2 of 3 while reading"):  # the failure says more than the difference
-        with distributed.agreed(world, "reading") as told:
+        with collective_stage(world, "reading") as stage:
             if world.rank == 2:
                 raise CheckpointError("broken")
-            told.same = ("config", {"a": world.rank})
+            stage.must_match = ("config", {"a": world.rank})
 
 
 def test_a_dead_rank_is_told_from_a_slow_one(monkeypatch):
@@ -76,10 +77,10 @@ def test_a_dead_rank_is_told_from_a_slow_one(monkeypatch):
     def barrier(**_):
         raise RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 1800000 ms")
 
-    monkeypatch.setattr(distributed.dist, "monitored_barrier", barrier)
+    monkeypatch.setattr(dist, "monitored_barrier", barrier)
     with raises("cluster.rank_lost", "rank 1 ended while the others were at 'reading'"):
-        with distributed.agreed(World(world_size=2), "reading"):
+        with collective_stage(World(world_size=2), "reading"):
             pass
     with raises("cluster.rank_lost", "rank 1 did not come to the end of 'reading' within 0:00:00"):
-        with distributed.agreed(World(world_size=2), "reading", datetime.timedelta(0)):
+        with collective_stage(World(world_size=2), "reading", datetime.timedelta(0)):
             pass

@@ -36,11 +36,11 @@ def many(request, tmp_path):
 def test_each_header_is_read_once(many):
     from zero_sft import load_model
     from zero_sft.checkpoint import index
-    from zero_sft.cluster import stages as distributed
+    from zero_sft.cluster.control_group import all_gather_json
     from zero_sft.cluster.world import World
     from zero_sft.storage import torch_zip
 
-    reference = index.open_index(many, torch_zip.read_header)
+    reference = index.read_index(many, torch_zip.read_header)
     read, true_header, true_zip = [], index.read_header, torch_zip.read_header
     with (
         mock.patch.object(index, "read_header", lambda path: [read.append(str(path)), true_header(path)][1]),
@@ -49,22 +49,22 @@ def test_each_header_is_read_once(many):
         model = load_model(str(many), ds_config=models.zero3(), verify=True)
     assert model.load_report.missing == []
     world = World.detect()
-    everyone = [path for theirs in distributed.exchange(world, read) for path in theirs]
+    everyone = [path for theirs in all_gather_json(world, read) for path in theirs]
     assert sorted(everyone) == sorted(reference.stamps)
     assert len(everyone) > 8
 
 
 @pytest.mark.world_size(3)
 def test_the_index_is_the_one_read_alone(many):
-    from zero_sft.checkpoint.index import assemble, locate, open_index
+    from zero_sft.checkpoint.index import build_index, find_checkpoint_files, read_index
     from zero_sft.cluster.world import World
     from zero_sft.loading.headers import read_headers_together
     from zero_sft.storage import torch_zip
 
     world = World.detect()
     connect(world)
-    files = locate(many, torch_zip.read_header)
-    assert assemble(files, read_headers_together(files, world)) == open_index(many, torch_zip.read_header)
+    files = find_checkpoint_files(many, torch_zip.read_header)
+    assert build_index(files, read_headers_together(files, world)) == read_index(many, torch_zip.read_header)
 
 
 @pytest.fixture

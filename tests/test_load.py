@@ -101,16 +101,16 @@ def test_an_engine_takes_it_as_it_is(llama):
 
 @pytest.mark.world_size(2)
 def test_each_byte_is_read_once_and_no_weight_is_sent(llama):
-    from zero_sft.checkpoint.index import open_index
-    from zero_sft.cluster.stages import exchange
+    from zero_sft.checkpoint.index import read_index
+    from zero_sft.cluster.control_group import all_gather_json
     from zero_sft.cluster.world import World
 
     report = load(llama).load_report
-    assert sum(exchange(World.detect(), report.bytes_read)) == open_index(llama).nbytes
+    assert sum(all_gather_json(World.detect(), report.bytes_read)) == read_index(llama).nbytes
     assert report.bytes_communicated < 64 * 1024
     assert report.seconds > 0
     assert report.slowest_seconds >= report.seconds
-    assert [each["bytes_read"] for each in report.ranks] == exchange(World.detect(), report.bytes_read)
+    assert [each["bytes_read"] for each in report.ranks] == all_gather_json(World.detect(), report.bytes_read)
     assert report.slowest_seconds == max(each["seconds"] for each in report.ranks)
     assert report.peak_host_bytes >= report.bytes_read
     table = report.summary()
@@ -231,13 +231,13 @@ test_saved_from_the_base_model.prepare = _without_prefix
     ],
 )
 def test_bad_checkpoints_are_one_error_on_every_rank(llama, damage, code, value):
-    from zero_sft.cluster.stages import exchange
+    from zero_sft.cluster.control_group import all_gather_json
     from zero_sft.cluster.world import World
 
     folder = Path(llama) / "nothing" if damage == "no folder" else llama
     with raises(code, value) as caught:
         load(folder)
-    assert len(set(exchange(World.detect(), str(caught.value)))) == 1
+    assert len(set(all_gather_json(World.detect(), str(caught.value)))) == 1
 
 
 @pytest.fixture(autouse=True)

@@ -48,11 +48,11 @@ def test_one_problem_keeps_its_code_and_several_are_listed_with_theirs():
 
 @pytest.mark.world_size(2)
 def test_a_code_reaches_every_rank():
-    from zero_sft.cluster.stages import agreed
+    from zero_sft.cluster.stages import collective_stage
     from zero_sft.cluster.world import World
 
     world = World.detect()
-    with pytest.raises(ZeroSftError) as caught, agreed(world, "reading"):
+    with pytest.raises(ZeroSftError) as caught, collective_stage(world, "reading"):
         if world.rank == 1:
             raise DataError("a", code="data.x", listed=["data.y"])
     assert (type(caught.value), caught.value.codes) == (DataError, ("data.x", "data.y"))

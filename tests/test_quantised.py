@@ -52,12 +52,12 @@ def ragged(request, tmp_path):
 @pytest.mark.world_size(1, 3)
 def test_blocks_cut_short_at_the_edges(ragged):
     from zero_sft import load_model
-    from zero_sft.zero.gather_hooks import whole
+    from zero_sft.zero.gather_hooks import gather_full
 
     folder, plain, (rows, cols) = ragged
     model = load_model(str(folder), ds_config=models.zero3(bf16=False), dtype="float32", verify=True)
     for name, param in model.named_parameters():
-        got = whole(param)
+        got = gather_full(param)
         if name in model.load_report.dequantised:
             weight, scales = quantised.quantise(plain[name], (rows, cols))
             spread = scales.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: weight.shape[0], : weight.shape[1]]
@@ -159,7 +159,7 @@ def test_what_can_not_be_traced_is_computed_once_a_node(gpt_oss):
     from pathlib import Path
 
     from zero_sft import load_model
-    from zero_sft.cluster import stages as distributed
+    from zero_sft.cluster.control_group import all_gather_json
     from zero_sft.cluster.world import World
 
     reference = models.plain(gpt_oss, torch.bfloat16)
@@ -168,7 +168,7 @@ def test_what_can_not_be_traced_is_computed_once_a_node(gpt_oss):
     report = model.load_report
     assert [name.rsplit(".", 1)[1] for name, _ in report.untraced] == ["down_proj", "gate_up_proj"] * 2
     assert all(peak > 0 for _, peak in report.untraced)
-    read = distributed.exchange(World.detect(), report.bytes_read)
+    read = all_gather_json(World.detect(), report.bytes_read)
     stored = sum(path.stat().st_size for path in gpt_oss.glob("*.safetensors"))
     assert sum(read) < 1.05 * stored
     assert not list(Path("/dev/shm").glob("zero_sft-*"))

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.errors import raises
 from tests.real_tokenizers import REAL, sentencepiece_folder, write_config
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.world import World
 from zero_sft.hub.options import HubOptions
 from zero_sft.tokenizer import load_tokenizer
 from zero_sft.tokenizer.fingerprint import PROBES, fingerprint
-from zero_sft.tokenizer.serialize import pack, rebuild, unpack
+from zero_sft.tokenizer.serialize import deserialize, serialize, unpack
 from zero_sft.tokenizer.setup import choose_pad_token, set_up
 
 TEXTS = [
@@ -215,7 +215,7 @@ def test_the_choice_is_logged_in_one_line(tmp_path, caplog):
 
 
 def test_packet_is_plain_bytes(tmp_path):
-    packet = pack(ready(chatml_folder(tmp_path), token="hf_secret"), "a/b c")
+    packet = serialize(ready(chatml_folder(tmp_path), token="hf_secret"), "a/b c")
     assert b"hf_secret" not in packet
     index, files = unpack(packet)
     assert (index["label"], index["class"][1]) == ("a_b_c", "TokenizersBackend")
@@ -229,7 +229,7 @@ def test_packet_is_plain_bytes(tmp_path):
 def test_packet_stays_in_its_folder(name):
     head = json.dumps({"label": "x", "class": ["a", "b"], "files": [[name, 0]]}).encode()
     with raises("tokenizer.bad_packet"):
-        rebuild(len(head).to_bytes(8, "big") + head, "x")
+        deserialize(len(head).to_bytes(8, "big") + head, "x")
 
 
 @pytest.mark.world_size(1)
@@ -287,7 +287,7 @@ def test_the_same_on_every_rank_from_files_of_rank_0(tmp_path, real_models, kind
         "special": [tokenizer.special_tokens_map, tokenizer.all_special_ids],
         "template": tokenizer.chat_template,
     }
-    assert distributed.exchange(world, mine) == [mine] * world.world_size
+    assert all_gather_json(world, mine) == [mine] * world.world_size
     if kind == "chatml":
         text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
         assert text == "<|im_start|>user\nhi<|im_end|>\n"
@@ -295,7 +295,7 @@ def test_the_same_on_every_rank_from_files_of_rank_0(tmp_path, real_models, kind
         plain = ready(folder)
         assert [plain.encode(each) for each in texts] == mine["ids"]
         assert type(plain) is type(tokenizer)
-    distributed.exchange(world, None)
+    all_gather_json(world, None)
     assert set(Path(tempfile.gettempdir()).glob("zero_sft_*")) <= before, "nothing is left behind"
 
 
@@ -374,7 +374,7 @@ def test_a_fault_on_rank_0_is_raised_by_all(tmp_path, fault):
         make(tmp_path / "model")
     with raises(code, value) as raised:
         load_tokenizer(only_on_rank_0(tmp_path / "model"), model_max_length=77)
-    said = distributed.exchange(World.detect(), str(raised.value))
+    said = all_gather_json(World.detect(), str(raised.value))
     assert said[0] == said[1]
 
 

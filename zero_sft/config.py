@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.stages import require_identical, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
 from zero_sft.hub.options import HubOptions
@@ -64,8 +64,8 @@ def prepare_config_from(
         return loaded, _with_usable_padding(ready)
 
     stage = f"reading the config of {name}"
-    loaded, config = distributed.by_turns(world, stage, read, one_by_one=options.trust_remote_code)
-    distributed.agree_on(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
+    loaded, config = run_stage(world, stage, read, main_first=options.trust_remote_code)
+    require_identical(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
     if world.is_main and adapter_warning(folder):
         logger.warning(adapter_warning(folder))
     padding, kept = (getattr(text_config(each), "pad_token_id", None) for each in (loaded, config))

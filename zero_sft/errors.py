@@ -17,7 +17,8 @@ class ZeroSftError(Exception):
 
     What a terminal would act on is escaped in the message: it may quote a file's name, or a text of the data.
 
-    `lone`: one rank alone has it, and must say it itself. `agreed`: all ranks have it, by agreement, so that rank 0 says it.
+    `rank_local`: only this rank has the error, so that this rank reports it. `collective`: all ranks raise it together, so
+    that rank 0 reports it.
 
     Args:
         code: the kind of the error, `topic.what_is_wrong`. Only torch's DataLoader leaves it out, which makes the error of a
@@ -25,8 +26,8 @@ class ZeroSftError(Exception):
         listed: the codes of the problems that the message lists, if there are several.
     """
 
-    lone = False
-    agreed = False
+    rank_local = False
+    collective = False
 
     def __init__(self, message: str, *, code: str = "", listed: Iterable[str] = ()) -> None:
         super().__init__(printable(message))

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from zero_sft.arguments import Parsed
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.templates import choose_template
 from zero_sft.generation_config import eos_token_ids, inconsistent, read_generation_config, stop_at, turn_ends
@@ -24,7 +24,7 @@ def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, source: ModelSo
         DataError: the chat template can't be used.
     """
     folder = fetch_files(source, world, CONFIG)
-    with agreed(world, "trying to save the settings"):
+    with collective_stage(world, "trying to save the settings"):
         generation, _ = read_generation_config(folder)  # the loader warns about what is refused there
         template = choose_template(parsed.data.chat_template, tokenizer)
         ends, had = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation)

@@ -11,7 +11,7 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import Parsed, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import Recipe, require_outputs_outside, require_sources
@@ -57,7 +57,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     from zero_sft.tokenizer import load_tokenizer_from
 
     training = parsed.training
-    with agreed(world, "checking the DeepSpeed config and the output folder"):
+    with collective_stage(world, "checking the DeepSpeed config and the output folder"):
         ds = ds_configs.load_ds_config(training["deepspeed"])
         ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
@@ -66,17 +66,17 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
     in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
     checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
-    with agreed(world, "checking the output folder") as told:
+    with collective_stage(world, "checking the output folder") as stage:
         if world.is_main:
             for paths in filter(None, (parsed.data.training_path, parsed.data.eval_data_path)):
                 require_outputs_outside(paths, training["output_dir"])
-            told.mine = require_no_former_run(
+            stage.local = require_no_former_run(
                 training["output_dir"],
                 checkpoint and checkpoint.folder,
                 overwrite=training.get("overwrite_output_dir", False),
                 model=parsed.model.model_name_or_path,
             )
-    overwrites = told.everyone[0]
+    overwrites = stage.gathered[0]
     rehearse_writing(training["output_dir"], world)
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
     logger.info("reading the config of %s", name)
@@ -84,17 +84,17 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     config = prepare_config_from(source, world, model_max_length=length, rope_parameters=parsed.model.rope_parameters)
     require_usable_model(parsed, arguments, config, source, world)
     record = RunRecord.of(text_config(config), arguments)
-    with agreed(world, "comparing the run with the checkpoint"):
+    with collective_stage(world, "comparing the run with the checkpoint"):
         if world.is_main and checkpoint is not None:
             require_same_run(checkpoint.folder, record)
     tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     attention = attention_of(config, parsed.model.attn_implementation)
     packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
     held_out = parsed.data.eval_data_path
-    with agreed(world, "checking the prompts"):
+    with collective_stage(world, "checking the prompts"):
         if world.is_main:
             require_answerable(prompts, tokenizer, parsed.data.chat_template, config)
-    with agreed(world, "looking for the data"):
+    with collective_stage(world, "looking for the data"):
         if world.is_main:
             require_sources(parsed.data.training_path)
             if held_out is not None:
@@ -109,7 +109,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     record = replace(record, rows=len(train.dataset), tokens=tokens, max_steps=steps)
     if world.is_main and checkpoint is not None:
         warn_of_other_data(checkpoint.folder, record)
-    with agreed(world, "counting the steps"):
+    with collective_stage(world, "counting the steps"):
         require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size, parsed.given)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:

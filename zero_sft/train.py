@@ -66,7 +66,7 @@ def run(parsed: Parsed, world: World) -> None:
     Raises:
         ZeroSftError: the same on every rank.
     """
-    from zero_sft.cluster import stages as distributed
+    from zero_sft.cluster.stages import require_identical
     from zero_sft.inputs import read_inputs
     from zero_sft.job.disk_room import require_room_for_run
     from zero_sft.job.timeline import Timeline
@@ -86,7 +86,7 @@ def run(parsed: Parsed, world: World) -> None:
     logger.info("%s on %s", ranks, _device())
     quieten_transformers(world)
     # Ranks that were started with different arguments would part ways in the middle of a collective.
-    distributed.agree_on(world, "arguments", _shown(parsed))
+    require_identical(world, "arguments", _shown(parsed))
     timeline.end("joining")
     failure.set_stage("preparing tokenizer and data")
     inputs = read_inputs(parsed, world)
@@ -129,7 +129,7 @@ def _load(parsed: Parsed, arguments: Any, inputs: "Inputs", world: World) -> Any
 def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
-    from zero_sft.cluster.stages import agreed
+    from zero_sft.cluster.stages import collective_stage
     from zero_sft.saving.rescue import export_or_rescue
     from zero_sft.zero import gather_hooks as gather
 
@@ -137,7 +137,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     failure.set_stage("answering prompts")
     before = []
     if inputs.prompts:
-        with gather.whole_model(model):
+        with gather.summon_full_params(model):
             before = _answers(parsed, model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
@@ -159,7 +159,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
         "timeline": timeline.seconds,
         "answers": answers,
     }
-    with agreed(world, "writing the logs"):
+    with collective_stage(world, "writing the logs"):
         if world.is_main:
             try:
                 _write_logs(output, known)
@@ -167,7 +167,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
                 logger.warning("the logs could not be written to %s: %s. The model is complete.", output / LOGS, error)
             best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
             _say_results(output, trainer.state, answers, best and Path(best).name)
-    with agreed(world, "ending the training"):
+    with collective_stage(world, "ending the training"):
         if late_error is not None:
             raise DistributedError(
                 f"after the last step: {type(late_error).__name__}: {late_error}. The model as the last step left it is "
@@ -180,11 +180,11 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
 
 def _begin(output: Path, inputs: "Inputs", world: World) -> None:
     """Say what is resumed, and remove the former run's checkpoints where it is to be overwritten. Every rank; communicates."""
-    from zero_sft.cluster.stages import agreed
+    from zero_sft.cluster.stages import collective_stage
     from zero_sft.saving.folder import explained
     from zero_sft.saving.former_run import remove_checkpoints
 
-    with agreed(world, "removing the former run's checkpoints"), explained(output):
+    with collective_stage(world, "removing the former run's checkpoints"), explained(output):
         if world.is_main and inputs.overwrites:
             remove_checkpoints(output)
     if inputs.checkpoint is not None:

@@ -7,18 +7,18 @@ from benchmarks.gpu.settings import Settings, keep
 
 def main() -> None:
     """Estimate, part by part."""
-    from zero_sft.estimate.memory_needs import RUNTIME_BYTES, Run, Trainer
-    from zero_sft.estimate.model import subject
+    from zero_sft.estimate.memory_needs import RUNTIME_BYTES, MemoryModel, Run
+    from zero_sft.estimate.model import find_model
     from zero_sft.hub.options import HubOptions
 
     settings = Settings.read()
     start = time.perf_counter()
-    of = subject(str(settings.folder), HubOptions())
+    of = find_model(str(settings.folder), HubOptions())
     run = Run(
         world_size=1, ranks_per_node=1, ds_config="zero3", batch_size=1, length=settings.length, checkpointing=True,
         packing=True, device_bytes=80 * 2**30, host_bytes=128 * 2**30,
     )  # fmt: skip
-    needs = Trainer(of).needs(run)
+    needs = MemoryModel(of).needs(run)
     keep("memory", {
         "device": dict(needs.memory.device), "phases": {name: dict(parts) for name, parts in needs.memory.phases.items()},
         "longest_phase": needs.memory.longest_phase, "device_peak": needs.memory.device_peak, "runtime": RUNTIME_BYTES,

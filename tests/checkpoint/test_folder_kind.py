@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tests.errors import raises
 from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
 from zero_sft.checkpoint.header import read_header
-from zero_sft.checkpoint.index import open_index
+from zero_sft.checkpoint.index import read_index
 from zero_sft.config import load_config
 from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.hub.options import HubOptions
@@ -48,7 +48,7 @@ def test_folders(tmp_path, kind):
     write(tmp_path, names)
     for read, error in (
         (lambda: load_config(tmp_path, HubOptions()), ConfigError),
-        (lambda: open_index(tmp_path, torch_zip.read_header), CheckpointError),
+        (lambda: read_index(tmp_path, torch_zip.read_header), CheckpointError),
     ):
         with pytest.raises(error) as caught:
             read()
@@ -66,7 +66,7 @@ def test_a_folder_of_which_nothing_is_known(tmp_path):
 def test_parts_without_their_index(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "model-00001-of-00002.safetensors")
     with raises("checkpoint.no_weights", "model.safetensors.index.json) is missing"):
-        open_index(tmp_path)
+        read_index(tmp_path)
 
 
 def test_an_adapter_next_to_the_weights_is_named(tmp_path):
@@ -82,11 +82,11 @@ def test_placeholders(tmp_path, content):
     expected = {POINTER: "git lfs pull", PAGE: "web page", b"": "it is empty"}[content]
     path = tmp_path / "model.safetensors"
     for name, read, error in (
-        ("model.safetensors", lambda: open_index(tmp_path), CheckpointError),
+        ("model.safetensors", lambda: read_index(tmp_path), CheckpointError),
         ("other.safetensors", lambda: read_header(tmp_path / "other.safetensors"), CheckpointError),
         ("pytorch_model.bin", lambda: torch_zip.read_header(tmp_path / "pytorch_model.bin"), CheckpointError),
         ("config.json", lambda: load_config(tmp_path, HubOptions()), ConfigError),
-        ("model.safetensors.index.json", lambda: open_index(tmp_path), CheckpointError),
+        ("model.safetensors.index.json", lambda: read_index(tmp_path), CheckpointError),
     ):
         for other in tmp_path.iterdir():
             other.unlink()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.errors import raises
-from zero_sft.checkpoint.index import open_index
+from zero_sft.checkpoint.index import read_index
 from zero_sft.errors import CheckpointError
 
 
@@ -22,7 +22,7 @@ def sharded(folder, weight_map=None):
 
 def test_many_files(tmp_path):
     sharded(tmp_path)
-    index = open_index(tmp_path)
+    index = read_index(tmp_path)
     assert set(index.tensors) == {"a", "b", "c"}
     assert index.tensors["c"].file.endswith("00002-of-00002.safetensors")
     assert index.nbytes == 4 * (3 + 4 + 5)
@@ -32,31 +32,31 @@ def test_digest_is_of_the_contents_not_the_place(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         sharded(tmp_path / name)
-    one, two = open_index(tmp_path / "one"), open_index(tmp_path / "two")
+    one, two = read_index(tmp_path / "one"), read_index(tmp_path / "two")
     assert one.digest() == two.digest()
     save_file({"c": torch.ones(6)}, tmp_path / "two" / "model-00002-of-00002.safetensors")
-    assert one.digest() != open_index(tmp_path / "two").digest()
+    assert one.digest() != read_index(tmp_path / "two").digest()
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../other.safetensors", "a/../../x.safetensors", "..\\x"])
 def test_names_outside_the_folder(tmp_path, name):
     sharded(tmp_path, {"a": name})
     with raises("checkpoint.index_leaves_folder"):
-        open_index(tmp_path)
+        read_index(tmp_path)
 
 
 def test_missing_file(tmp_path):
     sharded(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with raises("checkpoint.shard_missing"):
-        open_index(tmp_path)
+        read_index(tmp_path)
 
 
 def test_tensor_not_where_promised(tmp_path):
     weight_map = sharded(tmp_path)
     sharded(tmp_path, {**weight_map, "d": weight_map["a"]})
     with raises("checkpoint.index_promises_other_tensors", "promises 'd'"):
-        open_index(tmp_path)
+        read_index(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_tensor_not_where_promised(tmp_path):
 def test_not_an_index(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with raises("checkpoint.index_malformed" if text else "checkpoint.placeholder_file", "model.safetensors.index.json"):
-        open_index(tmp_path)
+        read_index(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "hint"), [(None, "found nothing"), ("adapter_config.json", "Merge it")])
@@ -84,13 +84,13 @@ def test_no_weights(tmp_path, name, hint):
     if name:
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=hint):
-        open_index(tmp_path)
+        read_index(tmp_path)
 
 
 def test_of_a_name_in_two_files_the_last_counts_as_in_from_pretrained(tmp_path):
     sharded(tmp_path)
     save_file({"c": torch.ones(5), "a": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
-    index = open_index(tmp_path)
+    index = read_index(tmp_path)
     assert index.tensors["a"].file.endswith("00002-of-00002.safetensors")
     assert index.doubled == ("a",)
 
@@ -98,15 +98,15 @@ def test_of_a_name_in_two_files_the_last_counts_as_in_from_pretrained(tmp_path):
 def test_a_file_without_tensors(tmp_path):
     save_file({}, tmp_path / "model.safetensors")
     with raises("checkpoint.no_tensors"):
-        open_index(tmp_path)
+        read_index(tmp_path)
 
 
 def test_folders_in_place_of_files(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     with raises("checkpoint.folder_in_place_of_file"):
-        open_index(tmp_path)
+        read_index(tmp_path)
     (tmp_path / "model.safetensors").rmdir()
     sharded(tmp_path, {"a": "sub"})
     (tmp_path / "sub").mkdir()
     with raises("checkpoint.shard_missing", "'sub'", "is a folder"):
-        open_index(tmp_path)
+        read_index(tmp_path)

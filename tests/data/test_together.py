@@ -7,7 +7,8 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
 from tests.errors import raises
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.control_group import all_gather_json
+from zero_sft.cluster.stages import require_identical
 from zero_sft.cluster.world import World
 from zero_sft.data import dataset
 from zero_sft.data.mixture import Recipe
@@ -37,8 +38,8 @@ def prepared_by(recipe: Recipe, world: World) -> list[int]:
         rows = prepare_together(recipe, byte_tokenizer(CHATML), world)
     finally:
         dataset.make_parts = original
-    distributed.agree_on(world, "rows", {"rows": rows.dataset[:], "reports": [each.lines() for each in rows.reports]})
-    return distributed.exchange(world, len(made))
+    require_identical(world, "rows", {"rows": rows.dataset[:], "reports": [each.lines() for each in rows.reports]})
+    return all_gather_json(world, len(made))
 
 
 @pytest.mark.world_size(4)

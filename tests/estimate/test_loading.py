@@ -5,8 +5,8 @@ import torch.distributed as dist
 
 from tests import models
 from tests.errors import raises
-from zero_sft.estimate.model import subject
-from zero_sft.estimate.simulate import RankLoad, play, seconds
+from zero_sft.estimate.model import find_model
+from zero_sft.estimate.simulate import RankLoad, seconds, simulate_load
 from zero_sft.estimate.storage_profiles import STORAGES, Storage, storage
 from zero_sft.hub.options import HubOptions
 
@@ -21,13 +21,13 @@ def test_the_bytes_and_requests_of_a_real_load(folder):
     from zero_sft import load_model
 
     report = load_model(str(folder), ds_config=models.zero3()).load_report
-    played = play(subject(str(folder), HubOptions()), dist.get_world_size())[dist.get_rank()]
+    played = simulate_load(find_model(str(folder), HubOptions()), dist.get_world_size())[dist.get_rank()]
     assert (played.nbytes, played.requests) == (report.bytes_read, report.requests)
 
 
 def test_all_ranks_of_a_large_world_together_read_every_byte_once():
-    of = subject("Llama-3.1-8B", HubOptions())
-    assert sum(each.nbytes for each in play(of, 300)) == 2 * of.numel
+    of = find_model("Llama-3.1-8B", HubOptions())
+    assert sum(each.nbytes for each in simulate_load(of, 300)) == 2 * of.numel
 
 
 def load(nbytes, requests):

@@ -7,9 +7,9 @@ import pytest
 
 from tests import models
 from tests.errors import raises
-from zero_sft.checkpoint.index import open_index
-from zero_sft.estimate.model import subject
-from zero_sft.estimate.simulate import play
+from zero_sft.checkpoint.index import read_index
+from zero_sft.estimate.model import find_model
+from zero_sft.estimate.simulate import simulate_load
 from zero_sft.estimate.storage_profiles import MODELS, shipped_models
 from zero_sft.hub.options import HubOptions
 
@@ -22,25 +22,25 @@ PUBLISHED = {  # elements of the models' own weights, as their cards and index f
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "qwen2"])
 def test_derived_headers_are_those_of_a_plain_save(tmp_path, kind):
     folder = Path(models.save_tiny(kind, tmp_path / kind))
-    read = open_index(folder).tensors
+    read = read_index(folder).tensors
     bare = tmp_path / "config.json"
     bare.write_text((folder / "config.json").read_text())
-    derived = subject(str(bare), HubOptions())
+    derived = find_model(str(bare), HubOptions())
     assert derived.headers == "derived"
     stored = derived.resolution.stored
     assert {name: (each.dtype, each.shape) for name, each in stored.items()} == {
         name: (each.dtype, each.shape) for name, each in read.items()
     }
-    from_folder = subject(str(folder), HubOptions())
+    from_folder = find_model(str(folder), HubOptions())
     assert from_folder.headers == "read"
     for world_size in (1, 3, 8):
-        derived_loads, read_loads = play(derived, world_size), play(from_folder, world_size)
+        derived_loads, read_loads = simulate_load(derived, world_size), simulate_load(from_folder, world_size)
         assert [each.nbytes for each in derived_loads] == [each.nbytes for each in read_loads]
 
 
 @pytest.mark.parametrize("name", shipped_models())
 def test_shipped_models_have_their_published_size(name):
-    of = subject(name, HubOptions())
+    of = find_model(name, HubOptions())
     assert sum(each.numel() for each in of.state.values()) == PUBLISHED[name]
     assert not of.resolution.unexpected
     assert not of.resolution.computed
@@ -49,7 +49,7 @@ def test_shipped_models_have_their_published_size(name):
 
 def test_deepseek_is_stored_in_eight_bits_as_published():
     """Some 90,000 tensors: attention, experts and dense layers in FP8 with scales; norms, embeddings, head and routers not."""
-    of = subject("DeepSeek-V3", HubOptions())
+    of = find_model("DeepSeek-V3", HubOptions())
     stored = of.resolution.stored
     by_name = {name: stored[name].dtype for name in stored if " * " not in name}
     assert len(by_name) == of.tensors == 90_427
@@ -62,14 +62,14 @@ def test_deepseek_is_stored_in_eight_bits_as_published():
 
 def test_what_can_not_be_estimated(tmp_path):
     with raises("estimate.no_such_model", "DeepSeek-V3"):
-        subject("no-such-model", HubOptions(local_files_only=True))
+        find_model("no-such-model", HubOptions(local_files_only=True))
     broken = tmp_path / "config.json"
     broken.write_text("{}")
     with raises("config.unusable"):
-        subject(str(broken), HubOptions())
+        find_model(str(broken), HubOptions())
     broken.write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
     with raises("config.unusable"):
-        subject(str(broken), HubOptions())
+        find_model(str(broken), HubOptions())
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
     file = next(folder.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
     with raises("checkpoint.truncated", "truncated"):
-        subject(str(folder), HubOptions())
+        find_model(str(folder), HubOptions())
 
 
 def test_shipped_configs_are_plain_json():

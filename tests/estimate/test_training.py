@@ -10,8 +10,8 @@ from tests import models
 from tests.errors import raises
 from zero_sft.estimate.activations import LiveMemory, peak_bytes
 from zero_sft.estimate.engine_memory import Sizes, training_memory, zero_settings
-from zero_sft.estimate.memory_needs import Run, Trainer
-from zero_sft.estimate.model import subject
+from zero_sft.estimate.memory_needs import MemoryModel, Run
+from zero_sft.estimate.model import find_model
 from zero_sft.hub.options import HubOptions
 
 WIDTH = 768
@@ -84,7 +84,7 @@ def measured(folder, zero, batch_size, length, checkpointing):
 
 def estimated(folder, zero, batch_size, length, checkpointing):
     """The estimate of that run."""
-    of = subject(str(folder), HubOptions())
+    of = find_model(str(folder), HubOptions())
     sizes = Sizes(
         numels=[each.numel() for each in of.parameters.values()],
         itemsize=2,
@@ -130,7 +130,7 @@ def test_offloaded_within_a_tenth_of_a_measured_run(folder, tmp_path, where):
 def test_activations_on_fakes_are_those_of_real_tensors(folder):
     from transformers import AutoModelForCausalLM
 
-    of = subject(str(folder), HubOptions())
+    of = find_model(str(folder), HubOptions())
     faked = peak_bytes(of.spec, batch_size=2, length=128, checkpointing=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
     model.config.use_cache = False
@@ -147,7 +147,7 @@ def test_activations_on_fakes_are_those_of_real_tensors(folder):
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
 def test_checkpointing_saves_and_batches_add_up(tmp_path, kind):
-    spec = subject(str(models.save_tiny(kind, tmp_path / kind)), HubOptions()).spec
+    spec = find_model(str(models.save_tiny(kind, tmp_path / kind)), HubOptions()).spec
     one, two = (peak_bytes(spec, batch_size=n, length=64, checkpointing=False) for n in (1, 2))
     assert one < two <= 2 * one
     assert peak_bytes(spec, batch_size=2, length=64, checkpointing=True) < two
@@ -198,7 +198,7 @@ def run(**changes):
 
 
 def test_remedies_make_it_fit(folder):
-    trainer = Trainer(subject(str(folder), HubOptions()))
+    trainer = MemoryModel(find_model(str(folder), HubOptions()))
     roomy = trainer.needs(run())
     assert roomy.fits
     assert next(trainer.remedies(run(device_bytes=roomy.device - 2**26))).startswith("--gradient_checkpointing True")
@@ -207,12 +207,12 @@ def test_remedies_make_it_fit(folder):
 
 
 def test_a_tied_tensor_counts_once(tmp_path):
-    of = subject(str(models.save_tiny("qwen2", tmp_path / "qwen2")), HubOptions())
+    of = find_model(str(models.save_tiny("qwen2", tmp_path / "qwen2")), HubOptions())
     assert of.config.tie_word_embeddings
     assert of.numel == models.plain(tmp_path / "qwen2", torch.bfloat16).num_parameters()
 
 
 def test_a_config_that_is_not_zero3():
-    trainer = Trainer(subject("Llama-3.1-8B", HubOptions()))
+    trainer = MemoryModel(find_model("Llama-3.1-8B", HubOptions()))
     with raises("ds_config.not_stage_3"):
         trainer.needs(run(ds_config={"zero_optimization": {"stage": 2}}))

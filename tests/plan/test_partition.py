@@ -2,7 +2,7 @@
 
 import pytest
 
-from zero_sft.plan.partition import partition_numel, shard_range, whole_range
+from zero_sft.plan.partition import full_range, partition_numel, shard_range
 
 
 def test_worked_examples():
@@ -10,7 +10,7 @@ def test_worked_examples():
     assert spans == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert [shard_range(2, rank, 4).numel for rank in range(4)] == [1, 1, 0, 0]
     assert shard_range(0, 0, 4).padded_numel == 0
-    assert (whole_range(7).start, whole_range(7).stop) == (0, 7)
+    assert (full_range(7).start, full_range(7).stop) == (0, 7)
 
 
 @pytest.mark.parametrize("numel", [0, 1, 2, 7, 8, 9, 1000, 4097])

@@ -12,7 +12,7 @@ from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.plan import plan as planning
 from zero_sft.plan import regions
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import Makeup, Target, check_cover, plan_reads
+from zero_sft.plan.plan import FillTarget, SourceMap, check_cover, plan_reads
 
 
 def stored(name, numel, offset, dtype="BF16"):
@@ -22,7 +22,7 @@ def stored(name, numel, offset, dtype="BF16"):
 
 def target(shape, rank, world_size, parts):
     span = shard_range(math.prod(shape), rank, world_size)
-    return Target(makeup=Makeup.of("t", shape, tuple(parts)), span=span)
+    return FillTarget(makeup=SourceMap.of("t", shape, tuple(parts)), span=span)
 
 
 def deliver(plan, local, offset_bytes=0, itemsize=2):
@@ -40,18 +40,18 @@ def deliver(plan, local, offset_bytes=0, itemsize=2):
 
 
 def test_exact_offsets():
-    parts = regions.whole("s", (10,))
+    parts = regions.identity_regions("s", (10,))
     (read,) = plan_reads([target((10,), 1, 4, parts)], {"s": stored("s", 10, 100)}).reads
     assert (read.offset_bytes, read.nbytes, read.start, read.is_run) == (106, 6, 0, True)
     assert plan_reads([target((10,), 3, 4, parts)], {"s": stored("s", 10, 100)}).nbytes == 2
-    assert plan_reads([target((2,), 3, 4, regions.whole("s", (2,)))], {"s": stored("s", 2, 0)}).reads == ()
-    (read,) = plan_reads([target((), 0, 2, regions.whole("s", ()))], {"s": stored("s", 1, 6)}).reads
+    assert plan_reads([target((2,), 3, 4, regions.identity_regions("s", (2,)))], {"s": stored("s", 2, 0)}).reads == ()
+    (read,) = plan_reads([target((), 0, 2, regions.identity_regions("s", ()))], {"s": stored("s", 1, 6)}).reads
     assert (read.offset_bytes, read.nbytes, read.start, read.is_run) == (6, 2, 0, True)
 
 
 def test_pieces_of_one_parameter_from_several_tensors():
     """Elements 0..3 of the target are a[2:6], 4..8 are b[0:5]; rank 1 of 2 keeps [5, 9): b[1:5]."""
-    a, b = regions.narrow(regions.whole("a", (6,)), 0, 2, 6), regions.whole("b", (5,))
+    a, b = regions.narrow(regions.identity_regions("a", (6,)), 0, 2, 6), regions.identity_regions("b", (5,))
     parts = regions.concatenate([((4,), a), ((5,), b)], 0)
     sources = {"a": stored("a", 6, 0), "b": stored("b", 5, 12)}
     (read,) = plan_reads([target((9,), 1, 2, parts)], sources).reads
@@ -63,27 +63,27 @@ def test_pieces_of_one_parameter_from_several_tensors():
 
 def test_what_goes_on_here_and_there_is_one_read():
     """Of a 5 × 3 matrix rank 1 of 2 keeps elements 8 to 14, the last of row 2 and two rows: one run."""
-    (read,) = plan_reads([target((5, 3), 1, 2, regions.whole("s", (5, 3)))], {"s": stored("s", 15, 100)}).reads
+    (read,) = plan_reads([target((5, 3), 1, 2, regions.identity_regions("s", (5, 3)))], {"s": stored("s", 15, 100)}).reads
     assert (read.offset_bytes, read.nbytes, read.start, read.sizes) == (116, 14, 0, (7,))
-    swapped = regions.concatenate([((2,), regions.whole("b", (2,))), ((2,), regions.whole("a", (2,)))], 0)
+    swapped = regions.concatenate([((2,), regions.identity_regions("b", (2,))), ((2,), regions.identity_regions("a", (2,)))], 0)
     reads = plan_reads([target((4,), 0, 1, swapped)], {"a": stored("a", 2, 0), "b": stored("b", 2, 4)}).reads
     assert [(read.offset_bytes, read.start) for read in reads] == [(0, 2), (4, 0)], "neighbours in the file alone"
 
 
 def test_a_transposed_matrix_is_read_row_by_row():
     """Rank 0 of 2 keeps the first 2 of 4 columns of a 3 × 4 matrix as it is stored."""
-    parts = regions.permute(regions.whole("s", (3, 4)), (1, 0))
+    parts = regions.permute(regions.identity_regions("s", (3, 4)), (1, 0))
     (read,) = plan_reads([target((4, 3), 0, 2, parts)], {"s": stored("s", 12, 0)}).reads
     assert (read.nbytes, read.sizes, read.source_strides, read.target_strides) == (20, (3, 2), (4, 1), (1, 3))
 
 
 @pytest.mark.parametrize(("parts", "code"), [
-    (regions.whole("s", (9,)), "plan.elements_missing"),
-    (regions.narrow(regions.whole("s", (20,)), 0, 1, 11), "plan.read_beyond_tensor"),
+    (regions.identity_regions("s", (9,)), "plan.elements_missing"),
+    (regions.narrow(regions.identity_regions("s", (20,)), 0, 1, 11), "plan.read_beyond_tensor"),
 ])  # fmt: skip
 def test_gaps_and_overruns_are_refused(parts, code):
     with raises(code, "t:"):
-        check_cover(Makeup.of("t", (10,), parts), {"s": stored("s", 10, 0)})
+        check_cover(SourceMap.of("t", (10,), parts), {"s": stored("s", 10, 0)})
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -117,11 +117,11 @@ def test_over_all_ranks_every_byte_is_read_once(world_size):
     for i, numel in enumerate(numels):
         sources[f"s{i}"] = stored(f"s{i}", numel, offset, draw.choice(["BF16", "F32"]))
         offset += sources[f"s{i}"].nbytes
-        wanted.append((f"t{i}", (numel,), regions.whole(f"s{i}", (numel,))))
+        wanted.append((f"t{i}", (numel,), regions.identity_regions(f"s{i}", (numel,))))
     covered = []
     for rank in range(world_size):
         mine = [
-            Target(makeup=Makeup.of(name, shape, parts), span=shard_range(shape[0], rank, world_size))
+            FillTarget(makeup=SourceMap.of(name, shape, parts), span=shard_range(shape[0], rank, world_size))
             for name, shape, parts in wanted
         ]
         plan = plan_reads(mine, sources)
@@ -143,7 +143,7 @@ def test_merged_experts_are_read_once(world_size):
         for half in ("gate", "up"):
             name = f"{half}{i}"
             sources[name] = stored(name, rows * width, len(sources) * rows * width * 2)
-        pair = [((rows, width), regions.whole(f"{half}{i}", (rows, width))) for half in ("gate", "up")]
+        pair = [((rows, width), regions.identity_regions(f"{half}{i}", (rows, width))) for half in ("gate", "up")]
         parts.append(((1, 2 * rows, width), regions.add_dim(regions.concatenate(pair, 0), 0)))
     shape = (experts, 2 * rows, width)
     merged = regions.concatenate(parts, 0)

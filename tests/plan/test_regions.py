@@ -56,7 +56,7 @@ OPERATIONS = [narrow, permute, reshape, concatenate, add_and_drop, expand]
 def random_tensor(draw, steps):
     """A tensor after some operations, and the regions that the same operations gave."""
     shape = tuple(draw.choice([1, 2, 3, 4, 6]) for _ in range(draw.randint(1, 4)))
-    parts, tensor = regions.whole("s", shape), torch.arange(math.prod(shape)).reshape(shape)
+    parts, tensor = regions.identity_regions("s", shape), torch.arange(math.prod(shape)).reshape(shape)
     for operation in draw.choices(OPERATIONS, k=steps):
         if tensor.numel() < 2000:
             parts, tensor = operation(draw, parts, tensor)
@@ -73,7 +73,7 @@ def test_as_torch_has_it(seed):
 
 
 def test_the_worked_example():
-    turned = regions.permute(regions.whole("s", (2, 3)), (1, 0))
+    turned = regions.permute(regions.identity_regions("s", (2, 3)), (1, 0))
     assert [(each.sizes, each.strides) for each in turned] == [((3, 2), (1, 3))]
     flat = regions.reshape(turned, (3, 2), (6,))
     assert [(each.start, each.sizes, each.offset, each.strides) for each in flat] == [
@@ -84,12 +84,12 @@ def test_the_worked_example():
 
 
 def test_empty_tensors_have_no_regions():
-    assert regions.whole("s", (0, 3)) == ()
+    assert regions.identity_regions("s", (0, 3)) == ()
     assert regions.reshape((), (0, 3), (3, 0)) == ()
 
 
 def test_too_many_pieces_are_refused(monkeypatch):
     monkeypatch.setattr(regions, "MAX_REGIONS", 100)
-    turned = regions.permute(regions.whole("s", (5, 200)), (1, 0))
+    turned = regions.permute(regions.identity_regions("s", (5, 200)), (1, 0))
     with pytest.raises(regions.TooManyRegions):
         regions.reshape(turned, (200, 5), (1000,))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.saving import models_on_disk as models
-from zero_sft.saving.folder import make_draft, require_writable
+from zero_sft.saving.folder import make_staging, require_writable
 from zero_sft.saving.placing import put_in_place
 
 
@@ -41,7 +41,7 @@ def main(kind: str, folder: Path) -> None:
     require_writable(out)
     rest: dict[str, str] = {}
     for number, files in ((1, 1), (2, 3), (3, 3)):
-        draft = make_draft(out)
+        draft = make_staging(out)
         assert os.stat(draft.folder).st_dev == os.stat(out if out.exists() else draft.target.parent).st_dev
         models.write(draft.folder, number, files)
         put_in_place(draft)

@@ -16,19 +16,21 @@ from tests.saving import models_on_disk as models
 from tests.saving.killed import killed_before_each_step
 from zero_sft.saving import exchange_folders as exchanging
 from zero_sft.saving import folder as folders
-from zero_sft.saving.folder import Draft, Placing, kept, make_draft
+from zero_sft.saving.folder import Placing, StagingFolder, kept, make_staging
 from zero_sft.saving.placing import put_in_place
 
 OLD, NEW = 1, 2
 
 
-def drafted(target: Path, files: int = 1, settings: int | None = None, placing: Placing | None = None, number=NEW) -> Draft:
+def drafted(
+    target: Path, files: int = 1, settings: int | None = None, placing: Placing | None = None, number=NEW
+) -> StagingFolder:
     """A finished draft of the new model."""
-    draft = make_draft(target)
+    draft = make_staging(target)
     if placing is Placing.IN_PLACE and draft.placing is not placing:
         inside = target / draft.folder.name
         draft.folder.rename(inside)
-        draft = Draft(folder=inside, target=draft.target, placing=placing)
+        draft = StagingFolder(folder=inside, target=draft.target, placing=placing)
     models.write(draft.folder, number, files, settings=settings)
     return draft
 

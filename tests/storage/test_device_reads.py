@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tests import models
 from tests.storage.late_device import late_device
 from zero_sft.checkpoint.header import read_header
-from zero_sft.plan.plan import Read
+from zero_sft.plan.plan import ReadItem
 from zero_sft.storage import reader
 
 
@@ -24,9 +24,9 @@ def reads(path):
     header = read_header(path)
     whole, apart = header["whole"], header["apart"]
     return [
-        Read(file=path, offset_bytes=whole.offset_bytes, nbytes=whole.nbytes, dtype="F32", target="whole", start=0,
+        ReadItem(file=path, offset_bytes=whole.offset_bytes, nbytes=whole.nbytes, dtype="F32", target="whole", start=0,
              sizes=(5000,), source_strides=(1,), target_strides=(1,)),
-        *(Read(file=path, offset_bytes=apart.offset_bytes + (70 * i + 2) * 4, nbytes=(9 * 7 + 2) * 4, dtype="F32",
+        *(ReadItem(file=path, offset_bytes=apart.offset_bytes + (70 * i + 2) * 4, nbytes=(9 * 7 + 2) * 4, dtype="F32",
                target="apart", start=10 * i, sizes=(10, 2), source_strides=(7, 1), target_strides=(1, 100))
           for i in range(10)),
     ]  # fmt: skip

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from zero_sft.storage import pages
-from zero_sft.storage.arena import Slot, allocate
+from zero_sft.storage.arena import ArenaSlot, allocate
 from zero_sft.storage.pages import BLOCK_BYTES, Pages
 
 
 def arena(nbytes):
-    return allocate([Slot(name="a", numel=nbytes, dtype=torch.uint8, device=torch.device("cpu"))])["a"]
+    return allocate([ArenaSlot(name="a", numel=nbytes, dtype=torch.uint8, device=torch.device("cpu"))])["a"]
 
 
 def present_pages(memory):

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from tests.errors import raises
-from zero_sft.checkpoint.file_identity import stamp
+from zero_sft.checkpoint.file_identity import stat_identity
 from zero_sft.checkpoint.header import read_header
-from zero_sft.plan.plan import Read
+from zero_sft.plan.plan import ReadItem
 from zero_sft.storage import reader
-from zero_sft.storage.arena import ALIGNMENT_BYTES, Slot, allocate
+from zero_sft.storage.arena import ALIGNMENT_BYTES, ArenaSlot, allocate
 from zero_sft.storage.writer import write_at
 
 
@@ -30,7 +30,7 @@ def read(header, name, start, stop, at=0):
     entry = header[name]
     offset = entry.offset_bytes + start * entry.itemsize
     nbytes = (stop - start) * entry.itemsize
-    return Read(
+    return ReadItem(
         file=entry.file, offset_bytes=offset, nbytes=nbytes, dtype=entry.dtype, target=name, start=at,
         sizes=(stop - start,), source_strides=(1,), target_strides=(1,),
     )  # fmt: skip
@@ -57,7 +57,7 @@ def test_elements_are_put_apart(file, dtype):
     """Columns 2 and 3 of a 10 × 7 matrix, transposed, with a cast and without, behind what is there already."""
     path, tensors = file
     entry = read_header(path)["b"]
-    scattered = Read(
+    scattered = ReadItem(
         file=path, offset_bytes=entry.offset_bytes + 2 * 4, nbytes=(9 * 7 + 2) * 4, dtype="F32", target="b", start=3,
         sizes=(10, 2), source_strides=(7, 1), target_strides=(1, 10),
     )  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_file_that_went_away(file):
 @pytest.mark.parametrize("change", ["replaced", "written to", "written to while it is read"])
 def test_a_file_that_is_another_than_when_its_header_was_read(file, change):
     path, _ = file
-    header, stamps = read_header(path), {path: stamp(path)}
+    header, stamps = read_header(path), {path: stat_identity(path)}
     memory = {"a": torch.zeros(1000, dtype=torch.bfloat16)}
     assert reader.fill([read(header, "a", 0, 1000)], memory, stamps=stamps)
 
@@ -109,7 +109,7 @@ def test_a_file_that_is_another_than_when_its_header_was_read(file, change):
 
 def test_arena_cuts_are_zeroed_aligned_and_apart():
     slots = [
-        Slot(name=str(i), numel=n, dtype=dtype, device=torch.device("cpu"))
+        ArenaSlot(name=str(i), numel=n, dtype=dtype, device=torch.device("cpu"))
         for i, (n, dtype) in enumerate([(5, torch.float32), (0, torch.float32), (1000, torch.bfloat16), (3, torch.float32)])
     ]
     memory = allocate(slots)

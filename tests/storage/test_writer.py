@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import Makeup, Target, pieces
-from zero_sft.plan.regions import permute, reshape, whole
+from zero_sft.plan.plan import FillTarget, SourceMap, copy_specs
+from zero_sft.plan.regions import identity_regions, permute, reshape
 from zero_sft.storage import writer
 
 SHAPES = [(7,), (5, 6), (3, 4, 5), (2, 3, 2, 5)]
@@ -21,15 +21,15 @@ def test_ranks_together_write_a_permuted_tensor(tmp_path, monkeypatch, shape, ra
     stored = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
     order = random.Random(str(shape)).sample(range(len(shape)), len(shape))
     own = stored.permute(order).contiguous()
-    regions = permute(whole("stored", shape), order)
+    regions = permute(identity_regions("stored", shape), order)
     path, offset = tmp_path / "x", 24
     path.write_bytes(b"\xff" * (offset + stored.nbytes + 8))
     with path.open("r+b") as file:
         for rank in reversed(range(ranks)):
             span = shard_range(own.numel(), rank, ranks)
             flat = torch.cat([torch.full((3,), -1.0), own.reshape(-1)[span.start : span.stop]])[3:]
-            target = Target(makeup=Makeup.of("own", tuple(own.shape), regions), span=span)
-            for piece in pieces(target):
+            target = FillTarget(makeup=SourceMap.of("own", tuple(own.shape), regions), span=span)
+            for piece in copy_specs(target):
                 writer.write_piece(file.fileno(), path, flat, piece, offset)
     data = path.read_bytes()
     assert data[:offset] == b"\xff" * offset
@@ -41,10 +41,10 @@ def test_a_part_leaves_the_rest_alone(tmp_path):
     """A rank that holds the middle of a merged tensor writes that, and not what other ranks write."""
     path = tmp_path / "x"
     path.write_bytes(b"\x00" * 4 * 24)
-    regions = reshape(whole("stored", (4, 6)), (4, 6), (24,))
+    regions = reshape(identity_regions("stored", (4, 6)), (4, 6), (24,))
     span = shard_range(24, 1, 3)
     with path.open("r+b") as file:
-        for piece in pieces(Target(makeup=Makeup.of("own", (24,), regions), span=span)):
+        for piece in copy_specs(FillTarget(makeup=SourceMap.of("own", (24,), regions), span=span)):
             writer.write_piece(file.fileno(), path, torch.ones(span.numel), piece, 0)
     found = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
     assert found.nonzero().view(-1).tolist() == list(range(span.start, span.stop))

@@ -16,7 +16,7 @@ from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifica
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS, Translation
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
-from zero_sft.options.spec import Spec
+from zero_sft.options.spec import OptionSpec
 
 WIDTH = 118
 ALL = "all"
@@ -104,7 +104,7 @@ def _hidden() -> frozenset[str]:
     return frozenset(REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED)
 
 
-def _overview(specs: Mapping[str, Spec]) -> str:
+def _overview(specs: Mapping[str, OptionSpec]) -> str:
     inherited = [spec for spec in specs.values() if spec.group == TRAINING and spec.name not in OWN_FIELDS]
     parts = [_HEAD]
     for title, chosen in (
@@ -120,7 +120,7 @@ def _overview(specs: Mapping[str, Spec]) -> str:
     return "\n".join(parts)
 
 
-def _everything(specs: Mapping[str, Spec]) -> str:
+def _everything(specs: Mapping[str, OptionSpec]) -> str:
     parts = [_HEAD]
     for group, title in _GROUPS.items():
         parts += [f"{title}:", *_at_length(spec for spec in specs.values() if spec.group == group), ""]
@@ -134,7 +134,7 @@ def _everything(specs: Mapping[str, Spec]) -> str:
     return "\n".join([*parts, ""])
 
 
-def _about(name: str, specs: Mapping[str, Spec]) -> list[str]:
+def _about(name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
     """All that there is to say about one name; nothing where there is none."""
     if name in specs:
         old = [f"--{each}" for each, translation in TRANSLATIONS.items() if translation.name == name]
@@ -150,7 +150,7 @@ def _about(name: str, specs: Mapping[str, Spec]) -> list[str]:
     return []
 
 
-def _search(word: str, specs: Mapping[str, Spec]) -> str | None:
+def _search(word: str, specs: Mapping[str, OptionSpec]) -> str | None:
     """Arguments with a word in their name, names that are nearly it, and arguments with the word in their text."""
     names = [*specs, *TRANSLATIONS, *REFUSALS]
     found = dict.fromkeys([name for name in names if word in name] + difflib.get_close_matches(word, names, n=5))
@@ -181,7 +181,7 @@ def _today(translation: Translation) -> str:
     return f"--{translation.name}" + " (a number below 1 is a share of all steps)" * (translation.below is not None)
 
 
-def _at_length(specs: Iterable[Spec]) -> list[str]:
+def _at_length(specs: Iterable[OptionSpec]) -> list[str]:
     lines = []
     for spec in specs:
         choices = f" ({', '.join(spec.choices)})" if spec.choices and len(spec.choices) < 8 else ""
@@ -190,7 +190,7 @@ def _at_length(specs: Iterable[Spec]) -> list[str]:
     return lines
 
 
-def _in_short(specs: Iterable[Spec]) -> list[str]:
+def _in_short(specs: Iterable[OptionSpec]) -> list[str]:
     """Name and default, and the first sentence of the text, whole."""
     lines = []
     for spec in specs:

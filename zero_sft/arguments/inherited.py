@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.arguments.groups import DataArguments, ModelArguments
-from zero_sft.options.spec import Spec, specs_of
+from zero_sft.options.spec import OptionSpec, specs_of
 
 TABLE = Path(__file__).with_name("inherited.json")
 LIBRARIES = ("transformers", "trl")
@@ -21,7 +21,7 @@ LIBRARIES = ("transformers", "trl")
 MODEL, DATA, TRAINING = "model", "data", "training"
 
 
-def listed_specifications() -> Mapping[str, Spec]:
+def listed_specifications() -> Mapping[str, OptionSpec]:
     """What `parse.specifications` returns, read from the table where it is of the installed versions. For `--help`."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if table["versions"] != installed_versions():
@@ -33,7 +33,7 @@ def listed_specifications() -> Mapping[str, Spec]:
     return {**own, **{name: spec for name, spec in inherited.items() if name not in own}}
 
 
-def own_specifications() -> dict[str, Spec]:
+def own_specifications() -> dict[str, OptionSpec]:
     """The arguments of the groups Model and Data."""
     return {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA)}
 
@@ -51,12 +51,12 @@ def table_text() -> str:
     return json.dumps({"versions": installed_versions(), "arguments": rows}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _row(spec: Spec) -> dict[str, Any]:
+def _row(spec: OptionSpec) -> dict[str, Any]:
     return {**asdict(spec), "kinds": sorted(spec.kinds), "choices": list(spec.choices)}
 
 
-def _spec(row: Mapping[str, Any]) -> Spec:
-    return Spec(**{**row, "kinds": frozenset(row["kinds"]), "choices": tuple(row["choices"])})
+def _spec(row: Mapping[str, Any]) -> OptionSpec:
+    return OptionSpec(**{**row, "kinds": frozenset(row["kinds"]), "choices": tuple(row["choices"])})
 
 
 def write_table() -> None:

@@ -22,9 +22,9 @@ from zero_sft.arguments.names import (
     refused_accelerator_key,
 )
 from zero_sft.errors import ArgumentError
-from zero_sft.options.command_line import COMMAND_LINE, Given, read_command_line
+from zero_sft.options.command_line import COMMAND_LINE, RawArgument, read_command_line
 from zero_sft.options.file import read_file
-from zero_sft.options.spec import SECRETS, Spec, specs_of
+from zero_sft.options.spec import SECRETS, OptionSpec, specs_of
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -83,7 +83,7 @@ def parse(argv: Sequence[str]) -> Parsed:
 
 
 @functools.cache
-def specifications() -> Mapping[str, Spec]:
+def specifications() -> Mapping[str, OptionSpec]:
     """Every argument of the three groups, by name, in the order of `--help`."""
     from zero_sft.arguments.training import TrainingArguments
 
@@ -93,20 +93,20 @@ def specifications() -> Mapping[str, Spec]:
 
 
 @functools.cache
-def readable_names() -> Mapping[str, Spec]:
+def readable_names() -> Mapping[str, OptionSpec]:
     """Every name that is understood, with what its value may be: today's, the translated, the refused and the ignored."""
     known = dict(specifications())
     for name, old in TRANSLATIONS.items():
         kinds = frozenset({"boolean"}) if old.values else known[old.name].kinds
         choices = () if old.values else known[old.name].choices
-        known[name] = Spec(name=name, group=TRAINING, kinds=kinds, choices=choices)
+        known[name] = OptionSpec(name=name, group=TRAINING, kinds=kinds, choices=choices)
     for name in IGNORED | REMOVED.keys() | {each for each in REFUSALS if each not in known}:
-        known[name] = Spec(name=name)
+        known[name] = OptionSpec(name=name)
     return MappingProxyType(known)
 
 
 def _understood(
-    source: Iterable[Given], known: Mapping[str, Spec], problems: list[ArgumentError], notes: list[str]
+    source: Iterable[RawArgument], known: Mapping[str, OptionSpec], problems: list[ArgumentError], notes: list[str]
 ) -> dict[str, Any]:
     """The values of one source under today's names; what is wrong is added to `problems`, what is worth a line to `notes`."""
     values: dict[str, Any] = {}
@@ -143,7 +143,7 @@ def _shown(name: str, value: Any) -> str:
     return "" if name == "token" else f" {value}"
 
 
-def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
+def _one(given: RawArgument, known: Mapping[str, OptionSpec]) -> tuple[str, Any] | None:
     """Today's name and the fitted value of one argument, or None where it asks for nothing."""
     readable = readable_names()
     if given.name in IGNORED:
@@ -174,7 +174,7 @@ def _one(given: Given, known: Mapping[str, Spec]) -> tuple[str, Any] | None:
     return old.name, known[old.name].fit(value)
 
 
-def _secret(given: Given, value: str) -> str:
+def _secret(given: RawArgument, value: str) -> str:
     """A token without the line end of a block of text. HTTP libraries quote one with white space in their errors."""
     if given.origin == COMMAND_LINE:
         raise ArgumentError(

@@ -7,7 +7,7 @@ from zero_sft.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
+class FileIdentity:
     """A file's identity and the time of its last write, as this machine sees them. Not comparable between nodes.
 
     The inode's own time of change is left out: rights and links change it, too, and a write that puts the file's time back is
@@ -20,7 +20,7 @@ class Stamp:
     mtime_ns: int
 
 
-def stamp(file: str | os.PathLike[str] | int) -> Stamp:
+def stat_identity(file: str | os.PathLike[str] | int) -> FileIdentity:
     """The stamp of a path or an open file.
 
     Raises:
@@ -33,21 +33,21 @@ def stamp(file: str | os.PathLike[str] | int) -> Stamp:
             f"{file} can't be looked at: {error.strerror}. Check that it exists and its rights.",
             code="checkpoint.file_unreadable",
         ) from error
-    return Stamp(device=found.st_dev, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
+    return FileIdentity(device=found.st_dev, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
 
 
-def is_same_file(path: str, expected: Stamp) -> bool:
+def is_same_file(path: str, expected: FileIdentity) -> bool:
     """Whether a path still names that file, changed or not."""
     try:
-        found = stamp(path)
+        found = stat_identity(path)
     except CheckpointError:
         return False
     return (found.device, found.inode) == (expected.device, expected.inode)
 
 
-def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: Stamp | None) -> None:
+def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: FileIdentity | None) -> None:
     """Raise `CheckpointError` if `file` (`path`, or that file opened) is another than the one whose header was read."""
-    if expected is not None and stamp(file) != expected:
+    if expected is not None and stat_identity(file) != expected:
         raise CheckpointError(
             f"{path} was replaced or written to after its header was read. Wait until nothing writes the checkpoint any more "
             "(a download, a copy, another job's export), and load again.",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from zero_sft.checkpoint.file_identity import Stamp, stamp
+from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
 from zero_sft.checkpoint.folder_kind import folder_kind, placeholder
 from zero_sft.checkpoint.header import StoredTensor, read_header
 from zero_sft.errors import CheckpointError
@@ -34,7 +34,7 @@ class CheckpointIndex:
     """
 
     folder: str
-    stamps: Mapping[str, Stamp]
+    stamps: Mapping[str, FileIdentity]
     tensors: Mapping[str, StoredTensor]
     doubled: tuple[str, ...] = ()
 
@@ -50,7 +50,7 @@ class CheckpointIndex:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
+class CheckpointFiles:
     """The files of a checkpoint, before their headers are read.
 
     `read` finds the tensors of one; `promised` is the index file's word on which tensor is where, `index` its path.
@@ -58,7 +58,7 @@ class Files:
 
     folder: Path
     paths: tuple[Path, ...]
-    stamps: tuple[Stamp, ...]
+    stamps: tuple[FileIdentity, ...]
     read: ReadHeader
     index: Path | None = None
     promised: Mapping[str, str] = field(default_factory=dict)
@@ -68,7 +68,9 @@ class Files:
         return {path.name: each.size_bytes for path, each in zip(self.paths, self.stamps, strict=True)}
 
 
-def locate(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> Files:
+def find_checkpoint_files(
+    folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None
+) -> CheckpointFiles:
     """Find the checkpoint in `folder`; `read_bin` is for `pytorch_model.bin`, which takes torch.
 
     Raises:
@@ -86,16 +88,16 @@ def locate(folder: str | Path, read_bin: ReadHeader | None = None, variant: str 
                 code="checkpoint.folder_in_place_of_file",
             )
         if single.is_file():
-            return Files(folder=folder, paths=(single,), stamps=(stamp(single),), read=read)
+            return CheckpointFiles(folder=folder, paths=(single,), stamps=(stat_identity(single),), read=read)
         if index.is_file():
             promised = read_weight_map(index)
             paths = _named_by(index, promised)
-            stamps = tuple(map(stamp, paths))
-            return Files(folder=folder, paths=paths, stamps=stamps, read=read, index=index, promised=promised)
+            stamps = tuple(map(stat_identity, paths))
+            return CheckpointFiles(folder=folder, paths=paths, stamps=stamps, read=read, index=index, promised=promised)
     raise CheckpointError(_no_weights(folder, variant), code="checkpoint.no_weights")
 
 
-def read_headers(files: Files) -> Sequence[Mapping[str, StoredTensor]]:
+def read_headers(files: CheckpointFiles) -> Sequence[Mapping[str, StoredTensor]]:
     """The tensors of every file, in the files' order.
 
     Raises:
@@ -104,7 +106,7 @@ def read_headers(files: Files) -> Sequence[Mapping[str, StoredTensor]]:
     return [files.read(path) for path in files.paths]
 
 
-def assemble(files: Files, headers: Sequence[Mapping[str, StoredTensor]]) -> CheckpointIndex:
+def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTensor]]) -> CheckpointIndex:
     """Put the headers of all files together, in their order. Pure.
 
     Of a name that stands in several files the last one's counts, as in plain `from_pretrained`.
@@ -138,10 +140,10 @@ def assemble(files: Files, headers: Sequence[Mapping[str, StoredTensor]]) -> Che
     return CheckpointIndex(folder=str(files.folder), stamps=stamps, tensors=tensors, doubled=tuple(sorted(doubled)))
 
 
-def open_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
-    """`locate`, `read_headers` and `assemble`; errors as theirs."""
-    files = locate(folder, read_bin, variant)
-    return assemble(files, read_headers(files))
+def read_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
+    """`find_checkpoint_files`, `read_headers` and `build_index`; errors as theirs."""
+    files = find_checkpoint_files(folder, read_bin, variant)
+    return build_index(files, read_headers(files))
 
 
 def of_variant(name: str, variant: str | None) -> str:

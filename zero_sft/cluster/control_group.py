@@ -70,7 +70,7 @@ def init_control_group(world: World, devices: str, *, owns_default_group: bool) 
         group = dist.new_group(backend="gloo", timeout=DOWNLOAD_TIMEOUT)
         _control = ControlGroup(group=group, default_group=default, owns_default_group=owns_default_group)
     if _control.world is None:
-        ranks = exchange(world, describe_rank(world, devices))
+        ranks = all_gather_json(world, describe_rank(world, devices))
         _control.world = place_in_layout(world, ranks)
         failure.set_board(_control.world, _open_board(_control.world))
     return _control.world
@@ -79,7 +79,7 @@ def init_control_group(world: World, devices: str, *, owns_default_group: bool) 
 def _open_board(world: World) -> NodeBoard | None:
     leader = world.node_leader
     mates = [rank for rank, other in enumerate(world.node_leaders) if other == leader]
-    return open_board(leader, world.rank, mates, lambda value: exchange(world, value))
+    return open_board(leader, world.rank, mates, lambda value: all_gather_json(world, value))
 
 
 def control_group() -> Any:
@@ -104,7 +104,7 @@ def bytes_communicated() -> int:
     return _bytes_sent
 
 
-def exchange_bytes(world: World, payload: bytes) -> list[bytes]:
+def all_gather_bytes(world: World, payload: bytes) -> list[bytes]:
     """Give every rank every rank's `payload`, in rank order. Every rank; communicates."""
     if world.world_size == 1:
         return [payload]
@@ -113,17 +113,17 @@ def exchange_bytes(world: World, payload: bytes) -> list[bytes]:
     first[:8] = torch.frombuffer(bytearray(len(payload).to_bytes(8, "little")), dtype=torch.uint8)
     if 0 < len(payload) <= _SHORT_BYTES - 8:
         first[8 : 8 + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    heads = _gathered(first, world)
+    heads = _all_gather(first, world)
     sizes = [int.from_bytes(head[:8].numpy().tobytes(), "little") for head in heads]
     longest = max(sizes)
     if longest <= _SHORT_BYTES - 8:
         return [head[8 : 8 + size].numpy().tobytes() for head, size in zip(heads, sizes, strict=True)]
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
-    return [gathered[:size].numpy().tobytes() for gathered, size in zip(_gathered(padded, world), sizes, strict=True)]
+    return [gathered[:size].numpy().tobytes() for gathered, size in zip(_all_gather(padded, world), sizes, strict=True)]
 
 
-def _gathered(mine: torch.Tensor, world: World) -> list[torch.Tensor]:
+def _all_gather(mine: torch.Tensor, world: World) -> list[torch.Tensor]:
     """Every rank's tensor of the same size, in rank order. Every rank; communicates."""
     received = [torch.empty_like(mine) for _ in range(world.world_size)]
     dist.all_gather(received, mine, group=control_group())
@@ -149,6 +149,6 @@ def broadcast_bytes(world: World, payload: bytes | None) -> bytes:
     return data.numpy().tobytes()
 
 
-def exchange(world: World, value: Any) -> list[Any]:
-    """`exchange_bytes` for a JSON value. Every rank; communicates."""
-    return [json.loads(payload) for payload in exchange_bytes(world, json.dumps(value).encode())]
+def all_gather_json(world: World, value: Any) -> list[Any]:
+    """`all_gather_bytes` for a JSON value. Every rank; communicates."""
+    return [json.loads(payload) for payload in all_gather_bytes(world, json.dumps(value).encode())]

@@ -97,7 +97,7 @@ def report_failure(error: BaseException) -> int:
     if isinstance(error, errors.RankLostError) or (not is_ours and _follows_from_another(error)):
         _write_traceback(error)
         _report_lost_rank(error)
-    elif isinstance(error, errors.ZeroSftError) and not error.lone:
+    elif isinstance(error, errors.ZeroSftError) and not error.rank_local:
         _report_shared_error(error)
     elif not _claim():
         _write_traceback(error)
@@ -173,7 +173,7 @@ def _report_shared_error(error: errors.ZeroSftError) -> None:
     if _job.world.is_main:
         if _claim():
             _say(error.with_code)
-    elif _job.board and not error.agreed:
+    elif _job.board and not error.collective:
         deadline = time.monotonic() + FOLLOW_ON_SECONDS
         while not _job.board.is_claimed and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -1,9 +1,7 @@
-"""Small exchanges on the CPU, and failures that every rank raises together.
+"""Stages that can fail: every rank passes, or every rank raises the same error.
 
-The exchanges themselves are in `cluster/control_group.py`, and are named here too.
-
-A stage that can fail ends in `agreed`: either every rank passes, or every rank raises the same error. Left out: anything
-that moves weights; no weight crosses the network during a load.
+`collective_stage` runs code that may fail on any rank, and ends in a small all-gather. `require_identical` compares what all
+ranks must hold alike. Both use the control group (`control_group.py`); no weight passes through it.
 """
 
 import contextlib
@@ -20,28 +18,8 @@ import torch.distributed as dist
 
 from zero_sft import errors
 from zero_sft.cluster import failure_report as failures
-from zero_sft.cluster.control_group import (
-    DOWNLOAD_TIMEOUT,
-    broadcast_bytes,
-    bytes_communicated,
-    control_group,
-    exchange,
-    exchange_bytes,
-)
+from zero_sft.cluster.control_group import all_gather_json, control_group
 from zero_sft.cluster.world import World
-
-__all__ = [
-    "DOWNLOAD_TIMEOUT",
-    "STAGE_TIMEOUT",
-    "Told",
-    "agree_on",
-    "agreed",
-    "broadcast_bytes",
-    "by_turns",
-    "bytes_communicated",
-    "exchange",
-    "exchange_bytes",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -52,58 +30,61 @@ STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @dataclass(slots=True)
-class Told:
-    """What ranks tell each other at the end of an `agreed` stage: `mine`, a JSON value; then `everyone`'s, in rank order.
+class StageResult:
+    """What ranks exchange at the end of a `collective_stage`.
 
-    `same`, a name and JSON-able values, is what all ranks must hold alike, as in `agree_on`.
+    Attributes:
+        local: this rank's JSON value; set it inside the stage.
+        gathered: all ranks' values, in rank order; there after the stage.
+        must_match: a name and JSON-able values that all ranks must hold alike, as in `require_identical`; all ranks set it, or
+            none.
     """
 
-    mine: Any = None
-    everyone: list[Any] = field(default_factory=list)
-    same: tuple[str, Mapping[str, Any]] | None = None
+    local: Any = None
+    gathered: list[Any] = field(default_factory=list)
+    must_match: tuple[str, Mapping[str, Any]] | None = None
 
 
 @contextlib.contextmanager
-def agreed(world: World, stage: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[Told]:
+def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[StageResult]:
     """Run a stage that can fail on any rank, and let all ranks pass or raise together. Every rank; communicates at the end.
 
     Nothing inside may communicate: a rank that fails leaves early. The error raised is the one of the lowest failing rank,
-    in its own class if it is one of `zero_sft.errors`, else as a `DistributedError` that names its type. What the stage
-    writes to the value of this context travels along; all ranks set its `same`, or none.
+    in its own class if it is one of `zero_sft.errors`, else as a `DistributedError` that names its type.
 
     Raises:
         ZeroSftError: on every rank, if any rank failed, or did not get here within `timeout`.
     """
-    with failures.stage(stage):
-        yield from _agreed(world, stage, timeout)
+    with failures.stage(name):
+        yield from _collective_stage(world, name, timeout)
 
 
-def _agreed(world: World, stage: str, timeout: datetime.timedelta) -> Iterator[Told]:
+def _collective_stage(world: World, name: str, timeout: datetime.timedelta) -> Iterator[StageResult]:
     failure: Exception | None = None
-    told = Told()
+    result = StageResult()
     try:
-        yield told
+        yield result
     except Exception as error:  # noqa: BLE001 - whatever it is, the others must not be left waiting
         failure = error
     if world.world_size == 1:
         if failure is not None:
             raise failure
-        told.everyone = [told.mine]
+        result.gathered = [result.local]
         return
-    _await_all(stage, timeout)
+    _await_all(name, timeout)
     report = None if failure is None else [type(failure).__name__, str(failure), *getattr(failure, "codes", ())]
-    digest = told.same and _digest(told.same[1])
-    everyone = exchange(world, [report, told.mine, digest])
-    reports, told.everyone, digests = (list(each) for each in zip(*everyone, strict=True))
+    digest = result.must_match and _digest(result.must_match[1])
+    gathered = all_gather_json(world, [report, result.local, digest])
+    reports, result.gathered, digests = (list(column) for column in zip(*gathered, strict=True))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
-        if told.same:
-            _require_same(world, *told.same, digests)
+        if result.must_match:
+            _require_identical(world, *result.must_match, digests)
         return
     kind, message, *codes = reports[failed[0]]
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
-        message += f"\n(rank {failed[0]} of {world.world_size} while {stage}; failed: rank {ranks})"
+        message += f"\n(rank {failed[0]} of {world.world_size} while {name}; failed: rank {ranks})"
     says_no_more = isinstance(failure, errors.ZeroSftError)
     raise _rebuilt(kind, message, codes) from None if says_no_more else failure
 
@@ -132,29 +113,30 @@ def _rebuilt(kind: str, message: str, codes: Sequence[str]) -> errors.ZeroSftErr
         error = cls(message, code=codes[0], listed=codes[1:])
     else:
         error = errors.DistributedError(f"{kind}: {message}", code="cluster.rank_failed")
-    error.agreed = True
+    error.collective = True
     return error
 
 
-def by_turns(
-    world: World, stage: str, act: Callable[[], T], *, one_by_one: bool, timeout: datetime.timedelta = STAGE_TIMEOUT
+def run_stage(
+    world: World, name: str, action: Callable[[], T], *, main_first: bool, timeout: datetime.timedelta = STAGE_TIMEOUT
 ) -> T:
-    """`act` on every rank, `agreed`; `one_by_one`: on rank 0 first, then on a rank of each node, then on the others.
+    """Run `action` on every rank in a `collective_stage`, and return its result. Every rank; communicates.
 
-    That is for what one rank leaves in a folder that others may share: transformers copies custom code to one, data is
-    prepared into one. Each turn may take `timeout`. Every rank; communicates.
+    With `main_first` it runs on rank 0, then on one rank of each other node, then on the others. That is for what one rank
+    leaves in a folder that others may share: transformers copies custom code to one, data is prepared into one. Each turn may
+    take `timeout`.
     """
-    turns = 3 if one_by_one else 1
-    mine = min(turns - 1, 0 if world.is_main else 1 if world.leads_node else 2)
+    turns = 3 if main_first else 1
+    own_turn = min(turns - 1, 0 if world.is_main else 1 if world.leads_node else 2)
     results: list[T] = []
     for turn in range(turns):
-        with agreed(world, stage, timeout):
-            if turn == mine:
-                results.append(act())
+        with collective_stage(world, name, timeout):
+            if turn == own_turn:
+                results.append(action())
     return results[0]
 
 
-def agree_on(world: World, what: str, values: Mapping[str, Any]) -> None:
+def require_identical(world: World, what: str, values: Mapping[str, Any]) -> None:
     """Raise one error on every rank unless all ranks hold the same JSON-able `values`. Every rank; communicates.
 
     A digest is compared first; the values themselves travel only when it differs.
@@ -162,7 +144,7 @@ def agree_on(world: World, what: str, values: Mapping[str, Any]) -> None:
     Raises:
         DistributedError: naming the keys that differ, with each variant and the ranks that hold it.
     """
-    _require_same(world, what, values, exchange(world, _digest(values)))
+    _require_identical(world, what, values, all_gather_json(world, _digest(values)))
 
 
 def _canonical(values: Mapping[str, Any]) -> dict[str, str]:
@@ -175,16 +157,16 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
 
 
-def _require_same(world: World, what: str, values: Mapping[str, Any], digests: Sequence[str]) -> None:
-    """`agree_on`, where every rank's `_digest` is known."""
+def _require_identical(world: World, what: str, values: Mapping[str, Any], digests: Sequence[str]) -> None:
+    """Do what `require_identical` does, where every rank's `_digest` is known."""
     if len(set(digests)) == 1:
         return
-    everyone = exchange(world, _canonical(values))
+    gathered = all_gather_json(world, _canonical(values))
     lines = []
-    for key in sorted({key for each in everyone for key in each}):
+    for key in sorted({key for of_rank in gathered for key in of_rank}):
         variants: dict[str, list[int]] = {}
-        for rank, each in enumerate(everyone):
-            variants.setdefault(each.get(key, "(absent)"), []).append(rank)
+        for rank, of_rank in enumerate(gathered):
+            variants.setdefault(of_rank.get(key, "(absent)"), []).append(rank)
         if len(variants) > 1:
             shown = "; ".join(f"{text[:200]} on rank {', '.join(map(str, ranks))}" for text, ranks in variants.items())
             lines.append(f"  {key}: {shown}")
@@ -192,5 +174,5 @@ def _require_same(world: World, what: str, values: Mapping[str, Any], digests: S
         f"the ranks disagree about the {what}:\n" + "\n".join(lines) + "\nGive every rank the same files and arguments.",
         code="cluster.ranks_disagree",
     )
-    error.agreed = True
+    error.collective = True
     raise error

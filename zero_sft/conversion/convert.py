@@ -16,18 +16,18 @@ from transformers import PreTrainedModel
 
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.conversion import tracing
-from zero_sft.conversion.keys import Group, match
-from zero_sft.conversion.quantized import Joiner, multiply_by_blocks, reads_raw
+from zero_sft.conversion.keys import TensorGroup, match
+from zero_sft.conversion.quantized import DequantTracer, apply_block_scales, needs_stored_dtype
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
-from zero_sft.plan.plan import Makeup, check_cover
+from zero_sft.plan.plan import SourceMap, check_cover
 from zero_sft.plan.regions import Regions, Shape
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.transformers_internals import internal, loading_info
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mismatch:
+class ShapeMismatch:
     """A tensor whose stored shape, after conversion, is not the model's; and what its parts' numbering shows to be absent."""
 
     name: str
@@ -40,12 +40,12 @@ class Mismatch:
 class Resolution:
     """What a checkpoint gives a model: what makes each tensor, by the model's name, and what does not fit."""
 
-    sources: Mapping[str, Makeup]
+    sources: Mapping[str, SourceMap]
     stored: Mapping[str, StoredTensor]  # what regions name: the checkpoint's tensors, and pairs of them that are multiplied
-    computed: Mapping[str, Group]  # tensors that come out of operations on whole tensors
+    computed: Mapping[str, TensorGroup]  # tensors that come out of operations on whole tensors
     unexpected: frozenset[str]
-    mismatched: tuple[Mismatch, ...]
-    groups: tuple[Group, ...]
+    mismatched: tuple[ShapeMismatch, ...]
+    groups: tuple[TensorGroup, ...]
     rules_used: tuple[Any, ...]  # transformers' rules that matched: its save reverts them
 
     @property
@@ -53,7 +53,7 @@ class Resolution:
         """The model's tensors that the checkpoint fills."""
         return frozenset(self.sources) | frozenset(self.computed)
 
-    def by_group(self) -> Iterator[tuple[Group, list[str]]]:
+    def by_group(self) -> Iterator[tuple[TensorGroup, list[str]]]:
         """The groups of the computed tensors, and which of them each makes."""
         for _, items in itertools.groupby(self.computed.items(), key=lambda item: id(item[1])):
             names, groups = zip(*items, strict=True)
@@ -66,7 +66,7 @@ class Resolution:
         return sorted({"+".join(map(repr, chain)) for chain in chains})
 
 
-class Whole:
+class FullShapeModel:
     """A model as transformers' operations see it: its parameters whole, as `state` (on meta) has them, partitioned or not."""
 
     def __init__(self, model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
@@ -100,11 +100,13 @@ def resolve(
     """
     rules = internal("get_model_conversion_mapping")(model, hf_quantizer=quantizer)
     names = match(model, rules, wanted, stored)
-    run_on = _Tracing(whole=Whole(model, wanted), wanted=wanted, stored=stored, joiner=Joiner(stored, quantizer))
-    sources: dict[str, Makeup] = {}
-    computed: dict[str, Group] = {}
+    run_on = _Tracing(
+        whole=FullShapeModel(model, wanted), wanted=wanted, stored=stored, joiner=DequantTracer(stored, quantizer)
+    )
+    sources: dict[str, SourceMap] = {}
+    computed: dict[str, TensorGroup] = {}
     unexpected = set(names.unexpected)
-    mismatched: list[Mismatch] = []
+    mismatched: list[ShapeMismatch] = []
     for group in names.groups:
         for name, (shape, parts) in run_on.converted(group).items():
             if name not in wanted:
@@ -112,11 +114,11 @@ def resolve(
             elif tuple(wanted[name].shape) != shape:
                 too_many = any(got > expected for got, expected in zip(shape, wanted[name].shape, strict=False))
                 absent = () if too_many else tuple(group.absent())
-                mismatched.append(Mismatch(name=name, expected=tuple(wanted[name].shape), got=shape, absent=absent))
+                mismatched.append(ShapeMismatch(name=name, expected=tuple(wanted[name].shape), got=shape, absent=absent))
             elif parts is None:
                 computed[name] = group
             else:
-                sources[name] = Makeup.of(name, shape, parts)
+                sources[name] = SourceMap.of(name, shape, parts)
     known = {**stored, **run_on.joiner.joined}
     for makeup in sources.values():
         check_cover(makeup, known)
@@ -135,12 +137,12 @@ def resolve(
 class _Tracing:
     """Groups to regions: what the conversion of a checkpoint's groups has in common."""
 
-    whole: Whole
+    whole: FullShapeModel
     wanted: Mapping[str, torch.Tensor]
     stored: Mapping[str, StoredTensor]
-    joiner: Joiner
+    joiner: DequantTracer
 
-    def converted(self, group: Group) -> dict[str, tuple[Shape, Regions | None]]:
+    def converted(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
         """The tensors of the model that a group makes: shape, and regions unless its operations have to be run."""
         if group.rivals:
             one, other = group.rivals[0], group.stored[0]
@@ -152,7 +154,7 @@ class _Tracing:
         if group.converter is None:
             first = self.stored[next(iter(group.members))]
             _check_dtype(first)
-            return {group.name: (first.shape, regions.whole(first.name, first.shape, strides=first.strides))}
+            return {group.name: (first.shape, regions.identity_regions(first.name, first.shape, strides=first.strides))}
         dtype = self.wanted[group.name].dtype
 
         def traced(name: str) -> torch.Tensor:
@@ -172,7 +174,7 @@ class _Tracing:
             raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause
         return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
 
-    def _shapes(self, group: Group) -> dict[str, tuple[Shape, Regions | None]]:
+    def _shapes(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
         """What operations that can't be traced will make, found on tensors without data."""
 
         def hollow(name: str) -> torch.Tensor:
@@ -193,21 +195,21 @@ class _Tracing:
 
 
 def run(
-    group: Group,
-    model: Whole,
+    group: TensorGroup,
+    model: FullShapeModel,
     source: Callable[[str], torch.Tensor],
     info: Any = None,
-    prepare: Callable[[Any], None] = multiply_by_blocks,
+    prepare: Callable[[Any], None] = apply_block_scales,
 ) -> dict[str, Any]:
     """Run a group's converter on `source(name)` of each stored name; the tensors that it makes, by the model's names.
 
     Stored dtypes may differ: as in transformers, all are cast to the model's before they are merged, except for a quantizer.
-    `model` is a `Whole`. An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given,
-    as transformers' `SkipParameters`. `prepare` may change the converter, which is a copy.
+    An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given, as transformers'
+    `SkipParameters`. `prepare` may change the converter, which is a copy.
     """
     converter = copy.deepcopy(group.converter)
     prepare(converter)
-    dtype = None if reads_raw(converter) else model.get_parameter(group.name).dtype
+    dtype = None if needs_stored_dtype(converter) else model.get_parameter(group.name).dtype
     for pattern, names in group.members.items():
         for name in names:
             converter.add_tensor(group.name, name, pattern, source(name).to(dtype=dtype))
@@ -215,7 +217,7 @@ def run(
     return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
 
 
-def _not_converted(group: Group, stored: Mapping[str, StoredTensor], cause: BaseException | None) -> str:
+def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause: BaseException | None) -> str:
     names, absent = group.stored, group.absent()
     where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     reason = f"there is no {cause}" if isinstance(cause, KeyError) else cause
@@ -245,4 +247,4 @@ def original_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -
     Args:
         state: the model's whole tensors by its own names, on the meta device.
     """
-    return internal("revert_weight_conversion")(Whole(model, state), dict(state))
+    return internal("revert_weight_conversion")(FullShapeModel(model, state), dict(state))

@@ -15,7 +15,7 @@ from zero_sft.transformers_internals import internal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class TensorGroup:
     """Stored tensors that make up one tensor of the model, or several: by themselves, or through a converter.
 
     `name` is the model's (first) tensor; `members` are the stored names by the converter's pattern that they matched;
@@ -61,7 +61,7 @@ def _numbered(names: Sequence[str]) -> tuple[str, set[int], str] | None:
 class Names:
     """How the names of a checkpoint fall on a model: the groups, and names that are no key of the model."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[TensorGroup, ...]
     unexpected: frozenset[str]
 
 
@@ -77,7 +77,7 @@ def match(model: PreTrainedModel, rules: Sequence[Any], wanted: Mapping[str, Any
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
     rename = internal("rename_source_key")
-    groups: dict[str, Group] = {}
+    groups: dict[str, TensorGroup] = {}
     unexpected: set[str] = set()
     for name in sorted(stored, key=internal("dot_natural_key")):
         renamed, pattern = rename(name, renamings, converters, prefix, wanted)
@@ -85,7 +85,7 @@ def match(model: PreTrainedModel, rules: Sequence[Any], wanted: Mapping[str, Any
             renamed, pattern = rename(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
         converter = None if pattern is None else by_pattern.get(pattern)
         if renamed in wanted:
-            group = groups.setdefault(renamed, Group(name=renamed, converter=converter))
+            group = groups.setdefault(renamed, TensorGroup(name=renamed, converter=converter))
             if (converter is None) != (group.converter is None):
                 group.rivals.append(name)
                 continue

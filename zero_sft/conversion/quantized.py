@@ -72,7 +72,7 @@ def _settings(config: PreTrainedConfig) -> Any:
         return None
 
 
-def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
     """`config` without its word that weights are quantised; changed in place."""
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:
@@ -81,7 +81,7 @@ def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def reads_raw(converter: Any) -> bool:
+def needs_stored_dtype(converter: Any) -> bool:
     """True if a converter's operations want what is stored as it is stored, not cast to the model's dtype."""
     return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
 
@@ -92,7 +92,7 @@ def configured_blocks(quantizer: Any) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if size else None
 
 
-class Joiner:
+class DequantTracer:
     """Stands in for the arithmetic of `Fp8Dequantize` while its operation is traced, and collects what it joins."""
 
     def __init__(self, stored: Mapping[str, StoredTensor], quantizer: Any) -> None:
@@ -122,12 +122,12 @@ class Joiner:
         return stored
 
 
-def dequantise(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """transformers' own arithmetic: (rows, cols) of 8-bit floats and a grid of scales that divides them → that dtype."""
     return dequantize_function(internal("Fp8Dequantize")(None))(weight, scales, output_dtype=dtype)
 
 
-def multiply_by_blocks(converter: Any) -> None:
+def apply_block_scales(converter: Any) -> None:
     """Let a converter's dequantising operations take the blocks that the config names, where transformers infers others."""
     _set_arithmetic(converter, _by_blocks)
 

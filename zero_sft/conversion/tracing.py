@@ -50,7 +50,7 @@ class TracedTensor(torch.Tensor):
 
 def source(name: str, shape: Shape, dtype: torch.dtype, strides: Shape | None = None) -> TracedTensor:
     """The stored tensor `name` itself; `strides` where it is stored other than row-major."""
-    return TracedTensor(shape, dtype, regions.whole(name, shape, strides=strides))
+    return TracedTensor(shape, dtype, regions.identity_regions(name, shape, strides=strides))
 
 
 def _dim(tensor: torch.Tensor, dim: int, extra: int = 0) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zero_sft.checkpoint.file_identity import Stamp, stamp
+from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
 from zero_sft.console.printable import on_one_line, printable
 from zero_sft.data.kinds import require_kind
 from zero_sft.data.layouts import EXPECTED
@@ -144,9 +144,9 @@ class Files:
             )
 
 
-def _stamp(file: Path) -> Stamp:
+def _stamp(file: Path) -> FileIdentity:
     try:
-        return stamp(file)
+        return stat_identity(file)
     except CheckpointError as error:
         raise DataError(f"no such file: {file}. Check {_ARGUMENTS}.", code="data.no_such_file") from error
 

@@ -9,7 +9,8 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, broadcast_bytes
+from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared
 from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
@@ -25,16 +26,16 @@ def prepare_together(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: 
         DataError: what `prepare_sources` raises, on every rank; or nodes that have other data under the same path.
     """
     own = None
-    with distributed.agreed(world, STAGE, distributed.DOWNLOAD_TIMEOUT):
+    with collective_stage(world, STAGE, DOWNLOAD_TIMEOUT):
         if world.is_main:
             own = prepare_sources(recipe, tokenizer)
     told = None if own is None else json.dumps(own.keys).encode()
-    keys = json.loads(distributed.broadcast_bytes(world, told))
+    keys = json.loads(broadcast_bytes(world, told))
 
     def act() -> Prepared:
         return own or open_sources(recipe, tokenizer, keys, verify=world.leads_node) or _alone(recipe, tokenizer, keys, world)
 
-    return distributed.by_turns(world, STAGE, act, one_by_one=True, timeout=distributed.DOWNLOAD_TIMEOUT)
+    return run_stage(world, STAGE, act, main_first=True, timeout=DOWNLOAD_TIMEOUT)
 
 
 def _alone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: list[str], world: World) -> Prepared:

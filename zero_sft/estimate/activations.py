@@ -64,7 +64,7 @@ def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: 
     spec = dataclasses.replace(spec, config=config)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
-            model: Any = skeleton.construct(spec)
+            model: Any = skeleton.instantiate(spec)
             for param in model.parameters():
                 param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
             model.train()

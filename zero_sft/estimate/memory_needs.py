@@ -11,7 +11,7 @@ from zero_sft.config import text_config
 from zero_sft.ds_config import engine_dtype, load_ds_config
 from zero_sft.estimate.activations import peak_bytes
 from zero_sft.estimate.engine_memory import Memory, Sizes, training_memory, zero_settings
-from zero_sft.estimate.model import Subject
+from zero_sft.estimate.model import EstimatedModel
 
 RUNTIME_BYTES = 3 * 2**29
 """What a GPU's driver, NCCL and the kernels' workspaces take of a device, about 1.5 GiB."""
@@ -38,7 +38,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Needs:
+class MemoryNeeds:
     """What a run needs: of one device, and of one node's host."""
 
     memory: Memory
@@ -47,10 +47,10 @@ class Needs:
     fits: bool
 
 
-class Trainer:
+class MemoryModel:
     """A model as it would be trained. Activations are counted once for each size of a batch."""
 
-    def __init__(self, of: Subject) -> None:
+    def __init__(self, of: EstimatedModel) -> None:
         self._of = of
         self._counted: dict[tuple[int, int, bool], int] = {}
 
@@ -64,7 +64,7 @@ class Trainer:
             )
         return mask + self._counted[key]
 
-    def needs(self, run: Run) -> Needs:
+    def needs(self, run: Run) -> MemoryNeeds:
         """Count the memory of a run.
 
         Raises:
@@ -82,7 +82,7 @@ class Trainer:
         device = memory.device_peak + RUNTIME_BYTES
         host = min(run.ranks_per_node, run.world_size) * (memory.host_peak + INTERPRETER_BYTES)
         fits = device <= run.device_bytes and host <= run.host_bytes
-        return Needs(memory=memory, device=device, host=host, fits=fits)
+        return MemoryNeeds(memory=memory, device=device, host=host, fits=fits)
 
     def remedies(self, run: Run) -> Iterator[str]:
         """Changes of a run that would make it fit, the least painful first, each in the words of the job's arguments."""

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from zero_sft.checkpoint.file_layout import lay_out
 from zero_sft.checkpoint.header import StoredTensor
-from zero_sft.checkpoint.index import open_index
+from zero_sft.checkpoint.index import read_index
 from zero_sft.cluster.world import World
 from zero_sft.config import load_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
@@ -37,7 +37,7 @@ from zero_sft.transformers_internals import tied_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class EstimatedModel:
     """A model, what its checkpoint gives it, and where the headers came from ("read", "fetched" or "derived")."""
 
     name: str
@@ -61,7 +61,7 @@ class Subject:
         return sum(each.numel() for each in self.parameters.values())
 
 
-def subject(name: str, options: HubOptions, load_options: LoadOptions | None = None) -> Subject:
+def find_model(name: str, options: HubOptions, load_options: LoadOptions | None = None) -> EstimatedModel:
     """Find a model by a shipped name, the path of a folder or of a config.json, or a hub id.
 
     Raises:
@@ -78,16 +78,16 @@ def subject(name: str, options: HubOptions, load_options: LoadOptions | None = N
         trust_remote_code=options.trust_remote_code,
     )
     quantizer = quantizer_for(config, name)
-    model, state = skeleton.outline(spec)
+    model, state = skeleton.build_on_meta(spec)
     stored: Mapping[str, StoredTensor] | None = None
     headers = found if isinstance(found, str) else "fetched"
     if isinstance(found, ModelSource):
         stored = fetch_headers(found)
     elif headers == "read":
-        stored = open_index(folder, torch_zip.read_header, options.variant).tensors
+        stored = read_index(folder, torch_zip.read_header, options.variant).tensors
     if stored is None:
         headers, stored = "derived", derive(model, state, configured_blocks(quantizer))
-    return Subject(
+    return EstimatedModel(
         name=name,
         config=config,
         spec=spec,

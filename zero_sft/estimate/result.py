@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, Needs, Run, Trainer
-from zero_sft.estimate.model import Subject, subject
-from zero_sft.estimate.simulate import RankLoad, play, seconds
+from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, MemoryModel, MemoryNeeds, Run
+from zero_sft.estimate.model import EstimatedModel, find_model
+from zero_sft.estimate.simulate import RankLoad, seconds, simulate_load
 from zero_sft.estimate.storage_profiles import storage
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
@@ -21,11 +21,11 @@ GIB = 2**30
 class Result:
     """One model in one world."""
 
-    of: Subject
+    of: EstimatedModel
     run: Run
     loads: Sequence[RankLoad]
     load_seconds: Mapping[str, float]
-    needs: Needs
+    needs: MemoryNeeds
     other_activations: int
     remedies: Sequence[str]
     planned_in: float
@@ -105,8 +105,8 @@ def estimate(name: str, options: argparse.Namespace) -> Iterator[Result]:
         variant=options.variant,
     )  # fmt: skip
     at = storage(options.storage)
-    of = subject(name, hub, LoadOptions(dtype=options.dtype))
-    trainer = Trainer(of)
+    of = find_model(name, hub, LoadOptions(dtype=options.dtype))
+    trainer = MemoryModel(of)
     for world_size in options.world_size:
         run = Run(
             world_size=world_size,
@@ -120,7 +120,7 @@ def estimate(name: str, options: argparse.Namespace) -> Iterator[Result]:
             host_bytes=int(options.host_memory_gib * GIB),
         )
         started = time.perf_counter()
-        loads = play(of, world_size)
+        loads = simulate_load(of, world_size)
         planned_in = time.perf_counter() - started
         needed = trainer.needs(run)
         yield Result(

@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zero_sft.estimate.model import Subject
+from zero_sft.estimate.model import EstimatedModel
 from zero_sft.estimate.storage_profiles import Storage
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import Target, plan_reads
+from zero_sft.plan.plan import FillTarget, plan_reads
 
 THREADS = 4
 """Requests of one rank that are under way at a time: the reading threads of a load with its default buffers."""
@@ -23,7 +23,7 @@ class RankLoad:
     median_bytes: int
 
 
-def play(of: Subject, world_size: int, ranks: Sequence[int] | None = None) -> list[RankLoad]:
+def simulate_load(of: EstimatedModel, world_size: int, ranks: Sequence[int] | None = None) -> list[RankLoad]:
     """Plan the load of every rank (or of those given) of a world, with the planner that a load uses.
 
     Raises:
@@ -33,7 +33,7 @@ def play(of: Subject, world_size: int, ranks: Sequence[int] | None = None) -> li
     wanted = [(makeup, parameters[name].numel()) for name, makeup in of.resolution.sources.items() if name in parameters]
     result = []
     for rank in range(world_size) if ranks is None else ranks:
-        targets = (Target(makeup=makeup, span=shard_range(numel, rank, world_size)) for makeup, numel in wanted)
+        targets = (FillTarget(makeup=makeup, span=shard_range(numel, rank, world_size)) for makeup, numel in wanted)
         sizes = [read.nbytes_in_all for read in plan_reads(targets, of.resolution.stored).reads]
         result.append(
             RankLoad(

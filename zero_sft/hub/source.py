@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, all_gather_json, broadcast_bytes
+from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.hub.download import download_snapshot
@@ -50,10 +51,10 @@ def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
     Raises:
         CheckpointError: no such folder, a folder that only some ranks see, or the hub can't provide the model.
     """
-    with distributed.agreed(world, f"looking for {name}") as told:
+    with collective_stage(world, f"looking for {name}") as stage:
         folder = local_folder(name, options)
-        told.mine = folder is not None
-    found = told.everyone
+        stage.local = folder is not None
+    found = stage.gathered
     if any(found) and not all(found):
         absent = [rank for rank, is_there in enumerate(found) if not is_there]
         raise CheckpointError(
@@ -74,10 +75,10 @@ def _pinned(name: str, options: HubOptions, world: World) -> HubOptions:
     if _COMMIT.fullmatch(options.revision or ""):
         return options
     commit = ""
-    with distributed.agreed(world, f"fetching {name}", distributed.DOWNLOAD_TIMEOUT):
+    with collective_stage(world, f"fetching {name}", DOWNLOAD_TIMEOUT):
         if world.is_main:
             commit = download_snapshot(name, options, CONFIG, local_only=False).name
-    commit = distributed.broadcast_bytes(world, commit.encode() if world.is_main else None).decode()
+    commit = broadcast_bytes(world, commit.encode() if world.is_main else None).decode()
     return dataclasses.replace(options, revision=commit) if _COMMIT.fullmatch(commit) else options
 
 
@@ -94,12 +95,12 @@ def fetch_files(source: ModelSource, world: World, patterns: tuple[str, ...]) ->
         return source.folder
     wanted = (*patterns, *_CODE) if source.options.trust_remote_code else patterns
     downloads = world.is_main or world.leads_node
-    folder = distributed.by_turns(
+    folder = run_stage(
         world,
         f"fetching {source.name}",
         lambda: download_snapshot(source.name, source.options, wanted, local_only=not downloads),
-        one_by_one=True,
-        timeout=distributed.DOWNLOAD_TIMEOUT,
+        main_first=True,
+        timeout=DOWNLOAD_TIMEOUT,
     )
     return _inside(folder, source.options.subfolder)
 
@@ -116,7 +117,7 @@ def fetch_weights(source: ModelSource, world: World) -> Path:
         return source.folder
     safetensors, bins = (with_variant(names, source.options.variant) for names in (_WEIGHTS, _BIN_WEIGHTS))
     folder = fetch_files(source, world, (*CONFIG, *safetensors))
-    if any(distributed.exchange(world, not any(next(folder.glob(pattern), None) for pattern in safetensors))):
+    if any(all_gather_json(world, not any(next(folder.glob(pattern), None) for pattern in safetensors))):
         folder = fetch_files(source, world, (*CONFIG, *bins))
     return folder
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.config import text_config
 from zero_sft.errors import ExportError
@@ -119,7 +119,7 @@ class SavingTrainer(SFTTrainer):
             self.export(folder)
             return
         world = World.detect()
-        with agreed(world, f"writing {folder}"), explained(folder), self._published.config_of(self.model):
+        with collective_stage(world, f"writing {folder}"), explained(folder), self._published.config_of(self.model):
             if world.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 model: Any = self.model
@@ -130,7 +130,7 @@ class SavingTrainer(SFTTrainer):
         """The Trainer's, if the folder can be written now; else a warning, and the training goes on. Every rank."""
         folder, world = self.args.output_dir, World.detect()
         try:
-            with agreed(world, f"checking {folder}"):
+            with collective_stage(world, f"checking {folder}"):
                 if world.is_main:
                     require_writable(str(folder))
         except ExportError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zero_sft.arguments import Parsed
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
 from zero_sft.inputs import Inputs
@@ -25,7 +25,7 @@ def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: 
     from zero_sft.saving.former_run import checkpoints_in
     from zero_sft.saving.room import folder_bytes, require_room
 
-    with agreed(world, "checking the room in the output folder"):
+    with collective_stage(world, "checking the room in the output folder"):
         if not world.is_main:
             return
         try:

@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from zero_sft.arguments import Parsed
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
@@ -31,7 +31,7 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: Mo
     from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
 
     ds_config = arguments.hf_deepspeed_config.config
-    with agreed(world, "checking the model"):
+    with collective_stage(world, "checking the model"):
         wanted = wanted_dtype(parsed.model.dtype, config)
         dtype = engine_dtype(ds_config, wanted)
         require_engine_dtype(parsed.model.dtype, wanted, dtype)
@@ -59,10 +59,10 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: Mo
 
 def _require_weights(folder: Any, variant: str | None) -> None:
     """Find the weights and read every header: a missing, cut or placeholder file is found here. Rank 0."""
-    from zero_sft.checkpoint.index import open_index
+    from zero_sft.checkpoint.index import read_index
     from zero_sft.storage import torch_zip
 
-    open_index(folder, torch_zip.read_header, variant)
+    read_index(folder, torch_zip.read_header, variant)
 
 
 def _require_hidden_size(hf_config: Any, config: Any) -> None:

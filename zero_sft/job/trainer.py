@@ -78,7 +78,7 @@ class Trainer(SavingTrainer):
         except DataError as error:
             said = str(error).rpartition("DataError: ")[2].strip()  # a worker process's comes with its traceback
             alone = DataError(said, code=error.code or "data.unusable_sample")
-            alone.lone = self.args.world_size > 1
+            alone.rank_local = self.args.world_size > 1
             raise alone from None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

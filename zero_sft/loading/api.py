@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from zero_sft import ds_config as ds_configs
 from zero_sft import transformers_internals
-from zero_sft.cluster import stages as distributed
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.control_group import all_gather_json, bytes_communicated
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
 from zero_sft.hub.options import HubOptions
@@ -30,7 +30,7 @@ from zero_sft.loading.request import LoadRequest, ModelSpec
 from zero_sft.loading.sharded import load_sharded
 from zero_sft.loading.stock import load_stock
 from zero_sft.options.keywords import read_keywords, takes_options
-from zero_sft.storage.memory_snapshot import Watermark
+from zero_sft.storage.memory_snapshot import MemorySnapshot
 from zero_sft.zero import internals
 from zero_sft.zero.process_group import connect
 
@@ -53,7 +53,7 @@ def load_pretrained(
     The arguments and errors of `prepare_config`, `load_model` and `load_tokenizer` apply. Rank 0 sets the tokenizer up while
     the weights are read.
     """
-    from zero_sft.tokenizer import TokenizerSpec, share  # a model alone needs no tokenizer libraries
+    from zero_sft.tokenizer import TokenizerSpec, broadcast_tokenizer  # a model alone needs no tokenizer libraries
 
     load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_pretrained)
     world = connect(World.detect())
@@ -75,7 +75,7 @@ def load_pretrained(
             model_class=model_class,
             while_reading=lambda: begun.append(pool.submit(prepare)) if world.is_main else None,
         )
-        tokenizer = share(world, spec, begun[0].result if begun else prepare)
+        tokenizer = broadcast_tokenizer(world, spec, begun[0].result if begun else prepare)
     return model, tokenizer
 
 
@@ -140,7 +140,7 @@ def load_model_from(
     while_reading: Callable[[], object] | None = None,
 ) -> PreTrainedModel:
     """Do what `load_model` does, with a model that was located and options that were checked. Every rank; communicates."""
-    sent_before = distributed.bytes_communicated()
+    sent_before = bytes_communicated()
     folder = fetch_weights(source, world)
     if config is None:
         config = prepare_config_from(source, world)
@@ -162,12 +162,12 @@ def load_model_from(
         options=options,
         while_reading=while_reading,
     )
-    start = Watermark.now()
+    start = MemorySnapshot.now()
     loaded = (load_stock if options.loader == "stock" else load_sharded)(request, world)
-    peak_host, peak_device = Watermark.now().growth_since(start)
+    peak_host, peak_device = MemorySnapshot.now().growth_since(start)
     stats = dataclasses.replace(
         loaded.stats,
-        bytes_communicated=distributed.bytes_communicated() - sent_before,
+        bytes_communicated=bytes_communicated() - sent_before,
         peak_host_bytes=peak_host,
         peak_device_bytes=peak_device,
     )
@@ -178,14 +178,14 @@ def _engine(
     ds_config: str | Path | Mapping[str, Any], dtype: str | torch.dtype, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
     """Return the DeepSpeed config without "auto", the name of its engine's dtype, and rank 0's random seed. Every rank."""
-    with agreed(world, "reading the DeepSpeed config") as told:
-        told.mine = torch.initial_seed()
+    with collective_stage(world, "reading the DeepSpeed config") as stage:
+        stage.local = torch.initial_seed()
         ds = ds_configs.load_ds_config(ds_config)
         wanted = wanted_dtype(dtype, config)
         name = ds_configs.engine_dtype(ds, wanted)
         require_engine_dtype(dtype, wanted, name)
         ds = ds_configs.concrete(ds, name, world.node_group_size, world.world_size)
-    return ds, name, told.everyone[0]
+    return ds, name, stage.gathered[0]
 
 
 def _hand_over(request: LoadRequest, loaded: Loaded, world: World) -> PreTrainedModel:
@@ -198,7 +198,7 @@ def _hand_over(request: LoadRequest, loaded: Loaded, world: World) -> PreTrained
         dtype=str(request.model.dtype).removeprefix("torch."),
         rank=world.rank,
         world_size=world.world_size,
-        ranks=distributed.exchange(world, loaded.stats.numbers()),
+        ranks=all_gather_json(world, loaded.stats.numbers()),
         **vars(loaded.keys),
         **vars(loaded.stats),
     )

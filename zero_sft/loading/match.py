@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from zero_sft.checkpoint.index import CheckpointIndex
-from zero_sft.conversion.convert import Mismatch, Resolution, Whole, resolve
+from zero_sft.conversion.convert import FullShapeModel, Resolution, ShapeMismatch, resolve
 from zero_sft.errors import CheckpointError
 from zero_sft.loading.skeleton import Skeleton
 from zero_sft.transformers_internals import set_weight_conversions, tied_names
@@ -54,9 +54,9 @@ class CheckpointMatch:
         return self.skeleton.state
 
     @property
-    def whole(self) -> Whole:
+    def whole(self) -> FullShapeModel:
         """The model as conversions see it."""
-        return Whole(self.model, self.state)
+        return FullShapeModel(self.model, self.state)
 
     def collect_tensors(self) -> Mapping[str, Any]:
         """Collect the model's parameters and persistent buffers as they are now, by name."""
@@ -90,7 +90,7 @@ def match_checkpoint(
     resolution = resolve(model, skeleton.state, index.tensors, quantizer)
     if quantizer is None:  # what was dequantised is saved as any model of its kind
         set_weight_conversions(model, resolution.rules_used)
-    tied_to = init_weights.tied_away(tied_names(model), resolution.loaded)
+    tied_to = init_weights.resolve_ties(tied_names(model), resolution.loaded)
     match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
     _require_fit(match, ignore_mismatched_sizes)
     return match
@@ -138,7 +138,7 @@ def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
         )
 
 
-def _misfit(folder: str, mismatched: Sequence[Mismatch]) -> str:
+def _misfit(folder: str, mismatched: Sequence[ShapeMismatch]) -> str:
     shown = "; ".join(f"{m.name}: expected {list(m.expected)}, got {list(m.got)}" for m in mismatched[:5])
     more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
     count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"

@@ -15,23 +15,23 @@ import torch
 import transformers
 
 from zero_sft import transformers_internals
-from zero_sft.checkpoint.index import assemble, locate, read_headers
+from zero_sft.checkpoint.index import build_index, find_checkpoint_files, read_headers
 from zero_sft.checkpoint.scaled import ScaledTensor
-from zero_sft.cluster import stages as distributed
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.control_group import all_gather_json
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.conversion.quantized import dequantise, quantizer_for
+from zero_sft.conversion.quantized import dequantize, quantizer_for
 from zero_sft.errors import CheckpointError
 from zero_sft.loading import skeleton
 from zero_sft.loading.headers import read_headers_together
 from zero_sft.loading.match import CheckpointMatch, left_out_parts, match_checkpoint
 from zero_sft.loading.report import KeyReport, Loaded, LoadStats
 from zero_sft.loading.request import LoadRequest
-from zero_sft.loading.untraceable import Computed, compute, fill_computed
-from zero_sft.loading.verify import Held, digest, verify
-from zero_sft.plan.partition import FlatRange, whole_range
-from zero_sft.plan.plan import Plan, Read, Target, plan_reads
+from zero_sft.loading.untraceable import Materialized, fill_untraceable, materialize
+from zero_sft.loading.verify import ShardDigest, digest, verify
+from zero_sft.plan.partition import FlatRange, full_range
+from zero_sft.plan.plan import FillTarget, Plan, ReadItem, plan_reads
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather_hooks as gather
@@ -56,21 +56,21 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
     """
     watch = Stopwatch()
     options = request.options
-    with agreed(world, "building the model") as told, watch.stage("skeleton"):
+    with collective_stage(world, "building the model") as stage, watch.stage("skeleton"):
         internals.check()
         transformers_internals.check()
         quantizer = quantizer_for(request.model.config, str(request.model.folder))
-        bare = skeleton.build(request.model, request.ds_config)
-        files = locate(request.model.folder, torch_zip.read_header, request.variant)
-        told.same = ("checkpoint's files", files.sizes())
+        bare = skeleton.build_sharded(request.model, request.ds_config)
+        files = find_checkpoint_files(request.model.folder, torch_zip.read_header, request.variant)
+        stage.must_match = ("checkpoint's files", files.sizes())
     with watch.stage("headers"):
         headers = read_headers_together(files, world)
-    with agreed(world, "planning the reads") as told, watch.stage("plan"):
-        index = assemble(files, headers or read_headers(files))
+    with collective_stage(world, "planning the reads") as stage, watch.stage("plan"):
+        index = build_index(files, headers or read_headers(files))
         match = match_checkpoint(bare, index, quantizer, options.ignore_mismatched_sizes)
-        told.same = ("checkpoint", _understood(match))
+        stage.must_match = ("checkpoint", _understood(match))
     threads = options.reading_threads(world.cpu_cores)
-    with agreed(world, "reading the weights") as told:
+    with collective_stage(world, "reading the weights") as stage:
         with watch.stage("initialise"):
             initialised = _initialise(match, request, threads)
         tensors = match.collect_tensors()
@@ -80,12 +80,12 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
             if request.while_reading is not None:
                 request.while_reading()
             _read({name: tensors[name] for name in traced}, plan, match, threads)
-        told.mine = [] if match.resolution.computed else _equal_ties(match, tensors)
-    equal_ties, computed = told.everyone, Computed(read_bytes=0, held_bytes={})
+        stage.local = [] if match.resolution.computed else _equal_ties(match, tensors)
+    equal_ties, computed = stage.gathered, Materialized(read_bytes=0, held_bytes={})
     if match.resolution.computed:
         with watch.stage("compute"):
-            computed = fill_computed(match, tensors, initialised, world)
-            equal_ties = distributed.exchange(world, _equal_ties(match, tensors))
+            computed = fill_untraceable(match, tensors, initialised, world)
+            equal_ties = all_gather_json(world, _equal_ties(match, tensors))
     with watch.stage("finish"):
         missing, unexpected = _finish(match, request, world, equal_ties)
     _warn_of_parts_left_out(match, world)
@@ -122,18 +122,18 @@ def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
         traced = [name for name in memory if name in resolution.sources]
-        targets = [_target(match, name, whole_range(match.state[name].numel())) for name in traced]
+        targets = [_target(match, name, full_range(match.state[name].numel())) for name in traced]
         _fill(plan_reads(targets, resolution.stored).reads, memory, match, threads)
         for name in memory.keys() - resolution.sources.keys():
-            made, _ = compute(resolution.computed[name], match.whole, match.index)
+            made, _ = materialize(resolution.computed[name], match.whole, match.index)
             memory[name].copy_(made[name].reshape(-1))
 
-    initialised = init_weights.initialise(
+    initialised = init_weights.initialize_missing(
         match.model,
         loaded={name: match.state[name].dtype for name in resolution.loaded},
         tied=match.tied_to,
         load=load,
-        build_buffers=lambda: skeleton.buffers(request.model),
+        build_buffers=lambda: skeleton.constructor_buffers(request.model),
         shard=match.skeleton.init.shard_parameter,
         device=match.skeleton.init.local_device,
         seed=request.seed,
@@ -142,8 +142,8 @@ def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
     return initialised
 
 
-def _target(match: CheckpointMatch, name: str, span: FlatRange) -> Target:
-    return Target(makeup=match.resolution.sources[name], span=span)
+def _target(match: CheckpointMatch, name: str, span: FlatRange) -> FillTarget:
+    return FillTarget(makeup=match.resolution.sources[name], span=span)
 
 
 def plan_rank(match: CheckpointMatch, params: Mapping[str, Any]) -> Plan:
@@ -168,13 +168,13 @@ def _read(params: Mapping[str, Any], plan: Plan, match: CheckpointMatch, threads
 
 
 def _fill(
-    reads: Sequence[Read],
+    reads: Sequence[ReadItem],
     memory: Mapping[str, torch.Tensor],
     match: CheckpointMatch,
     threads: int,
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    reader.fill(reads, memory, threads, match.index.stamps, dequantise, advance)
+    reader.fill(reads, memory, threads, match.index.stamps, dequantize, advance)
 
 
 def _finish(
@@ -187,7 +187,7 @@ def _finish(
     """
     model, resolution = match.model, match.resolution
     absent = set(match.state) - resolution.loaded - {mismatch.name for mismatch in resolution.mismatched}
-    with agreed(world, "tying weights"):
+    with collective_stage(world, "tying weights"):
         for (target, _), *equal in zip(match.ties_with_both_stored(), *equal_ties, strict=True):
             if all(equal):
                 absent.add(target)
@@ -198,14 +198,14 @@ def _finish(
         left_out = skeleton.give_generation_config(model, request.model)
         for sentence in left_out if world.is_main else ():
             logger.warning(sentence)
-        gather.install(model)
+        gather.install_gather_hooks(model)
         skeleton.keep_zero3_enabled(model, request.ds_config)
     return missing, unexpected
 
 
 def _equal_ties(match: CheckpointMatch, tensors: Mapping[str, Any]) -> list[bool]:
     """For each tie with both sides stored: does this rank's part of the target equal that of its source?"""
-    return [shards.same(tensors[target], tensors[source]) for target, source in match.ties_with_both_stored()]
+    return [shards.shards_equal(tensors[target], tensors[source]) for target, source in match.ties_with_both_stored()]
 
 
 def _warn_of_parts_left_out(match: CheckpointMatch, world: World) -> None:
@@ -222,7 +222,7 @@ def _warn_of_parts_left_out(match: CheckpointMatch, world: World) -> None:
 
 
 def _key_report(
-    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: Computed, verified: int | None
+    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: Materialized, verified: int | None
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
     cast, dequantised = [], []
@@ -258,18 +258,18 @@ def _not_strict(request: LoadRequest, missing: Sequence[str], unexpected: Sequen
 def _verify(match: CheckpointMatch, world: World, initialised: Set[str]) -> int:
     """Hash what this rank holds against the files; what the model's own initialisation has changed is left out."""
     tensors = match.collect_tensors()
-    with agreed(world, "hashing the shards"):
+    with collective_stage(world, "hashing the shards"):
         held = {name: _held(tensors[name]) for name in match.resolution.loaded if name not in initialised}
     return verify(match.model, match.state, match.resolution.groups, match.index, held, world)
 
 
-def _held(tensor: torch.Tensor) -> Held:
+def _held(tensor: torch.Tensor) -> ShardDigest:
     """Hash this rank's part of a tensor; one that lives on NVMe is in memory only for that."""
     if not shards.is_sharded(tensor):
-        return Held(digest=digest(tensor), dtype=tensor.dtype, parts=1)
+        return ShardDigest(digest=digest(tensor), dtype=tensor.dtype, parts=1)
     param: Any = tensor
     shard = shards.local_shard(param)
-    held = Held(digest=digest(shard), dtype=shard.dtype, parts=shards.partitions(param))
+    held = ShardDigest(digest=digest(shard), dtype=shard.dtype, parts=shards.num_partitions(param))
     shards.release_shard(param)
     return held
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from zero_sft.conversion.quantized import unquantised
+from zero_sft.conversion.quantized import unquantized
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading.request import ModelSpec
@@ -111,7 +111,7 @@ class Skeleton:
         self.init.shard(self.model)
 
 
-def build(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
+def build_sharded(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
     """Construct the model inside `ShardedInit`. Every rank; does not communicate.
 
     Raises:
@@ -125,13 +125,13 @@ def build(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
             f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones.",
             code="ds_config.refused_by_deepspeed",
         ) from error
-    model, state = outline(spec, init)
+    model, state = build_on_meta(spec, init)
     return Skeleton(model=model, state=state, init=init)
 
 
-def outline(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """The model on the meta device, constructed inside the contexts `around`, and its whole state dict. Any rank by itself."""
-    model = construct(spec, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")(), _no_values_on_meta())
+    model = instantiate(spec, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")(), _no_values_on_meta())
     internal("patch_output_recorders")(model)
     kept = kept_dtypes(model, spec.dtype)
     state = {
@@ -142,15 +142,15 @@ def outline(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[str, t
     return model, state
 
 
-def buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
+def constructor_buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
     """The buffers as the model's constructor computes them, without its parameters. Any rank by itself."""
-    return dict(construct(spec, _hollow_parameters()).named_buffers(remove_duplicate=False))
+    return dict(instantiate(spec, _meta_parameters()).named_buffers(remove_duplicate=False))
 
 
-def construct(spec: ModelSpec, *around: Any) -> PreTrainedModel:
+def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
     """The model, constructed as plain `from_pretrained` does, inside the contexts `around`. Any rank by itself."""
     cls, config = resolve_class(spec.config, spec.model_class, spec.folder, spec.trust_remote_code)
-    config = unquantised(copy.deepcopy(config))
+    config = unquantized(copy.deepcopy(config))
     attention = attention_of(config, spec.attn_implementation)
     if attention:
         require_attention(cls, config, attention)
@@ -213,7 +213,7 @@ def _no_values_on_meta() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hollow_parameters() -> Iterator[None]:
+def _meta_parameters() -> Iterator[None]:
     """Parameters go to the meta device as they are registered, before anything is written to them; buffers are as they are."""
     register = nn.Module.register_parameter
 

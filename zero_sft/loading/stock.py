@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.generation_config import read_generation_config
@@ -31,7 +31,7 @@ def load_stock(request: LoadRequest, world: World) -> Loaded:
         ZeroSftError: if a rank fails where no other is in a collective; a failure elsewhere surfaces as the library's own.
     """
     spec = request.model
-    with agreed(world, "preparing the model's class"):
+    with collective_stage(world, "preparing the model's class"):
         cls, config = skeleton.resolve_class(spec.config, spec.model_class, spec.folder, spec.trust_remote_code)
         optional: dict[str, Any] = {}
         if spec.attn_implementation is not None:
@@ -57,7 +57,7 @@ def load_stock(request: LoadRequest, world: World) -> Loaded:
     model, info = loaded
     seconds = time.perf_counter() - start
     model._zero_sft_hf_ds_config = hf_config
-    gather.install(model)
+    gather.install_gather_hooks(model)
     parameters = sum(torch.Size(shards.full_shape(param)).numel() for param in model.parameters())
     keys = KeyReport(parameters=parameters, missing=sorted(info["missing_keys"]))
     return Loaded(model=model, keys=keys, stats=LoadStats(seconds=seconds))

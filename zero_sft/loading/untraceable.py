@@ -18,16 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from zero_sft.checkpoint.index import CheckpointIndex
-from zero_sft.cluster import stages as distributed
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.control_group import all_gather_json
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.conversion.convert import Whole, run
-from zero_sft.conversion.keys import Group
+from zero_sft.conversion.convert import FullShapeModel, run
+from zero_sft.conversion.keys import TensorGroup
 from zero_sft.loading.match import CheckpointMatch
-from zero_sft.plan.partition import whole_range
-from zero_sft.plan.plan import Makeup, Target, plan_reads
-from zero_sft.plan.regions import whole
+from zero_sft.plan.partition import full_range
+from zero_sft.plan.plan import FillTarget, SourceMap, plan_reads
+from zero_sft.plan.regions import identity_regions
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.zero import shards
@@ -35,7 +35,7 @@ from zero_sft.zero import shards
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[str, torch.Tensor], int]:
+def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointIndex) -> tuple[dict[str, torch.Tensor], int]:
     """Read a group's stored tensors whole and run its operations; what they make, and the bytes read. Does not communicate."""
     read_bytes = 0
 
@@ -43,8 +43,8 @@ def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[st
         nonlocal read_bytes
         stored = index.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
-        makeup = Makeup.of(name, stored.shape, whole(name, stored.shape, strides=stored.strides))
-        target = Target(makeup=makeup, span=whole_range(stored.numel))
+        makeup = SourceMap.of(name, stored.shape, identity_regions(name, stored.shape, strides=stored.strides))
+        target = FillTarget(makeup=makeup, span=full_range(stored.numel))
         read_bytes += reader.fill(plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, stamps=index.stamps)
         return tensor
 
@@ -52,14 +52,14 @@ def compute(group: Group, model: Whole, index: CheckpointIndex) -> tuple[dict[st
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
-    """What `fill_computed` did: bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
+class Materialized:
+    """What `fill_untraceable` did: bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
 
     read_bytes: int
     held_bytes: Mapping[str, int]
 
 
-def fill_computed(match: CheckpointMatch, tensors: Mapping[str, Any], initialised: Set[str], world: World) -> Computed:
+def fill_untraceable(match: CheckpointMatch, tensors: Mapping[str, Any], initialised: Set[str], world: World) -> Materialized:
     """Fill the shards of the tensors that can't be traced, group by group. Every rank; communicates.
 
     Args:
@@ -73,9 +73,9 @@ def fill_computed(match: CheckpointMatch, tensors: Mapping[str, Any], initialise
         if not wanted:
             continue
         made: dict[str, torch.Tensor] | None = None
-        with agreed(world, f"computing {wanted[0]}"):
+        with collective_stage(world, f"computing {wanted[0]}"):
             if world.leads_node:
-                made, nbytes = compute(group, match.whole, match.index)
+                made, nbytes = materialize(group, match.whole, match.index)
                 read_bytes += nbytes
         with shared(made, wanted, world) as full:
             made = None
@@ -85,12 +85,12 @@ def fill_computed(match: CheckpointMatch, tensors: Mapping[str, Any], initialise
                     span = shards.local_range(tensors[name])
                     shard[: span.numel].copy_(full[name].reshape(-1)[span.start : span.stop])
 
-            with agreed(world, f"keeping {wanted[0]}"):
+            with collective_stage(world, f"keeping {wanted[0]}"):
                 shards.fill_shards({name: tensors[name] for name in wanted}, fill)
         sources = sum(match.index.tensors[name].nbytes for name in group.stored)
         results = sum(match.state[name].numel() * match.state[name].itemsize for name in wanted)
         held_bytes |= dict.fromkeys(wanted, sources + results)
-    return Computed(read_bytes=read_bytes, held_bytes=held_bytes)
+    return Materialized(read_bytes=read_bytes, held_bytes=held_bytes)
 
 
 @contextlib.contextmanager
@@ -101,12 +101,12 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
     """
     path: Path | None = None
     try:
-        with agreed(world, "sharing what was computed"):
+        with collective_stage(world, "sharing what was computed"):
             if tensors is not None:
                 path = _room_for(sum(tensors[name].nbytes for name in names))
                 save_file({name: tensors[name].contiguous() for name in names}, path)
-        where = distributed.exchange(world, str(path or ""))[world.node_leader]
-        with agreed(world, "mapping what was computed"), safe_open(where, framework="pt") as file:
+        where = all_gather_json(world, str(path or ""))[world.node_leader]
+        with collective_stage(world, "mapping what was computed"), safe_open(where, framework="pt") as file:
             mapped = {name: file.get_tensor(name) for name in names}
         yield mapped
     finally:

@@ -16,17 +16,17 @@ from transformers import PreTrainedModel
 
 from zero_sft.checkpoint.file_identity import require_unchanged
 from zero_sft.checkpoint.index import CheckpointIndex
-from zero_sft.cluster import stages as distributed
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.control_group import all_gather_json
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.conversion.convert import Whole, run
-from zero_sft.conversion.keys import Group
+from zero_sft.conversion.convert import FullShapeModel, run
+from zero_sft.conversion.keys import TensorGroup
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class ShardDigest:
     """What this rank has of a tensor: the digest of its real elements, their dtype, and into how many parts it is cut."""
 
     digest: str
@@ -43,9 +43,9 @@ def digest(tensor: torch.Tensor) -> str:
 def verify(
     model: PreTrainedModel,
     state: Mapping[str, torch.Tensor],
-    groups: Sequence[Group],
+    groups: Sequence[TensorGroup],
     index: CheckpointIndex,
-    held: Mapping[str, Held],
+    held: Mapping[str, ShardDigest],
     world: World,
 ) -> int:
     """Compare every loaded tensor with the files. Every rank; communicates hashes.
@@ -62,17 +62,17 @@ def verify(
         CheckpointError: on every rank, naming the tensors and ranks that differ.
     """
     expected: dict[str, list[str]] = {}
-    with agreed(world, "reading the checkpoint back"):
+    with collective_stage(world, "reading the checkpoint back"):
         files = _Files(index)
         for group in groups[world.rank :: world.world_size]:
-            for name, tensor in _converted(group, Whole(model, state), files):
+            for name, tensor in _converted(group, FullShapeModel(model, state), files):
                 if name in held:
                     flat, parts = tensor.to(held[name].dtype).reshape(-1), held[name].parts
                     spans = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
                     expected[name] = [digest(flat[span.start : span.stop]) for span in spans]
-    merged = {name: each for mine in distributed.exchange(world, expected) for name, each in mine.items()}
+    merged = {name: each for mine in all_gather_json(world, expected) for name, each in mine.items()}
     different = [name for name, mine in held.items() if name in merged and merged[name][world.rank % mine.parts] != mine.digest]
-    everywhere = distributed.exchange(world, different)
+    everywhere = all_gather_json(world, different)
     if any(everywhere):
         rank = next(rank for rank, names in enumerate(everywhere) if names)
         names = sorted({name for each in everywhere for name in each})
@@ -90,7 +90,7 @@ def verify(
     return len(held)
 
 
-def _converted(group: Group, whole: Whole, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
+def _converted(group: TensorGroup, whole: FullShapeModel, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that a group makes, on real data."""
     if group.converter is None:
         yield group.name, files.tensor(next(iter(group.members)))

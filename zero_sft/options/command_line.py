@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.spec import FALSE_WORDS, TRUE_WORDS, Spec
+from zero_sft.options.spec import FALSE_WORDS, TRUE_WORDS, OptionSpec
 
 COMMAND_LINE = "the command line"
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -21,7 +21,7 @@ _OPTION = re.compile(r"--[A-Za-z]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class RawArgument:
     """One argument as it was given: `origin` is "the command line" or the file's path."""
 
     name: str
@@ -29,7 +29,7 @@ class Given:
     origin: str
 
 
-def read_command_line(argv: Sequence[str], specs: Mapping[str, Spec]) -> tuple[list[Given], Path | None]:
+def read_command_line(argv: Sequence[str], specs: Mapping[str, OptionSpec]) -> tuple[list[RawArgument], Path | None]:
     """Split the words of a command line into arguments and the path of a file with more of them, if there is one.
 
     `--name value`, `--name=value`, `--name a b c` where a list may stand, `--flag` for True, `--no_flag` for False. Dashes in
@@ -48,7 +48,7 @@ def read_command_line(argv: Sequence[str], specs: Mapping[str, Spec]) -> tuple[l
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if equals:
-            given.append(Given(name=name, value=text, origin=COMMAND_LINE))
+            given.append(RawArgument(name=name, value=text, origin=COMMAND_LINE))
             continue
         values = _values_of(argv[position:], specs.get(name), name, specs)
         position += len(values)
@@ -56,7 +56,7 @@ def read_command_line(argv: Sequence[str], specs: Mapping[str, Spec]) -> tuple[l
     return given, file
 
 
-def _values_of(rest: Sequence[str], spec: Spec | None, name: str, specs: Mapping[str, Spec]) -> list[str]:
+def _values_of(rest: Sequence[str], spec: OptionSpec | None, name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
     """The words after `--name` that are its values."""
     values = []
     for word in rest:
@@ -72,24 +72,24 @@ def _values_of(rest: Sequence[str], spec: Spec | None, name: str, specs: Mapping
     return values[:1]
 
 
-def _given(name: str, values: list[str], specs: Mapping[str, Spec]) -> Given:
+def _given(name: str, values: list[str], specs: Mapping[str, OptionSpec]) -> RawArgument:
     spec = specs.get(name)
     if spec is None and not values and _negated(name, specs):
-        return Given(name=_negated(name, specs), value=False, origin=COMMAND_LINE)
+        return RawArgument(name=_negated(name, specs), value=False, origin=COMMAND_LINE)
     if not values:
         if spec is not None and "boolean" not in spec.kinds:
             raise ArgumentError(f"--{name} needs a value: {spec.expected}", code="arguments.value_missing")
-        return Given(name=name, value=True, origin=COMMAND_LINE)
-    return Given(name=name, value=values[0] if len(values) == 1 else values, origin=COMMAND_LINE)
+        return RawArgument(name=name, value=True, origin=COMMAND_LINE)
+    return RawArgument(name=name, value=values[0] if len(values) == 1 else values, origin=COMMAND_LINE)
 
 
-def _negated(name: str, specs: Mapping[str, Spec]) -> str:
+def _negated(name: str, specs: Mapping[str, OptionSpec]) -> str:
     """The flag that `no_flag` switches off, or "" if there is none."""
     flag = name.removeprefix("no_")
     return flag if flag != name and flag in specs and "boolean" in specs[flag].kinds else ""
 
 
-def _as_file(word: str, file: Path | None, given: list[Given]) -> Path:
+def _as_file(word: str, file: Path | None, given: list[RawArgument]) -> Path:
     if word.lower().endswith(FILE_SUFFIXES) and file is None:
         return Path(word)
     if given and isinstance(given[-1].value, bool) and not word.startswith("-"):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.command_line import Given
+from zero_sft.options.command_line import RawArgument
 
 
-def read_file(path: Path) -> list[Given]:
+def read_file(path: Path) -> list[RawArgument]:
     """The arguments in a YAML or JSON file: a mapping from names to values.
 
     Raises:
@@ -29,7 +29,7 @@ def read_file(path: Path) -> list[Given]:
             raise ArgumentError(
                 f"{path}: {name!r} {problem}. Write each argument once, as `name: value`.", code="arguments.file_bad_key"
             )
-    return [Given(name=name.replace("-", "_"), value=value, origin=str(path)) for name, value in pairs]
+    return [RawArgument(name=name.replace("-", "_"), value=value, origin=str(path)) for name, value in pairs]
 
 
 def _json_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.spec import SECRETS, Spec, specs_of
+from zero_sft.options.spec import SECRETS, OptionSpec, specs_of
 
 
 def read_keywords(keywords: Mapping[str, Any], *groups: type, function: Callable[..., Any]) -> list[Any]:
@@ -61,5 +61,5 @@ def require_types(options: object, group: type) -> None:
 
 
 @functools.cache
-def _cached_specs(group: type) -> dict[str, Spec]:
+def _cached_specs(group: type) -> dict[str, OptionSpec]:
     return specs_of(group, "")

@@ -46,7 +46,7 @@ SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spec:
+class OptionSpec:
     """One argument: its name, what it may be, and what is said about it."""
 
     name: str
@@ -128,20 +128,20 @@ class Spec:
         return f". Did you mean {near[0]}?" if near else ""
 
 
-def specs_of(group: type, name: str) -> dict[str, Spec]:
+def specs_of(group: type, name: str) -> dict[str, OptionSpec]:
     """The arguments that a dataclass declares, in its order; `name` is the group's."""
     hints = typing.get_type_hints(group)
     return {each.name: _spec(each, hints[each.name], name) for each in dataclasses.fields(group) if each.init}
 
 
-def _spec(field: dataclasses.Field, hint: Any, group: str) -> Spec:
+def _spec(field: dataclasses.Field, hint: Any, group: str) -> OptionSpec:
     kinds, choices = _kinds(hint)
     choices = tuple(field.metadata.get("choices", ())) or choices
     if "mapping" in kinds and field.name.endswith("_kwargs"):
         kinds -= {"text"}  # declared for JSON text; any other text fails much later, in whatever is called with it
     made = field.default_factory
     default = made() if made is not dataclasses.MISSING else field.default
-    return Spec(
+    return OptionSpec(
         name=field.name,
         group=group,
         kinds=frozenset(kinds),

@@ -35,6 +35,6 @@ def shard_range(numel: int, rank: int, world_size: int) -> FlatRange:
     return FlatRange(start=start, stop=min(start + size, numel), padded_numel=size)
 
 
-def whole_range(numel: int) -> FlatRange:
+def full_range(numel: int) -> FlatRange:
     """The range of a tensor that every rank keeps whole: a buffer, or a parameter outside ZeRO."""
     return FlatRange(start=0, stop=numel, padded_numel=numel)

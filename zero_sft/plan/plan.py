@@ -1,6 +1,6 @@
 """The plan of one rank: targets × sources → reads.
 
-A target is what a rank must fill (a shard or a whole tensor); the regions of its `Makeup`, which is the same for all ranks,
+A target is what a rank must fill (a shard or a whole tensor); the regions of its `SourceMap`, which is the same for all ranks,
 say which stored elements make it. The plan cuts them to the target's flat range, and cuts what is left into reads, each one
 range of a file whose elements are copied to where they belong. Nothing here reads, allocates or communicates, so any rank of
 any world can be played without processes.
@@ -30,7 +30,7 @@ SCALED_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Makeup:
+class SourceMap:
     """The tensor `name` of that `shape` and the regions that make it, in an order in which a flat range finds its own.
 
     `lows[i]` is the first flat element of region `i`, ascending; `reach[i]` is the last one of all regions up to it.
@@ -43,7 +43,7 @@ class Makeup:
     reach: tuple[int, ...]
 
     @classmethod
-    def of(cls, name: str, shape: Shape, regions: Regions) -> "Makeup":
+    def of(cls, name: str, shape: Shape, regions: Regions) -> "SourceMap":
         """Put the regions in order."""
         strides = row_major(shape)
         spans = [_flat_span(region, strides) for region in regions]
@@ -70,15 +70,15 @@ def _flat_span(region: Region, strides: Shape) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class FillTarget:
     """What a rank fills: the flat range `span` of a tensor."""
 
-    makeup: Makeup
+    makeup: SourceMap
     span: FlatRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
+class ReadItem:
     """One range of a file and where its elements go.
 
     Of the `nbytes` bytes from `offset_bytes` of `file`, seen as elements of `dtype`, the one at
@@ -102,7 +102,7 @@ class Read:
         """True if the bytes are wanted as they are, one behind the other."""
         return self.source_strides == self.target_strides == (1,)
 
-    def continues_in(self, after: "Read") -> bool:
+    def continues_in(self, after: "ReadItem") -> bool:
         """True if both are plain runs, and `after` begins where this one ends, in the file and in the target."""
         return (
             self.offset_bytes + self.nbytes == after.offset_bytes
@@ -123,7 +123,7 @@ class Read:
 class Plan:
     """All reads of one rank, in file order."""
 
-    reads: tuple[Read, ...]
+    reads: tuple[ReadItem, ...]
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +132,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class CopySpec:
     """A strided copy: elements of flat `source` to elements of a target's local part, over a box of `sizes`."""
 
     source: str
@@ -143,18 +143,18 @@ class Piece:
     target_strides: Shape
 
 
-def plan_reads(targets: Iterable[Target], stored: Mapping[str, StoredTensor]) -> Plan:
+def plan_reads(targets: Iterable[FillTarget], stored: Mapping[str, StoredTensor]) -> Plan:
     """Turn what a rank must fill into reads, sorted by file and offset."""
-    reads: list[Read] = []
+    reads: list[ReadItem] = []
     for target in targets:
-        for piece in pieces(target):
+        for piece in copy_specs(target):
             reads += _reads(piece, target.makeup.name, stored[piece.source])
     return Plan(reads=tuple(_joined(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target)))))
 
 
-def _joined(reads: Iterable[Read]) -> Iterator[Read]:
+def _joined(reads: Iterable[ReadItem]) -> Iterator[ReadItem]:
     """Sorted reads, those that go on where the one before ends, there and here, as one: a range may begin within a row."""
-    last: Read | None = None
+    last: ReadItem | None = None
     for read in reads:
         if last is None:
             last = read
@@ -167,7 +167,7 @@ def _joined(reads: Iterable[Read]) -> Iterator[Read]:
         yield last
 
 
-def check_cover(makeup: Makeup, stored: Mapping[str, StoredTensor]) -> None:
+def check_cover(makeup: SourceMap, stored: Mapping[str, StoredTensor]) -> None:
     """The regions of a tensor, which are disjoint, must have as many elements as it: one left out would stay uninitialised.
 
     Raises:
@@ -189,7 +189,7 @@ def check_cover(makeup: Makeup, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def pieces(target: Target) -> Iterator[Piece]:
+def copy_specs(target: FillTarget) -> Iterator[CopySpec]:
     """The strided copies that fill a target's span."""
     span, shape = target.span, target.makeup.shape
     if span.start >= span.stop:
@@ -222,7 +222,7 @@ def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]
         yield from (((last, *corner), (1, *sizes)) for corner, sizes in _boxes(shape[1:], 0, rest))
 
 
-def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, span_start: int) -> Piece | None:
+def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, span_start: int) -> CopySpec | None:
     """The part of a region inside a box of the target, as a copy with as few dimensions as it needs."""
     source_start, target_start = region.offset, -span_start
     dims: list[list[int]] = []  # size, source stride, target stride
@@ -241,7 +241,7 @@ def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, sp
         else:
             dims.append([size, walk, stride])
     dims = dims or [[1, 1, 1]]
-    return Piece(
+    return CopySpec(
         source=region.source,
         source_start=source_start,
         target_start=target_start,
@@ -251,7 +251,7 @@ def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, sp
     )
 
 
-def _reads(piece: Piece, target: str, source: StoredTensor) -> Iterator[Read]:
+def _reads(piece: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadItem]:
     """The ranges of a file that deliver a piece: as few as there are without reading along more than small gaps.
 
     Dimensions are taken from the finest source stride on into one range as long as the gaps that this reads along are small;
@@ -279,14 +279,14 @@ def _reads(piece: Piece, target: str, source: StoredTensor) -> Iterator[Read]:
 
 
 def _repeated(
-    piece: Piece,
+    piece: CopySpec,
     target: str,
     source: StoredTensor,
     inner: list[tuple[int, int, int]],
     outer: list[tuple[int, int, int]],
     source_skip: int,
     target_skip: int,
-) -> Iterator[Read]:
+) -> Iterator[ReadItem]:
     """One range over the `inner` dimensions for every index of the `outer` ones, each (source stride, size, target stride)."""
     if outer:
         stride, size, step = outer[-1]
@@ -297,7 +297,7 @@ def _repeated(
     box = [each for each in reversed(inner) if each[1] > 1] or [(1, 1, 1)]
     reach = 1 + sum((size - 1) * stride for stride, size, _ in box)
     start = piece.source_start + source_skip
-    yield Read(
+    yield ReadItem(
         file=source.file,
         offset_bytes=source.offset_bytes + start * source.itemsize,
         nbytes=reach * source.itemsize,

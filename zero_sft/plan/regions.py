@@ -45,7 +45,7 @@ def row_major(shape: Sequence[int]) -> Shape:
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
-def whole(source: str, shape: Shape, *, offset: int = 0, strides: Shape | None = None) -> Regions:
+def identity_regions(source: str, shape: Shape, *, offset: int = 0, strides: Shape | None = None) -> Regions:
     """The regions of a source itself, seen as a tensor of `shape`."""
     if 0 in shape:
         return ()

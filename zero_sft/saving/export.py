@@ -26,14 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.convert import Resolution, original_format, resolve
-from zero_sft.plan.partition import whole_range
-from zero_sft.plan.plan import Makeup, Target, pieces
-from zero_sft.plan.regions import whole
-from zero_sft.saving.folder import Draft, explained, find_draft, kept, make_draft
+from zero_sft.plan.partition import full_range
+from zero_sft.plan.plan import FillTarget, SourceMap, copy_specs
+from zero_sft.plan.regions import identity_regions
+from zero_sft.saving.folder import StagingFolder, explained, find_staging, kept, make_staging
 from zero_sft.saving.placing import put_in_place
 from zero_sft.saving.readable import require_readable, unwrapped
 from zero_sft.saving.settings import write_settings
@@ -62,28 +62,28 @@ def save_pretrained(
     """
     target = Path(path).expanduser()
     world = connect(World.detect())
-    with agreed(world, "checking the model"):
+    with collective_stage(world, "checking the model"):
         inner = unwrapped(model)
         tensors = dict(_tensors(inner))
         if world.is_main:
             require_readable(inner, _on_meta(tensors))
     layout = _agreed_layout(inner, tensors, max_file_bytes, world)
-    draft: Draft | None = None
+    draft: StagingFolder | None = None
     is_complete = False
     try:
-        with agreed(world, f"preparing {target}") as told, explained(target):
-            told.same = ("files of the export", {"layout": layout.digest()})
+        with collective_stage(world, f"preparing {target}") as stage, explained(target):
+            stage.must_match = ("files of the export", {"layout": layout.digest()})
             if world.is_main:
-                draft = make_draft(target)
-                told.mine = draft.reference
-        draft = draft or find_draft(target, told.everyone[0])
-        with agreed(world, f"preparing {target}"), explained(target):
+                draft = make_staging(target)
+                stage.local = draft.reference
+        draft = draft or find_staging(target, stage.gathered[0])
+        with collective_stage(world, f"preparing {target}"), explained(target):
             if world.is_main:
                 _prepare(draft.folder, layout.files, inner, tokenizer)
-        with agreed(world, f"writing {target}"), explained(target):
+        with collective_stage(world, f"writing {target}"), explained(target):
             _write_own(draft.folder, layout, tensors, world)
         is_complete = True
-        with agreed(world, f"finishing {target}"), kept(draft):
+        with collective_stage(world, f"finishing {target}"), kept(draft):
             if world.is_main:
                 put_in_place(draft)
     finally:
@@ -91,12 +91,12 @@ def save_pretrained(
             shutil.rmtree(draft.folder, ignore_errors=True)
 
 
-def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int, world: World) -> "Layout":
+def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int, world: World) -> "ExportLayout":
     """The published format where every rank can write it, else the model's own names on every rank. Communicates."""
     state = _on_meta(tensors)
-    with agreed(world, "laying out the export") as told:
-        published, told.mine = published_layout(model, state, max_file_bytes)
-    reason = next((reason for reason in told.everyone if reason is not None), None)
+    with collective_stage(world, "laying out the export") as stage:
+        published, stage.local = published_layout(model, state, max_file_bytes)
+    reason = next((reason for reason in stage.gathered if reason is not None), None)
     if reason is None and published is not None:
         return published
     logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
@@ -134,12 +134,12 @@ def _prepare(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class ExportLayout:
     """The files of an export, their tensors by name, and which of their elements each of the model's tensors becomes."""
 
     files: tuple[FileLayout, ...]
     stored: Mapping[str, StoredTensor]
-    sources: Mapping[str, Makeup]
+    sources: Mapping[str, SourceMap]
 
     @property
     def nbytes(self) -> int:
@@ -158,7 +158,7 @@ class Layout:
 
 def published_layout(
     model: PreTrainedModel, state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES
-) -> tuple[Layout | None, str | None]:
+) -> tuple[ExportLayout | None, str | None]:
     """The files of the published format, for a state dict on meta; or None and the reason why it can't be used.
 
     It is used where it loads back as this model, element for element. Any rank; does not communicate.
@@ -172,18 +172,18 @@ def published_layout(
     return (None, reason) if reason else (dataclasses.replace(published, sources=resolution.sources), None)
 
 
-def own_layout(state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES) -> Layout:
+def own_layout(state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES) -> ExportLayout:
     """The files of a state dict under the model's own names. Any rank; does not communicate."""
     own = _planned(state, max_file_bytes)
     shapes = {name: tuple(each.shape) for name, each in state.items()}
-    sources = {name: Makeup.of(name, shape, whole(name, shape)) for name, shape in shapes.items()}
+    sources = {name: SourceMap.of(name, shape, identity_regions(name, shape)) for name, shape in shapes.items()}
     return dataclasses.replace(own, sources=sources)
 
 
-def _planned(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> Layout:
+def _planned(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> ExportLayout:
     rows = ((name, STORED_DTYPES[each.dtype], tuple(each.shape)) for name, each in tensors.items())
     files = lay_out(rows, max_file_bytes)
-    return Layout(files=files, stored={place.name: place for file in files for place in file.tensors}, sources={})
+    return ExportLayout(files=files, stored={place.name: place for file in files for place in file.tensors}, sources={})
 
 
 def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], resolution: Resolution) -> str | None:
@@ -201,7 +201,7 @@ def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor
     return f"{partial[0]} would not be written wholly" if partial else None
 
 
-def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: World) -> None:
+def _write_own(folder: Path, layout: ExportLayout, tensors: Mapping[str, Any], world: World) -> None:
     """Write this rank's range of every tensor; whole tensors are rank 0's."""
     with contextlib.ExitStack() as stack:
         handles = {}
@@ -214,10 +214,10 @@ def _write_own(folder: Path, layout: Layout, tensors: Mapping[str, Any], world: 
             is_sharded = shards.is_sharded(tensor)
             if not is_sharded and not world.is_main:
                 continue
-            span = shards.current_range(tensor) if is_sharded else whole_range(tensor.numel())
+            span = shards.current_range(tensor) if is_sharded else full_range(tensor.numel())
             with shards.current_values(tensor) if is_sharded else _whole_values(tensor) as values:
                 flat = values.to(tensor.dtype)  # a shard keeps its dtype when a partitioned model is cast
-                for piece in pieces(Target(makeup=layout.sources[name], span=span)):
+                for piece in copy_specs(FillTarget(makeup=layout.sources[name], span=span)):
                     place = layout.stored[piece.source]
                     write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
             task.advance(_own_bytes(tensor, world))

@@ -37,7 +37,7 @@ class Placing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class StagingFolder:
     """A hidden folder that will take the place of `target`; both are resolved paths."""
 
     folder: Path
@@ -50,12 +50,12 @@ class Draft:
         return [self.folder.name, self.placing, "inside" if self.folder.parent == self.target else "next to"]
 
 
-def find_draft(path: str | Path, reference: list[str]) -> Draft:
+def find_staging(path: str | Path, reference: list[str]) -> StagingFolder:
     """The draft that rank 0 made for the folder `path`, as this machine names it."""
     name, placing, where = reference
     target = resolved(path)
     parent = target if where == "inside" else target.parent
-    return Draft(folder=parent / name, target=target, placing=Placing(placing))
+    return StagingFolder(folder=parent / name, target=target, placing=Placing(placing))
 
 
 def resolved(path: str | Path) -> Path:
@@ -63,7 +63,7 @@ def resolved(path: str | Path) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def make_draft(path: str | Path) -> Draft:
+def make_staging(path: str | Path) -> StagingFolder:
     """Make an empty draft for the folder `path`, on its file system. Rank 0.
 
     Raises:
@@ -74,11 +74,11 @@ def make_draft(path: str | Path) -> Draft:
     _require_usable(target)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        return Draft(folder=_new_folder(target.parent, target), target=target, placing=Placing.RENAME)
+        return StagingFolder(folder=_new_folder(target.parent, target), target=target, placing=Placing.RENAME)
     beside = None if _holds_the_working_directory(target) else _next_to(target)
     if beside is not None:
-        return Draft(folder=beside, target=target, placing=Placing.EXCHANGE)
-    return Draft(folder=_new_folder(target, target), target=target, placing=Placing.IN_PLACE)
+        return StagingFolder(folder=beside, target=target, placing=Placing.EXCHANGE)
+    return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.IN_PLACE)
 
 
 def _require_usable(target: Path) -> None:
@@ -131,7 +131,7 @@ def _holds_the_working_directory(target: Path) -> bool:
 
 
 @contextlib.contextmanager
-def writable_draft(path: str | Path) -> Iterator[Draft]:
+def writable_staging(path: str | Path) -> Iterator[StagingFolder]:
     """Make a draft for `path` as the end of the run will, and remove it afterwards. Rank 0.
 
     A target that did not exist is made for a moment, since the rename of the draft to it is tried as well: a run that fails
@@ -142,7 +142,7 @@ def writable_draft(path: str | Path) -> Iterator[Draft]:
     """
     target = resolved(path)
     with explained(path):
-        draft = make_draft(path)
+        draft = make_staging(path)
     try:
         with explained(path):
             (draft.folder / "probe").write_bytes(b"0")
@@ -156,11 +156,11 @@ def writable_draft(path: str | Path) -> Iterator[Draft]:
 
 def require_writable(path: str | Path) -> None:
     """Raise `ExportError` now, rather than after the training, if the folder `path` can't be made or written. Rank 0."""
-    with writable_draft(path):
+    with writable_staging(path):
         pass
 
 
-def leftover_drafts(path: str | Path) -> list[Path]:
+def leftover_stagings(path: str | Path) -> list[Path]:
     """The drafts for `path` that killed runs have left, or whose last step failed. Rank 0."""
     target = resolved(path)
     pattern = f".{target.name}.????????{DRAFT_SUFFIX}"
@@ -188,7 +188,7 @@ class explained:
 class kept:
     """Turn an OSError of the last step into a NotPlacedError that names the finished draft."""
 
-    def __init__(self, draft: Draft) -> None:
+    def __init__(self, draft: StagingFolder) -> None:
         self._draft = draft
 
     def __enter__(self) -> None:

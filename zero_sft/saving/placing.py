@@ -32,7 +32,7 @@ from pathlib import Path
 
 from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
 from zero_sft.saving.exchange_folders import exchange
-from zero_sft.saving.folder import Draft, Placing
+from zero_sft.saving.folder import Placing, StagingFolder
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ _MOST_LINKS = 20_000
 """Files in the target above which it is written in place: somebody's home or data folder, not a run's."""
 
 
-def put_in_place(draft: Draft) -> None:
+def put_in_place(draft: StagingFolder) -> None:
     """Let a finished draft take its target's place; the draft is gone afterwards. Rank 0.
 
     Raises:

@@ -4,10 +4,10 @@ import contextlib
 import logging
 from pathlib import Path
 
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError
-from zero_sft.saving.folder import explained, find_draft, leftover_drafts, writable_draft
+from zero_sft.saving.folder import explained, find_staging, leftover_stagings, writable_staging
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +21,13 @@ def rehearse_writing(path: str | Path, world: World) -> None:
         ExportError: the folder can't be made or written, or a node does not see it.
     """
     with contextlib.ExitStack() as stack:
-        with agreed(world, "checking the output folder") as told:
+        with collective_stage(world, "checking the output folder") as stage:
             if world.is_main:
-                for leftover in leftover_drafts(path):
+                for leftover in leftover_stagings(path):
                     logger.warning("%s was left by a run that did not end well: move what you need, and remove it", leftover)
-                told.mine = stack.enter_context(writable_draft(path)).reference
-        draft = find_draft(path, told.everyone[0])
-        with agreed(world, "writing to the output folder"), explained(path):
+                stage.local = stack.enter_context(writable_staging(path)).reference
+        draft = find_staging(path, stage.gathered[0])
+        with collective_stage(world, "writing to the output folder"), explained(path):
             if world.leads_node:
                 if not draft.folder.is_dir():
                     raise ExportError(

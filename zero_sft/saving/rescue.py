@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.control_group import broadcast_bytes
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError, ZeroSftError
 
@@ -26,7 +26,7 @@ def export_or_rescue(export: Callable[[Path], None], output: Path, world: World)
     except NotPlacedError:
         raise
     except ExportError as error:
-        token = distributed.broadcast_bytes(world, secrets.token_hex(4).encode() if world.is_main else None).decode()
+        token = broadcast_bytes(world, secrets.token_hex(4).encode() if world.is_main else None).decode()
         rescue = Path.cwd() / f"{output.name}-rescued-{token}"
         logger.error("%s\nwriting the model to %s instead", error, rescue)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zero_sft.cluster.stages import agreed
+from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
 from zero_sft.saving.trainer_checkpoint import WEIGHTS_ALONE, NotWholeError, TrainerCheckpoint, inspect
@@ -29,13 +29,13 @@ def agree_on_checkpoint(
     """
     if wanted is None or wanted is False:
         return None
-    with agreed(world, "looking at the checkpoint") as told:
+    with collective_stage(world, "looking at the checkpoint") as stage:
         if world.is_main:
             found = find_checkpoint(wanted, output_dir, world.world_size, ds_config, bf16)
-            told.mine = [str(found.folder), found.global_step, found.world_size, found.bf16]
-    folder, step, world_size, in_bf16 = told.everyone[0]
+            stage.local = [str(found.folder), found.global_step, found.world_size, found.bf16]
+    folder, step, world_size, in_bf16 = stage.gathered[0]
     found = TrainerCheckpoint(folder=Path(folder), global_step=step, world_size=world_size, bf16=in_bf16)
-    with agreed(world, "looking at the checkpoint"):
+    with collective_stage(world, "looking at the checkpoint"):
         for path in found.files_of(world.rank):
             if not path.is_file():
                 raise ArgumentError(

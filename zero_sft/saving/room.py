@@ -37,7 +37,7 @@ class SaveSizes:
 
 def sizes_of(spec: ModelSpec) -> tuple[int, int]:
     """Bytes of the exported weights, and the elements of the model's parameters. One rank; does not communicate."""
-    model, state = skeleton.outline(spec)
+    model, state = skeleton.build_on_meta(spec)
     tied = tied_names(model)
     saved = {name: tensor for name, tensor in state.items() if name not in tied}
     layout, _ = published_layout(model, saved)

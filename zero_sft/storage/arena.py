@@ -18,7 +18,7 @@ ALIGNMENT_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class ArenaSlot:
     """A flat tensor to be cut from an arena: `numel` elements of `dtype` on `device`, pinned if it is host memory for DMA."""
 
     name: str
@@ -28,9 +28,9 @@ class Slot:
     pinned: bool = False
 
 
-def allocate(slots: Sequence[Slot]) -> Mapping[str, torch.Tensor]:
+def allocate(slots: Sequence[ArenaSlot]) -> Mapping[str, torch.Tensor]:
     """Cut a zeroed flat tensor for every slot, one arena per (dtype, device, pinned)."""
-    groups: dict[tuple, list[Slot]] = {}
+    groups: dict[tuple, list[ArenaSlot]] = {}
     for slot in slots:
         groups.setdefault((slot.dtype, slot.device, slot.pinned), []).append(slot)
     tensors: dict[str, torch.Tensor] = {}

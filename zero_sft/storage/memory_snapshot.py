@@ -10,7 +10,7 @@ _STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Watermark:
+class MemorySnapshot:
     """Bytes now, and the most so far since the process began, on the host and on the device; 0 where nobody counts."""
 
     host: int
@@ -19,7 +19,7 @@ class Watermark:
     device_peak: int
 
     @classmethod
-    def now(cls) -> "Watermark":
+    def now(cls) -> "MemorySnapshot":
         """This process's memory. On the host: resident, shared and mapped memory included."""
         counts = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", _STATUS.read_text())) if _STATUS.exists() else {}
         device = accelerator()
@@ -31,7 +31,7 @@ class Watermark:
             device_peak=0 if on_host else int(device.max_memory_allocated()),
         )
 
-    def growth_since(self, start: "Watermark") -> tuple[int, int]:
+    def growth_since(self, start: "MemorySnapshot") -> tuple[int, int]:
         """The most bytes over `start`, on the host and on the device.
 
         Where the process had once held more than it did now, before `start`, that peak is all that is known: the result is

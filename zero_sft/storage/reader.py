@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from zero_sft.checkpoint.file_identity import Stamp, require_unchanged
+from zero_sft.checkpoint.file_identity import FileIdentity, require_unchanged
 from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.errors import CheckpointError
-from zero_sft.plan.plan import Read
+from zero_sft.plan.plan import ReadItem
 from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import Pages
@@ -33,10 +33,10 @@ _CHUNK_BYTES = 32 * 2**20  # one read call: large enough to stream, small enough
 
 
 def fill(
-    reads: Sequence[Read],
+    reads: Sequence[ReadItem],
     destinations: Mapping[str, torch.Tensor],
     threads: int = 1,
-    stamps: Mapping[str, Stamp] | None = None,
+    stamps: Mapping[str, FileIdentity] | None = None,
     dequantise: Dequantise | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> int:
@@ -74,20 +74,20 @@ class _Job:
     pages: Pages = dataclasses.field(default_factory=Pages)
 
 
-def _files(read: Read) -> Iterator[str]:
+def _files(read: ReadItem) -> Iterator[str]:
     yield read.file
     if read.scales is not None:
         yield read.scales.file
 
 
-def _fill_threaded(job: _Job, pieces: Sequence[Read], threads: int) -> None:
+def _fill_threaded(job: _Job, pieces: Sequence[ReadItem], threads: int) -> None:
     queue = iter(pieces)  # next() on an iterator is atomic under the GIL, so the threads share it in file order
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         for done in [pool.submit(_work, job, queue) for _ in range(threads)]:
             done.result()
 
 
-def _work(job: _Job, queue: Iterator[Read]) -> None:
+def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
     """One thread's work: what is left in the queue, piece by piece."""
     worker = _Worker(job)
     for piece in queue:
@@ -98,7 +98,7 @@ def _work(job: _Job, queue: Iterator[Read]) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: str, expected: Stamp | None) -> Iterator[int]:
+def opened(path: str, expected: FileIdentity | None) -> Iterator[int]:
     """The file, opened; it must be the `expected` one, both now and after the body has read from it."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
@@ -116,7 +116,7 @@ def opened(path: str, expected: Stamp | None) -> Iterator[int]:
         os.close(handle)
 
 
-def _pieces(read: Read) -> Iterator[Read]:
+def _pieces(read: ReadItem) -> Iterator[ReadItem]:
     """`read` in parts of at most `_CHUNK_BYTES` bytes, a whole number of elements each; a scattered one is small already."""
     if read.nbytes <= _CHUNK_BYTES or not read.is_run or read.scales is not None:
         yield read
@@ -143,7 +143,7 @@ class _Worker:
         self._copied: list = [None, None]  # per buffer: the event after which it may be overwritten
         self._turn = 0
 
-    def run(self, read: Read) -> None:
+    def run(self, read: ReadItem) -> None:
         """Carry out one read: straight into place, or staged where it is cast, put apart or goes to a device."""
         dtype = TORCH_DTYPES[read.dtype]
         if read.scales is not None:
@@ -167,18 +167,18 @@ class _Worker:
             if event is not None:
                 event.synchronize()
 
-    def _read_in_place(self, read: Read, into: torch.Tensor) -> None:
+    def _read_in_place(self, read: ReadItem, into: torch.Tensor) -> None:
         view = bytes_view(into)
         for part in self._job.pages.parts(into):
             self._read_at(read.file, view[part], read.offset_bytes + part.start, read.target)
 
-    def _read_scattered(self, read: Read, dtype: torch.dtype) -> None:
+    def _read_scattered(self, read: ReadItem, dtype: torch.dtype) -> None:
         destination = self._job.destinations[read.target]
         buffer = self._buffer(destination)[: read.nbytes]
         self._read(read, buffer, 0)
         self._copy(_place(read, destination), buffer.view(dtype), read.source_strides)
 
-    def _read_scaled(self, read: Read, scales: ScaleRows, dtype: torch.dtype) -> None:
+    def _read_scaled(self, read: ReadItem, scales: ScaleRows, dtype: torch.dtype) -> None:
         """Rows of the weight, of which only the wanted elements are read, times their scales, one row of blocks at a time."""
         destination = self._job.destinations[read.target]
         rows = -(-(scales.skip + read.nbytes) // scales.width)
@@ -203,7 +203,7 @@ class _Worker:
         arranged = wanted.as_strided(read.sizes, read.source_strides, wanted.storage_offset())
         _place(read, destination).copy_(arranged)
 
-    def _read_staged(self, read: Read, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
+    def _read_staged(self, read: ReadItem, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
         buffer = self._buffer(part)[: part.numel() * dtype.itemsize]
         self._read(read, buffer, skip_bytes)
         if not is_on_device(part):
@@ -235,7 +235,7 @@ class _Worker:
             event.synchronize()
         return self._staging[self._turn]
 
-    def _read(self, read: Read, into: torch.Tensor, skip_bytes: int) -> None:
+    def _read(self, read: ReadItem, into: torch.Tensor, skip_bytes: int) -> None:
         """Fill the byte tensor `into` from `skip_bytes` into `read`."""
         self._read_at(read.file, bytes_view(into), read.offset_bytes + skip_bytes, read.target)
 
@@ -258,6 +258,6 @@ class _Worker:
             position += count
 
 
-def _place(read: Read, destination: torch.Tensor) -> torch.Tensor:
+def _place(read: ReadItem, destination: torch.Tensor) -> torch.Tensor:
     """Where in the flat destination the elements of a read belong, as a view of the read's sizes."""
     return destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from zero_sft.plan.plan import Piece
+from zero_sft.plan.plan import CopySpec
 from zero_sft.storage.accelerator import bytes_view
 
 STAGING_BYTES = 16 * 2**20
@@ -32,7 +32,7 @@ def write_at(handle: int, path: Path, flat: torch.Tensor, offset_bytes: int) -> 
                 raise
 
 
-def write_piece(handle: int, path: Path, flat: torch.Tensor, piece: Piece, offset_bytes: int) -> None:
+def write_piece(handle: int, path: Path, flat: torch.Tensor, piece: CopySpec, offset_bytes: int) -> None:
     """Write what a load would read as `piece`: elements of `flat` to where they stand in the tensor at `offset_bytes`.
 
     Only the piece's own bytes are written, run by run: what lies between them belongs to another rank.

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.cluster import stages as distributed
+from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, broadcast_bytes
+from zero_sft.cluster.stages import collective_stage, require_identical, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model_alone
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.tokenizer.fingerprint import fingerprint
-from zero_sft.tokenizer.serialize import check_faithful, pack, rebuild
+from zero_sft.tokenizer.serialize import check_faithful, deserialize, serialize
 from zero_sft.tokenizer.setup import set_up
 from zero_sft.zero.process_group import connect
 
-Prepared = tuple[PreTrainedTokenizerBase, bytes]
+SerializedTokenizer = tuple[PreTrainedTokenizerBase, bytes]
 """A tokenizer that is set up, and its packet."""
 
 
@@ -57,11 +58,11 @@ class TokenizerSpec:
                 code="arguments.wrong_value",
             )
 
-    def prepare(self, source: ModelSource) -> Prepared:
+    def prepare(self, source: ModelSource) -> SerializedTokenizer:
         """Set the tokenizer up and pack it. Rank 0; does not communicate; it may be on another thread."""
         folder = fetch_files(source, World(), TOKENIZER)
         tokenizer = set_up(folder, source.options, self.model_max_length, self.padding_side)
-        return tokenizer, pack(tokenizer, folder.name)
+        return tokenizer, serialize(tokenizer, folder.name)
 
 
 @takes_options(HubOptions)
@@ -86,7 +87,7 @@ def load_tokenizer(
         padding_side=padding_side,
     )
     world = connect(World.detect())
-    return share(world, spec, lambda: spec.prepare(locate_model_alone(model_name_or_path, hub)))
+    return broadcast_tokenizer(world, spec, lambda: spec.prepare(locate_model_alone(model_name_or_path, hub)))
 
 
 def load_tokenizer_from(
@@ -94,28 +95,30 @@ def load_tokenizer_from(
 ) -> PreTrainedTokenizerBase:
     """Do what `load_tokenizer` does, with a model that was located. Every rank; communicates."""
     spec = TokenizerSpec.of(source, model_max_length, padding_side)
-    return share(world, spec, lambda: spec.prepare(source))
+    return broadcast_tokenizer(world, spec, lambda: spec.prepare(source))
 
 
-def share(world: World, spec: TokenizerSpec, prepared: Callable[[], Prepared]) -> PreTrainedTokenizerBase:
+def broadcast_tokenizer(
+    world: World, spec: TokenizerSpec, prepared: Callable[[], SerializedTokenizer]
+) -> PreTrainedTokenizerBase:
     """The tokenizer that rank 0 prepares, or has prepared, on every rank. Every rank; communicates.
 
     Raises:
         ZeroSftError: as `load_tokenizer`'s.
     """
     original, packet = None, None
-    with distributed.agreed(world, "setting up the tokenizer", distributed.DOWNLOAD_TIMEOUT):
+    with collective_stage(world, "setting up the tokenizer", DOWNLOAD_TIMEOUT):
         spec.check()
         if world.is_main:
             original, packet = prepared()
-    packet = distributed.broadcast_bytes(world, packet)
+    packet = broadcast_bytes(world, packet)
 
     def rebuilt() -> PreTrainedTokenizerBase:
-        tokenizer = rebuild(packet, spec.name, trust_remote_code=spec.trust_remote_code)
+        tokenizer = deserialize(packet, spec.name, trust_remote_code=spec.trust_remote_code)
         check_faithful(original, tokenizer)
         return tokenizer
 
-    one_by_one = spec.trust_remote_code
-    tokenizer = distributed.by_turns(world, "rebuilding the tokenizer", rebuilt, one_by_one=one_by_one)
-    distributed.agree_on(world, "tokenizer", fingerprint(tokenizer))
+    main_first = spec.trust_remote_code
+    tokenizer = run_stage(world, "rebuilding the tokenizer", rebuilt, main_first=main_first)
+    require_identical(world, "tokenizer", fingerprint(tokenizer))
     return tokenizer

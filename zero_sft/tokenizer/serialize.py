@@ -21,7 +21,7 @@ from zero_sft.tokenizer.fingerprint import fingerprint
 from zero_sft.transformers_internals import set_tokenizer_backend
 
 
-def pack(tokenizer: PreTrainedTokenizerBase, label: str) -> bytes:
+def serialize(tokenizer: PreTrainedTokenizerBase, label: str) -> bytes:
     """The saved tokenizer as bytes: 8 bytes of length, a JSON index of that length, the files one after another."""
     with tempfile.TemporaryDirectory(prefix="zero_sft_") as top:
         tokenizer.save_pretrained(top, save_jinja_files=False)
@@ -57,7 +57,7 @@ def unpack(packet: bytes) -> tuple[Mapping[str, Any], dict[str, bytes]]:
     return index, files
 
 
-def rebuild(packet: bytes, name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def deserialize(packet: bytes, name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that was packed, in the class it had. Any rank, by itself."""
     index, files = unpack(packet)
     module, kind = index["class"]

@@ -26,5 +26,5 @@ def require_own_device(world: World) -> None:
         "--gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank.",
         code="cluster.rank_without_device",
     )
-    error.lone = world.local_rank == count  # type: ignore[attr-defined]
+    error.rank_local = world.local_rank == count  # type: ignore[attr-defined]
     raise error

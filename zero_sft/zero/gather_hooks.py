@@ -26,17 +26,17 @@ from zero_sft.zero import shards
 _HANDLES = "_zero_sft_gather_hooks"
 
 
-def install(model: nn.Module) -> None:
+def install_gather_hooks(model: nn.Module) -> None:
     """Let `model` gather its parameters around each module's forward until an engine takes over it, or a part of it."""
-    _stand_down_for_engines()
+    _remove_hooks_when_an_engine_starts()
     for module in model.modules():
         if any(shards.is_sharded(param) for param in module.parameters(recurse=False)):
             hooks = [module.register_forward_pre_hook(_before), module.register_forward_hook(_after, always_call=True)]
             setattr(module, _HANDLES, hooks)
 
 
-def remove(model: nn.Module) -> None:
-    """Take away what `install` added, anywhere in `model`."""
+def remove_gather_hooks(model: nn.Module) -> None:
+    """Take away what `install_gather_hooks` added, anywhere in `model`."""
     for module in model.modules():
         for handle in module.__dict__.pop(_HANDLES, ()):
             handle.remove()
@@ -68,7 +68,7 @@ def _by_secondary(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
     return list(groups.values())
 
 
-def _stand_down_for_engines() -> None:
+def _remove_hooks_when_an_engine_starts() -> None:
     """Once a process: an engine that sets up its hooks finds the model without ours."""
     original = DeepSpeedZeRoOffload.setup_zero_stage3_hooks
     if getattr(original, "stands_down_for_engines", False):
@@ -76,7 +76,7 @@ def _stand_down_for_engines() -> None:
 
     @functools.wraps(original)
     def setup_zero_stage3_hooks(self: DeepSpeedZeRoOffload) -> None:
-        remove(self.module)
+        remove_gather_hooks(self.module)
         original(self)
 
     setup_zero_stage3_hooks.stands_down_for_engines = True  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def is_small(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def whole_model(model: nn.Module) -> Iterator[None]:
+def summon_full_params(model: nn.Module) -> Iterator[None]:
     """Keep a small model gathered, so that many forwards in a row gather once; a large one is left as it is. Every rank."""
     if not is_small(model):
         yield
@@ -104,7 +104,7 @@ def whole_model(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def whole(param: nn.Parameter) -> torch.Tensor:
+def gather_full(param: nn.Parameter) -> torch.Tensor:
     """A copy of the whole parameter, gathered from all ranks. Every rank; communicates."""
     if not shards.is_sharded(param) or param.ds_status == ZeroParamStatus.AVAILABLE:
         return param.detach().clone()

@@ -19,7 +19,7 @@ from zero_sft.transformers_internals import initialize_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class InitStep:
     """One call of `_init_weights`, and the names of the parameters and buffers that it writes."""
 
     owner: PreTrainedModel
@@ -47,7 +47,7 @@ class _Written(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def rehearse(model: PreTrainedModel) -> list[Step]:
+def trace_init_writes(model: PreTrainedModel) -> list[InitStep]:
     """All steps in their order, for a model that is whole and on the meta device, its loaded tensors marked.
 
     A step that can't be done without data counts as writing all that its module holds itself.
@@ -61,11 +61,11 @@ def rehearse(model: PreTrainedModel) -> list[Step]:
         for owner, module in _visits(model, model):
             seen.storages = set()
             try:
-                Step(owner=owner, module=module, writes=frozenset()).run()
+                InitStep(owner=owner, module=module, writes=frozenset()).run()
                 writes = {name for storage in seen.storages for name in names.get(storage, ())}
             except Exception:  # noqa: BLE001 - whatever a model does with values, a tensor without any can't give it
                 writes = {prefixes[id(module)] + leaf for leaf in (*module._parameters, *module._buffers)}
-            steps.append(Step(owner=owner, module=module, writes=frozenset(writes)))
+            steps.append(InitStep(owner=owner, module=module, writes=frozenset(writes)))
     return steps
 
 

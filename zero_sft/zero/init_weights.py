@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from zero_sft.transformers_internals import internal, is_initialized, mark_initialized
 from zero_sft.zero import shards
-from zero_sft.zero.init_trace import Step, rehearse
+from zero_sft.zero.init_trace import InitStep, trace_init_writes
 
 Load = Callable[[Mapping[str, torch.Tensor]], None]
 """Fills whole flat tensors, by name, from the checkpoint."""
 
 
-def tied_away(tied: Mapping[str, str], loaded: Iterable[str]) -> dict[str, str]:
+def resolve_ties(tied: Mapping[str, str], loaded: Iterable[str]) -> dict[str, str]:
     """Which names get their values by tying: `{name: the name it will share}`.
 
     Tying is symmetric, as in plain `from_pretrained`: where the source is missing and the target is there, the source takes
@@ -46,7 +46,7 @@ def tied_away(tied: Mapping[str, str], loaded: Iterable[str]) -> dict[str, str]:
     return away
 
 
-def initialise(
+def initialize_missing(
     model: PreTrainedModel,
     *,
     loaded: Mapping[str, torch.dtype],
@@ -81,7 +81,7 @@ def initialise(
     lacking = {name for name, param in params.items() if not is_initialized(param)}
     guard = internal("guard_torch_init_functions")
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.no_grad(), guard():
-        steps = rehearse(model)
+        steps = trace_init_writes(model)
         last = {name: position for position, step in enumerate(steps) for name in step.writes & params.keys()}
         _give_buffers_memory(model, device, loaded, load)
         _fill_forgotten(model, {*loaded, *(name for step in steps for name in step.writes)}, build_buffers)
@@ -111,7 +111,7 @@ def _fill_forgotten(model: PreTrainedModel, known: Set[str], build_buffers: Call
             buffer.copy_(built[name])
 
 
-def _perform(step: Step, written: Mapping[str, torch.nn.Parameter], loaded: Mapping[str, torch.dtype], load: Load) -> None:
+def _perform(step: InitStep, written: Mapping[str, torch.nn.Parameter], loaded: Mapping[str, torch.dtype], load: Load) -> None:
     """Run one step with what it writes, and its module's other parameters, in real memory; the latter go back to meta."""
     for name, param in written.items():
         if param.is_meta:

@@ -80,7 +80,7 @@ def _port_is_taken(port: int) -> errors.ConfigError:
         "chooses a free one.",
         code="cluster.port_taken",
     )
-    error.lone = True
+    error.rank_local = True
     return error
 
 

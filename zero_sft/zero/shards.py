@@ -20,7 +20,7 @@ from zero_sft.storage import arena
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Home:
+class ShardPlacement:
     """Where a parameter's shard lives between its uses."""
 
     device: torch.device
@@ -43,22 +43,22 @@ def local_range(param: nn.Parameter) -> FlatRange:
     return shard_range(param.ds_numel, param.ds_zero_partition_rank, param.ds_zero_partition_world_size)
 
 
-def home(param: nn.Parameter) -> Home:
+def shard_placement(param: nn.Parameter) -> ShardPlacement:
     """Where DeepSpeed keeps this parameter's shard under its offload settings."""
     init = param.ds_sharded_init
     if init.remote_device == OffloadDeviceEnum.nvme:
         on_nvme = init.param_swapper.swappable_tensor(numel=param.ds_tensor.ds_numel)
-        return Home(device=torch.device("cpu"), pinned=init.pin_memory and not on_nvme, on_nvme=on_nvme)
+        return ShardPlacement(device=torch.device("cpu"), pinned=init.pin_memory and not on_nvme, on_nvme=on_nvme)
     device = init.local_device if param.ds_persist else init.remote_device
     device = torch.device("cpu" if device == OffloadDeviceEnum.cpu else device)
-    return Home(device=device, pinned=init.pin_memory and device.type == "cpu", on_nvme=False)
+    return ShardPlacement(device=device, pinned=init.pin_memory and device.type == "cpu", on_nvme=False)
 
 
-def _slot(name: str, param: nn.Parameter) -> arena.Slot:
+def _slot(name: str, param: nn.Parameter) -> arena.ArenaSlot:
     """The arena slot for this parameter's shard, padding included."""
-    where = home(param)
+    where = shard_placement(param)
     numel = param.ds_tensor.ds_numel
-    return arena.Slot(name=name, numel=numel, dtype=param.dtype, device=where.device, pinned=where.pinned)
+    return arena.ArenaSlot(name=name, numel=numel, dtype=param.dtype, device=where.device, pinned=where.pinned)
 
 
 def attach(param: nn.Parameter, shard: torch.Tensor) -> None:
@@ -77,7 +77,7 @@ def fill_shards(params: Mapping[str, nn.Parameter], fill: Callable[[Mapping[str,
     `fill` is called once with all shards that stay in memory, then once for each that lives on NVMe, whose memory is a swap
     buffer that is written out and given back.
     """
-    on_nvme = {name: param for name, param in params.items() if home(param).on_nvme}
+    on_nvme = {name: param for name, param in params.items() if shard_placement(param).on_nvme}
     memory = arena.allocate([_slot(name, param) for name, param in params.items() if name not in on_nvme])
     for name, shard in memory.items():
         attach(params[name], shard)
@@ -132,7 +132,7 @@ def current_values(param: nn.Parameter) -> Iterator[torch.Tensor]:
         release_shard(param)
 
 
-def partitions(param: nn.Parameter) -> int:
+def num_partitions(param: nn.Parameter) -> int:
     """Into how many parts a parameter is cut."""
     return param.ds_zero_partition_world_size
 
@@ -150,7 +150,7 @@ def move_contents(param: nn.Parameter, device: torch.device) -> None:
     torch.utils.swap_tensors(param, fresh)
 
 
-def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def shards_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """True if this rank's parts of two tensors are equal, element for element."""
     if not (is_sharded(one) and is_sharded(other)):
         return torch.equal(one, other)
