@@ -73,12 +73,12 @@ def _check(folder: Path, dtype: str) -> dict[str, Any]:
         trainable = {name: param.requires_grad for name, param in fresh.named_parameters(remove_duplicate=False)}
         model = load_model(str(folder), ds_config=models.zero3(bf16=dtype == "bfloat16"), dtype=wanted)
         report = model.load_report
-        row |= {"operations": report.operations, "cast": len(report.cast), "pieces": report.requests}
+        row |= {"operations": report.operations, "cast": len(report.cast_keys), "pieces": report.requests}
         models.assert_equal(model, reference, cast=wanted if dtype == "bfloat16" else None, trainable=trainable)
         if dtype == "float32":
             _check_export(model, reference, folder.with_name(f"{folder.name}.out"))
         for kind in ("missing", "unexpected"):
-            found, expected = getattr(report, kind), sorted(info[f"{kind}_keys"])
+            found, expected = getattr(report, f"{kind}_keys"), sorted(info[f"{kind}_keys"])
             assert found == expected, f"{kind}: {found[:3]} instead of {expected[:3]}"
     except Exception as error:  # one type's failure is its verdict, not the sweep's end
         row["problem"] = f"{type(error).__name__}: {error}"[:600]

@@ -36,7 +36,7 @@ def test_bit_for_bit_in_the_checkpoints_dtype(checkpoint):
     model = load(checkpoint)
     models.assert_equal(model, reference)
     report = model.load_report
-    assert report.missing == report.unexpected == report.mismatched == report.cast == []
+    assert report.missing_keys == report.unexpected_keys == report.mismatched_keys == report.cast_keys == []
     assert report.loader == "sharded"
 
 
@@ -140,8 +140,8 @@ def test_missing_weights_are_initialised_alike_everywhere(llama):
     torch.manual_seed(11)
     model = load(llama, bf16=False)
     models.assert_equal(model, reference)
-    assert model.load_report.missing == ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
-    assert model.load_report.unexpected == ["something.else"]
+    assert model.load_report.missing_keys == ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
+    assert model.load_report.unexpected_keys == ["something.else"]
 
 
 test_missing_weights_are_initialised_alike_everywhere.prepare = lambda tensors: (
@@ -195,7 +195,7 @@ def test_the_source_of_a_tie_is_missing(llama):
     reference = models.plain(llama, torch.bfloat16, config=config)
     model = load(llama, config=config)
     models.assert_equal(model, reference)
-    assert model.load_report.missing == []
+    assert model.load_report.missing_keys == []
 
 
 test_the_source_of_a_tie_is_missing.prepare = lambda tensors: tensors.pop("model.embed_tokens.weight")
@@ -307,7 +307,7 @@ def test_a_head_whose_class_is_a_mixin(llama):
     torch.manual_seed(5)
     model = load(llama, model_class=AutoModelForSequenceClassification)
     models.assert_equal(model, reference)
-    assert model.load_report.missing == ["score.weight"]
+    assert model.load_report.missing_keys == ["score.weight"]
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_one_after_the_other(llama, qwen3):
             if loader == "sharded":
                 models.assert_equal(model, reference)
                 continue
-            missing = set(model.load_report.missing)
+            missing = set(model.load_report.missing_keys)
             for key, param in model.named_parameters():
                 if key not in missing:
                     from zero_sft.zero import shards

@@ -33,10 +33,10 @@ def test_as_plain_loading_dequantises(checkpoint, dtype):
         param.data = param.data.to(wanted)  # plain loading leaves what is not quantised as it is stored
     models.assert_equal(model, reference, cast=wanted if dtype == "bfloat16" else None)
     report = model.load_report
-    assert not report.missing
-    assert not report.unexpected
-    assert not report.untraced
-    assert any(".mlp." in name for name in report.dequantised)
+    assert not report.missing_keys
+    assert not report.unexpected_keys
+    assert not report.untraceable_keys
+    assert any(".mlp." in name for name in report.dequantized_keys)
     assert not hasattr(model.config, "quantization_config")
 
 
@@ -58,7 +58,7 @@ def test_blocks_cut_short_at_the_edges(ragged):
     model = load_model(str(folder), ds_config=models.zero3(bf16=False), dtype="float32", verify=True)
     for name, param in model.named_parameters():
         got = gather_full(param)
-        if name in model.load_report.dequantised:
+        if name in model.load_report.dequantized_keys:
             weight, scales = quantised.quantise(plain[name], (rows, cols))
             spread = scales.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: weight.shape[0], : weight.shape[1]]
             assert torch.equal(got, weight.float() * spread), name
@@ -166,8 +166,8 @@ def test_what_can_not_be_traced_is_computed_once_a_node(gpt_oss):
     model = load_model(str(gpt_oss), ds_config=models.zero3(), verify=True)
     models.assert_equal(model, reference, cast=torch.bfloat16)
     report = model.load_report
-    assert [name.rsplit(".", 1)[1] for name, _ in report.untraced] == ["down_proj", "gate_up_proj"] * 2
-    assert all(peak > 0 for _, peak in report.untraced)
+    assert [name.rsplit(".", 1)[1] for name, _ in report.untraceable_keys] == ["down_proj", "gate_up_proj"] * 2
+    assert all(peak > 0 for _, peak in report.untraceable_keys)
     read = all_gather_json(World.detect(), report.bytes_read)
     stored = sum(path.stat().st_size for path in gpt_oss.glob("*.safetensors"))
     assert sum(read) < 1.05 * stored

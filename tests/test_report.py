@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from zero_sft.loading.report import LoadReport
 
 GIB, MIB = 2**30, 2**20
@@ -59,7 +61,14 @@ def test_the_summary_is_printed_once(capsys):
 
 
 def test_what_stands_out_is_said():
-    text = report(missing=["a", "b", "c", "d"], verified=7, untraced=[("e", 5)]).summary()
+    text = report(missing_keys=["a", "b", "c", "d"], verified=7, untraceable_keys=[("e", 5)]).summary()
     assert "missing, initialised as the model defines: 4 (a, b, c, ...)" in text
     assert "read back: 7 tensors" in text
     assert dataclasses.asdict(report())["rank"] == 0
+
+
+def test_former_names_of_fields_work_with_a_warning():
+    with pytest.warns(FutureWarning, match="missing_keys"):
+        assert report(missing_keys=["a"]).missing == ["a"]
+    with pytest.raises(AttributeError):
+        report().nothing  # noqa: B018

@@ -69,7 +69,7 @@ def test_from_arguments_to_export(model, tmp_path):
     assert all(seconds >= 0 for seconds in timeline.values())
     report = json.loads((out / "logs" / "load_report.json").read_text())
     assert report["loader"] == "sharded"
-    assert report["missing"] == []
+    assert report["missing_keys"] == []
     assert len(json.loads((out / "logs" / "answers.json").read_text())) == 1
     code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(out)!r}); print('plain')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)

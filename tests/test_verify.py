@@ -70,7 +70,7 @@ def incomplete(llama):
 def test_strict(incomplete):
     with raises("checkpoint.not_strict", "missing: model.norm.weight", "unexpected: another.weight"):
         load(incomplete, strict=True)
-    assert load(incomplete).load_report.missing == ["model.norm.weight"]
+    assert load(incomplete).load_report.missing_keys == ["model.norm.weight"]
 
 
 @pytest.fixture
@@ -87,6 +87,6 @@ def test_other_shapes(wider):
         load(wider)
     model = load(wider, ignore_mismatched_sizes=True)
     names = ["lm_head.weight", "model.embed_tokens.weight"]
-    assert sorted(name for name, _, _ in model.load_report.mismatched) == names
-    assert model.load_report.missing == []
+    assert sorted(name for name, _, _ in model.load_report.mismatched_keys) == names
+    assert model.load_report.missing_keys == []
     assert all(float(p.ds_tensor.float().abs().sum()) > 0 for n, p in model.named_parameters() if n in names)

@@ -92,7 +92,7 @@ def test_of_a_name_in_two_files_the_last_counts_as_in_from_pretrained(tmp_path):
     save_file({"c": torch.ones(5), "a": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
     index = read_index(tmp_path)
     assert index.tensors["a"].file.endswith("00002-of-00002.safetensors")
-    assert index.doubled == ("a",)
+    assert index.duplicate_keys == ("a",)
 
 
 def test_a_file_without_tensors(tmp_path):

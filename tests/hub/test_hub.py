@@ -35,7 +35,7 @@ except ZeroSftError as error:
     print("RESULT", json.dumps({"error": type(error).__name__, "message": str(error)}))
     sys.exit(3)
 total = sum(float(shards.local_shard(p).double().sum()) for p in model.parameters())
-print("RESULT", json.dumps({"sum": total, "vocabulary": len(tokenizer), "missing": model.load_report.missing}))
+print("RESULT", json.dumps({"sum": total, "vocabulary": len(tokenizer), "missing": model.load_report.missing_keys}))
 """
 
 

@@ -22,7 +22,7 @@ def stored(name, numel, offset, dtype="BF16"):
 
 def target(shape, rank, world_size, parts):
     span = shard_range(math.prod(shape), rank, world_size)
-    return FillTarget(makeup=SourceMap.of("t", shape, tuple(parts)), span=span)
+    return FillTarget(source_map=SourceMap.of("t", shape, tuple(parts)), flat_range=span)
 
 
 def deliver(plan, local, offset_bytes=0, itemsize=2):
@@ -42,11 +42,11 @@ def deliver(plan, local, offset_bytes=0, itemsize=2):
 def test_exact_offsets():
     parts = regions.identity_regions("s", (10,))
     (read,) = plan_reads([target((10,), 1, 4, parts)], {"s": stored("s", 10, 100)}).reads
-    assert (read.offset_bytes, read.nbytes, read.start, read.is_run) == (106, 6, 0, True)
+    assert (read.offset_bytes, read.nbytes, read.start, read.is_contiguous) == (106, 6, 0, True)
     assert plan_reads([target((10,), 3, 4, parts)], {"s": stored("s", 10, 100)}).nbytes == 2
     assert plan_reads([target((2,), 3, 4, regions.identity_regions("s", (2,)))], {"s": stored("s", 2, 0)}).reads == ()
     (read,) = plan_reads([target((), 0, 2, regions.identity_regions("s", ()))], {"s": stored("s", 1, 6)}).reads
-    assert (read.offset_bytes, read.nbytes, read.start, read.is_run) == (6, 2, 0, True)
+    assert (read.offset_bytes, read.nbytes, read.start, read.is_contiguous) == (6, 2, 0, True)
 
 
 def test_pieces_of_one_parameter_from_several_tensors():
@@ -100,12 +100,12 @@ def test_every_rank_gets_its_elements(monkeypatch, seed, gap, limit):
     result = []
     for rank in range(world_size):
         mine = target(shape, rank, world_size, parts)
-        local = [-1] * mine.span.padded_numel
+        local = [-1] * mine.flat_range.padded_numel
         plan = plan_reads([mine], {"s": source})
-        assert all(read.is_run or read.nbytes <= max(limit, 2) for read in plan.reads)
+        assert all(read.is_contiguous or read.nbytes <= max(limit, 2) for read in plan.reads)
         deliver(plan, local, offset_bytes=10)
-        assert all(each == -1 for each in local[mine.span.numel :])
-        result += local[: mine.span.numel]
+        assert all(each == -1 for each in local[mine.flat_range.numel :])
+        result += local[: mine.flat_range.numel]
     assert torch.equal(torch.tensor(result), tensor.reshape(-1)), numel
 
 
@@ -121,7 +121,7 @@ def test_over_all_ranks_every_byte_is_read_once(world_size):
     covered = []
     for rank in range(world_size):
         mine = [
-            FillTarget(makeup=SourceMap.of(name, shape, parts), span=shard_range(shape[0], rank, world_size))
+            FillTarget(source_map=SourceMap.of(name, shape, parts), flat_range=shard_range(shape[0], rank, world_size))
             for name, shape, parts in wanted
         ]
         plan = plan_reads(mine, sources)
@@ -149,4 +149,4 @@ def test_merged_experts_are_read_once(world_size):
     merged = regions.concatenate(parts, 0)
     plans = [plan_reads([target(shape, rank, world_size, merged)], sources) for rank in range(world_size)]
     assert sum(plan.nbytes for plan in plans) == math.prod(shape) * 2
-    assert all(read.is_run for plan in plans for read in plan.reads)
+    assert all(read.is_contiguous for plan in plans for read in plan.reads)

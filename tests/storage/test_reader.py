@@ -88,9 +88,9 @@ def test_a_file_that_went_away(file):
 @pytest.mark.parametrize("change", ["replaced", "written to", "written to while it is read"])
 def test_a_file_that_is_another_than_when_its_header_was_read(file, change):
     path, _ = file
-    header, stamps = read_header(path), {path: stat_identity(path)}
+    header, identities = read_header(path), {path: stat_identity(path)}
     memory = {"a": torch.zeros(1000, dtype=torch.bfloat16)}
-    assert reader.fill([read(header, "a", 0, 1000)], memory, stamps=stamps)
+    assert reader.fill([read(header, "a", 0, 1000)], memory, identities=identities)
 
     def touch():
         os.utime(path, ns=(1, 1))
@@ -104,7 +104,7 @@ def test_a_file_that_is_another_than_when_its_header_was_read(file, change):
         if change == "written to while it is read":
             stack.enter_context(mock.patch.object(reader, "_pieces", lambda each: [touch() or each]))
         with raises("checkpoint.changed_while_read"):
-            reader.fill([read(header, "a", 0, 1000)], memory, stamps=stamps)
+            reader.fill([read(header, "a", 0, 1000)], memory, identities=identities)
 
 
 def test_arena_cuts_are_zeroed_aligned_and_apart():

@@ -28,7 +28,7 @@ def test_ranks_together_write_a_permuted_tensor(tmp_path, monkeypatch, shape, ra
         for rank in reversed(range(ranks)):
             span = shard_range(own.numel(), rank, ranks)
             flat = torch.cat([torch.full((3,), -1.0), own.reshape(-1)[span.start : span.stop]])[3:]
-            target = FillTarget(makeup=SourceMap.of("own", tuple(own.shape), regions), span=span)
+            target = FillTarget(source_map=SourceMap.of("own", tuple(own.shape), regions), flat_range=span)
             for piece in copy_specs(target):
                 writer.write_piece(file.fileno(), path, flat, piece, offset)
     data = path.read_bytes()
@@ -44,7 +44,7 @@ def test_a_part_leaves_the_rest_alone(tmp_path):
     regions = reshape(identity_regions("stored", (4, 6)), (4, 6), (24,))
     span = shard_range(24, 1, 3)
     with path.open("r+b") as file:
-        for piece in copy_specs(FillTarget(makeup=SourceMap.of("own", (24,), regions), span=span)):
+        for piece in copy_specs(FillTarget(source_map=SourceMap.of("own", (24,), regions), flat_range=span)):
             writer.write_piece(file.fileno(), path, torch.ones(span.numel), piece, 0)
     found = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
     assert found.nonzero().view(-1).tolist() == list(range(span.start, span.stop))

@@ -30,13 +30,13 @@ ReadHeader = Callable[[str | Path], dict[str, StoredTensor]]
 class CheckpointIndex:
     """Every tensor of a checkpoint by its name, as the files' headers have them.
 
-    `stamps` say, by path, which files they were; `doubled` are the names that stand in several files.
+    `identities` say, by path, which files they were; `duplicate_keys` are the names that stand in several files.
     """
 
     folder: str
-    stamps: Mapping[str, FileIdentity]
+    identities: Mapping[str, FileIdentity]
     tensors: Mapping[str, StoredTensor]
-    doubled: tuple[str, ...] = ()
+    duplicate_keys: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -58,14 +58,14 @@ class CheckpointFiles:
 
     folder: Path
     paths: tuple[Path, ...]
-    stamps: tuple[FileIdentity, ...]
+    identities: tuple[FileIdentity, ...]
     read: ReadHeader
     index: Path | None = None
     promised: Mapping[str, str] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file by its name."""
-        return {path.name: each.size_bytes for path, each in zip(self.paths, self.stamps, strict=True)}
+        return {path.name: each.size_bytes for path, each in zip(self.paths, self.identities, strict=True)}
 
 
 def find_checkpoint_files(
@@ -88,12 +88,12 @@ def find_checkpoint_files(
                 code="checkpoint.folder_in_place_of_file",
             )
         if single.is_file():
-            return CheckpointFiles(folder=folder, paths=(single,), stamps=(stat_identity(single),), read=read)
+            return CheckpointFiles(folder=folder, paths=(single,), identities=(stat_identity(single),), read=read)
         if index.is_file():
             promised = read_weight_map(index)
             paths = _named_by(index, promised)
-            stamps = tuple(map(stat_identity, paths))
-            return CheckpointFiles(folder=folder, paths=paths, stamps=stamps, read=read, index=index, promised=promised)
+            identities = tuple(map(stat_identity, paths))
+            return CheckpointFiles(folder=folder, paths=paths, identities=identities, read=read, index=index, promised=promised)
     raise CheckpointError(_no_weights(folder, variant), code="checkpoint.no_weights")
 
 
@@ -115,9 +115,9 @@ def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTen
         CheckpointError: no tensors, or one that is not where the index file says.
     """
     tensors: dict[str, StoredTensor] = {}
-    doubled: set[str] = set()
+    duplicate_keys: set[str] = set()
     for found in headers:
-        doubled |= found.keys() & tensors.keys()
+        duplicate_keys |= found.keys() & tensors.keys()
         tensors |= found
     if not tensors:
         raise CheckpointError(
@@ -127,7 +127,7 @@ def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTen
     astray = sorted(
         name
         for name, file in files.promised.items()
-        if name not in doubled and (name not in tensors or tensors[name].file != str(files.folder / file))
+        if name not in duplicate_keys and (name not in tensors or tensors[name].file != str(files.folder / file))
     )
     if astray:
         more = f" (and {len(astray) - 1} others)" if len(astray) > 1 else ""
@@ -136,8 +136,10 @@ def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTen
             "The files are of different versions: fetch the checkpoint again.",
             code="checkpoint.index_promises_other_tensors",
         )
-    stamps = {str(path): each for path, each in zip(files.paths, files.stamps, strict=True)}
-    return CheckpointIndex(folder=str(files.folder), stamps=stamps, tensors=tensors, doubled=tuple(sorted(doubled)))
+    identities = {str(path): each for path, each in zip(files.paths, files.identities, strict=True)}
+    return CheckpointIndex(
+        folder=str(files.folder), identities=identities, tensors=tensors, duplicate_keys=tuple(sorted(duplicate_keys))
+    )
 
 
 def read_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:

@@ -120,8 +120,8 @@ def resolve(
             else:
                 sources[name] = SourceMap.of(name, shape, parts)
     known = {**stored, **run_on.joiner.joined}
-    for makeup in sources.values():
-        check_cover(makeup, known)
+    for source_map in sources.values():
+        check_cover(source_map, known)
     return Resolution(
         sources=sources,
         stored=known,

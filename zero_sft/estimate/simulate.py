@@ -30,11 +30,15 @@ def simulate_load(of: EstimatedModel, world_size: int, ranks: Sequence[int] | No
         CheckpointError: a checkpoint that does not fill the model.
     """
     parameters = of.parameters
-    wanted = [(makeup, parameters[name].numel()) for name, makeup in of.resolution.sources.items() if name in parameters]
+    wanted = [
+        (source_map, parameters[name].numel()) for name, source_map in of.resolution.sources.items() if name in parameters
+    ]
     result = []
     for rank in range(world_size) if ranks is None else ranks:
-        targets = (FillTarget(makeup=makeup, span=shard_range(numel, rank, world_size)) for makeup, numel in wanted)
-        sizes = [read.nbytes_in_all for read in plan_reads(targets, of.resolution.stored).reads]
+        targets = (
+            FillTarget(source_map=source_map, flat_range=shard_range(numel, rank, world_size)) for source_map, numel in wanted
+        )
+        sizes = [read.total_nbytes for read in plan_reads(targets, of.resolution.stored).reads]
         result.append(
             RankLoad(
                 nbytes=sum(sizes),

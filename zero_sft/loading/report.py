@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,27 +22,27 @@ class KeyReport:
 
     Attributes:
         parameters: elements of the model's parameters, a tied one once.
-        missing: initialised by the model, since the checkpoint lacks them.
-        unexpected: stored tensors that the model has no place for.
-        mismatched: `(name, expected shape, stored shape)`.
-        doubled: stored names that several files have; the last file's was taken, as in `from_pretrained`.
-        tied: names that share another's tensor.
-        cast: names that were stored in another dtype.
-        dequantised: names that were multiplied by their scales while they were read.
-        untraced: names that were computed from whole stored tensors, with the bytes that a node held for each.
+        missing_keys: initialised by the model, since the checkpoint lacks them.
+        unexpected_keys: stored tensors that the model has no place for.
+        mismatched_keys: `(name, expected shape, stored shape)`.
+        duplicate_keys: stored names that several files have; the last file's was taken, as in `from_pretrained`.
+        tied_keys: names that share another's tensor.
+        cast_keys: names that were stored in another dtype.
+        dequantized_keys: names that were multiplied by their scales while they were read.
+        untraceable_keys: names that were computed from whole stored tensors, with the bytes that a node held for each.
         operations: conversions by which tensors were made of others, as in the merging of experts.
         verified: the number of tensors read back and found equal, if asked for.
     """
 
     parameters: int = 0
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
-    tied: list[str] = field(default_factory=list)
-    cast: list[str] = field(default_factory=list)
-    dequantised: list[str] = field(default_factory=list)
-    untraced: list[tuple[str, int]] = field(default_factory=list)
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    duplicate_keys: list[str] = field(default_factory=list)
+    tied_keys: list[str] = field(default_factory=list)
+    cast_keys: list[str] = field(default_factory=list)
+    dequantized_keys: list[str] = field(default_factory=list)
+    untraceable_keys: list[tuple[str, int]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     verified: int | None = None
 
@@ -75,6 +76,19 @@ class LoadStats:
 _NUMBERS = tuple(number.name for number in dataclasses.fields(LoadStats) if number.name != "stages")
 
 
+FORMER_FIELDS = {
+    "missing": "missing_keys",
+    "unexpected": "unexpected_keys",
+    "mismatched": "mismatched_keys",
+    "doubled": "duplicate_keys",
+    "tied": "tied_keys",
+    "cast": "cast_keys",
+    "dequantised": "dequantized_keys",
+    "untraced": "untraceable_keys",
+}
+"""Fields of `LoadReport` by their names of release 0.1; they work for one release, with a warning."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """What a loader returns: the model, and what it found and did."""
@@ -97,6 +111,12 @@ class LoadReport(LoadStats, KeyReport):
     rank: int = 0
     world_size: int = 1
     ranks: list[dict[str, float]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FORMER_FIELDS:
+            warnings.warn(f"LoadReport.{name} is now LoadReport.{FORMER_FIELDS[name]}", FutureWarning, stacklevel=2)
+            return getattr(self, FORMER_FIELDS[name])
+        raise AttributeError(name)
 
     @property
     def slowest_seconds(self) -> float:
@@ -147,14 +167,14 @@ class LoadReport(LoadStats, KeyReport):
 
     def _notable(self) -> list[tuple[str, Sequence[str]]]:
         rows = [
-            ("missing, initialised as the model defines", self.missing),
-            ("unexpected, left unread", self.unexpected),
-            ("of another shape", [name for name, _, _ in self.mismatched]),
-            ("in several files, the last one's taken", self.doubled),
-            ("tied", self.tied),
-            ("stored in another dtype, cast while reading", self.cast),
-            ("dequantised while reading", self.dequantised),
-            ("computed from whole tensors, once a node", [name for name, _ in self.untraced]),
+            ("missing, initialised as the model defines", self.missing_keys),
+            ("unexpected, left unread", self.unexpected_keys),
+            ("of another shape", [name for name, _, _ in self.mismatched_keys]),
+            ("in several files, the last one's taken", self.duplicate_keys),
+            ("tied", self.tied_keys),
+            ("stored in another dtype, cast while reading", self.cast_keys),
+            ("dequantised while reading", self.dequantized_keys),
+            ("computed from whole tensors, once a node", [name for name, _ in self.untraceable_keys]),
             ("conversions", self.operations),
         ]
         return [(title, names) for title, names in rows if names]

@@ -143,7 +143,7 @@ def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
 
 
 def _target(match: CheckpointMatch, name: str, span: FlatRange) -> FillTarget:
-    return FillTarget(makeup=match.resolution.sources[name], span=span)
+    return FillTarget(source_map=match.resolution.sources[name], flat_range=span)
 
 
 def plan_rank(match: CheckpointMatch, params: Mapping[str, Any]) -> Plan:
@@ -163,7 +163,7 @@ def _read(params: Mapping[str, Any], plan: Plan, match: CheckpointMatch, threads
         reads = sorted((read for reads in wanted for read in reads), key=lambda read: (read.file, read.offset_bytes))
         _fill(reads, memory, match, threads, task.advance)
 
-    with progress.task("reading the weights", sum(read.nbytes_in_all for read in plan.reads), progress.BYTES) as task:
+    with progress.task("reading the weights", sum(read.total_nbytes for read in plan.reads), progress.BYTES) as task:
         shards.fill_shards(params, fill)
 
 
@@ -174,7 +174,7 @@ def _fill(
     threads: int,
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    reader.fill(reads, memory, threads, match.index.stamps, dequantize, advance)
+    reader.fill(reads, memory, threads, match.index.identities, dequantize, advance)
 
 
 def _finish(
@@ -226,22 +226,22 @@ def _key_report(
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
     cast, dequantised = [], []
-    for name, makeup in sorted(resolution.sources.items()):
-        parts = [resolution.stored[source] for source in {region.source for region in makeup.regions}]
+    for name, source_map in sorted(resolution.sources.items()):
+        parts = [resolution.stored[source] for source in {region.source for region in source_map.regions}]
         if any(isinstance(part, ScaledTensor) for part in parts):
             dequantised.append(name)
         elif {part.dtype for part in parts} - {STORED_DTYPES.get(tensors[name].dtype)}:
             cast.append(name)
     return KeyReport(
         parameters=sum(tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to),
-        missing=missing,
-        unexpected=unexpected,
-        mismatched=[(mismatch.name, mismatch.expected, mismatch.got) for mismatch in resolution.mismatched],
-        doubled=list(match.index.doubled),
-        tied=sorted(match.tied_to),
-        cast=cast,
-        dequantised=dequantised,
-        untraced=list(computed.held_bytes.items()),
+        missing_keys=missing,
+        unexpected_keys=unexpected,
+        mismatched_keys=[(mismatch.name, mismatch.expected, mismatch.got) for mismatch in resolution.mismatched],
+        duplicate_keys=list(match.index.duplicate_keys),
+        tied_keys=sorted(match.tied_to),
+        cast_keys=cast,
+        dequantized_keys=dequantised,
+        untraceable_keys=list(computed.held_bytes.items()),
         operations=resolution.operations,
         verified=verified,
     )

@@ -59,5 +59,5 @@ def load_stock(request: LoadRequest, world: World) -> Loaded:
     model._zero_sft_hf_ds_config = hf_config
     gather.install_gather_hooks(model)
     parameters = sum(torch.Size(shards.full_shape(param)).numel() for param in model.parameters())
-    keys = KeyReport(parameters=parameters, missing=sorted(info["missing_keys"]))
+    keys = KeyReport(parameters=parameters, missing_keys=sorted(info["missing_keys"]))
     return Loaded(model=model, keys=keys, stats=LoadStats(seconds=seconds))

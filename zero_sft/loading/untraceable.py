@@ -43,9 +43,11 @@ def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointInde
         nonlocal read_bytes
         stored = index.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
-        makeup = SourceMap.of(name, stored.shape, identity_regions(name, stored.shape, strides=stored.strides))
-        target = FillTarget(makeup=makeup, span=full_range(stored.numel))
-        read_bytes += reader.fill(plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, stamps=index.stamps)
+        source_map = SourceMap.of(name, stored.shape, identity_regions(name, stored.shape, strides=stored.strides))
+        target = FillTarget(source_map=source_map, flat_range=full_range(stored.numel))
+        read_bytes += reader.fill(
+            plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, identities=index.identities
+        )
         return tensor
 
     return run(group, model, source), read_bytes

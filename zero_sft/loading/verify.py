@@ -110,7 +110,7 @@ class _Files:
         path = self._index.tensors[name].file
         is_safetensors = path.endswith(".safetensors")
         if path not in self._mapped:
-            require_unchanged(path, path, self._index.stamps.get(path))
+            require_unchanged(path, path, self._index.identities.get(path))
             self._mapped[path] = self._open(path, is_safetensors)
         file = self._mapped[path]
         return file.get_tensor(name) if is_safetensors else file[name].detach()

@@ -31,16 +31,20 @@ SCALED_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceMap:
-    """The tensor `name` of that `shape` and the regions that make it, in an order in which a flat range finds its own.
+    """Where the elements of the tensor `name` are stored: disjoint regions, sorted by their first flat element.
 
-    `lows[i]` is the first flat element of region `i`, ascending; `reach[i]` is the last one of all regions up to it.
+    A flat range finds its regions by bisection.
+
+    Attributes:
+        starts: the first flat element of each region, ascending.
+        max_stops: for each region, one past the last flat element of all regions up to it.
     """
 
     name: str
     shape: Shape
     regions: Regions
-    lows: tuple[int, ...]
-    reach: tuple[int, ...]
+    starts: tuple[int, ...]
+    max_stops: tuple[int, ...]
 
     @classmethod
     def of(cls, name: str, shape: Shape, regions: Regions) -> "SourceMap":
@@ -52,29 +56,29 @@ class SourceMap:
             name=name,
             shape=shape,
             regions=tuple(regions[i] for i in order),
-            lows=tuple(spans[i][0] for i in order),
-            reach=tuple(itertools.accumulate((spans[i][1] for i in order), max)),
+            starts=tuple(spans[i][0] for i in order),
+            max_stops=tuple(itertools.accumulate((spans[i][1] for i in order), max)),
         )
 
-    def within(self, span: FlatRange) -> Iterator[Region]:
+    def overlapping(self, flat_range: FlatRange) -> Iterator[Region]:
         """The regions that may have elements in a flat range."""
-        first = bisect.bisect_left(self.reach, span.start)
-        last = bisect.bisect_left(self.lows, span.stop)
+        first = bisect.bisect_right(self.max_stops, flat_range.start)
+        last = bisect.bisect_left(self.starts, flat_range.stop)
         return itertools.islice(self.regions, first, last)
 
 
 def _flat_span(region: Region, strides: Shape) -> tuple[int, int]:
-    """A region's first and last flat element in a tensor of those strides."""
-    low = sum(start * stride for start, stride in zip(region.start, strides, strict=True))
-    return low, low + sum((n - 1) * stride for n, stride in zip(region.sizes, strides, strict=True))
+    """The flat range [start, stop) from a region's first to its last element, in a tensor of those strides."""
+    start = sum(start * stride for start, stride in zip(region.start, strides, strict=True))
+    return start, start + 1 + sum((n - 1) * stride for n, stride in zip(region.sizes, strides, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FillTarget:
-    """What a rank fills: the flat range `span` of a tensor."""
+    """What a rank fills: a flat range of a tensor."""
 
-    makeup: SourceMap
-    span: FlatRange
+    source_map: SourceMap
+    flat_range: FlatRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +102,7 @@ class ReadItem:
     scales: ScaleRows | None = None
 
     @property
-    def is_run(self) -> bool:
+    def is_contiguous(self) -> bool:
         """True if the bytes are wanted as they are, one behind the other."""
         return self.source_strides == self.target_strides == (1,)
 
@@ -108,13 +112,13 @@ class ReadItem:
             self.offset_bytes + self.nbytes == after.offset_bytes
             and (self.target, self.file, self.dtype) == (after.target, after.file, after.dtype)
             and self.start + self.sizes[0] == after.start
-            and self.is_run
-            and after.is_run
+            and self.is_contiguous
+            and after.is_contiguous
             and self.scales is None is after.scales
         )
 
     @property
-    def nbytes_in_all(self) -> int:
+    def total_nbytes(self) -> int:
         """Bytes that it reads, scales included."""
         return self.nbytes + (self.scales.nbytes if self.scales else 0)
 
@@ -128,7 +132,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes that this rank reads."""
-        return sum(read.nbytes_in_all for read in self.reads)
+        return sum(read.total_nbytes for read in self.reads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +152,7 @@ def plan_reads(targets: Iterable[FillTarget], stored: Mapping[str, StoredTensor]
     reads: list[ReadItem] = []
     for target in targets:
         for piece in copy_specs(target):
-            reads += _reads(piece, target.makeup.name, stored[piece.source])
+            reads += _reads(piece, target.source_map.name, stored[piece.source])
     return Plan(reads=tuple(_joined(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target)))))
 
 
@@ -167,38 +171,39 @@ def _joined(reads: Iterable[ReadItem]) -> Iterator[ReadItem]:
         yield last
 
 
-def check_cover(makeup: SourceMap, stored: Mapping[str, StoredTensor]) -> None:
+def check_cover(source_map: SourceMap, stored: Mapping[str, StoredTensor]) -> None:
     """The regions of a tensor, which are disjoint, must have as many elements as it: one left out would stay uninitialised.
 
     Raises:
         CheckpointError: regions that leave a gap, or go past the end of their source.
     """
-    covered = sum(math.prod(region.sizes) for region in makeup.regions)
-    if covered != math.prod(makeup.shape):
+    covered = sum(math.prod(region.sizes) for region in source_map.regions)
+    if covered != math.prod(source_map.shape):
         raise CheckpointError(
-            f"{makeup.name}: sources give {covered} elements, expected {math.prod(makeup.shape)}", code="plan.elements_missing"
+            f"{source_map.name}: sources give {covered} elements, expected {math.prod(source_map.shape)}",
+            code="plan.elements_missing",
         )
-    for region in makeup.regions:
+    for region in source_map.regions:
         last = region.offset + sum((n - 1) * stride for n, stride in zip(region.sizes, region.strides, strict=True))
         source = stored[region.source]
         held = source.nbytes // source.itemsize
         if last >= held:
             raise CheckpointError(
-                f"{makeup.name}: reads element {last} of {source.name} in {source.file}, of {held}",
+                f"{source_map.name}: reads element {last} of {source.name} in {source.file}, of {held}",
                 code="plan.read_beyond_tensor",
             )
 
 
 def copy_specs(target: FillTarget) -> Iterator[CopySpec]:
     """The strided copies that fill a target's span."""
-    span, shape = target.span, target.makeup.shape
-    if span.start >= span.stop:
+    flat_range, shape = target.flat_range, target.source_map.shape
+    if flat_range.start >= flat_range.stop:
         return
     strides = row_major(shape)
-    boxes = list(_boxes(shape, span.start, span.stop))
-    for region in target.makeup.within(span):
+    boxes = list(_boxes(shape, flat_range.start, flat_range.stop))
+    for region in target.source_map.overlapping(flat_range):
         for start, sizes in boxes:
-            piece = _intersection(region, start, sizes, strides, span.start)
+            piece = _intersection(region, start, sizes, strides, flat_range.start)
             if piece is not None:
                 yield piece
 
@@ -258,8 +263,8 @@ def _reads(piece: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadI
     over the others the ranges repeat.
     """
     dims = sorted(zip(piece.source_strides, piece.sizes, piece.target_strides, strict=True))
-    is_run = piece.source_strides == piece.target_strides == (1,)
-    limit = SCALED_BYTES if isinstance(source, ScaledTensor) else source.nbytes if is_run else SCATTER_BYTES
+    is_contiguous = piece.source_strides == piece.target_strides == (1,)
+    limit = SCALED_BYTES if isinstance(source, ScaledTensor) else source.nbytes if is_contiguous else SCATTER_BYTES
     taken, reach = 0, 1  # dimensions in a range, elements of a range
     for stride, size, _ in dims:
         longer = reach + (size - 1) * stride

@@ -194,8 +194,8 @@ def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor
             f"{', '.join([*absent, *sorted(resolution.unexpected)][:3]) or resolution.mismatched[0].name} would not load back"
         )
     written = Counter()
-    for makeup in resolution.sources.values():
-        for region in makeup.regions:
+    for source_map in resolution.sources.values():
+        for region in source_map.regions:
             written[region.source] += math.prod(region.sizes)
     partial = [name for name, each in stored.items() if written[name] != each.numel]
     return f"{partial[0]} would not be written wholly" if partial else None
@@ -217,7 +217,7 @@ def _write_own(folder: Path, layout: ExportLayout, tensors: Mapping[str, Any], w
             span = shards.current_range(tensor) if is_sharded else full_range(tensor.numel())
             with shards.current_values(tensor) if is_sharded else _whole_values(tensor) as values:
                 flat = values.to(tensor.dtype)  # a shard keeps its dtype when a partitioned model is cast
-                for piece in copy_specs(FillTarget(makeup=layout.sources[name], span=span)):
+                for piece in copy_specs(FillTarget(source_map=layout.sources[name], flat_range=span)):
                     place = layout.stored[piece.source]
                     write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
             task.advance(_own_bytes(tensor, world))

@@ -36,31 +36,31 @@ def fill(
     reads: Sequence[ReadItem],
     destinations: Mapping[str, torch.Tensor],
     threads: int = 1,
-    stamps: Mapping[str, FileIdentity] | None = None,
+    identities: Mapping[str, FileIdentity] | None = None,
     dequantise: Dequantise | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> int:
     """Read every byte of `reads` into `destinations` (flat tensors by target name). Returns the bytes read.
 
     Args:
-        stamps: by path, which file it was when the reads were planned.
+        identities: by path, which file it was when the reads were planned.
         dequantise: the arithmetic of reads that have scales.
         advance: told the bytes of each piece that has been read, of at most 32 MiB; several threads call it.
 
     Raises:
         CheckpointError: a file that can't be opened or read, ends early, or is no longer the one that was planned.
     """
-    stamps = stamps or {}
+    identities = identities or {}
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for read in reads for path in _files(read))
-        handles = {path: stack.enter_context(opened(path, stamps.get(path))) for path in paths}
+        handles = {path: stack.enter_context(opened(path, identities.get(path))) for path in paths}
         job = _Job(handles=handles, destinations=destinations, dequantise=dequantise, advance=advance)
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
             _work(job, iter(pieces))
         else:
             _fill_threaded(job, pieces, threads)
-    return sum(read.nbytes_in_all for read in reads)
+    return sum(read.total_nbytes for read in reads)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
     for piece in queue:
         worker.run(piece)
         if job.advance is not None:
-            job.advance(piece.nbytes_in_all)
+            job.advance(piece.total_nbytes)
     worker.finish()
 
 
@@ -118,7 +118,7 @@ def opened(path: str, expected: FileIdentity | None) -> Iterator[int]:
 
 def _pieces(read: ReadItem) -> Iterator[ReadItem]:
     """`read` in parts of at most `_CHUNK_BYTES` bytes, a whole number of elements each; a scattered one is small already."""
-    if read.nbytes <= _CHUNK_BYTES or not read.is_run or read.scales is not None:
+    if read.nbytes <= _CHUNK_BYTES or not read.is_contiguous or read.scales is not None:
         yield read
         return
     itemsize = TORCH_DTYPES[read.dtype].itemsize
@@ -149,7 +149,7 @@ class _Worker:
         if read.scales is not None:
             self._read_scaled(read, read.scales, dtype)
             return
-        if not read.is_run:
+        if not read.is_contiguous:
             self._read_scattered(read, dtype)
             return
         destination = self._job.destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
