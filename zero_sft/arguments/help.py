@@ -13,9 +13,10 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
-from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS, Translation
+from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
+from zero_sft.options.names import Translation
 from zero_sft.options.spec import OptionSpec
 
 WIDTH = 118

@@ -6,20 +6,10 @@ today's. A value of a refused name that asks for nothing (`--q_lora False`) pass
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.loading.options import REMOVED_OPTIONS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Translation:
-    """Today's name, and the value for each boolean where the old one was a switch; None there means it asked for nothing."""
-
-    name: str
-    values: Mapping[bool, str | None] | None = None
-    below: float | None = None
-
+from zero_sft.options.names import Refusal, Translation
 
 TRANSLATIONS: dict[str, Translation] = {
     # transformers 4
@@ -49,14 +39,6 @@ IGNORED = frozenset({"local_rank"})
 
 REMOVED = REMOVED_OPTIONS
 """Arguments of former releases that change nothing any more, and why: accepted for one release, with a line in the log."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
-    """Why a name is refused, and the values of it that pass because they ask for what happens anyway."""
-
-    reason: str
-    passing: tuple[Any, ...] = (None, False, "", "no", "none", "false")
 
 
 _ZERO3 = "the model is sharded by DeepSpeed ZeRO-3; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"

@@ -4,9 +4,8 @@ Nothing here touches a device, a process group or a file other than the one name
 comes to the same result. All problems are told at once.
 """
 
-import difflib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -22,9 +21,8 @@ from zero_sft.arguments.names import (
     refused_accelerator_key,
 )
 from zero_sft.errors import ArgumentError
-from zero_sft.options.command_line import COMMAND_LINE, RawArgument, read_command_line
-from zero_sft.options.file import read_file
-from zero_sft.options.spec import SECRETS, OptionSpec, specs_of
+from zero_sft.options.names import OptionNames
+from zero_sft.options.spec import OptionSpec, specs_of
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -59,15 +57,9 @@ def parse(argv: Sequence[str]) -> Parsed:
             instead, contradictions. One error tells all of them.
     """
     known = specifications()
-    given, file = read_command_line(argv, readable_names())
-    values: dict[str, Any] = {}
-    problems: list[ArgumentError] = []
-    notes: list[str] = []
-    for source in (read_file(file) if file else [], given):  # the command line last: it wins
-        values.update(_understood(source, known, problems, notes))
-    problems += _contradictions(values)
-    if problems:
-        raise ArgumentError.listing(problems, "the arguments can't be used:", code="arguments.unusable")
+    read = option_names().read(argv)
+    values = read.values
+    read.require_usable(_contradictions(values))
     groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: known[name].default for name in _ALWAYS}}
     for name, value in values.items():
         groups[known[name].group][name] = value
@@ -77,7 +69,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         model=model,
         data=DataArguments(**groups[DATA]),
         training=MappingProxyType(groups[TRAINING]),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys(read.notes)),
         given=frozenset(values),
     )
 
@@ -93,103 +85,9 @@ def specifications() -> Mapping[str, OptionSpec]:
 
 
 @functools.cache
-def readable_names() -> Mapping[str, OptionSpec]:
-    """Every name that is understood, with what its value may be: today's, the translated, the refused and the ignored."""
-    known = dict(specifications())
-    for name, old in TRANSLATIONS.items():
-        kinds = frozenset({"boolean"}) if old.values else known[old.name].kinds
-        choices = () if old.values else known[old.name].choices
-        known[name] = OptionSpec(name=name, group=TRAINING, kinds=kinds, choices=choices)
-    for name in IGNORED | REMOVED.keys() | {each for each in REFUSALS if each not in known}:
-        known[name] = OptionSpec(name=name)
-    return MappingProxyType(known)
-
-
-def _understood(
-    source: Iterable[RawArgument], known: Mapping[str, OptionSpec], problems: list[ArgumentError], notes: list[str]
-) -> dict[str, Any]:
-    """The values of one source under today's names; what is wrong is added to `problems`, what is worth a line to `notes`."""
-    values: dict[str, Any] = {}
-    names: dict[str, str] = {}  # today's name → the name that was used
-    for each in source:
-        if each.name in REMOVED:
-            notes.append(f"--{each.name} has no effect any more: {REMOVED[each.name]}. Leave it out.")
-            continue
-        try:
-            result = _one(each, known)
-        except ArgumentError as error:
-            problems.append(ArgumentError(f"{error} (from {each.origin})", code=error.code))
-            continue
-        if result is None:
-            continue
-        name, value = result
-        used = names.setdefault(name, each.name)
-        if used != each.name and values[name] != value:
-            problems.append(
-                ArgumentError(
-                    f"--{used}{_shown(name, values[name])} and --{each.name}{_shown(name, value)} contradict each other: "
-                    f"both set {name}. Give one (from {each.origin})",
-                    code="arguments.contradiction",
-                )
-            )
-        if name != each.name:
-            notes.append(f"--{each.name} is --{name} today: taken as --{name}{_shown(name, value)}")
-        values[name] = value
-    return values
-
-
-def _shown(name: str, value: Any) -> str:
-    """A value for the log, but for what must not be in one."""
-    return "" if name == "token" else f" {value}"
-
-
-def _one(given: RawArgument, known: Mapping[str, OptionSpec]) -> tuple[str, Any] | None:
-    """Today's name and the fitted value of one argument, or None where it asks for nothing."""
-    readable = readable_names()
-    if given.name in IGNORED:
-        return None
-    if given.name not in readable:
-        near = difflib.get_close_matches(given.name, readable, n=1)
-        hint = f"Did you mean --{near[0]}?" if near else "--help lists all names."
-        raise ArgumentError(f"unknown argument --{given.name}. {hint}", code="arguments.unknown")
-    value: Any = readable[given.name].fit(given.value)
-    if given.name in SECRETS and isinstance(value, str):
-        value = _secret(given, value)
-    if given.name in REFUSALS:
-        refusal = REFUSALS[given.name]
-        if (value.lower() if isinstance(value, str) else value) in refusal.passing:
-            return None
-        raise ArgumentError(f"--{given.name} has no meaning in this job: {refusal.reason}", code="arguments.no_meaning")
-    if given.name not in TRANSLATIONS:
-        return given.name, value
-    old = TRANSLATIONS[given.name]
-    if old.below is not None and not 0 <= value < old.below:
-        raise ArgumentError(
-            f"--{given.name} must be at least 0 and below {old.below:g}; got {value}", code="arguments.out_of_range"
-        )
-    if old.values:
-        value = old.values[value]
-        if value is None:
-            return None
-    return old.name, known[old.name].fit(value)
-
-
-def _secret(given: RawArgument, value: str) -> str:
-    """A token without the line end of a block of text. HTTP libraries quote one with white space in their errors."""
-    if given.origin == COMMAND_LINE:
-        raise ArgumentError(
-            f"--{given.name} on a command line is no secret: process lists show it, and the launcher has logged it. "
-            "Revoke it, and set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of "
-            "arguments",
-            code="arguments.secret_on_command_line",
-        )
-    token = value.strip()
-    if not token.isascii() or any(character.isspace() or not character.isprintable() for character in token):
-        raise ArgumentError(
-            f"--{given.name} has white space or other characters that no token has (it is not shown). Copy it again.",
-            code="arguments.bad_token",
-        )
-    return token
+def option_names() -> OptionNames:
+    """Every name that the job understands: today's, the translated, the refused and the ignored."""
+    return OptionNames(specs=specifications(), translations=TRANSLATIONS, refusals=REFUSALS, removed=REMOVED, ignored=IGNORED)
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
