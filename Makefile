@@ -84,7 +84,8 @@ bench: setup ## load time, traffic and memory beside the bare read and other loa
 	$(BIN)/python -m benchmarks.load --write docs/benchmarks.md
 
 scaling: setup ## what published models need on 8 to 1,024 GPUs; writes docs/scaling.md
-	$(BIN)/python -m zero_sft.estimate --model shipped --world_size 8 64 256 1024 --markdown docs/scaling.md
+	$(BIN)/python -m zero_sft.estimate --model_name_or_path shipped --world_size 8 64 256 1024 \
+		--model_max_length 4096 --per_device_train_batch_size 1 --markdown docs/scaling.md
 
 clean: ## remove .venv and what was built
 	rm -rf $(VENV) .venv-4 .venv-gpu $(WHEELS) build dist *.egg-info .pytest_cache .ruff_cache

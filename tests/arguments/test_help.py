@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from zero_sft.arguments import inherited
-from zero_sft.arguments.help import answer_help, help_text, wants_help
+from zero_sft.arguments.help import answer_help, help_text
 from zero_sft.arguments.names import REFUSALS, TRANSLATIONS
 from zero_sft.arguments.parse import specifications
+from zero_sft.options.help import wants_help
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "deepspeed", "accelerate", "pyarrow"}
 
@@ -31,7 +32,7 @@ def test_other_versions_are_asked_themselves(monkeypatch):
     assert inherited.listed_specifications() is specifications()
 
 
-@pytest.mark.parametrize("command", ["zero_sft.train", "zero_sft.data.cli", "zero_sft.estimate.cli"])
+@pytest.mark.parametrize("command", ["zero_sft.train", "zero_sft.data.cli", "zero_sft.commands.estimate"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import importlib, sys, json\n"

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from zero_sft.estimate.cli import main
+from zero_sft.commands.estimate import main
 
-SMALL = ["--model", "Llama-3.1-8B", "--model_max_length", "128", "--world_size"]
+SMALL = [
+    "--model_name_or_path", "Llama-3.1-8B", "--per_device_train_batch_size", "1", "--model_max_length", "128", "--world_size",
+]  # fmt: skip
 
 
 def test_text_json_markdown_and_picture(tmp_path, capsys):

@@ -7,8 +7,9 @@ the Trainer's object of them, which looks for devices and registers the DeepSpee
 
 from zero_sft.arguments.build import build_training_arguments
 from zero_sft.arguments.groups import DataArguments, ModelArguments
-from zero_sft.arguments.help import answer_help, help_text, wants_help
+from zero_sft.arguments.help import answer_help, help_text
 from zero_sft.arguments.parse import Parsed, parse
+from zero_sft.options.help import wants_help
 
 __all__ = [
     "DataArguments",

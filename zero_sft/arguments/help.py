@@ -5,21 +5,16 @@ inherited one its first sentence, and the names that have changed. Names are sea
 argument that has the word in its name or its text.
 """
 
-import contextlib
 import difflib
 import re
-import sys
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.cluster.world import World
-from zero_sft.errors import ConfigError
+from zero_sft.options.help import at_length, in_short, wrapped, write_help
 from zero_sft.options.names import Translation
 from zero_sft.options.spec import OptionSpec
 
-WIDTH = 118
 ALL = "all"
 
 OWN_FIELDS = (
@@ -43,8 +38,6 @@ Fine-tune a causal language model on conversations, sharded by DeepSpeed ZeRO-3.
 The file holds `name: value`; the command line wins over it.
 """
 
-_SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)\.\s+(?=[A-Z`])")
-
 _GROUPS = {
     MODEL: "Model",
     DATA: "Data",
@@ -52,40 +45,9 @@ _GROUPS = {
 }
 
 
-def wants_help(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for help."""
-    return any(word in ("-h", "--help") or word.startswith("--help=") for word in argv)
-
-
 def answer_help(argv: Sequence[str]) -> int:
     """Write what a command line asks for to stdout, on rank 0; returns the exit status, 2 for a name that nothing matches."""
-    text, status = "", 0
-    for topic in _topics(argv) or [None]:
-        part = help_text(topic)
-        if part is None:
-            part, status = f"No argument has {topic!r} in its name or text. `--help` lists all arguments.\n", 2
-        text += part
-    with contextlib.suppress(ConfigError):  # variables of a launcher that can't be used: say it all the same
-        if not World.detect().is_main:
-            return status
-    sys.stdout.write(text)
-    return status
-
-
-def _topics(argv: Sequence[str]) -> list[str]:
-    """The names that are asked for: `--help=NAME`, or the words after `--help`; one `--NAME` there counts, if it is alone."""
-    position = next(n for n, word in enumerate(argv) if word in ("-h", "--help") or word.startswith("--help="))
-    word, after = argv[position], list(argv[position + 1 :])
-    if word.startswith("--help="):
-        return [word.removeprefix("--help=")]
-    if len(after) == 1:
-        return [after[0].lstrip("-")]
-    names = []
-    for name in after:
-        if name.startswith("-"):
-            break
-        names.append(name)
-    return names
+    return write_help(argv, help_text)
 
 
 def help_text(topic: str | None = None) -> str | None:
@@ -113,25 +75,25 @@ def _overview(specs: Mapping[str, OptionSpec]) -> str:
         ("Data", [spec for spec in specs.values() if spec.group == DATA]),
         ("Training", [specs[name] for name in OWN_FIELDS]),
     ):
-        parts += [f"{title}:", *_at_length(chosen), ""]
-    parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *_in_short(inherited), ""]
+        parts += [f"{title}:", *at_length(chosen), ""]
+    parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *in_short(inherited), ""]
     parts += ["Names that have changed, and are understood:", *_changed(), ""]
     refused = ", ".join(f"--{name}" for name in sorted(REFUSALS))
-    parts += ["Names that are refused (`--help NAME` says why):", *_wrapped(refused, 2), ""]
+    parts += ["Names that are refused (`--help NAME` says why):", *wrapped(refused, 2), ""]
     return "\n".join(parts)
 
 
 def _everything(specs: Mapping[str, OptionSpec]) -> str:
     parts = [_HEAD]
     for group, title in _GROUPS.items():
-        parts += [f"{title}:", *_at_length(spec for spec in specs.values() if spec.group == group), ""]
+        parts += [f"{title}:", *at_length(spec for spec in specs.values() if spec.group == group), ""]
     parts += ["Names that have changed, and are understood:", *_changed(), ""]
     parts += ["Names that are refused:"]
     reasons: dict[str, list[str]] = {}
     for name, refusal in REFUSALS.items():
         reasons.setdefault(refusal.reason, []).append(f"--{name}")
     for reason, names in reasons.items():
-        parts += [*_wrapped(", ".join(names), 2), *_wrapped(reason, 6)]
+        parts += [*wrapped(", ".join(names), 2), *wrapped(reason, 6)]
     return "\n".join([*parts, ""])
 
 
@@ -140,7 +102,7 @@ def _about(name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
     if name in specs:
         old = [f"--{each}" for each, translation in TRANSLATIONS.items() if translation.name == name]
         also = [f"      Also understood: {', '.join(old)}"] if old else []
-        return [*_at_length([specs[name]]), f"      Expected: {specs[name].expected}.", *also]
+        return [*at_length([specs[name]]), f"      Expected: {specs[name].expected}.", *also]
     if name in TRANSLATIONS:
         today = TRANSLATIONS[name].name
         return [*_changed([name]), *_about(today, specs)]
@@ -165,9 +127,9 @@ def _search(word: str, specs: Mapping[str, OptionSpec]) -> str | None:
         [f"No argument is called --{word}. Those that are called nearly so, or have the word in their name:"] if found else []
     )
     for name in found:
-        lines += _in_short([specs[name]]) if name in specs else _about(name, {})
+        lines += in_short([specs[name]]) if name in specs else _about(name, {})
     if mentioned:
-        lines += [f"Arguments with {spoken!r} in their text:", *_in_short(mentioned)]
+        lines += [f"Arguments with {spoken!r} in their text:", *in_short(mentioned)]
     return "\n".join([*lines, ""])
 
 
@@ -180,27 +142,3 @@ def _today(translation: Translation) -> str:
         values = [(old, new) for old, new in translation.values.items() if new is not None]
         return ", ".join(f"--{translation.name} {new} (for {old})" for old, new in values)
     return f"--{translation.name}" + " (a number below 1 is a share of all steps)" * (translation.below is not None)
-
-
-def _at_length(specs: Iterable[OptionSpec]) -> list[str]:
-    lines = []
-    for spec in specs:
-        choices = f" ({', '.join(spec.choices)})" if spec.choices and len(spec.choices) < 8 else ""
-        lines.append(f"  --{spec.name} = {spec.default!r}{choices}")
-        lines += _wrapped(spec.help, 6)
-    return lines
-
-
-def _in_short(specs: Iterable[OptionSpec]) -> list[str]:
-    """Name and default, and the first sentence of the text, whole."""
-    lines = []
-    for spec in specs:
-        lines.append(f"  --{spec.name} = {spec.default!r}")
-        lines += _wrapped(_SENTENCE_END.split(" ".join(spec.help.split()))[0].rstrip("."), 6)
-    return lines
-
-
-def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-    )

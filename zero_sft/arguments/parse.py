@@ -22,7 +22,7 @@ from zero_sft.arguments.names import (
 )
 from zero_sft.errors import ArgumentError
 from zero_sft.options.names import OptionNames
-from zero_sft.options.spec import OptionSpec, specs_of
+from zero_sft.options.spec import OptionSpec, not_positive, specs_of
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -144,12 +144,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
 
 def _out_of_range(values: Mapping[str, Any]) -> list[ArgumentError]:
     """List numbers that no run can have, and names that are empty."""
-    counts = {name: values[name] for name in _POSITIVE if values.get(name) is not None}
-    problems = [
-        ArgumentError(f"--{name} must be more than 0 and below 2**31; got {value}", code="arguments.out_of_range")
-        for name, value in counts.items()
-        if not 0 < value < 2**31
-    ]
+    problems = not_positive(values, _POSITIVE)
     if values.get("max_steps", -1) < -1 or values.get("max_steps") == 0:
         problems.append(
             ArgumentError(

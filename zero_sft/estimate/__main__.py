@@ -2,6 +2,6 @@
 
 import sys
 
-from zero_sft.estimate.cli import main
+from zero_sft.commands.estimate import main
 
 sys.exit(main())

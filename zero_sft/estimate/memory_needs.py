@@ -88,7 +88,7 @@ class MemoryModel:
         """Changes of a run that would make it fit, the least painful first, each in the words of the job's arguments."""
         changes: list[tuple[str, dict[str, Any]]] = []
         if not run.checkpointing:
-            changes.append(("--gradient_checkpointing True", {"checkpointing": True}))
+            changes.append(("--activation_checkpointing True", {"checkpointing": True}))
         if run.batch_size > 1:
             changes.append(("--per_device_train_batch_size 1", {"batch_size": 1}))
         everything = {key: value for _, change in changes for key, value in change.items()}

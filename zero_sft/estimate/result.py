@@ -1,12 +1,13 @@
 """One model in one world, estimated: as text, as numbers, and several of them as a Markdown document."""
 
-import argparse
 import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from zero_sft.config import text_config
+from zero_sft.data.packing import choose_packing
 from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, MemoryModel, MemoryNeeds, Run
 from zero_sft.estimate.model import EstimatedModel, find_model
 from zero_sft.estimate.simulate import RankLoad, seconds, simulate_load
@@ -94,28 +95,29 @@ class Result:
         yield f"  {self.verdict}"
 
 
-def estimate(name: str, options: argparse.Namespace) -> Iterator[Result]:
+def estimate(name: str, options: Any) -> Iterator[Result]:
     """Estimate one model in every world that was asked for.
+
+    Args:
+        options: the values of `commands.estimate`'s options.
 
     Raises:
         ZeroSftError: whatever is wrong with the model, the configs or the arguments.
     """
-    hub = HubOptions(
-        trust_remote_code=options.trust_remote_code == "True", revision=options.revision, cache_dir=options.cache_dir,
-        variant=options.variant,
-    )  # fmt: skip
+    hub = HubOptions(**{option.name: getattr(options, option.name) for option in dataclasses.fields(HubOptions)})
     at = storage(options.storage)
-    of = find_model(name, hub, LoadOptions(dtype=options.dtype))
+    of = find_model(name, hub, LoadOptions(dtype=options.dtype, attn_implementation=options.attn_implementation))
     trainer = MemoryModel(of)
+    packing = choose_packing(options.packing, text_config(of.config), attention=options.attn_implementation, lazy=False)
     for world_size in options.world_size:
         run = Run(
             world_size=world_size,
             ranks_per_node=min(options.ranks_per_node, world_size),
-            ds_config=options.ds_config,
+            ds_config=options.deepspeed,
             batch_size=options.per_device_train_batch_size,
             length=options.model_max_length,
-            checkpointing=options.gradient_checkpointing == "True",
-            packing=options.packing == "True",
+            checkpointing=options.activation_checkpointing is not False,
+            packing=packing.on,
             device_bytes=int(options.gpu_memory_gib * GIB),
             host_bytes=int(options.host_memory_gib * GIB),
         )
@@ -135,16 +137,11 @@ def estimate(name: str, options: argparse.Namespace) -> Iterator[Result]:
         )
 
 
-def document(results: Sequence[Result], options: argparse.Namespace) -> str:
-    """The results as a Markdown document: one table of loads, one of memory."""
+def document(results: Sequence[Result], options: Any, command: str) -> str:
+    """The results as a Markdown document, written by `command`: one table of loads, one of memory."""
     at = storage(options.storage)
     in_all = f" and {at.cluster_gb_s:g} GB/s in all" if at.cluster_gb_s else ""
     headers = " or ".join(sorted({each.of.headers for each in results}))
-    command = "python -m zero_sft.estimate " + " ".join(
-        f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in vars(options).items()
-        if value not in (None, False) and key not in ("json", "plot")
-    )
     lines = [
         "# What loads and trainings need", "", "Written by", "", f"    {command}", "",
         f"The planner of the load, played for every rank on headers that were {headers}. Seconds are for a storage that gives "

@@ -65,7 +65,7 @@ def _values_of(rest: Sequence[str], spec: OptionSpec | None, name: str, specs: M
         values.append(word)
     if spec is None:
         return values[: 0 if _negated(name, specs) else 1]
-    if "list" in spec.kinds:
+    if spec.kinds & {"list", "integers"}:
         return values
     if spec.kinds <= {"boolean", "none"} and values and values[0].lower() not in TRUE_WORDS + FALSE_WORDS + ("none", "null"):
         return []

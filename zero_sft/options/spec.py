@@ -16,7 +16,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ _IN_WORDS = {
     "number": "a number",
     "text": "text",
     "list": "a list of texts",
+    "integers": "whole numbers",
     "mapping": "a mapping (as JSON on the command line)",
     "none": "none",
 }
@@ -98,7 +99,7 @@ class OptionSpec:
             return text if text in self.choices else _MISFIT
         if "text" in self.kinds:
             return text
-        return [text] if "list" in self.kinds else _MISFIT
+        return self._from_data([text]) if self.kinds & {"list", "integers"} else _MISFIT
 
     def _from_json(self, text: str) -> Any:
         try:
@@ -117,6 +118,9 @@ class OptionSpec:
             return value
         if isinstance(value, int | float):
             return float(value) if "number" in self.kinds and math.isfinite(value) else _MISFIT
+        if isinstance(value, list) and "integers" in self.kinds:
+            numbers = [int(item) for item in value if _INTEGER.fullmatch(str(item))]
+            return numbers if len(numbers) == len(value) else _MISFIT
         if isinstance(value, list):
             return list(value) if "list" in self.kinds and all(isinstance(each, str) for each in value) else _MISFIT
         if isinstance(value, Mapping):
@@ -161,4 +165,20 @@ def _kinds(hint: Any) -> tuple[set[str], tuple[str, ...]]:
         return {_PLAIN[type(each)] for each in arguments}, tuple(each for each in arguments if isinstance(each, str))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"text"}, tuple(str(each.value) for each in hint)
+    if origin is list and arguments == (int,):
+        return {"integers"}, ()
     return {_PLAIN[origin or hint]} if (origin or hint) in _PLAIN else set(), ()
+
+
+def not_positive(values: Mapping[str, Any], names: Iterable[str]) -> list[ArgumentError]:
+    """List the numbers, among `values` by these names, that are not above 0 and below 2**31."""
+    numbers = [(name, number) for name in names for number in _as_list(values.get(name))]
+    return [
+        ArgumentError(f"--{name} must be more than 0 and below 2**31; got {number}", code="arguments.out_of_range")
+        for name, number in numbers
+        if not 0 < number < 2**31
+    ]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,116 @@
+"""`python -m zero_sft.estimate`: options in; text, JSON, a table or a picture out."""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zero_sft.arguments.shared import shared_options, shared_translations
+from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.estimate.options import EstimateArguments
+from zero_sft.estimate.storage_profiles import shipped_models
+from zero_sft.options.command import Command
+from zero_sft.options.help import wants_help, write_help
+from zero_sft.options.names import Translation
+from zero_sft.options.spec import specs_of
+
+if TYPE_CHECKING:
+    from zero_sft.estimate.result import Result
+
+_MODEL = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder", "variant", "dtype",
+          "attn_implementation")  # fmt: skip
+_TRAINING = ("deepspeed", "per_device_train_batch_size", "model_max_length", "activation_checkpointing", "packing")
+
+
+def command() -> Command:
+    """The command and its options."""
+    models = ", ".join(shipped_models())
+    names = shared_options(
+        ["model_name_or_path"],
+        kinds=frozenset({"list"}),
+        default=None,
+        help=f"Models: folders, files config.json, hub ids, `shipped` (all of the following), or some of {models}.",
+    )
+    model, training = [*names, *shared_options(_MODEL)], shared_options(_TRAINING)
+    own = list(specs_of(EstimateArguments, "").values())
+    return Command(
+        program="python -m zero_sft.estimate",
+        description="Estimate what a ZeRO-3 load and training need, for every rank, from headers or a config alone.",
+        groups={"Model": model, "Training": training, "Cluster and output": own},
+        required=("model_name_or_path", "world_size"),
+        positive=("world_size", "ranks_per_node", "per_device_train_batch_size", "model_max_length", "gpu_memory_gib",
+                  "host_memory_gib"),
+        translations={
+            **shared_translations([*model, *training]),
+            "model": Translation(name="model_name_or_path"),
+            "ds_config": Translation(name="deepspeed"),
+        },
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv):
+        return write_help(argv, command().help_text)
+    try:
+        options, notes = command().read(argv)
+        for note in notes:
+            sys.stderr.write(f"{note}\n")
+        results = _estimate(options)
+        if options.markdown:
+            _write(options, results)
+        if options.plot:
+            _plot(options, results)
+    except ZeroSftError as error:
+        sys.stderr.write(f"error: {error.with_code}\n")
+        return 2
+    sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n" if options.json else "")
+    for result in [] if options.json else results:
+        sys.stdout.write("\n".join(result.lines()) + "\n\n")
+    return 0
+
+
+def _estimate(options: Any) -> "list[Result]":
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it has no accelerator here
+    from zero_sft.estimate.result import estimate  # torch and DeepSpeed, which --help does without
+
+    names = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
+    return [result for name in names for result in estimate(name, options)]
+
+
+def _write(options: Any, results: "Sequence[Result]") -> None:
+    from zero_sft.estimate.result import document
+
+    given = {spec.name: getattr(options, spec.name) for spec in command().specs.values() if spec.name not in ("json", "plot")}
+    path = Path(options.markdown)
+    try:
+        path.write_text(document(results, options, _as_words(given)), encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(
+            f"--markdown {path} can't be written: {error.strerror or error}", code="estimate.markdown_unwritable"
+        ) from error
+
+
+def _as_words(values: dict[str, Any]) -> str:
+    """The command line that gives these values; what is off or left open is left out, and the token."""
+    words = ["python -m zero_sft.estimate"]
+    for name, value in values.items():
+        if value not in (None, False, "") and name != "token":
+            words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join(words)
+
+
+def _plot(options: Any, results: "Sequence[Result]") -> None:
+    from zero_sft.estimate.plot import draw
+
+    if len(results) != 1:
+        raise ArgumentError(
+            f"--plot draws one model in one world; these are {len(results)}. Name one of each.", code="estimate.plot_of_several"
+        )
+    (only,) = results
+    draw(f"{only.of.name} on {only.run.world_size:,} GPUs", only.loads, only.device, only.run.device_bytes, Path(options.plot))
