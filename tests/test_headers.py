@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from tests import models
 from tests.errors import raises
-from zero_sft.errors import CheckpointError
 
 
 @pytest.fixture(params=["safetensors", "bin"])
@@ -77,7 +76,8 @@ def damaged(many):
 def test_a_damaged_header_is_one_error_on_every_rank(damaged):
     from zero_sft import load_model
 
-    with pytest.raises(CheckpointError, match="-00004-of-00099"):
+    kind = "not_a_zip" if any(damaged.glob("*.bin")) else "header_too_long"
+    with raises(f"checkpoint.{kind}", "-00004-of-00099", "rank 1 of 3"):
         load_model(str(damaged), ds_config=models.zero3())
 
 
