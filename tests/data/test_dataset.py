@@ -104,12 +104,10 @@ def test_everything_cut_off(tmp_path):
 def test_one_batch_is_required(tmp_path):
     prepared = prepare(written(tmp_path, *[("a", "b")] * 6), byte_tokenizer(), model_max_length=512)
     require_one_batch(prepared, world_size=3, per_device_batch_size=2)
-    with raises("data.too_few_samples", "6 usable samples (", "tokens)", "needs 8", "8: 4", "2 ranks"):
+    with raises("data.too_few_samples", "6 usable samples (", " 8:", " 4 ", "2 ranks"):
         require_one_batch(prepared, world_size=2, per_device_batch_size=4)
     packed = replace(prepared, dataset=prepared.dataset.select([0]), unpacked=prepared)
-    with raises(
-        "data.too_few_samples", "6 samples in 1 packed row (", "needs 2", "2: 1", "2 ranks", "leave --packing True out"
-    ):
+    with raises("data.too_few_samples", "6 samples in 1 packed row (", " 2:", " 1 ", "2 ranks", "--packing"):
         require_one_batch(packed, world_size=2, per_device_batch_size=1)
 
 
@@ -264,7 +262,7 @@ def test_long_conversations_are_dropped_and_counted(tmp_path):
     path = written(tmp_path, ("a", "b"), ("a", "y" * 100))
     prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
     assert prepared.reports[0].dropped == {"longer than --model_max_length": 1}
-    with raises("data.nothing_left", "--long truncate or split"):
+    with raises("data.nothing_left", "--long truncate"):
         prepare(written(tmp_path, ("a", "y" * 100)), byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
     with raises("data.overlong_needs_lengths"):
         prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"), lazy=True)
@@ -275,5 +273,5 @@ def test_what_was_not_cut_is_not_said_to_be(tmp_path):
     path.write_text('{"text": "<|im_end|>"}')
     tokenizer = byte_tokenizer(eos_token="<|im_end|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    with raises("data.nothing_left", "1 without an answer to train on). Only answers"):
+    with raises("data.nothing_left", f"(1 {NO_ANSWER})"):
         prepare(path, tokenizer, model_max_length=60)

@@ -212,7 +212,7 @@ def test_a_layout_can_be_forced(tmp_path):
     reading = read_samples(Files(path=path).objects(), "text")
     assert [each.completion for each in reading.samples] == ["x", "y"]
     assert reading.unread == {"conversations": 1}, "said in the log"
-    with raises("data.unknown_format", "sample 2", "--data_format sharegpt: expected", "'text'"):
+    with raises("data.unknown_format", "sample 2", "--data_format sharegpt", "'text'"):
         read_samples(Files(path=path).objects(), "sharegpt")
 
 
