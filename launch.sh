@@ -54,8 +54,8 @@ launcher_options=() # as given
 job_arguments=()
 declare -A given=() # long name of a launcher option -> its value
 
-die() {
-  echo "launch.sh: $*" >&2
+die() { # CODE MESSAGE...
+  echo "launch.sh: ${*:2} [launcher.$1]" >&2
   exit 2
 }
 
@@ -84,7 +84,7 @@ refuse_tokens() {
     fi
     if [[ $value =~ ^hf_[A-Za-z0-9]{20,}$ ]] ||
       [[ $previous =~ ^--(push_to_)?(hub[_-])?(token|use[_-]auth[_-]token)$ && $value != --* && ! ${value,,} =~ ^(true|false)$ ]]; then
-      die "a token on a command line is no secret, and the launcher logs it: export HF_TOKEN instead"
+      die secret_on_command_line "a token on a command line is no secret, and the launcher logs it: export HF_TOKEN instead"
     fi
     previous=$argument
   done
@@ -103,7 +103,7 @@ split_arguments() {
         launcher_options+=("$1")
         given[$(long_name "$name")]=${1#*=}
       else
-        (($# > 1)) || die "$1 needs a value"
+        (($# > 1)) || die value_missing "$1 needs a value"
         launcher_options+=("$1" "$2")
         given[$(long_name "$name")]=$2
         shift
@@ -115,14 +115,16 @@ split_arguments() {
   done
   refuse_tokens "$@"
   case ${1:-} in
-    --module | -m | --no_python) die "$1 is given by this script; ZERO_SFT_MODULE names another module" ;;
+    --module | -m | --no_python)
+      die option_of_the_script "$1 is given by this script; ZERO_SFT_MODULE names another module"
+      ;;
     --) shift ;;
     *)
       for argument in "$@"; do
         # A launcher option that stands too late would reach the job, which doesn't know it.
         name=${argument%%=*}
         if [[ $name == --* ]] && is_one_of "$name" "$OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
-          die "$name is an option of the launcher: put it before the arguments of the job"
+          die option_misplaced "$name is an option of the launcher: put it before the arguments of the job"
         fi
       done
       ;;
@@ -150,12 +152,12 @@ find_project() {
 
 find_python() {
   if [[ -n ${ZERO_SFT_PYTHON:-} ]]; then
-    python=$(command -v "$ZERO_SFT_PYTHON") || die "ZERO_SFT_PYTHON=$ZERO_SFT_PYTHON is not an executable"
+    python=$(command -v "$ZERO_SFT_PYTHON") || die no_such_python "ZERO_SFT_PYTHON=$ZERO_SFT_PYTHON is not an executable"
   elif [[ -n $project && -x $project/.venv/bin/python ]]; then
     python=$project/.venv/bin/python
   else
     python=$(command -v python || command -v python3) ||
-      die "no python on PATH: activate an environment, or set ZERO_SFT_PYTHON"
+      die no_python "no python on PATH: activate an environment, or set ZERO_SFT_PYTHON"
   fi
   # DeepSpeed compiles its operators with the first ninja on PATH; another one's version makes it compile them again.
   PATH=$(dirname "$python"):$PATH
@@ -188,7 +190,7 @@ run_here() {
   local deepspeed ranks
   deepspeed=$(dirname "$python")/deepspeed # of the same environment as the interpreter
   [[ -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
-    die "no deepspeed command beside $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
+    die no_deepspeed_command "no deepspeed command beside $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
 
   ranks=$(count_gpus)
   if [[ -n ${given[--hostfile]:-}${given[--num_nodes]:-} || -e /job/hostfile ]]; then
@@ -200,7 +202,7 @@ run_here() {
     ranks=${given[--num_gpus]}
   elif ((ranks == 0)); then
     ranks=${ZERO_SFT_CPU_RANKS:-2}
-    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die "ZERO_SFT_CPU_RANKS=$ranks is not a number of ranks"
+    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die bad_cpu_ranks "ZERO_SFT_CPU_RANKS=$ranks is not a number of ranks"
     note "no GPU found: starting $ranks CPU ranks"
     launcher_options+=(--num_gpus "$ranks")
     # Hidden GPUs stay hidden: the launcher sets CUDA_VISIBLE_DEVICES anew for its ranks, 0,1 for two.
@@ -219,8 +221,8 @@ require_words_for_other_machines() { # COMMAND
   ! grep -qs 'zero_sft launcher shim' "$1" || return 0
   for word in "${job_arguments[@]}"; do
     [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ && $word != *%[hnu%]* ]] ||
-      die "on other machines a shell would change the argument '$word': put it into a YAML file and give that, or run" \
-        "'python -m zero_sft.launcher enable' once"
+      die argument_a_shell_changes "on other machines a shell would change the argument '$word': put it into a YAML file" \
+        "and give that, or run 'python -m zero_sft.launcher enable' once"
   done
 }
 
@@ -283,20 +285,20 @@ plan_step() {
   gpus=$(slurm_gpus_per_node)
   : "${gpus:=${SLURM_GPUS_ON_NODE:-0}}"
   [[ $gpus =~ ^[0-9]+$ ]] ||
-    die "the nodes of the job have different numbers of GPUs (${gpus//$'\n'/, }): ask for the same number on every" \
-      "node with --gpus-per-node"
+    die gpus_of_nodes_differ "the nodes of the job have different numbers of GPUs (${gpus//$'\n'/, }): ask for the same" \
+      "number on every node with --gpus-per-node"
   ranks=$gpus
   if ((gpus == 0)); then
     [[ $tasks =~ ^[0-9]+$ ]] ||
-      die "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): ask for the same number on" \
-        "every node with --ntasks-per-node"
+      die tasks_of_nodes_differ "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): ask for the" \
+        "same number on every node with --ntasks-per-node"
     ranks=$tasks
   elif [[ $tasks != "$gpus" ]]; then
     note "tasks per node: ${tasks//$'\n'/ or }, GPUs per node: $gpus; starting one rank a GPU"
   fi
   cpus=$(slurm_numbers "$SLURM_JOB_CPUS_PER_NODE" | sed -n 1p)
   ((cpus >= ranks)) ||
-    die "$cpus CPUs are too few for $ranks ranks on each node: submit with --ntasks-per-node=$ranks" \
+    die too_few_cpus "$cpus CPUs are too few for $ranks ranks on each node: submit with --ntasks-per-node=$ranks" \
       "--cpus-per-task=<CPUs a rank>"
   cpus=$((cpus / ranks))
 }
@@ -305,8 +307,8 @@ run_in_slurm() {
   local nodes gpus ranks cpus option step=()
   for option in "${!given[@]}"; do
     [[ $option == --master_port || $option == --master_addr ]] ||
-      die "$option is for DeepSpeed's launcher on one machine; under SLURM give sbatch or salloc --nodes and" \
-        "--gpus-per-node instead"
+      die option_under_slurm "$option is for DeepSpeed's launcher on one machine; under SLURM give sbatch or salloc" \
+        "--nodes and --gpus-per-node instead"
   done
   plan_step
   MASTER_ADDR=${given[--master_addr]:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
@@ -342,7 +344,8 @@ main() {
   if in_allocation; then
     run_in_slurm
   fi
-  ((${SLURM_STEP_NUM_TASKS:-1} == 1)) || die "start this script with sbatch, or by itself inside salloc; not with srun"
+  ((${SLURM_STEP_NUM_TASKS:-1} == 1)) ||
+    die started_by_srun "start this script with sbatch, or by itself inside salloc; not with srun"
   run_here
 }
 

@@ -381,3 +381,10 @@ def test_merge_keys_are_named(tmp_path):
     (tmp_path / "run.yaml").write_text("base: &base {seed: 1}\n<<: *base\n")
     with raises("arguments.file_merge_key", "<<"):
         parse([str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("value", ["auto", "bfloat16", "float16", "float32"])
+def test_each_dtype_is_taken(value):
+    assert parse(["--dtype", value]).model.dtype == value
+    with raises("arguments.wrong_value", "--dtype", "'half'"):
+        parse(["--dtype", "half"])

@@ -154,7 +154,7 @@ def test_not_json(tmp_path, content):
 def test_not_stage_3(tmp_path, config, stage):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(config))
-    with raises("ds_config.not_stage_3", f"zero_optimization.stage is {stage}") as caught:
+    with raises("ds_config.not_stage_3", "zero_optimization.stage", str(stage)) as caught:
         load_ds_config(path)
     assert str(path) in str(caught.value)
     assert ", ".join(NAMES) in str(caught.value)
@@ -265,7 +265,7 @@ def test_nvme_folder_that_is_missing(tmp_path, section, path):
     path = str(tmp_path / path) if path else path
     with raises("ds_config.nvme_path_unwritable") as caught:
         require_nvme(with_zero(**{section: {"device": "nvme", "nvme_path": path}}))
-    assert f"zero_optimization.{section}.nvme_path is {path!r}" in str(caught.value)
+    assert f"zero_optimization.{section}.nvme_path" in str(caught.value)
     assert not os.listdir(tmp_path)
 
 

@@ -8,8 +8,6 @@ from safetensors.torch import load_file, save_file
 
 from tests import models
 from tests.errors import raises
-from zero_sft.errors import CheckpointError
-from zero_sft.zero.process_group import connect
 
 
 @pytest.fixture(params=["safetensors", "bin"])
@@ -60,6 +58,7 @@ def test_the_index_is_the_one_read_alone(many):
     from zero_sft.cluster.world import World
     from zero_sft.loading.headers import read_headers_together
     from zero_sft.storage import torch_zip
+    from zero_sft.zero.process_group import connect
 
     world = World.detect()
     connect(world)
@@ -78,7 +77,8 @@ def damaged(many):
 def test_a_damaged_header_is_one_error_on_every_rank(damaged):
     from zero_sft import load_model
 
-    with pytest.raises(CheckpointError, match="-00004-of-00099"):
+    kind = "not_a_zip" if any(damaged.glob("*.bin")) else "header_too_long"
+    with raises(f"checkpoint.{kind}", "-00004-of-00099", "rank 1 of 3"):
         load_model(str(damaged), ds_config=models.zero3())
 
 

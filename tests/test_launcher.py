@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.errors import raises
+from tests.errors import error_codes, raises
 from zero_sft import launcher
 from zero_sft.launcher import State
 
@@ -146,7 +146,7 @@ def test_a_lost_original_is_said_and_nothing_is_guessed(scripts):
 def test_a_foreign_script_is_refused(scripts, content):
     (scripts / "deepspeed").write_bytes(content)
     before = files(scripts)
-    with raises("launcher.unknown_script", "not the Python script that DeepSpeed installs", "--module"):
+    with raises("launcher.unknown_script", str(scripts / "deepspeed"), "--module"):
         launcher.enable([scripts])
     assert files(scripts) == before
 
@@ -154,7 +154,7 @@ def test_a_foreign_script_is_refused(scripts, content):
 def test_a_symbolic_link_is_refused(scripts, tmp_path):
     (scripts / "deepspeed").rename(tmp_path / "elsewhere")
     (scripts / "deepspeed").symlink_to(tmp_path / "elsewhere")
-    with raises("launcher.unknown_script", "symbolic link"):
+    with raises("launcher.unknown_script", str(scripts / "deepspeed")):
         launcher.enable([scripts])
     assert (tmp_path / "elsewhere").read_bytes() == ORIGINAL
 
@@ -179,6 +179,7 @@ def test_missing_deepspeed_is_one_error_on_stderr_with_code_2(tmp_path, monkeypa
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.count("\n") == 1
+        assert error_codes(captured.err) == ["launcher.no_deepspeed_command"]
         assert "pip install deepspeed" in captured.err
         assert "--module zero_sft.train" in captured.err
     assert launcher.launch_note() is None

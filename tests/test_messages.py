@@ -1,12 +1,13 @@
 """What the errors of the package are called, and what they say."""
 
+import ast
 import copy
 import re
 
 import pytest
 
 from tests.errors import error_codes
-from tests.messages import SENTENCES, listed, sites
+from tests.messages import CLASSES, SENTENCES, listed, sites
 from zero_sft.errors import ArgumentError, ConfigError, DataError, ZeroSftError
 
 TOPICS = {
@@ -27,6 +28,27 @@ def test_every_error_has_a_code_of_a_known_topic():
 
 def test_the_list_of_sentences_is_that_of_the_source():
     assert listed() == SENTENCES.read_text(encoding="utf-8"), "run `python -m tests.messages`, and read what it changes"
+
+
+def test_no_test_matches_a_sentence_of_an_error():
+    """`tests.errors.raises` names the code and the values instead."""
+    tests = SENTENCES.parent
+    found = [
+        f"{path.relative_to(tests)}:{line}" for path in tests.rglob("*.py") for line in matched_sentences(path.read_text())
+    ]
+    assert not found, "match the code and the values"
+    assert matched_sentences("with pytest.raises((ValueError, errors.DataError), match='no data'): pass") == [1]
+
+
+def matched_sentences(source: str) -> list[int]:
+    """The lines with `pytest.raises(..., match=...)` for an error of the package."""
+    return [
+        call.lineno
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "pytest.raises"
+        if any(word.arg == "match" for word in call.keywords)
+        and any(name in CLASSES for each in call.args for name in re.findall(r"\w+", ast.unparse(each)))
+    ]
 
 
 def test_a_code_survives_another_process():

@@ -40,7 +40,7 @@ def test_one_whole_expert(mixtral):
             del tensors[f"{EXPERT}.1.{part}.weight"]
 
     message = refusal_after(mixtral, change, "shapes_differ", f"'{EXPERT}.1.w")
-    assert "different models" not in message
+    assert "ignore_mismatched_sizes" not in message
 
 
 def test_the_last_expert(mixtral):
@@ -48,7 +48,7 @@ def test_the_last_expert(mixtral):
         for part in ("w1", "w2", "w3"):
             del tensors[f"{EXPERT}.{count - 1}.{part}.weight"]
 
-    refusal_after(mixtral, change, "shapes_differ", "parts are missing")
+    refusal_after(mixtral, change, "shapes_differ", "mlp.experts.gate_up_proj")
 
 
 def test_one_expert_too_many(mixtral):
@@ -65,8 +65,8 @@ def test_an_expert_far_beyond_the_others(mixtral):
     def change(tensors, _):
         tensors[f"{EXPERT}.77.w2.weight"] = tensors[f"{EXPERT}.0.w2.weight"].clone()
 
-    message = refusal_after(mixtral, change, "shapes_differ", "too many")
-    assert "lack" not in message
+    message = refusal_after(mixtral, change, "shapes_differ", "mlp.experts.down_proj", "ignore_mismatched_sizes")
+    assert EXPERT not in message, "of no part it is said that it lacks"
 
 
 @pytest.mark.parametrize("target", ["gate_up_proj", "down_proj"])

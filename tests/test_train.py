@@ -14,6 +14,7 @@ import pytest
 
 from tests import models
 from tests.data import tiny
+from tests.errors import error_codes
 
 CHAT = [
     {
@@ -79,22 +80,25 @@ def test_from_arguments_to_export(model, tmp_path):
 
 
 BAD = {
-    "no such folder": ({"model_name_or_path": "/nowhere/model"}, "no such folder: /nowhere/model"),
-    "unknown argument": ({"learning_rat": 1}, "learning_rate"),
-    "not stage 3": ({"deepspeed": '{"zero_optimization": {"stage": 2}}'}, "stage 3"),
-    "no such config": ({"deepspeed": "zero4"}, "zero3_offload"),
-    "no data": ({"data_path": "/nowhere.json"}, "/nowhere.json"),
-    "not JSON": ({"data_path": "{tmp}/broken.json"}, "broken.json"),
-    "empty data": ({"data_path": "{tmp}/empty.json"}, "empty.json"),
-    "unknown role": ({"data_path": "{tmp}/roles.json"}, "roles.json"),
-    "no conversations": ({"data_path": "{tmp}/fields.json"}, "conversations"),
-    "too little data": ({"per_device_train_batch_size": 32}, "one batch needs 64"),
-    "unwritable output": ({"output_dir": "{tmp}/data.json/out"}, "can't be written"),
-    "output inside the data": ({"data_path": "{tmp}", "output_dir": "{tmp}/out"}, "[data.output_inside_data]"),
-    "fsdp": ({"fsdp": "full_shard"}, "fsdp"),
-    "truncated weights": ({"model_name_or_path": "{tmp}/truncated"}, "truncated or corrupt"),
-    "context of a table": ({"model_name_or_path": "{tmp}/opt", "model_max_length": 4096}, "model_max_length"),
-}
+    # the arguments, the code, what the message must name
+    "no such folder": ({"model_name_or_path": "/nowhere/model"}, "hub.no_such_folder", "/nowhere/model"),
+    "unknown argument": ({"learning_rat": 1}, "arguments.unknown", "learning_rate"),
+    "not stage 3": ({"deepspeed": '{"zero_optimization": {"stage": 2}}'}, "ds_config.not_stage_3", "zero_optimization.stage"),
+    "no such config": ({"deepspeed": "zero4"}, "ds_config.not_found", "zero3_offload"),
+    "no data": ({"data_path": "/nowhere.json"}, "data.no_such_file", "/nowhere.json"),
+    "not JSON": ({"data_path": "{tmp}/broken.json"}, "data.not_json", "broken.json"),
+    "empty data": ({"data_path": "{tmp}/empty.json"}, "data.empty_file", "empty.json"),
+    "unknown role": ({"data_path": "{tmp}/roles.json"}, "data.unknown_role", "roles.json"),
+    "no conversations": ({"data_path": "{tmp}/fields.json"}, "data.unknown_format", "conversations"),
+    "too little data": ({"per_device_train_batch_size": 32}, "data.too_few_samples", " 64:"),
+    "unwritable output": ({"output_dir": "{tmp}/data.json/out"}, "export.unwritable", "data.json/out"),
+    "output inside the data": ({"data_path": "{tmp}", "output_dir": "{tmp}/out"}, "data.output_inside_data", "out"),
+    "fsdp": ({"fsdp": "full_shard"}, "arguments.no_meaning", "--fsdp"),
+    "truncated weights": ({"model_name_or_path": "{tmp}/truncated"}, "checkpoint.truncated", "model-00001"),
+    "context of a table": (
+        {"model_name_or_path": "{tmp}/opt", "model_max_length": 4096}, "rope.position_table_too_short", "--model_max_length"
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -121,7 +125,7 @@ def test_bad_input_is_one_message_and_a_non_zero_status(material, fault):
 
     from zero_sft import train
 
-    changes, message = BAD[fault]
+    changes, code, value = BAD[fault]
     changes = {name: str(value).replace("{tmp}", str(material)) for name, value in changes.items()}
     before = sorted(path.name for path in material.iterdir())
     said = io.StringIO()
@@ -129,7 +133,8 @@ def test_bad_input_is_one_message_and_a_non_zero_status(material, fault):
         status = train.main(job(material, **changes))
     assert status != 0
     if dist.get_rank() == 0:
-        assert message in said.getvalue()
+        assert error_codes(said.getvalue()) == [code], said.getvalue()
+        assert value in said.getvalue()
         assert said.getvalue().count("error:") == 1
     else:
         assert "error" not in said.getvalue()
@@ -160,6 +165,7 @@ def test_the_launcher_passes_the_failure_on(model, tmp_path):
     status, output, _ = launch(tmp_path, *job(tmp_path, data_path="/nowhere.json"))
     assert status != 0
     assert output.count("error: ") == 1
+    assert error_codes(output) == ["data.no_such_file"]
     assert "/nowhere.json" in output
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer*_{20000 + os.getpid() % 20000}_*"))
 

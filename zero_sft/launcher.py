@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             disable()
         message = "disabled" if action == "disable" else status().value
     except (ConfigError, OSError) as error:
-        sys.stderr.write(f"zero_sft.launcher: {error}\n")
+        sys.stderr.write(f"zero_sft.launcher: {error.with_code if isinstance(error, ConfigError) else error}\n")
         return 2
     sys.stdout.write(f"{message}\n")
     return 0

@@ -11,7 +11,6 @@ from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeh
 from zero_sft.checkpoint.header import read_header
 from zero_sft.checkpoint.index import read_index
 from zero_sft.config import load_config
-from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.hub.options import HubOptions
 from zero_sft.storage import torch_zip
 from zero_sft.tokenizer.setup import set_up
@@ -20,18 +19,22 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsiz
 PAGE = b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head></html>\n"
 
 FOLDERS = {
+    # kind: the files in it, what the message must name
     "adapter": (("adapter_config.json", "adapter_model.safetensors"), ("adapter", "'org/base'", "merge_and_unload")),
     "gguf": (("model.Q4_K_M.gguf", "README.md"), ("GGUF", "model.Q4_K_M.gguf")),
-    "diffusers": (("model_index.json",), ("diffusers", "--subfolder")),
-    "meta": (("consolidated.00.pth", "params.json", "tokenizer.model"), ("Hugging Face version",)),
-    "mistral": (("consolidated.safetensors", "params.json", "tekken.json"), ("Hugging Face version",)),
-    "deepspeed": (("latest", "zero_to_fp32.py", "global_step5/x.pt"), ("DeepSpeed checkpoint", "zero_to_fp32.py")),
-    "trainer": (("trainer_state.json", "rng_state.pth"), ("trainer's checkpoint", "--resume_from_checkpoint")),
-    "run": (("checkpoint-9/config.json", "checkpoint-10/config.json"), ("checkpoint-10, checkpoint-9", "Name one")),
-    "tensorflow": (("tf_model.h5",), ("TensorFlow", "from_tf")),
-    "flax": (("flax_model.msgpack",), ("Flax", "from_flax")),
-    "onnx": (("onnx/model.onnx",), ("ONNX",)),
-    "sentence-transformers": (("modules.json",), ("sentence-transformers",)),
+    "diffusers": (("model_index.json",), ("model_index.json", "diffusers", "--subfolder")),
+    "meta": (("consolidated.00.pth", "params.json", "tokenizer.model"), ("consolidated.00.pth", "model.safetensors")),
+    "mistral": (("consolidated.safetensors", "params.json", "tekken.json"), ("consolidated.safetensors", "config.json")),
+    "deepspeed": (
+        ("latest", "zero_to_fp32.py", "global_step5/x.pt"),
+        ("DeepSpeed", "--resume_from_checkpoint", "zero_to_fp32.py"),
+    ),
+    "trainer": (("trainer_state.json", "rng_state.pth"), ("trainer_state.json", "--resume_from_checkpoint")),
+    "run": (("checkpoint-9/config.json", "checkpoint-10/config.json"), ("checkpoint-10, checkpoint-9",)),
+    "tensorflow": (("tf_model.h5",), ("tf_model.h5", "TensorFlow", "from_tf")),
+    "flax": (("flax_model.msgpack",), ("flax_model.msgpack", "Flax", "from_flax")),
+    "onnx": (("onnx/model.onnx",), ("model.onnx", "ONNX")),
+    "sentence-transformers": (("modules.json",), ("modules.json", "sentence-transformers")),
 }
 
 
@@ -44,28 +47,24 @@ def write(folder, names):
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_folders(tmp_path, kind):
-    names, parts = FOLDERS[kind]
+    names, values = FOLDERS[kind]
     write(tmp_path, names)
-    for read, error in (
-        (lambda: load_config(tmp_path, HubOptions()), ConfigError),
-        (lambda: read_index(tmp_path, torch_zip.read_header), CheckpointError),
-    ):
-        with pytest.raises(error) as caught:
-            read()
-        for part in (str(tmp_path), *parts):
-            assert part in str(caught.value), str(caught.value)
+    with raises("config.missing", str(tmp_path), *values):
+        load_config(tmp_path, HubOptions())
+    with raises("checkpoint.no_weights", str(tmp_path), *values):
+        read_index(tmp_path, torch_zip.read_header)
 
 
 def test_a_folder_of_which_nothing_is_known(tmp_path):
     write(tmp_path, ["notes.txt"])
     assert folder_kind(tmp_path) == ""
-    with raises("config.missing", "no config.json"):
+    with raises("config.missing", f"config.json in {tmp_path}"):
         load_config(tmp_path, HubOptions())
 
 
 def test_parts_without_their_index(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "model-00001-of-00002.safetensors")
-    with raises("checkpoint.no_weights", "model.safetensors.index.json) is missing"):
+    with raises("checkpoint.no_weights", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         read_index(tmp_path)
 
 
@@ -74,28 +73,25 @@ def test_an_adapter_next_to_the_weights_is_named(tmp_path):
     write(tmp_path, ["adapter_config.json", "model.safetensors"])
     warning = adapter_warning(tmp_path)
     assert "'org/base'" in warning
-    assert "NOT applied" in warning
+    assert "merge_and_unload" in warning
 
 
 @pytest.mark.parametrize("content", [POINTER, PAGE, b""])
 def test_placeholders(tmp_path, content):
-    expected = {POINTER: "git lfs pull", PAGE: "web page", b"": "it is empty"}[content]
-    path = tmp_path / "model.safetensors"
-    for name, read, error in (
-        ("model.safetensors", lambda: read_index(tmp_path), CheckpointError),
-        ("other.safetensors", lambda: read_header(tmp_path / "other.safetensors"), CheckpointError),
-        ("pytorch_model.bin", lambda: torch_zip.read_header(tmp_path / "pytorch_model.bin"), CheckpointError),
-        ("config.json", lambda: load_config(tmp_path, HubOptions()), ConfigError),
-        ("model.safetensors.index.json", lambda: read_index(tmp_path), CheckpointError),
+    remedy = {POINTER: "git lfs pull", PAGE: "(HTML)", b"": ""}[content]
+    for name, read, code in (
+        ("model.safetensors", lambda: read_index(tmp_path), "checkpoint.placeholder_file"),
+        ("other.safetensors", lambda: read_header(tmp_path / "other.safetensors"), "checkpoint.placeholder_file"),
+        ("pytorch_model.bin", lambda: torch_zip.read_header(tmp_path / "pytorch_model.bin"), "checkpoint.placeholder_file"),
+        ("config.json", lambda: load_config(tmp_path, HubOptions()), "config.placeholder_file"),
+        ("model.safetensors.index.json", lambda: read_index(tmp_path), "checkpoint.placeholder_file"),
     ):
         for other in tmp_path.iterdir():
             other.unlink()
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(error) as caught:
+        with raises(code, str(path), remedy):
             read()
-        assert expected in str(caught.value), (name, str(caught.value))
-        assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
@@ -103,9 +99,8 @@ def test_placeholders_of_the_tokenizer(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (tmp_path / name).write_bytes(POINTER)
-    with raises("tokenizer.placeholder_file", "git lfs pull") as caught:
+    with raises("tokenizer.placeholder_file", name, "git lfs pull"):
         set_up(tmp_path, HubOptions(), 64, "right")
-    assert name in str(caught.value)
 
 
 def test_real_content_is_no_placeholder(tmp_path):

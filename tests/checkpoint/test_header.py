@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from tests.errors import raises
 from zero_sft.checkpoint.header import read_header
-from zero_sft.errors import CheckpointError
 
 
 @pytest.fixture
@@ -54,33 +53,42 @@ def test_truncated(path, cut, code):
 
 def test_longer_than_promised(path):
     path.write_bytes(path.read_bytes() + b"x")
-    with raises("checkpoint.truncated", "promises"):
+    with raises("checkpoint.truncated", "model.safetensors"):
         read_header(path)
 
 
 @pytest.mark.parametrize(
-    "header",
-    [
-        b"not json at all", b"[1, 2]", {"a": 3}, {"a": {"dtype": "F32", "shape": [2]}},
-        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
-        {"a": {"dtype": "Q9", "shape": [1], "data_offsets": [0, 4]}},
-        {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"[" * 100_000, b'{"a":' * 100_000,
-        {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in ("overlapping", "tensors")},
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-    ],
+    ("code", "headers"),
+    {
+        "header_not_json": [
+            b"not json at all", b"[" * 100_000, b'{"a":' * 100_000,
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        ],
+        "header_not_an_object": [b"[1, 2]"],
+        "header_bad_entry": [
+            {"a": 3}, {"a": {"dtype": "F32", "shape": [2]}}, {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+            {"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}},
+        ],
+        "wrong_size_of_tensor": [{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}],
+        "tensors_overlap": [
+            {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in ("overlapping", "tensors")},
+        ],
+        "unknown_dtype": [
+            {"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}} for dtype in ("Q9", ["F32"])
+        ],
+    }.items(),
 )  # fmt: skip
-def test_corrupt_headers(tmp_path, header):
-    write(tmp_path / "x.safetensors", header, b"1234")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        read_header(tmp_path / "x.safetensors")
+def test_corrupt_headers(tmp_path, code, headers):
+    for header in headers:
+        write(tmp_path / "x.safetensors", header, b"1234")
+        with raises(f"checkpoint.{code}", "x.safetensors"):
+            read_header(tmp_path / "x.safetensors")
 
 
 def test_garbage_length(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 64)
-    with raises("checkpoint.header_too_long", "a header of 18446744073709551615 bytes"):
+    with raises("checkpoint.header_too_long", "18446744073709551615"):
         read_header(tmp_path / "x.safetensors")
 
 

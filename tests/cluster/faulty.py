@@ -26,7 +26,7 @@ def _fault() -> None:
     if kind == "data":
         from zero_sft.errors import DataError
 
-        raise DataError("sample 7 can't be read")
+        raise DataError("sample 7 can't be read", code="data.faulty")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
 

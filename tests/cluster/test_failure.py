@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.errors import error_codes
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.world import World
 from zero_sft.errors import DataError
@@ -19,42 +20,53 @@ def fail_in_stage(error: Exception) -> Exception:
     return caught.value
 
 
+def require_said(capsys, code: str, *values: str) -> None:
+    """One error is said, with that code and these values."""
+    said = capsys.readouterr().err
+    assert (said.count("error: "), error_codes(said)) == (1, [code]), said
+    for value in values:
+        assert value in said
+
+
 def test_the_stage_of_an_error_is_named(capsys):
     assert failure.report_failure(fail_in_stage(ValueError("x"))) == 1
-    assert "failed while reading: ValueError: x" in capsys.readouterr().err
+    require_said(capsys, "cluster.rank_failed", "while reading: ValueError: x")
 
 
 def test_an_error_that_was_caught_leaves_no_stage(capsys):
-    fail_in_stage(DataError("caught"))
+    fail_in_stage(DataError("caught", code="data.caught"))
     failure.report_failure(ValueError("x"))
-    assert "failed while training: ValueError: x" in capsys.readouterr().err
+    require_said(capsys, "cluster.rank_failed", "while training: ValueError: x")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 12 bytes")])
 def test_too_little_host_memory_has_a_remedy(error, capsys):
     failure.report_failure(error)
-    assert "The host has too little memory." in capsys.readouterr().err
+    require_said(capsys, "cluster.host_memory", "--per_device_train_batch_size")
 
 
 def test_a_rank_on_another_host_that_is_gone(monkeypatch, capsys):
     monkeypatch.setattr(failure, "FOLLOW_ON_SECONDS", 0.1)
     failure.report_failure(RuntimeError("[gloo/pair.cc:553] Connection closed by peer [10.0.0.2]:1"))
-    said = capsys.readouterr().err
-    assert said.count("error: ") == 1
-    assert "lost the connection to another rank while training: [gloo/pair.cc:553] Connection closed by peer" in said
+    require_said(capsys, "cluster.connection_lost", "while training: [gloo/pair.cc:553] Connection closed by peer")
+
+
+def test_ctrl_c_and_a_launcher_that_is_gone(capsys):
+    assert failure.report_interrupt() == 130
+    require_said(capsys, "cluster.interrupted", "SIGINT", "while training")
+    failure.begin_job(World(world_size=2))
+    assert failure.report_orphan("deepspeed, process 7")
+    require_said(capsys, "cluster.launcher_ended", "deepspeed, process 7")
 
 
 def test_what_is_said_once_is_not_said_again(capsys):
-    failure.report_failure(DataError("first"))
-    failure.report_failure(DataError("second"))
+    failure.report_failure(DataError("first", code="data.first"))
+    failure.report_failure(DataError("second", code="data.second"))
     assert failure.report_signal("SIGTERM") is False
-    said = capsys.readouterr().err
-    assert "first" in said
-    assert "second" not in said
-    assert "SIGTERM" not in said
+    require_said(capsys, "data.first", "first")
 
 
 def test_another_rank_than_0_leaves_the_word_to_it(capsys):
     failure.begin_job(World(rank=1, world_size=2))
-    failure.report_failure(DataError("the same on all ranks"))
+    failure.report_failure(DataError("the same on all ranks", code="data.same"))
     assert not capsys.readouterr().err

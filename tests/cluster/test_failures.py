@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.errors import error_codes
 from tests.launching import ROOT, Started, deepspeed, free_port, shimmed, torchrun
 from zero_sft import launcher
 
 FAULTY = "tests.cluster.faulty"
+
+
+def require_said(run: Started, code: str, *values: str) -> None:
+    """The run has said one error, with that code and these values."""
+    assert (run.output.count("error: "), error_codes(run.output)) == (1, [code]), run.output[-4000:]
+    for value in values:
+        assert value in run.output, run.output[-4000:]
 
 
 @pytest.fixture
@@ -48,9 +56,7 @@ def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     run.process.send_signal(getattr(signal, name))
     assert run.wait(40) != 0
     assert run.left_after(20) == []
-    assert run.output.count("error: ") == 1, run.output[-3000:]
-    assert ("SIGTERM has ended the job" if shim else "the launcher has ended") in run.output
-    assert "while training, in step " in run.output
+    require_said(run, "cluster.ended_by_signal" if shim else "cluster.launcher_ended", "while training, in step ")
     assert "Traceback" not in run.output
 
 
@@ -68,7 +74,7 @@ def test_launch_sh_passes_signals_on_and_waits(start, tmp_path, name):
     run.process.send_signal(getattr(signal, name))
     assert run.wait(40) != 0
     assert run.left_after(20 if name == "SIGKILL" else 2) == []
-    assert run.output.count("error: ") == 1, run.output[-3000:]
+    assert len(error_codes(run.output)) == run.output.count("error: ") == 1, run.output[-3000:]
 
 
 @pytest.mark.parametrize(("dead", "launch"), [(0, deepspeed), (1, deepspeed), (1, torchrun)])
@@ -79,28 +85,26 @@ def test_a_killed_rank_is_named(words, start, dead, launch):
     killed.send_signal(signal.SIGKILL)
     assert run.wait(60) != 0
     assert run.left_after(20) == []
-    assert run.output.count("error: ") == 1, run.output[-3000:]
-    where = f"rank {dead} (process {killed.pid}) on {socket.gethostname()}"
-    assert f"error: {where} ended while training, in step " in run.output
+    where = f"error: rank {dead} (process {killed.pid}) on {socket.gethostname()} "
+    require_said(run, "cluster.rank_lost", where, "while training, in step ")
     assert "0:30:00" not in run.output
     assert launch is torchrun or "Traceback" not in run.output  # torchrun has one of its own
 
 
 @pytest.mark.parametrize(
-    ("fault", "ranks", "says"),
+    ("fault", "ranks", "code", "value"),
     [
-        ("raise", "1", "failed while training, in step 2"),
-        ("raise", "0,1", "RuntimeError: the fault of this test"),
-        ("memory", "0", "--per_device_train_batch_size"),
-        ("data", "1", "sample 7 can't be read (rank 1 alone)"),
+        ("raise", "1", "cluster.rank_failed", "while training, in step 2"),
+        ("raise", "0,1", "cluster.rank_failed", "RuntimeError: the fault of this test"),
+        ("memory", "0", "cluster.device_memory", "--per_device_train_batch_size"),
+        ("data", "1", "data.faulty", "(rank 1 alone)"),
     ],
 )
-def test_an_error_in_a_step_is_one_message(words, start, tmp_path, fault, ranks, says):
+def test_an_error_in_a_step_is_one_message(words, start, tmp_path, fault, ranks, code, value):
     run = start(deepspeed(2, *words, module=FAULTY), FAULT=fault, FAULT_RANKS=ranks)
     assert run.wait() != 0
     assert run.left_after(20) == []
-    assert run.output.count("error: ") == 1, run.output[-4000:]
-    assert says in run.output
+    require_said(run, code, value)
     assert run.output.count("Traceback") == (0 if fault == "data" else 1), "of the rank that failed, once"
     if fault == "raise":  # a fault in a user's code needs its traceback
         assert 'raise RuntimeError("the fault of this test")' in run.output
@@ -114,9 +118,7 @@ def test_a_taken_port_is_named(start):
         port = taken.getsockname()[1]
         run = start(deepspeed(2, module=FAULTY, port=port))
         assert run.wait() != 0
-    assert run.output.count("error: ") == 1, run.output[-3000:]
-    assert f"the master port {port} of {socket.gethostname()} is taken by process" in run.output
-    assert "--master_port" in run.output
+    require_said(run, "cluster.port_taken", f" {port} of {socket.gethostname()} ", f"process {os.getpid()}", "--master_port")
     assert "Traceback" not in run.output
 
 

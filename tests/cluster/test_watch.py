@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from tests.errors import error_codes
 from zero_sft.cluster.launcher_watch import is_launcher
 
 CHILD = """
@@ -73,7 +74,9 @@ def test_a_signal_ends_a_rank_that_is_busy_in_native_code():
     """As in a collective: the main thread waits in a C function."""
     done = run("import ctypes; os.kill(os.getpid(), signal.SIGTERM); ctypes.CDLL(None).sleep(100)")
     assert done.returncode == 128 + signal.SIGTERM
-    assert "error: SIGTERM has ended the job while starting" in done.stderr
+    assert error_codes(done.stderr) == ["cluster.ended_by_signal"]
+    assert "error: SIGTERM " in done.stderr
+    assert "while starting" in done.stderr
 
 
 def test_handlers_of_others_stay(tmp_path):

@@ -168,7 +168,7 @@ def test_a_mixture_is_opened_by_its_keys(data, lazy):
 
 def test_a_failure_leaves_nothing(data):
     data.write_text(json.dumps([{"conversations": []}]))
-    with raises("data.nothing_left", "no sample is left"):
+    with raises("data.nothing_left", data.name):
         prepare_sources(recipe(data), byte_tokenizer())
     assert entries(data) == []
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,6 @@ from zero_sft.data.dataset import require_one_batch
 from zero_sft.data.labels import IGNORED
 from zero_sft.data.pipeline import CUT_OFF, NO_ANSWER
 from zero_sft.data.reader import Reader
-from zero_sft.errors import DataError
 
 
 def written(tmp_path, *conversations):
@@ -76,9 +76,9 @@ def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
 def test_data_of_which_tokenising_leaves_nothing_is_refused(tmp_path, lazy, count):
     """Lazily, too: an evaluation on it has a loss of nan."""
     path = written(tmp_path, *[("x" * 100, "b")] * count)
-    said = rf"no sample is left .*\({count:,} cut off before the first answer\).* is 60, and the shortest has 1[0-9]+"
-    with pytest.raises(DataError, match=said):
+    with raises("data.nothing_left", f"({count:,} {CUT_OFF})", "--model_max_length", " 60") as caught:
         prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=lazy)
+    assert re.search(r"\b1\d+ tokens", str(caught.value)), "the shortest sample's"
     path = written(tmp_path, *[("x" * 100, "b")] * count, ("a", "b"))
     assert prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=lazy).dataset
 
@@ -91,26 +91,23 @@ def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_nothing_left_to_train_on(tmp_path, lazy):
-    with raises("data.nothing_left", "no sample is left", "2 without an answer", "give samples with answers"):
+    with raises("data.nothing_left", f"(2 {NO_ANSWER})") as caught:
         prepare(written(tmp_path, ("a",), ("a", "")), byte_tokenizer(), model_max_length=512, lazy=lazy)
+    assert "--model_max_length" not in str(caught.value)
 
 
 def test_everything_cut_off(tmp_path):
-    with raises(
-        "data.nothing_left", "1 cut off before the first answer", "--model_max_length is 20", "has 177", "tokens: raise it"
-    ):
+    with raises("data.nothing_left", f"(1 {CUT_OFF})", "--model_max_length", " 20,", "177 tokens"):
         prepare(written(tmp_path, ("a", "b")), byte_tokenizer(), model_max_length=20)
 
 
 def test_one_batch_is_required(tmp_path):
     prepared = prepare(written(tmp_path, *[("a", "b")] * 6), byte_tokenizer(), model_max_length=512)
     require_one_batch(prepared, world_size=3, per_device_batch_size=2)
-    with raises("data.too_few_samples", "6 usable samples (", "tokens)", "needs 8", "8: 4", "2 ranks"):
+    with raises("data.too_few_samples", "6 usable samples (", " 8:", " 4 ", "2 ranks"):
         require_one_batch(prepared, world_size=2, per_device_batch_size=4)
     packed = replace(prepared, dataset=prepared.dataset.select([0]), unpacked=prepared)
-    with raises(
-        "data.too_few_samples", "6 samples in 1 packed row (", "needs 2", "2: 1", "2 ranks", "leave --packing True out"
-    ):
+    with raises("data.too_few_samples", "6 samples in 1 packed row (", " 2:", " 1 ", "2 ranks", "--packing"):
         require_one_batch(packed, world_size=2, per_device_batch_size=1)
 
 
@@ -265,7 +262,7 @@ def test_long_conversations_are_dropped_and_counted(tmp_path):
     path = written(tmp_path, ("a", "b"), ("a", "y" * 100))
     prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
     assert prepared.reports[0].dropped == {"longer than --model_max_length": 1}
-    with raises("data.nothing_left", "--long truncate or split"):
+    with raises("data.nothing_left", "--long truncate"):
         prepare(written(tmp_path, ("a", "y" * 100)), byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
     with raises("data.overlong_needs_lengths"):
         prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"), lazy=True)
@@ -276,5 +273,5 @@ def test_what_was_not_cut_is_not_said_to_be(tmp_path):
     path.write_text('{"text": "<|im_end|>"}')
     tokenizer = byte_tokenizer(eos_token="<|im_end|>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
-    with raises("data.nothing_left", "1 without an answer to train on). Only answers"):
+    with raises("data.nothing_left", f"(1 {NO_ANSWER})"):
         prepare(path, tokenizer, model_max_length=60)

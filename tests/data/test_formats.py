@@ -117,10 +117,10 @@ def test_missing_empty_and_unreadable_files(tmp_path):
         ([["a"]], "sample_not_an_object", ["sample 1", "got list"]),
         ([{"id": 7, "body": "x"}], "unknown_format", ["sample 1 (id 7)", "the keys 'id', 'body'"]),
         ([{"conversations": "x"}], "turns_not_a_list", ["`conversations`", "got str"]),
-        ([{"conversations": [{"from": "human"}]}], "bad_turn", ["turn 1", '"value"', "got {'from': 'human'}"]),
+        ([{"conversations": [{"from": "human"}]}], "turn_without_text", ["turn 1", '"value"', "got {'from': 'human'}"]),
         ([{"conversations": [{"role": "user", "content": "x"}]}], "bad_turn", ["turn 1", '"from"']),
-        ([{"messages": [{"role": "user", "content": ["x"]}]}], "bad_turn", ["turn 1", '"content"']),
-        ([{"messages": [{"role": "user", "content": None}]}], "bad_turn", ["turn 1", "None"]),
+        ([{"messages": [{"role": "user", "content": ["x"]}]}], "turn_not_only_text", ["turn 1", '"content"']),
+        ([{"messages": [{"role": "user", "content": None}]}], "turn_without_text", ["turn 1", "None"]),
         ([{"conversations": ["x"]}], "bad_turn", ["turn 1", "got x"]),
         ([{"conversations": [{"from": "robot", "value": "x"}]}], "unknown_role", ["'robot'", "human, user, gpt"]),
         ([{"messages": [{"role": "human", "content": "x"}]}], "unknown_role", ["'human'", "user, assistant"]),
@@ -212,7 +212,7 @@ def test_a_layout_can_be_forced(tmp_path):
     reading = read_samples(Files(path=path).objects(), "text")
     assert [each.completion for each in reading.samples] == ["x", "y"]
     assert reading.unread == {"conversations": 1}, "said in the log"
-    with raises("data.unknown_format", "sample 2", "--data_format sharegpt: expected", "'text'"):
+    with raises("data.unknown_format", "sample 2", "--data_format sharegpt", "'text'"):
         read_samples(Files(path=path).objects(), "sharegpt")
 
 

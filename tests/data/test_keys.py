@@ -54,7 +54,7 @@ REFUSED = [
 @pytest.mark.parametrize("sample", REFUSED, ids=lambda sample: "+".join(sample))
 def test_a_key_with_a_meaning_is_refused(tmp_path, sample):
     *_, key = sample
-    with pytest.raises(DataError, match=rf"sample 1: .*`{key}`"):
+    with raises("data.several_formats" if key == "text" else "data.key_of_another_format", "sample 1", f"`{key}`"):
         reading_of(tmp_path, sample)
 
 
@@ -186,7 +186,8 @@ def test_the_format_that_is_asked_for_settles_other_texts(tmp_path, key):
     sample = {**TURNS, key: "other"}
     reading = reading_of(tmp_path, sample, data_format="messages")
     assert reading.unread == {key: 1}
-    with pytest.raises(DataError, match="--data_format messages"):
+    code = "data.several_formats" if key == "text" else "data.key_of_another_format"
+    with raises(code, f"`{key}`", "--data_format messages"):
         reading_of(tmp_path, sample)
 
 
@@ -254,18 +255,21 @@ def test_an_answers_marks_are_read(tmp_path, marks, trained):
 
 
 @pytest.mark.parametrize(
-    "marks",
+    ("code", "marks"),
     [
-        {"loss": 0.5}, {"loss_scale": 2}, {"weight": "half"}, {"train": "no"}, {"mask": 1}, {"mask": [0, 1]},
-        {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, {"loss_mask": 0}, {"trainable": False},
-        {"ignore": True}, {"images": ["a.png"]}, {"name": "Bob"}, {"chosen": "x"}, {"my_note": "x"}, {"label": False},
-        {"train": True, "weight": 0},
+        *(("bad_value_of_key", marks) for marks in (
+            {"loss": 0.5}, {"loss_scale": 2}, {"weight": "half"}, {"train": "no"}, {"mask": 1}, {"mask": [0, 1]},
+        )),
+        *(("key_refused", marks) for marks in (
+            {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, {"loss_mask": 0}, {"trainable": False},
+            {"ignore": True}, {"images": ["a.png"]}, {"name": "Bob"}, {"chosen": "x"}, {"my_note": "x"}, {"label": False},
+        )),
+        ("contradicting_keys", {"train": True, "weight": 0}),
     ],
     ids=str,
 )  # fmt: skip
-def test_a_turns_other_marks_are_refused(tmp_path, marks):
-    key, *_ = marks
-    with pytest.raises(DataError, match=rf"sample 1, turn 2: .*{key}"):
+def test_a_turns_other_marks_are_refused(tmp_path, code, marks):
+    with raises(f"data.{code}", "sample 1, turn 2", *marks):
         reading_of(tmp_path, answer(**marks))
 
 
@@ -277,16 +281,16 @@ def test_a_question_that_is_to_be_trained_on_is_refused(tmp_path, mark):
 
 
 @pytest.mark.parametrize(
-    ("content", "remedy"),
+    ("content", "code"),
     [
-        (None, '"" for a turn without one'),
-        ([{"type": "text", "text": "Hi"}], "join their texts to one"),
-        ([{"type": "image", "image": "a.png"}], "only text is trained on"),
-        (7, "Write `content` as one text"),
+        (None, "turn_without_text"),
+        ([{"type": "text", "text": "Hi"}], "turn_in_parts"),
+        ([{"type": "image", "image": "a.png"}], "turn_not_only_text"),
+        (7, "turn_text_is_no_text"),
     ],
 )
-def test_content_that_is_not_a_text_comes_with_a_remedy(tmp_path, content, remedy):
-    with raises("data.bad_turn", "sample 1, turn 1", remedy):
+def test_content_that_is_not_a_text_comes_with_its_remedy(tmp_path, content, code):
+    with raises(f"data.{code}", "sample 1, turn 1", '"content"', str(content)):
         reading_of(tmp_path, {"messages": [{"role": "user", "content": content}, MESSAGES[1]]})
 
 

@@ -143,7 +143,7 @@ def test_empty_answers_are_not_trained_on():
 
 def test_a_template_that_rewrites_turns_is_refused():
     texts = ("Hi", "Hello, how are you today?", "More?", "No, I am not sure of it.")
-    with raises("data.template_rewrites_turns", "here, message 2:", "rewrites the turns", "--chat_template vicuna"):
+    with raises("data.template_rewrites_turns", "here, message 2:", "--chat_template vicuna"):
         with_template(FORGETFUL).render(conversation(*texts))
     with raises("data.template_drops_text", "here", "message 1", "user"):
         with_template(EXCERPT).render(conversation(*texts))
@@ -182,7 +182,7 @@ def test_thoughts_that_name_their_own_tag_are_whole_or_refused():
     answer = "<think>the tag <think> opens thoughts</think>B"
     assert spans(with_template(CHATML).render(conversation("Hi", answer))) == [f"{answer}<|im_end|>"]
     assert spans(with_template(cut).render(conversation("Hi", "<think>x</think>B"))) == ["<think>x</think>B<|im_end|>"]
-    with raises("data.template_rewrites_turns", "message 2: the chat template rewrites"):
+    with raises("data.template_rewrites_turns", "here, message 2:"):
         with_template(cut).render(conversation("Hi", answer))
 
 

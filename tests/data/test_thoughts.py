@@ -11,7 +11,6 @@ from tests.data.tiny import trained_text as trained_tokens
 from tests.errors import raises
 from zero_sft.data.labels import tokenise
 from zero_sft.data.templates import choose_template
-from zero_sft.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -94,18 +93,18 @@ def test_gpt_oss_takes_thoughts_to_its_channel():
     "template", [FIELD_ALONE.replace("NAME", "reasoning_content"), BLOCK_OF_ITS_OWN, FORGETTING, "qwen3", "qwen3_5_think"]
 )
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "code"),
     [
-        "<think>\nhm",
-        " <think>",
-        "Sure. <think>hm</think> Hello.",
-        "<think>a</think>b<think>c</think>d",
-        "the tag </think> closes",
+        ("<think>\nhm", "data.thoughts_not_closed"),
+        (" <think>", "data.thoughts_not_closed"),
+        ("Sure. <think>hm</think> Hello.", "data.thoughts_in_text"),
+        ("<think>a</think>b<think>c</think>d", "data.thoughts_in_text"),
+        ("the tag </think> closes", "data.thoughts_in_text"),
     ],
 )
-def test_tags_that_do_not_tell_what_is_thought_are_refused(template, answer):
+def test_tags_that_do_not_tell_what_is_thought_are_refused(template, answer, code):
     source = template if "{" in template else (TEMPLATES / f"{template}.jinja").read_text()
-    with pytest.raises(DataError, match=r"here, message 2: .*</think>"):
+    with raises(code, "here, message 2", "</think>"):
         rendered_and_trained(source, "Hi", answer, "More?", "No.")
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.errors import error_codes
 from zero_sft.commands.estimate import main
 
 SMALL = [
@@ -30,25 +31,46 @@ def test_text_json_markdown_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "code", "value"),
     [
-        (["--model", "nothing/here", "--world_size", "8"], "Models that ship as configs"),
-        ([*SMALL, "8", "--ds_config", "zero9"], "no DeepSpeed config 'zero9'"),
-        ([*SMALL, "8", "--storage", "tape"], "unknown storage 'tape'"),
-        ([*SMALL, "8", "--dtype", "float17"], "got 'float17'"),
-        ([*SMALL, "8", "16", "--plot", "x.png"], "one model in one world"),
-        ([*SMALL, "8", "--markdown", "/nowhere/x.md"], "can't be written"),
+        (["--model", "nothing/here", "--world_size", "8"], "estimate.no_such_model", "nothing/here"),
+        ([*SMALL, "8", "--ds_config", "zero9"], "ds_config.not_found", "'zero9'"),
+        ([*SMALL, "8", "--storage", "tape"], "estimate.unknown_storage", "'tape'"),
+        ([*SMALL, "8", "--dtype", "float17"], "arguments.wrong_value", "'float17'"),
+        ([*SMALL, "8", "16", "--plot", "x.png"], "estimate.plot_of_several", "--plot"),
+        ([*SMALL, "8", "--markdown", "/nowhere/x.md"], "estimate.markdown_unwritable", "/nowhere/x.md"),
     ],
 )
-def test_wrong_input_is_one_clear_error(monkeypatch, capsys, wrong, said):
+def test_wrong_input_is_one_clear_error(monkeypatch, capsys, wrong, code, value):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(wrong) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert said in err
+    assert "error: " in err
+    assert error_codes(err) == [code]
+    assert value in err
 
 
-def test_a_world_of_no_ranks(capsys):
-    with pytest.raises(SystemExit):
-        main([*SMALL, "0"])
-    assert "no whole number from 1 on" in capsys.readouterr().err
+@pytest.mark.parametrize(("wrong", "code"), [([*SMALL, "0"], "arguments.out_of_range"), (SMALL[:2], "arguments.required")])
+def test_a_world_of_no_ranks(capsys, wrong, code):
+    assert main(wrong) == 2
+    err = capsys.readouterr().err
+    assert error_codes(err) == [code]
+    assert "--world_size" in err
+
+
+def test_former_names_are_understood(capsys):
+    assert main(["--model", *SMALL[1:], "8", "--ds_config", "zero3", "--gradient_checkpointing", "True"]) == 0
+    notes = capsys.readouterr().err
+    for former, name in (("model", "model_name_or_path"), ("ds_config", "deepspeed")):
+        assert f"--{former} is --{name} today" in notes
+
+
+def test_options_are_the_jobs(capsys):
+    from zero_sft.arguments.parse import specifications
+    from zero_sft.commands.estimate import command
+    from zero_sft.estimate.options import EstimateArguments
+
+    own = set(EstimateArguments.__dataclass_fields__)
+    for name, spec in command().specs.items():
+        if name not in own and name != "model_name_or_path":
+            assert spec == specifications()[name]

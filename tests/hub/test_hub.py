@@ -32,7 +32,7 @@ try:
     model, tokenizer = load_pretrained(sys.argv[1], ds_config={"zero_optimization": {"stage": 3}}, model_max_length=32,
                                        **json.loads(sys.argv[2]))
 except ZeroSftError as error:
-    print("RESULT", json.dumps({"error": type(error).__name__, "message": str(error)}))
+    print("RESULT", json.dumps({"error": error.code, "message": str(error)}))
     sys.exit(3)
 total = sum(float(shards.local_shard(p).double().sum()) for p in model.parameters())
 print("RESULT", json.dumps({"sum": total, "vocabulary": len(tokenizer), "missing": model.load_report.missing_keys}))
@@ -116,17 +116,17 @@ def test_revision_is_taken(folder, tmp_path):
         load(hub, [tmp_path / "home"], revision=first)
         assert {path.name for path in (tmp_path / "home").rglob("snapshots/*")} == {first}
         results, _ = load(hub, [tmp_path / "home"], revision="nosuch")
-    assert results[0]["error"] == "CheckpointError"
+    assert results[0]["error"] == "hub.no_such_revision"
     assert "nosuch" in results[0]["message"]
-    assert "revision" in results[0]["message"]
+    assert "--revision" in results[0]["message"]
 
 
 def test_gated_model_and_its_token(folder, tmp_path):
     """Without the token: one error that says what to do. With it: loaded, and the token in no output."""
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]}, token=TOKEN)) as hub:
         results, _ = load(hub, [tmp_path / "home"] * 2)
-        assert {each["error"] for each in results} == {"CheckpointError"}
-        assert "token" in results[0]["message"]
+        assert {each["error"] for each in results} == {"hub.gated"}
+        assert "HF_TOKEN" in results[0]["message"]
         assert results[0]["message"] == results[1]["message"]
         results, output = load(hub, [tmp_path / "home"] * 2, token=TOKEN)
         assert results[0]["missing"] == []
@@ -188,7 +188,7 @@ def test_a_folder_inside_and_a_cache_of_its_own(folder, tmp_path):
 def test_no_such_repository(tmp_path):
     with standin.serve(standin.Hub({})) as hub:
         results, _ = load(hub, [tmp_path / "home"] * 2, repo="nobody/nothing")
-    assert {each["error"] for each in results} == {"CheckpointError"}
+    assert {each["error"] for each in results} == {"hub.no_such_model"}
     assert "nobody/nothing" in results[0]["message"]
 
 

@@ -4,6 +4,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.errors import error_codes
+
 SCRIPT = Path(__file__).resolve().parents[2] / "launch.sh"
 TOOLS = ("bash", "awk", "cat", "dirname", "env", "grep", "readlink", "sed", "sort", "tr")
 FREE_PORT = "45678"
@@ -89,6 +91,13 @@ class Machine:
         )
         assert done.returncode == status, f"status {done.returncode}, not {status}: {done.stderr}"
         return done.stdout + done.stderr
+
+    def refuse(self, code: str, *arguments: str, **env: str) -> str:
+        """Start the script, which must refuse with that code, and return what it printed."""
+        printed = self.run(*arguments, status=2, **env)
+        assert error_codes(printed) == [f"launcher.{code}"], printed
+        assert self.started() == []
+        return printed
 
     def argv(self, name: str) -> list[str]:
         return (self.record / f"{name}.argv").read_text().split("\0")[:-1]

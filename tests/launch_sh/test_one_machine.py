@@ -11,7 +11,7 @@ from tests.launch_sh.machine import CPUS, FREE_PORT, NO_DRIVER, SMI
 
 def test_two_cpu_ranks_without_a_gpu(machine):
     printed = machine.run("--model_name_or_path", "x", "--run_name", "two words", "")
-    assert "no GPU found: starting 2 CPU ranks" in printed
+    assert "2 CPU ranks" in printed
     assert machine.argv("deepspeed") == [
         *("--num_gpus", "2", "--master_port", FREE_PORT, "--module", "zero_sft.train"),
         *("--model_name_or_path", "x", "--run_name", "two words", ""),
@@ -39,8 +39,7 @@ def test_cpu_ranks_from_the_environment(machine, ranks, threads):
 
 @pytest.mark.parametrize("ranks", ["0", "-1", "two", "1.5"])
 def test_cpu_ranks_that_are_no_number(machine, ranks):
-    assert f"ZERO_SFT_CPU_RANKS={ranks} is not a number of ranks" in machine.run(ZERO_SFT_CPU_RANKS=ranks, status=2)
-    assert machine.started() == []
+    assert f"ZERO_SFT_CPU_RANKS={ranks} " in machine.refuse("bad_cpu_ranks", ZERO_SFT_CPU_RANKS=ranks)
 
 
 def test_gpus_are_counted(machine):
@@ -62,7 +61,7 @@ def test_gpus_chosen_by_cuda_visible_devices(machine):
 @pytest.mark.parametrize("env", [{"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"DS_ACCELERATOR": "cpu"}])
 def test_hidden_gpus_are_not_used(machine, env):
     machine.add("nvidia-smi", SMI)
-    assert "starting 2 CPU ranks" in machine.run(**env)
+    assert "2 CPU ranks" in machine.run(**env)
     assert machine.argv("deepspeed")[:2] == ["--num_gpus", "2"]
     assert machine.env("deepspeed")["DS_ACCELERATOR"] == "cpu"  # the launcher's ranks get CUDA_VISIBLE_DEVICES=0,1
 
@@ -78,9 +77,10 @@ def test_interpreter_from_the_environment(machine, tmp_path):
     other.mkdir()
     machine.add("python", "echo 11111", other)
     machine.add("deepspeed", 'record other "$@"', other)
+    missing = str(other / "python4")
+    assert f"ZERO_SFT_PYTHON={missing} " in machine.refuse("no_such_python", ZERO_SFT_PYTHON=missing)
     machine.run(ZERO_SFT_PYTHON=str(other / "python"))
     assert machine.argv("other")[:4] == ["--num_gpus", "2", "--master_port", "11111"]
-    assert "is not an executable" in machine.run(ZERO_SFT_PYTHON=str(other / "python4"), status=2)
 
 
 @pytest.mark.parametrize(
@@ -112,18 +112,17 @@ def test_launcher_options_stand_before_the_jobs_arguments(machine, given, launch
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "code", "option"),
     [
-        (["--num_gpus"], "--num_gpus needs a value"),
-        (["--lr", "1", "--num_gpus", "3"], "--num_gpus is an option of the launcher: put it before"),
-        (["--lr", "1", "--master_port=3"], "--master_port is an option of the launcher: put it before"),
-        (["--module", "x"], "--module is given by this script"),
-        (["--num_gpus", "2", "-m", "x"], "-m is given by this script"),
+        (["--num_gpus"], "value_missing", "--num_gpus"),
+        (["--lr", "1", "--num_gpus", "3"], "option_misplaced", "--num_gpus"),
+        (["--lr", "1", "--master_port=3"], "option_misplaced", "--master_port"),
+        (["--module", "x"], "option_of_the_script", "--module"),
+        (["--num_gpus", "2", "-m", "x"], "option_of_the_script", "-m"),
     ],
 )
-def test_misplaced_launcher_options(machine, given, message):
-    assert message in machine.run(*given, status=2)
-    assert machine.started() == []
+def test_misplaced_launcher_options(machine, given, code, option):
+    assert f" {option} " in machine.refuse(code, *given)
 
 
 def test_hostfile_decides_the_ranks(machine):
@@ -135,8 +134,7 @@ def test_hostfile_decides_the_ranks(machine):
 @pytest.mark.parametrize("word", ["two words", '{"a": 1}', "$HOME", "a;b", "*", "it's", "", "100%n"])
 def test_words_that_a_shell_on_other_machines_would_change(machine, word):
     """Unless DeepSpeed's command has the shim, which quotes them."""
-    assert "put it into a YAML file" in machine.run("-H", "/hosts", "--lr", word, status=2)
-    assert machine.started() == []
+    assert f"'{word}'" in machine.refuse("argument_a_shell_changes", "-H", "/hosts", "--lr", word)
     machine.run("--lr", word)
     assert machine.argv("deepspeed")[-1] == word, "on this machine no shell reads it"
     machine.add("deepspeed", '# zero_sft launcher shim\nrecord deepspeed "$@"', machine.project / ".venv" / "bin")

@@ -13,11 +13,11 @@ Q, A, Q2, A2, SYSTEM = "What is 2+2?", "It is 4.", "And 3+3?", "That is 6.", "Yo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedData:
-    """One sample. `answers`: the texts that are trained on; None where the data is refused, with `refused` in the message."""
+    """One sample. `answers`: the texts that are trained on; None where it is refused, with the code and values `refused`."""
 
     sample: dict[str, Any]
     answers: tuple[str, ...] | None = (A, A2)
-    refused: str = ""
+    refused: tuple[str, ...] = ()
     kind: str = "jsonl"
 
 
@@ -72,18 +72,23 @@ DATA: dict[str, PublishedData] = {
         sample={"conversations": [{"from": "human", "value": Q}, {"from": "function_call", "value": "{}"},
                                   {"from": "observation", "value": "4"}, {"from": "gpt", "value": A}],
                 "system": SYSTEM, "tools": json.dumps([{"name": "add"}])},
-        answers=None, refused="tools",
+        answers=None, refused=("data.key_of_another_format", "tools"),
     ),
     "dolly-15k": PublishedData(
-        sample={"instruction": Q, "context": "", "response": A, "category": "closed_qa"}, answers=None, refused="response"
+        sample={"instruction": Q, "context": "", "response": A, "category": "closed_qa"},
+        answers=None, refused=("data.unknown_format", "response"),
     ),
-    "LIMA": PublishedData(sample={"conversations": [Q, A, Q2, A2], "source": "stackexchange"}, answers=None, refused="turn 1"),
+    "LIMA": PublishedData(
+        sample={"conversations": [Q, A, Q2, A2], "source": "stackexchange"}, answers=None, refused=("data.bad_turn", "turn 1")
+    ),
     "ultrafeedback_binarized": PublishedData(
         sample={"prompt": Q, "prompt_id": "x", "chosen": _PREFERRED, "rejected": _PREFERRED, "messages": _PREFERRED,
                 "score_chosen": 8.5, "score_rejected": 8.5},
-        answers=None, refused="chosen", kind="parquet",
+        answers=None, refused=("data.key_of_another_format", "chosen"), kind="parquet",
     ),
-    "KTO": PublishedData(sample={"prompt": Q, "completion": A, "label": False}, answers=None, refused="label"),
+    "KTO": PublishedData(
+        sample={"prompt": Q, "completion": A, "label": False}, answers=None, refused=("data.key_of_another_format", "label")
+    ),
     "OpenAI fine-tuning, weights": PublishedData(
         sample={"messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": Q},
                              {"role": "assistant", "content": A, "weight": 0}, {"role": "user", "content": Q2},
@@ -98,14 +103,15 @@ DATA: dict[str, PublishedData] = {
     "axolotl, train_detail": PublishedData(
         sample={"messages": [{"role": "user", "content": Q},
                              {"role": "assistant", "content": A, "train_detail": _DETAIL}]},
-        answers=None, refused="train_detail",
+        answers=None, refused=("data.key_refused", "train_detail"),
     ),
     "OpenAI parts": PublishedData(
         sample={"messages": [{"role": "user", "content": [{"type": "text", "text": Q}]}, {"role": "assistant", "content": A}]},
-        answers=None, refused="content",
+        answers=None, refused=("data.turn_in_parts", "content"),
     ),
     "LLaVA": PublishedData(
-        sample={"id": "1", "image": "coco/1.jpg", "conversations": _sharegpt()}, answers=None, refused="image", kind="json"
+        sample={"id": "1", "image": "coco/1.jpg", "conversations": _sharegpt()},
+        answers=None, refused=("data.key_of_another_format", "image"), kind="json",
     ),
     "TRL prompt-completion, conversational": PublishedData(
         sample={"prompt": [{"role": "user", "content": Q}], "completion": [{"role": "assistant", "content": A}]}, answers=(A,)

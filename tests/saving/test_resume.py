@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.errors import raises
-from zero_sft.errors import ArgumentError
+from tests.errors import error_codes, raises
 from zero_sft.saving.resume import find_checkpoint, require_resumable
 
 
@@ -46,9 +45,8 @@ def test_the_last_one_or_the_named_one(tmp_path):
 
 def test_another_number_of_ranks(tmp_path):
     folder = checkpoint(tmp_path / "checkpoint-3", 2)
-    with raises("resume.other_world_size", "by 2 ranks", "here are 3") as caught:
+    with raises("resume.other_world_size", "2 ranks", " 3", f"zero_to_fp32 {folder} {folder}`"):
         require_resumable(True, tmp_path, 3)
-    assert f"zero_to_fp32 {folder} {folder}`" in str(caught.value)
 
 
 def test_another_precision(tmp_path):
@@ -93,45 +91,57 @@ OPTIMIZER, MODEL = (
     STATES + "zero_pp_rank_1_mp_rank_00_model_states.pt",
 )
 FAULTS = {
-    "no latest": ("latest", Path.unlink, "`latest` is missing"),
-    "latest of another step": ("latest", lambda path: path.write_text("global_step7"), "`latest` names 'global_step7'"),
-    "empty latest": ("latest", lambda path: path.write_text(""), "`latest` names ''"),
-    "states of another step": ("global_step9", lambda path: path.rename(path.with_name("old")), "global_step9 is missing"),
-    "empty optimizer": (OPTIMIZER, lambda path: path.write_bytes(b""), f"{OPTIMIZER} is empty"),
-    "cut optimizer": (OPTIMIZER, _cut, f"{OPTIMIZER} is cut or damaged"),
-    "optimizer of zeros": (OPTIMIZER, _zeroed, f"{OPTIMIZER} is cut or damaged"),
-    "no optimizer": (OPTIMIZER, Path.unlink, f"{OPTIMIZER} is missing"),
-    "no model states": (MODEL, Path.unlink, f"{MODEL} is missing"),
-    "no states of rank 0": (MODEL.replace("rank_1", "rank_0"), Path.unlink, "rank_0_mp_rank_00_model_states.pt is missing"),
-    "cut model states": (MODEL, _cut, f"{MODEL} is cut or damaged"),
-    "no trainer state": ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
-    "cut trainer state": ("trainer_state.json", _cut, "trainer_state.json can't be read"),
-    "no random generators": ("rng_state_1.pth", Path.unlink, "rng_state_1.pth is missing"),
-    "no scheduler": ("scheduler.pt", Path.unlink, "scheduler.pt is missing"),
+    # the file, what happens to it, the code, what the message must name
+    "no latest": ("latest", Path.unlink, "file_missing", "`latest`"),
+    "latest of another step": (
+        "latest", lambda path: path.write_text("global_step7"), "latest_is_of_another_step", "'global_step7'"
+    ),
+    "empty latest": ("latest", lambda path: path.write_text(""), "latest_is_of_another_step", "`latest`"),
+    "states of another step": (
+        "global_step9", lambda path: path.rename(path.with_name("old")), "file_missing", "global_step9"
+    ),
+    "empty optimizer": (OPTIMIZER, lambda path: path.write_bytes(b""), "file_damaged", OPTIMIZER),
+    "cut optimizer": (OPTIMIZER, _cut, "file_damaged", OPTIMIZER),
+    "optimizer of zeros": (OPTIMIZER, _zeroed, "file_damaged", OPTIMIZER),
+    "no optimizer": (OPTIMIZER, Path.unlink, "file_missing", OPTIMIZER),
+    "no model states": (MODEL, Path.unlink, "file_missing", MODEL),
+    "no states of rank 0": (
+        MODEL.replace("rank_1", "rank_0"), Path.unlink, "file_missing", "rank_0_mp_rank_00_model_states.pt"
+    ),
+    "cut model states": (MODEL, _cut, "file_damaged", MODEL),
+    "no trainer state": ("trainer_state.json", Path.unlink, "file_missing", "trainer_state.json"),
+    "cut trainer state": ("trainer_state.json", _cut, "bad_trainer_state", "trainer_state.json"),
+    "no random generators": ("rng_state_1.pth", Path.unlink, "file_missing", "rng_state_1.pth"),
+    "no scheduler": ("scheduler.pt", Path.unlink, "file_missing", "scheduler.pt"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_checkpoint_that_is_not_whole(tmp_path, fault, caplog):
     """Named, it is an error that says what is missing; for True the newest whole one is taken, and the log says so."""
-    name, damage, message = FAULTS[fault]
-    folder = checkpoint(tmp_path / "checkpoint-9", 2)
+    name, damage, kind, value = FAULTS[fault]
+    folder, code = checkpoint(tmp_path / "checkpoint-9", 2), f"resume.{kind}"
     assert find_checkpoint(str(folder), tmp_path, 2).folder == folder
     damage(folder / name)
-    with pytest.raises(ArgumentError) as caught:
-        find_checkpoint(str(folder), tmp_path, 2)
-    assert message in str(caught.value)
-    with pytest.raises(ArgumentError) as caught:
-        find_checkpoint(True, tmp_path, 2)
-    assert message in str(caught.value)
+    for wanted in (str(folder), True):
+        with raises(code, str(folder), value):
+            find_checkpoint(wanted, tmp_path, 2)
     older = checkpoint(tmp_path / "checkpoint-8", 2)
-    with pytest.raises(ArgumentError) as caught:
+    with raises(code, str(older)):  # the one that is whole is named
         find_checkpoint(str(folder), tmp_path, 2)
-    assert str(older) in str(caught.value), "the one that is whole is named"
     with caplog.at_level(logging.WARNING):
         assert find_checkpoint(True, tmp_path, 2).folder == older
-    assert message in caplog.text
+    assert error_codes(caplog.text) == [code]
     assert str(folder) in caplog.text
+    assert value in caplog.text
+
+
+def test_none_that_is_whole(tmp_path):
+    for step, name in ((8, "scheduler.pt"), (9, "latest")):
+        (checkpoint(tmp_path / f"checkpoint-{step}", 2) / name).unlink()
+    with raises("resume.no_whole_checkpoint", "checkpoint-8", "scheduler.pt", "checkpoint-9", "`latest`") as caught:
+        find_checkpoint(True, tmp_path, 2)
+    assert error_codes(caught.value.with_code) == list(caught.value.codes[1:]) == ["resume.file_missing"] * 2
 
 
 def test_what_is_left_over_in_a_whole_one_does_not_matter(tmp_path):

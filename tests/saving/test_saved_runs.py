@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import small_job
-from tests.errors import raises
+from tests.errors import error_codes, raises
 from tests.runner import run_ranks
 from tests.saving.test_placing import unshared
 from zero_sft.saving.resume import require_resumable
@@ -25,8 +25,8 @@ def job(folder: Path, out: str, arguments: dict[str, Any]) -> None:
     small_job.train(folder, out, **arguments)
 
 
-def refused(folder: Path, out: str, arguments: dict[str, Any], message: str) -> None:
-    """One rank's part of a run that must end before the weights are read, with that message on rank 0."""
+def refused(folder: Path, out: str, arguments: dict[str, Any], code: str, value: str) -> None:
+    """One rank's part of a run that must end before the weights are read, with that error on rank 0."""
     from unittest import mock
 
     import torch.distributed as dist
@@ -37,7 +37,8 @@ def refused(folder: Path, out: str, arguments: dict[str, Any], message: str) -> 
             small_job.train(folder, out, **arguments)
     assert not load.called
     if dist.get_rank() == 0:
-        assert message in " ".join(said.getvalue().split()), said.getvalue()
+        assert error_codes(said.getvalue()) == [code], said.getvalue()
+        assert value in said.getvalue()
         assert said.getvalue().count("error:") == 1
 
 
@@ -46,8 +47,9 @@ def run(folder: Path, out: str, *, ranks: int = 2, **arguments: Any) -> Path:
     return folder / out
 
 
-def run_refused(folder: Path, out: str, message: str, *, ranks: int = 2, **arguments: Any) -> None:
-    run_ranks(ranks, refused, {"folder": folder, "out": out, "arguments": STEPS | arguments, "message": message}, 400)
+def run_refused(folder: Path, out: str, code: str, value: str, *, ranks: int = 2, **arguments: Any) -> None:
+    given = {"folder": folder, "out": out, "arguments": STEPS | arguments, "code": code, "value": value}
+    run_ranks(ranks, refused, given, 400)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_the_newest_checkpoint_is_cut(folder, whole):
     before, out = files(whole), copied(whole, "cut")
     optimizer = out / "checkpoint-4" / "global_step4" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
-    run_refused(folder, out.name, f"{optimizer.name} is cut", resume_from_checkpoint=out / "checkpoint-4")
+    run_refused(folder, out.name, "resume.file_damaged", optimizer.name, resume_from_checkpoint=out / "checkpoint-4")
     run(folder, out.name, chat_template="vicuna", resume_from_checkpoint=True)
     assert files(out) == before
 
@@ -110,7 +112,7 @@ def test_the_newest_checkpoint_is_cut(folder, whole):
 def test_a_folder_with_another_run(folder, whole):
     out = copied(whole, "another")
     (out / "notes.txt").write_text("mine")
-    run_refused(folder, out.name, "holds another run (model.safetensors, ...)")
+    run_refused(folder, out.name, "export.holds_another_run", "model.safetensors")
     assert files(out).keys() == files(whole).keys() | {"notes.txt"}
     run(folder, out.name, overwrite_output_dir=True, max_steps=1, save_steps=5)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -146,7 +148,7 @@ def test_weights_alone(folder, whole):
     assert equal(weights(checkpoint), weights(whole))
     assert not equal(weights(out / "checkpoint-2"), weights(whole))
     assert files(checkpoint).keys() == files(out).keys() - {"logs"} | {"trainer_state.json"}
-    run_refused(folder, "alone", f"--model_name_or_path {checkpoint}", resume_from_checkpoint=True)
+    run_refused(folder, "alone", "resume.weights_alone", f"--model_name_or_path {checkpoint}", resume_from_checkpoint=True)
 
 
 def test_the_best_model_is_exported(folder, whole):
@@ -228,7 +230,9 @@ def lost(folder: Path, out: str) -> None:
         with pytest.raises(AssertionError):
             small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
     if torch.distributed.get_rank() == 0:
-        assert "The trained model is complete in" in said.getvalue()
+        (code,) = error_codes(said.getvalue())
+        assert code.startswith("export."), said.getvalue()
+        assert f"{folder / 'lost-rescued-'}" in said.getvalue()
 
 
 def test_an_output_folder_that_is_lost_during_the_run(folder, whole):
@@ -252,7 +256,9 @@ def failing_at_the_end(folder: Path, out: str) -> None:
         with pytest.raises(AssertionError):
             small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
     if torch.distributed.get_rank() == 0:
-        assert "RuntimeError: the tracker is gone. The model as the last step left it is complete in" in said.getvalue()
+        assert error_codes(said.getvalue()) == ["cluster.failed_after_last_step"]
+        assert "RuntimeError: the tracker is gone" in said.getvalue()
+        assert f"{folder / out}." in said.getvalue()
 
 
 def test_an_error_after_the_last_step(folder, whole):
@@ -269,9 +275,9 @@ def test_a_disk_that_is_too_small(tmp_path):
     """Two checkpoints of 0.4 MB and a model of 0.1 MB: found before the weights are read."""
     done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "600k", timeout_s=900)
     assert "\ntrained\n" not in done.stdout
-    assert "and this run needs" in done.stderr
+    assert error_codes(done.stderr) == ["export.no_room"]
     assert "2 checkpoints of" in done.stderr
-    assert "loading the model" not in done.stderr
+    assert "loading the model" not in done.stdout
 
 
 def test_sizes_are_known_beforehand(folder, whole):

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_sft import errors
-from zero_sft.cluster.memory_advice import advise, kernel_kills
+from zero_sft.cluster.memory_advice import TOO_LITTLE_MEMORY, is_device_memory, is_host_memory, kernel_kills
 from zero_sft.cluster.node_board import NodeBoard
 from zero_sft.cluster.world import World
 
@@ -101,11 +101,11 @@ def report_failure(error: BaseException) -> int:
         _report_shared_error(error)
     elif not _claim():
         _write_traceback(error)
-    elif is_ours:
-        _say(f"{error} (rank {_job.world.rank} alone) [{error.code}]")
+    elif isinstance(error, errors.ZeroSftError):
+        _say_alone(error)
     else:
         path = _write_traceback(error)
-        _say(f"{_here()} failed while {_stage(error)}: {type(error).__name__}: {error}{advise(error)}")
+        _say(_failed(error))
         _say_traceback(error, path)
     return 1
 
@@ -113,7 +113,7 @@ def report_failure(error: BaseException) -> int:
 def report_interrupt() -> int:
     """Say that a person has stopped the job, and return the exit status. For the outermost handler, on every rank."""
     if _begin_to_leave() and _job.world.is_main and _claim():
-        _say(f"stopped by Ctrl-C (SIGINT) while {_stage()}.")
+        _say(errors.DistributedError(f"stopped by Ctrl-C (SIGINT) while {_stage()}.", code="cluster.interrupted"))
     return 128 + signal.SIGINT
 
 
@@ -126,12 +126,17 @@ def report_signal(name: str) -> bool:
         return False
     if _job.board is None:
         if _job.world.is_main:
-            _say(f"{name} has ended the job while {_stage()}.")
+            _say(errors.DistributedError(f"{name} has ended the job while {_stage()}.", code="cluster.ended_by_signal"))
     elif _job.board.dead_ranks():
         if _claim():
-            _say(_lost_text(None))
+            _say(_lost(None))
     elif _claim():
-        _say(f"{name} has ended the job while {_stage()}. A person, the launcher or the scheduler sent it.")
+        _say(
+            errors.DistributedError(
+                f"{name} has ended the job while {_stage()}. A person, the launcher or the scheduler sent it.",
+                code="cluster.ended_by_signal",
+            )
+        )
     return True
 
 
@@ -144,7 +149,12 @@ def report_orphan(launcher: str) -> bool:
         return False
     speaks = _claim() if _job.board else _job.world.local_rank == 0
     if speaks:
-        _say(f"the launcher has ended ({launcher}), so its ranks end too; it was while {_stage()}.")
+        _say(
+            errors.DistributedError(
+                f"the launcher has ended ({launcher}), so its ranks end too; it was while {_stage()}.",
+                code="cluster.launcher_ended",
+            )
+        )
     return True
 
 
@@ -172,13 +182,13 @@ def _report_shared_error(error: errors.ZeroSftError) -> None:
     """Rank 0 says an error that every rank has. If it has not got it, nor agreed to it, the rank that has it says it."""
     if _job.world.is_main:
         if _claim():
-            _say(error.with_code)
+            _say(error)
     elif _job.board and not error.collective:
         deadline = time.monotonic() + FOLLOW_ON_SECONDS
         while not _job.board.is_claimed and time.monotonic() < deadline:
             time.sleep(0.05)
         if _job.board.claim() and _is_first_host(otherwise=False):
-            _say(f"{error} (rank {_job.world.rank} alone) [{error.code}]")
+            _say_alone(error)
 
 
 def _report_lost_rank(error: BaseException) -> None:
@@ -192,21 +202,34 @@ def _report_lost_rank(error: BaseException) -> None:
         time.sleep(0.05)
     if not (_job.board or _job.world.is_main) or not _claim():
         return
-    _say(_lost_text(error))
+    _say(_lost(error))
     if not isinstance(error, errors.RankLostError) and not (_job.board and _job.board.dead_ranks()):
         _say_traceback(error, None)  # no rank has died, so that this may be where it began
 
 
-def _lost_text(error: BaseException | None) -> str:
+def _failed(error: BaseException) -> errors.DistributedError:
+    """For an error that is none of `zero_sft.errors`, on this rank."""
+    said = f"{_here()} failed while {_stage(error)}: {type(error).__name__}: {error}"
+    if is_device_memory(error):
+        return errors.DistributedError(f"{said}\n{TOO_LITTLE_MEMORY}", code="cluster.device_memory")
+    if is_host_memory(error):
+        return errors.DistributedError(
+            f"{said}\nThe host has too little memory. {TOO_LITTLE_MEMORY}", code="cluster.host_memory"
+        )
+    return errors.DistributedError(said, code="cluster.rank_failed")
+
+
+def _lost(error: BaseException | None) -> errors.ZeroSftError:
     dead = _job.board.dead_ranks() if _job.board else {}
     host = socket.gethostname()
     if not dead and isinstance(error, errors.RankLostError):
-        return error.with_code
+        return error
     if not dead:
         reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "no reason is known"
-        return (
+        return errors.DistributedError(
             f"{_here()} lost the connection to another rank while {_stage(error)}: {reason}\nA rank on another host has "
-            "ended, or the network between the hosts has failed. The messages of the other hosts say more."
+            "ended, or the network between the hosts has failed. The messages of the other hosts say more.",
+            code="cluster.connection_lost",
         )
     ranks = ", ".join(f"rank {rank} (process {pid})" for rank, pid in dead.items())
     kills = kernel_kills() - _job.kills_before
@@ -220,7 +243,9 @@ def _lost_text(error: BaseException | None) -> str:
             "A signal has killed it: kill -9 by a person or the scheduler, a crash in native code, or lack of host memory "
             f"in its container (see dmesg on {host}, or the scheduler's account of the job)."
         )
-    return f"{ranks} on {host} ended while {_stage(error)}, and left no message. {cause}"
+    return errors.RankLostError(
+        f"{ranks} on {host} ended while {_stage(error)}, and left no message. {cause}", code="cluster.rank_lost"
+    )
 
 
 def _claim() -> bool:
@@ -261,9 +286,17 @@ def _stage(error: BaseException | None = None) -> str:
         return "training"
 
 
-def _say(text: str) -> None:
+def _say(error: errors.ZeroSftError) -> None:
+    _print(error.with_code)
+
+
+def _say_alone(error: errors.ZeroSftError) -> None:
+    _print(f"{errors.without_tokens(str(error))} (rank {_job.world.rank} alone) [{error.code}]")
+
+
+def _print(message: str) -> None:
     sys.stdout.flush()
-    sys.stderr.write(f"\nerror: {errors.without_tokens(text)}\n")
+    sys.stderr.write(f"\nerror: {message}\n")
     sys.stderr.flush()
 
 

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-_TOO_LITTLE_MEMORY = (
+TOO_LITTLE_MEMORY = (
     "Give a device fewer tokens at a time: a smaller --per_device_train_batch_size (and more --gradient_accumulation_steps), a "
     "smaller --model_max_length, --activation_checkpointing True; or use more ranks, or --deepspeed zero3_offload. "
     "python -m zero_sft.estimate tells what a step needs."
@@ -19,10 +19,11 @@ def kernel_kills() -> int:
     return 0
 
 
-def advise(error: BaseException) -> str:
-    """A line with the remedy for an error that says that memory is too little, else ""."""
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's
-        return f"\n{_TOO_LITTLE_MEMORY}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return f"\nThe host has too little memory. {_TOO_LITTLE_MEMORY}"
-    return ""
+def is_device_memory(error: BaseException) -> bool:
+    """True for an error that says that a device has too little memory: torch's, without importing it."""
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+
+
+def is_host_memory(error: BaseException) -> bool:
+    """True for an error that says that the host has too little memory."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

@@ -98,13 +98,15 @@ def _await_all(stage: str, timeout: datetime.timedelta) -> None:
         named = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
         ranks = f"rank {named[1].strip()}" if named else "a rank"
         if seconds < 0.9 * timeout.total_seconds():
-            message = f"{ranks} ended while the others were at '{stage}'. Its own output says why; without one, it was killed."
-        else:
-            message = (
-                f"{ranks} did not come to the end of '{stage}' within {timeout}. Its storage or its network hangs; look at "
-                "its host."
-            )
-        raise errors.RankLostError(message, code="cluster.rank_lost") from error
+            raise errors.RankLostError(
+                f"{ranks} ended while the others were at '{stage}'. Its own output says why; without one, it was killed.",
+                code="cluster.rank_lost",
+            ) from error
+        raise errors.RankLostError(
+            f"{ranks} did not come to the end of '{stage}' within {timeout}. Its storage or its network hangs; look at its "
+            "host.",
+            code="cluster.rank_late",
+        ) from error
 
 
 def _rebuilt(kind: str, message: str, codes: Sequence[str]) -> errors.ZeroSftError:

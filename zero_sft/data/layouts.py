@@ -246,10 +246,7 @@ def _turns(
         role, text = (each.get(name) for name in names) if isinstance(each, Mapping) else (None, None)
         if not isinstance(role, str) or not isinstance(text, str):
             looks = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
-            raise DataError(
-                f"{place}: expected {looks} with texts; got {on_one_line(each)}.{_remedy(role, text, names[1])}",
-                code="data.bad_turn",
-            )
+            raise _bad_turn(f"{place}: expected {looks} with texts; got {on_one_line(each)}.", role, text, names[1])
         if role not in roles:
             raise DataError(
                 f"{place}: unknown role {on_one_line(repr(role))}; expected one of {', '.join(roles)}.",
@@ -260,18 +257,24 @@ def _turns(
     return turns, tuple(f"{key}.{note}" for note in notes)
 
 
-def _remedy(role: Any, text: Any, name: str) -> str:
-    """For a turn whose role or text is not a text."""
+def _bad_turn(found: str, role: Any, text: Any, name: str) -> DataError:
+    """For a turn whose role or text is not a text; `found`: where, and what is there."""
     if not isinstance(role, str):
-        return ""
+        return DataError(found, code="data.bad_turn")
     if text is None:
-        return f' Give `{name}` a text, "" for a turn without one, or remove the turn.'
+        return DataError(
+            f'{found} Give `{name}` a text, "" for a turn without one, or remove the turn.', code="data.turn_without_text"
+        )
     if isinstance(text, list):
         parts = [each.get("type") for each in text if isinstance(each, Mapping)]
         if all(part == "text" for part in parts) and len(parts) == len(text):
-            return " A list of parts is not read: join their texts to one."
-        return " A list of parts is not read, and only text is trained on: write the turn as one text, or leave the sample out."
-    return f" Write `{name}` as one text."
+            return DataError(f"{found} A list of parts is not read: join their texts to one.", code="data.turn_in_parts")
+        return DataError(
+            f"{found} A list of parts is not read, and only text is trained on: write the turn as one text, or leave the "
+            "sample out.",
+            code="data.turn_not_only_text",
+        )
+    return DataError(f"{found} Write `{name}` as one text.", code="data.turn_text_is_no_text")
 
 
 def _text_or_nothing(sample: Mapping[str, Any], key: str, where: str) -> str:

@@ -30,27 +30,33 @@ def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...],
             f"{repo!r} is neither an existing folder nor a hub id ('org/model'): {error}", code="hub.not_found"
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(_unavailable(repo, options, error), code="hub.unavailable") from error
+        raise _unavailable(repo, options, error) from error
     return Path(found)
 
 
-def _unavailable(repo: str, options: HubOptions, error: Exception) -> str:
+def _unavailable(repo: str, options: HubOptions, error: Exception) -> CheckpointError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
-        return (
+        return CheckpointError(
             f"the model {repo!r} is gated: accept its terms on the hub, and give a token that may read it (HF_TOKEN in the "
-            "environment, or `hf auth login`)."
+            "environment, or `hf auth login`).",
+            code="hub.gated",
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"the model {repo!r} has no revision {options.revision!r}. Check --revision: a branch, a tag or a commit's hash."
+        return CheckpointError(
+            f"the model {repo!r} has no revision {options.revision!r}. Check --revision: a branch, a tag or a commit's hash.",
+            code="hub.no_such_revision",
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return (
+        return CheckpointError(
             f"no local folder {repo!r}, and no such model on the Hugging Face hub, or it is private and needs a token "
-            "(HF_TOKEN). Check --model_name_or_path."
+            "(HF_TOKEN). Check --model_name_or_path.",
+            code="hub.no_such_model",
         )
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return (
+    return CheckpointError(
         f"can't get the model {repo!r} from the Hugging Face hub: {reason}\nIf this machine has no internet, download the "
-        "model elsewhere and name its local folder: --model_name_or_path /path/to/the/folder"
+        "model elsewhere and name its local folder: --model_name_or_path /path/to/the/folder",
+        code="hub.unavailable",
     )

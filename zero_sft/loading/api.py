@@ -175,7 +175,7 @@ def load_model_from(
 
 
 def _engine(
-    ds_config: str | Path | Mapping[str, Any], dtype: str | torch.dtype, config: PreTrainedConfig, world: World
+    ds_config: str | Path | Mapping[str, Any], dtype: object, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
     """Return the DeepSpeed config without "auto", the name of its engine's dtype, and rank 0's random seed. Every rank."""
     with collective_stage(world, "reading the DeepSpeed config") as stage:

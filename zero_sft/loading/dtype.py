@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from zero_sft.errors import ArgumentError
 
 
-def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
+def wanted_dtype(dtype: object, config: PreTrainedConfig) -> str:
     """The name of the dtype that was asked for; "auto" is the config's own, as in `from_pretrained`."""
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
@@ -16,7 +16,7 @@ def wanted_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> str:
     return str(found).removeprefix("torch.")  # torch.half is another name of torch.float16
 
 
-def require_engine_dtype(dtype: str | torch.dtype, asked: str, engine: str) -> None:
+def require_engine_dtype(dtype: object, asked: str, engine: str) -> None:
     """Raise `ArgumentError` if a dtype was asked for (not "auto") that is not the engine's."""
     if dtype != "auto" and asked != engine:
         raise ArgumentError(

@@ -28,7 +28,7 @@ class LoadOptions:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses where it isn't given."}
     )
-    dtype: Any = field(
+    dtype: str | object = field(
         default="auto",
         metadata={
             "help": "The weights' dtype; auto follows --bf16 and --fp16, or the DeepSpeed config.",

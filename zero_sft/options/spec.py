@@ -27,7 +27,16 @@ NONE_WORDS = ("none", "null")
 
 ANYTHING = frozenset({"boolean", "integer", "number", "text", "list", "mapping", "none"})
 
-_PLAIN = {bool: "boolean", int: "integer", float: "number", str: "text", type(None): "none", list: "list", dict: "mapping"}
+_PLAIN = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "text",
+    object: "object",
+    type(None): "none",
+    list: "list",
+    dict: "mapping",
+}
 _IN_WORDS = {
     "boolean": "True or False",
     "integer": "a whole number",
@@ -76,8 +85,8 @@ class OptionSpec:
         return fitted
 
     def accepts(self, value: Any) -> bool:
-        """Whether a Python object is a value of this argument as it is; an annotation of `Any` accepts everything."""
-        if not self.kinds:
+        """Whether a Python object is a value of this argument as it is; an annotation with `object` accepts everything."""
+        if "object" in self.kinds:
             return True
         if isinstance(value, str):
             return value in self.choices if self.choices else "text" in self.kinds

@@ -135,7 +135,7 @@ def _newest(asked: str, output_dir: Path, ds_config: Mapping[str, Any] | None) -
             problems.append((folder, error))
             continue
         for path, error in problems:
-            logger.warning("%s is passed over, since it is not whole: %s", path, error)
+            logger.warning("%s is passed over, since it is not whole: %s", path, error.with_code)
         return found
     if not problems:
         raise ArgumentError(
@@ -144,10 +144,11 @@ def _newest(asked: str, output_dir: Path, ds_config: Mapping[str, Any] | None) -
     folder, error = problems[0]
     if error.code == WEIGHTS_ALONE or len(problems) == 1:
         raise ArgumentError(f"{asked}: {_unusable(folder, error)}", code=error.code)
-    lines = "\n".join(f"  {path.name}: {error}" for path, error in problems)
+    lines = "\n".join(f"  {path.name}: {error.with_code}" for path, error in problems)
     raise ArgumentError(
         f"{asked}: no checkpoint in {output_dir} is whole. Leave it out to start anew.\n{lines}",
         code="resume.no_whole_checkpoint",
+        listed=[error.code for _, error in problems],
     )
 
 

@@ -68,8 +68,15 @@ def _size_of_zip(path: str) -> int:
             f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})",
             code="checkpoint.compressed",
         )
+    if not is_zip and placeholder(Path(path)):
+        raise CheckpointError(placeholder(Path(path)), code="checkpoint.placeholder_file")
     if not is_zip:
-        raise CheckpointError(placeholder(Path(path)) or _not_a_zip(path), code="checkpoint.not_a_zip")
+        raise CheckpointError(
+            f"{path} is no zip file: truncated, or saved by a torch before 1.6. If it is complete, convert it once, in "
+            "Python:\n"
+            f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})",
+            code="checkpoint.not_a_zip",
+        )
     return size_bytes
 
 
@@ -107,11 +114,4 @@ def _stored(path: str, name: str, tensor: torch.Tensor, size_bytes: int) -> Stor
         offset_bytes=start + tensor.storage_offset() * itemsize,
         nbytes=reach * itemsize,
         strides=None if tensor.is_contiguous() else strides,
-    )
-
-
-def _not_a_zip(path: str) -> str:
-    return (
-        f"{path} is no zip file: truncated, or saved by a torch before 1.6. If it is complete, convert it once, in Python:\n"
-        f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})"
     )
