@@ -12,7 +12,7 @@ from tests.errors import raises
 from zero_sft.data import cache, dataset
 from zero_sft.data.files import Files
 from zero_sft.data.mixture import Recipe, open_sources, prepare_sources, require_outputs_outside
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import Reader
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from tokenizers import processors
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.collator import Collator
+from zero_sft.data.conversation import UNANSWERED
 from zero_sft.data.dataset import require_one_batch
 from zero_sft.data.labels import IGNORED
+from zero_sft.data.parse_samples import Reader
 from zero_sft.data.pipeline import CUT_OFF, NO_ANSWER
-from zero_sft.data.reader import Reader
 from zero_sft.errors import DataError
 
 
@@ -31,7 +32,7 @@ def test_what_is_dropped_and_cut_is_counted(tmp_path):
     report = prepared.reports[0]
     assert (report.samples, report.kept, prepared.dataset.num_rows) == (6, 3, 3)
     assert report.dropped == {"without an answer to train on": 2, "cut off before the first answer": 1}
-    assert (report.unanswered_turns, report.empty_answers, report.cut_samples) == (2, 1, 1)
+    assert (report.dropped_turns[UNANSWERED], report.empty_answers, report.cut_samples) == (2, 1, 1)
     assert report.tokens == sum(prepared.dataset["length"]) == sum(map(len, prepared.dataset["input_ids"]))
     assert report.trained_tokens == sum(label != IGNORED for labels in prepared.dataset["labels"] for label in labels)
     lines = "\n".join(report.lines())

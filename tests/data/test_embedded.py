@@ -9,7 +9,7 @@ from tests.errors import raises
 from zero_sft.data.cache import key_of_rows
 from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.files import Files
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import Reader
 
 ROWS = len(SPECIAL) + 256
 

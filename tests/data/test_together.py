@@ -70,3 +70,11 @@ def test_an_error_of_rank_0_is_every_ranks(folder):
     recipe = Recipe(paths=str(folder / "none.json"), model_max_length=200, root=folder / "c")
     with raises("data.no_such_file"):
         prepare_together(recipe, byte_tokenizer(CHATML), World.detect())
+
+
+@pytest.mark.world_size(2)
+def test_a_broken_line_is_the_same_error_on_every_rank(folder):
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
+    recipe = Recipe(paths=str(folder / "broken.jsonl"), model_max_length=200, root=folder / "c")
+    with raises("data.not_json", "line 2"):
+        prepare_together(recipe, byte_tokenizer(CHATML), World.detect())

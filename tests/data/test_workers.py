@@ -11,7 +11,7 @@ from tests.errors import raises
 from zero_sft.data import workers
 from zero_sft.data.dataset import make_pipeline, prepare
 from zero_sft.data.files import Files
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import Reader
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from zero_sft.data import cache
 from zero_sft.data.embedded import rows_to_check
 from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.long import TRUNCATE
+from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
-from zero_sft.data.reader import PLAIN, Reader
 from zero_sft.data.report import DataReport, counted, listed, total
 from zero_sft.data.source import Data
 from zero_sft.data.templates import choose_template

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft.data import cache
 from zero_sft.data.dataset import Prepared, make_pipeline, open_prepared, prepare
 from zero_sft.data.packing import pack, packed_line
+from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.reader import PLAIN, Reader
 from zero_sft.data.source import parse_sources
 from zero_sft.data.workers import usable_processes
 from zero_sft.errors import DataError
