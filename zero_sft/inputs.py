@@ -104,13 +104,13 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
-    tokens = sum(report.tokens or 0 for report in (train.unpacked or train).reports)
-    steps = count_steps(len(train.dataset), arguments, world.world_size)
-    record = replace(record, rows=len(train.dataset), tokens=tokens, max_steps=steps)
+    tokens = sum(report.tokens or 0 for report in train.reports)
+    steps = count_steps(len(train.rows), arguments, world.world_size)
+    record = replace(record, rows=len(train.rows), tokens=tokens, max_steps=steps)
     if world.is_main and checkpoint is not None:
         warn_of_other_data(checkpoint.folder, record)
     with agreed(world, "counting the steps"):
-        require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size, parsed.given)
+        require_matching_schedule(arguments, ds_config_name(training), len(train.rows), world.world_size, parsed.given)
     unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
@@ -153,14 +153,14 @@ def _training_data(
     recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
     prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
-    if prepared.unpacked is not None:
+    if prepared.is_packed:
         needed = size["world_size"] * size["per_device_batch_size"]
-        packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
+        packing = unless_too_few(packing, parsed.data.packing, len(prepared.rows), needed)
         if packing.on:
             require_one_batch(prepared, **size)
-            logger.info("  %s", prepared.notes[-1])
+            logger.info("  %s", prepared.packing_note)
             return prepared, {}
-    train = prepared.unpacked or prepared
+    train = prepared.unpacked()
     require_one_batch(train, **size)
     logger.info("  not packed: %s", packing.reason)
     if parsed.data.packing is not None:
@@ -179,9 +179,8 @@ def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
 def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
     logger.info("%s: %s", what, recipe.paths)
     prepared = prepare_together(recipe, tokenizer, world)
-    samples = prepared.unpacked or prepared
-    for line in samples.lines():
+    for line in prepared.lines():
         logger.info("  %s", line)
-    for warning in samples.warnings() if world.is_main else ():
+    for warning in prepared.warnings() if world.is_main else ():
         logger.warning(warning)
     return prepared

@@ -216,15 +216,15 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
             model=model,
             args=arguments,
             published=published,
-            train_dataset=inputs.training_data.dataset,
-            eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
+            train_dataset=inputs.training_data.rows,
+            eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
             data_collator=collator_for(model, inputs.tokenizer, arguments.pad_to_multiple_of),
             callbacks=[trainer_callback(timeline, logger.info), LastStepLogged()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
-    rows = "packed rows" if inputs.training_data.unpacked is not None else "samples"
+    rows = "packed rows" if inputs.training_data.is_packed else "samples"
     log = StepLog(lambda: trainer.tokens, rows)
     trainer.add_callback(log)
     log.wait_for_engine()

@@ -39,11 +39,11 @@ def test_it_is_found_again_with_the_same_rows_and_report(data, monkeypatch):
     monkeypatch.setattr(dataset, "make_parts", lambda *_: pytest.fail("prepared again"))
     tokenizer("x", padding="max_length", max_length=5, truncation=True)  # how it pads and cuts is not how it encodes
     found = prepare_sources(recipe(data), tokenizer)
-    assert found.dataset[:] == made.dataset[:]
+    assert found.rows[:] == made.rows[:]
     assert found.reports == made.reports
     memory = dataset.make_pipeline(tokenizer, model_max_length=400)
     monkeypatch.undo()
-    assert dataset.prepare(Files(path=data), memory).dataset[:] == made.dataset[:]
+    assert dataset.prepare(Files(path=data), memory).rows[:] == made.rows[:]
 
 
 def test_a_moved_file_is_the_same_data(data):
@@ -142,7 +142,7 @@ def test_an_output_folder_inside_the_data_is_refused(data):
 def test_what_is_left_of_a_cleared_entry_is_replaced(data):
     made = prepare_sources(recipe(data), byte_tokenizer(CHATML))
     (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).unlink()
-    assert prepare_sources(recipe(data), byte_tokenizer(CHATML)).dataset[:] == made.dataset[:]
+    assert prepare_sources(recipe(data), byte_tokenizer(CHATML)).rows[:] == made.rows[:]
 
 
 @pytest.mark.parametrize("account", ["{}", "[]", '{"rows": 39, "account": {}}', '{"rows": 38, "account": {}}', "{"])
@@ -162,7 +162,7 @@ def test_a_mixture_is_opened_by_its_keys(data, lazy):
     made = prepare_sources(mixed, tokenizer)
     found = open_sources(mixed, tokenizer, made.keys)
     assert found is not None
-    assert found.dataset[:] == made.dataset[:]
+    assert found.rows[:] == made.rows[:]
     assert open_sources(mixed, tokenizer, [made.keys[0], "0" * 32]) is None
 
 

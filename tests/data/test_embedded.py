@@ -35,9 +35,9 @@ def test_token_and_sample_are_named(tmp_path, lazy):
     with raises("data.token_without_embedding", "sample 3 (id '2')", "'<|tool|>'", f"{ROWS + 1}", f"{ROWS} rows"):
         prepare(path, tokenizer, embedding_rows=ROWS, **options)
     for rows in (ROWS + 2, None):
-        assert len(prepare(path, tokenizer, embedding_rows=rows, **options).dataset) == 3
+        assert len(prepare(path, tokenizer, embedding_rows=rows, **options).rows) == 3
     skipping = prepare(path, tokenizer, embedding_rows=ROWS, reader=Reader(on_bad_sample="skip"), **options)
-    assert (len(skipping.dataset), skipping.reports[0].bad) == (2, 1)
+    assert (len(skipping.rows), skipping.reports[0].bad) == (2, 1)
 
 
 def test_a_token_of_the_template(tmp_path):
@@ -48,7 +48,7 @@ def test_a_token_of_the_template(tmp_path):
 
 def test_what_is_cut_off_needs_no_embedding(tmp_path):
     path, tokenizer = written(tmp_path, "a" * 100 + "<|x|>"), tokenizer_with("<|x|>")
-    assert prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=60).dataset
+    assert prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=60).rows
     with raises("data.token_without_embedding"):
         prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=200)
 

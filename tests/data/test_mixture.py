@@ -84,7 +84,7 @@ def test_drawn_by_weight_until_each_sample_was_there(files, lazy):
     assert texts.count("a</s>") >= 10
     assert 4 < texts.count("b</s>") < 25, "two samples, as often as the ten"
     assert f"{texts.count('b</s>')} of {len(texts)} rows of the mixture" in mixed.lines()[-1]
-    assert mixed.dataset.column_names == parts[0].dataset.column_names
+    assert mixed.rows.column_names == parts[0].rows.column_names
 
 
 def test_weights_that_would_make_a_mixture_of_thousands_of_times_the_data(files):

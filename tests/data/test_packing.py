@@ -75,9 +75,9 @@ def samples(tmp_path):
 
 
 def test_every_sample_is_whole_in_one_row(samples):
-    packed = pack(samples.dataset, 300)
+    packed = pack(samples.samples, 300)
     assert max(map(len, packed["input_ids"])) <= 300
-    assert len(packed) < len(samples.dataset)
+    assert len(packed) < len(samples.samples)
     found = []
     for row in packed:
         assert sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"])
@@ -85,8 +85,8 @@ def test_every_sample_is_whole_in_one_row(samples):
         for length in row["seq_lengths"]:
             found.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
             start += length
-    assert sorted(found) == sorted(zip(samples.dataset["input_ids"], samples.dataset["labels"], strict=True))
-    tokens = sum(samples.dataset["length"])
+    assert sorted(found) == sorted(zip(samples.samples["input_ids"], samples.samples["labels"], strict=True))
+    tokens = sum(samples.samples["length"])
     assert f"{tokens / len(packed) / 300:.1%} full" in packed_line(30, packed, 300)
 
 
@@ -132,7 +132,7 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_samples(samples, model_type, 
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     losses, gradients = [], []
-    for rows, used in ((samples.dataset, built), (pack(samples.dataset, 300), attention)):
+    for rows, used in ((samples.samples, built), (pack(samples.samples, 300), attention)):
         model.zero_grad()
         assert give(model, used)
         batch = Collator(pad_token_id=0, multiple_of=8, flat=used == FLASH)(list(rows))

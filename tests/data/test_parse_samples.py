@@ -411,7 +411,7 @@ def test_plain_text_has_one_end(tmp_path, text, prompt):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"text": text} if prompt is None else {"prompt": prompt, "completion": text}]))
     tokenizer = byte_tokenizer()
-    (row,) = prepare(path, tokenizer, model_max_length=100).dataset
+    (row,) = prepare(path, tokenizer, model_max_length=100).rows
     trained = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert trained == (text if text.endswith(" \n") and "<" not in text else "abc") + "</s>"
     assert row["input_ids"].count(tokenizer.eos_token_id) == 1

@@ -68,7 +68,7 @@ def test_a_split_is_named_after_the_folder(tmp_path, split):
         source, *_ = parse_sources(text)
         assert (source.data.name, source.weight) == (f"{folder}:{split}", weight)
         prepared = prepare_source(source.data, make_pipeline(byte_tokenizer(), model_max_length=100))
-        assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in prepared.dataset["input_ids"]] == expected
+        assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in prepared.rows["input_ids"]] == expected
     with raises("data.no_such_split", "'tests'", "its splits are test, train, validation"):
         read(folder, "tests")
     with raises("data.no_such_split", "'train'", "no name of a file"):

@@ -37,7 +37,7 @@ def prepared_by(recipe: Recipe, world: World) -> list[int]:
         rows = prepare_together(recipe, byte_tokenizer(CHATML), world)
     finally:
         dataset.make_parts = original
-    distributed.agree_on(world, "rows", {"rows": rows.dataset[:], "reports": [each.lines() for each in rows.reports]})
+    distributed.agree_on(world, "rows", {"rows": rows.rows[:], "reports": [each.lines() for each in rows.reports]})
     return distributed.exchange(world, len(made))
 
 

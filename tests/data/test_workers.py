@@ -29,7 +29,7 @@ def data(tmp_path, monkeypatch):
 def test_processes_make_what_one_makes(data, tmp_path):
     pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip", long="split"))
     one, two = (prepare(data, pipeline, processes=processes, root=tmp_path / f"{processes}") for processes in (1, 2))
-    assert two.dataset[:] == one.dataset[:]
+    assert two.rows[:] == one.rows[:]
     assert two.reports == one.reports
     assert two.reports[0].bad == 1
     assert two.reports[0].dropped

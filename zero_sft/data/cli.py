@@ -43,15 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, paths=options.data_path, model_max_length=options.model_max_length, seed=options.seed
         )
         rows = getattr(config, "vocab_size", None)
-        found = prepare_sources(replace(recipe, pack=packing.on, embedding_rows=rows), tokenizer)
-        prepared = found.unpacked or found
-        lengths = prepared.dataset["length"]
-        notes = _notes(packing, found, options)
+        prepared = prepare_sources(replace(recipe, pack=packing.on, embedding_rows=rows), tokenizer)
+        samples, lengths = prepared.samples, prepared.samples["length"]
+        notes = _notes(packing, prepared, options)
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:
             console.print(printable(line), markup=False)
         _print_histogram(lengths, console)
-        for number in range(min(options.show, len(prepared.dataset))):
-            _print_sample(number, prepared.dataset[number], tokenizer, console)
+        for number in range(min(options.show, len(samples))):
+            _print_sample(number, samples[number], tokenizer, console)
         if options.plot:
             _draw(lengths, options.plot, f"{len(lengths):,} samples of {options.data_path}")
             console.print(f"lengths drawn in {options.plot}", markup=False)
@@ -146,21 +145,21 @@ def _packing(options: argparse.Namespace, config: Any) -> "Packing":
     return choose_packing(_wanted(options), config, attention=None, lazy=options.lazy_preprocess)
 
 
-def _notes(packing: "Packing", found: "Prepared", options: argparse.Namespace) -> list[str]:
+def _notes(packing: "Packing", prepared: "Prepared", options: argparse.Namespace) -> list[str]:
     """How the job makes its batches, as far as those of one rank tell, and what a trained token costs."""
     from zero_sft.data.cost import ALIKE, AT_RANDOM, PACKED, cost_lines
     from zero_sft.data.packing import unless_too_few
 
-    samples, batch = (found.unpacked or found).dataset, options.per_device_train_batch_size
-    job = unless_too_few(packing, _wanted(options), len(found.dataset), batch)
-    lines = [*found.notes[-1:]] if job.on else [f"not packed: {job.reason}"]
+    samples, batch = prepared.samples, options.per_device_train_batch_size
+    job = unless_too_few(packing, _wanted(options), len(prepared.rows), batch)
+    lines = [prepared.packing_note if job.on else f"not packed: {job.reason}"]
     if len(samples) < batch:
         lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
     return lines + cost_lines(
         samples["length"],
         trained_tokens=_trained_tokens(samples),
         window=options.model_max_length,
-        packed_rows=len(found.dataset) if packing.on else None,
+        packed_rows=len(prepared.rows) if packing.on else None,
         batch_size=batch,
         chosen=PACKED if job.on else ALIKE if _wanted(options) is None else AT_RANDOM,
     )

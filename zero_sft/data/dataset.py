@@ -39,22 +39,33 @@ _MANY = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A dataset for the trainer, with `input_ids`, `labels` and, unless lazy, `length`; and the reports of its sources.
+    """Datasets of samples and of the rows that are trained on, which are the samples unless these are packed.
 
-    `notes` says what else was done with the rows: how they were mixed, or packed (then `seq_lengths` takes the place of
-    `length`, and `unpacked` is what was packed). `transform` is what makes ids and labels of a lazy dataset's column. `keys`
-    are those of the sources' rows in the cache.
+    `samples` has `input_ids`, `labels` and, unless lazy, `length`; in packed `rows`, `seq_lengths` takes the place of `length`.
+    `reports` are those of the sources, and `notes` say how they were mixed. `packing_note` says how well the rows are filled;
+    it is empty where nothing is packed. `transform` is what makes ids and labels of a lazy dataset's column. `keys` are those
+    of the sources' rows in the cache.
     """
 
-    dataset: "datasets.Dataset"
+    samples: "datasets.Dataset"
+    rows: "datasets.Dataset"
     reports: tuple[DataReport, ...]
     notes: tuple[str, ...] = ()
+    packing_note: str = ""
     transform: Pipeline | None = None
     keys: list[str] = field(default_factory=list)
-    unpacked: "Prepared | None" = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row may hold several samples."""
+        return bool(self.packing_note)
+
+    def unpacked(self) -> "Prepared":
+        """The same data, with the samples as the rows that are trained on."""
+        return replace(self, rows=self.samples, packing_note="")
 
     def lines(self) -> list[str]:
-        """The reports for the log."""
+        """The account of the samples for the log."""
         return [*(line for report in self.reports for line in report.lines()), *self.notes]
 
     def warnings(self) -> list[str]:
@@ -159,7 +170,8 @@ def _of(data: Data, report: DataReport) -> DataReport:
 
 def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> Prepared:
     transform = pipeline if pipeline.lazy else None
-    return Prepared(dataset=dataset.with_transform(pipeline) if transform else dataset, reports=(report,), transform=transform)
+    samples = dataset.with_transform(pipeline) if transform else dataset
+    return Prepared(samples=samples, rows=samples, reports=(report,), transform=transform)
 
 
 def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
@@ -237,13 +249,13 @@ def require_one_batch(prepared: Prepared, *, world_size: int, per_device_batch_s
         DataError: fewer than `world_size * per_device_batch_size`.
     """
     needed = world_size * per_device_batch_size
-    usable, tokens = len(prepared.dataset), [report.tokens for report in prepared.reports]
+    usable, tokens = len(prepared.rows), [report.tokens for report in prepared.reports]
     if usable < needed:
         files = ", ".join(report.file for report in prepared.reports)
         size = "" if None in tokens else f" ({counted(sum(filter(None, tokens)), 'token')})"
         there, remedy = counted(usable, "usable sample"), "or fewer ranks"
-        if prepared.unpacked is not None:
-            there = f"{counted(len(prepared.unpacked.dataset), 'sample')} in {counted(usable, 'packed row')}"
+        if prepared.is_packed:
+            there = f"{counted(len(prepared.samples), 'sample')} in {counted(usable, 'packed row')}"
             remedy = "fewer ranks, or leave --packing True out: then samples are padded"
         raise DataError(
             f"{files}: {there}{size}, and one batch needs {needed}: {per_device_batch_size} on each of "

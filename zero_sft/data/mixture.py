@@ -133,16 +133,15 @@ def _finished(parts: Sequence[Prepared], recipe: Recipe, *, verify: bool = True)
     if not recipe.pack:
         return mixed
     if recipe.root is None:
-        dataset = pack(mixed.dataset, recipe.model_max_length)
+        rows = pack(mixed.samples, recipe.model_max_length)
     else:
         length, key = recipe.model_max_length, _packed_key(recipe, mixed.keys)
 
         def write(file: Path) -> tuple[int, dict[str, Any]]:
-            return len(pack(mixed.dataset, length, str(file))), {}
+            return len(pack(mixed.samples, length, str(file))), {}
 
-        dataset, *_ = cache.keep(recipe.root, key, write, verify=verify)
-    line = packed_line(len(mixed.dataset), dataset, recipe.model_max_length)
-    return replace(mixed, dataset=dataset, notes=(*mixed.notes, line), unpacked=mixed)
+        rows, *_ = cache.keep(recipe.root, key, write, verify=verify)
+    return replace(mixed, rows=rows, packing_note=packed_line(len(mixed.samples), rows, recipe.model_max_length))
 
 
 def _packed_key(recipe: Recipe, keys: Sequence[str]) -> str:
@@ -161,17 +160,19 @@ def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -
 
     if len(parts) == 1:
         return parts[0]
-    rows = [each.dataset.with_format(None) for each in parts]
-    mixed, notes = datasets.concatenate_datasets(rows), ()
+    raw = [part.samples.with_format(None) for part in parts]
+    mixed, notes = datasets.concatenate_datasets(raw), ()
     if None not in weights:
-        mixed, notes = _drawn(rows, [weight or 0.0 for weight in weights], seed, [each.reports[0].file for each in parts])
+        mixed, notes = _drawn(raw, [weight or 0.0 for weight in weights], seed, [part.reports[0].file for part in parts])
     transform = parts[0].transform
+    samples = mixed if transform is None else mixed.with_transform(transform)
     return Prepared(
-        dataset=mixed if transform is None else mixed.with_transform(transform),
-        reports=tuple(report for each in parts for report in each.reports),
+        samples=samples,
+        rows=samples,
+        reports=tuple(report for part in parts for report in part.reports),
         notes=notes,
         transform=transform,
-        keys=[key for each in parts for key in each.keys],
+        keys=[key for part in parts for key in part.keys],
     )
 
 
