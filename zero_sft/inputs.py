@@ -12,8 +12,9 @@ from zero_sft.arguments import Parsed, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.data.dataset import Prepared, require_one_batch
-from zero_sft.data.mixture import Recipe, require_outputs_outside, require_sources
+from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
+from zero_sft.data.source import Source, parse_sources, require_outputs_outside, require_sources
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
@@ -66,9 +67,10 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
     checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
     with agreed(world, "checking the output folder") as told:
+        sources = parse_sources(parsed.data.training_path)
+        held_out = None if parsed.data.eval_data_path is None else parse_sources(parsed.data.eval_data_path)
         if world.is_main:
-            for paths in filter(None, (parsed.data.training_path, parsed.data.eval_data_path)):
-                require_outputs_outside(paths, training["output_dir"])
+            require_outputs_outside((*sources, *(held_out or ())), training["output_dir"])
             told.mine = require_no_former_run(
                 training["output_dir"],
                 checkpoint and checkpoint.folder,
@@ -90,18 +92,17 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
     attention = attention_of(config, parsed.model.attn_implementation)
     packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
-    held_out = parsed.data.eval_data_path
     with agreed(world, "checking the prompts"):
         if world.is_main:
             require_answerable(prompts, tokenizer, parsed.data.chat_template, config)
     with agreed(world, "looking for the data"):
         if world.is_main:
-            require_sources(parsed.data.training_path)
+            require_sources(sources)
             if held_out is not None:
                 require_sources(held_out, to_evaluate=True)
     rows = getattr(text_config(config), "vocab_size", None)
     generation = rehearse_export(parsed, config, tokenizer, HubOptions.from_kwargs(hub), world)
-    train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
+    train, sampling = _training_data(parsed, sources, packing, tokenizer, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
     tokens = sum(report.tokens or 0 for report in train.reports)
@@ -121,7 +122,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         training_data=train,
         evaluation_data=None
         if held_out is None or unused
-        else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
+        else _prepare("evaluation data", _spec(parsed, held_out, rows), tokenizer, world),
         prompts=prompts,
         generation=generation,
         hub=hub,
@@ -142,7 +143,12 @@ def _require_other_folder(model: str, output_dir: str) -> None:
 
 
 def _training_data(
-    parsed: Parsed, packing: Packing, tokenizer: Any, embedding_rows: int | None, world: World
+    parsed: Parsed,
+    sources: tuple[Source, ...],
+    packing: Packing,
+    tokenizer: Any,
+    embedding_rows: int | None,
+    world: World,
 ) -> tuple[Prepared, dict[str, Any]]:
     """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
     given, from samples of like length. Every rank; communicates.
@@ -150,9 +156,9 @@ def _training_data(
     Raises:
         DataError: too little for one batch.
     """
-    recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
+    spec = _spec(parsed, sources, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
+    prepared = _prepare("training data", replace(spec, pack=packing.on), tokenizer, world)
     if prepared.is_packed:
         needed = size["world_size"] * size["per_device_batch_size"]
         packing = unless_too_few(packing, parsed.data.packing, len(prepared.rows), needed)
@@ -165,20 +171,20 @@ def _training_data(
     logger.info("  not packed: %s", packing.reason)
     if parsed.data.packing is not None:
         return train, {}
-    grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
+    grouped = not spec.lazy and "train_sampling_strategy" not in parsed.training
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
-def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
+def _spec(parsed: Parsed, sources: tuple[Source, ...], embedding_rows: int | None) -> DatasetSpec:
     seed, length = parsed.training.get("data_seed"), parsed.training["model_max_length"]
     seed = parsed.training.get("seed", 42) if seed is None else seed
-    recipe = Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
-    return replace(recipe, embedding_rows=embedding_rows)
+    spec = DatasetSpec.from_options(parsed.data, sources=sources, model_max_length=length, seed=seed)
+    return replace(spec, embedding_rows=embedding_rows)
 
 
-def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("%s: %s", what, recipe.paths)
-    prepared = prepare_together(recipe, tokenizer, world)
+def _prepare(what: str, spec: DatasetSpec, tokenizer: Any, world: World) -> Prepared:
+    logger.info("%s: %s", what, spec.name)
+    prepared = prepare_together(spec, tokenizer, world)
     for line in prepared.lines():
         logger.info("  %s", line)
     for warning in prepared.warnings() if world.is_main else ():

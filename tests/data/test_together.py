@@ -9,7 +9,8 @@ from tests.data.tiny import CHATML, byte_tokenizer
 from tests.errors import raises
 from zero_sft import distributed
 from zero_sft.data import dataset
-from zero_sft.data.mixture import Recipe
+from zero_sft.data.mixture import DatasetSpec
+from zero_sft.data.source import parse_sources
 from zero_sft.data.together import prepare_together
 from zero_sft.world import World
 
@@ -28,13 +29,13 @@ def cluster() -> World:
     return dataclasses.replace(world, local_rank=world.rank % 2, local_world_size=2)
 
 
-def prepared_by(recipe: Recipe, world: World) -> list[int]:
+def prepared_by(spec: DatasetSpec, world: World) -> list[int]:
     """How often each rank has made rows itself. Every rank; communicates."""
     made = []
     original = dataset.make_parts
     dataset.make_parts = lambda *args: (made.append(1), original(*args))[1]
     try:
-        rows = prepare_together(recipe, byte_tokenizer(CHATML), world)
+        rows = prepare_together(spec, byte_tokenizer(CHATML), world)
     finally:
         dataset.make_parts = original
     distributed.agree_on(world, "rows", {"rows": rows.rows[:], "reports": [each.lines() for each in rows.reports]})
@@ -44,37 +45,47 @@ def prepared_by(recipe: Recipe, world: World) -> list[int]:
 @pytest.mark.world_size(4)
 @pytest.mark.parametrize("pack", [False, True])
 def test_once_in_the_cluster_where_the_folder_is_shared(folder, pack):
-    recipe = Recipe(paths=f"{folder / 'data.json'},{folder / 'other.json'}", model_max_length=200, pack=pack, root=folder / "c")
-    assert prepared_by(recipe, cluster()) == [2, 0, 0, 0]
-    assert prepared_by(recipe, cluster()) == [0, 0, 0, 0]
+    spec = DatasetSpec(
+        sources=parse_sources(f"{folder / 'data.json'},{folder / 'other.json'}"),
+        model_max_length=200,
+        pack=pack,
+        root=folder / "c",
+    )
+    assert prepared_by(spec, cluster()) == [2, 0, 0, 0]
+    assert prepared_by(spec, cluster()) == [0, 0, 0, 0]
 
 
 @pytest.mark.world_size(4)
 def test_once_a_node_where_it_is_not(folder):
     world = cluster()
-    recipe = Recipe(paths=str(folder / "data.json"), model_max_length=200, pack=True, root=folder / f"node{world.rank // 2}")
-    assert prepared_by(recipe, world) == [1, 0, 1, 0]
+    spec = DatasetSpec(
+        sources=parse_sources(str(folder / "data.json")),
+        model_max_length=200,
+        pack=True,
+        root=folder / f"node{world.rank // 2}",
+    )
+    assert prepared_by(spec, world) == [1, 0, 1, 0]
 
 
 @pytest.mark.world_size(4)
 def test_nodes_with_other_data_are_an_error_on_every_rank(folder):
     world = cluster()
     name = ("data.json", "other.json")[world.rank // 2]
-    recipe = Recipe(paths=str(folder / name), model_max_length=200, root=folder / f"node{world.rank // 2}")
+    spec = DatasetSpec(sources=parse_sources(str(folder / name)), model_max_length=200, root=folder / f"node{world.rank // 2}")
     with raises("data.differs_between_nodes", "rank 2"):
-        prepare_together(recipe, byte_tokenizer(CHATML), world)
+        prepare_together(spec, byte_tokenizer(CHATML), world)
 
 
 @pytest.mark.world_size(2)
 def test_an_error_of_rank_0_is_every_ranks(folder):
-    recipe = Recipe(paths=str(folder / "none.json"), model_max_length=200, root=folder / "c")
+    spec = DatasetSpec(sources=parse_sources(str(folder / "none.json")), model_max_length=200, root=folder / "c")
     with raises("data.no_such_file"):
-        prepare_together(recipe, byte_tokenizer(CHATML), World.detect())
+        prepare_together(spec, byte_tokenizer(CHATML), World.detect())
 
 
 @pytest.mark.world_size(2)
 def test_a_broken_line_is_the_same_error_on_every_rank(folder):
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
-    recipe = Recipe(paths=str(folder / "broken.jsonl"), model_max_length=200, root=folder / "c")
+    spec = DatasetSpec(sources=parse_sources(str(folder / "broken.jsonl")), model_max_length=200, root=folder / "c")
     with raises("data.not_json", "line 2"):
-        prepare_together(recipe, byte_tokenizer(CHATML), World.detect())
+        prepare_together(spec, byte_tokenizer(CHATML), World.detect())

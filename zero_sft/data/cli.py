@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from rich.console import Console
 
-    from zero_sft.data.mixture import Recipe, prepare_sources
+    from zero_sft.data.mixture import DatasetSpec, prepare_sources
+    from zero_sft.data.source import parse_sources
 
     open_console(World())
     quieten_transformers(World())
@@ -39,11 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tokenizer, config = _tokenizer(options), _config(options)
         packing = _packing(options, config)
-        recipe = Recipe.from_options(
-            options, paths=options.data_path, model_max_length=options.model_max_length, seed=options.seed
-        )
+        sources = parse_sources(options.data_path)
+        spec = DatasetSpec.from_options(options, sources=sources, model_max_length=options.model_max_length, seed=options.seed)
         rows = getattr(config, "vocab_size", None)
-        prepared = prepare_sources(replace(recipe, pack=packing.on, embedding_rows=rows), tokenizer)
+        prepared = prepare_sources(replace(spec, pack=packing.on, embedding_rows=rows), tokenizer)
         samples, lengths = prepared.samples, prepared.samples["length"]
         notes = _notes(packing, prepared, options)
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:

@@ -1,4 +1,4 @@
-"""From a recipe to a dataset: sources (`a.json,b.jsonl`, or with weights, `a.json:0.7,b.jsonl:0.3`) prepared, mixed, packed."""
+"""One dataset of several sources: prepared, mixed, packed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from zero_sft.data.dataset import Prepared, make_pipeline, open_prepared, prepar
 from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.source import parse_sources
+from zero_sft.data.source import Source, require_sources
 from zero_sft.data.workers import usable_processes
 from zero_sft.errors import DataError
 
@@ -27,14 +27,14 @@ _SOURCE = "source"  # a column that says which dataset a row is of, while they a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """All that says how data becomes a dataset, the tokenizer apart. `paths`: see `parse_sources`.
+class DatasetSpec:
+    """All that says how data becomes a dataset, the tokenizer apart.
 
     `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps everything in memory.
     `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
     """
 
-    paths: str
+    sources: tuple[Source, ...]
     model_max_length: int
     chat_template: str | None = None
     reader: Reader = PLAIN
@@ -46,10 +46,10 @@ class Recipe:
     embedding_rows: int | None = None
 
     @classmethod
-    def from_options(cls, options: Any, *, paths: str, model_max_length: int, seed: int) -> "Recipe":
-        """The recipe that arguments ask for, the job's or the data command's: `DataArguments`, or anything with its names."""
+    def from_options(cls, options: Any, *, sources: tuple[Source, ...], model_max_length: int, seed: int) -> "DatasetSpec":
+        """The dataset that arguments ask for, the job's or the data command's: `DataArguments`, or anything with its names."""
         return cls(
-            paths=paths,
+            sources=sources,
             model_max_length=model_max_length,
             chat_template=options.chat_template,
             reader=Reader(
@@ -64,90 +64,74 @@ class Recipe:
             processes=options.dataset_num_proc or usable_processes(),
         )
 
+    @property
+    def name(self) -> str:
+        """The sources as they were written, for messages."""
+        return ",".join(source.text for source in self.sources)
 
-def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """`prepare` for each source of a recipe, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
+
+def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """`prepare` for each source, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
 
     Raises:
-        DataError: as `prepare`'s and `parse_sources`'.
+        DataError: as `prepare`'s and `require_sources`'.
     """
-    pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
-    require_sources(recipe.paths)
-    return _finished([prepare(each.data, pipeline, processes=recipe.processes, root=recipe.root) for each in sources], recipe)
-
-
-def require_sources(paths: str, *, to_evaluate: bool = False) -> None:
-    """Raise `DataError` where a path names no file, before work is spent on the others. Any rank; does not communicate.
-
-    Args:
-        to_evaluate: a folder with several splits must say which one: `train` is not what is held out.
-    """
-    for source in parse_sources(paths):
-        source.data.state()
-        held_out = source.data.held_out() if to_evaluate else None
-        if held_out:
-            raise DataError(
-                f"--eval_data_path {source.data.name} has several splits. Name the one to evaluate on: "
-                f"--eval_data_path {source.data.name}:{held_out}.",
-                code="data.eval_split_unnamed",
-            )
-
-
-def require_outputs_outside(paths: str, output_dir: str) -> None:
-    """Raise `DataError` where what a run writes would be read as data by the next. Any rank; does not communicate."""
-    for source in parse_sources(paths):
-        source.data.require_outside(Path(output_dir), option="--output_dir", code="data.output_inside_data")
+    pipeline = _pipeline(spec, tokenizer)
+    require_sources(spec.sources)
+    parts = [prepare(source.data, pipeline, processes=spec.processes, root=spec.root) for source in spec.sources]
+    return _finished(parts, spec)
 
 
 def open_sources(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str], *, verify: bool = True
+    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str], *, verify: bool = True
 ) -> Prepared | None:
     """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it.
 
     `verify`: as `cache.find`'s.
     """
-    if recipe.root is None or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys), verify=False) is None):
+    if spec.root is None or (spec.pack and cache.find(spec.root, _packed_key(spec, keys), verify=False) is None):
         return None
-    pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
-    parts = [
-        open_prepared(recipe.root, key, each.data, pipeline, verify=verify) for key, each in zip(keys, sources, strict=True)
+    pipeline = _pipeline(spec, tokenizer)
+    opened = [
+        open_prepared(spec.root, key, source.data, pipeline, verify=verify)
+        for key, source in zip(keys, spec.sources, strict=True)
     ]
-    found = [each for each in parts if each is not None]
-    return _finished(found, recipe, verify=verify) if len(found) == len(sources) else None
+    parts = [part for part in opened if part is not None]
+    return _finished(parts, spec, verify=verify) if len(parts) == len(spec.sources) else None
 
 
-def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
+def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
     return make_pipeline(
         tokenizer,
-        chat_template=recipe.chat_template,
-        model_max_length=recipe.model_max_length,
-        lazy=recipe.lazy,
-        reader=recipe.reader,
-        embedding_rows=recipe.embedding_rows,
+        chat_template=spec.chat_template,
+        model_max_length=spec.model_max_length,
+        lazy=spec.lazy,
+        reader=spec.reader,
+        embedding_rows=spec.embedding_rows,
     )
 
 
-def _finished(parts: Sequence[Prepared], recipe: Recipe, *, verify: bool = True) -> Prepared:
+def _finished(parts: Sequence[Prepared], spec: DatasetSpec, *, verify: bool = True) -> Prepared:
     """The sources' rows in one dataset, packed if wanted; from the cache where they are there."""
-    mixed = mix(parts, [each.weight for each in parse_sources(recipe.paths)], recipe.seed)
-    if not recipe.pack:
+    mixed = mix(parts, [source.weight for source in spec.sources], spec.seed)
+    if not spec.pack:
         return mixed
-    if recipe.root is None:
-        rows = pack(mixed.samples, recipe.model_max_length)
+    if spec.root is None:
+        rows = pack(mixed.samples, spec.model_max_length)
     else:
-        length, key = recipe.model_max_length, _packed_key(recipe, mixed.keys)
+        length, key = spec.model_max_length, _packed_key(spec, mixed.keys)
 
         def write(file: Path) -> tuple[int, dict[str, Any]]:
             return len(pack(mixed.samples, length, str(file))), {}
 
-        rows, *_ = cache.keep(recipe.root, key, write, verify=verify)
-    return replace(mixed, rows=rows, packing_note=packed_line(len(mixed.samples), rows, recipe.model_max_length))
+        rows, *_ = cache.keep(spec.root, key, write, verify=verify)
+    return replace(mixed, rows=rows, packing_note=packed_line(len(mixed.samples), rows, spec.model_max_length))
 
 
-def _packed_key(recipe: Recipe, keys: Sequence[str]) -> str:
-    weights = [each.weight for each in parse_sources(recipe.paths) if each.weight is not None]
-    drawn = [recipe.seed, *(f"{weight / sum(weights):.9f}" for weight in weights)] if weights else []
-    return cache.key_of("packed", list(keys), drawn, recipe.model_max_length)
+def _packed_key(spec: DatasetSpec, keys: Sequence[str]) -> str:
+    weights = [source.weight for source in spec.sources if source.weight is not None]
+    drawn = [spec.seed, *(f"{weight / sum(weights):.9f}" for weight in weights)] if weights else []
+    return cache.key_of("packed", list(keys), drawn, spec.model_max_length)
 
 
 def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -> Prepared:
