@@ -15,6 +15,7 @@ from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
 from zero_sft.data.source import Source, parse_sources, require_outputs_outside, require_sources
+from zero_sft.data.templates import Template, choose_template
 from zero_sft.data.together import prepare_together
 from zero_sft.distributed import agreed
 from zero_sft.errors import ArgumentError
@@ -33,6 +34,7 @@ class Inputs:
     arguments: Any
     config: Any
     tokenizer: Any
+    template: Template
     training_data: Prepared
     evaluation_data: Prepared | None
     prompts: tuple[str, ...]
@@ -92,17 +94,19 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     tokenizer = load_tokenizer(name, model_max_length=length, padding_side=parsed.model.padding_side, **hub)
     attention = attention_of(config, parsed.model.attn_implementation)
     packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
+    with agreed(world, "choosing the chat template"):
+        template = choose_template(parsed.data.chat_template, tokenizer)
     with agreed(world, "checking the prompts"):
         if world.is_main:
-            require_answerable(prompts, tokenizer, parsed.data.chat_template, config)
+            require_answerable(prompts, tokenizer, template, config)
     with agreed(world, "looking for the data"):
         if world.is_main:
             require_sources(sources)
             if held_out is not None:
                 require_sources(held_out, to_evaluate=True)
     rows = getattr(text_config(config), "vocab_size", None)
-    generation = rehearse_export(parsed, config, tokenizer, HubOptions.from_kwargs(hub), world)
-    train, sampling = _training_data(parsed, sources, packing, tokenizer, rows, world)
+    generation = rehearse_export(parsed, config, tokenizer, template, HubOptions.from_kwargs(hub), world)
+    train, sampling = _training_data(parsed, sources, packing, tokenizer, template, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
     tokens = sum(report.tokens or 0 for report in train.reports)
@@ -119,10 +123,11 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         arguments=arguments,
         config=config,
         tokenizer=tokenizer,
+        template=template,
         training_data=train,
         evaluation_data=None
         if held_out is None or unused
-        else _prepare("evaluation data", _spec(parsed, held_out, rows), tokenizer, world),
+        else _prepare("evaluation data", _spec(parsed, held_out, rows), tokenizer, template, world),
         prompts=prompts,
         generation=generation,
         hub=hub,
@@ -147,6 +152,7 @@ def _training_data(
     sources: tuple[Source, ...],
     packing: Packing,
     tokenizer: Any,
+    template: Template,
     embedding_rows: int | None,
     world: World,
 ) -> tuple[Prepared, dict[str, Any]]:
@@ -158,7 +164,7 @@ def _training_data(
     """
     spec = _spec(parsed, sources, embedding_rows)
     size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare("training data", replace(spec, pack=packing.on), tokenizer, world)
+    prepared = _prepare("training data", replace(spec, pack=packing.on), tokenizer, template, world)
     if prepared.is_packed:
         needed = size["world_size"] * size["per_device_batch_size"]
         packing = unless_too_few(packing, parsed.data.packing, len(prepared.rows), needed)
@@ -182,9 +188,9 @@ def _spec(parsed: Parsed, sources: tuple[Source, ...], embedding_rows: int | Non
     return replace(spec, embedding_rows=embedding_rows)
 
 
-def _prepare(what: str, spec: DatasetSpec, tokenizer: Any, world: World) -> Prepared:
+def _prepare(what: str, spec: DatasetSpec, tokenizer: Any, template: Template, world: World) -> Prepared:
     logger.info("%s: %s", what, spec.name)
-    prepared = prepare_together(spec, tokenizer, world)
+    prepared = prepare_together(spec, tokenizer, template, world)
     for line in prepared.lines():
         logger.info("  %s", line)
     for warning in prepared.warnings() if world.is_main else ():

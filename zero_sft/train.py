@@ -144,7 +144,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     before = []
     if inputs.prompts:
         with gather.whole_model(model):
-            before = _answers(parsed, model, inputs)
+            before = _answers(model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
     trainer = _trainer(arguments, model, parsed, inputs, timeline)
@@ -156,7 +156,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     failure.set_stage("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
     failure.set_stage("answering prompts")
-    after = _answers_of_engine(parsed, trainer, inputs)
+    after = _answers_of_engine(trainer, inputs)
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
     known = {
         "arguments": _shown(parsed),
@@ -208,9 +208,7 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    published = Published(
-        tokenizer=_with_trained_template(inputs.tokenizer, parsed), config_values=routing, record=inputs.record
-    )
+    published = Published(tokenizer=_with_trained_template(inputs), config_values=routing, record=inputs.record)
     try:
         trainer = Trainer(
             model=model,
@@ -231,26 +229,23 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
     return trainer
 
 
-def _with_trained_template(tokenizer: Any, parsed: Parsed) -> Any:
+def _with_trained_template(inputs: "Inputs") -> Any:
     """A copy of the tokenizer with the chat template that is trained, as checkpoints and the export hold it."""
-    from zero_sft.data.templates import choose_template
-
-    published = copy.deepcopy(tokenizer)
-    published.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
+    published = copy.deepcopy(inputs.tokenizer)
+    published.chat_template = inputs.template.jinja(inputs.tokenizer)
     return published
 
 
-def _answers(parsed: Parsed, model: Any, inputs: "Inputs") -> list[str]:
+def _answers(model: Any, inputs: "Inputs") -> list[str]:
     from zero_sft.samples import answer
 
     count = len(inputs.prompts)
     logger.info("answering %d prompt%s", count, "s" * (count != 1))
-    template = parsed.data.chat_template
     with progress.task("answering prompts"):
-        return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
+        return answer(model, inputs.tokenizer, inputs.prompts, template=inputs.template, max_new_tokens=ANSWER_TOKENS)
 
 
-def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[str]:
+def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
     """After the training: a small model is gathered once for all tokens, a large one module by module for each."""
     if not inputs.prompts:
         return []
@@ -260,7 +255,7 @@ def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[s
 
     whole = gather.is_small(trainer.model)
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=whole) as model:
-        return _answers(parsed, model, inputs)
+        return _answers(model, inputs)
 
 
 def _write_logs(output: Path, known: Mapping[str, Any]) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tiny import CHATML, byte_tokenizer
+from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
-from zero_sft.data import cache, dataset
+from zero_sft.data import cache, dataset, mixture
 from zero_sft.data.files import Files
-from zero_sft.data.mixture import DatasetSpec, open_sources, prepare_sources
+from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.parse_samples import Reader
 from zero_sft.data.source import parse_sources, require_outputs_outside
+from zero_sft.data.templates import choose_template
 
 
 @pytest.fixture
@@ -29,6 +30,14 @@ def spec(data, **changes):
     return DatasetSpec(sources=parse_sources(str(data)), root=root, **{"model_max_length": 400, **changes})
 
 
+def prepare_sources(wanted, tokenizer, chat_template=None):
+    return mixture.prepare_sources(wanted, tokenizer, choose_template(chat_template, tokenizer))
+
+
+def open_sources(wanted, tokenizer, *rest, **options):
+    return mixture.open_sources(wanted, tokenizer, choose_template(None, tokenizer), *rest, **options)
+
+
 def entries(data):
     return sorted(each.name for each in (data.parent / "cache").iterdir())
 
@@ -41,7 +50,7 @@ def test_it_is_found_again_with_the_same_rows_and_report(data, monkeypatch):
     found = prepare_sources(spec(data), tokenizer)
     assert found.rows[:] == made.rows[:]
     assert found.reports == made.reports
-    memory = dataset.make_pipeline(tokenizer, model_max_length=400)
+    memory = make_pipeline(tokenizer, model_max_length=400)
     monkeypatch.undo()
     assert dataset.prepare(Files(path=data), memory).rows[:] == made.rows[:]
 
@@ -55,20 +64,20 @@ def test_a_moved_file_is_the_same_data(data):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "chat_template"),
     [
-        {"model_max_length": 390},
-        {"chat_template": "vicuna"},
-        {"lazy": True},
-        {"reader": Reader(train_on="last")},
-        {"reader": Reader(long="drop")},
-        {"pack": True},
+        ({"model_max_length": 390}, None),
+        ({}, "vicuna"),
+        ({"lazy": True}, None),
+        ({"reader": Reader(train_on="last")}, None),
+        ({"reader": Reader(long="drop")}, None),
+        ({"pack": True}, None),
     ],
 )
-def test_what_it_depends_on(data, change):
+def test_what_it_depends_on(data, change, chat_template):
     tokenizer = byte_tokenizer(CHATML)
     prepare_sources(spec(data), tokenizer)
-    prepare_sources(spec(data, **change), tokenizer)
+    prepare_sources(spec(data, **change), tokenizer, chat_template)
     assert len(entries(data)) == 2
 
 

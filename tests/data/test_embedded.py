@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from tests.data.tiny import CHATML, SPECIAL, byte_tokenizer, prepare
+from tests.data.tiny import CHATML, SPECIAL, byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
 from zero_sft.data.cache import key_of_rows
-from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.files import Files
 from zero_sft.data.parse_samples import Reader
 

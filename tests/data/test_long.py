@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from tests.data.tiny import CHATML, byte_tokenizer
+from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from zero_sft.data import pipeline as pipeline_module
-from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.templates import choose_template
 

@@ -7,9 +7,8 @@ import json
 
 import pytest
 
-from tests.data.tiny import byte_tokenizer, prepare
+from tests.data.tiny import byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
-from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.dataset import prepare as prepare_source
 from zero_sft.data.files import Files
 from zero_sft.data.source import parse_sources, require_sources

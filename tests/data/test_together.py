@@ -9,8 +9,10 @@ from tests.data.tiny import CHATML, byte_tokenizer
 from tests.errors import raises
 from zero_sft import distributed
 from zero_sft.data import dataset
+from zero_sft.data.dataset import Prepared
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.source import parse_sources
+from zero_sft.data.templates import choose_template
 from zero_sft.data.together import prepare_together
 from zero_sft.world import World
 
@@ -29,13 +31,18 @@ def cluster() -> World:
     return dataclasses.replace(world, local_rank=world.rank % 2, local_world_size=2)
 
 
+def prepare(spec: DatasetSpec, world: World) -> Prepared:
+    tokenizer = byte_tokenizer(CHATML)
+    return prepare_together(spec, tokenizer, choose_template(None, tokenizer), world)
+
+
 def prepared_by(spec: DatasetSpec, world: World) -> list[int]:
     """How often each rank has made rows itself. Every rank; communicates."""
     made = []
     original = dataset.make_parts
     dataset.make_parts = lambda *args: (made.append(1), original(*args))[1]
     try:
-        rows = prepare_together(spec, byte_tokenizer(CHATML), world)
+        rows = prepare(spec, world)
     finally:
         dataset.make_parts = original
     distributed.agree_on(world, "rows", {"rows": rows.rows[:], "reports": [each.lines() for each in rows.reports]})
@@ -73,14 +80,14 @@ def test_nodes_with_other_data_are_an_error_on_every_rank(folder):
     name = ("data.json", "other.json")[world.rank // 2]
     spec = DatasetSpec(sources=parse_sources(str(folder / name)), model_max_length=200, root=folder / f"node{world.rank // 2}")
     with raises("data.differs_between_nodes", "rank 2"):
-        prepare_together(spec, byte_tokenizer(CHATML), world)
+        prepare(spec, world)
 
 
 @pytest.mark.world_size(2)
 def test_an_error_of_rank_0_is_every_ranks(folder):
     spec = DatasetSpec(sources=parse_sources(str(folder / "none.json")), model_max_length=200, root=folder / "c")
     with raises("data.no_such_file"):
-        prepare_together(spec, byte_tokenizer(CHATML), World.detect())
+        prepare(spec, World.detect())
 
 
 @pytest.mark.world_size(2)
@@ -88,4 +95,4 @@ def test_a_broken_line_is_the_same_error_on_every_rank(folder):
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
     spec = DatasetSpec(sources=parse_sources(str(folder / "broken.jsonl")), model_max_length=200, root=folder / "c")
     with raises("data.not_json", "line 2"):
-        prepare_together(spec, byte_tokenizer(CHATML), World.detect())
+        prepare(spec, World.detect())

@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
-from tests.data.tiny import CHATML, byte_tokenizer
+from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
 from zero_sft.data import workers
-from zero_sft.data.dataset import make_pipeline, prepare
+from zero_sft.data.dataset import prepare
 from zero_sft.data.files import Files
 from zero_sft.data.parse_samples import Reader
 

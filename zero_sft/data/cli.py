@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from zero_sft.data.mixture import DatasetSpec, prepare_sources
     from zero_sft.data.source import parse_sources
+    from zero_sft.data.templates import choose_template
 
     open_console(World())
     quieten_transformers(World())
@@ -40,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tokenizer, config = _tokenizer(options), _config(options)
         packing = _packing(options, config)
+        template = choose_template(options.chat_template, tokenizer)
         sources = parse_sources(options.data_path)
         spec = DatasetSpec.from_options(options, sources=sources, model_max_length=options.model_max_length, seed=options.seed)
         rows = getattr(config, "vocab_size", None)
-        prepared = prepare_sources(replace(spec, pack=packing.on, embedding_rows=rows), tokenizer)
+        prepared = prepare_sources(replace(spec, pack=packing.on, embedding_rows=rows), tokenizer, template)
         samples, lengths = prepared.samples, prepared.samples["length"]
         notes = _notes(packing, prepared, options)
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:

@@ -24,7 +24,7 @@ from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
 from zero_sft.data.report import DataReport, counted, listed, total
 from zero_sft.data.source import Data
-from zero_sft.data.templates import choose_template
+from zero_sft.data.templates import Template
 from zero_sft.data.workers import make_parts
 from zero_sft.errors import DataError
 
@@ -87,8 +87,8 @@ class Prepared:
 
 def make_pipeline(
     tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     *,
-    chat_template: str | None = None,
     model_max_length: int,
     lazy: bool = False,
     reader: Reader = PLAIN,
@@ -97,7 +97,7 @@ def make_pipeline(
     """How objects of a file become rows, for a model with so many `embedding_rows`; None: not known.
 
     Raises:
-        DataError: a template that can't be used, or options that contradict each other.
+        DataError: options that contradict each other.
     """
     if lazy and reader.long != TRUNCATE:
         raise DataError(
@@ -105,7 +105,6 @@ def make_pipeline(
             "out.",
             code="data.overlong_needs_lengths",
         )
-    template = choose_template(chat_template, tokenizer)
     return Pipeline(
         reader=reader,
         tokenizer=tokenizer,

@@ -14,6 +14,7 @@ from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.source import Source, require_sources
+from zero_sft.data.templates import Template
 from zero_sft.data.workers import usable_processes
 from zero_sft.errors import DataError
 
@@ -28,7 +29,7 @@ _SOURCE = "source"  # a column that says which dataset a row is of, while they a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """All that says how data becomes a dataset, the tokenizer apart.
+    """All that says how data becomes a dataset, apart from the tokenizer and the chat template.
 
     `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps everything in memory.
     `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
@@ -36,7 +37,6 @@ class DatasetSpec:
 
     sources: tuple[Source, ...]
     model_max_length: int
-    chat_template: str | None = None
     reader: Reader = PLAIN
     lazy: bool = False
     seed: int = 42
@@ -51,7 +51,6 @@ class DatasetSpec:
         return cls(
             sources=sources,
             model_max_length=model_max_length,
-            chat_template=options.chat_template,
             reader=Reader(
                 data_format=options.data_format,
                 train_on=options.train_on,
@@ -70,20 +69,20 @@ class DatasetSpec:
         return ",".join(source.text for source in self.sources)
 
 
-def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> Prepared:
     """`prepare` for each source, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
 
     Raises:
         DataError: as `prepare`'s and `require_sources`'.
     """
-    pipeline = _pipeline(spec, tokenizer)
+    pipeline = _pipeline(spec, tokenizer, template)
     require_sources(spec.sources)
     parts = [prepare(source.data, pipeline, processes=spec.processes, root=spec.root) for source in spec.sources]
     return _finished(parts, spec)
 
 
 def open_sources(
-    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str], *, verify: bool = True
+    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: Sequence[str], *, verify: bool = True
 ) -> Prepared | None:
     """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it.
 
@@ -91,7 +90,7 @@ def open_sources(
     """
     if spec.root is None or (spec.pack and cache.find(spec.root, _packed_key(spec, keys), verify=False) is None):
         return None
-    pipeline = _pipeline(spec, tokenizer)
+    pipeline = _pipeline(spec, tokenizer, template)
     opened = [
         open_prepared(spec.root, key, source.data, pipeline, verify=verify)
         for key, source in zip(keys, spec.sources, strict=True)
@@ -100,10 +99,10 @@ def open_sources(
     return _finished(parts, spec, verify=verify) if len(parts) == len(spec.sources) else None
 
 
-def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
+def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> Pipeline:
     return make_pipeline(
         tokenizer,
-        chat_template=spec.chat_template,
+        template,
         model_max_length=spec.model_max_length,
         lazy=spec.lazy,
         reader=spec.reader,

@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft import distributed
 from zero_sft.data.dataset import Prepared
 from zero_sft.data.mixture import DatasetSpec, open_sources, prepare_sources
+from zero_sft.data.templates import Template
 from zero_sft.errors import DataError
 from zero_sft.world import World
 
 STAGE = "preparing the data"
 
 
-def prepare_together(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, world: World) -> Prepared:
+def prepare_together(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, world: World) -> Prepared:
     """`prepare_sources`, once for all ranks. Every rank; communicates.
 
     Raises:
@@ -27,19 +28,22 @@ def prepare_together(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, worl
     own = None
     with distributed.agreed(world, STAGE, distributed.DOWNLOAD_TIMEOUT):
         if world.is_main:
-            own = prepare_sources(spec, tokenizer)
+            own = prepare_sources(spec, tokenizer, template)
     told = None if own is None else json.dumps(own.keys).encode()
     keys = json.loads(distributed.broadcast_bytes(world, told))
 
     def act() -> Prepared:
-        return own or open_sources(spec, tokenizer, keys, verify=world.leads_node) or _alone(spec, tokenizer, keys, world)
+        opened = own or open_sources(spec, tokenizer, template, keys, verify=world.leads_node)
+        return opened or _alone(spec, tokenizer, template, keys, world)
 
     return distributed.by_turns(world, STAGE, act, one_by_one=True, timeout=distributed.DOWNLOAD_TIMEOUT)
 
 
-def _alone(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, keys: list[str], world: World) -> Prepared:
+def _alone(
+    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: list[str], world: World
+) -> Prepared:
     """What is not to be found on this node, prepared here."""
-    prepared = prepare_sources(spec, tokenizer)
+    prepared = prepare_sources(spec, tokenizer, template)
     if prepared.keys != keys:
         raise DataError(
             f"{spec.name} holds other data on rank {world.rank}'s node than on rank 0's. Put the data on a file system that "
