@@ -106,7 +106,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
                 require_sources(held_out, to_evaluate=True)
     rows = getattr(text_config(config), "vocab_size", None)
     generation = rehearse_export(parsed, config, tokenizer, template, HubOptions.from_kwargs(hub), world)
-    train, sampling = _training_data(parsed, sources, packing, tokenizer, template, rows, world)
+    train, sampling = _training_data(parsed, arguments, sources, packing, tokenizer, template, rows, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
     tokens = sum(report.tokens or 0 for report in train.reports)
@@ -116,7 +116,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         warn_of_other_data(checkpoint.folder, record)
     with agreed(world, "counting the steps"):
         require_matching_schedule(arguments, ds_config_name(training), len(train.rows), world.world_size, parsed.given)
-    unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
+    unused = held_out is not None and arguments.eval_strategy == "no" and not arguments.eval_on_start
     if unused and world.is_main:
         logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
     return Inputs(
@@ -127,7 +127,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         training_data=train,
         evaluation_data=None
         if held_out is None or unused
-        else _prepare("evaluation data", _spec(parsed, held_out, rows), tokenizer, template, world),
+        else _prepare("evaluation data", _spec(parsed, arguments, held_out, rows), tokenizer, template, world),
         prompts=prompts,
         generation=generation,
         hub=hub,
@@ -149,6 +149,7 @@ def _require_other_folder(model: str, output_dir: str) -> None:
 
 def _training_data(
     parsed: Parsed,
+    arguments: Any,
     sources: tuple[Source, ...],
     packing: Packing,
     tokenizer: Any,
@@ -162,8 +163,8 @@ def _training_data(
     Raises:
         DataError: too little for one batch.
     """
-    spec = _spec(parsed, sources, embedding_rows)
-    size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
+    spec = _spec(parsed, arguments, sources, embedding_rows)
+    size = {"world_size": world.world_size, "per_device_batch_size": arguments.per_device_train_batch_size}
     prepared = _prepare("training data", replace(spec, pack=packing.on), tokenizer, template, world)
     if prepared.is_packed:
         needed = size["world_size"] * size["per_device_batch_size"]
@@ -181,10 +182,9 @@ def _training_data(
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
-def _spec(parsed: Parsed, sources: tuple[Source, ...], embedding_rows: int | None) -> DatasetSpec:
-    seed, length = parsed.training.get("data_seed"), parsed.training["model_max_length"]
-    seed = parsed.training.get("seed", 42) if seed is None else seed
-    spec = DatasetSpec.from_options(parsed.data, sources=sources, model_max_length=length, seed=seed)
+def _spec(parsed: Parsed, arguments: Any, sources: tuple[Source, ...], embedding_rows: int | None) -> DatasetSpec:
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    spec = DatasetSpec.from_options(parsed.data, sources=sources, model_max_length=arguments.model_max_length, seed=seed)
     return replace(spec, embedding_rows=embedding_rows)
 
 

@@ -64,11 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; names, meanings and defaults are the job's."""
+    from zero_sft.arguments.inherited import listed_specifications
+
+    specs = listed_specifications()
+    length, batch, seed = (specs[name].default for name in ("model_max_length", "per_device_train_batch_size", "seed"))
     result = argparse.ArgumentParser(prog="python -m zero_sft.data", description="What a training will see of its data.")
     add = result.add_argument
     add("--model_name_or_path", required=True, help="whose tokenizer: a folder or a hub id")
     add("--data_path", required=True, help="a file, a folder, or several as a.json:0.7,b.jsonl:0.3")
-    add("--model_max_length", type=int, default=512, help="tokens of a sample at most (default 512)")
+    add("--model_max_length", type=int, default=length, help=f"tokens of a sample at most (default {length})")
     add("--chat_template", help="vicuna, chatml, llama3, model or a Jinja file")
     add("--data_format", choices=("sharegpt", "messages", "alpaca", "prompt_completion", "text"))
     add("--train_on", choices=("all", "last"), default="all")
@@ -85,8 +89,13 @@ def parser() -> argparse.ArgumentParser:
         help="print the first N samples, what is trained on in colour or ⟦brackets⟧",
     )
     add("--packing", choices=("True", "False"), help="by default where the model keeps packed samples apart")
-    add("--per_device_train_batch_size", type=_count, default=8, help="samples of a batch, for the cost of padding (default 8)")
-    add("--seed", type=_number, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
+    add(
+        "--per_device_train_batch_size",
+        type=_count,
+        default=batch,
+        help=f"samples of a batch, for the cost of padding (default {batch})",
+    )
+    add("--seed", type=_number, default=seed, help="of weighted mixtures; the job's --data_seed or --seed")
     add("--dataset_num_proc", type=_count, help="processes that prepare; by default one a core, 16 at most")
     add("--data_cache_dir", help="where prepared data is kept, for the job to find")
     result.set_defaults(lazy_preprocess=False)  # the lengths are what one is here for

@@ -31,15 +31,15 @@ _SOURCE = "source"  # a column that says which dataset a row is of, while they a
 class DatasetSpec:
     """All that says how data becomes a dataset, apart from the tokenizer and the chat template.
 
-    `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps everything in memory.
-    `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
+    `seed`: of a mixture by weights. `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps
+    everything in memory. `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
     """
 
     sources: tuple[Source, ...]
     model_max_length: int
     reader: Reader = PLAIN
     lazy: bool = False
-    seed: int = 42
+    seed: int = 0
     pack: bool = False
     root: Path | None = None
     processes: int = 1
