@@ -21,7 +21,7 @@ from typing import Any
 
 from zero_sft.data.dataset import make_pipeline, prepare
 from zero_sft.data.files import Files
-from zero_sft.data.templates import render
+from zero_sft.data.templates import choose_template, render
 from zero_sft.data.workers import AT_ONCE, usable_processes
 from zero_sft.shipped import shipped
 
@@ -78,7 +78,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="zero_sft_") as top:
         data = Path(top) / "data.jsonl"
         conversations(options.samples, data, tokenizer)
-        pipeline = make_pipeline(tokenizer, model_max_length=4096)
+        pipeline = make_pipeline(tokenizer, choose_template(None, tokenizer), model_max_length=4096)
         samples = pipeline.reader.read(Files(path=data).objects()).samples
         texts = [render(each, pipeline.template, tokenizer).text for each in samples]
         del samples

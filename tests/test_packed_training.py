@@ -21,7 +21,7 @@ def folder(tmp_path):
 def rows_when_packed(folder) -> int:
     from zero_sft.data.packing import pack
 
-    return len(pack(tiny.prepare(folder / "data.json", tiny.byte_tokenizer(tiny.CHATML), model_max_length=256).dataset, 256))
+    return len(pack(tiny.prepare(folder / "data.json", tiny.byte_tokenizer(tiny.CHATML), model_max_length=256).samples, 256))
 
 
 def train(folder, out, arguments):

@@ -75,17 +75,19 @@ def test_an_attention_that_the_config_names_and_the_machine_lacks(tmp_path):
 def test_prompts_that_the_model_can_not_read(tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
+    from zero_sft.data.templates import choose_template
     from zero_sft.samples import require_answerable
 
     small_job.make(tmp_path / "opt", 1, kind="opt")
     config = AutoConfig.from_pretrained(tmp_path / "opt" / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "opt" / "model")
-    require_answerable(["Hi?"], tokenizer, None, config)
+    template = choose_template(None, tokenizer)
+    require_answerable(["Hi?"], tokenizer, template, config)
     with raises("data.prompt_too_long", "prompt 2", "512"):
-        require_answerable(["Hi?", "a" * 600], tokenizer, None, config)
+        require_answerable(["Hi?", "a" * 600], tokenizer, template, config)
     config.vocab_size = 10
     with raises("data.token_without_embedding", "prompt 1"):
-        require_answerable(["Hi?"], tokenizer, None, config)
+        require_answerable(["Hi?"], tokenizer, template, config)
 
 
 @pytest.mark.world_size(1, timeout_s=100)
@@ -93,10 +95,11 @@ def test_an_answer_ends_where_a_table_of_positions_does(tmp_path):
     from transformers import AutoTokenizer
 
     from zero_sft import load_model
+    from zero_sft.data.templates import choose_template
     from zero_sft.samples import answer
 
     small_job.make(tmp_path, 1, kind="opt")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = load_model(str(tmp_path / "model"), ds_config=models.zero3(bf16=False))
-    answers = answer(model, tokenizer, ["a" * 480], chat_template=None, max_new_tokens=256)
+    answers = answer(model, tokenizer, ["a" * 480], template=choose_template(None, tokenizer), max_new_tokens=256)
     assert len(answers) == 1, "beyond 512 positions the embedding fails"

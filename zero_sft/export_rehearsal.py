@@ -6,7 +6,7 @@ from typing import Any
 from zero_sft.arguments import Parsed
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.data.templates import choose_template
+from zero_sft.data.templates import Template
 from zero_sft.generation_config import eos_token_ids, inconsistent, read_generation_config, stop_at, turn_ends
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
 from zero_sft.saving.settings import rehearse_settings
@@ -14,19 +14,17 @@ from zero_sft.saving.settings import rehearse_settings
 logger = logging.getLogger("zero_sft.train")
 
 
-def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, source: ModelSource, world: World) -> Any:
+def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World) -> Any:
     """The generation settings of the model that the job will export; and proof that its settings can be saved at all.
 
     Every rank; communicates.
 
     Raises:
         ExportError, ConfigError: what the export holds next to the weights can't be read or saved.
-        DataError: the chat template can't be used.
     """
     folder = fetch_files(source, world, CONFIG)
     with collective_stage(world, "trying to save the settings"):
         generation, _ = read_generation_config(folder)  # the loader warns about what is refused there
-        template = choose_template(parsed.data.chat_template, tokenizer)
         ends, had = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation)
         added = stop_at(generation, ends)
         if world.is_main:

@@ -2,20 +2,22 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from zero_sft import ds_config as ds_configs
-from zero_sft.arguments import Parsed, build_training_arguments
+from zero_sft.arguments import DataArguments, Parsed, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared, require_one_batch
-from zero_sft.data.mixture import Recipe, require_outputs_outside, require_sources
+from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
+from zero_sft.data.source import Source, parse_sources, require_outputs_outside, require_sources
+from zero_sft.data.templates import Template, choose_template
 from zero_sft.data.together import prepare_together
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.source import ModelSource
@@ -33,6 +35,7 @@ class Inputs:
     arguments: Any
     config: Any
     tokenizer: Any
+    template: Template
     training_data: Prepared
     evaluation_data: Prepared | None
     prompts: tuple[str, ...]
@@ -44,14 +47,50 @@ class Inputs:
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sources:
+    """Sources of the data to train on and to evaluate on; None: nothing to evaluate on."""
+
+    training: tuple[Source, ...]
+    evaluation: tuple[Source, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Preparation:
+    """How this run makes rows of sources, of those to train on and those to evaluate on."""
+
+    options: DataArguments
+    arguments: Any
+    tokenizer: Any
+    template: Template
+    embedding_rows: int | None
+
+    def prepare(self, what: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> Prepared:
+        """Prepare the data, `what` in the log, and tell what became of it. Every rank; communicates."""
+        arguments = self.arguments
+        spec = DatasetSpec.from_options(
+            self.options,
+            sources=sources,
+            model_max_length=arguments.model_max_length,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+        )
+        spec = replace(spec, pack=pack, embedding_rows=self.embedding_rows)
+        logger.info("%s: %s", what, spec.name)
+        prepared = prepare_together(spec, self.tokenizer, self.template, world)
+        for line in prepared.lines():
+            logger.info("  %s", line)
+        for warning in prepared.warnings() if world.is_main else ():
+            logger.warning(warning)
+        return prepared
+
+
 def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
     from zero_sft.config import prepare_config_from, text_config
     from zero_sft.export_rehearsal import rehearse_export
     from zero_sft.hub.source import locate_model
     from zero_sft.loading.skeleton import attention_of
-    from zero_sft.samples import read_prompts, require_answerable
-    from zero_sft.saving.former_run import require_no_former_run
+    from zero_sft.samples import read_prompts
     from zero_sft.saving.rehearsal import rehearse_writing
     from zero_sft.saving.resume import agree_on_checkpoint
     from zero_sft.tokenizer import load_tokenizer_from
@@ -66,17 +105,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
     in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
     checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
-    with collective_stage(world, "checking the output folder") as stage:
-        if world.is_main:
-            for paths in filter(None, (parsed.data.training_path, parsed.data.eval_data_path)):
-                require_outputs_outside(paths, training["output_dir"])
-            stage.local = require_no_former_run(
-                training["output_dir"],
-                checkpoint and checkpoint.folder,
-                overwrite=training.get("overwrite_output_dir", False),
-                model=parsed.model.model_name_or_path,
-            )
-    overwrites = stage.gathered[0]
+    sources, overwrites = _check_output_folder(parsed, checkpoint, world)
     rehearse_writing(training["output_dir"], world)
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
     logger.info("reading the config of %s", name)
@@ -90,38 +119,28 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     attention = attention_of(config, parsed.model.attn_implementation)
     packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
-    held_out = parsed.data.eval_data_path
-    with collective_stage(world, "checking the prompts"):
-        if world.is_main:
-            require_answerable(prompts, tokenizer, parsed.data.chat_template, config)
-    with collective_stage(world, "looking for the data"):
-        if world.is_main:
-            require_sources(parsed.data.training_path)
-            if held_out is not None:
-                require_sources(held_out, to_evaluate=True)
-    rows = getattr(text_config(config), "vocab_size", None)
-    generation = rehearse_export(parsed, config, tokenizer, source, world)
-    train, sampling = _training_data(parsed, packing, tokenizer, rows, world)
+    template = _choose_template(parsed.data.chat_template, tokenizer, prompts, config, world)
+    _look_for_data(sources, world)
+    generation = rehearse_export(parsed, config, tokenizer, template, source, world)
+    preparation = _Preparation(
+        options=parsed.data,
+        arguments=arguments,
+        tokenizer=tokenizer,
+        template=template,
+        embedding_rows=getattr(text_config(config), "vocab_size", None),
+    )
+    train, sampling = _training_data(preparation, sources.training, packing, parsed.given, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
-    tokens = sum(report.tokens or 0 for report in (train.unpacked or train).reports)
-    steps = count_steps(len(train.dataset), arguments, world.world_size)
-    record = replace(record, rows=len(train.dataset), tokens=tokens, max_steps=steps)
-    if world.is_main and checkpoint is not None:
-        warn_of_other_data(checkpoint.folder, record)
-    with collective_stage(world, "counting the steps"):
-        require_matching_schedule(arguments, ds_config_name(training), len(train.dataset), world.world_size, parsed.given)
-    unused = held_out is not None and training.get("eval_strategy", "no") == "no" and not training.get("eval_on_start")
-    if unused and world.is_main:
-        logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
+    record = _count_steps(record, train, parsed, arguments, checkpoint, world)
+    evaluation = _evaluation_data(preparation, sources.evaluation, world)
     return Inputs(
         arguments=arguments,
         config=config,
         tokenizer=tokenizer,
+        template=template,
         training_data=train,
-        evaluation_data=None
-        if held_out is None or unused
-        else _prepare("evaluation data", _recipe(parsed, held_out, rows), tokenizer, world),
+        evaluation_data=evaluation,
         prompts=prompts,
         generation=generation,
         source=source,
@@ -141,8 +160,60 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
+def _check_output_folder(parsed: Parsed, checkpoint: TrainerCheckpoint | None, world: World) -> tuple[_Sources, bool]:
+    """Parse the sources of data; and whether the output folder has a former run, which is to be overwritten. Every rank;
+    communicates.
+
+    Raises:
+        DataError: paths that name no sources, or data that what the run writes would be a part of.
+        ArgumentError: a former run that is not to be overwritten.
+    """
+    from zero_sft.saving.former_run import require_no_former_run
+
+    training, held_out = parsed.training, parsed.data.eval_data_path
+    with collective_stage(world, "checking the output folder") as stage:
+        sources = _Sources(
+            training=parse_sources(parsed.data.training_path),
+            evaluation=None if held_out is None else parse_sources(held_out),
+        )
+        if world.is_main:
+            require_outputs_outside((*sources.training, *(sources.evaluation or ())), training["output_dir"])
+            stage.local = require_no_former_run(
+                training["output_dir"],
+                checkpoint and checkpoint.folder,
+                overwrite=training.get("overwrite_output_dir", False),
+                model=parsed.model.model_name_or_path,
+            )
+    return sources, stage.gathered[0]
+
+
+def _choose_template(name: str | None, tokenizer: Any, prompts: Sequence[str], config: Any, world: World) -> Template:
+    """The run's chat template, with which all prompts can be answered. Every rank; communicates.
+
+    Raises:
+        DataError: a template that can't be used, or a prompt that can't be answered.
+    """
+    from zero_sft.samples import require_answerable
+
+    with collective_stage(world, "choosing the chat template"):
+        template = choose_template(name, tokenizer)
+    with collective_stage(world, "checking the prompts"):
+        if world.is_main:
+            require_answerable(prompts, tokenizer, template, config)
+    return template
+
+
+def _look_for_data(sources: _Sources, world: World) -> None:
+    """Raise `DataError` where there is no such data. Every rank; communicates."""
+    with collective_stage(world, "looking for the data"):
+        if world.is_main:
+            require_sources(sources.training)
+            if sources.evaluation is not None:
+                require_sources(sources.evaluation, to_evaluate=True)
+
+
 def _training_data(
-    parsed: Parsed, packing: Packing, tokenizer: Any, embedding_rows: int | None, world: World
+    preparation: _Preparation, sources: tuple[Source, ...], packing: Packing, given: Set[str], world: World
 ) -> tuple[Prepared, dict[str, Any]]:
     """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
     given, from samples of like length. Every rank; communicates.
@@ -150,38 +221,48 @@ def _training_data(
     Raises:
         DataError: too little for one batch.
     """
-    recipe = _recipe(parsed, parsed.data.training_path, embedding_rows)
-    size = {"world_size": world.world_size, "per_device_batch_size": parsed.training.get("per_device_train_batch_size", 8)}
-    prepared = _prepare("training data", replace(recipe, pack=packing.on), tokenizer, world)
-    if prepared.unpacked is not None:
-        needed = size["world_size"] * size["per_device_batch_size"]
-        packing = unless_too_few(packing, parsed.data.packing, len(prepared.dataset), needed)
+    options, batch = preparation.options, preparation.arguments.per_device_train_batch_size
+    size = {"world_size": world.world_size, "per_device_batch_size": batch}
+    prepared = preparation.prepare("training data", sources, world, pack=packing.on)
+    if prepared.is_packed:
+        packing = unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch)
         if packing.on:
             require_one_batch(prepared, **size)
-            logger.info("  %s", prepared.notes[-1])
+            logger.info("  %s", prepared.packing_note)
             return prepared, {}
-    train = prepared.unpacked or prepared
+    train = prepared.unpacked()
     require_one_batch(train, **size)
     logger.info("  not packed: %s", packing.reason)
-    if parsed.data.packing is not None:
+    if options.packing is not None:
         return train, {}
-    grouped = not recipe.lazy and "train_sampling_strategy" not in parsed.training
+    grouped = not options.lazy_preprocess and "train_sampling_strategy" not in given
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
-def _recipe(parsed: Parsed, paths: str, embedding_rows: int | None) -> Recipe:
-    seed, length = parsed.training.get("data_seed"), parsed.training["model_max_length"]
-    seed = parsed.training.get("seed", 42) if seed is None else seed
-    recipe = Recipe.from_options(parsed.data, paths=paths, model_max_length=length, seed=seed)
-    return replace(recipe, embedding_rows=embedding_rows)
+def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | None, world: World) -> Prepared | None:
+    """The data to evaluate on; None where none is given, or no evaluation is asked for. Every rank; communicates."""
+    if sources is None:
+        return None
+    arguments = preparation.arguments
+    if arguments.eval_strategy == "no" and not arguments.eval_on_start:
+        if world.is_main:
+            logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
+        return None
+    return preparation.prepare("evaluation data", sources, world)
 
 
-def _prepare(what: str, recipe: Recipe, tokenizer: Any, world: World) -> Prepared:
-    logger.info("%s: %s", what, recipe.paths)
-    prepared = prepare_together(recipe, tokenizer, world)
-    samples = prepared.unpacked or prepared
-    for line in samples.lines():
-        logger.info("  %s", line)
-    for warning in samples.warnings() if world.is_main else ():
-        logger.warning(warning)
-    return prepared
+def _count_steps(
+    record: RunRecord, train: Prepared, parsed: Parsed, arguments: Any, checkpoint: TrainerCheckpoint | None, world: World
+) -> RunRecord:
+    """The record with the size of the data and the number of steps. Every rank; communicates.
+
+    Raises:
+        ConfigError: a scheduler of the DeepSpeed config that has another number of steps.
+    """
+    rows, tokens = len(train.rows), sum(report.tokens or 0 for report in train.reports)
+    record = replace(record, rows=rows, tokens=tokens, max_steps=count_steps(rows, arguments, world.world_size))
+    if world.is_main and checkpoint is not None:
+        warn_of_other_data(checkpoint.folder, record)
+    with collective_stage(world, "counting the steps"):
+        require_matching_schedule(arguments, ds_config_name(parsed.training), rows, world.world_size, parsed.given)
+    return record

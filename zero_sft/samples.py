@@ -10,7 +10,7 @@ from typing import Any
 
 from zero_sft.config import text_config
 from zero_sft.data.embedded import require_embedded
-from zero_sft.data.templates import choose_template
+from zero_sft.data.templates import Template
 from zero_sft.data.text import read_text
 from zero_sft.errors import DataError
 from zero_sft.generation_config import eos_token_ids, turn_ends
@@ -38,7 +38,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def require_answerable(prompts: Sequence[str], tokenizer: Any, chat_template: str | None, config: Any) -> None:
+def require_answerable(prompts: Sequence[str], tokenizer: Any, template: Template, config: Any) -> None:
     """Raise where a prompt has a token without an embedding, or leaves no room for an answer. Rank 0.
 
     Raises:
@@ -47,7 +47,7 @@ def require_answerable(prompts: Sequence[str], tokenizer: Any, chat_template: st
     if not prompts:
         return
     text = text_config(config)
-    template, most = choose_template(chat_template, tokenizer), _most_positions(text)
+    most = _most_positions(text)
     for number, prompt in enumerate(prompts, 1):
         where = f"--sample_prompts, prompt {number}"
         ids = tokenizer(template.prompt(prompt), add_special_tokens=template.adds_special_tokens).input_ids
@@ -66,7 +66,7 @@ def _most_positions(text: Any) -> int | None:
     return readable_tokens(text) if positions(text) == "table" else None
 
 
-def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, chat_template: str | None, max_new_tokens: int) -> list[str]:
+def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, template: Template, max_new_tokens: int) -> list[str]:
     """Greedy answers to `prompts`. Every rank, with the same prompts; communicates in the model's forward.
 
     Args:
@@ -76,7 +76,6 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, chat_template:
     import torch
     from transformers import GenerationConfig
 
-    template = choose_template(chat_template, tokenizer)
     stop_texts = turn_ends(tokenizer, template.turn_ends).texts
     texts = [template.prompt(each) for each in prompts]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"

@@ -138,7 +138,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     before = []
     if inputs.prompts:
         with gather.summon_full_params(model):
-            before = _answers(parsed, model, inputs)
+            before = _answers(model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
     trainer = _trainer(arguments, model, parsed, inputs, timeline)
@@ -150,7 +150,7 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     failure.set_stage("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
     failure.set_stage("answering prompts")
-    after = _answers_of_engine(parsed, trainer, inputs)
+    after = _answers_of_engine(trainer, inputs)
     answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
     known = {
         "arguments": _shown(parsed),
@@ -202,49 +202,44 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    published = Published(
-        tokenizer=_with_trained_template(inputs.tokenizer, parsed), config_values=routing, record=inputs.record
-    )
+    published = Published(tokenizer=_with_trained_template(inputs), config_values=routing, record=inputs.record)
     try:
         trainer = Trainer(
             model=model,
             args=arguments,
             published=published,
-            train_dataset=inputs.training_data.dataset,
-            eval_dataset=inputs.evaluation_data.dataset if inputs.evaluation_data else None,
+            train_dataset=inputs.training_data.rows,
+            eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
             data_collator=collator_for(model, inputs.tokenizer, arguments.pad_to_multiple_of),
             callbacks=[trainer_callback(timeline, logger.info), LastStepLogged()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
-    rows = "packed rows" if inputs.training_data.unpacked is not None else "samples"
+    rows = "packed rows" if inputs.training_data.is_packed else "samples"
     log = StepLog(lambda: trainer.tokens, rows)
     trainer.add_callback(log)
     log.wait_for_engine()
     return trainer
 
 
-def _with_trained_template(tokenizer: Any, parsed: Parsed) -> Any:
+def _with_trained_template(inputs: "Inputs") -> Any:
     """A copy of the tokenizer with the chat template that is trained, as checkpoints and the export hold it."""
-    from zero_sft.data.templates import choose_template
-
-    published = copy.deepcopy(tokenizer)
-    published.chat_template = choose_template(parsed.data.chat_template, tokenizer).jinja(tokenizer)
+    published = copy.deepcopy(inputs.tokenizer)
+    published.chat_template = inputs.template.jinja(inputs.tokenizer)
     return published
 
 
-def _answers(parsed: Parsed, model: Any, inputs: "Inputs") -> list[str]:
+def _answers(model: Any, inputs: "Inputs") -> list[str]:
     from zero_sft.samples import answer
 
     count = len(inputs.prompts)
     logger.info("answering %d prompt%s", count, "s" * (count != 1))
-    template = parsed.data.chat_template
     with progress.task("answering prompts"):
-        return answer(model, inputs.tokenizer, inputs.prompts, chat_template=template, max_new_tokens=ANSWER_TOKENS)
+        return answer(model, inputs.tokenizer, inputs.prompts, template=inputs.template, max_new_tokens=ANSWER_TOKENS)
 
 
-def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[str]:
+def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
     """After the training: a small model is gathered once for all tokens, a large one module by module for each."""
     if not inputs.prompts:
         return []
@@ -254,7 +249,7 @@ def _answers_of_engine(parsed: Parsed, trainer: Any, inputs: "Inputs") -> list[s
 
     whole = gather.is_small(trainer.model)
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=whole) as model:
-        return _answers(parsed, model, inputs)
+        return _answers(model, inputs)
 
 
 def _write_logs(output: Path, known: Mapping[str, Any]) -> None:

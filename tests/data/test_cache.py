@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tiny import CHATML, byte_tokenizer
+from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
-from zero_sft.data import cache, dataset
+from zero_sft.data import cache, dataset, mixture
 from zero_sft.data.files import Files
-from zero_sft.data.mixture import Recipe, open_sources, prepare_sources, require_outputs_outside
-from zero_sft.data.reader import Reader
+from zero_sft.data.mixture import DatasetSpec
+from zero_sft.data.parse_samples import Reader
+from zero_sft.data.source import parse_sources, require_outputs_outside
+from zero_sft.data.templates import choose_template
 
 
 @pytest.fixture
@@ -23,10 +25,17 @@ def data(tmp_path):
     return path
 
 
-def recipe(data, **changes):
-    return Recipe(
-        **{"paths": str(data), "model_max_length": 400, **changes, "root": changes.get("root") or data.parent / "cache"}
-    )
+def spec(data, **changes):
+    root = changes.pop("root", None) or data.parent / "cache"
+    return DatasetSpec(sources=parse_sources(str(data)), root=root, **{"model_max_length": 400, **changes})
+
+
+def prepare_sources(wanted, tokenizer, chat_template=None):
+    return mixture.prepare_sources(wanted, tokenizer, choose_template(chat_template, tokenizer))
+
+
+def open_sources(wanted, tokenizer, *rest, **options):
+    return mixture.open_sources(wanted, tokenizer, choose_template(None, tokenizer), *rest, **options)
 
 
 def entries(data):
@@ -35,51 +44,51 @@ def entries(data):
 
 def test_it_is_found_again_with_the_same_rows_and_report(data, monkeypatch):
     tokenizer = byte_tokenizer(CHATML)
-    made = prepare_sources(recipe(data), tokenizer)
+    made = prepare_sources(spec(data), tokenizer)
     monkeypatch.setattr(dataset, "make_parts", lambda *_: pytest.fail("prepared again"))
     tokenizer("x", padding="max_length", max_length=5, truncation=True)  # how it pads and cuts is not how it encodes
-    found = prepare_sources(recipe(data), tokenizer)
-    assert found.dataset[:] == made.dataset[:]
+    found = prepare_sources(spec(data), tokenizer)
+    assert found.rows[:] == made.rows[:]
     assert found.reports == made.reports
-    memory = dataset.make_pipeline(tokenizer, model_max_length=400)
+    memory = make_pipeline(tokenizer, model_max_length=400)
     monkeypatch.undo()
-    assert dataset.prepare(Files(path=data), memory).dataset[:] == made.dataset[:]
+    assert dataset.prepare(Files(path=data), memory).rows[:] == made.rows[:]
 
 
 def test_a_moved_file_is_the_same_data(data):
-    prepare_sources(recipe(data), byte_tokenizer())
+    prepare_sources(spec(data), byte_tokenizer())
     moved = data.with_name("moved.json")
     data.rename(moved)
-    assert prepare_sources(recipe(moved), byte_tokenizer()).reports[0].file == str(moved)
+    assert prepare_sources(spec(moved), byte_tokenizer()).reports[0].file == str(moved)
     assert len(entries(moved)) == 1
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "chat_template"),
     [
-        {"model_max_length": 390},
-        {"chat_template": "vicuna"},
-        {"lazy": True},
-        {"reader": Reader(train_on="last")},
-        {"reader": Reader(long="drop")},
-        {"pack": True},
+        ({"model_max_length": 390}, None),
+        ({}, "vicuna"),
+        ({"lazy": True}, None),
+        ({"reader": Reader(train_on="last")}, None),
+        ({"reader": Reader(long="drop")}, None),
+        ({"pack": True}, None),
     ],
 )
-def test_what_it_depends_on(data, change):
+def test_what_it_depends_on(data, change, chat_template):
     tokenizer = byte_tokenizer(CHATML)
-    prepare_sources(recipe(data), tokenizer)
-    prepare_sources(recipe(data, **change), tokenizer)
+    prepare_sources(spec(data), tokenizer)
+    prepare_sources(spec(data, **change), tokenizer, chat_template)
     assert len(entries(data)) == 2
 
 
 def test_other_bytes_and_another_tokenizer_are_other_data(data):
-    prepare_sources(recipe(data), byte_tokenizer(CHATML))
-    prepare_sources(recipe(data), byte_tokenizer(CHATML + " "))
-    prepare_sources(recipe(data), byte_tokenizer(CHATML, eos_token="<|eot|>"))
+    prepare_sources(spec(data), byte_tokenizer(CHATML))
+    prepare_sources(spec(data), byte_tokenizer(CHATML + " "))
+    prepare_sources(spec(data), byte_tokenizer(CHATML, eos_token="<|eot|>"))
     stamp = data.stat()
     data.write_text(data.read_text().replace("xx", "xy"))
     os.utime(data, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    prepare_sources(spec(data), byte_tokenizer(CHATML))
     assert len(entries(data)) == 4
 
 
@@ -89,7 +98,7 @@ def test_what_the_tokenizer_and_its_template_depend_on(data):
     whole, split = byte_tokenizer(template), byte_tokenizer(template)
     split.split_special_tokens = True
     for each in (whole, split, byte_tokenizer(template, pad_token="<|eot|>")):
-        prepare_sources(recipe(data), each)
+        prepare_sources(spec(data), each)
     assert len(entries(data)) == 3
 
 
@@ -99,10 +108,10 @@ def test_names_inside_a_folder_and_unused_options_are_not_the_data(data):
     data.rename(folder / "a.json")
     root = data.parent / "cache"
     tokenizer = byte_tokenizer(CHATML)
-    prepare_sources(recipe(folder, root=root, pack=True), tokenizer)
+    prepare_sources(spec(folder, root=root, pack=True), tokenizer)
     (folder / "a.json").rename(folder / "b.JSON")
-    prepare_sources(recipe(folder, root=root, pack=True, seed=7), tokenizer)
-    prepare_sources(recipe(folder / "b.JSON", root=root), tokenizer)
+    prepare_sources(spec(folder, root=root, pack=True, seed=7), tokenizer)
+    prepare_sources(spec(folder / "b.JSON", root=root), tokenizer)
     assert len(entries(data)) == 2
 
 
@@ -115,13 +124,13 @@ def test_data_that_changes_while_it_is_read_is_not_kept(data, monkeypatch):
 
     monkeypatch.setattr(dataset, "make_parts", late)
     with raises("data.changed_while_read"):
-        prepare_sources(recipe(data), byte_tokenizer(CHATML))
+        prepare_sources(spec(data), byte_tokenizer(CHATML))
     assert entries(data) == []
 
 
 def test_a_cache_inside_the_data_is_refused(data):
     for inside, fine in (("cache", False), (".cache", True)):
-        wanted = recipe(data.parent, root=data.parent / inside)
+        wanted = spec(data.parent, root=data.parent / inside)
         if fine:
             assert prepare_sources(wanted, byte_tokenizer(CHATML)).reports[0].samples == 39
         else:
@@ -133,65 +142,65 @@ def test_an_output_folder_inside_the_data_is_refused(data):
     """Before anything is written: the next run would read what this one has written."""
     for inside in ("out", "a/../out", ".", "new/run"):
         with raises("data.output_inside_data", "--output_dir"):
-            require_outputs_outside(f"{data},{data.parent}", str(data.parent / inside))
+            require_outputs_outside(parse_sources(f"{data},{data.parent}"), str(data.parent / inside))
     for outside in (".runs/out", "../out"):
-        require_outputs_outside(str(data.parent), str(data.parent / outside))
-    require_outputs_outside(f"{data},org/name:train", str(data.parent / "out"))
+        require_outputs_outside(parse_sources(str(data.parent)), str(data.parent / outside))
+    require_outputs_outside(parse_sources(f"{data},org/name:train"), str(data.parent / "out"))
 
 
 def test_what_is_left_of_a_cleared_entry_is_replaced(data):
-    made = prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    made = prepare_sources(spec(data), byte_tokenizer(CHATML))
     (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).unlink()
-    assert prepare_sources(recipe(data), byte_tokenizer(CHATML)).dataset[:] == made.dataset[:]
+    assert prepare_sources(spec(data), byte_tokenizer(CHATML)).rows[:] == made.rows[:]
 
 
 @pytest.mark.parametrize("account", ["{}", "[]", '{"rows": 39, "account": {}}', '{"rows": 38, "account": {}}', "{"])
 def test_a_damaged_account_is_named(data, account):
-    made = prepare_sources(recipe(data), byte_tokenizer(CHATML))
+    made = prepare_sources(spec(data), byte_tokenizer(CHATML))
     (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).write_text(account)
     with raises("data.cache_entry_damaged"):
-        prepare_sources(recipe(data), byte_tokenizer(CHATML))
+        prepare_sources(spec(data), byte_tokenizer(CHATML))
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_a_mixture_is_opened_by_its_keys(data, lazy):
     other = data.with_name("other.jsonl")
     other.write_text(json.dumps({"text": "z"}))
-    mixed = recipe(f"{data}:0.5,{other}:0.5", root=data.parent / "cache", lazy=lazy)
+    mixed = spec(f"{data}:0.5,{other}:0.5", root=data.parent / "cache", lazy=lazy)
     tokenizer = byte_tokenizer()
     made = prepare_sources(mixed, tokenizer)
     found = open_sources(mixed, tokenizer, made.keys)
     assert found is not None
-    assert found.dataset[:] == made.dataset[:]
+    assert found.rows[:] == made.rows[:]
     assert open_sources(mixed, tokenizer, [made.keys[0], "0" * 32]) is None
 
 
 def test_a_failure_leaves_nothing(data):
     data.write_text(json.dumps([{"conversations": []}]))
     with raises("data.nothing_left", data.name):
-        prepare_sources(recipe(data), byte_tokenizer())
+        prepare_sources(spec(data), byte_tokenizer())
     assert entries(data) == []
 
 
 def test_a_folder_that_can_not_be_written_to(data):
     with raises("data.cache_unwritable", "/proc/nowhere"):
-        prepare_sources(recipe(data, root=data.__class__("/proc/nowhere")), byte_tokenizer())
+        prepare_sources(spec(data, root=data.__class__("/proc/nowhere")), byte_tokenizer())
 
 
 def test_a_damaged_entry_is_named(data):
-    made = prepare_sources(recipe(data), byte_tokenizer())
+    made = prepare_sources(spec(data), byte_tokenizer())
     rows = data.parent / "cache" / made.keys[0] / cache.ROWS
     del made
     rows.write_bytes(rows.read_bytes()[:100])
     with raises("data.cache_entry_damaged", str(rows.parent)):
-        prepare_sources(recipe(data), byte_tokenizer())
+        prepare_sources(spec(data), byte_tokenizer())
 
 
 @pytest.mark.parametrize("options", [{}, {"pack": True}, {"lazy": True}], ids=str)
 @pytest.mark.parametrize("place", [0.3, 0.5, 0.9])
 def test_a_changed_byte_is_noticed(data, options, place):
     """Lengths are as they were; the entry would be trained on."""
-    wanted = recipe(data, **options)
+    wanted = spec(data, **options)
     keys = prepare_sources(wanted, byte_tokenizer()).keys
     for name in entries(data):
         rows = data.parent / "cache" / name / cache.ROWS
@@ -209,11 +218,11 @@ def test_a_changed_byte_is_noticed(data, options, place):
 
 
 def test_a_changed_number_in_an_account_is_noticed(data):
-    made = prepare_sources(recipe(data), byte_tokenizer())
+    made = prepare_sources(spec(data), byte_tokenizer())
     account = data.parent / "cache" / made.keys[0] / cache.ACCOUNT
     account.write_text(account.read_text().replace('"samples": 39', '"samples": 38'))
     with raises("data.cache_entry_damaged"):
-        prepare_sources(recipe(data), byte_tokenizer())
+        prepare_sources(spec(data), byte_tokenizer())
 
 
 def test_an_entry_is_verified_once(data, monkeypatch):
@@ -221,7 +230,7 @@ def test_an_entry_is_verified_once(data, monkeypatch):
     checked = []
     checksum = cache._checksum
     monkeypatch.setattr(cache, "_checksum", lambda rows, account: checked.append(rows) or checksum(rows, account))
-    wanted = recipe(data, pack=True)
+    wanted = spec(data, pack=True)
     keys = prepare_sources(wanted, byte_tokenizer()).keys
     assert len(checked) == 2, "while it is written"
     assert open_sources(wanted, byte_tokenizer(), keys, verify=False) is not None
@@ -251,14 +260,14 @@ def test_what_killed_writers_left_is_removed_in_time(data):
         folder = root / f".making-{name}"
         folder.mkdir(parents=True)
         os.utime(folder, (folder.stat().st_mtime - age,) * 2)
-    prepare_sources(recipe(data), byte_tokenizer())
+    prepare_sources(spec(data), byte_tokenizer())
     assert [each for each in entries(data) if each.startswith(".")] == sorted(
         [".making-young", f".making-{here}{os.getpid()}-x", f".making-{socket.gethostname()}-1-999999999-x"]
     )
 
 
 def test_a_path_that_names_no_file_is_found_before_the_others_are_prepared(data):
-    wanted = recipe(data, paths=f"{data},{data.parent / 'nowhere.json'}")
+    wanted = spec(f"{data},{data.parent / 'nowhere.json'}", root=data.parent / "cache")
     with raises("data.no_such_file", "nowhere.json"):
         prepare_sources(wanted, byte_tokenizer())
     assert not (data.parent / "cache").exists()

@@ -12,10 +12,11 @@ from tokenizers import processors
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.collator import Collator
+from zero_sft.data.conversation import UNANSWERED
 from zero_sft.data.dataset import require_one_batch
 from zero_sft.data.labels import IGNORED
+from zero_sft.data.parse_samples import Reader
 from zero_sft.data.pipeline import CUT_OFF, NO_ANSWER
-from zero_sft.data.reader import Reader
 
 
 def written(tmp_path, *conversations):
@@ -29,11 +30,11 @@ def test_what_is_dropped_and_cut_is_counted(tmp_path):
     path = written(tmp_path, ("a", "b"), ("a", ""), ("a",), ("x" * 100, "b"), ("a", "y" * 100), ("a", "", "c", "d", "e"))
     prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60)
     report = prepared.reports[0]
-    assert (report.samples, report.kept, prepared.dataset.num_rows) == (6, 3, 3)
+    assert (report.samples, report.kept, prepared.rows.num_rows) == (6, 3, 3)
     assert report.dropped == {"without an answer to train on": 2, "cut off before the first answer": 1}
-    assert (report.unanswered_turns, report.empty_answers, report.cut_samples) == (2, 1, 1)
-    assert report.tokens == sum(prepared.dataset["length"]) == sum(map(len, prepared.dataset["input_ids"]))
-    assert report.trained_tokens == sum(label != IGNORED for labels in prepared.dataset["labels"] for label in labels)
+    assert (report.dropped_turns[UNANSWERED], report.empty_answers, report.cut_samples) == (2, 1, 1)
+    assert report.tokens == sum(prepared.rows["length"]) == sum(map(len, prepared.rows["input_ids"]))
+    assert report.trained_tokens == sum(label != IGNORED for labels in prepared.rows["labels"] for label in labels)
     lines = "\n".join(report.lines())
     for part in (
         "3 of 6 samples, 8 turns (format sharegpt, template model)",
@@ -53,7 +54,7 @@ def test_a_clean_file_makes_a_short_report(tmp_path):
 def test_lazy_gives_the_same_samples(tmp_path, template):
     path = written(tmp_path, ("a", "b"), ("c",), ("d", "e" * 300, "f", "g"))
     eager, lazy = (
-        prepare(path, byte_tokenizer(CHATML), chat_template=template, model_max_length=300, lazy=each).dataset
+        prepare(path, byte_tokenizer(CHATML), chat_template=template, model_max_length=300, lazy=each).rows
         for each in (False, True)
     )
     assert len(lazy) == len(eager) == 2
@@ -66,7 +67,7 @@ def test_lazy_gives_the_same_samples(tmp_path, template):
 def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
     path = written(tmp_path, ("x" * 100, "b"), ("a", "b"))
     prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=True)
-    assert set(prepared.dataset[0]["labels"]) == {IGNORED}
+    assert set(prepared.rows[0]["labels"]) == {IGNORED}
     assert prepared.reports[0].tokens is None
     assert "tokenised when they are needed" in prepared.reports[0].lines()[1]
 
@@ -80,7 +81,7 @@ def test_data_of_which_tokenising_leaves_nothing_is_refused(tmp_path, lazy, coun
         prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=lazy)
     assert re.search(r"\b1\d+ tokens", str(caught.value)), "the shortest sample's"
     path = written(tmp_path, *[("x" * 100, "b")] * count, ("a", "b"))
-    assert prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=lazy).dataset
+    assert prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=lazy).rows
 
 
 def test_lazy_finds_an_unusable_template_at_the_start(tmp_path):
@@ -106,14 +107,14 @@ def test_one_batch_is_required(tmp_path):
     require_one_batch(prepared, world_size=3, per_device_batch_size=2)
     with raises("data.too_few_samples", "6 usable samples (", " 8:", " 4 ", "2 ranks"):
         require_one_batch(prepared, world_size=2, per_device_batch_size=4)
-    packed = replace(prepared, dataset=prepared.dataset.select([0]), unpacked=prepared)
+    packed = replace(prepared, rows=prepared.rows.select([0]), packing_note="6 samples packed into 1 row")
     with raises("data.too_few_samples", "6 samples in 1 packed row (", " 2:", " 1 ", "2 ranks", "--packing"):
         require_one_batch(packed, world_size=2, per_device_batch_size=1)
 
 
 def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
     tokenizer = byte_tokenizer(pad_token="</s>")
-    dataset = prepare(written(tmp_path, ("a", "b"), ("c", "defg")), tokenizer, model_max_length=512).dataset
+    dataset = prepare(written(tmp_path, ("a", "b"), ("c", "defg")), tokenizer, model_max_length=512).rows
     batch = Collator(pad_token_id=tokenizer.pad_token_id)([dataset[0], dataset[1]])
     end = tokenizer.eos_token_id
     assert batch["input_ids"][0, -4:].tolist() == [end] * 4  # the answer's own, then three of padding
@@ -145,7 +146,7 @@ def test_padding(multiple_of, ids, mask):
 def trained(prepared, tokenizer):
     return [
         tokenizer.decode([token for token, label in zip(each["input_ids"], each["labels"], strict=True) if label != IGNORED])
-        for each in prepared.dataset
+        for each in prepared.rows
     ]
 
 
@@ -174,7 +175,7 @@ def test_plain_text_gets_no_template_and_an_end(tmp_path, lazy):
     samples = [{"prompt": "2+2=", "completion": "4"}, {"text": "abc"}, {"text": "<s>abc</s>"}, {"text": ""}]
     path.write_text("\n".join(map(json.dumps, samples)))
     prepared = prepare(path, tokenizer, model_max_length=512, lazy=lazy)
-    assert [tokenizer.decode(each["input_ids"]) for each in prepared.dataset] == ["<s>2+2=4</s>", "<s>abc</s>", "<s>abc</s>"]
+    assert [tokenizer.decode(each["input_ids"]) for each in prepared.rows] == ["<s>2+2=4</s>", "<s>abc</s>", "<s>abc</s>"]
     assert trained(prepared, tokenizer) == ["4</s>", "abc</s>", "abc</s>"]
 
 
@@ -200,8 +201,8 @@ def test_what_the_template_refuses_is_skipped_if_wished_lazily_too(tmp_path, laz
     )
     path = written(tmp_path, ("bad", "a"), ("b", "c"), ("bad", "d"))
     prepared = prepare(path, tokenizer, model_max_length=90, lazy=lazy, reader=Reader(on_bad_sample="skip"))
-    assert (prepared.reports[0].bad, len(prepared.dataset)) == (2, 1)
-    assert prepared.dataset[0]["input_ids"]
+    assert (prepared.reports[0].bad, len(prepared.rows)) == (2, 1)
+    assert prepared.rows[0]["input_ids"]
 
 
 def chat(*texts):
@@ -218,10 +219,10 @@ def test_long_conversations_are_split_between_rounds(tmp_path):
     path.write_text(json.dumps([{"messages": talk}, {"messages": chat("x", "y")}]))
     options = {"model_max_length": 90, "chat_template": "model"}
     prepared = prepare(path, tokenizer, reader=Reader(long="split"), **options)
-    texts = [tokenizer.decode(each["input_ids"]) for each in prepared.dataset]
+    texts = [tokenizer.decode(each["input_ids"]) for each in prepared.rows]
     assert [text.count("<|im_start|>user") for text in texts] == [2, 1, 1, 1, 1]
     assert all(text.startswith("<|im_start|>system\nS<|im_end|>\n") for text in texts[:-1])
-    assert all(len(ids) <= 90 for ids in prepared.dataset["input_ids"])
+    assert all(len(ids) <= 90 for ids in prepared.rows["input_ids"])
     ends = "<|im_end|>"
     assert trained(prepared, tokenizer)[:2] == [f"{'b' * 9}{ends}{'d' * 9}{ends}", f"{'f' * 9}{ends}"]
     assert trained(prepared, tokenizer)[3:] == [f"j{ends}", f"y{ends}"]

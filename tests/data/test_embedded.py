@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from tests.data.tiny import CHATML, SPECIAL, byte_tokenizer, prepare
+from tests.data.tiny import CHATML, SPECIAL, byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
 from zero_sft.data.cache import key_of_rows
-from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.files import Files
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import Reader
 
 ROWS = len(SPECIAL) + 256
 
@@ -35,9 +34,9 @@ def test_token_and_sample_are_named(tmp_path, lazy):
     with raises("data.token_without_embedding", "sample 3 (id '2')", "'<|tool|>'", f"{ROWS + 1}", f"{ROWS} rows"):
         prepare(path, tokenizer, embedding_rows=ROWS, **options)
     for rows in (ROWS + 2, None):
-        assert len(prepare(path, tokenizer, embedding_rows=rows, **options).dataset) == 3
+        assert len(prepare(path, tokenizer, embedding_rows=rows, **options).rows) == 3
     skipping = prepare(path, tokenizer, embedding_rows=ROWS, reader=Reader(on_bad_sample="skip"), **options)
-    assert (len(skipping.dataset), skipping.reports[0].bad) == (2, 1)
+    assert (len(skipping.rows), skipping.reports[0].bad) == (2, 1)
 
 
 def test_a_token_of_the_template(tmp_path):
@@ -48,7 +47,7 @@ def test_a_token_of_the_template(tmp_path):
 
 def test_what_is_cut_off_needs_no_embedding(tmp_path):
     path, tokenizer = written(tmp_path, "a" * 100 + "<|x|>"), tokenizer_with("<|x|>")
-    assert prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=60).dataset
+    assert prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=60).rows
     with raises("data.token_without_embedding"):
         prepare(path, tokenizer, embedding_rows=ROWS, model_max_length=200)
 

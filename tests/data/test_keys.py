@@ -7,8 +7,9 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
+from zero_sft.data.conversation import UNANSWERED
 from zero_sft.data.files import Files
-from zero_sft.data.formats import read_samples
+from zero_sft.data.parse_samples import Reader
 from zero_sft.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -26,7 +27,7 @@ def reading_of(tmp_path, *samples, data_format=None, parquet=False):
         datasets.Dataset.from_list(list(samples)).to_parquet(path)
     else:
         path.write_text(json.dumps(samples))
-    return read_samples(Files(path=path).objects(), data_format)
+    return Reader(data_format=data_format).read(Files(path=path).objects())
 
 
 def answer(**marks):
@@ -299,7 +300,7 @@ def test_what_follows_the_last_answer_is_dropped(tmp_path, tail):
     sample = {"messages": [*MESSAGES, *({"role": role, "content": "x"} for role in tail)]}
     reading = reading_of(tmp_path, sample)
     assert [turn.text for turn in reading.samples[0].turns] == ["Hi", "Hello."]
-    assert reading.unanswered_turns == len(tail)
+    assert reading.dropped_turns[UNANSWERED] == len(tail)
 
 
 HOSTILE = ("note\ud800", "note\x1b[31m", "note\nerror: fake", "note\u2028x", "note\u202ex", "note\r", "note" * 1000)

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 
-from tests.data.tiny import CHATML, byte_tokenizer
+from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from zero_sft.data import pipeline as pipeline_module
-from zero_sft.data.dataset import make_pipeline
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.templates import choose_template
 
 THINKING = CHATML.replace(
@@ -36,9 +35,7 @@ def greedy(rounds, tokenizer, name, window, system):
     template, head = choose_template(name, tokenizer), [{"role": "system", "content": system}] if system else []
 
     def length(part):
-        from zero_sft.data.formats import read_samples
-
-        (sample,) = read_samples([({"messages": head + talk(part)}, "here")]).samples
+        (sample,) = PLAIN.read([({"messages": head + talk(part)}, "here")]).samples
         rendered = template.render(sample)
         return len(tokenizer(rendered.text, add_special_tokens=rendered.adds_special_tokens).input_ids)
 

@@ -29,22 +29,25 @@ def test_what_a_path_names(tmp_path):
     def hub(name, split="train", weight=None, config=None):
         return Source(data=HubDataset(id=name, split=split, config=config), weight=weight)
 
-    assert parse_sources("a.json") == [files("a.json")]
-    assert parse_sources("a.json, b") == [files("a.json"), files("b")]
-    assert parse_sources("a.json:0.7,b:3") == [files("a.json", 0.7), files("b", 3.0)]
-    assert parse_sources("c:drive") == [files("c:drive")]
+    assert list(parse_sources("a.json")) == [files("a.json")]
+    assert list(parse_sources("a.json, b")) == [files("a.json"), files("b")]
+    assert list(parse_sources("a.json:0.7,b:3")) == [files("a.json", 0.7), files("b", 3.0)]
+    assert list(parse_sources("c:drive")) == [files("c:drive")]
     strange = tmp_path / "a,b:0.5.json"
     strange.write_text("")
-    assert parse_sources(str(strange)) == [files(strange)]
-    assert parse_sources("org/name") == [hub("org/name")]
-    assert parse_sources("org/name:test_sft") == [hub("org/name", "test_sft")]
-    assert parse_sources("org/name:test_sft:0.5,o/n.v2:0.5") == [hub("org/name", "test_sft", 0.5), hub("o/n.v2", weight=0.5)]
-    assert parse_sources("org/name:en:test_sft:2,a.jsonl.gz:1") == [
+    assert list(parse_sources(str(strange))) == [files(strange)]
+    assert list(parse_sources("org/name")) == [hub("org/name")]
+    assert list(parse_sources("org/name:test_sft")) == [hub("org/name", "test_sft")]
+    assert list(parse_sources("org/name:test_sft:0.5,o/n.v2:0.5")) == [
+        hub("org/name", "test_sft", 0.5),
+        hub("o/n.v2", weight=0.5),
+    ]
+    assert list(parse_sources("org/name:en:test_sft:2,a.jsonl.gz:1")) == [
         hub("org/name", "test_sft", 2.0, "en"),
         files("a.jsonl.gz", 1.0),
     ]
     for local in ("org/name.json", "./name", "/org/name", "a/b/c", "tests/name"):
-        assert parse_sources(local) == [files(local)]
+        assert list(parse_sources(local)) == [files(local)]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_drawn_by_weight_until_each_sample_was_there(files, lazy):
     assert texts.count("a</s>") >= 10
     assert 4 < texts.count("b</s>") < 25, "two samples, as often as the ten"
     assert f"{texts.count('b</s>')} of {len(texts)} rows of the mixture" in mixed.lines()[-1]
-    assert mixed.dataset.column_names == parts[0].dataset.column_names
+    assert mixed.rows.column_names == parts[0].rows.column_names
 
 
 def test_weights_that_would_make_a_mixture_of_thousands_of_times_the_data(files):

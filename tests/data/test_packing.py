@@ -70,14 +70,14 @@ def test_when_samples_are_packed():
 @pytest.fixture
 def samples(tmp_path):
     """Samples of many lengths."""
-    return prepare(written(tmp_path, *[("a" * n, "b" * (1 + 17 * n % 60)) for n in range(30)]), byte_tokenizer(CHATML),
-                   model_max_length=300)  # fmt: skip
+    path = written(tmp_path, *[("a" * n, "b" * (1 + 17 * n % 60)) for n in range(30)])
+    return prepare(path, byte_tokenizer(CHATML), model_max_length=300).samples
 
 
 def test_every_sample_is_whole_in_one_row(samples):
-    packed = pack(samples.dataset, 300)
+    packed = pack(samples, 300)
     assert max(map(len, packed["input_ids"])) <= 300
-    assert len(packed) < len(samples.dataset)
+    assert len(packed) < len(samples)
     found = []
     for row in packed:
         assert sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"])
@@ -85,8 +85,8 @@ def test_every_sample_is_whole_in_one_row(samples):
         for length in row["seq_lengths"]:
             found.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
             start += length
-    assert sorted(found) == sorted(zip(samples.dataset["input_ids"], samples.dataset["labels"], strict=True))
-    tokens = sum(samples.dataset["length"])
+    assert sorted(found) == sorted(zip(samples["input_ids"], samples["labels"], strict=True))
+    tokens = sum(samples["length"])
     assert f"{tokens / len(packed) / 300:.1%} full" in packed_line(30, packed, 300)
 
 
@@ -132,7 +132,7 @@ def test_the_loss_of_a_packed_batch_is_that_of_its_samples(samples, model_type, 
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     losses, gradients = [], []
-    for rows, used in ((samples.dataset, built), (pack(samples.dataset, 300), attention)):
+    for rows, used in ((samples, built), (pack(samples, 300), attention)):
         model.zero_grad()
         assert give(model, used)
         batch = Collator(pad_token_id=0, multiple_of=8, flat=used == FLASH)(list(rows))

@@ -16,6 +16,6 @@ def test_trained_on_as_its_publisher_means_it_or_refused(name, tmp_path):
         with raises(*expected.refused):
             tiny.prepare(path, tokenizer, model_max_length=4096)
         return
-    (row,) = tiny.prepare(path, tokenizer, model_max_length=4096).dataset
+    (row,) = tiny.prepare(path, tokenizer, model_max_length=4096).rows
     texts = tiny.trained_text(Example(input_ids=row["input_ids"], labels=row["labels"], trained_tokens=0), tokenizer)
     assert tuple(text.removesuffix("<|im_end|>").removesuffix("</s>") for text in texts) == expected.answers

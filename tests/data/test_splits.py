@@ -7,13 +7,11 @@ import json
 
 import pytest
 
-from tests.data.tiny import byte_tokenizer, prepare
+from tests.data.tiny import byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
-from zero_sft.data.dataset import make_pipeline
 from zero_sft.data.dataset import prepare as prepare_source
 from zero_sft.data.files import Files
-from zero_sft.data.mixture import require_sources
-from zero_sft.data.source import parse_sources
+from zero_sft.data.source import parse_sources, require_sources
 from zero_sft.data.splits import split_of
 
 
@@ -68,7 +66,7 @@ def test_a_split_is_named_after_the_folder(tmp_path, split):
         source, *_ = parse_sources(text)
         assert (source.data.name, source.weight) == (f"{folder}:{split}", weight)
         prepared = prepare_source(source.data, make_pipeline(byte_tokenizer(), model_max_length=100))
-        assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in prepared.dataset["input_ids"]] == expected
+        assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in prepared.rows["input_ids"]] == expected
     with raises("data.no_such_split", "'tests'", "test, train, validation"):
         read(folder, "tests")
     with raises("data.no_such_split", "'train'"):
@@ -166,10 +164,10 @@ def test_the_log_says_what_is_not_declared(tmp_path):
         f"split train read; left out: not declared in README.md (2 files), test (1 file). Name another as {folder}:test"
     )
     with raises("data.eval_split_unnamed"):
-        require_sources(str(folder), to_evaluate=True)
+        require_sources(parse_sources(str(folder)), to_evaluate=True)
     folder = declaring(tmp_path / "other", config(data_files="a.jsonl"), "a.jsonl", "test.jsonl")
     assert Files(path=folder).note() == "split train read; left out: not declared in README.md (1 file)"
-    require_sources(str(folder), to_evaluate=True)
+    require_sources(parse_sources(str(folder)), to_evaluate=True)
 
 
 def test_a_split_that_is_not_read_may_be_missing(tmp_path):
@@ -241,14 +239,14 @@ def test_split_of(name, split):
 def test_what_is_evaluated_on_is_named(tmp_path):
     """A folder's training split is not held out, so it is not evaluated on unless it is asked for."""
     folder = folder_of(tmp_path, "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet")
-    require_sources(str(folder))
+    require_sources(parse_sources(str(folder)))
     with raises("data.eval_split_unnamed", "test"):
-        require_sources(str(folder), to_evaluate=True)
+        require_sources(parse_sources(str(folder)), to_evaluate=True)
     for split in ("test", "train"):
-        require_sources(f"{folder}:{split}", to_evaluate=True)
+        require_sources(parse_sources(f"{folder}:{split}"), to_evaluate=True)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "chats.json").write_text('[{"text": "x"}]')
-    require_sources(str(tmp_path / "one"), to_evaluate=True)
+    require_sources(parse_sources(str(tmp_path / "one")), to_evaluate=True)
 
 
 def test_a_model_inside_the_data_is_named(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation
 from tests.errors import raises
+from zero_sft.data import chat
 from zero_sft.data.chat import ChatTemplate
 from zero_sft.data.conversation import ASSISTANT, TOOL, Conversation, Turn
 from zero_sft.data.habits import stops_of
@@ -201,7 +202,7 @@ def test_a_text_is_judged_alike_however_many_shapes_there_were(monkeypatch):
         turns = [*conversation("a", "b").turns, *[Turn(role=TOOL, text='"5"')] * count, Turn(role=ASSISTANT, text="d")]
         rendered = template.render(Conversation(turns=tuple(turns), where="here"))
         assert spans(rendered) == ["b<|im_end|>", "d<|im_end|>"]
-    assert len(template.frames) == 1
+    assert len(chat._frames[template]) == 1
 
 
 def test_a_template_that_divides_by_nothing():

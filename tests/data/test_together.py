@@ -11,7 +11,10 @@ from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.stages import require_identical
 from zero_sft.cluster.world import World
 from zero_sft.data import dataset
-from zero_sft.data.mixture import Recipe
+from zero_sft.data.dataset import Prepared
+from zero_sft.data.mixture import DatasetSpec
+from zero_sft.data.source import parse_sources
+from zero_sft.data.templates import choose_template
 from zero_sft.data.together import prepare_together
 
 
@@ -29,45 +32,68 @@ def cluster() -> World:
     return dataclasses.replace(world, local_rank=world.rank % 2, local_world_size=2)
 
 
-def prepared_by(recipe: Recipe, world: World) -> list[int]:
+def prepare(spec: DatasetSpec, world: World) -> Prepared:
+    tokenizer = byte_tokenizer(CHATML)
+    return prepare_together(spec, tokenizer, choose_template(None, tokenizer), world)
+
+
+def prepared_by(spec: DatasetSpec, world: World) -> list[int]:
     """How often each rank has made rows itself. Every rank; communicates."""
     made = []
     original = dataset.make_parts
     dataset.make_parts = lambda *args: (made.append(1), original(*args))[1]
     try:
-        rows = prepare_together(recipe, byte_tokenizer(CHATML), world)
+        rows = prepare(spec, world)
     finally:
         dataset.make_parts = original
-    require_identical(world, "rows", {"rows": rows.dataset[:], "reports": [each.lines() for each in rows.reports]})
+    require_identical(world, "rows", {"rows": rows.rows[:], "reports": [each.lines() for each in rows.reports]})
     return all_gather_json(world, len(made))
 
 
 @pytest.mark.world_size(4)
 @pytest.mark.parametrize("pack", [False, True])
 def test_once_in_the_cluster_where_the_folder_is_shared(folder, pack):
-    recipe = Recipe(paths=f"{folder / 'data.json'},{folder / 'other.json'}", model_max_length=200, pack=pack, root=folder / "c")
-    assert prepared_by(recipe, cluster()) == [2, 0, 0, 0]
-    assert prepared_by(recipe, cluster()) == [0, 0, 0, 0]
+    spec = DatasetSpec(
+        sources=parse_sources(f"{folder / 'data.json'},{folder / 'other.json'}"),
+        model_max_length=200,
+        pack=pack,
+        root=folder / "c",
+    )
+    assert prepared_by(spec, cluster()) == [2, 0, 0, 0]
+    assert prepared_by(spec, cluster()) == [0, 0, 0, 0]
 
 
 @pytest.mark.world_size(4)
 def test_once_a_node_where_it_is_not(folder):
     world = cluster()
-    recipe = Recipe(paths=str(folder / "data.json"), model_max_length=200, pack=True, root=folder / f"node{world.rank // 2}")
-    assert prepared_by(recipe, world) == [1, 0, 1, 0]
+    spec = DatasetSpec(
+        sources=parse_sources(str(folder / "data.json")),
+        model_max_length=200,
+        pack=True,
+        root=folder / f"node{world.rank // 2}",
+    )
+    assert prepared_by(spec, world) == [1, 0, 1, 0]
 
 
 @pytest.mark.world_size(4)
 def test_nodes_with_other_data_are_an_error_on_every_rank(folder):
     world = cluster()
     name = ("data.json", "other.json")[world.rank // 2]
-    recipe = Recipe(paths=str(folder / name), model_max_length=200, root=folder / f"node{world.rank // 2}")
+    spec = DatasetSpec(sources=parse_sources(str(folder / name)), model_max_length=200, root=folder / f"node{world.rank // 2}")
     with raises("data.differs_between_nodes", "rank 2"):
-        prepare_together(recipe, byte_tokenizer(CHATML), world)
+        prepare(spec, world)
 
 
 @pytest.mark.world_size(2)
 def test_an_error_of_rank_0_is_every_ranks(folder):
-    recipe = Recipe(paths=str(folder / "none.json"), model_max_length=200, root=folder / "c")
+    spec = DatasetSpec(sources=parse_sources(str(folder / "none.json")), model_max_length=200, root=folder / "c")
     with raises("data.no_such_file"):
-        prepare_together(recipe, byte_tokenizer(CHATML), World.detect())
+        prepare(spec, World.detect())
+
+
+@pytest.mark.world_size(2)
+def test_a_broken_line_is_the_same_error_on_every_rank(folder):
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
+    spec = DatasetSpec(sources=parse_sources(str(folder / "broken.jsonl")), model_max_length=200, root=folder / "c")
+    with raises("data.not_json", "line 2"):
+        prepare(spec, World.detect())

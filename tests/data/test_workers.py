@@ -6,12 +6,12 @@ import signal
 
 import pytest
 
-from tests.data.tiny import CHATML, byte_tokenizer
+from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
 from zero_sft.data import workers
-from zero_sft.data.dataset import make_pipeline, prepare
+from zero_sft.data.dataset import prepare
 from zero_sft.data.files import Files
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import Reader
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def data(tmp_path, monkeypatch):
 def test_processes_make_what_one_makes(data, tmp_path):
     pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip", long="split"))
     one, two = (prepare(data, pipeline, processes=processes, root=tmp_path / f"{processes}") for processes in (1, 2))
-    assert two.dataset[:] == one.dataset[:]
+    assert two.rows[:] == one.rows[:]
     assert two.reports == one.reports
     assert two.reports[0].bad == 1
     assert two.reports[0].dropped

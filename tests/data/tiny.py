@@ -12,6 +12,8 @@ from zero_sft.data.conversation import Conversation, Turn
 from zero_sft.data.dataset import Prepared
 from zero_sft.data.files import Files
 from zero_sft.data.labels import IGNORED, Example
+from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.templates import choose_template
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|eot|>")
 
@@ -49,9 +51,14 @@ def _wrapped(backend: Tokenizer, chat_template: str | None, special: dict[str, s
     return tokenizer
 
 
+def make_pipeline(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, **options: Any) -> Pipeline:
+    """`dataset.make_pipeline` with the template of that name."""
+    return dataset.make_pipeline(tokenizer, choose_template(chat_template, tokenizer), **options)
+
+
 def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Prepared:
     """A file or folder as a dataset in memory."""
-    return dataset.prepare(Files(path=Path(path)), dataset.make_pipeline(tokenizer, **options))
+    return dataset.prepare(Files(path=Path(path)), make_pipeline(tokenizer, **options))
 
 
 def conversation(*texts: str, system: str | None = None) -> Conversation:

@@ -24,8 +24,8 @@ class TensorGroup:
 
     name: str
     converter: Any = None
-    members: dict[str, list[str]] = field(default_factory=dict)
-    rivals: list[str] = field(default_factory=list)
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rivals: tuple[str, ...] = ()
 
     @property
     def stored(self) -> list[str]:
@@ -57,6 +57,19 @@ def _numbered(names: Sequence[str]) -> tuple[str, set[int], str] | None:
     return "".join(f"{part}." for part in parts[:at]), numbers, "".join(f".{part}" for part in parts[at + 1 :])
 
 
+@dataclass(slots=True, kw_only=True)
+class _GroupBuilder:
+    """A group while its names are being collected."""
+
+    converter: Any
+    members: dict[str, list[str]] = field(default_factory=dict)
+    rivals: list[str] = field(default_factory=list)
+
+    def group(self, name: str) -> TensorGroup:
+        members = {pattern: tuple(names) for pattern, names in self.members.items()}
+        return TensorGroup(name=name, converter=self.converter, members=members, rivals=tuple(self.rivals))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
     """How the names of a checkpoint fall on a model: the groups, and names that are no key of the model."""
@@ -77,7 +90,7 @@ def match(model: PreTrainedModel, rules: Sequence[Any], wanted: Mapping[str, Any
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
     rename = internal("rename_source_key")
-    groups: dict[str, TensorGroup] = {}
+    builders: dict[str, _GroupBuilder] = {}
     unexpected: set[str] = set()
     for name in sorted(stored, key=internal("dot_natural_key")):
         renamed, pattern = rename(name, renamings, converters, prefix, wanted)
@@ -85,13 +98,14 @@ def match(model: PreTrainedModel, rules: Sequence[Any], wanted: Mapping[str, Any
             renamed, pattern = rename(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
         converter = None if pattern is None else by_pattern.get(pattern)
         if renamed in wanted:
-            group = groups.setdefault(renamed, TensorGroup(name=renamed, converter=converter))
-            if (converter is None) != (group.converter is None):
-                group.rivals.append(name)
+            builder = builders.setdefault(renamed, _GroupBuilder(converter=converter))
+            if (converter is None) != (builder.converter is None):
+                builder.rivals.append(name)
                 continue
-            group.members.setdefault(name if converter is None else str(pattern), []).append(name)
+            builder.members.setdefault(name if converter is None else str(pattern), []).append(name)
         elif converter is not None:
             unexpected |= {renamed.replace(converter.target_patterns[0], each) for each in converter.target_patterns}
         else:
             unexpected.add(renamed)
-    return Names(groups=tuple(groups.values()), unexpected=frozenset(unexpected))
+    groups = tuple(builder.group(name) for name, builder in builders.items())
+    return Names(groups=groups, unexpected=frozenset(unexpected))

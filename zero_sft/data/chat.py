@@ -13,8 +13,9 @@ Thoughts, between `<think>` and `</think>` at the beginning of an answer, are gi
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.data.conversation import ASSISTANT, USER, Conversation
@@ -68,15 +69,17 @@ class Located:
     dropped_thoughts: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class ChatTemplate:
-    """A chat template of that `name`: the tokenizer's own, or where there is a `source`, that Jinja."""
+    """A chat template of that `name`: the tokenizer's own, or where there is a `source`, that Jinja.
+
+    Compared by identity, as the key of `_frames`.
+    """
 
     tokenizer: Any  # PreTrainedTokenizerBase, whose stub hides methods behind a catch-all attribute
     name: str
     habits: Habits
     source: str | None = None
-    frames: dict[tuple[tuple[str, bool], ...], Frame | None] = field(default_factory=dict, repr=False, compare=False)
     adds_special_tokens = False  # chat templates write theirs themselves
     trains_on_blanks = False  # most of them strip texts, and of white space nothing would be left
 
@@ -191,15 +194,16 @@ class ChatTemplate:
     def _frame(self, messages: Sequence[Mapping[str, str]]) -> Frame | None:
         """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
         shape = tuple((each["role"], bool(each["content"])) for each in messages)
-        if shape in self.frames:
-            return self.frames[shape]
+        known = _frames.setdefault(self, {})
+        if shape in known:
+            return known[shape]
         word, frame = STAND_IN, None
         stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
         with contextlib.suppress(DataError):
             around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
             frame = Frame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
-        if len(self.frames) < _MOST_FRAMES and len(shape) <= _LONGEST_FRAME:
-            self.frames[shape] = frame
+        if len(known) < _MOST_FRAMES and len(shape) <= _LONGEST_FRAME:
+            known[shape] = frame
         return frame
 
     def _fitted(
@@ -246,6 +250,10 @@ class ChatTemplate:
             " Write {{ eos_token }} there, and see that the tokenizer has the template's special tokens; or give another.",
             code="data.template_without_turn_end",
         )
+
+
+_frames: MutableMapping[ChatTemplate, dict[tuple[tuple[str, bool], ...], Frame | None]] = weakref.WeakKeyDictionary()
+"""The frames that `ChatTemplate._frame` has found in this process, by shape; a template's go when the template goes."""
 
 
 def _assembled(frame: Frame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer]) -> list[str] | None:

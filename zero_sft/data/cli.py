@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from rich.console import Console
 
-    from zero_sft.data.mixture import Recipe, prepare_sources
+    from zero_sft.data.mixture import DatasetSpec, prepare_sources
+    from zero_sft.data.source import parse_sources
+    from zero_sft.data.templates import choose_template
 
     open_console(World())
     quieten_transformers(World())
@@ -41,19 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = _source(options)
         tokenizer, config = _tokenizer(source, options), _config(source, options)
         packing = _packing(options, config)
-        recipe = Recipe.from_options(
-            options, paths=options.data_path, model_max_length=options.model_max_length, seed=options.seed
-        )
+        template = choose_template(options.chat_template, tokenizer)
+        sources = parse_sources(options.data_path)
+        spec = DatasetSpec.from_options(options, sources=sources, model_max_length=options.model_max_length, seed=options.seed)
         rows = getattr(config, "vocab_size", None)
-        found = prepare_sources(replace(recipe, pack=packing.on, embedding_rows=rows), tokenizer)
-        prepared = found.unpacked or found
-        lengths = prepared.dataset["length"]
-        notes = _notes(packing, found, options)
+        prepared = prepare_sources(replace(spec, pack=packing.on, embedding_rows=rows), tokenizer, template)
+        samples, lengths = prepared.samples, prepared.samples["length"]
+        notes = _notes(packing, prepared, options)
         for line in [*prepared.lines(), *prepared.warnings(), *notes]:
             console.print(printable(line), markup=False)
         _print_histogram(lengths, console)
-        for number in range(min(options.show, len(prepared.dataset))):
-            _print_sample(number, prepared.dataset[number], tokenizer, console)
+        for number in range(min(options.show, len(samples))):
+            _print_sample(number, samples[number], tokenizer, console)
         if options.plot:
             _draw(lengths, options.plot, f"{len(lengths):,} samples of {options.data_path}")
             console.print(f"lengths drawn in {options.plot}", markup=False)
@@ -65,11 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments; names, meanings and defaults are the job's."""
+    from zero_sft.arguments.inherited import listed_specifications
+
+    specs = listed_specifications()
+    length, batch, seed = (specs[name].default for name in ("model_max_length", "per_device_train_batch_size", "seed"))
     result = argparse.ArgumentParser(prog="python -m zero_sft.data", description="What a training will see of its data.")
     add = result.add_argument
     add("--model_name_or_path", required=True, help="whose tokenizer: a folder or a hub id")
     add("--data_path", required=True, help="a file, a folder, or several as a.json:0.7,b.jsonl:0.3")
-    add("--model_max_length", type=int, default=512, help="tokens of a sample at most (default 512)")
+    add("--model_max_length", type=int, default=length, help=f"tokens of a sample at most (default {length})")
     add("--chat_template", help="vicuna, chatml, llama3, model or a Jinja file")
     add("--data_format", choices=("sharegpt", "messages", "alpaca", "prompt_completion", "text"))
     add("--train_on", choices=("all", "last"), default="all")
@@ -86,8 +91,13 @@ def parser() -> argparse.ArgumentParser:
         help="print the first N samples, what is trained on in colour or ⟦brackets⟧",
     )
     add("--packing", choices=("True", "False"), help="by default where the model keeps packed samples apart")
-    add("--per_device_train_batch_size", type=_count, default=8, help="samples of a batch, for the cost of padding (default 8)")
-    add("--seed", type=_number, default=42, help="of weighted mixtures; the job's --data_seed or --seed")
+    add(
+        "--per_device_train_batch_size",
+        type=_count,
+        default=batch,
+        help=f"samples of a batch, for the cost of padding (default {batch})",
+    )
+    add("--seed", type=_number, default=seed, help="of weighted mixtures; the job's --data_seed or --seed")
     add("--dataset_num_proc", type=_count, help="processes that prepare; by default one a core, 16 at most")
     add("--data_cache_dir", help="where prepared data is kept, for the job to find")
     result.set_defaults(lazy_preprocess=False)  # the lengths are what one is here for
@@ -144,21 +154,21 @@ def _packing(options: argparse.Namespace, config: Any) -> "Packing":
     return choose_packing(_wanted(options), config, attention=None, lazy=options.lazy_preprocess)
 
 
-def _notes(packing: "Packing", found: "Prepared", options: argparse.Namespace) -> list[str]:
+def _notes(packing: "Packing", prepared: "Prepared", options: argparse.Namespace) -> list[str]:
     """How the job makes its batches, as far as those of one rank tell, and what a trained token costs."""
     from zero_sft.data.cost import ALIKE, AT_RANDOM, PACKED, cost_lines
     from zero_sft.data.packing import unless_too_few
 
-    samples, batch = (found.unpacked or found).dataset, options.per_device_train_batch_size
-    job = unless_too_few(packing, _wanted(options), len(found.dataset), batch)
-    lines = [*found.notes[-1:]] if job.on else [f"not packed: {job.reason}"]
+    samples, batch = prepared.samples, options.per_device_train_batch_size
+    job = unless_too_few(packing, _wanted(options), len(prepared.rows), batch)
+    lines = [prepared.packing_note if job.on else f"not packed: {job.reason}"]
     if len(samples) < batch:
         lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
     return lines + cost_lines(
         samples["length"],
         trained_tokens=_trained_tokens(samples),
         window=options.model_max_length,
-        packed_rows=len(found.dataset) if packing.on else None,
+        packed_rows=len(prepared.rows) if packing.on else None,
         batch_size=batch,
         chosen=PACKED if job.on else ALIKE if _wanted(options) is None else AT_RANDOM,
     )

@@ -1,11 +1,15 @@
 """What a sample is, whatever file it came from: a conversation, or a passage of plain text. Plain data."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zero_sft.errors import DataError
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
+
+LEADING, UNANSWERED = "leading, not the user's", "last, unanswered"
+"""Which turns `dialogue` drops, as the log names them."""
 
 _FOLLOWS = {None: (USER,), USER: (ASSISTANT,), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}
 """Who may speak after whom; None: at the beginning."""
@@ -61,24 +65,18 @@ class Passage:
 Sample = Conversation | Passage
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dialogue:
-    """A conversation's turns, and how many were dropped before the first question and behind the last answer."""
+def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> tuple[tuple[Turn, ...], Counter[str]]:
+    """A system text if there is one, then questions and answers in turn, between them what tools say; and the dropped turns.
 
-    turns: tuple[Turn, ...]
-    leading: int
-    unanswered: int
-
-
-def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dialogue:
-    """A system text if there is one, then questions and answers in turn, between them what tools say.
+    The latter are how many turns were dropped as `LEADING`, before the first question, and as `UNANSWERED`, after the last
+    answer.
 
     As in FastChat a leading turn that isn't the user's is dropped; unlike there, turns of users and tools after the last answer
     cost those turns, however many there are, and not the conversation.
 
     `words`: what the data calls a role, where that is another word.
 
-    Worked example: gpt, human, gpt, human, human → human, gpt; 1 in front, 2 behind.
+    Worked example: gpt, human, gpt, human, human → human, gpt; 1 leading, 2 unanswered.
 
     Raises:
         DataError: turns of one speaker that follow each other, but for those after an answer that is the last, or a system text
@@ -109,4 +107,4 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> Dia
                 code="data.roles_do_not_alternate",
             )
         before = turn.role
-    return Dialogue(turns=(*head, *rest[:answered]), leading=leading, unanswered=len(rest) - answered)
+    return (*head, *rest[:answered]), Counter({LEADING: leading, UNANSWERED: len(rest) - answered})

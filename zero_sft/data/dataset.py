@@ -20,11 +20,11 @@ from zero_sft.data import cache
 from zero_sft.data.embedded import rows_to_check
 from zero_sft.data.layouts import EXPECTED
 from zero_sft.data.long import TRUNCATE
+from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
-from zero_sft.data.reader import PLAIN, Reader
 from zero_sft.data.report import DataReport, counted, listed, total
 from zero_sft.data.source import Data
-from zero_sft.data.templates import choose_template
+from zero_sft.data.templates import Template
 from zero_sft.data.workers import make_parts
 from zero_sft.errors import DataError
 
@@ -39,22 +39,33 @@ _MANY = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A dataset for the trainer, with `input_ids`, `labels` and, unless lazy, `length`; and the reports of its sources.
+    """Datasets of samples and of the rows that are trained on, which are the samples unless these are packed.
 
-    `notes` says what else was done with the rows: how they were mixed, or packed (then `seq_lengths` takes the place of
-    `length`, and `unpacked` is what was packed). `transform` is what makes ids and labels of a lazy dataset's column. `keys`
-    are those of the sources' rows in the cache.
+    `samples` has `input_ids`, `labels` and, unless lazy, `length`; in packed `rows`, `seq_lengths` takes the place of `length`.
+    `reports` are those of the sources, and `notes` say how they were mixed. `packing_note` says how well the rows are filled;
+    it is empty where nothing is packed. `transform` is what makes ids and labels of a lazy dataset's column. `keys` are those
+    of the sources' rows in the cache.
     """
 
-    dataset: "datasets.Dataset"
+    samples: "datasets.Dataset"
+    rows: "datasets.Dataset"
     reports: tuple[DataReport, ...]
     notes: tuple[str, ...] = ()
+    packing_note: str = ""
     transform: Pipeline | None = None
     keys: list[str] = field(default_factory=list)
-    unpacked: "Prepared | None" = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row may hold several samples."""
+        return bool(self.packing_note)
+
+    def unpacked(self) -> "Prepared":
+        """The same data, with the samples as the rows that are trained on."""
+        return replace(self, rows=self.samples, packing_note="")
 
     def lines(self) -> list[str]:
-        """The reports for the log."""
+        """The account of the samples for the log."""
         return [*(line for report in self.reports for line in report.lines()), *self.notes]
 
     def warnings(self) -> list[str]:
@@ -76,8 +87,8 @@ class Prepared:
 
 def make_pipeline(
     tokenizer: PreTrainedTokenizerBase,
+    template: Template,
     *,
-    chat_template: str | None = None,
     model_max_length: int,
     lazy: bool = False,
     reader: Reader = PLAIN,
@@ -86,7 +97,7 @@ def make_pipeline(
     """How objects of a file become rows, for a model with so many `embedding_rows`; None: not known.
 
     Raises:
-        DataError: a template that can't be used, or options that contradict each other.
+        DataError: options that contradict each other.
     """
     if lazy and reader.long != TRUNCATE:
         raise DataError(
@@ -94,7 +105,6 @@ def make_pipeline(
             "out.",
             code="data.overlong_needs_lengths",
         )
-    template = choose_template(chat_template, tokenizer)
     return Pipeline(
         reader=reader,
         tokenizer=tokenizer,
@@ -159,7 +169,8 @@ def _of(data: Data, report: DataReport) -> DataReport:
 
 def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> Prepared:
     transform = pipeline if pipeline.lazy else None
-    return Prepared(dataset=dataset.with_transform(pipeline) if transform else dataset, reports=(report,), transform=transform)
+    samples = dataset.with_transform(pipeline) if transform else dataset
+    return Prepared(samples=samples, rows=samples, reports=(report,), transform=transform)
 
 
 def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
@@ -237,13 +248,13 @@ def require_one_batch(prepared: Prepared, *, world_size: int, per_device_batch_s
         DataError: fewer than `world_size * per_device_batch_size`.
     """
     needed = world_size * per_device_batch_size
-    usable, tokens = len(prepared.dataset), [report.tokens for report in prepared.reports]
+    usable, tokens = len(prepared.rows), [report.tokens for report in prepared.reports]
     if usable < needed:
         files = ", ".join(report.file for report in prepared.reports)
         size = "" if None in tokens else f" ({counted(sum(filter(None, tokens)), 'token')})"
         there, remedy = counted(usable, "usable sample"), "or fewer ranks"
-        if prepared.unpacked is not None:
-            there = f"{counted(len(prepared.unpacked.dataset), 'sample')} in {counted(usable, 'packed row')}"
+        if prepared.is_packed:
+            there = f"{counted(len(prepared.samples), 'sample')} in {counted(usable, 'packed row')}"
             remedy = "fewer ranks, or leave --packing True out: then samples are padded"
         raise DataError(
             f"{files}: {there}{size}, and one batch needs {needed}: {per_device_batch_size} on each of "

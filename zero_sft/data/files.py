@@ -40,8 +40,12 @@ _OF_A_MODEL = frozenset(
 _ARGUMENTS = "--data_path and --eval_data_path"
 
 
-class BadLine(DataError):
-    """One line of a file that is not JSON; the others may be."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadLine:
+    """In the place of an object, a line of a file that is not JSON, while the others may be: the error that it makes."""
+
+    message: str
+    code: str
 
 
 def is_named_as_data(path: Path) -> bool:
@@ -195,7 +199,7 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 
 
 def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
-    """Each object with its place, "<file>, sample 3" or "<file>, line 3 (id 'a')"; for a broken line, its error.
+    """Each object with its place, "<file>, sample 3" or "<file>, line 3 (id 'a')"; for a broken line, a `BadLine`.
 
     Raises:
         DataError: no such file, not UTF-8, not JSON, damaged, or nothing in it; with the remedy.
@@ -234,13 +238,18 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    line.encode()
-                    sample = _json(line.rstrip("\n"), path, first_line=number)
-                except UnicodeEncodeError:
-                    sample = BadLine(f"{path}, line {number}: not UTF-8. Save the file as UTF-8.", code="data.not_utf8")
+                    sample = _line(line, path, number)
                 except DataError as error:
-                    sample = BadLine(str(error), code=error.code)
+                    sample = BadLine(message=str(error), code=error.code)
                 yield sample, f"line {number}"
+
+
+def _line(line: str, path: Path, number: int) -> Any:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}, line {number}: not UTF-8. Save the file as UTF-8.", code="data.not_utf8") from error
+    return _json(line.rstrip("\n"), path, first_line=number)
 
 
 def _parquet(path: Path) -> Iterator[tuple[Any, str]]:

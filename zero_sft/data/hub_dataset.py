@@ -64,6 +64,11 @@ class HubDataset:
 
 @functools.cache
 def _loaded(of: HubDataset) -> "datasets.Dataset":
+    """The dataset, which `identity` and `objects` share.
+
+    Loaded by whichever comes first and kept until the process ends, so that both see one commit; nobody clears it. The rows are
+    mapped from the cache of `datasets`, and hold no memory.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
 

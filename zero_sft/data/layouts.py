@@ -14,8 +14,9 @@ next to them. Plain text (`text`, and prompts and completions that are text) is 
 becomes of other keys: see `keys`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zero_sft.console.printable import on_one_line
@@ -26,12 +27,11 @@ from zero_sft.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A sample, how many turns were dropped before the first question and behind the last answer, and the keys not read."""
+class ParsedSample:
+    """A sample, how many of its turns were dropped and why (see `dialogue`), and its keys that were not read."""
 
     sample: Sample
-    leading: int = 0
-    unanswered: int = 0
+    dropped_turns: Counter[str] = field(default_factory=Counter)
     unread: tuple[str, ...] = ()
 
 
@@ -44,7 +44,7 @@ class Layout:
 
     keys: tuple[str, ...]
     looks: str
-    read: Callable[[Mapping[str, Any], str], Found]
+    read: Callable[[Mapping[str, Any], str], ParsedSample]
     others: tuple[str, ...] = ()
 
 
@@ -57,7 +57,7 @@ _SHAREGPT_WORDS = {USER: "human", ASSISTANT: "gpt"}
 _MESSAGE_ROLES = {each: each for each in (USER, ASSISTANT, SYSTEM, TOOL)}
 
 
-def read_sample(sample: Any, where: str, data_format: str | None = None) -> tuple[str, Found]:
+def read_sample(sample: Any, where: str, data_format: str | None = None) -> tuple[str, ParsedSample]:
     """The sample that an object of a file is, and the name of its layout.
 
     Args:
@@ -121,17 +121,17 @@ def _texts_of(sample: Sample) -> list[str]:
     return [sample.prompt, sample.completion] if isinstance(sample, Passage) else [turn.text for turn in sample.turns]
 
 
-def _sharegpt(sample: Mapping[str, Any], where: str) -> Found:
+def _sharegpt(sample: Mapping[str, Any], where: str) -> ParsedSample:
     turns, notes = _turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
     return _conversation(_with_system(sample, turns, where), where, _SHAREGPT_WORDS, notes)
 
 
-def _messages(sample: Mapping[str, Any], where: str) -> Found:
+def _messages(sample: Mapping[str, Any], where: str) -> ParsedSample:
     turns, notes = _turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
     return _conversation(_with_system(sample, turns, where), where, unread=notes)
 
 
-def _alpaca(sample: Mapping[str, Any], where: str) -> Found:
+def _alpaca(sample: Mapping[str, Any], where: str) -> ParsedSample:
     texts = {key: _text_or_nothing(sample, key, where) for key in ("instruction", "input", "output")}
     question = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
     turns = []
@@ -173,7 +173,7 @@ def _with_system(sample: Mapping[str, Any], turns: list[Turn], where: str) -> li
     return [Turn(role=SYSTEM, text=text), *turns] if text else turns
 
 
-def _prompt_completion(sample: Mapping[str, Any], where: str) -> Found:
+def _prompt_completion(sample: Mapping[str, Any], where: str) -> ParsedSample:
     prompt, completion = sample["prompt"], sample["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         (asked, notes), (answered, others) = (
@@ -189,11 +189,11 @@ def _prompt_completion(sample: Mapping[str, Any], where: str) -> Found:
             code="data.prompt_and_completion_differ",
         )
     texts = (_text(prompt, "prompt", where), _text(completion, "completion", where))
-    return Found(sample=Passage(prompt=texts[0], completion=texts[1], where=where))
+    return ParsedSample(sample=Passage(prompt=texts[0], completion=texts[1], where=where))
 
 
-def _plain(sample: Mapping[str, Any], where: str) -> Found:
-    return Found(sample=Passage(prompt="", completion=_text(sample["text"], "text", where), where=where))
+def _plain(sample: Mapping[str, Any], where: str) -> ParsedSample:
+    return ParsedSample(sample=Passage(prompt="", completion=_text(sample["text"], "text", where), where=where))
 
 
 LAYOUTS = {
@@ -223,10 +223,11 @@ LAYOUTS = {
 EXPECTED = f"{', '.join(each.looks for each in list(LAYOUTS.values())[:-1])} or {LAYOUTS['text'].looks}"
 
 
-def _conversation(turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS, unread: tuple[str, ...] = ()) -> Found:
-    kept = dialogue(turns, where, words)
-    sample = Conversation(turns=kept.turns, where=where)
-    return Found(sample=sample, leading=kept.leading, unanswered=kept.unanswered, unread=unread)
+def _conversation(
+    turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS, unread: tuple[str, ...] = ()
+) -> ParsedSample:
+    kept, dropped = dialogue(turns, where, words)
+    return ParsedSample(sample=Conversation(turns=kept, where=where), dropped_turns=dropped, unread=unread)
 
 
 def _turns(

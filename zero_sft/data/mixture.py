@@ -1,4 +1,4 @@
-"""From a recipe to a dataset: sources (`a.json,b.jsonl`, or with weights, `a.json:0.7,b.jsonl:0.3`) prepared, mixed, packed."""
+"""One dataset of several sources: prepared, mixed, packed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft.data import cache
 from zero_sft.data.dataset import Prepared, make_pipeline, open_prepared, prepare
 from zero_sft.data.packing import pack, packed_line
+from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.reader import PLAIN, Reader
-from zero_sft.data.source import parse_sources
+from zero_sft.data.source import Source, require_sources
+from zero_sft.data.templates import Template
 from zero_sft.data.workers import usable_processes
 from zero_sft.errors import DataError
 
@@ -27,31 +28,29 @@ _SOURCE = "source"  # a column that says which dataset a row is of, while they a
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """All that says how data becomes a dataset, the tokenizer apart. `paths`: see `parse_sources`.
+class DatasetSpec:
+    """All that says how data becomes a dataset, apart from the tokenizer and the chat template.
 
-    `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps everything in memory.
-    `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
+    `seed`: of a mixture by weights. `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps
+    everything in memory. `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
     """
 
-    paths: str
+    sources: tuple[Source, ...]
     model_max_length: int
-    chat_template: str | None = None
     reader: Reader = PLAIN
     lazy: bool = False
-    seed: int = 42
+    seed: int = 0
     pack: bool = False
     root: Path | None = None
     processes: int = 1
     embedding_rows: int | None = None
 
     @classmethod
-    def from_options(cls, options: Any, *, paths: str, model_max_length: int, seed: int) -> "Recipe":
-        """The recipe that arguments ask for, the job's or the data command's: `DataArguments`, or anything with its names."""
+    def from_options(cls, options: Any, *, sources: tuple[Source, ...], model_max_length: int, seed: int) -> "DatasetSpec":
+        """The dataset that arguments ask for, the job's or the data command's: `DataArguments`, or anything with its names."""
         return cls(
-            paths=paths,
+            sources=sources,
             model_max_length=model_max_length,
-            chat_template=options.chat_template,
             reader=Reader(
                 data_format=options.data_format,
                 train_on=options.train_on,
@@ -64,91 +63,74 @@ class Recipe:
             processes=options.dataset_num_proc or usable_processes(),
         )
 
+    @property
+    def name(self) -> str:
+        """The sources as they were written, for messages."""
+        return ",".join(source.text for source in self.sources)
 
-def prepare_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """`prepare` for each source of a recipe, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
+
+def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> Prepared:
+    """`prepare` for each source, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
 
     Raises:
-        DataError: as `prepare`'s and `parse_sources`'.
+        DataError: as `prepare`'s and `require_sources`'.
     """
-    pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
-    require_sources(recipe.paths)
-    return _finished([prepare(each.data, pipeline, processes=recipe.processes, root=recipe.root) for each in sources], recipe)
-
-
-def require_sources(paths: str, *, to_evaluate: bool = False) -> None:
-    """Raise `DataError` where a path names no file, before work is spent on the others. Any rank; does not communicate.
-
-    Args:
-        to_evaluate: a folder with several splits must say which one: `train` is not what is held out.
-    """
-    for source in parse_sources(paths):
-        source.data.state()
-        held_out = source.data.held_out() if to_evaluate else None
-        if held_out:
-            raise DataError(
-                f"--eval_data_path {source.data.name} has several splits. Name the one to evaluate on: "
-                f"--eval_data_path {source.data.name}:{held_out}.",
-                code="data.eval_split_unnamed",
-            )
-
-
-def require_outputs_outside(paths: str, output_dir: str) -> None:
-    """Raise `DataError` where what a run writes would be read as data by the next. Any rank; does not communicate."""
-    for source in parse_sources(paths):
-        source.data.require_outside(Path(output_dir), option="--output_dir", code="data.output_inside_data")
+    pipeline = _pipeline(spec, tokenizer, template)
+    require_sources(spec.sources)
+    parts = [prepare(source.data, pipeline, processes=spec.processes, root=spec.root) for source in spec.sources]
+    return _finished(parts, spec)
 
 
 def open_sources(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: Sequence[str], *, verify: bool = True
+    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: Sequence[str], *, verify: bool = True
 ) -> Prepared | None:
     """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it.
 
     `verify`: as `cache.find`'s.
     """
-    if recipe.root is None or (recipe.pack and cache.find(recipe.root, _packed_key(recipe, keys), verify=False) is None):
+    if spec.root is None or (spec.pack and cache.find(spec.root, _packed_key(spec, keys), verify=False) is None):
         return None
-    pipeline, sources = _pipeline(recipe, tokenizer), parse_sources(recipe.paths)
-    parts = [
-        open_prepared(recipe.root, key, each.data, pipeline, verify=verify) for key, each in zip(keys, sources, strict=True)
+    pipeline = _pipeline(spec, tokenizer, template)
+    opened = [
+        open_prepared(spec.root, key, source.data, pipeline, verify=verify)
+        for key, source in zip(keys, spec.sources, strict=True)
     ]
-    found = [each for each in parts if each is not None]
-    return _finished(found, recipe, verify=verify) if len(found) == len(sources) else None
+    parts = [part for part in opened if part is not None]
+    return _finished(parts, spec, verify=verify) if len(parts) == len(spec.sources) else None
 
 
-def _pipeline(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Pipeline:
+def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> Pipeline:
     return make_pipeline(
         tokenizer,
-        chat_template=recipe.chat_template,
-        model_max_length=recipe.model_max_length,
-        lazy=recipe.lazy,
-        reader=recipe.reader,
-        embedding_rows=recipe.embedding_rows,
+        template,
+        model_max_length=spec.model_max_length,
+        lazy=spec.lazy,
+        reader=spec.reader,
+        embedding_rows=spec.embedding_rows,
     )
 
 
-def _finished(parts: Sequence[Prepared], recipe: Recipe, *, verify: bool = True) -> Prepared:
+def _finished(parts: Sequence[Prepared], spec: DatasetSpec, *, verify: bool = True) -> Prepared:
     """The sources' rows in one dataset, packed if wanted; from the cache where they are there."""
-    mixed = mix(parts, [each.weight for each in parse_sources(recipe.paths)], recipe.seed)
-    if not recipe.pack:
+    mixed = mix(parts, [source.weight for source in spec.sources], spec.seed)
+    if not spec.pack:
         return mixed
-    if recipe.root is None:
-        dataset = pack(mixed.dataset, recipe.model_max_length)
+    if spec.root is None:
+        rows = pack(mixed.samples, spec.model_max_length)
     else:
-        length, key = recipe.model_max_length, _packed_key(recipe, mixed.keys)
+        length, key = spec.model_max_length, _packed_key(spec, mixed.keys)
 
         def write(file: Path) -> tuple[int, dict[str, Any]]:
-            return len(pack(mixed.dataset, length, str(file))), {}
+            return len(pack(mixed.samples, length, str(file))), {}
 
-        dataset, *_ = cache.keep(recipe.root, key, write, verify=verify)
-    line = packed_line(len(mixed.dataset), dataset, recipe.model_max_length)
-    return replace(mixed, dataset=dataset, notes=(*mixed.notes, line), unpacked=mixed)
+        rows, *_ = cache.keep(spec.root, key, write, verify=verify)
+    return replace(mixed, rows=rows, packing_note=packed_line(len(mixed.samples), rows, spec.model_max_length))
 
 
-def _packed_key(recipe: Recipe, keys: Sequence[str]) -> str:
-    weights = [each.weight for each in parse_sources(recipe.paths) if each.weight is not None]
-    drawn = [recipe.seed, *(f"{weight / sum(weights):.9f}" for weight in weights)] if weights else []
-    return cache.key_of("packed", list(keys), drawn, recipe.model_max_length)
+def _packed_key(spec: DatasetSpec, keys: Sequence[str]) -> str:
+    weights = [source.weight for source in spec.sources if source.weight is not None]
+    drawn = [spec.seed, *(f"{weight / sum(weights):.9f}" for weight in weights)] if weights else []
+    return cache.key_of("packed", list(keys), drawn, spec.model_max_length)
 
 
 def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -> Prepared:
@@ -161,17 +143,19 @@ def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -
 
     if len(parts) == 1:
         return parts[0]
-    rows = [each.dataset.with_format(None) for each in parts]
-    mixed, notes = datasets.concatenate_datasets(rows), ()
+    raw = [part.samples.with_format(None) for part in parts]
+    mixed, notes = datasets.concatenate_datasets(raw), ()
     if None not in weights:
-        mixed, notes = _drawn(rows, [weight or 0.0 for weight in weights], seed, [each.reports[0].file for each in parts])
+        mixed, notes = _drawn(raw, [weight or 0.0 for weight in weights], seed, [part.reports[0].file for part in parts])
     transform = parts[0].transform
+    samples = mixed if transform is None else mixed.with_transform(transform)
     return Prepared(
-        dataset=mixed if transform is None else mixed.with_transform(transform),
-        reports=tuple(report for each in parts for report in each.reports),
+        samples=samples,
+        rows=samples,
+        reports=tuple(report for part in parts for report in part.reports),
         notes=notes,
         transform=transform,
-        keys=[key for each in parts for key in each.keys],
+        keys=[key for part in parts for key in part.keys],
     )
 
 

@@ -6,8 +6,8 @@ A row is a sample as tokens, `input_ids`, `labels` and `length`; or, where token
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow
@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data.conversation import SYSTEM, Conversation, Passage, Sample, Turn
 from zero_sft.data.embedded import require_embedded
-from zero_sft.data.formats import Reading
 from zero_sft.data.labels import Example, tokenise
 from zero_sft.data.long import DROP, SPLIT, split_rounds
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import Reader
 from zero_sft.data.rendered import Rendered
 from zero_sft.data.report import MOST_SHOWN, DataReport
 from zero_sft.data.templates import Template, render
@@ -39,6 +38,20 @@ class Part:
 
     rows: pyarrow.RecordBatch
     report: DataReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rows:
+    """Columns of rows, the samples that are in them, and why others are not: as errors, or counted by reason.
+
+    `account`: what else a `DataReport` says of them.
+    """
+
+    columns: Mapping[str, list]
+    samples: Sequence[Sample]
+    bad: Sequence[str]
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    account: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,23 +79,80 @@ class Pipeline:
         Raises:
             DataError: a bad sample, unless such are skipped.
         """
-        reading = self.reader.read(objects)
-        answered = [each for each in reading.samples if self._is_answered(each)]
-        bad = list(reading.bad)
-        dropped = Counter({NO_ANSWER: len(reading.samples) - len(answered)})
-        skipped = bad if self.reader.skips_bad else None
-        if self.lazy:
-            answered, account = self._looked_at(answered, skipped)
-            texts = [json.dumps(asdict(each)) for each in answered]
-            return self._part(reading, answered, {"sample": texts}, {"bad": bad, "dropped": dropped, **account})
-        whole = list(self._examples(answered, skipped))
-        used, kept, split, lost = [], [], 0, Counter[str]()
-        for sample, example in whole:
+        parsed = self.reader.read(objects)
+        answered = [sample for sample in parsed.samples if self._is_answered(sample)]
+        made = self._text_rows(answered) if self.lazy else self._token_rows(answered)
+        rows = pyarrow.RecordBatch.from_pydict(dict(made.columns), schema=self.schema)
+        bad, dropped = [*parsed.bad, *made.bad], Counter({NO_ANSWER: len(parsed.samples) - len(answered)})
+        dropped.update(made.dropped)
+        conversations = [sample for sample in made.samples if isinstance(sample, Conversation)]
+        report = DataReport(
+            file="",
+            template=self.template.name,
+            layouts=parsed.layouts,
+            samples=len(parsed.samples) + len(parsed.bad),
+            kept=rows.num_rows,
+            turns=sum(turn.role != SYSTEM for conversation in conversations for turn in conversation.turns),
+            dropped_turns=parsed.dropped_turns,
+            unread=parsed.unread,
+            empty_answers=sum(sample.empty_answers(blank_counts=self.template.trains_on_blanks) for sample in made.samples),
+            bad=len(bad),
+            first_bad=tuple(bad[:MOST_SHOWN]),
+            dropped={reason: count for reason, count in dropped.items() if count},
+            **made.account,
+        )
+        return Part(rows=rows, report=report)
+
+    def _text_rows(self, samples: Sequence[Sample]) -> _Rows:
+        """Samples as they are, to be tokenised later, after a look at as few as tell that they can be used.
+
+        What fails on every sample fails now: so one is tokenised, and the next as long as nothing is trained on in them; all,
+        where there are ids to look for.
+        """
+        usable, bad = list(samples), list[str]()
+        if self.embedding_rows is not None:
+            tokenised, bad = self._tokenised(samples, skip_bad=self.reader.skips_bad)
+            usable = [sample for sample, _ in tokenised]
+        elif self.reader.skips_bad:
+            rendered, bad = self._rendered(samples, skip_bad=True)
+            usable = [sample for sample, _ in rendered]
+        return _Rows(
+            columns={"sample": [json.dumps(asdict(sample)) for sample in usable]},
+            samples=usable,
+            bad=bad,
+            account=self._account_of_first(usable),
+        )
+
+    def _account_of_first(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Whether anything is trained on in one of the samples, and if not, how long the shortest is."""
+        lengths = []
+        for sample in samples:
+            example = self._example(sample)
+            if example.trained_tokens:
+                return {"has_trained": True}
+            lengths.append(_length(example))
+        return {"has_trained": False, "shortest": min(lengths, default=None)}
+
+    def _token_rows(self, samples: Sequence[Sample]) -> _Rows:
+        """Samples as ids and labels. One that is too long is cut, split or dropped, as the reader says; one is dropped, too, if
+        nothing is trained on in it.
+        """
+        tokenised, bad = self._tokenised(samples, skip_bad=self.reader.skips_bad)
+        used, kept, split = list[Sample](), list[Example](), 0
+        dropped, lost = Counter[str](), Counter[str]()
+        for sample, example in tokenised:
             if self.reader.long == DROP and example.cut_tokens:
                 dropped[TOO_LONG] += 1
                 continue
-            examples = self._split(sample, example, lost, skipped)
-            trained = [each for each in examples if each.trained_tokens]
+            try:
+                examples, unanswered = self._split(sample, example)
+            except DataError as error:
+                if not self.reader.skips_bad:
+                    raise
+                bad.append(str(error))
+                continue
+            lost[NO_ANSWER] += unanswered
+            trained = [part for part in examples if part.trained_tokens]
             if trained:
                 used.append(sample)
                 kept += trained
@@ -90,105 +160,66 @@ class Pipeline:
                 lost[CUT_OFF] += len(examples) - len(trained)
             elif examples:
                 dropped[CUT_OFF if example.cut_tokens else NO_ANSWER] += 1
-        shortest = min((_length(each) for _, each in whole), default=None)
-        account = {"bad": bad, "dropped": dropped, "split": split, "lost": dict(lost), "shortest": shortest, **_counts(kept)}
-        return self._part(reading, used, _columns(kept), account)
+        shortest = min((_length(example) for _, example in tokenised), default=None)
+        account = {"split": split, "lost": dict(lost), "shortest": shortest, **_counts(kept)}
+        return _Rows(columns=_columns(kept), samples=used, bad=bad, dropped=dropped, account=account)
 
-    def _looked_at(self, samples: Sequence[Sample], bad: list[str] | None) -> tuple[list[Sample], dict[str, Any]]:
-        """The samples to be tokenised later, after a look at as few as tell that they can be used, and the account of these.
+    def _split(self, sample: Sample, example: Example) -> tuple[list[Example], int]:
+        """A sample itself, or where it is too long and to be split, its parts that have an answer, and how many have none.
 
-        What fails on every sample fails now: so one is tokenised, and the next as long as nothing is trained on in them; all,
-        where there are ids to look for.
+        Raises:
+            DataError: a part that can't be rendered.
         """
-        if self.embedding_rows is not None:
-            samples = [sample for sample, _ in self._examples(samples, bad)]
-        elif bad is not None:
-            samples = [sample for sample in samples if self._render(sample, bad) is not None]
-        shortest = None
-        for _, example in (each for sample in samples for each in self._examples([sample])):
-            if example.trained_tokens:
-                return list(samples), {"has_trained": True}
-            shortest = _length(example) if shortest is None else min(shortest, _length(example))
-        return list(samples), {"has_trained": False, "shortest": shortest}
-
-    def _part(self, reading: Reading, used: Sequence[Sample], columns: Mapping[str, list], account: Mapping[str, Any]) -> Part:
-        rows = pyarrow.RecordBatch.from_pydict(dict(columns), schema=self.schema)
-        bad, dropped = account["bad"], account["dropped"]
-        talks = [each for each in used if isinstance(each, Conversation)]
-        report = DataReport(
-            file="",
-            template=self.template.name,
-            layouts=reading.layouts,
-            samples=len(reading.samples) + len(reading.bad),
-            kept=rows.num_rows,
-            turns=sum(turn.role != SYSTEM for each in talks for turn in each.turns),
-            leading_turns=reading.leading_turns,
-            unanswered_turns=reading.unanswered_turns,
-            unread=reading.unread,
-            empty_answers=sum(each.empty_answers(blank_counts=self.template.trains_on_blanks) for each in used),
-            **{
-                **account,
-                "bad": len(bad),
-                "first_bad": tuple(bad[:MOST_SHOWN]),
-                "dropped": {reason: count for reason, count in dropped.items() if count},
-            },
-        )
-        return Part(rows=rows, report=report)
+        if self.reader.long != SPLIT or not example.cut_tokens or not isinstance(sample, Conversation):
+            return [example], 0
+        parts = split_rounds(sample, example, self.model_max_length, self._example)
+        if len(parts) == 1:
+            return [example], 0
+        examples = [of_part for part, of_part in parts if self._is_answered(part)]
+        return examples, len(parts) - len(examples)
 
     def _is_answered(self, sample: Sample) -> bool:
         return sample.answers(blank_counts=self.template.trains_on_blanks) > 0
 
-    def _examples(self, samples: Sequence[Sample], bad: list[str] | None = None) -> Iterator[tuple[Sample, Example]]:
-        """Render and tokenise, in order. What can't be rendered is left out with its error in `bad`, if that is given."""
-        rendered = [(sample, text) for sample in samples if (text := self._render(sample, bad)) is not None]
+    def _example(self, sample: Sample) -> Example:
+        ((_, example),), _ = self._tokenised([sample])
+        return example
+
+    def _tokenised(
+        self, samples: Sequence[Sample], *, skip_bad: bool = False
+    ) -> tuple[list[tuple[Sample, Example]], list[str]]:
+        """Samples as tokens, in order; with `skip_bad` also the errors of those that are left out, else the first is raised."""
+        rendered, bad = self._rendered(samples, skip_bad=skip_bad)
         examples = tokenise([text for _, text in rendered], self.tokenizer, self.model_max_length)
+        kept = []
         for (sample, text), example in zip(rendered, examples, strict=True):
-            if self.embedding_rows is not None:
-                try:
+            try:
+                if self.embedding_rows is not None:
                     require_embedded(example.input_ids, self.tokenizer, self.embedding_rows, text.where)
-                except DataError as error:
-                    if bad is None:
-                        raise
-                    bad.append(str(error))
-                    continue
-            yield sample, example
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                bad.append(str(error))
+            else:
+                kept.append((sample, example))
+        return kept, bad
 
-    def _render(self, sample: Sample, bad: list[str] | None) -> Rendered | None:
-        try:
-            return render(sample, self.template, self.tokenizer)
-        except DataError as error:
-            if bad is None:
-                raise
-            bad.append(str(error))
-            return None
-
-    def _split(self, sample: Sample, example: Example, lost: Counter[str], bad: list[str] | None) -> list[Example]:
-        """A sample itself, or its parts where it is too long and to be split; those without an answer are `lost`.
-
-        Where a part can't be rendered, nothing, with the error in `bad`, if that is given.
-        """
-        if self.reader.long != SPLIT or not example.cut_tokens or not isinstance(sample, Conversation):
-            return [example]
-
-        def tokenised(part: Sample) -> Example:
-            return next(each for _, each in self._examples([part]))
-
-        try:
-            parts = split_rounds(sample, example, self.model_max_length, tokenised)
-        except DataError as error:
-            if bad is None:
-                raise
-            bad.append(str(error))
-            return []
-        if len(parts) == 1:
-            return [example]
-        examples = [each for part, each in parts if self._is_answered(part)]
-        lost[NO_ANSWER] += len(parts) - len(examples)
-        return examples
+    def _rendered(self, samples: Sequence[Sample], *, skip_bad: bool) -> tuple[list[tuple[Sample, Rendered]], list[str]]:
+        """Samples as text; errors as `_tokenised`'s."""
+        kept, bad = [], []
+        for sample in samples:
+            try:
+                kept.append((sample, render(sample, self.template, self.tokenizer)))
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                bad.append(str(error))
+        return kept, bad
 
     def __call__(self, rows: Mapping[str, list]) -> dict[str, list]:
         """Columns of ids and labels of rows of `TEXTS`, those that are needed now."""
-        examples = [each for _, each in self._examples([_sample(json.loads(text)) for text in rows["sample"]])]
+        tokenised, _ = self._tokenised([_sample(json.loads(text)) for text in rows["sample"]])
+        examples = [example for _, example in tokenised]
         return {"input_ids": [each.input_ids for each in examples], "labels": [each.labels for each in examples]}
 
 

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from zero_sft.console.printable import on_one_line
+from zero_sft.data.conversation import LEADING, UNANSWERED
 
 MOST_SHOWN = 3
 """Errors of skipped samples that are shown."""
 
 MOST_KEYS_SHOWN = 20
+
+_COUNTED = ("dropped", "lost", "unread", "dropped_turns")
+"""Fields of a report that count by reason or key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +27,7 @@ class DataReport:
     `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
     those of the others. `shortest` is the least length of a sample, `longest` the greatest of a kept row, in tokens, before
     they are cut. `left_out` are files of a folder that are not data, and `note` is a line on its splits. `unread` are keys that
-    were not read, and in how many samples.
+    were not read, and in how many samples; `dropped_turns`, how many turns were dropped, and why.
     """
 
     file: str
@@ -40,8 +44,7 @@ class DataReport:
     dropped: Mapping[str, int] = field(default_factory=dict)
     lost: Mapping[str, int] = field(default_factory=dict)
     unread: Mapping[str, int] = field(default_factory=dict)
-    leading_turns: int = 0
-    unanswered_turns: int = 0
+    dropped_turns: Mapping[str, int] = field(default_factory=dict)
     empty_answers: int = 0
     tokens: int | None = None
     trained_tokens: int | None = None
@@ -87,8 +90,8 @@ class DataReport:
                 f"{what} longer than --model_max_length, the longest {self.longest:,} tokens: "
                 f"{counted(self.cut_tokens or 0, 'token')} cut off, {self.cut_trained_tokens:,} of them answers"
             )
-        turns = {"leading, not the user's": self.leading_turns, "last, unanswered": self.unanswered_turns}
-        if any(turns.values()):
+        if any(self.dropped_turns.values()):
+            turns = {reason: self.dropped_turns.get(reason, 0) for reason in (LEADING, UNANSWERED)}
             lines.append("turns dropped: " + listed(turns))
         if self.dropped_thoughts:
             lines.append(
@@ -124,9 +127,7 @@ def _sum(one: DataReport, other: DataReport) -> DataReport:
             "has_trained": one.has_trained or other.has_trained,
             "layouts": tuple(sorted({*one.layouts, *other.layouts})),
             "first_bad": (*one.first_bad, *other.first_bad)[:MOST_SHOWN],
-            "dropped": dict(Counter(one.dropped) + Counter(other.dropped)),
-            "lost": dict(Counter(one.lost) + Counter(other.lost)),
-            "unread": dict(Counter(one.unread) + Counter(other.unread)),
+            **{name: dict(Counter(getattr(one, name)) + Counter(getattr(other, name))) for name in _COUNTED},
         },
     )
 

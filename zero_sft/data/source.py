@@ -5,7 +5,8 @@ A folder is named as a dataset of the hub is, `folder` or `folder:split`.
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_sft.data.files import Files, is_named_as_data
@@ -22,14 +23,17 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>\w[\w.-]*)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Data, and its share of the mixture; None: all of it, once."""
+    """Data, and its share of the mixture; None: all of it, once. `text`: as it was written, for messages."""
 
     data: Data
     weight: float | None = None
+    text: str = field(default="", compare=False)
 
 
-def parse_sources(text: str) -> list[Source]:
+def parse_sources(text: str) -> tuple[Source, ...]:
     """The sources that `--data_path` names. An existing path is one source, whatever characters it has.
+
+    Looks paths up, so nodes that see other files may come to other sources. Each rank calls it once for each argument.
 
     Raises:
         DataError: an empty part, an address such as https://..., a weight that is no number above 0, or weights for some of the
@@ -41,8 +45,8 @@ def parse_sources(text: str) -> list[Source]:
             code="data.no_path",
         )
     if _exists(text):
-        return [Source(data=_data(text))]
-    sources = [_source(part.strip(), text) for part in text.split(",")]
+        return (Source(data=_data(text), text=text),)
+    sources = tuple(_source(part.strip(), text) for part in text.split(","))
     weighted = sum(each.weight is not None for each in sources)
     if 0 < weighted < len(sources):
         raise DataError(
@@ -58,6 +62,29 @@ def parse_sources(text: str) -> list[Source]:
     return sources
 
 
+def require_sources(sources: Sequence[Source], *, to_evaluate: bool = False) -> None:
+    """Raise `DataError` where a path names no file, before work is spent on the others. Any rank; does not communicate.
+
+    Args:
+        to_evaluate: a folder with several splits must say which one: `train` is not what is held out.
+    """
+    for source in sources:
+        source.data.state()
+        held_out = source.data.held_out() if to_evaluate else None
+        if held_out:
+            raise DataError(
+                f"--eval_data_path {source.data.name} has several splits. Name the one to evaluate on: "
+                f"--eval_data_path {source.data.name}:{held_out}.",
+                code="data.eval_split_unnamed",
+            )
+
+
+def require_outputs_outside(sources: Sequence[Source], output_dir: str) -> None:
+    """Raise `DataError` where what a run writes would be read as data by the next. Any rank; does not communicate."""
+    for source in sources:
+        source.data.require_outside(Path(output_dir), option="--output_dir", code="data.output_inside_data")
+
+
 def _exists(text: str) -> bool:
     return Path(text).expanduser().exists()
 
@@ -69,17 +96,17 @@ def _source(part: str, text: str) -> Source:
     if not part:
         raise DataError(f"{text!r} names an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path")
     if not colon or _exists(part):
-        return Source(data=_data(part))
+        return Source(data=_data(part), text=part)
     try:
         share = float(weight)
     except ValueError:
-        return Source(data=_data(part))
+        return Source(data=_data(part), text=part)
     if not name or not math.isfinite(share) or share <= 0:
         raise DataError(
             f"{part}: a weight is a number above 0, after a path; got {weight!r}. Write a.json:0.7,b.jsonl:0.3.",
             code="data.bad_weight",
         )
-    return Source(data=_data(name), weight=share)
+    return Source(data=_data(name), weight=share, text=part)
 
 
 def _address(part: str) -> DataError:

@@ -13,13 +13,14 @@ from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, broadcast_bytes
 from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared
-from zero_sft.data.mixture import Recipe, open_sources, prepare_sources
+from zero_sft.data.mixture import DatasetSpec, open_sources, prepare_sources
+from zero_sft.data.templates import Template
 from zero_sft.errors import DataError
 
 STAGE = "preparing the data"
 
 
-def prepare_together(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: World) -> Prepared:
+def prepare_together(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, world: World) -> Prepared:
     """`prepare_sources`, once for all ranks. Every rank; communicates.
 
     Raises:
@@ -28,22 +29,25 @@ def prepare_together(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, world: 
     own = None
     with collective_stage(world, STAGE, DOWNLOAD_TIMEOUT):
         if world.is_main:
-            own = prepare_sources(recipe, tokenizer)
+            own = prepare_sources(spec, tokenizer, template)
     told = None if own is None else json.dumps(own.keys).encode()
     keys = json.loads(broadcast_bytes(world, told))
 
     def act() -> Prepared:
-        return own or open_sources(recipe, tokenizer, keys, verify=world.leads_node) or _alone(recipe, tokenizer, keys, world)
+        opened = own or open_sources(spec, tokenizer, template, keys, verify=world.leads_node)
+        return opened or _alone(spec, tokenizer, template, keys, world)
 
     return run_stage(world, STAGE, act, main_first=True, timeout=DOWNLOAD_TIMEOUT)
 
 
-def _alone(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, keys: list[str], world: World) -> Prepared:
+def _alone(
+    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: list[str], world: World
+) -> Prepared:
     """What is not to be found on this node, prepared here."""
-    prepared = prepare_sources(recipe, tokenizer)
+    prepared = prepare_sources(spec, tokenizer, template)
     if prepared.keys != keys:
         raise DataError(
-            f"{recipe.paths} holds other data on rank {world.rank}'s node than on rank 0's. Put the data on a file system that "
+            f"{spec.name} holds other data on rank {world.rank}'s node than on rank 0's. Put the data on a file system that "
             "all nodes share, or copy it to every node.",
             code="data.differs_between_nodes",
         )

@@ -25,6 +25,10 @@ _FEW_PARTS = 8
 _MOST = 16
 """Processes by default: one reader feeds no more."""
 
+_pipeline: Pipeline | None = None
+"""The pipeline of a worker process. `_start` sets it, and `TOKENIZERS_PARALLELISM`, when the process starts; both end with the
+process. Elsewhere it stays None."""
+
 
 def usable_processes() -> int:
     """How many processes this one may keep busy, at most `_MOST`."""
@@ -70,9 +74,6 @@ def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], 
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-_pipeline: Pipeline | None = None  # a worker process's own
 
 
 def _start(pipeline: Pipeline) -> None:

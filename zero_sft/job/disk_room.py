@@ -54,7 +54,7 @@ def _sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
     export_bytes, numel = room.sizes_of(spec)
     optimizer = (ds.get("optimizer") or {}).get("type") or _value(arguments.optim)
     states = room.checkpoint_bytes(numel, room.state_bytes_of(optimizer))
-    batches = len(inputs.training_data.dataset) / (arguments.per_device_train_batch_size * world.world_size)
+    batches = len(inputs.training_data.rows) / (arguments.per_device_train_batch_size * world.world_size)
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     steps_an_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)

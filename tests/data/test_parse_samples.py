@@ -1,4 +1,4 @@
-"""`zero_sft.data.formats`: what is read, what is dropped and counted, and what is wrong with a file."""
+"""`zero_sft.data.parse_samples`: what is read, what is dropped and counted, and what is wrong with a file."""
 
 import bz2
 import gzip
@@ -10,10 +10,9 @@ import pytest
 
 from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
-from zero_sft.data.conversation import Conversation, Passage, Turn
+from zero_sft.data.conversation import LEADING, UNANSWERED, Conversation, Passage, Turn
 from zero_sft.data.files import Files
-from zero_sft.data.formats import read_samples
-from zero_sft.data.reader import Reader
+from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.source import parse_sources
 from zero_sft.shipped import shipped
 
@@ -30,7 +29,7 @@ def written(tmp_path, content, name="data.json"):
 
 def assert_refused(path, code, *values):
     with raises(f"data.{code}", *values):
-        read_samples(Files(path=path).objects())
+        PLAIN.read(Files(path=path).objects())
 
 
 @pytest.mark.parametrize("sample", [{"id": "a", "conversations": ONE}, {"id": "a", "messages": MESSAGES}])
@@ -38,7 +37,7 @@ def assert_refused(path, code, *values):
 def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
     content = "\n".join([json.dumps(sample), "", json.dumps(sample)]) + "\n" if lines else [sample, sample]
     path = written(tmp_path, content)
-    reading = read_samples(Files(path=path).objects())
+    reading = PLAIN.read(Files(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
     assert reading.layouts == ("sharegpt" if "conversations" in sample else "messages",)
     assert [each.where for each in reading.samples] == (
@@ -51,7 +50,7 @@ def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
 def test_the_text_is_kept_as_it_is(tmp_path):
     text = " 你好 😀\u2028\r\n\ttab  "
     path = written(tmp_path, json.dumps({"messages": [{"role": "user", "content": text}, *MESSAGES[1:]]}, ensure_ascii=False))
-    assert read_samples(Files(path=path).objects()).samples[0].turns[0].text == text
+    assert PLAIN.read(Files(path=path).objects()).samples[0].turns[0].text == text
 
 
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
@@ -59,7 +58,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     path.write_bytes(
         ("\ufeff" + json.dumps({"conversations": ONE}) + "\r\n" + json.dumps({"messages": MESSAGES}) + "\r\n").encode()
     )
-    reading = read_samples(Files(path=path).objects())
+    reading = PLAIN.read(Files(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
     assert reading.layouts == ("messages", "sharegpt")
 
@@ -68,16 +67,16 @@ def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
     gpt, human = {"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}
     system = {"from": "system", "value": "Be brief."}
     samples = [[gpt, *ONE], [*ONE, human], [gpt, *ONE, human], [system, gpt, *ONE], [system], [gpt], [human], []]
-    reading = read_samples(Files(path=written(tmp_path, [{"conversations": each} for each in samples])).objects())
+    reading = PLAIN.read(Files(path=written(tmp_path, [{"conversations": each} for each in samples])).objects())
     brief = Turn(role="system", text="Be brief.")
     assert [each.turns for each in reading.samples] == [TURNS, TURNS, TURNS, (brief, *TURNS), (brief,), (), (), ()]
-    assert (reading.leading_turns, reading.unanswered_turns) == (4, 3)
+    assert reading.dropped_turns == {LEADING: 4, UNANSWERED: 3}
 
 
 def test_the_shipped_samples_are_read():
-    reading = read_samples(Files(path=shipped("examples", "conversations.json")).objects())
+    reading = PLAIN.read(Files(path=shipped("examples", "conversations.json")).objects())
     assert len(reading.samples) == 100
-    assert (reading.leading_turns, reading.unanswered_turns) == (0, 0)
+    assert reading.dropped_turns == {LEADING: 0, UNANSWERED: 0}
 
 
 def test_a_line_that_breaks_off_has_its_own_number(tmp_path):
@@ -193,14 +192,14 @@ def talk(*texts):
 )  # fmt: skip
 def test_other_layouts(tmp_path, sample, expected):
     path = written(tmp_path, [sample])
-    (only,) = read_samples(Files(path=path).objects()).samples
+    (only,) = PLAIN.read(Files(path=path).objects()).samples
     assert isinstance(only, Conversation)
     assert tuple(turn if turn.role == "assistant" else Turn(role=turn.role, text=turn.text) for turn in only.turns) == expected
 
 
 def test_plain_text_is_taken_as_it_is(tmp_path):
     path = written(tmp_path, [{"prompt": "2+2=", "completion": "4"}, {"text": " a\n"}])
-    first, second = read_samples(Files(path=path).objects()).samples
+    first, second = PLAIN.read(Files(path=path).objects()).samples
     assert first == Passage(prompt="2+2=", completion="4", where=f"{path}, sample 1")
     assert second == Passage(prompt="", completion=" a\n", where=f"{path}, sample 2")
 
@@ -209,11 +208,11 @@ def test_a_layout_can_be_forced(tmp_path):
     both = {"conversations": ONE, "text": "x"}
     path = written(tmp_path, [both, {"text": "y"}])
     assert_refused(path, "several_formats", "sample 1", "`conversations` of sharegpt", "`text` of text")
-    reading = read_samples(Files(path=path).objects(), "text")
+    reading = Reader(data_format="text").read(Files(path=path).objects())
     assert [each.completion for each in reading.samples] == ["x", "y"]
     assert reading.unread == {"conversations": 1}, "said in the log"
     with raises("data.unknown_format", "sample 2", "--data_format sharegpt", "'text'"):
-        read_samples(Files(path=path).objects(), "sharegpt")
+        Reader(data_format="sharegpt").read(Files(path=path).objects())
 
 
 @pytest.mark.parametrize("module", [gzip, bz2, lzma])
@@ -222,7 +221,7 @@ def test_compressed_lines(tmp_path, module):
     path = tmp_path / "data" / f"a.jsonl{ending}"
     path.parent.mkdir()
     path.write_bytes(module.compress("\n".join([json.dumps({"messages": MESSAGES})] * 50).encode()))
-    assert len(read_samples(Files(path=path.parent).objects()).samples) == 50
+    assert len(PLAIN.read(Files(path=path.parent).objects()).samples) == 50
     whole = path.read_bytes()
     path.write_bytes(whole[:-12])
     assert_refused(path, "bad_compression")
@@ -250,7 +249,7 @@ def test_parquet_and_folders(tmp_path):
     written(folder / "inner", json.dumps({"text": "x"}), "c.jsonl")
     written(folder / ".hidden", "broken", "d.json")
     (folder / "notes.md").write_text("no data")
-    reading = read_samples(Files(path=folder).objects())
+    reading = PLAIN.read(Files(path=folder).objects())
     assert [each.where for each in reading.samples] == [
         f"{folder}/a.json, sample 1", f"{folder}/b.parquet, sample 1 (id 'a')", f"{folder}/b.parquet, sample 2 (id 'b')",
         f"{folder}/inner/c.jsonl, line 1",
@@ -264,7 +263,7 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
     lines = [json.dumps({"conversations": ONE}), "{broken", json.dumps({"conversations": [ONE[0], ONE[0]]}), '{"text": 3}']
     path = written(tmp_path, "\n".join(lines), "data.jsonl")
     assert_refused(path, "not_json", "line 2")
-    reading = read_samples(Files(path=path).objects(), skip_bad=True)
+    reading = Reader(on_bad_sample="skip").read(Files(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS]
     assert [each.split(":")[0].removeprefix(f"{path}, ") for each in reading.bad] == ["line 2", "line 3, turn 2", "line 4"]
     with raises("data.all_samples_bad", "but 1", "line 1"):
@@ -284,7 +283,7 @@ def test_turns_that_would_be_trained_on_wrongly(tmp_path, turn):
 
 
 def only_sample(tmp_path, sample):
-    (found,) = read_samples(Files(path=written(tmp_path, [sample])).objects()).samples
+    (found,) = PLAIN.read(Files(path=written(tmp_path, [sample])).objects()).samples
     return found
 
 
@@ -320,7 +319,7 @@ def test_a_link_upwards_is_not_followed(tmp_path):
     written(inside, [{"text": "inside"}])
     (inside / "up").symlink_to("..")
     (inside / "self").symlink_to(".")
-    assert [each.completion for each in read_samples(Files(path=inside).objects()).samples] == ["inside"]
+    assert [each.completion for each in PLAIN.read(Files(path=inside).objects()).samples] == ["inside"]
 
 
 def test_a_folder_that_cant_be_read_is_refused(tmp_path, monkeypatch):
@@ -362,7 +361,7 @@ def test_one_line_that_is_not_utf8(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n{"text": "\\ud83d\\ude00"}\n')
     assert_refused(path, "not_utf8", "data.jsonl, line 2")
-    reading = read_samples(Files(path=path).objects(), skip_bad=True)
+    reading = Reader(on_bad_sample="skip").read(Files(path=path).objects())
     assert ([each.completion for each in reading.samples], len(reading.bad)) == (["a", "😀"], 1)
 
 
@@ -412,7 +411,7 @@ def test_plain_text_has_one_end(tmp_path, text, prompt):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"text": text} if prompt is None else {"prompt": prompt, "completion": text}]))
     tokenizer = byte_tokenizer()
-    (row,) = prepare(path, tokenizer, model_max_length=100).dataset
+    (row,) = prepare(path, tokenizer, model_max_length=100).rows
     trained = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert trained == (text if text.endswith(" \n") and "<" not in text else "abc") + "</s>"
     assert row["input_ids"].count(tokenizer.eos_token_id) == 1
