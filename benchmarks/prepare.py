@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.data.dataset import make_pipeline, prepare
-from zero_sft.data.files import Files
-from zero_sft.data.templates import choose_template, render
+from zero_sft.data.sources.local_files import Files
+from zero_sft.data.templates.choose import choose_template, render
 from zero_sft.data.workers import AT_ONCE, usable_processes
 from zero_sft.shipped import shipped
 

@@ -59,7 +59,7 @@ def test_the_loss_curve_has_a_title(saved, tmp_path):
 
 
 def test_the_lengths_have_a_title(saved, tmp_path):
-    from zero_sft.data.cli import _draw
+    from zero_sft.commands.data import _draw
 
     _draw([1, 2, 3], tmp_path / "x.png", "3 samples of a.json")
     assert title_of(saved[0]) == "3 samples of a.json"

@@ -10,7 +10,7 @@ from tests.errors import raises
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.world import World
 from zero_sft.data.collator import Collator
-from zero_sft.data.labels import IGNORED
+from zero_sft.data.tokenize import IGNORED
 from zero_sft.errors import DataError
 from zero_sft.job.trainer import Trainer
 

@@ -75,8 +75,8 @@ def test_an_attention_that_the_config_names_and_the_machine_lacks(tmp_path):
 def test_prompts_that_the_model_can_not_read(tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
-    from zero_sft.data.templates import choose_template
-    from zero_sft.samples import require_answerable
+    from zero_sft.data.templates.choose import choose_template
+    from zero_sft.job.generation import require_answerable
 
     small_job.make(tmp_path / "opt", 1, kind="opt")
     config = AutoConfig.from_pretrained(tmp_path / "opt" / "model")
@@ -95,8 +95,8 @@ def test_an_answer_ends_where_a_table_of_positions_does(tmp_path):
     from transformers import AutoTokenizer
 
     from zero_sft import load_model
-    from zero_sft.data.templates import choose_template
-    from zero_sft.samples import answer
+    from zero_sft.data.templates.choose import choose_template
+    from zero_sft.job.generation import answer
 
     small_job.make(tmp_path, 1, kind="opt")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

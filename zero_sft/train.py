@@ -29,7 +29,7 @@ from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
 
 if TYPE_CHECKING:
-    from zero_sft.inputs import Inputs
+    from zero_sft.job.inputs import Inputs
     from zero_sft.job.timeline import Timeline
 
 logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
@@ -67,8 +67,8 @@ def run(parsed: Parsed, world: World) -> None:
         ZeroSftError: the same on every rank.
     """
     from zero_sft.cluster.stages import require_identical
-    from zero_sft.inputs import read_inputs
     from zero_sft.job.disk_room import require_room_for_run
+    from zero_sft.job.inputs import read_inputs
     from zero_sft.job.timeline import Timeline
     from zero_sft.zero.process_group import connect
 
@@ -231,7 +231,7 @@ def _with_trained_template(inputs: "Inputs") -> Any:
 
 
 def _answers(model: Any, inputs: "Inputs") -> list[str]:
-    from zero_sft.samples import answer
+    from zero_sft.job.generation import answer
 
     count = len(inputs.prompts)
     logger.info("answering %d prompt%s", count, "s" * (count != 1))

@@ -32,7 +32,7 @@ def test_other_versions_are_asked_themselves(monkeypatch):
     assert inherited.listed_specifications() is specifications()
 
 
-@pytest.mark.parametrize("command", ["zero_sft.train", "zero_sft.data.cli", "zero_sft.commands.estimate"])
+@pytest.mark.parametrize("command", ["zero_sft.train", "zero_sft.commands.data", "zero_sft.commands.estimate"])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import importlib, sys, json\n"

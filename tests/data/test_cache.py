@@ -10,11 +10,11 @@ import pytest
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
 from zero_sft.data import cache, dataset, mixture
-from zero_sft.data.files import Files
 from zero_sft.data.mixture import DatasetSpec
-from zero_sft.data.parse_samples import Reader
-from zero_sft.data.source import parse_sources, require_outputs_outside
-from zero_sft.data.templates import choose_template
+from zero_sft.data.samples.parse import Reader
+from zero_sft.data.sources.data_path import parse_sources, require_outputs_outside
+from zero_sft.data.sources.local_files import Files
+from zero_sft.data.templates.choose import choose_template
 
 
 @pytest.fixture

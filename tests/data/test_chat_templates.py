@@ -10,9 +10,9 @@ import trl
 
 from tests.data.tiny import byte_tokenizer, conversation, trained_text
 from tests.errors import raises
-from zero_sft.data.conversation import Conversation, Turn
-from zero_sft.data.labels import tokenise
-from zero_sft.data.templates import choose_template
+from zero_sft.data.samples.conversation import Conversation, Turn
+from zero_sft.data.templates.choose import choose_template
+from zero_sft.data.tokenize import tokenise
 from zero_sft.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

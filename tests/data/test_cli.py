@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
-from zero_sft.data.cli import histogram, main
-from zero_sft.data.cost import PACKED, cost_lines, padded_tokens
+from zero_sft.commands.data import histogram, main
+from zero_sft.data.padding_cost import PACKED, cost_lines, padded_tokens
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from tokenizers import processors
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.collator import Collator
-from zero_sft.data.conversation import UNANSWERED
 from zero_sft.data.dataset import require_one_batch
-from zero_sft.data.labels import IGNORED
-from zero_sft.data.parse_samples import Reader
 from zero_sft.data.pipeline import CUT_OFF, NO_ANSWER
+from zero_sft.data.samples.conversation import UNANSWERED
+from zero_sft.data.samples.parse import Reader
+from zero_sft.data.tokenize import IGNORED
 
 
 def written(tmp_path, *conversations):

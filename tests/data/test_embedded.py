@@ -1,4 +1,4 @@
-"""`zero_sft.data.embedded`: a token without an embedding is found when the data is prepared, whatever brings it."""
+"""A token without an embedding is found when the data is prepared, whatever brings it."""
 
 import json
 
@@ -7,8 +7,8 @@ import pytest
 from tests.data.tiny import CHATML, SPECIAL, byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
 from zero_sft.data.cache import key_of_rows
-from zero_sft.data.files import Files
-from zero_sft.data.parse_samples import Reader
+from zero_sft.data.samples.parse import Reader
+from zero_sft.data.sources.local_files import Files
 
 ROWS = len(SPECIAL) + 256
 

@@ -14,8 +14,8 @@ import sentencepiece
 
 from tests.data.tiny import conversation
 from tests.real_tokenizers import REAL, sentencepiece_folder
-from zero_sft.data.labels import IGNORED, tokenise
-from zero_sft.data.vicuna import VICUNA_SYSTEM, VicunaTemplate
+from zero_sft.data.templates.vicuna import VICUNA_SYSTEM, VicunaTemplate
+from zero_sft.data.tokenize import IGNORED, tokenise
 from zero_sft.hub.options import HubOptions
 from zero_sft.tokenizer.setup import set_up
 

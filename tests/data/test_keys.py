@@ -1,4 +1,4 @@
-"""`zero_sft.data.keys`: no key that says what is to be trained on is ignored, and no value that says nothing is refused."""
+"""No key that says what is to be trained on is ignored, and no value that says nothing is refused."""
 
 import json
 import re
@@ -7,9 +7,9 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
-from zero_sft.data.conversation import UNANSWERED
-from zero_sft.data.files import Files
-from zero_sft.data.parse_samples import Reader
+from zero_sft.data.samples.conversation import UNANSWERED
+from zero_sft.data.samples.parse import Reader
+from zero_sft.data.sources.local_files import Files
 from zero_sft.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]

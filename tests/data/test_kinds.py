@@ -1,4 +1,4 @@
-"""`zero_sft.data.kinds`: what is not read is said by what it is, and compressed text is read."""
+"""`zero_sft.data.sources.file_kinds`: what is not read is said by what it is, and compressed text is read."""
 
 import gzip
 import json
@@ -8,9 +8,9 @@ import pytest
 
 from tests.data.tiny import byte_tokenizer
 from tests.errors import raises
-from zero_sft.data.files import Files
-from zero_sft.data.parse_samples import PLAIN
-from zero_sft.data.templates import choose_template
+from zero_sft.data.samples.parse import PLAIN
+from zero_sft.data.sources.local_files import Files
+from zero_sft.data.templates.choose import choose_template
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 

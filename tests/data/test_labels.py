@@ -1,14 +1,14 @@
-"""`zero_sft.data.labels`: exactly the assistant's tokens, on any tokenizer, whatever the text."""
+"""`zero_sft.data.tokenize`: exactly the assistant's tokens, on any tokenizer, whatever the text."""
 
 import pytest
 from tokenizers import AddedToken, processors
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, trained_text, word_tokenizer
 from tests.errors import raises
-from zero_sft.data.conversation import Passage
-from zero_sft.data.labels import IGNORED, token_range, tokenise
-from zero_sft.data.templates import choose_template, render
-from zero_sft.data.vicuna import VICUNA_SYSTEM
+from zero_sft.data.samples.conversation import Passage
+from zero_sft.data.templates.choose import choose_template, render
+from zero_sft.data.templates.vicuna import VICUNA_SYSTEM
+from zero_sft.data.tokenize import IGNORED, token_range, tokenise
 
 SYSTEM_WORDS = VICUNA_SYSTEM.split(" ")
 WORDS = [SYSTEM_WORDS[0], *dict.fromkeys(f"▁{word}" for word in SYSTEM_WORDS[1:]), "▁USER:", "USER:", "▁ASSISTANT:", "▁Hi",

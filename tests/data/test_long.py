@@ -9,8 +9,8 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from zero_sft.data import pipeline as pipeline_module
-from zero_sft.data.parse_samples import PLAIN, Reader
-from zero_sft.data.templates import choose_template
+from zero_sft.data.samples.parse import PLAIN, Reader
+from zero_sft.data.templates.choose import choose_template
 
 THINKING = CHATML.replace(
     "{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] | trim }}"

@@ -8,10 +8,10 @@ import pytest
 from tests.data.test_dataset import trained
 from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
-from zero_sft.data.files import Files
-from zero_sft.data.hub_dataset import HubDataset
 from zero_sft.data.mixture import mix
-from zero_sft.data.source import Source, parse_sources
+from zero_sft.data.sources.data_path import Source, parse_sources
+from zero_sft.data.sources.hub_dataset import HubDataset
+from zero_sft.data.sources.local_files import Files
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from tests.data.test_dataset import written
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.collator import Collator
-from zero_sft.data.labels import IGNORED
 from zero_sft.data.packing import ISOLATING, choose_packing, pack, packed_line, position_ids
+from zero_sft.data.tokenize import IGNORED
 
 NAMED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "mixtral", "gpt_neox", "phi", "phi3", "gpt2")
 LEAKY = ("opt", "bloom", "falcon", "mamba")

@@ -1,4 +1,4 @@
-"""`zero_sft.data.parse_samples`: what is read, what is dropped and counted, and what is wrong with a file."""
+"""`zero_sft.data.samples.parse`: what is read, what is dropped and counted, and what is wrong with a file."""
 
 import bz2
 import gzip
@@ -10,10 +10,10 @@ import pytest
 
 from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
-from zero_sft.data.conversation import LEADING, UNANSWERED, Conversation, Passage, Turn
-from zero_sft.data.files import Files
-from zero_sft.data.parse_samples import PLAIN, Reader
-from zero_sft.data.source import parse_sources
+from zero_sft.data.samples.conversation import LEADING, UNANSWERED, Conversation, Passage, Turn
+from zero_sft.data.samples.parse import PLAIN, Reader
+from zero_sft.data.sources.data_path import parse_sources
+from zero_sft.data.sources.local_files import Files
 from zero_sft.shipped import shipped
 
 ONE = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]

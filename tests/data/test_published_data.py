@@ -5,7 +5,7 @@ import pytest
 from tests.data import tiny
 from tests.errors import raises
 from tests.published.data import DATA, write
-from zero_sft.data.labels import Example
+from zero_sft.data.tokenize import Example
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -11,8 +11,8 @@ from tests.data.tiny import conversation, trained_text
 from tests.errors import raises
 from tests.published import models as published_models
 from tests.real_tokenizers import PUBLISHED, published_tokenizer
-from zero_sft.data.labels import IGNORED, tokenise
-from zero_sft.data.templates import choose_template
+from zero_sft.data.templates.choose import choose_template
+from zero_sft.data.tokenize import IGNORED, tokenise
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 

@@ -1,4 +1,4 @@
-"""`zero_sft.data.splits`: what is held out is not trained on because it lies in the same folder.
+"""`zero_sft.data.sources.splits`: what is held out is not trained on because it lies in the same folder.
 
 The reference is the library `datasets`, which reads the same folders.
 """
@@ -10,9 +10,9 @@ import pytest
 from tests.data.tiny import byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
 from zero_sft.data.dataset import prepare as prepare_source
-from zero_sft.data.files import Files
-from zero_sft.data.source import parse_sources, require_sources
-from zero_sft.data.splits import split_of
+from zero_sft.data.sources.data_path import parse_sources, require_sources
+from zero_sft.data.sources.local_files import Files
+from zero_sft.data.sources.splits import split_of
 
 
 def folder_of(tmp_path, *names):

@@ -1,15 +1,15 @@
-"""`zero_sft.data.templates`: Vicuna's text to the character, and any chat template's answers found or refused."""
+"""`zero_sft.data.templates.choose`: Vicuna's text to the character, and any chat template's answers found or refused."""
 
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation
 from tests.errors import raises
-from zero_sft.data import chat
-from zero_sft.data.chat import ChatTemplate
-from zero_sft.data.conversation import ASSISTANT, TOOL, Conversation, Turn
-from zero_sft.data.habits import stops_of
-from zero_sft.data.templates import choose_template
-from zero_sft.data.vicuna import VICUNA_SYSTEM, VicunaTemplate
+from zero_sft.data.samples.conversation import ASSISTANT, TOOL, Conversation, Turn
+from zero_sft.data.templates import jinja as chat
+from zero_sft.data.templates.choose import choose_template
+from zero_sft.data.templates.jinja import ChatTemplate
+from zero_sft.data.templates.probe import stops_of
+from zero_sft.data.templates.vicuna import VICUNA_SYSTEM, VicunaTemplate
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
@@ -196,7 +196,7 @@ def test_an_answer_of_which_nothing_is_left_is_refused():
 
 
 def test_a_text_is_judged_alike_however_many_shapes_there_were(monkeypatch):
-    monkeypatch.setattr("zero_sft.data.chat._MOST_FRAMES", 1)
+    monkeypatch.setattr("zero_sft.data.templates.jinja._MOST_FRAMES", 1)
     template = with_template(QUOTED)
     for count in (1, 2):
         turns = [*conversation("a", "b").turns, *[Turn(role=TOOL, text='"5"')] * count, Turn(role=ASSISTANT, text="d")]

@@ -9,8 +9,8 @@ import trl
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, prepare
 from tests.data.tiny import trained_text as trained_tokens
 from tests.errors import raises
-from zero_sft.data.labels import tokenise
-from zero_sft.data.templates import choose_template
+from zero_sft.data.templates.choose import choose_template
+from zero_sft.data.tokenize import tokenise
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 

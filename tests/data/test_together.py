@@ -1,4 +1,4 @@
-"""`zero_sft.data.together`: rows are made once in the cluster, or once a node where nodes share no folder."""
+"""`zero_sft.data.prepare_distributed`: rows are made once in the cluster, or once a node where nodes share no folder."""
 
 import dataclasses
 import json
@@ -13,9 +13,9 @@ from zero_sft.cluster.world import World
 from zero_sft.data import dataset
 from zero_sft.data.dataset import Prepared
 from zero_sft.data.mixture import DatasetSpec
-from zero_sft.data.source import parse_sources
-from zero_sft.data.templates import choose_template
-from zero_sft.data.together import prepare_together
+from zero_sft.data.prepare_distributed import prepare_together
+from zero_sft.data.sources.data_path import parse_sources
+from zero_sft.data.templates.choose import choose_template
 
 
 @pytest.fixture

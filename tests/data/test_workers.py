@@ -10,8 +10,8 @@ from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
 from zero_sft.data import workers
 from zero_sft.data.dataset import prepare
-from zero_sft.data.files import Files
-from zero_sft.data.parse_samples import Reader
+from zero_sft.data.samples.parse import Reader
+from zero_sft.data.sources.local_files import Files
 
 
 @pytest.fixture

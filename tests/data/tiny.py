@@ -8,12 +8,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from zero_sft.data import dataset
-from zero_sft.data.conversation import Conversation, Turn
 from zero_sft.data.dataset import Prepared
-from zero_sft.data.files import Files
-from zero_sft.data.labels import IGNORED, Example
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.templates import choose_template
+from zero_sft.data.samples.conversation import Conversation, Turn
+from zero_sft.data.sources.local_files import Files
+from zero_sft.data.templates.choose import choose_template
+from zero_sft.data.tokenize import IGNORED, Example
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|eot|>")
 

@@ -13,7 +13,7 @@ from tests.hub import standin
 
 REPO = "someone/talks"
 
-COMMAND = "import sys; from zero_sft.data.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from zero_sft.commands.data import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture

@@ -2,6 +2,6 @@
 
 import sys
 
-from zero_sft.data.cli import main
+from zero_sft.commands.data import main
 
 sys.exit(main())

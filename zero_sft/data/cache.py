@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.source import Data
+from zero_sft.data.sources.data_path import Data
 from zero_sft.errors import DataError
 from zero_sft.tokenizer.fingerprint import fingerprint
 
@@ -54,7 +54,7 @@ def key_of(*parts: Any) -> str:
 
 
 def _code() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.data.labels import IGNORED
 from zero_sft.data.packing import position_ids
+from zero_sft.data.tokenize import IGNORED
 
 if TYPE_CHECKING:
     import torch

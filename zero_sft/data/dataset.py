@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from zero_sft.console import progress
 from zero_sft.data import cache
-from zero_sft.data.embedded import rows_to_check
-from zero_sft.data.layouts import EXPECTED
-from zero_sft.data.long import TRUNCATE
-from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
 from zero_sft.data.report import DataReport, counted, listed, total
-from zero_sft.data.source import Data
-from zero_sft.data.templates import Template
+from zero_sft.data.samples.embedded_tokens import rows_to_check
+from zero_sft.data.samples.overlong import TRUNCATE
+from zero_sft.data.samples.parse import PLAIN, Reader
+from zero_sft.data.samples.sample_formats import EXPECTED
+from zero_sft.data.sources.data_path import Data
+from zero_sft.data.templates.choose import Template
 from zero_sft.data.workers import make_parts
 from zero_sft.errors import DataError
 

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft.data import cache
 from zero_sft.data.dataset import Prepared, make_pipeline, open_prepared, prepare
 from zero_sft.data.packing import pack, packed_line
-from zero_sft.data.parse_samples import PLAIN, Reader
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.source import Source, require_sources
-from zero_sft.data.templates import Template
+from zero_sft.data.samples.parse import PLAIN, Reader
+from zero_sft.data.sources.data_path import Source, require_sources
+from zero_sft.data.templates.choose import Template
 from zero_sft.data.workers import usable_processes
 from zero_sft.errors import DataError
 

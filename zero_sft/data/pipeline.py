@@ -13,14 +13,14 @@ from typing import Any
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.conversation import SYSTEM, Conversation, Passage, Sample, Turn
-from zero_sft.data.embedded import require_embedded
-from zero_sft.data.labels import Example, tokenise
-from zero_sft.data.long import DROP, SPLIT, split_rounds
-from zero_sft.data.parse_samples import Reader
-from zero_sft.data.rendered import Rendered
 from zero_sft.data.report import MOST_SHOWN, DataReport
-from zero_sft.data.templates import Template, render
+from zero_sft.data.samples.conversation import SYSTEM, Conversation, Passage, Sample, Turn
+from zero_sft.data.samples.embedded_tokens import require_embedded
+from zero_sft.data.samples.overlong import DROP, SPLIT, split_rounds
+from zero_sft.data.samples.parse import Reader
+from zero_sft.data.templates.choose import Template, render
+from zero_sft.data.templates.rendered import Rendered
+from zero_sft.data.tokenize import Example, tokenise
 from zero_sft.errors import DataError
 
 NO_ANSWER = "without an answer to train on"

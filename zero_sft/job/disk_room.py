@@ -11,7 +11,7 @@ from zero_sft.arguments import Parsed
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
-from zero_sft.inputs import Inputs
+from zero_sft.job.inputs import Inputs
 
 logger = logging.getLogger("zero_sft.train")
 

@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zero_sft.data.collator import Collator
-from zero_sft.data.labels import IGNORED
+from zero_sft.data.tokenize import IGNORED
 from zero_sft.errors import DataError
 from zero_sft.job.checkpoints import SavingTrainer
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens

@@ -18,11 +18,11 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zero_sft.data.conversation import ASSISTANT, USER, Conversation
-from zero_sft.data.habits import STAND_IN, VICUNA_INSTEAD, Habits, apply
-from zero_sft.data.rendered import Rendered
-from zero_sft.data.shown import require_all_shown, require_places
-from zero_sft.data.thoughts import CLOSE, OPEN, Answer, has_thoughts, kept_at, nothing_left, split_answer
+from zero_sft.data.samples.conversation import ASSISTANT, USER, Conversation
+from zero_sft.data.templates.completeness import require_all_shown, require_places
+from zero_sft.data.templates.probe import STAND_IN, VICUNA_INSTEAD, Habits, apply
+from zero_sft.data.templates.rendered import Rendered
+from zero_sft.data.templates.thoughts import CLOSE, OPEN, Answer, has_thoughts, kept_at, nothing_left, split_answer
 from zero_sft.errors import DataError
 
 _MOST_FRAMES, _LONGEST_FRAME = 1000, 1000

@@ -4,8 +4,8 @@ import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from zero_sft.data.conversation import SYSTEM, USER, Conversation
-from zero_sft.data.labels import Example
+from zero_sft.data.samples.conversation import SYSTEM, USER, Conversation
+from zero_sft.data.tokenize import Example
 
 TRUNCATE, SPLIT, DROP = "truncate", "split", "drop"
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zero_sft.data.conversation import ASSISTANT, Passage, Sample
-from zero_sft.data.files import BadLine
-from zero_sft.data.layouts import ParsedSample, read_sample
-from zero_sft.data.long import TRUNCATE
+from zero_sft.data.samples.conversation import ASSISTANT, Passage, Sample
+from zero_sft.data.samples.overlong import TRUNCATE
+from zero_sft.data.samples.sample_formats import ParsedSample, read_sample
+from zero_sft.data.sources.local_files import BadLine
 from zero_sft.errors import DataError
 
 

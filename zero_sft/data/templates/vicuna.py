@@ -10,8 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation
-from zero_sft.data.rendered import Rendered
+from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation
+from zero_sft.data.templates.rendered import Rendered
 from zero_sft.errors import DataError
 
 VICUNA = "vicuna"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.rendered import Rendered
+from zero_sft.data.templates.rendered import Rendered
 from zero_sft.errors import DataError
 
 IGNORED = -100

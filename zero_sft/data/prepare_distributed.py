@@ -14,7 +14,7 @@ from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared
 from zero_sft.data.mixture import DatasetSpec, open_sources, prepare_sources
-from zero_sft.data.templates import Template
+from zero_sft.data.templates.choose import Template
 from zero_sft.errors import DataError
 
 STAGE = "preparing the data"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from zero_sft.data.text import COMPRESSED
+from zero_sft.data.sources.text_io import COMPRESSED
 from zero_sft.errors import DataError
 
 _LFS = b"version https://git-lfs.github.com/spec/"

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zero_sft.console.printable import on_one_line
-from zero_sft.data.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
-from zero_sft.data.keys import is_trained, renders, require_known_turn, unread_keys
-from zero_sft.data.meanings import asks_for_nothing
+from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
+from zero_sft.data.samples.key_meanings import asks_for_nothing
+from zero_sft.data.samples.keys import is_trained, renders, require_known_turn, unread_keys
 from zero_sft.errors import DataError
 
 

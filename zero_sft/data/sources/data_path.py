@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zero_sft.data.files import Files, is_named_as_data
-from zero_sft.data.hub_dataset import HubDataset
+from zero_sft.data.sources.hub_dataset import HubDataset
+from zero_sft.data.sources.local_files import Files, is_named_as_data
 from zero_sft.errors import DataError
 
 Data = Files | HubDataset

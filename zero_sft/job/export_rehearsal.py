@@ -6,7 +6,7 @@ from typing import Any
 from zero_sft.arguments import Parsed
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.data.templates import Template
+from zero_sft.data.templates.choose import Template
 from zero_sft.generation_config import eos_token_ids, inconsistent, read_generation_config, stop_at, turn_ends
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
 from zero_sft.saving.settings import rehearse_settings

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.console.printable import printable
-from zero_sft.data.conversation import ASSISTANT, USER
-from zero_sft.data.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHabit
+from zero_sft.data.samples.conversation import ASSISTANT, USER
+from zero_sft.data.templates.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHabit
 from zero_sft.errors import DataError
 
 STAND_IN = "zerosftanswer"

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from zero_sft.console.printable import on_one_line
-from zero_sft.data.text import readable
+from zero_sft.data.sources.text_io import readable
 from zero_sft.errors import DataError
 
 README, _YAML = "README.md", ".huggingface.yaml"

@@ -9,7 +9,7 @@ template can't render stand-ins. Pure.
 import json
 from collections.abc import Mapping, Sequence
 
-from zero_sft.data.conversation import ASSISTANT, SYSTEM
+from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM
 from zero_sft.errors import DataError
 
 

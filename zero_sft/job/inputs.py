@@ -16,9 +16,9 @@ from zero_sft.cluster.world import World
 from zero_sft.data.dataset import Prepared, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import Packing, choose_packing, unless_too_few
-from zero_sft.data.source import Source, parse_sources, require_outputs_outside, require_sources
-from zero_sft.data.templates import Template, choose_template
-from zero_sft.data.together import prepare_together
+from zero_sft.data.prepare_distributed import prepare_together
+from zero_sft.data.sources.data_path import Source, parse_sources, require_outputs_outside, require_sources
+from zero_sft.data.templates.choose import Template, choose_template
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.source import ModelSource
 from zero_sft.job.model_check import require_usable_model
@@ -87,10 +87,10 @@ class _Preparation:
 def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
     from zero_sft.config import prepare_config_from, text_config
-    from zero_sft.export_rehearsal import rehearse_export
     from zero_sft.hub.source import locate_model
+    from zero_sft.job.export_rehearsal import rehearse_export
+    from zero_sft.job.generation import read_prompts
     from zero_sft.loading.skeleton import attention_of
-    from zero_sft.samples import read_prompts
     from zero_sft.saving.rehearsal import rehearse_writing
     from zero_sft.saving.resume import agree_on_checkpoint
     from zero_sft.tokenizer import load_tokenizer_from
@@ -193,7 +193,7 @@ def _choose_template(name: str | None, tokenizer: Any, prompts: Sequence[str], c
     Raises:
         DataError: a template that can't be used, or a prompt that can't be answered.
     """
-    from zero_sft.samples import require_answerable
+    from zero_sft.job.generation import require_answerable
 
     with collective_stage(world, "choosing the chat template"):
         template = choose_template(name, tokenizer)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from zero_sft.console.printable import on_one_line
-from zero_sft.data.meanings import (
+from zero_sft.data.samples.key_meanings import (
     MASK,
     MEDIA,
     OTHER_TEXT,

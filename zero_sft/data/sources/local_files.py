@@ -14,10 +14,10 @@ from typing import Any
 
 from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
 from zero_sft.console.printable import on_one_line, printable
-from zero_sft.data.kinds import require_kind
-from zero_sft.data.layouts import EXPECTED
-from zero_sft.data.splits import Chosen, choose_split
-from zero_sft.data.text import COMPRESSED, open_text, readable
+from zero_sft.data.samples.sample_formats import EXPECTED
+from zero_sft.data.sources.file_kinds import require_kind
+from zero_sft.data.sources.splits import Chosen, choose_split
+from zero_sft.data.sources.text_io import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
 
 _TEXTS = (".json", ".jsonl")

@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from zero_sft.data.mixture import DatasetSpec, prepare_sources
-    from zero_sft.data.source import parse_sources
-    from zero_sft.data.templates import choose_template
+    from zero_sft.data.sources.data_path import parse_sources
+    from zero_sft.data.templates.choose import choose_template
 
     open_console(World())
     quieten_transformers(World())
@@ -156,8 +156,8 @@ def _packing(options: argparse.Namespace, config: Any) -> "Packing":
 
 def _notes(packing: "Packing", prepared: "Prepared", options: argparse.Namespace) -> list[str]:
     """How the job makes its batches, as far as those of one rank tell, and what a trained token costs."""
-    from zero_sft.data.cost import ALIKE, AT_RANDOM, PACKED, cost_lines
     from zero_sft.data.packing import unless_too_few
+    from zero_sft.data.padding_cost import ALIKE, AT_RANDOM, PACKED, cost_lines
 
     samples, batch = prepared.samples, options.per_device_train_batch_size
     job = unless_too_few(packing, _wanted(options), len(prepared.rows), batch)
@@ -176,7 +176,7 @@ def _notes(packing: "Packing", prepared: "Prepared", options: argparse.Namespace
 
 def _trained_tokens(dataset: Any) -> int:
     """Of all rows, those of a mixture as often as they are in it."""
-    from zero_sft.data.labels import IGNORED
+    from zero_sft.data.tokenize import IGNORED
 
     batches = dataset.select_columns(["labels"]).with_format("arrow").iter(10_000)
     return sum(
@@ -215,7 +215,7 @@ def _print_histogram(lengths: Sequence[int], console: "Console") -> None:
 def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") -> None:
     from rich.text import Text
 
-    from zero_sft.data.labels import IGNORED
+    from zero_sft.data.tokenize import IGNORED
 
     text = Text(f"\nsample {number + 1}, {len(sample['input_ids']):,} tokens\n", style="bold")
     runs: list[tuple[bool, list[int]]] = []

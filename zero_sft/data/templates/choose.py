@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.chat import NAMED, ChatTemplate
-from zero_sft.data.conversation import Conversation, Passage, Sample
-from zero_sft.data.habits import learn_habits
-from zero_sft.data.rendered import Rendered
-from zero_sft.data.text import read_text
-from zero_sft.data.vicuna import VICUNA, VicunaTemplate, vicuna_stop
+from zero_sft.data.samples.conversation import Conversation, Passage, Sample
+from zero_sft.data.sources.text_io import read_text
+from zero_sft.data.templates.jinja import NAMED, ChatTemplate
+from zero_sft.data.templates.probe import learn_habits
+from zero_sft.data.templates.rendered import Rendered
+from zero_sft.data.templates.vicuna import VICUNA, VicunaTemplate, vicuna_stop
 from zero_sft.errors import DataError
 
 MODEL = "model"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from zero_sft.console.printable import on_one_line
-from zero_sft.data.declared import TRAIN, declared_in
+from zero_sft.data.sources.declared_files import TRAIN, declared_in
 from zero_sft.errors import DataError
 
 _KEYWORDS = {

@@ -1,0 +1,1 @@
+"""From an object in a file to a sample: formats, keys, conversations."""

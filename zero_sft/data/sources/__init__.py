@@ -1,0 +1,1 @@
+"""Where samples come from: paths, files, folders, datasets of the hub."""

@@ -1,0 +1,1 @@
+"""From a sample to text: chat templates, and which characters the model has to write."""
