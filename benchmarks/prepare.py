@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.dataset import make_pipeline, prepare
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.dataset import make_pipeline, prepare_source
+from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.templates.choose import choose_template, render
 from zero_sft.data.workers import AT_ONCE, usable_processes
 from zero_sft.shipped import shipped
@@ -79,13 +79,13 @@ def main() -> int:
         data = Path(top) / "data.jsonl"
         conversations(options.samples, data, tokenizer)
         pipeline = make_pipeline(tokenizer, choose_template(None, tokenizer), model_max_length=4096)
-        samples = pipeline.reader.read(Files(path=data).objects()).samples
+        samples = pipeline.reader.read(LocalFiles(path=data).objects()).samples
         texts = [render(each, pipeline.template, tokenizer).text for each in samples]
         del samples
         for number in range(1, options.rounds + 1):
             alone, tokens = tokenise_alone(texts, tokenizer, options.processes)
             root, start = Path(top) / "cache", time.monotonic()
-            prepare(Files(path=data), pipeline, processes=options.processes, root=root)
+            prepare_source(LocalFiles(path=data), pipeline, processes=options.processes, root=root)
             whole = time.monotonic() - start
             shutil.rmtree(root)
             ratios.append(whole / alone)

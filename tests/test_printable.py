@@ -1,12 +1,12 @@
-"""`zero_sft.console.printable`: what a terminal would act on is written as in a Python literal, and all else as it is."""
+"""`zero_sft.printable`: what a terminal would act on is written as in a Python literal, and all else as it is."""
 
 import logging
 
 import pytest
 
 from zero_sft.console.log import _Elapsed
-from zero_sft.console.printable import on_one_line, printable
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line, printable
 
 TEXTS = [
     ("plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000", "plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000"),

@@ -10,7 +10,7 @@ from tests.errors import raises
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.world import World
 from zero_sft.data.collator import Collator
-from zero_sft.data.tokenize import IGNORED
+from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
 from zero_sft.job.trainer import Trainer
 
@@ -24,9 +24,9 @@ def trained(flat, indices, rank, *, rows, end=True, drop_last=False):
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
     )
     batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
-    batch = Trainer._without_repeated(trainer, batch, rows, len(indices), drop_last)  # pyright: ignore[reportArgumentType]
+    batch = Trainer._mask_padding_samples(trainer, batch, rows, len(indices), drop_last)  # pyright: ignore[reportArgumentType]
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
-    labels = batch["labels"][batch["labels"] != IGNORED]
+    labels = batch["labels"][batch["labels"] != IGNORE_INDEX]
     return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from zero_sft.console.printable import printable
+from zero_sft.printable import printable
 
 
 class ZeroSftError(Exception):

@@ -195,14 +195,14 @@ def _begin(output: Path, inputs: "Inputs", world: World) -> None:
 
 def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timeline: "Timeline") -> Any:
     from zero_sft.config import text_config
-    from zero_sft.job.checkpoints import Published
+    from zero_sft.job.checkpoints import PublishedModel
     from zero_sft.job.steps import StepLog
     from zero_sft.job.timeline import trainer_callback
-    from zero_sft.job.trainer import LastStepLogged, Trainer, collator_for
+    from zero_sft.job.trainer import LogLastStep, Trainer, collator_for
 
     text = text_config(model.config)
     routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    published = Published(tokenizer=_with_trained_template(inputs), config_values=routing, record=inputs.record)
+    published = PublishedModel(tokenizer=_with_trained_template(inputs), config_values=routing, record=inputs.record)
     try:
         trainer = Trainer(
             model=model,
@@ -212,7 +212,7 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
             eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
             data_collator=collator_for(model, inputs.tokenizer, arguments.pad_to_multiple_of),
-            callbacks=[trainer_callback(timeline, logger.info), LastStepLogged()],
+            callbacks=[trainer_callback(timeline, logger.info), LogLastStep()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error

@@ -47,7 +47,7 @@ def ours(settings: Settings, attention: str) -> Any:
     from zero_sft.arguments import build_training_arguments, parse
     from zero_sft.cluster.world import World
     from zero_sft.ds_config import load_ds_config
-    from zero_sft.job.checkpoints import Published
+    from zero_sft.job.checkpoints import PublishedModel
     from zero_sft.job.trainer import Trainer, collator_for
     from zero_sft.zero.process_group import connect
 
@@ -65,7 +65,8 @@ def ours(settings: Settings, attention: str) -> Any:
     model = load_model(str(settings.folder), ds_config=arguments.hf_deepspeed_config.config, attn_implementation=attention)
     tokenizer = _tokenizer()
     return Trainer(
-        model=model, args=arguments, published=Published(tokenizer=tokenizer, config_values={}), train_dataset=rows(settings),
+        model=model, args=arguments, published=PublishedModel(tokenizer=tokenizer, config_values={}),
+        train_dataset=rows(settings),
         processing_class=tokenizer, data_collator=collator_for(model, tokenizer, None),
     )  # fmt: skip
 

@@ -11,9 +11,9 @@ from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
 from zero_sft.data import cache, dataset, mixture
 from zero_sft.data.mixture import DatasetSpec
-from zero_sft.data.samples.parse import Reader
+from zero_sft.data.samples.parse import SampleParser
 from zero_sft.data.sources.data_path import parse_sources, require_outputs_outside
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.templates.choose import choose_template
 
 
@@ -52,7 +52,7 @@ def test_it_is_found_again_with_the_same_rows_and_report(data, monkeypatch):
     assert found.reports == made.reports
     memory = make_pipeline(tokenizer, model_max_length=400)
     monkeypatch.undo()
-    assert dataset.prepare(Files(path=data), memory).rows[:] == made.rows[:]
+    assert dataset.prepare_source(LocalFiles(path=data), memory).rows[:] == made.rows[:]
 
 
 def test_a_moved_file_is_the_same_data(data):
@@ -69,8 +69,8 @@ def test_a_moved_file_is_the_same_data(data):
         ({"model_max_length": 390}, None),
         ({}, "vicuna"),
         ({"lazy": True}, None),
-        ({"reader": Reader(train_on="last")}, None),
-        ({"reader": Reader(long="drop")}, None),
+        ({"reader": SampleParser(train_on="last")}, None),
+        ({"reader": SampleParser(overlong="drop")}, None),
         ({"pack": True}, None),
     ],
 )

@@ -12,7 +12,7 @@ from tests.data.tiny import byte_tokenizer, conversation, trained_text
 from tests.errors import raises
 from zero_sft.data.samples.conversation import Conversation, Turn
 from zero_sft.data.templates.choose import choose_template
-from zero_sft.data.tokenize import tokenise
+from zero_sft.data.tokenize import tokenize_rendered
 from zero_sft.errors import DataError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -39,7 +39,7 @@ def model_of(name):
 def trained(name, *texts, system=None):
     """What is trained on of a conversation, through the model's tokens."""
     tokenizer, template = model_of(name)
-    (example,) = tokenise([template.render(conversation(*texts, system=system))], tokenizer, 100_000)
+    (example,) = tokenize_rendered([template.render(conversation(*texts, system=system))], tokenizer, 100_000)
     return trained_text(example, tokenizer)
 
 
@@ -89,7 +89,7 @@ def test_white_space_is_not_taken_for_the_templates():
     tokenizer = byte_tokenizer(source)
     template = choose_template("model", tokenizer)
     for talk in (("q", "Hi"), ("q\n", "\nHi")):
-        (example,) = tokenise([template.render(conversation(*talk))], tokenizer, 1000)
+        (example,) = tokenize_rendered([template.render(conversation(*talk))], tokenizer, 1000)
         assert trained_text(example, tokenizer) == [f"{talk[1]}<|im_end|>"]
 
 

@@ -15,8 +15,8 @@ from zero_sft.data.collator import Collator
 from zero_sft.data.dataset import require_one_batch
 from zero_sft.data.pipeline import CUT_OFF, NO_ANSWER
 from zero_sft.data.samples.conversation import UNANSWERED
-from zero_sft.data.samples.parse import Reader
-from zero_sft.data.tokenize import IGNORED
+from zero_sft.data.samples.parse import SampleParser
+from zero_sft.data.tokenize import IGNORE_INDEX
 
 
 def written(tmp_path, *conversations):
@@ -34,7 +34,7 @@ def test_what_is_dropped_and_cut_is_counted(tmp_path):
     assert report.dropped == {"without an answer to train on": 2, "cut off before the first answer": 1}
     assert (report.dropped_turns[UNANSWERED], report.empty_answers, report.cut_samples) == (2, 1, 1)
     assert report.tokens == sum(prepared.rows["length"]) == sum(map(len, prepared.rows["input_ids"]))
-    assert report.trained_tokens == sum(label != IGNORED for labels in prepared.rows["labels"] for label in labels)
+    assert report.trained_tokens == sum(label != IGNORE_INDEX for labels in prepared.rows["labels"] for label in labels)
     lines = "\n".join(report.lines())
     for part in (
         "3 of 6 samples, 8 turns (format sharegpt, template model)",
@@ -67,7 +67,7 @@ def test_lazy_gives_the_same_samples(tmp_path, template):
 def test_lazy_keeps_a_sample_that_is_cut_off_without_labels(tmp_path):
     path = written(tmp_path, ("x" * 100, "b"), ("a", "b"))
     prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, lazy=True)
-    assert set(prepared.rows[0]["labels"]) == {IGNORED}
+    assert set(prepared.rows[0]["labels"]) == {IGNORE_INDEX}
     assert prepared.reports[0].tokens is None
     assert "tokenised when they are needed" in prepared.reports[0].lines()[1]
 
@@ -118,7 +118,7 @@ def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
     batch = Collator(pad_token_id=tokenizer.pad_token_id)([dataset[0], dataset[1]])
     end = tokenizer.eos_token_id
     assert batch["input_ids"][0, -4:].tolist() == [end] * 4  # the answer's own, then three of padding
-    assert batch["labels"][0, -4:].tolist() == [end, IGNORED, IGNORED, IGNORED]
+    assert batch["labels"][0, -4:].tolist() == [end, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]
     assert batch["attention_mask"][0, -4:].tolist() == [1, 0, 0, 0]
     assert batch["labels"][1, -1].item() == end
 
@@ -132,12 +132,16 @@ def test_an_end_token_that_pads_stays_in_the_loss(tmp_path):
     ],
 )
 def test_padding(multiple_of, ids, mask):
-    samples = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3], "length": 3}, {"input_ids": [4], "labels": [4], "length": 1}]
+    samples = [
+        {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3], "length": 3},
+        {"input_ids": [4], "labels": [4], "length": 1},
+    ]
     batch = Collator(pad_token_id=0, multiple_of=multiple_of)(samples)
     assert batch["input_ids"].tolist() == ids
     assert batch["attention_mask"].tolist() == mask
     expected = [
-        [token if on and token != 1 else IGNORED for token, on in zip(*row, strict=True)] for row in zip(ids, mask, strict=True)
+        [token if on and token != 1 else IGNORE_INDEX for token, on in zip(*row, strict=True)]
+        for row in zip(ids, mask, strict=True)
     ]
     assert batch["labels"].tolist() == expected
     assert {each.dtype for each in batch.values()} == {torch.int64}
@@ -145,7 +149,9 @@ def test_padding(multiple_of, ids, mask):
 
 def trained(prepared, tokenizer):
     return [
-        tokenizer.decode([token for token, label in zip(each["input_ids"], each["labels"], strict=True) if label != IGNORED])
+        tokenizer.decode(
+            [token for token, label in zip(each["input_ids"], each["labels"], strict=True) if label != IGNORE_INDEX]
+        )
         for each in prepared.rows
     ]
 
@@ -157,7 +163,7 @@ def test_which_answers_count(tmp_path, template):
     path = written(tmp_path, ("a", "bb", "c", "dd"))
     lead = " " if template == "vicuna" else ""
     assert trained(prepare(path, tokenizer, **options), tokenizer) == [f"{lead}bb{end}{lead}dd{end}"]
-    last = prepare(path, tokenizer, reader=Reader(train_on="last"), **options)
+    last = prepare(path, tokenizer, reader=SampleParser(train_on="last"), **options)
     assert trained(last, tokenizer) == [f"{lead}dd{end}"]
     flagged = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "weight": 0}]
     path.write_text(
@@ -187,7 +193,7 @@ def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
     options = {"chat_template": "vicuna", "model_max_length": 512}
     with raises("data.vicuna_without_tools", "sample 1"):
         prepare(path, byte_tokenizer(CHATML), **options)
-    report = prepare(path, byte_tokenizer(CHATML), reader=Reader(on_bad_sample="skip"), **options).reports[0]
+    report = prepare(path, byte_tokenizer(CHATML), reader=SampleParser(on_bad_sample="skip"), **options).reports[0]
     assert (report.samples, report.kept, report.bad) == (2, 1, 1)
     assert "1 bad sample skipped, such as" in "\n".join(report.lines())
     tokenizer = byte_tokenizer(CHATML)
@@ -200,7 +206,7 @@ def test_what_the_template_refuses_is_skipped_if_wished_lazily_too(tmp_path, laz
         CHATML.replace("{% for", "{% if messages[0].content == 'bad' %}{{ raise_exception('bad') }}{% endif %}{% for", 1)
     )
     path = written(tmp_path, ("bad", "a"), ("b", "c"), ("bad", "d"))
-    prepared = prepare(path, tokenizer, model_max_length=90, lazy=lazy, reader=Reader(on_bad_sample="skip"))
+    prepared = prepare(path, tokenizer, model_max_length=90, lazy=lazy, reader=SampleParser(on_bad_sample="skip"))
     assert (prepared.reports[0].bad, len(prepared.rows)) == (2, 1)
     assert prepared.rows[0]["input_ids"]
 
@@ -218,7 +224,7 @@ def test_long_conversations_are_split_between_rounds(tmp_path):
     talk = [system, *(turn for each in rounds for turn in chat(*each))]
     path.write_text(json.dumps([{"messages": talk}, {"messages": chat("x", "y")}]))
     options = {"model_max_length": 90, "chat_template": "model"}
-    prepared = prepare(path, tokenizer, reader=Reader(long="split"), **options)
+    prepared = prepare(path, tokenizer, reader=SampleParser(overlong="split"), **options)
     texts = [tokenizer.decode(each["input_ids"]) for each in prepared.rows]
     assert [text.count("<|im_start|>user") for text in texts] == [2, 1, 1, 1, 1]
     assert all(text.startswith("<|im_start|>system\nS<|im_end|>\n") for text in texts[:-1])
@@ -238,11 +244,11 @@ def test_parts_that_are_lost_are_counted_as_parts(tmp_path):
     path.write_text(
         json.dumps([{"messages": chat("x" * 100, "a", "b", "c" * 9, "d", "e" * 9)}, {"messages": chat("y" * 100, "z")}])
     )
-    (report,) = prepare(path, tokenizer, reader=Reader(long="split"), model_max_length=50).reports
+    (report,) = prepare(path, tokenizer, reader=SampleParser(overlong="split"), model_max_length=50).reports
     assert (report.split, report.kept, report.untrained_share) == (1, 2, 0.5)
     assert (report.lost, report.dropped) == ({CUT_OFF: 1}, {CUT_OFF: 1})
     assert "parts of split samples dropped: 1 cut off before the first answer" in report.lines()
-    (report,) = prepare(path, tokenizer, reader=Reader(long="split", train_on="last"), model_max_length=50).reports
+    (report,) = prepare(path, tokenizer, reader=SampleParser(overlong="split", train_on="last"), model_max_length=50).reports
     assert (report.split, report.kept) == (1, 1)
     assert report.lost == {NO_ANSWER: 2}
 
@@ -252,8 +258,8 @@ def test_a_part_that_the_template_refuses_costs_its_sample_alone(tmp_path):
     tokenizer, path = byte_tokenizer(alone + CHATML), tmp_path / "data.json"
     path.write_text(json.dumps([{"messages": chat("a", "b" * 60, "bad", "c" * 60)}, {"messages": chat("y", "z")}]))
     with raises("data.template_fails", "sample 1, part 2"):
-        prepare(path, tokenizer, reader=Reader(long="split"), model_max_length=100)
-    reader = Reader(long="split", on_bad_sample="skip")
+        prepare(path, tokenizer, reader=SampleParser(overlong="split"), model_max_length=100)
+    reader = SampleParser(overlong="split", on_bad_sample="skip")
     (report,) = (prepared := prepare(path, tokenizer, reader=reader, model_max_length=100)).reports
     assert (report.bad, report.kept, report.samples) == (1, 1, 2)
     assert "50% of the samples are bad" in prepared.warnings()[0]
@@ -261,12 +267,17 @@ def test_a_part_that_the_template_refuses_costs_its_sample_alone(tmp_path):
 
 def test_long_conversations_are_dropped_and_counted(tmp_path):
     path = written(tmp_path, ("a", "b"), ("a", "y" * 100))
-    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
+    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=SampleParser(overlong="drop"))
     assert prepared.reports[0].dropped == {"longer than --model_max_length": 1}
-    with raises("data.nothing_left", "--long truncate"):
-        prepare(written(tmp_path, ("a", "y" * 100)), byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"))
+    with raises("data.nothing_left", "--overlong truncate"):
+        prepare(
+            written(tmp_path, ("a", "y" * 100)),
+            byte_tokenizer(CHATML),
+            model_max_length=60,
+            reader=SampleParser(overlong="drop"),
+        )
     with raises("data.overlong_needs_lengths"):
-        prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=Reader(long="drop"), lazy=True)
+        prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=SampleParser(overlong="drop"), lazy=True)
 
 
 def test_what_was_not_cut_is_not_said_to_be(tmp_path):

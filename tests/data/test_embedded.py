@@ -7,8 +7,8 @@ import pytest
 from tests.data.tiny import CHATML, SPECIAL, byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
 from zero_sft.data.cache import key_of_rows
-from zero_sft.data.samples.parse import Reader
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.samples.parse import SampleParser
+from zero_sft.data.sources.local_files import LocalFiles
 
 ROWS = len(SPECIAL) + 256
 
@@ -35,7 +35,7 @@ def test_token_and_sample_are_named(tmp_path, lazy):
         prepare(path, tokenizer, embedding_rows=ROWS, **options)
     for rows in (ROWS + 2, None):
         assert len(prepare(path, tokenizer, embedding_rows=rows, **options).rows) == 3
-    skipping = prepare(path, tokenizer, embedding_rows=ROWS, reader=Reader(on_bad_sample="skip"), **options)
+    skipping = prepare(path, tokenizer, embedding_rows=ROWS, reader=SampleParser(on_bad_sample="skip"), **options)
     assert (len(skipping.rows), skipping.reports[0].bad) == (2, 1)
 
 
@@ -53,7 +53,7 @@ def test_what_is_cut_off_needs_no_embedding(tmp_path):
 
 
 def test_rows_that_were_prepared_for_a_larger_model_are_not_taken(tmp_path):
-    data = Files(path=written(tmp_path, "a"))
+    data = LocalFiles(path=written(tmp_path, "a"))
 
     def key(rows, *tokens):
         return key_of_rows(data, make_pipeline(tokenizer_with(*tokens), model_max_length=60, embedding_rows=rows))

@@ -15,7 +15,7 @@ import sentencepiece
 from tests.data.tiny import conversation
 from tests.real_tokenizers import REAL, sentencepiece_folder
 from zero_sft.data.templates.vicuna import VICUNA_SYSTEM, VicunaTemplate
-from zero_sft.data.tokenize import IGNORED, tokenise
+from zero_sft.data.tokenize import IGNORE_INDEX, tokenize_rendered
 from zero_sft.hub.options import HubOptions
 from zero_sft.tokenizer.setup import set_up
 
@@ -52,17 +52,17 @@ def published(texts, slow, longest):
     ids = slow(text)[:longest]
     ids += [UNK] * (longest - len(ids))
     labels, position = list(ids), 1
-    labels[0] = IGNORED
+    labels[0] = IGNORE_INDEX
     for part in text.split("</s>"):
         pieces = part.split(SEPARATOR)
         if part == "" or len(pieces) != 2:
             break
         masked = len(slow(pieces[0] + SEPARATOR)) - 2
-        labels[position : position + masked] = [IGNORED] * len(labels[position : position + masked])
+        labels[position : position + masked] = [IGNORE_INDEX] * len(labels[position : position + masked])
         position += len(slow(part))
-    labels[position:] = [IGNORED] * len(labels[position:])
+    labels[position:] = [IGNORE_INDEX] * len(labels[position:])
     if position < longest and position != sum(token != UNK for token in ids):
-        labels = [IGNORED] * longest
+        labels = [IGNORE_INDEX] * longest
     return ids, labels
 
 
@@ -78,9 +78,9 @@ def pair(real_models, tmp_path_factory):
 
 def ours(texts, tokenizer, longest):
     template = VicunaTemplate()
-    (example,) = tokenise([template.render(conversation(*texts))], tokenizer, longest)
+    (example,) = tokenize_rendered([template.render(conversation(*texts))], tokenizer, longest)
     pad = longest - len(example.input_ids)
-    return example.input_ids + [UNK] * pad, example.labels + [IGNORED] * pad
+    return example.input_ids + [UNK] * pad, example.labels + [IGNORE_INDEX] * pad
 
 
 KEPT = {
@@ -103,7 +103,7 @@ def test_token_for_token(pair, name, longest):
     tokenizer, slow = pair
     ids, labels = published(KEPT[name], slow, longest)
     assert ours(KEPT[name], tokenizer, longest) == (ids, labels)
-    assert longest < 2048 or any(label != IGNORED for label in labels), "FastChat trains on it"
+    assert longest < 2048 or any(label != IGNORE_INDEX for label in labels), "FastChat trains on it"
 
 
 WORDS = "a the Hello, x: USER ASSISTANT 你 好 😀 é ß \n \t def f(x) 12 ' \" <b> // … ½ 日本 \u00a0 \u200b"
@@ -122,7 +122,7 @@ def test_random_conversations(pair):
         ids, labels = published(texts, slow, longest)
         own_ids, own_labels = ours(texts, tokenizer, longest)
         assert own_ids == ids, texts
-        if any(label != IGNORED for label in labels):
+        if any(label != IGNORE_INDEX for label in labels):
             trained += 1
             assert own_labels == labels, texts
     assert trained > 200
@@ -142,9 +142,9 @@ def test_what_fastchat_loses_is_kept(pair, name):
     tokenizer, slow = pair
     texts = LOST[name]
     _, labels = published(texts, slow, 2048)
-    assert all(label == IGNORED for label in labels)
+    assert all(label == IGNORE_INDEX for label in labels)
     _, own = ours(texts, tokenizer, 2048)
-    text = tokenizer.decode([label for label in own if label != IGNORED])
+    text = tokenizer.decode([label for label in own if label != IGNORE_INDEX])
     assert all(answer in text for answer in texts[1::2])
     assert sum(label == EOS for label in own) == len(texts) // 2, "each answer ends"
 
@@ -177,5 +177,5 @@ def test_ids_by_hand(pair):
     ]
     assert pieces[start : start + len(expected)] == expected
     assert set(pieces[start + len(expected) :]) == {"<unk>"}
-    trained = [piece for piece, label in zip(pieces, labels, strict=True) if label != IGNORED]
+    trained = [piece for piece, label in zip(pieces, labels, strict=True) if label != IGNORE_INDEX]
     assert trained == ["▁Hello", ".", "</s>", "▁Yes", ".", "</s>"]

@@ -8,8 +8,8 @@ import pytest
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.samples.conversation import UNANSWERED
-from zero_sft.data.samples.parse import Reader
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.samples.parse import SampleParser
+from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -27,7 +27,7 @@ def reading_of(tmp_path, *samples, data_format=None, parquet=False):
         datasets.Dataset.from_list(list(samples)).to_parquet(path)
     else:
         path.write_text(json.dumps(samples))
-    return Reader(data_format=data_format).read(Files(path=path).objects())
+    return SampleParser(data_format=data_format).read(LocalFiles(path=path).objects())
 
 
 def answer(**marks):

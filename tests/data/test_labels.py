@@ -5,10 +5,10 @@ from tokenizers import AddedToken, processors
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, trained_text, word_tokenizer
 from tests.errors import raises
-from zero_sft.data.samples.conversation import Passage
+from zero_sft.data.samples.conversation import PromptCompletion
 from zero_sft.data.templates.choose import choose_template, render
 from zero_sft.data.templates.vicuna import VICUNA_SYSTEM
-from zero_sft.data.tokenize import IGNORED, token_range, tokenise
+from zero_sft.data.tokenize import IGNORE_INDEX, token_range, tokenize_rendered
 
 SYSTEM_WORDS = VICUNA_SYSTEM.split(" ")
 WORDS = [SYSTEM_WORDS[0], *dict.fromkeys(f"▁{word}" for word in SYSTEM_WORDS[1:]), "▁USER:", "USER:", "▁ASSISTANT:", "▁Hi",
@@ -17,7 +17,7 @@ WORDS = [SYSTEM_WORDS[0], *dict.fromkeys(f"▁{word}" for word in SYSTEM_WORDS[1
 
 def one(texts, tokenizer, template=None, longest=4096):
     chosen = choose_template(template, tokenizer)
-    (example,) = tokenise([chosen.render(conversation(*texts))], tokenizer, longest)
+    (example,) = tokenize_rendered([chosen.render(conversation(*texts))], tokenizer, longest)
     return example
 
 
@@ -30,7 +30,7 @@ def test_vicuna_ids_and_labels_exactly():
     assert example.input_ids == ids
     assert tokenizer.unk_token_id not in ids
     trained = [False] * (1 + len(system)) + [False, False, False, True, True, False, False, False, True, True]
-    assert example.labels == [token if on else IGNORED for token, on in zip(ids, trained, strict=True)]
+    assert example.labels == [token if on else IGNORE_INDEX for token, on in zip(ids, trained, strict=True)]
     assert example.trained_tokens == 4
 
 
@@ -122,18 +122,20 @@ def test_a_header_that_takes_the_white_space_behind_it_is_not_trained_on():
     tokenizer.add_tokens(
         [AddedToken("<|eot|>", special=True, rstrip=True), AddedToken("<|im_end|>", special=True, rstrip=True)]
     )
-    (example,) = tokenise([choose_template("model", tokenizer).render(conversation("Hi", "Hello."))], tokenizer, 100)
+    (example,) = tokenize_rendered([choose_template("model", tokenizer).render(conversation("Hi", "Hello."))], tokenizer, 100)
     assert trained_text(example, tokenizer) == ["Hello.<|im_end|>"]
 
 
-@pytest.mark.parametrize("sample", [conversation("Hi", "Hello."), Passage(prompt="", completion="Hello.", where="here")])
+@pytest.mark.parametrize(
+    "sample", [conversation("Hi", "Hello."), PromptCompletion(prompt="", completion="Hello.", where="here")]
+)
 def test_a_tokenizer_that_adds_an_end_of_its_own(sample):
     """The text has one already, which is trained on; a second would teach nothing."""
     tokenizer = byte_tokenizer()
     rendered = render(sample, choose_template("vicuna", tokenizer), tokenizer)
-    expected = tokenise([rendered], tokenizer, 1000)
+    expected = tokenize_rendered([rendered], tokenizer, 1000)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     assert tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
-    assert tokenise([rendered], tokenizer, 1000) == expected
+    assert tokenize_rendered([rendered], tokenizer, 1000) == expected

@@ -11,7 +11,7 @@ from tests.errors import raises
 from zero_sft.data.mixture import mix
 from zero_sft.data.sources.data_path import Source, parse_sources
 from zero_sft.data.sources.hub_dataset import HubDataset
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.sources.local_files import LocalFiles
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def files(tmp_path):
 
 def test_what_a_path_names(tmp_path):
     def files(name, weight=None):
-        return Source(data=Files(path=Path(name)), weight=weight)
+        return Source(data=LocalFiles(path=Path(name)), weight=weight)
 
     def hub(name, split="train", weight=None, config=None):
         return Source(data=HubDataset(id=name, split=split, config=config), weight=weight)

@@ -10,19 +10,19 @@ from tests.data.test_dataset import written
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.collator import Collator
-from zero_sft.data.packing import ISOLATING, choose_packing, pack, packed_line, position_ids
-from zero_sft.data.tokenize import IGNORED
+from zero_sft.data.packing import PACKABLE_MODEL_TYPES, pack, packed_line, position_ids, resolve_packing
+from zero_sft.data.tokenize import IGNORE_INDEX
 
 NAMED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "mixtral", "gpt_neox", "phi", "phi3", "gpt2")
 LEAKY = ("opt", "bloom", "falcon", "mamba")
 
 
-@pytest.mark.parametrize("model_type", sorted(ISOLATING | set(NAMED)))
+@pytest.mark.parametrize("model_type", sorted(PACKABLE_MODEL_TYPES | set(NAMED)))
 def test_they_keep_packed_samples_apart(model_type):
     """With each attention that it is packed for; flash and flex without their kernels."""
-    assert model_type in ISOLATING
+    assert model_type in PACKABLE_MODEL_TYPES
     config = architectures.tiny_config(model_type)
-    packed = [each for each in isolation.ATTENTIONS if choose_packing(None, config, attention=each, lazy=False).on]
+    packed = [each for each in isolation.ATTENTIONS if resolve_packing(None, config, attention=each, lazy=False).enabled]
     assert {"sdpa", "eager"} <= set(packed)
     assert isolation.verdict(model_type, packed) == ""
 
@@ -32,17 +32,17 @@ def test_an_attention_that_gets_no_position_ids_is_not_packed_for(model_type):
     config = architectures.tiny_config(model_type)
     assert isolation.verdict(model_type, ["flash_attention_2"]).startswith("flash_attention_2: ")
     for attention in ("flash_attention_2", "flash_attention_3"):
-        assert not choose_packing(None, config, attention=attention, lazy=False).on
+        assert not resolve_packing(None, config, attention=attention, lazy=False).enabled
     with raises("data.packing_impossible", "flash_attention_2", model_type):
-        choose_packing(True, config, attention="flash_attention_2", lazy=False)
+        resolve_packing(True, config, attention="flash_attention_2", lazy=False)
 
 
 @pytest.mark.parametrize("model_type", LEAKY)
 def test_what_leaks_is_not_packed(model_type):
     config = architectures.tiny_config(model_type)
-    assert not choose_packing(None, config, attention=None, lazy=False).on
+    assert not resolve_packing(None, config, attention=None, lazy=False).enabled
     with raises("data.packing_impossible", model_type):
-        choose_packing(True, config, attention=None, lazy=False)
+        resolve_packing(True, config, attention=None, lazy=False)
 
 
 def test_the_check_sees_a_leak():
@@ -58,13 +58,13 @@ def test_the_check_sees_a_leak():
 
 def test_when_samples_are_packed():
     llama = architectures.tiny_config("llama")
-    assert choose_packing(None, llama, attention=None, lazy=False).on
-    assert choose_packing(True, llama, attention="flash_attention_2", lazy=False).on
-    assert not choose_packing(False, llama, attention=None, lazy=False).on
-    assert "lazy_preprocess" in choose_packing(None, llama, attention=None, lazy=True).reason
-    assert "attention paged" in choose_packing(None, llama, attention="paged", lazy=False).reason
+    assert resolve_packing(None, llama, attention=None, lazy=False).enabled
+    assert resolve_packing(True, llama, attention="flash_attention_2", lazy=False).enabled
+    assert not resolve_packing(False, llama, attention=None, lazy=False).enabled
+    assert "lazy_preprocess" in resolve_packing(None, llama, attention=None, lazy=True).reason
+    assert "attention paged" in resolve_packing(None, llama, attention="paged", lazy=False).reason
     with raises("data.packing_impossible", "lazy_preprocess"):
-        choose_packing(True, llama, attention=None, lazy=True)
+        resolve_packing(True, llama, attention=None, lazy=True)
 
 
 @pytest.fixture
@@ -96,15 +96,18 @@ def test_positions_begin_anew():
 
 
 ROWS = [
-    {"input_ids": [1, 2, 3, 4], "labels": [IGNORED, 2, IGNORED, 4], "seq_lengths": [2, 2]},
-    {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7], "seq_lengths": [3]},
+    {"input_ids": [1, 2, 3, 4], "labels": [IGNORE_INDEX, 2, IGNORE_INDEX, 4], "seq_lengths": [2, 2]},
+    {"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX, 6, 7], "seq_lengths": [3]},
 ]
 
 
 def test_a_batch_of_rows():
     batch = Collator(pad_token_id=0, multiple_of=3)(ROWS)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 0, 0], [5, 6, 7, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 2, IGNORED, 4, IGNORED, IGNORED], [IGNORED, 6, 7, *[IGNORED] * 3]]
+    assert batch["labels"].tolist() == [
+        [IGNORE_INDEX, 2, IGNORE_INDEX, 4, IGNORE_INDEX, IGNORE_INDEX],
+        [IGNORE_INDEX, 6, 7, *[IGNORE_INDEX] * 3],
+    ]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 0, 1], [0, 1, 2, 0, 1, 2]]
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
 

@@ -5,7 +5,7 @@ import pytest
 from tests.data import tiny
 from tests.errors import raises
 from tests.published.data import DATA, write
-from zero_sft.data.tokenize import Example
+from zero_sft.data.tokenize import TokenizedSample
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -17,5 +17,5 @@ def test_trained_on_as_its_publisher_means_it_or_refused(name, tmp_path):
             tiny.prepare(path, tokenizer, model_max_length=4096)
         return
     (row,) = tiny.prepare(path, tokenizer, model_max_length=4096).rows
-    texts = tiny.trained_text(Example(input_ids=row["input_ids"], labels=row["labels"], trained_tokens=0), tokenizer)
+    texts = tiny.trained_text(TokenizedSample(input_ids=row["input_ids"], labels=row["labels"], trained_tokens=0), tokenizer)
     assert tuple(text.removesuffix("<|im_end|>").removesuffix("</s>") for text in texts) == expected.answers

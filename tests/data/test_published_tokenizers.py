@@ -12,7 +12,7 @@ from tests.errors import raises
 from tests.published import models as published_models
 from tests.real_tokenizers import PUBLISHED, published_tokenizer
 from zero_sft.data.templates.choose import choose_template
-from zero_sft.data.tokenize import IGNORED, tokenise
+from zero_sft.data.tokenize import IGNORE_INDEX, tokenize_rendered
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -41,7 +41,7 @@ def model_of(name):
 
 def example_of(name, *texts, system=None):
     tokenizer, template = model_of(name)
-    (example,) = tokenise([template.render(conversation(*texts, system=system))], tokenizer, 100_000)
+    (example,) = tokenize_rendered([template.render(conversation(*texts, system=system))], tokenizer, 100_000)
     return example
 
 
@@ -71,7 +71,7 @@ def test_answers_and_their_ends(name):
     assert found == [f"Hello.{middle}", f"你好,世界 👩‍👩‍👧‍👦{middle}", f"def f():\n    return 1{last}"]
     ends = {tokenizer.convert_tokens_to_ids(middle), tokenizer.convert_tokens_to_ids(last)}
     labels = example.labels
-    stops = [label for label, after in zip(labels, [*labels[1:], IGNORED], strict=True) if label != IGNORED == after]
+    stops = [label for label, after in zip(labels, [*labels[1:], IGNORE_INDEX], strict=True) if label != IGNORE_INDEX == after]
     assert len(stops) == 3
     assert set(stops) == ends, "each answer ends in one token, which stops the model"
 
@@ -83,6 +83,6 @@ def test_what_is_tokenised_is_what_will_be_at_inference(name):
     example = example_of(name, "What is 2+2?", "Four, of course.")
     asked = [{"role": "user", "content": "What is 2+2?"}]
     prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-    first = next(place for place, label in enumerate(example.labels) if label != IGNORED)
+    first = next(place for place, label in enumerate(example.labels) if label != IGNORE_INDEX)
     assert example.input_ids[: len(prompt)][:first] == prompt[:first]
     assert tokenizer.decode(example.input_ids[first:]).lstrip(" ").startswith("Four, of course.")

@@ -9,9 +9,9 @@ import pytest
 
 from tests.data.tiny import byte_tokenizer, make_pipeline, prepare
 from tests.errors import raises
-from zero_sft.data.dataset import prepare as prepare_source
+from zero_sft.data.dataset import prepare_source
 from zero_sft.data.sources.data_path import parse_sources, require_sources
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.sources.splits import split_of
 
 
@@ -31,7 +31,7 @@ def folder_of(tmp_path, *names):
 
 
 def read(folder, split=None):
-    return [each["text"] for each, _ in Files(path=folder, split=split).objects()]
+    return [each["text"] for each, _ in LocalFiles(path=folder, split=split).objects()]
 
 
 SHARDS = ("data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet")
@@ -96,8 +96,8 @@ def test_several_splits_without_a_train_are_asked_for(tmp_path):
 def test_folders_without_several_splits(tmp_path, names, taken, note):
     folder = folder_of(tmp_path, *names)
     assert read(folder) == sorted(read(folder)) == sorted(names)[:taken]
-    assert Files(path=folder).note().startswith(note)
-    assert bool(Files(path=folder).note()) == bool(note)
+    assert LocalFiles(path=folder).note().startswith(note)
+    assert bool(LocalFiles(path=folder).note()) == bool(note)
 
 
 def test_a_readme_says_which_files_are_which(tmp_path):
@@ -155,18 +155,18 @@ def test_declared_files_alone_are_read_as_the_library_does(tmp_path, yaml, names
     else:
         assert sorted(found["train"]["text"]) == taken
     assert read(folder) == taken
-    assert "left out: " in Files(path=folder).note()
+    assert "left out: " in LocalFiles(path=folder).note()
 
 
 def test_the_log_says_what_is_not_declared(tmp_path):
     folder = declaring(tmp_path, config(data_files=A_SPLIT), "a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")
-    assert Files(path=folder).note() == (
+    assert LocalFiles(path=folder).note() == (
         f"split train read; left out: not declared in README.md (2 files), test (1 file). Name another as {folder}:test"
     )
     with raises("data.eval_split_unnamed"):
         require_sources(parse_sources(str(folder)), to_evaluate=True)
     folder = declaring(tmp_path / "other", config(data_files="a.jsonl"), "a.jsonl", "test.jsonl")
-    assert Files(path=folder).note() == "split train read; left out: not declared in README.md (1 file)"
+    assert LocalFiles(path=folder).note() == "split train read; left out: not declared in README.md (1 file)"
     require_sources(parse_sources(str(folder)), to_evaluate=True)
 
 
@@ -255,6 +255,6 @@ def test_a_model_inside_the_data_is_named(tmp_path):
         read(folder)
     (folder / "README.md").write_text(f"---\n{config(data_files='a.jsonl')}\n---\n")
     assert read(folder) == ["a.jsonl"]
-    assert [each["text"] for each, _ in Files(path=folder / "run/checkpoint-1/config.json").objects()] == [
+    assert [each["text"] for each, _ in LocalFiles(path=folder / "run/checkpoint-1/config.json").objects()] == [
         "run/checkpoint-1/config.json"
     ]

@@ -8,7 +8,7 @@ from zero_sft.data.samples.conversation import ASSISTANT, TOOL, Conversation, Tu
 from zero_sft.data.templates import jinja as chat
 from zero_sft.data.templates.choose import choose_template
 from zero_sft.data.templates.jinja import ChatTemplate
-from zero_sft.data.templates.probe import stops_of
+from zero_sft.data.templates.probe import find_turn_ends
 from zero_sft.data.templates.vicuna import VICUNA_SYSTEM, VicunaTemplate
 
 LLAMA3 = (
@@ -252,7 +252,7 @@ def test_a_template_that_fails_is_named_with_the_sample():
     ],
 )
 def test_what_ends_an_answer(middle, last, stops):
-    assert stops_of(middle, last, ("<|user|>", "<|end|>", "<|a|>")) == stops
+    assert find_turn_ends(middle, last, ("<|user|>", "<|end|>", "<|a|>")) == stops
 
 
 def test_choice():

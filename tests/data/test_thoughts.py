@@ -10,7 +10,7 @@ from tests.data.tiny import CHATML, byte_tokenizer, conversation, prepare
 from tests.data.tiny import trained_text as trained_tokens
 from tests.errors import raises
 from zero_sft.data.templates.choose import choose_template
-from zero_sft.data.tokenize import tokenise
+from zero_sft.data.tokenize import tokenize_rendered
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 
@@ -35,7 +35,7 @@ def tokenizer_of(template):
 def rendered_and_trained(template, *texts):
     tokenizer = tokenizer_of(template)
     rendered = choose_template("model", tokenizer).render(conversation(*texts))
-    (example,) = tokenise([rendered], tokenizer, 100_000)
+    (example,) = tokenize_rendered([rendered], tokenizer, 100_000)
     return rendered, trained_tokens(example, tokenizer)
 
 

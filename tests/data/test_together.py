@@ -11,9 +11,9 @@ from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.stages import require_identical
 from zero_sft.cluster.world import World
 from zero_sft.data import dataset
-from zero_sft.data.dataset import Prepared
+from zero_sft.data.dataset import PreparedDataset
 from zero_sft.data.mixture import DatasetSpec
-from zero_sft.data.prepare_distributed import prepare_together
+from zero_sft.data.prepare_distributed import prepare_distributed
 from zero_sft.data.sources.data_path import parse_sources
 from zero_sft.data.templates.choose import choose_template
 
@@ -32,9 +32,9 @@ def cluster() -> World:
     return dataclasses.replace(world, local_rank=world.rank % 2, local_world_size=2)
 
 
-def prepare(spec: DatasetSpec, world: World) -> Prepared:
+def prepare(spec: DatasetSpec, world: World) -> PreparedDataset:
     tokenizer = byte_tokenizer(CHATML)
-    return prepare_together(spec, tokenizer, choose_template(None, tokenizer), world)
+    return prepare_distributed(spec, tokenizer, choose_template(None, tokenizer), world)
 
 
 def prepared_by(spec: DatasetSpec, world: World) -> list[int]:

@@ -9,9 +9,9 @@ import pytest
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from tests.errors import raises
 from zero_sft.data import workers
-from zero_sft.data.dataset import prepare
-from zero_sft.data.samples.parse import Reader
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.dataset import prepare_source
+from zero_sft.data.samples.parse import SampleParser
+from zero_sft.data.sources.local_files import LocalFiles
 
 
 @pytest.fixture
@@ -23,12 +23,14 @@ def data(tmp_path, monkeypatch):
              for n in range(400)]  # fmt: skip
     lines[333] = "{broken"
     path.write_text("\n".join(lines))
-    return Files(path=path)
+    return LocalFiles(path=path)
 
 
 def test_processes_make_what_one_makes(data, tmp_path):
-    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip", long="split"))
-    one, two = (prepare(data, pipeline, processes=processes, root=tmp_path / f"{processes}") for processes in (1, 2))
+    pipeline = make_pipeline(
+        byte_tokenizer(CHATML), model_max_length=80, reader=SampleParser(on_bad_sample="skip", overlong="split")
+    )
+    one, two = (prepare_source(data, pipeline, processes=processes, root=tmp_path / f"{processes}") for processes in (1, 2))
     assert two.rows[:] == one.rows[:]
     assert two.reports == one.reports
     assert two.reports[0].bad == 1
@@ -38,11 +40,11 @@ def test_processes_make_what_one_makes(data, tmp_path):
 def test_the_first_error_of_the_stream_is_raised(data):
     pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80)
     with raises("data.not_json", "line 334"):
-        prepare(data, pipeline, processes=2)
+        prepare_source(data, pipeline, processes=2)
 
 
 def test_a_process_that_dies_is_an_error_with_a_remedy(data):
-    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip"))
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=SampleParser(on_bad_sample="skip"))
     parts = workers.make_parts(pipeline, data.objects(), 2)
     next(parts)
     for child in workers.multiprocessing.active_children():
@@ -54,5 +56,5 @@ def test_a_process_that_dies_is_an_error_with_a_remedy(data):
 def test_few_objects_start_no_processes(data, monkeypatch):
     monkeypatch.setattr(workers, "_side_by_side", lambda *_: pytest.fail("started"))
     monkeypatch.setattr(workers, "AT_ONCE", 500)
-    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=Reader(on_bad_sample="skip"))
-    assert prepare(data, pipeline, processes=8).reports[0].samples == 400
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=SampleParser(on_bad_sample="skip"))
+    assert prepare_source(data, pipeline, processes=8).reports[0].samples == 400

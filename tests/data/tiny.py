@@ -8,12 +8,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from zero_sft.data import dataset
-from zero_sft.data.dataset import Prepared
+from zero_sft.data.dataset import PreparedDataset
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.samples.conversation import Conversation, Turn
-from zero_sft.data.sources.local_files import Files
+from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.templates.choose import choose_template
-from zero_sft.data.tokenize import IGNORED, Example
+from zero_sft.data.tokenize import IGNORE_INDEX, TokenizedSample
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|eot|>")
 
@@ -56,9 +56,9 @@ def make_pipeline(tokenizer: PreTrainedTokenizerBase, chat_template: str | None 
     return dataset.make_pipeline(tokenizer, choose_template(chat_template, tokenizer), **options)
 
 
-def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Prepared:
+def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreparedDataset:
     """A file or folder as a dataset in memory."""
-    return dataset.prepare(Files(path=Path(path)), make_pipeline(tokenizer, **options))
+    return dataset.prepare_source(LocalFiles(path=Path(path)), make_pipeline(tokenizer, **options))
 
 
 def conversation(*texts: str, system: str | None = None) -> Conversation:
@@ -68,14 +68,14 @@ def conversation(*texts: str, system: str | None = None) -> Conversation:
     return Conversation(turns=(*first, *turns), where="here")
 
 
-def trained_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def trained_text(example: TokenizedSample, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The runs of tokens that are trained on, decoded."""
     runs: list[list[int]] = []
-    previous = IGNORED
+    previous = IGNORE_INDEX
     for token, label in zip(example.input_ids, example.labels, strict=True):
-        assert label in (token, IGNORED)
-        if label != IGNORED:
-            if previous == IGNORED:
+        assert label in (token, IGNORE_INDEX)
+        if label != IGNORE_INDEX:
+            if previous == IGNORE_INDEX:
                 runs.append([])
             runs[-1].append(token)
         previous = label

@@ -67,7 +67,7 @@ class DataArguments:
     on_bad_sample: Literal["error", "skip"] = field(
         default="error", metadata={"help": "What a sample that can't be used does: end the run, or be left out and reported."}
     )
-    long: Literal["truncate", "split", "drop"] = field(
+    overlong: Literal["truncate", "split", "drop"] = field(
         default="truncate",
         metadata={"help": "Samples longer than model_max_length: cut at the end, split between rounds, or dropped."},
     )

@@ -3,130 +3,124 @@
 python -m zero_sft.data --model_name_or_path /models/Llama-3.1-8B --data_path my.json --show 3
 """
 
-import argparse
+import logging
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.arguments.shared import shared_options, shared_translations
 from zero_sft.cluster.world import World
 from zero_sft.console.log import open_console, quieten_transformers
-from zero_sft.console.printable import printable
-from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.console.plots import new_figure, save_figure
+from zero_sft.errors import ZeroSftError
+from zero_sft.options.command import Command
+from zero_sft.options.help import wants_help, write_help
+from zero_sft.options.spec import specs_of
+from zero_sft.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from zero_sft.data.dataset import Prepared
-    from zero_sft.data.packing import Packing
+    from zero_sft.data.dataset import PreparedDataset
+    from zero_sft.data.packing import PackingDecision
     from zero_sft.hub.source import ModelSource
+
+logger = logging.getLogger("zero_sft.data")
 
 BINS = 12
 _BAR = 40  # characters of the longest bar
 
 
+_HUB = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
+_DATA = ("data_path", "chat_template", "data_format", "train_on", "on_bad_sample", "overlong", "packing", "dataset_num_proc",
+         "data_cache_dir")  # fmt: skip
+_TRAINING = ("model_max_length", "per_device_train_batch_size", "seed", "data_seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportArguments:
+    """What is shown."""
+
+    show: int = field(
+        default=0, metadata={"help": "Print the first samples, this many, with what is trained on in colour or ⟦brackets⟧."}
+    )
+    plot: str | None = field(default=None, metadata={"help": "A picture to draw: the histogram of lengths."})
+
+
+def command() -> Command:
+    """The command and its options."""
+    model = [*shared_options(["model_name_or_path"], default=None), *shared_options(_HUB)]
+    data, training = shared_options(_DATA), shared_options(_TRAINING)
+    return Command(
+        program="python -m zero_sft.data",
+        description="Show what a training will see of its data: counts, lengths, and samples with what is trained on marked.",
+        groups={"Model": model, "Data": data, "Training": training, "Output": list(specs_of(ReportArguments, "").values())},
+        required=("model_name_or_path", "data_path"),
+        positive=("model_max_length", "per_device_train_batch_size", "dataset_num_proc"),
+        translations=shared_translations([*model, *data, *training]),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = parser().parse_args(argv)
-    from rich.console import Console
-
-    from zero_sft.data.mixture import DatasetSpec, prepare_sources
-    from zero_sft.data.sources.data_path import parse_sources
-    from zero_sft.data.templates.choose import choose_template
-
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv):
+        return write_help(argv, command().help_text)
     open_console(World())
-    quieten_transformers(World())
-    console = Console(soft_wrap=True, highlight=False, emoji=False)
     try:
-        source = _source(options)
-        tokenizer, config = _tokenizer(source, options), _config(source, options)
-        packing = _packing(options, config)
-        template = choose_template(options.chat_template, tokenizer)
-        sources = parse_sources(options.data_path)
-        spec = DatasetSpec.from_options(options, sources=sources, model_max_length=options.model_max_length, seed=options.seed)
-        rows = getattr(config, "vocab_size", None)
-        prepared = prepare_sources(replace(spec, pack=packing.on, embedding_rows=rows), tokenizer, template)
-        samples, lengths = prepared.samples, prepared.samples["length"]
-        notes = _notes(packing, prepared, options)
-        for line in [*prepared.lines(), *prepared.warnings(), *notes]:
-            console.print(printable(line), markup=False)
-        _print_histogram(lengths, console)
-        for number in range(min(options.show, len(samples))):
-            _print_sample(number, samples[number], tokenizer, console)
-        if options.plot:
-            _draw(lengths, options.plot, f"{len(lengths):,} samples of {options.data_path}")
-            console.print(f"lengths drawn in {options.plot}", markup=False)
+        options, notes = command().read(argv)
+        for note in notes:
+            logger.info(note)
+        _report(options)
     except ZeroSftError as error:
         sys.stderr.write(f"error: {error.with_code}\n")
         return 2
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments; names, meanings and defaults are the job's."""
-    from zero_sft.arguments.inherited import listed_specifications
+def _report(options: Any) -> None:
+    from rich.console import Console
 
-    specs = listed_specifications()
-    length, batch, seed = (specs[name].default for name in ("model_max_length", "per_device_train_batch_size", "seed"))
-    result = argparse.ArgumentParser(prog="python -m zero_sft.data", description="What a training will see of its data.")
-    add = result.add_argument
-    add("--model_name_or_path", required=True, help="whose tokenizer: a folder or a hub id")
-    add("--data_path", required=True, help="a file, a folder, or several as a.json:0.7,b.jsonl:0.3")
-    add("--model_max_length", type=int, default=length, help=f"tokens of a sample at most (default {length})")
-    add("--chat_template", help="vicuna, chatml, llama3, model or a Jinja file")
-    add("--data_format", choices=("sharegpt", "messages", "alpaca", "prompt_completion", "text"))
-    add("--train_on", choices=("all", "last"), default="all")
-    add("--on_bad_sample", choices=("error", "skip"), default="error")
-    add("--long", choices=("truncate", "split", "drop"), default="truncate")
-    for name in ("--revision", "--cache_dir", "--subfolder"):
-        add(name, help="of the tokenizer, as in transformers")
-    add("--trust_remote_code", choices=("True", "False"), default="False", metavar="True|False")
-    add(
-        "--show",
-        type=_number,
-        default=0,
-        metavar="N",
-        help="print the first N samples, what is trained on in colour or ⟦brackets⟧",
+    from zero_sft.data.mixture import DatasetSpec, prepare_sources
+    from zero_sft.data.sources.data_path import parse_sources
+    from zero_sft.data.templates.choose import choose_template
+
+    quieten_transformers(World())
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
+    options.lazy_preprocess = False  # the report is about lengths
+    source = _source(options)
+    tokenizer, config = _tokenizer(source, options), _config(source, options)
+    packing = _packing(options, config)
+    template = choose_template(options.chat_template, tokenizer)
+    seed = options.seed if options.data_seed is None else options.data_seed
+    spec = DatasetSpec.from_options(
+        options, sources=parse_sources(options.data_path), model_max_length=options.model_max_length, seed=seed
     )
-    add("--packing", choices=("True", "False"), help="by default where the model keeps packed samples apart")
-    add(
-        "--per_device_train_batch_size",
-        type=_count,
-        default=batch,
-        help=f"samples of a batch, for the cost of padding (default {batch})",
-    )
-    add("--seed", type=_number, default=seed, help="of weighted mixtures; the job's --data_seed or --seed")
-    add("--dataset_num_proc", type=_count, help="processes that prepare; by default one a core, 16 at most")
-    add("--data_cache_dir", help="where prepared data is kept, for the job to find")
-    result.set_defaults(lazy_preprocess=False)  # the lengths are what one is here for
-    add("--plot", type=Path, metavar="PNG", help="draw the histogram of lengths")
-    return result
+    rows = getattr(config, "vocab_size", None)
+    prepared = prepare_sources(replace(spec, pack=packing.enabled, embedding_rows=rows), tokenizer, template)
+    samples, lengths = prepared.samples, prepared.samples["length"]
+    for line in [*prepared.lines(), *prepared.warnings(), *_notes(packing, prepared, options)]:
+        console.print(printable(line), markup=False)
+    _print_histogram(lengths, console)
+    for number in range(min(options.show, len(samples))):
+        _print_sample(number, samples[number], tokenizer, console)
+    if options.plot:
+        _draw(lengths, Path(options.plot), f"{len(lengths):,} samples of {options.data_path}")
+        console.print(f"lengths drawn in {options.plot}", markup=False)
 
 
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if _number(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
-
-
-def _source(options: argparse.Namespace) -> "ModelSource":
+def _source(options: Any) -> "ModelSource":
     from zero_sft.hub.options import HubOptions
     from zero_sft.hub.source import locate_model_alone
 
-    given = {name: getattr(options, name) for name in ("revision", "cache_dir", "subfolder") if getattr(options, name)}
-    hub = HubOptions(trust_remote_code=options.trust_remote_code == "True", **given)
+    hub = HubOptions(**{option.name: getattr(options, option.name) for option in fields(HubOptions) if option.name in _HUB})
     return locate_model_alone(options.model_name_or_path, hub)
 
 
-def _tokenizer(source: "ModelSource", options: argparse.Namespace) -> Any:
+def _tokenizer(source: "ModelSource", options: Any) -> Any:
     from zero_sft.tokenizer import TokenizerSpec
 
     spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
@@ -135,52 +129,47 @@ def _tokenizer(source: "ModelSource", options: argparse.Namespace) -> Any:
     return tokenizer
 
 
-def _wanted(options: argparse.Namespace) -> bool | None:
-    """What `--packing` says."""
-    return None if options.packing is None else options.packing == "True"
-
-
-def _config(source: "ModelSource", options: argparse.Namespace) -> Any:
+def _config(source: "ModelSource", options: Any) -> Any:
     """The language model's."""
     from zero_sft.config import prepare_config_from, text_config
 
     return text_config(prepare_config_from(source, World(), model_max_length=options.model_max_length))
 
 
-def _packing(options: argparse.Namespace, config: Any) -> "Packing":
+def _packing(options: Any, config: Any) -> "PackingDecision":
     """As the job would decide."""
-    from zero_sft.data.packing import choose_packing
+    from zero_sft.data.packing import resolve_packing
 
-    return choose_packing(_wanted(options), config, attention=None, lazy=options.lazy_preprocess)
+    return resolve_packing(options.packing, config, attention=None, lazy=options.lazy_preprocess)
 
 
-def _notes(packing: "Packing", prepared: "Prepared", options: argparse.Namespace) -> list[str]:
+def _notes(packing: "PackingDecision", prepared: "PreparedDataset", options: Any) -> list[str]:
     """How the job makes its batches, as far as those of one rank tell, and what a trained token costs."""
-    from zero_sft.data.packing import unless_too_few
+    from zero_sft.data.packing import packing_unless_too_few
     from zero_sft.data.padding_cost import ALIKE, AT_RANDOM, PACKED, cost_lines
 
     samples, batch = prepared.samples, options.per_device_train_batch_size
-    job = unless_too_few(packing, _wanted(options), len(prepared.rows), batch)
-    lines = [prepared.packing_note if job.on else f"not packed: {job.reason}"]
+    job = packing_unless_too_few(packing, options.packing, len(prepared.rows), batch)
+    lines = [prepared.packing_note if job.enabled else f"not packed: {job.reason}"]
     if len(samples) < batch:
         lines.append(f"too few to train on: a batch of one rank needs {batch} (--per_device_train_batch_size)")
     return lines + cost_lines(
         samples["length"],
         trained_tokens=_trained_tokens(samples),
         window=options.model_max_length,
-        packed_rows=len(prepared.rows) if packing.on else None,
+        packed_rows=len(prepared.rows) if packing.enabled else None,
         batch_size=batch,
-        chosen=PACKED if job.on else ALIKE if _wanted(options) is None else AT_RANDOM,
+        chosen=PACKED if job.enabled else ALIKE if options.packing is None else AT_RANDOM,
     )
 
 
 def _trained_tokens(dataset: Any) -> int:
     """Of all rows, those of a mixture as often as they are in it."""
-    from zero_sft.data.tokenize import IGNORED
+    from zero_sft.data.tokenize import IGNORE_INDEX
 
     batches = dataset.select_columns(["labels"]).with_format("arrow").iter(10_000)
     return sum(
-        int((chunk.flatten().to_numpy() != IGNORED).sum()) for batch in batches for chunk in batch.column("labels").chunks
+        int((chunk.flatten().to_numpy() != IGNORE_INDEX).sum()) for batch in batches for chunk in batch.column("labels").chunks
     )
 
 
@@ -215,13 +204,13 @@ def _print_histogram(lengths: Sequence[int], console: "Console") -> None:
 def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") -> None:
     from rich.text import Text
 
-    from zero_sft.data.tokenize import IGNORED
+    from zero_sft.data.tokenize import IGNORE_INDEX
 
     text = Text(f"\nsample {number + 1}, {len(sample['input_ids']):,} tokens\n", style="bold")
     runs: list[tuple[bool, list[int]]] = []
     for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-        if not runs or runs[-1][0] != (label != IGNORED):
-            runs.append((label != IGNORED, []))
+        if not runs or runs[-1][0] != (label != IGNORE_INDEX):
+            runs.append((label != IGNORE_INDEX, []))
         runs[-1][1].append(token)
     for trained, tokens in runs:
         words = printable(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
@@ -232,23 +221,11 @@ def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") 
 
 
 def _draw(lengths: Sequence[int], path: Path, title: str) -> None:
-    """The histogram as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    """Draw the histogram as a picture."""
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
     axes.hist(lengths, bins=50, color="tab:green")
     axes.set_title(title, fontsize="medium", wrap=True)
     axes.set_xlabel("tokens of a sample, at most --model_max_length")
     axes.set_ylabel("samples")
-    figure.tight_layout()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(
-            f"--plot {path} can't be written: {error}. Name a .png in a folder that exists.", code="arguments.plot_unwritable"
-        ) from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.console.printable import printable
+from zero_sft.printable import printable
 
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "httpx", "filelock", "matplotlib", "torch.distributed")
 _SAID_OTHERWISE = "Setting accelerator to CPU"

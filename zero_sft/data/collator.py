@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.data.packing import position_ids
-from zero_sft.data.tokenize import IGNORED
+from zero_sft.data.tokenize import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def _tokens(samples: Sequence[Mapping[str, Sequence[int]]], width: int, pad: int
 
     batch = {
         "input_ids": torch.full((len(samples), width), pad, dtype=torch.int64),
-        "labels": torch.full((len(samples), width), IGNORED, dtype=torch.int64),
+        "labels": torch.full((len(samples), width), IGNORE_INDEX, dtype=torch.int64),
     }
     for row, sample in enumerate(samples):
         for name, tensor in batch.items():

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from zero_sft.console import progress
 from zero_sft.data import cache
-from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Part, Pipeline
+from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Pipeline, RowBatch
 from zero_sft.data.report import DataReport, counted, listed, total
 from zero_sft.data.samples.embedded_tokens import rows_to_check
 from zero_sft.data.samples.overlong import TRUNCATE
-from zero_sft.data.samples.parse import PLAIN, Reader
+from zero_sft.data.samples.parse import PLAIN, SampleParser
 from zero_sft.data.samples.sample_formats import EXPECTED
 from zero_sft.data.sources.data_path import Data
 from zero_sft.data.templates.choose import Template
@@ -38,7 +38,7 @@ _MANY = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedDataset:
     """Datasets of samples and of the rows that are trained on, which are the samples unless these are packed.
 
     `samples` has `input_ids`, `labels` and, unless lazy, `length`; in packed `rows`, `seq_lengths` takes the place of `length`.
@@ -60,7 +60,7 @@ class Prepared:
         """Whether a row may hold several samples."""
         return bool(self.packing_note)
 
-    def unpacked(self) -> "Prepared":
+    def unpacked(self) -> "PreparedDataset":
         """The same data, with the samples as the rows that are trained on."""
         return replace(self, rows=self.samples, packing_note="")
 
@@ -91,7 +91,7 @@ def make_pipeline(
     *,
     model_max_length: int,
     lazy: bool = False,
-    reader: Reader = PLAIN,
+    reader: SampleParser = PLAIN,
     embedding_rows: int | None = None,
 ) -> Pipeline:
     """How objects of a file become rows, for a model with so many `embedding_rows`; None: not known.
@@ -99,10 +99,10 @@ def make_pipeline(
     Raises:
         DataError: options that contradict each other.
     """
-    if lazy and reader.long != TRUNCATE:
+    if lazy and reader.overlong != TRUNCATE:
         raise DataError(
-            f"--long {reader.long} takes the samples' lengths, which --lazy_preprocess does not know at the start. Leave one "
-            "out.",
+            f"--overlong {reader.overlong} takes the samples' lengths, which --lazy_preprocess does not know at the start. "
+            "Leave one out.",
             code="data.overlong_needs_lengths",
         )
     return Pipeline(
@@ -115,7 +115,7 @@ def make_pipeline(
     )
 
 
-def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> Prepared:
+def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> PreparedDataset:
     """Read, render, tokenise and label a source of samples. Any rank by itself; does not communicate.
 
     Args:
@@ -143,13 +143,15 @@ def prepare(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | 
     return _opened(dataset, account, root / key, data, pipeline)
 
 
-def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline, *, verify: bool) -> Prepared | None:
-    """What `prepare` has kept under that key; None where it has not. `verify`: as `cache.find`'s."""
+def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline, *, verify: bool) -> PreparedDataset | None:
+    """What `prepare_source` has kept under that key; None where it has not. `verify`: as `cache.find`'s."""
     found = cache.find(root, key, verify=verify)
     return None if found is None else _opened(*found, root / key, data, pipeline)
 
 
-def _opened(dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: Data, pipeline: Pipeline) -> Prepared:
+def _opened(
+    dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: Data, pipeline: Pipeline
+) -> PreparedDataset:
     """The rows of an entry of the cache, and their account, of this source and under this template's name."""
     try:
         report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("layouts", "first_bad")}})
@@ -167,10 +169,10 @@ def _of(data: Data, report: DataReport) -> DataReport:
     return replace(report, left_out=data.left_out(), note=data.note())
 
 
-def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> Prepared:
+def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> PreparedDataset:
     transform = pipeline if pipeline.lazy else None
     samples = dataset.with_transform(pipeline) if transform else dataset
-    return Prepared(samples=samples, rows=samples, reports=(report,), transform=transform)
+    return PreparedDataset(samples=samples, rows=samples, reports=(report,), transform=transform)
 
 
 def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
@@ -200,7 +202,7 @@ def _write(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataRe
     return _report(data, reports, pipeline)
 
 
-def _shown(parts: Iterator[Part], name: str) -> Iterator[Part]:
+def _shown(parts: Iterator[RowBatch], name: str) -> Iterator[RowBatch]:
     """The parts; the samples in them are counted where progress is shown."""
     with progress.task(f"preparing {name}", unit="samples") as task:
         for part in parts:
@@ -235,13 +237,13 @@ def _nothing_left(report: DataReport, model_max_length: int) -> str:
     if CUT_OFF in report.dropped:
         return f"{message} --model_max_length is {model_max_length}, and the shortest has {report.shortest} tokens: raise it."
     if TOO_LONG in report.dropped:
-        return f"{message} --model_max_length is {model_max_length}: raise it, or take --long truncate or split."
+        return f"{message} --model_max_length is {model_max_length}: raise it, or take --overlong truncate or split."
     if report.bad:
         return f"{message} {report.bad:,} can't be used, the first: {report.first_bad[0]}"
     return f"{message} Only answers are trained on: give samples with answers."
 
 
-def require_one_batch(prepared: Prepared, *, world_size: int, per_device_batch_size: int) -> None:
+def require_one_batch(prepared: PreparedDataset, *, world_size: int, per_device_batch_size: int) -> None:
     """Raise unless the samples, or the rows that they are packed into, fill one batch on every rank. Pure.
 
     Raises:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data import cache
-from zero_sft.data.dataset import Prepared, make_pipeline, open_prepared, prepare
+from zero_sft.data.dataset import PreparedDataset, make_pipeline, open_prepared, prepare_source
 from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.samples.parse import PLAIN, Reader
+from zero_sft.data.samples.parse import PLAIN, SampleParser
 from zero_sft.data.sources.data_path import Source, require_sources
 from zero_sft.data.templates.choose import Template
 from zero_sft.data.workers import usable_processes
@@ -37,7 +37,7 @@ class DatasetSpec:
 
     sources: tuple[Source, ...]
     model_max_length: int
-    reader: Reader = PLAIN
+    reader: SampleParser = PLAIN
     lazy: bool = False
     seed: int = 0
     pack: bool = False
@@ -51,11 +51,11 @@ class DatasetSpec:
         return cls(
             sources=sources,
             model_max_length=model_max_length,
-            reader=Reader(
+            reader=SampleParser(
                 data_format=options.data_format,
                 train_on=options.train_on,
                 on_bad_sample=options.on_bad_sample,
-                long=options.long,
+                overlong=options.overlong,
             ),
             lazy=options.lazy_preprocess,
             seed=seed,
@@ -69,21 +69,21 @@ class DatasetSpec:
         return ",".join(source.text for source in self.sources)
 
 
-def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> Prepared:
-    """`prepare` for each source, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
+def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> PreparedDataset:
+    """`prepare_source` for each source, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
 
     Raises:
-        DataError: as `prepare`'s and `require_sources`'.
+        DataError: as `prepare_source`'s and `require_sources`'.
     """
     pipeline = _pipeline(spec, tokenizer, template)
     require_sources(spec.sources)
-    parts = [prepare(source.data, pipeline, processes=spec.processes, root=spec.root) for source in spec.sources]
+    parts = [prepare_source(source.data, pipeline, processes=spec.processes, root=spec.root) for source in spec.sources]
     return _finished(parts, spec)
 
 
 def open_sources(
     spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: Sequence[str], *, verify: bool = True
-) -> Prepared | None:
+) -> PreparedDataset | None:
     """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it.
 
     `verify`: as `cache.find`'s.
@@ -110,7 +110,7 @@ def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: T
     )
 
 
-def _finished(parts: Sequence[Prepared], spec: DatasetSpec, *, verify: bool = True) -> Prepared:
+def _finished(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify: bool = True) -> PreparedDataset:
     """The sources' rows in one dataset, packed if wanted; from the cache where they are there."""
     mixed = mix(parts, [source.weight for source in spec.sources], spec.seed)
     if not spec.pack:
@@ -133,7 +133,7 @@ def _packed_key(spec: DatasetSpec, keys: Sequence[str]) -> str:
     return cache.key_of("packed", list(keys), drawn, spec.model_max_length)
 
 
-def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -> Prepared:
+def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed: int) -> PreparedDataset:
     """One dataset of several. Pure: the same on every rank.
 
     Without weights they follow each other. With weights rows are drawn by chance from one or the other until each sample has
@@ -149,7 +149,7 @@ def mix(parts: Sequence[Prepared], weights: Sequence[float | None], seed: int) -
         mixed, notes = _drawn(raw, [weight or 0.0 for weight in weights], seed, [part.reports[0].file for part in parts])
     transform = parts[0].transform
     samples = mixed if transform is None else mixed.with_transform(transform)
-    return Prepared(
+    return PreparedDataset(
         samples=samples,
         rows=samples,
         reports=tuple(report for part in parts for report in part.reports),

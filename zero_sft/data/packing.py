@@ -17,7 +17,7 @@ from zero_sft.errors import ArgumentError
 if TYPE_CHECKING:
     import datasets
 
-ISOLATING = frozenset(
+PACKABLE_MODEL_TYPES = frozenset(
     """
     apertus arcee aria_text axk1 beam bitnet codegen cohere cohere2 cohere2_moe cohere_compass_text ctrl cwm dbrx
     deepseek_v3 diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3
@@ -39,7 +39,7 @@ LEAKING = {
         "cohere_compass_text ctrl fuyu gpt_bigcode gpt_neo gptj hrm_text moshi persimmon whisper".split()  # noqa: SIM905
     )
 }
-"""Types of `ISOLATING` that leak with an attention of that kind: they hand it no position ids, or refuse it.
+"""Types of `PACKABLE_MODEL_TYPES` that leak with an attention of that kind: they hand it no position ids, or refuse it.
 
 Found by `tests/isolation.py` with transformers 5.23, on a CPU: with transformers' own code down to the functions of flash-attn,
 which are written out in plain torch there. `gpt_neo` and `gptj` have classes of their own for it, which were not looked at.
@@ -50,14 +50,14 @@ _TOKENS_AT_ONCE = 2**30  # Arrow counts a column's in 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
+class PackingDecision:
     """Whether rows are packed, and if not, why."""
 
-    on: bool
+    enabled: bool
     reason: str = ""
 
 
-def choose_packing(wanted: bool | None, config: Any, *, attention: str | None, lazy: bool) -> Packing:
+def resolve_packing(wanted: bool | None, config: Any, *, attention: str | None, lazy: bool) -> PackingDecision:
     """Pack where it is wanted, or, for None, wherever the model keeps samples apart. Pure.
 
     Args:
@@ -68,27 +68,27 @@ def choose_packing(wanted: bool | None, config: Any, *, attention: str | None, l
         ArgumentError: it is wanted and can't be.
     """
     if wanted is False:
-        return Packing(on=False, reason="--packing False")
+        return PackingDecision(enabled=False, reason="--packing False")
     reason = _obstacle(config, attention, lazy)
     if reason and wanted:
         raise ArgumentError(
             f"--packing True: {reason}. Leave it out, and samples are padded to the longest of their batch.",
             code="data.packing_impossible",
         )
-    return Packing(on=not reason, reason=reason)
+    return PackingDecision(enabled=not reason, reason=reason)
 
 
-def unless_too_few(packing: Packing, wanted: bool | None, rows: int, needed: int) -> Packing:
+def packing_unless_too_few(packing: PackingDecision, wanted: bool | None, rows: int, needed: int) -> PackingDecision:
     """Packing as it was chosen; off where the `rows` are fewer than one batch `needed`, unless it is wanted. Pure."""
-    if not packing.on or wanted or rows >= needed:
+    if not packing.enabled or wanted or rows >= needed:
         return packing
-    return Packing(on=False, reason=f"they fill {counted(rows, 'row')}, and one batch needs {needed}")
+    return PackingDecision(enabled=False, reason=f"they fill {counted(rows, 'row')}, and one batch needs {needed}")
 
 
 def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
     if lazy:
         return "--lazy_preprocess does not know the samples' lengths at the start"
-    if config.model_type not in ISOLATING:
+    if config.model_type not in PACKABLE_MODEL_TYPES:
         return f"models of type {config.model_type} are not known to keep packed samples apart"
     if getattr(config, "alibi", False):
         return "ALiBi does not keep packed samples apart"

@@ -14,13 +14,13 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data.report import MOST_SHOWN, DataReport
-from zero_sft.data.samples.conversation import SYSTEM, Conversation, Passage, Sample, Turn
+from zero_sft.data.samples.conversation import SYSTEM, Conversation, PromptCompletion, Sample, Turn
 from zero_sft.data.samples.embedded_tokens import require_embedded
 from zero_sft.data.samples.overlong import DROP, SPLIT, split_rounds
-from zero_sft.data.samples.parse import Reader
+from zero_sft.data.samples.parse import SampleParser
 from zero_sft.data.templates.choose import Template, render
-from zero_sft.data.templates.rendered import Rendered
-from zero_sft.data.tokenize import Example, tokenise
+from zero_sft.data.templates.rendered import RenderedText
+from zero_sft.data.tokenize import TokenizedSample, tokenize_rendered
 from zero_sft.errors import DataError
 
 NO_ANSWER = "without an answer to train on"
@@ -33,7 +33,7 @@ TEXTS = pyarrow.schema([("sample", pyarrow.string())])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class RowBatch:
     """Rows made of some objects, of `Pipeline.schema`, and what became of those objects."""
 
     rows: pyarrow.RecordBatch
@@ -61,7 +61,7 @@ class Pipeline:
     `embedding_rows`: ids from there on are refused; None where the tokenizer has no such.
     """
 
-    reader: Reader
+    reader: SampleParser
     tokenizer: PreTrainedTokenizerBase
     template: Template
     model_max_length: int
@@ -73,7 +73,7 @@ class Pipeline:
         """Of the rows."""
         return TEXTS if self.lazy else TOKENS
 
-    def part(self, objects: Sequence[tuple[Any, str]]) -> Part:
+    def part(self, objects: Sequence[tuple[Any, str]]) -> RowBatch:
         """Rows of some objects, each given with its place, in their order.
 
         Raises:
@@ -101,7 +101,7 @@ class Pipeline:
             dropped={reason: count for reason, count in dropped.items() if count},
             **made.account,
         )
-        return Part(rows=rows, report=report)
+        return RowBatch(rows=rows, report=report)
 
     def _text_rows(self, samples: Sequence[Sample]) -> _Rows:
         """Samples as they are, to be tokenised later, after a look at as few as tell that they can be used.
@@ -138,10 +138,10 @@ class Pipeline:
         nothing is trained on in it.
         """
         tokenised, bad = self._tokenised(samples, skip_bad=self.reader.skips_bad)
-        used, kept, split = list[Sample](), list[Example](), 0
+        used, kept, split = list[Sample](), list[TokenizedSample](), 0
         dropped, lost = Counter[str](), Counter[str]()
         for sample, example in tokenised:
-            if self.reader.long == DROP and example.cut_tokens:
+            if self.reader.overlong == DROP and example.cut_tokens:
                 dropped[TOO_LONG] += 1
                 continue
             try:
@@ -164,13 +164,13 @@ class Pipeline:
         account = {"split": split, "lost": dict(lost), "shortest": shortest, **_counts(kept)}
         return _Rows(columns=_columns(kept), samples=used, bad=bad, dropped=dropped, account=account)
 
-    def _split(self, sample: Sample, example: Example) -> tuple[list[Example], int]:
+    def _split(self, sample: Sample, example: TokenizedSample) -> tuple[list[TokenizedSample], int]:
         """A sample itself, or where it is too long and to be split, its parts that have an answer, and how many have none.
 
         Raises:
             DataError: a part that can't be rendered.
         """
-        if self.reader.long != SPLIT or not example.cut_tokens or not isinstance(sample, Conversation):
+        if self.reader.overlong != SPLIT or not example.cut_tokens or not isinstance(sample, Conversation):
             return [example], 0
         parts = split_rounds(sample, example, self.model_max_length, self._example)
         if len(parts) == 1:
@@ -181,16 +181,16 @@ class Pipeline:
     def _is_answered(self, sample: Sample) -> bool:
         return sample.answers(blank_counts=self.template.trains_on_blanks) > 0
 
-    def _example(self, sample: Sample) -> Example:
+    def _example(self, sample: Sample) -> TokenizedSample:
         ((_, example),), _ = self._tokenised([sample])
         return example
 
     def _tokenised(
         self, samples: Sequence[Sample], *, skip_bad: bool = False
-    ) -> tuple[list[tuple[Sample, Example]], list[str]]:
+    ) -> tuple[list[tuple[Sample, TokenizedSample]], list[str]]:
         """Samples as tokens, in order; with `skip_bad` also the errors of those that are left out, else the first is raised."""
         rendered, bad = self._rendered(samples, skip_bad=skip_bad)
-        examples = tokenise([text for _, text in rendered], self.tokenizer, self.model_max_length)
+        examples = tokenize_rendered([text for _, text in rendered], self.tokenizer, self.model_max_length)
         kept = []
         for (sample, text), example in zip(rendered, examples, strict=True):
             try:
@@ -204,7 +204,7 @@ class Pipeline:
                 kept.append((sample, example))
         return kept, bad
 
-    def _rendered(self, samples: Sequence[Sample], *, skip_bad: bool) -> tuple[list[tuple[Sample, Rendered]], list[str]]:
+    def _rendered(self, samples: Sequence[Sample], *, skip_bad: bool) -> tuple[list[tuple[Sample, RenderedText]], list[str]]:
         """Samples as text; errors as `_tokenised`'s."""
         kept, bad = [], []
         for sample in samples:
@@ -223,7 +223,7 @@ class Pipeline:
         return {"input_ids": [each.input_ids for each in examples], "labels": [each.labels for each in examples]}
 
 
-def _columns(examples: Sequence[Example]) -> dict[str, list]:
+def _columns(examples: Sequence[TokenizedSample]) -> dict[str, list]:
     return {
         "input_ids": [each.input_ids for each in examples],
         "labels": [each.labels for each in examples],
@@ -231,7 +231,7 @@ def _columns(examples: Sequence[Example]) -> dict[str, list]:
     }
 
 
-def _counts(kept: Sequence[Example]) -> dict[str, int | None]:
+def _counts(kept: Sequence[TokenizedSample]) -> dict[str, int | None]:
     return {
         "tokens": sum(len(each.input_ids) for each in kept),
         "trained_tokens": sum(each.trained_tokens for each in kept),
@@ -244,7 +244,7 @@ def _counts(kept: Sequence[Example]) -> dict[str, int | None]:
     }
 
 
-def _length(example: Example) -> int:
+def _length(example: TokenizedSample) -> int:
     """In tokens, before it was cut."""
     return len(example.input_ids) + example.cut_tokens
 
@@ -252,5 +252,5 @@ def _length(example: Example) -> int:
 def _sample(fields: dict) -> Sample:
     """A sample from what `asdict` made of it."""
     if "turns" not in fields:
-        return Passage(**fields)
+        return PromptCompletion(**fields)
     return Conversation(turns=tuple(Turn(**turn) for turn in fields["turns"]), where=fields["where"])

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, broadcast_bytes
 from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
-from zero_sft.data.dataset import Prepared
+from zero_sft.data.dataset import PreparedDataset
 from zero_sft.data.mixture import DatasetSpec, open_sources, prepare_sources
 from zero_sft.data.templates.choose import Template
 from zero_sft.errors import DataError
@@ -20,7 +20,9 @@ from zero_sft.errors import DataError
 STAGE = "preparing the data"
 
 
-def prepare_together(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, world: World) -> Prepared:
+def prepare_distributed(
+    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, world: World
+) -> PreparedDataset:
     """`prepare_sources`, once for all ranks. Every rank; communicates.
 
     Raises:
@@ -33,7 +35,7 @@ def prepare_together(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, temp
     told = None if own is None else json.dumps(own.keys).encode()
     keys = json.loads(broadcast_bytes(world, told))
 
-    def act() -> Prepared:
+    def act() -> PreparedDataset:
         opened = own or open_sources(spec, tokenizer, template, keys, verify=world.leads_node)
         return opened or _alone(spec, tokenizer, template, keys, world)
 
@@ -42,7 +44,7 @@ def prepare_together(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, temp
 
 def _alone(
     spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: list[str], world: World
-) -> Prepared:
+) -> PreparedDataset:
     """What is not to be found on this node, prepared here."""
     prepared = prepare_sources(spec, tokenizer, template)
     if prepared.keys != keys:

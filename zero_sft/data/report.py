@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from zero_sft.console.printable import on_one_line
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED
+from zero_sft.printable import on_one_line
 
 MOST_SHOWN = 3
 """Errors of skipped samples that are shown."""

@@ -11,19 +11,19 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.templates.rendered import Rendered
+from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.errors import DataError
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The label of a token that isn't trained on; PyTorch's cross entropy skips it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Example:
+class TokenizedSample:
     """One sample as tokens: `labels[i]` is `input_ids[i]`, for `trained_tokens` of them, or -100.
 
     `cut_tokens` went beyond the longest length, and `cut_trained_tokens` of these would have been trained on. `thoughts` and
-    `dropped_thoughts`: as in `Rendered`. `ends`: of a sample that was cut, the turn of each answer, and the tokens up to
+    `dropped_thoughts`: as in `RenderedText`. `ends`: of a sample that was cut, the turn of each answer, and the tokens up to
     its end.
     """
 
@@ -37,7 +37,9 @@ class Example:
     ends: tuple[tuple[int, int], ...] = ()
 
 
-def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, model_max_length: int) -> list[Example]:
+def tokenize_rendered(
+    rendered: Sequence[RenderedText], tokenizer: PreTrainedTokenizerBase, model_max_length: int
+) -> list[TokenizedSample]:
     """Ids and labels of each text, cut to `model_max_length` tokens at the end.
 
     Raises:
@@ -50,7 +52,7 @@ def tokenise(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, m
             code="data.tokenizer_without_offsets",
         )
     added = frozenset(tokenizer.added_tokens_decoder)
-    examples: dict[int, Example] = {}
+    examples: dict[int, TokenizedSample] = {}
     for adds in (True, False):
         places = [place for place, each in enumerate(rendered) if each.adds_special_tokens == adds]
         if not places:
@@ -142,8 +144,10 @@ def _trained_range(
     return first, last
 
 
-def _example(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int, rendered: Rendered) -> Example:
-    labels = [IGNORED] * len(ids)
+def _example(
+    ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int, rendered: RenderedText
+) -> TokenizedSample:
+    labels = [IGNORE_INDEX] * len(ids)
     trained, reached = 0, 1  # nothing comes before the first token that could tell it
     for first, last in ranges:
         start = max(first, reached)
@@ -151,8 +155,8 @@ def _example(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length
             labels[start:last] = ids[start:last]
             trained += last - start
             reached = last
-    kept = trained if len(ids) <= model_max_length else sum(label != IGNORED for label in labels[:model_max_length])
-    return Example(
+    kept = trained if len(ids) <= model_max_length else sum(label != IGNORE_INDEX for label in labels[:model_max_length])
+    return TokenizedSample(
         input_ids=ids[:model_max_length],
         labels=labels[:model_max_length],
         trained_tokens=kept,

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from zero_sft.data.pipeline import Part, Pipeline
+from zero_sft.data.pipeline import Pipeline, RowBatch
 from zero_sft.errors import DataError
 
 AT_ONCE = 500
@@ -35,7 +35,7 @@ def usable_processes() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST)
 
 
-def make_parts(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes: int) -> Iterator[Part]:
+def make_parts(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes: int) -> Iterator[RowBatch]:
     """The parts of a stream of objects, in their order. Any rank by itself; does not communicate.
 
     Never more than a few parts a process are in memory.
@@ -55,10 +55,10 @@ def _batches(objects: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str
         yield batch
 
 
-def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], processes: int) -> Iterator[Part]:
+def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], processes: int) -> Iterator[RowBatch]:
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_start, initargs=(pipeline,))
-    waiting: collections.deque[concurrent.futures.Future[Part]] = collections.deque()
+    waiting: collections.deque[concurrent.futures.Future[RowBatch]] = collections.deque()
     try:
         for batch in batches:
             waiting.append(pool.submit(_part, batch))
@@ -90,7 +90,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _part(batch: Sequence[tuple[Any, str]]) -> Part:
+def _part(batch: Sequence[tuple[Any, str]]) -> RowBatch:
     if _pipeline is None:
         raise RuntimeError("a worker process works before it was started")
     return _pipeline.part(batch)

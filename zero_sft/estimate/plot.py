@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zero_sft.errors import ArgumentError
+from zero_sft.console.plots import new_figure, save_figure
 from zero_sft.estimate.simulate import RankLoad
 
 
@@ -14,16 +14,7 @@ def draw(title: str, loads: Sequence[RankLoad], device: Mapping[str, int], devic
     Raises:
         ArgumentError: a path that can't be written, or no matplotlib.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ArgumentError(
-            f"--plot needs matplotlib ({error}): pip install 'zero_sft[train]'", code="arguments.package_missing"
-        ) from error
-    figure = pyplot.figure(figsize=(11, 4.6), dpi=120, layout="constrained")
+    figure = new_figure(11, 4.6)
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
     above = figure.add_subplot(grid[0, 0])
@@ -32,12 +23,7 @@ def draw(title: str, loads: Sequence[RankLoad], device: Mapping[str, int], devic
     _over_ranks(below, [load.requests for load in loads], "requests", "in how many requests")
     below.set_xlabel("rank")
     _memory(figure.add_subplot(grid[:, 1]), device, device_bytes)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"--plot {path} can't be written: {error}", code="arguments.plot_unwritable") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _over_ranks(axes: Any, values: Sequence[float], unit: str, title: str) -> None:

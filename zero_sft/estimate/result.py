@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from zero_sft.config import text_config
-from zero_sft.data.packing import choose_packing
+from zero_sft.data.packing import resolve_packing
 from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, MemoryModel, MemoryNeeds, Run
 from zero_sft.estimate.model import EstimatedModel, find_model
 from zero_sft.estimate.simulate import RankLoad, seconds, simulate_load
@@ -108,7 +108,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
     at = storage(options.storage)
     of = find_model(name, hub, LoadOptions(dtype=options.dtype, attn_implementation=options.attn_implementation))
     trainer = MemoryModel(of)
-    packing = choose_packing(options.packing, text_config(of.config), attention=options.attn_implementation, lazy=False)
+    packing = resolve_packing(options.packing, text_config(of.config), attention=options.attn_implementation, lazy=False)
     for world_size in options.world_size:
         run = Run(
             world_size=world_size,
@@ -117,7 +117,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             batch_size=options.per_device_train_batch_size,
             length=options.model_max_length,
             checkpointing=options.activation_checkpointing is not False,
-            packing=packing.on,
+            packing=packing.enabled,
             device_bytes=int(options.gpu_memory_gib * GIB),
             host_bytes=int(options.host_memory_gib * GIB),
         )

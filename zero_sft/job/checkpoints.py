@@ -28,7 +28,7 @@ logger = logging.getLogger("zero_sft.train")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Published:
+class PublishedModel:
     """What is written instead of what trains: the tokenizer with the trained chat template, and values of the config.
 
     `record`: what checkpoints say of the run.
@@ -57,7 +57,7 @@ class SavingTrainer(SFTTrainer):
         published: what checkpoints and the export say about the model.
     """
 
-    def __init__(self, *args: Any, published: Published, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, published: PublishedModel, **kwargs: Any) -> None:
         trainer_internals.check()
         self._published = published
         super().__init__(*args, **kwargs)

@@ -13,10 +13,10 @@ from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.data.dataset import Prepared, require_one_batch
+from zero_sft.data.dataset import PreparedDataset, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
-from zero_sft.data.packing import Packing, choose_packing, unless_too_few
-from zero_sft.data.prepare_distributed import prepare_together
+from zero_sft.data.packing import PackingDecision, packing_unless_too_few, resolve_packing
+from zero_sft.data.prepare_distributed import prepare_distributed
 from zero_sft.data.sources.data_path import Source, parse_sources, require_outputs_outside, require_sources
 from zero_sft.data.templates.choose import Template, choose_template
 from zero_sft.errors import ArgumentError
@@ -36,8 +36,8 @@ class Inputs:
     config: Any
     tokenizer: Any
     template: Template
-    training_data: Prepared
-    evaluation_data: Prepared | None
+    training_data: PreparedDataset
+    evaluation_data: PreparedDataset | None
     prompts: tuple[str, ...]
     generation: Any  # the model's generation config, which stops where the data's answers end
     source: ModelSource
@@ -65,7 +65,7 @@ class _Preparation:
     template: Template
     embedding_rows: int | None
 
-    def prepare(self, what: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> Prepared:
+    def prepare(self, what: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
         """Prepare the data, `what` in the log, and tell what became of it. Every rank; communicates."""
         arguments = self.arguments
         spec = DatasetSpec.from_options(
@@ -76,7 +76,7 @@ class _Preparation:
         )
         spec = replace(spec, pack=pack, embedding_rows=self.embedding_rows)
         logger.info("%s: %s", what, spec.name)
-        prepared = prepare_together(spec, self.tokenizer, self.template, world)
+        prepared = prepare_distributed(spec, self.tokenizer, self.template, world)
         for line in prepared.lines():
             logger.info("  %s", line)
         for warning in prepared.warnings() if world.is_main else ():
@@ -118,7 +118,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
             require_same_run(checkpoint.folder, record)
     tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     attention = attention_of(config, parsed.model.attn_implementation)
-    packing = choose_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
+    packing = resolve_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
     template = _choose_template(parsed.data.chat_template, tokenizer, prompts, config, world)
     _look_for_data(sources, world)
     generation = rehearse_export(parsed, config, tokenizer, template, source, world)
@@ -213,8 +213,8 @@ def _look_for_data(sources: _Sources, world: World) -> None:
 
 
 def _training_data(
-    preparation: _Preparation, sources: tuple[Source, ...], packing: Packing, given: Set[str], world: World
-) -> tuple[Prepared, dict[str, Any]]:
+    preparation: _Preparation, sources: tuple[Source, ...], packing: PackingDecision, given: Set[str], world: World
+) -> tuple[PreparedDataset, dict[str, Any]]:
     """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
     given, from samples of like length. Every rank; communicates.
 
@@ -223,10 +223,10 @@ def _training_data(
     """
     options, batch = preparation.options, preparation.arguments.per_device_train_batch_size
     size = {"world_size": world.world_size, "per_device_batch_size": batch}
-    prepared = preparation.prepare("training data", sources, world, pack=packing.on)
+    prepared = preparation.prepare("training data", sources, world, pack=packing.enabled)
     if prepared.is_packed:
-        packing = unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch)
-        if packing.on:
+        packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch)
+        if packing.enabled:
             require_one_batch(prepared, **size)
             logger.info("  %s", prepared.packing_note)
             return prepared, {}
@@ -239,7 +239,7 @@ def _training_data(
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
-def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | None, world: World) -> Prepared | None:
+def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | None, world: World) -> PreparedDataset | None:
     """The data to evaluate on; None where none is given, or no evaluation is asked for. Every rank; communicates."""
     if sources is None:
         return None
@@ -252,7 +252,12 @@ def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | No
 
 
 def _count_steps(
-    record: RunRecord, train: Prepared, parsed: Parsed, arguments: Any, checkpoint: TrainerCheckpoint | None, world: World
+    record: RunRecord,
+    train: PreparedDataset,
+    parsed: Parsed,
+    arguments: Any,
+    checkpoint: TrainerCheckpoint | None,
+    world: World,
 ) -> RunRecord:
     """The record with the size of the data and the number of steps. Every rank; communicates.
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zero_sft.console.plots import new_figure, save_figure
+
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
     """Draw training and evaluation loss over steps into a PNG. Returns False where there is nothing to draw.
@@ -18,13 +20,10 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
     }
     if not any(curves.values()):
         return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
     for label, points in curves.items():
         if points:
             steps, losses = zip(*points, strict=True)
@@ -35,7 +34,5 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    save_figure(figure, path)
     return True

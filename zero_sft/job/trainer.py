@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zero_sft.data.collator import Collator
-from zero_sft.data.tokenize import IGNORED
+from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
 from zero_sft.job.checkpoints import SavingTrainer
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
@@ -59,7 +59,7 @@ class Trainer(SavingTrainer):
         Raises:
             DataError: nothing is trained on in any of them, on any rank.
         """
-        batches, trained = super().get_batch_samples(self._own(epoch_iterator), *args, **kwargs)
+        batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
         # Tokenised beforehand, each sample has a trained token; and the number is on the device, so that asking for it waits.
         if batches and trained is not None and _is_lazy(self.train_dataset) and int(trained) == 0:
             raise DataError(
@@ -69,12 +69,12 @@ class Trainer(SavingTrainer):
             )
         return batches, trained
 
-    def _own(self, batches: Iterator) -> Iterator:
+    def _local_batches(self, batches: Iterator) -> Iterator:
         """The batches of this rank, with nothing that is only repeated; what can't be tokenised is this rank's own error."""
         rows, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
         try:
             for batch in batches:
-                yield self._without_repeated(batch, rows, size, self.args.dataloader_drop_last)
+                yield self._mask_padding_samples(batch, rows, size, self.args.dataloader_drop_last)
         except DataError as error:
             said = str(error).rpartition("DataError: ")[2].strip()  # a worker process's comes with its traceback
             alone = DataError(said, code=error.code or "data.unusable_sample")
@@ -121,15 +121,15 @@ class Trainer(SavingTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's, for samples that were not only repeated, with their loss added up. Every rank; communicates."""
-        inputs = self._without_repeated(inputs, self._evaluated["rows"], self.args.eval_batch_size, drop_last=False)
-        tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        inputs = self._mask_padding_samples(inputs, self._evaluated["rows"], self.args.eval_batch_size, drop_last=False)
+        tokens = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
             self._evaluated["loss"] += float(result[0]) * tokens
             self._evaluated["tokens"] += tokens
         return result
 
-    def _without_repeated(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
+    def _mask_padding_samples(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
         """A batch, of `size` of a data set's samples, without labels for those that are only repeated to give every rank one.
 
         Of the last batches, all ranks' in a row, the first few samples are the epoch's last; accelerate's own count of them is
@@ -142,9 +142,9 @@ class Trainer(SavingTrainer):
         if self.accelerator.gradient_state.end_of_dataloader and last and ranks > 1 and rows == size:
             kept = max(0, last - self.args.process_index * size)
             if row_lengths is None:
-                batch["labels"][kept:] = IGNORED
+                batch["labels"][kept:] = IGNORE_INDEX
             else:  # all in one row
-                batch["labels"][:, int(row_lengths[:kept].sum()) :] = IGNORED
+                batch["labels"][:, int(row_lengths[:kept].sum()) :] = IGNORE_INDEX
         return batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -155,7 +155,9 @@ class Trainer(SavingTrainer):
             return super()._get_train_sampler(train_dataset)
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
-        return GroupedSampler(batch, lengths=list(dataset[LENGTHS]), seed=seed, epoch=lambda: int(self.state.epoch or 0))
+        return SeededLengthGroupedSampler(
+            batch, lengths=list(dataset[LENGTHS]), seed=seed, epoch=lambda: int(self.state.epoch or 0)
+        )
 
 
 class TokenCount(TrainerCallback, ExportableState):
@@ -175,7 +177,7 @@ class TokenCount(TrainerCallback, ExportableState):
         self.tokens = max(self.tokens, int(kept["attributes"]["tokens"]), *logged[-1:])
 
 
-class LastStepLogged(TrainerCallback):
+class LogLastStep(TrainerCallback):
     """The last step's loss goes into the log, whatever `logging_steps`.
 
     What the Trainer has not logged yet at the end goes into its `train_loss` as rank 0's own part, which is not the mean.
@@ -195,7 +197,7 @@ class LastStepLogged(TrainerCallback):
             control.should_log = True
 
 
-class GroupedSampler(LengthGroupedSampler):
+class SeededLengthGroupedSampler(LengthGroupedSampler):
     """Samples of like length together, the longest first, in another order each epoch.
 
     The order follows from the seed and the epoch alone. That of transformers' own is drawn from each rank's global generator,

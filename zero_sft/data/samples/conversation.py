@@ -46,7 +46,7 @@ def has_text(turn: Turn, *, blank_counts: bool) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
+class PromptCompletion:
     """Plain text that no template is put around: what follows `prompt` is trained on, with the token that ends it."""
 
     prompt: str
@@ -62,7 +62,7 @@ class Passage:
         return int(not self.completion.strip())
 
 
-Sample = Conversation | Passage
+Sample = Conversation | PromptCompletion
 
 
 def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> tuple[tuple[Turn, ...], Counter[str]]:

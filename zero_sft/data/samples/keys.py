@@ -12,7 +12,6 @@ gives every row all keys, so most samples of a Parquet file have such values.
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from zero_sft.console.printable import on_one_line
 from zero_sft.data.samples.key_meanings import (
     MASK,
     MEDIA,
@@ -29,6 +28,7 @@ from zero_sft.data.samples.key_meanings import (
     names,
 )
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 _REMEDY = {
     MASK: 'Mark the turns, with "train": false, or remove it.',

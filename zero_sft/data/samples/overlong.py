@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from zero_sft.data.samples.conversation import SYSTEM, USER, Conversation
-from zero_sft.data.tokenize import Example
+from zero_sft.data.tokenize import TokenizedSample
 
 TRUNCATE, SPLIT, DROP = "truncate", "split", "drop"
 
@@ -14,8 +14,8 @@ _SURELY = 16
 
 
 def split_rounds(
-    conversation: Conversation, whole: Example, window: int, tokenised: Callable[[Conversation], Example]
-) -> list[tuple[Conversation, Example]]:
+    conversation: Conversation, whole: TokenizedSample, window: int, tokenised: Callable[[Conversation], TokenizedSample]
+) -> list[tuple[Conversation, TokenizedSample]]:
     """A conversation as several, each of as many rounds (a question and what follows it) as fit, each with the system text.
 
     No round is lost: one that does not fit by itself is a conversation by itself, for others to cut. As FastChat's
@@ -32,12 +32,12 @@ def split_rounds(
         return [(conversation, whole)]
     stops = [*starts[1:], len(conversation.turns)]
     reached = _tokens_up_to(stops, whole.ends)
-    parts: list[tuple[Conversation, Example]] = []
+    parts: list[tuple[Conversation, TokenizedSample]] = []
     first, extra = 0, 0  # tokens that a part has more than its rounds have in the whole
     while first < len(starts):
         before = reached[first - 1] if first else 0
         fitting, failing = 0, len(starts) - first + 1  # rounds that fit, and that don't, or that there are not
-        kept: tuple[Conversation, Example] | None = None
+        kept: tuple[Conversation, TokenizedSample] | None = None
         while failing - fitting > 1:
             expected = bisect.bisect_right(reached, window - extra + before, first) - first
             if fitting and not whole.thoughts and reached[first + fitting] - before + extra > window + _SURELY:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zero_sft.data.samples.conversation import ASSISTANT, Passage, Sample
+from zero_sft.data.samples.conversation import ASSISTANT, PromptCompletion, Sample
 from zero_sft.data.samples.overlong import TRUNCATE
 from zero_sft.data.samples.sample_formats import ParsedSample, read_sample
 from zero_sft.data.sources.local_files import BadLine
@@ -27,7 +27,7 @@ class ParsedSamples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reader:
+class SampleParser:
     """How samples are read: the layout they must have (None: found out), which answers count, what bad and long samples do.
 
     `data_format`: see `layouts`; None finds it out, sample by sample. `train_on`: "all" answers, or the "last" of each sample.
@@ -38,7 +38,7 @@ class Reader:
     data_format: str | None = None
     train_on: str = "all"
     on_bad_sample: str = "error"
-    long: str = TRUNCATE
+    overlong: str = TRUNCATE
 
     @property
     def skips_bad(self) -> bool:
@@ -82,12 +82,12 @@ class Reader:
 
 def _last_answer_alone(sample: Sample) -> Sample:
     """A conversation of whose answers only the last is trained on."""
-    if isinstance(sample, Passage):
+    if isinstance(sample, PromptCompletion):
         return sample
     last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)
     turns = [turn if number == last else replace(turn, trained=False) for number, turn in enumerate(sample.turns)]
     return replace(sample, turns=tuple(turns))
 
 
-PLAIN = Reader()
+PLAIN = SampleParser()
 """A reader with every option as it is by default."""

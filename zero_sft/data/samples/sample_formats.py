@@ -19,11 +19,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zero_sft.console.printable import on_one_line
-from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation, Passage, Sample, Turn, dialogue
+from zero_sft.data.samples.conversation import (
+    ASSISTANT,
+    SYSTEM,
+    TOOL,
+    USER,
+    Conversation,
+    PromptCompletion,
+    Sample,
+    Turn,
+    dialogue,
+)
 from zero_sft.data.samples.key_meanings import asks_for_nothing
 from zero_sft.data.samples.keys import is_trained, renders, require_known_turn, unread_keys
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +46,7 @@ class ParsedSample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class SampleFormat:
     """One way to write a sample: the keys by which it is known, what it looks like, and how it is read.
 
     `others`: the keys that are read where they are there.
@@ -68,11 +78,11 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     """
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.", code="data.sample_not_an_object")
-    names = [data_format] if data_format else list(LAYOUTS)
+    names = [data_format] if data_format else list(SAMPLE_FORMATS)
     fitting = [name for name in names if _fits(sample, name)]
-    full = [name for name in fitting if not any(asks_for_nothing(sample[key]) for key in LAYOUTS[name].keys)]
+    full = [name for name in fitting if not any(asks_for_nothing(sample[key]) for key in SAMPLE_FORMATS[name].keys)]
     if len(full) == 2 and full[1] == "text" and isinstance(sample["text"], str):
-        found = LAYOUTS[full[0]].read(sample, where)
+        found = SAMPLE_FORMATS[full[0]].read(sample, where)
         full = full[:1] if renders(sample["text"], _texts_of(found.sample)) else full
     if len(full) > 1:
         raise DataError(
@@ -82,7 +92,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         )
     if fitting:
         name = (full or fitting)[0]
-        layout = LAYOUTS[name]
+        layout = SAMPLE_FORMATS[name]
         read = ("id", *layout.keys, *layout.others)
         unread_keys(sample, where, layout=name, read=read)  # a sample with tools is told of these, not of their turns
         found = layout.read(sample, where)
@@ -90,7 +100,9 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         unread = unread_keys(sample, where, layout=name, read=read, chosen=chosen, texts=texts)
         return name, replace(found, unread=(*found.unread, *unread)) if unread else found
     keys = ", ".join([f"{on_one_line(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
-    wanted = f"--data_format {data_format}: expected {LAYOUTS[data_format].looks}" if data_format else f"expected {EXPECTED}"
+    wanted = (
+        f"--data_format {data_format}: expected {SAMPLE_FORMATS[data_format].looks}" if data_format else f"expected {EXPECTED}"
+    )
     raise DataError(f"{where}: {wanted}; got the keys {keys}.{_hint(sample)}", code="data.unknown_format")
 
 
@@ -101,7 +113,7 @@ def _hint(sample: Mapping[str, Any]) -> str:
             isinstance(value, list)
             and value
             and isinstance(value[0], Mapping)
-            and any(_fits(value[0], name) for name in LAYOUTS)
+            and any(_fits(value[0], name) for name in SAMPLE_FORMATS)
         ):
             return f" The samples seem to be in `{on_one_line(key)}`: write that list alone."
     if all(sample.get(key) is not None for key in ("chosen", "rejected")):
@@ -110,15 +122,15 @@ def _hint(sample: Mapping[str, Any]) -> str:
 
 
 def _fits(sample: Mapping[str, Any], layout: str) -> bool:
-    return all(sample.get(key) is not None for key in LAYOUTS[layout].keys)
+    return all(sample.get(key) is not None for key in SAMPLE_FORMATS[layout].keys)
 
 
 def _keys_of(layout: str) -> str:
-    return " and ".join(f"`{key}`" for key in LAYOUTS[layout].keys)
+    return " and ".join(f"`{key}`" for key in SAMPLE_FORMATS[layout].keys)
 
 
 def _texts_of(sample: Sample) -> list[str]:
-    return [sample.prompt, sample.completion] if isinstance(sample, Passage) else [turn.text for turn in sample.turns]
+    return [sample.prompt, sample.completion] if isinstance(sample, PromptCompletion) else [turn.text for turn in sample.turns]
 
 
 def _sharegpt(sample: Mapping[str, Any], where: str) -> ParsedSample:
@@ -189,38 +201,38 @@ def _prompt_completion(sample: Mapping[str, Any], where: str) -> ParsedSample:
             code="data.prompt_and_completion_differ",
         )
     texts = (_text(prompt, "prompt", where), _text(completion, "completion", where))
-    return ParsedSample(sample=Passage(prompt=texts[0], completion=texts[1], where=where))
+    return ParsedSample(sample=PromptCompletion(prompt=texts[0], completion=texts[1], where=where))
 
 
 def _plain(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    return ParsedSample(sample=Passage(prompt="", completion=_text(sample["text"], "text", where), where=where))
+    return ParsedSample(sample=PromptCompletion(prompt="", completion=_text(sample["text"], "text", where), where=where))
 
 
-LAYOUTS = {
-    "sharegpt": Layout(
+SAMPLE_FORMATS = {
+    "sharegpt": SampleFormat(
         keys=("conversations",),
         read=_sharegpt,
         looks='{"conversations": [{"from": "human", "value": ...}, ...]}',
         others=("system",),
     ),
-    "messages": Layout(
+    "messages": SampleFormat(
         keys=("messages",),
         read=_messages,
         looks='{"messages": [{"role": "user", "content": ...}, ...]}',
         others=("system",),
     ),
-    "alpaca": Layout(
+    "alpaca": SampleFormat(
         keys=("instruction", "output"),
         read=_alpaca,
         looks='{"instruction": ..., "input": ..., "output": ...}',
         others=("input", "history", "system"),
     ),
-    "prompt_completion": Layout(
+    "prompt_completion": SampleFormat(
         keys=("prompt", "completion"), read=_prompt_completion, looks='{"prompt": ..., "completion": ...}'
     ),
-    "text": Layout(keys=("text",), read=_plain, looks='{"text": ...}'),
+    "text": SampleFormat(keys=("text",), read=_plain, looks='{"text": ...}'),
 }
-EXPECTED = f"{', '.join(each.looks for each in list(LAYOUTS.values())[:-1])} or {LAYOUTS['text'].looks}"
+EXPECTED = f"{', '.join(each.looks for each in list(SAMPLE_FORMATS.values())[:-1])} or {SAMPLE_FORMATS['text'].looks}"
 
 
 def _conversation(

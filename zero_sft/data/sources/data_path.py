@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_sft.data.sources.hub_dataset import HubDataset
-from zero_sft.data.sources.local_files import Files, is_named_as_data
+from zero_sft.data.sources.local_files import LocalFiles, is_named_as_data
 from zero_sft.errors import DataError
 
-Data = Files | HubDataset
+Data = LocalFiles | HubDataset
 
 _LEAST_SHARE = 1e-6
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -129,7 +129,7 @@ def _data(name: str) -> Data:
     path, match = Path(name).expanduser(), _HUB_ID.fullmatch(name)
     folder, _, split = name.rpartition(":")
     if folder and split and not path.exists() and Path(folder).expanduser().is_dir():
-        return Files(path=Path(folder).expanduser(), split=split)
+        return LocalFiles(path=Path(folder).expanduser(), split=split)
     if match is None or path.exists() or is_named_as_data(path) or path.parent.exists():
-        return Files(path=path)
+        return LocalFiles(path=path)
     return HubDataset(id=match["id"], config=match["config"], split=match["split"] or "train")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from zero_sft.console.printable import on_one_line
 from zero_sft.data.sources.text_io import readable
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 README, _YAML = "README.md", ".huggingface.yaml"
 TRAIN = "train"
@@ -25,7 +25,7 @@ _LOOKS = "a path, a list of paths, or a list of {split: ..., path: ...}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Declared:
+class DeclaredFiles:
     """A README's one configuration: the patterns of each split, and the folder that all files are in ("": no such one).
 
     Without `patterns` the names of the files in `data_dir` tell their splits.
@@ -40,7 +40,7 @@ class Declared:
         return {pattern: _matching(posixpath.join(self.data_dir, pattern), names) for pattern in self.patterns[split]}
 
 
-def declared_in(folder: Path) -> Declared | None:
+def declared_in(folder: Path) -> DeclaredFiles | None:
     """The files that a folder's README declares; None where it declares none.
 
     Raises:
@@ -62,7 +62,7 @@ def declared_in(folder: Path) -> Declared | None:
     data_dir, files = config.get("data_dir"), config.get("data_files")
     if data_dir is None and files is None:
         return None
-    return Declared(
+    return DeclaredFiles(
         source=source,
         data_dir="" if data_dir is None else _inside(data_dir, source, "data_dir"),
         patterns={} if files is None else _patterns(files, source),

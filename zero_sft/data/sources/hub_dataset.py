@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.console.printable import printable
 from zero_sft.errors import DataError
+from zero_sft.printable import printable
 
 if TYPE_CHECKING:
     import datasets

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
-from zero_sft.console.printable import on_one_line, printable
 from zero_sft.data.samples.sample_formats import EXPECTED
 from zero_sft.data.sources.file_kinds import require_kind
-from zero_sft.data.sources.splits import Chosen, choose_split
+from zero_sft.data.sources.splits import ChosenSplit, choose_split
 from zero_sft.data.sources.text_io import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
+from zero_sft.printable import on_one_line, printable
 
 _TEXTS = (".json", ".jsonl")
 _PARQUET = ".parquet"
@@ -53,7 +53,7 @@ def is_named_as_data(path: Path) -> bool:
     return path.name.lower().endswith(_ENDINGS) and path.name not in _ABOUT_DATA
 
 
-def files_of(path: Path, split: str | None = None) -> Chosen:
+def files_of(path: Path, split: str | None = None) -> ChosenSplit:
     """The files that a path stands for: itself, or a folder's, sorted, those of folders inside too, of one split.
 
     Raises:
@@ -65,7 +65,7 @@ def files_of(path: Path, split: str | None = None) -> Chosen:
                 f"{path} is a pipe or a device, and can't be read twice. Write the data to a file.",
                 code="data.not_a_regular_file",
             )
-        return Chosen(files=(path,))
+        return ChosenSplit(files=(path,))
     seen = _seen_in(path)
     found = [each for each in seen if is_named_as_data(each)]
     if not found and any(each.suffix == ".arrow" for each in seen):
@@ -90,7 +90,7 @@ def files_of(path: Path, split: str | None = None) -> Chosen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
+class LocalFiles:
     """A file, or a folder of files, as a source of objects; `split`: which of a folder's, see `choose_split`."""
 
     path: Path

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from zero_sft.console.printable import on_one_line
 from zero_sft.data.sources.declared_files import TRAIN, declared_in
 from zero_sft.errors import DataError
+from zero_sft.printable import on_one_line
 
 _KEYWORDS = {
     TRAIN: ("train", "training"),
@@ -26,7 +26,7 @@ _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
+class ChosenSplit:
     """The files of a folder that are read, and a line for the log where others are not, or may not have been meant."""
 
     files: tuple[Path, ...]
@@ -47,7 +47,7 @@ class _Splits:
     source: Path | None = None
 
 
-def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> Chosen:
+def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> ChosenSplit:
     """The files of the split that is `wanted`; where none is named, `train` where there are several.
 
     Raises:
@@ -107,7 +107,7 @@ def _splits(folder: Path, files: Sequence[Path]) -> _Splits:
     )
 
 
-def _taken(folder: Path, found: _Splits, taken: set[str | None]) -> Chosen:
+def _taken(folder: Path, found: _Splits, taken: set[str | None]) -> ChosenSplit:
     """The files of some splits, and what is left out.
 
     Raises:
@@ -126,13 +126,13 @@ def _taken(folder: Path, found: _Splits, taken: set[str | None]) -> Chosen:
         others[f"not declared in {found.source.name if found.source else ''}"] = found.undeclared
     files = tuple(sorted({file for name in taken for file in found.files[name]}))
     if not others:
-        return Chosen(files=files)
+        return ChosenSplit(files=files)
     left = ", ".join(f"{name} ({count} file{'s' * (count != 1)})" for name, count in sorted(others.items()))
     names = sorted(name for name in taken if name)
     which = f"split{'s' * (len(names) > 1)} {', '.join(names)}" if names else "files that name no split"
     example = next((name for name in found.files if name not in taken and name), None)
     remedy = f". Name another as {folder}:{example or TRAIN}" if len(others) > bool(found.undeclared) else ""
-    return Chosen(files=files, note=f"{which} read; left out: {left}{remedy}", held_out=example)
+    return ChosenSplit(files=files, note=f"{which} read; left out: {left}{remedy}", held_out=example)
 
 
 def split_of(name: str) -> str | None:

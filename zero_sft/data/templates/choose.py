@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.samples.conversation import Conversation, Passage, Sample
+from zero_sft.data.samples.conversation import Conversation, PromptCompletion, Sample
 from zero_sft.data.sources.text_io import read_text
 from zero_sft.data.templates.jinja import NAMED, ChatTemplate
-from zero_sft.data.templates.probe import learn_habits
-from zero_sft.data.templates.rendered import Rendered
+from zero_sft.data.templates.probe import probe_template
+from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.data.templates.vicuna import VICUNA, VicunaTemplate, vicuna_stop
 from zero_sft.errors import DataError
 
@@ -16,7 +16,7 @@ MODEL = "model"
 Template = VicunaTemplate | ChatTemplate
 
 
-def render(sample: Sample, template: Template, tokenizer: Any) -> Rendered:
+def render(sample: Sample, template: Template, tokenizer: Any) -> RenderedText:
     """A conversation by the template; a passage as it is, with the token that ends it where it does not end so already.
 
     Raises:
@@ -27,7 +27,7 @@ def render(sample: Sample, template: Template, tokenizer: Any) -> Rendered:
     return _passage(sample, tokenizer)
 
 
-def _passage(sample: Passage, tokenizer: Any) -> Rendered:
+def _passage(sample: PromptCompletion, tokenizer: Any) -> RenderedText:
     text, end, begin = sample.prompt + sample.completion, tokenizer.eos_token, tokenizer.bos_token
     if end and not text.endswith(end) and not text.rstrip().endswith(end):
         text += end
@@ -36,7 +36,7 @@ def _passage(sample: Passage, tokenizer: Any) -> Rendered:
         stop = len(text.rstrip())
     spans = ((len(sample.prompt), stop),) if sample.completion and stop > len(sample.prompt) else ()
     has_begin = bool(begin) and text.startswith(begin)
-    return Rendered(text=text, spans=spans, where=sample.where, adds_special_tokens=not has_begin)
+    return RenderedText(text=text, spans=spans, where=sample.where, adds_special_tokens=not has_begin)
 
 
 def choose_template(name: str | None, tokenizer: Any) -> Template:
@@ -65,7 +65,7 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
             code="data.model_without_template",
         )
     try:
-        habits = learn_habits(tokenizer, source)
+        habits = probe_template(tokenizer, source)
     except DataError as error:
         raise DataError(f"--chat_template {name or MODEL}: {error}", code=error.code) from error
     return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, habits=habits, source=source)

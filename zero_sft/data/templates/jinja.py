@@ -20,8 +20,8 @@ from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, USER, Conversation
 from zero_sft.data.templates.completeness import require_all_shown, require_places
-from zero_sft.data.templates.probe import STAND_IN, VICUNA_INSTEAD, Habits, apply
-from zero_sft.data.templates.rendered import Rendered
+from zero_sft.data.templates.probe import STAND_IN, VICUNA_INSTEAD, TemplateFrame, render_chat
+from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.data.templates.thoughts import CLOSE, OPEN, Answer, has_thoughts, kept_at, nothing_left, split_answer
 from zero_sft.errors import DataError
 
@@ -43,7 +43,7 @@ NAMED = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class ConversationFrame:
     """What a template writes `around` the texts of a conversation, and which of these it has `shown`, in its order."""
 
     around: tuple[str, ...]
@@ -51,7 +51,7 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class TextPiece:
     """A text of which the place is looked for: an answer's, or its thoughts where these have a field of the message."""
 
     turn: int
@@ -60,8 +60,8 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Located:
-    """The spans of answers, and the rest of what `Rendered` has of them."""
+class LocatedAnswers:
+    """The spans of answers, and the rest of what `RenderedText` has of them."""
 
     spans: tuple[tuple[int, int], ...] = ()
     ends: tuple[tuple[int, int], ...] = ()
@@ -78,7 +78,7 @@ class ChatTemplate:
 
     tokenizer: Any  # PreTrainedTokenizerBase, whose stub hides methods behind a catch-all attribute
     name: str
-    habits: Habits
+    habits: TemplateFrame
     source: str | None = None
     adds_special_tokens = False  # chat templates write theirs themselves
     trains_on_blanks = False  # most of them strip texts, and of white space nothing would be left
@@ -88,14 +88,14 @@ class ChatTemplate:
         """The texts that end an answer: one, or that of an answer in the middle and that of the last one."""
         return self.habits.stops
 
-    def render(self, conversation: Conversation) -> Rendered:
+    def render(self, conversation: Conversation) -> RenderedText:
         """Render with the template, and find the answers.
 
         Raises:
             DataError: the template fails on this conversation, leaves out a text, rewrites its answers, or ends one with
                 nothing.
         """
-        text, located, trained = "", Located(), ()
+        text, located, trained = "", LocatedAnswers(), ()
         if conversation.turns:
             answers = self._answers(conversation)
             messages = [
@@ -110,7 +110,7 @@ class ChatTemplate:
             spans = dict(zip(answers, located.spans, strict=True))
             require_all_shown(text, shown, messages, spans, conversation.where)
             trained = tuple(span for number, span in spans.items() if conversation.turns[number].trained)
-        return Rendered(
+        return RenderedText(
             text=text,
             spans=trained,
             where=conversation.where,
@@ -141,24 +141,29 @@ class ChatTemplate:
         return self.source or tokenizer.chat_template
 
     def _apply(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False) -> str:
-        return apply(self.tokenizer, self.source, messages, where, prompt=prompt)
+        return render_chat(self.tokenizer, self.source, messages, where, prompt=prompt)
 
     def _locate(
-        self, text: str, frame: Frame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer], where: str
-    ) -> Located:
+        self,
+        text: str,
+        frame: ConversationFrame | None,
+        messages: Sequence[Mapping[str, str]],
+        answers: Mapping[int, Answer],
+        where: str,
+    ) -> LocatedAnswers:
         """The span of each answer.
 
         Worked example (ChatML, one answer "Hello."): with a stand-in the text is "...assistant\n", stand-in, "<|im_end|>\n".
         The text begins with the first of these, ends with the last, and between is "Hello."; the span is "Hello.<|im_end|>".
         """
         if not answers:
-            return Located()
+            return LocatedAnswers()
         # White space at a text's ends may be taken for the template's, or the other way round.
         is_plain = all(each["content"] == each["content"].strip() for each in messages)
         if is_plain and not any(each.thoughts for each in answers.values()):
             around = _assembled(frame, messages, answers)
             if around:
-                pieces = [Piece(turn=number, text=each.text) for number, each in answers.items()]
+                pieces = [TextPiece(turn=number, text=each.text) for number, each in answers.items()]
                 with contextlib.suppress(DataError):  # a template that looks at the texts: it is asked again, with these
                     return self._fitted(text, around, pieces, answers, where)
         around, pieces = self._rendered(messages, answers, where)
@@ -166,7 +171,7 @@ class ChatTemplate:
 
     def _rendered(
         self, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer], where: str
-    ) -> tuple[list[str], list[Piece]]:
+    ) -> tuple[list[str], list[TextPiece]]:
         """What is around the answers when stand-ins are in their places, one text more than there are pieces, and these.
 
         Thoughts in a field have a stand-in, too; where the template leaves them out, they are no piece.
@@ -180,7 +185,7 @@ class ChatTemplate:
                 replaced[number][each.field] = f"{word}{number}t{word}"
         around = re.split(rf"{word}(\d+t?){word}", self._apply(replaced, where))
         pieces = [
-            Piece(turn=number, text=each.thoughts if name.endswith("t") else each.text, is_thoughts=name.endswith("t"))
+            TextPiece(turn=number, text=each.thoughts if name.endswith("t") else each.text, is_thoughts=name.endswith("t"))
             for name in around[1::2]
             if (each := answers.get(number := int(name.removesuffix("t")))) is not None
         ]
@@ -191,7 +196,7 @@ class ChatTemplate:
             raise _unmaskable(where, next(iter(answers)), answers)
         return around[::2], pieces
 
-    def _frame(self, messages: Sequence[Mapping[str, str]]) -> Frame | None:
+    def _frame(self, messages: Sequence[Mapping[str, str]]) -> ConversationFrame | None:
         """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
         shape = tuple((each["role"], bool(each["content"])) for each in messages)
         known = _frames.setdefault(self, {})
@@ -201,14 +206,14 @@ class ChatTemplate:
         stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
         with contextlib.suppress(DataError):
             around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
-            frame = Frame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
+            frame = ConversationFrame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
         if len(known) < _MOST_FRAMES and len(shape) <= _LONGEST_FRAME:
             known[shape] = frame
         return frame
 
     def _fitted(
-        self, text: str, around: Sequence[str], pieces: Sequence[Piece], answers: Mapping[int, Answer], where: str
-    ) -> Located:
+        self, text: str, around: Sequence[str], pieces: Sequence[TextPiece], answers: Mapping[int, Answer], where: str
+    ) -> LocatedAnswers:
         """The spans of the answers, if the whole text is what is around them and they."""
         if not text.startswith(around[0]):
             raise _unmaskable(where, pieces[0].turn, answers)
@@ -239,7 +244,7 @@ class ChatTemplate:
             ends.append((piece.turn, spans[-1][1]))
             start = end + len(after)
         thoughts = sum(map(has_thoughts, answers.values()))
-        return Located(spans=tuple(spans), ends=tuple(ends), thoughts=thoughts, dropped_thoughts=thoughts - kept)
+        return LocatedAnswers(spans=tuple(spans), ends=tuple(ends), thoughts=thoughts, dropped_thoughts=thoughts - kept)
 
     def _length_of_stop(self, after: str, where: str) -> int:
         for stop in self.habits.stops:
@@ -252,11 +257,15 @@ class ChatTemplate:
         )
 
 
-_frames: MutableMapping[ChatTemplate, dict[tuple[tuple[str, bool], ...], Frame | None]] = weakref.WeakKeyDictionary()
+_frames: MutableMapping[ChatTemplate, dict[tuple[tuple[str, bool], ...], ConversationFrame | None]] = (
+    weakref.WeakKeyDictionary()
+)
 """The frames that `ChatTemplate._frame` has found in this process, by shape; a template's go when the template goes."""
 
 
-def _assembled(frame: Frame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer]) -> list[str] | None:
+def _assembled(
+    frame: ConversationFrame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer]
+) -> list[str] | None:
     """`ChatTemplate._rendered`, without rendering: from what the template writes around all texts of any such conversation."""
     filled = [number for number, each in enumerate(messages) if each["content"]]
     if frame is None or list(frame.shown) != filled:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zero_sft.console.printable import printable
 from zero_sft.data.samples.conversation import ASSISTANT, USER
-from zero_sft.data.templates.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHabit
+from zero_sft.data.templates.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHandling
 from zero_sft.errors import DataError
+from zero_sft.printable import printable
 
 STAND_IN = "zerosftanswer"
 """A word in place of a text, that no template looks for, strips or escapes."""
@@ -19,7 +19,7 @@ VICUNA_INSTEAD = "Give another: --chat_template vicuna takes any conversation wi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Habits:
+class TemplateFrame:
     """What a template writes around answers.
 
     `prompt`: what it adds when the model is to write. `stops`: what may end an answer, the usual one first; the model must
@@ -28,10 +28,10 @@ class Habits:
 
     prompt: str
     stops: tuple[str, ...]
-    thoughts: ThoughtsHabit
+    thoughts: ThoughtsHandling
 
 
-def apply(
+def render_chat(
     tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False
 ) -> str:
     """The messages as text by the tokenizer's template, or by `source`; `prompt`: and what comes before an answer.
@@ -59,7 +59,7 @@ def apply(
     return str(rendered)
 
 
-def learn_habits(tokenizer: Any, source: str | None) -> Habits:
+def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
     """Find out what a template writes around answers, on one question, and on two that are answered.
 
     Raises:
@@ -67,11 +67,11 @@ def learn_habits(tokenizer: Any, source: str | None) -> Habits:
     """
     where = "two questions and answers"
     question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
-    asked = apply(tokenizer, source, [question], where)
-    prompted = apply(tokenizer, source, [question], where, prompt=True)
+    asked = render_chat(tokenizer, source, [question], where)
+    prompted = render_chat(tokenizer, source, [question], where, prompt=True)
     word = STAND_IN
     talk = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
-    parts = re.split(rf"{word}\d", apply(tokenizer, source, talk, where))
+    parts = re.split(rf"{word}\d", render_chat(tokenizer, source, talk, where))
     if len(parts) != len(talk):
         raise DataError(
             f"the chat template leaves out or changes texts, tried on {where}, so answers can't be found in it. It has to "
@@ -79,15 +79,15 @@ def learn_habits(tokenizer: Any, source: str | None) -> Habits:
             code="data.template_changes_texts",
         )
     marks = sorted((mark for mark in tokenizer.get_added_vocab() if mark.strip()), key=len, reverse=True)
-    stops = stops_of(parts[1], parts[3], marks)
+    stops = find_turn_ends(parts[1], parts[3], marks)
     prompt = prompted[len(_common_beginning(asked, prompted)) :]
     if not prompt:  # some write it always: then it is behind the last answer, too
         rest = parts[3].removeprefix(next((stop for stop in stops if parts[3].startswith(stop)), ""))
         prompt = rest.lstrip()
-    return Habits(prompt=prompt, stops=stops, thoughts=_thoughts_habit(tokenizer, source))
+    return TemplateFrame(prompt=prompt, stops=stops, thoughts=_probe_thoughts(tokenizer, source))
 
 
-def _thoughts_habit(tokenizer: Any, source: str | None) -> ThoughtsHabit:
+def _probe_thoughts(tokenizer: Any, source: str | None) -> ThoughtsHandling:
     """Find out where a template takes thoughts from, on two answers that have some."""
     word = STAND_IN
     inner = [f"{word}0", f"{word}1"]  # without the line ends that templates write there
@@ -97,11 +97,11 @@ def _thoughts_habit(tokenizer: Any, source: str | None) -> ThoughtsHabit:
         from_field = _talk(tokenizer, source, [{"content": word, name: thoughts} for thoughts in inner])
         if inner[-1] in from_field:
             if "".join(from_field.split()) == "".join(as_text.split()):
-                return ThoughtsHabit(is_parsed=any(block not in as_text for block in blocks))
-            return ThoughtsHabit(field=name)
+                return ThoughtsHandling(is_parsed=any(block not in as_text for block in blocks))
+            return ThoughtsHandling(field=name)
     if any(block not in as_text for block in blocks):
-        return ThoughtsHabit(is_parsed=True)
-    return ThoughtsHabit(writes_block=as_text.count(CLOSE) > len(blocks))
+        return ThoughtsHandling(is_parsed=True)
+    return ThoughtsHandling(writes_block=as_text.count(CLOSE) > len(blocks))
 
 
 def _talk(tokenizer: Any, source: str | None, answers: Sequence[Mapping[str, str]]) -> str:
@@ -109,11 +109,11 @@ def _talk(tokenizer: Any, source: str | None, answers: Sequence[Mapping[str, str
     question = {"role": USER, "content": "question"}
     messages = [message for each in answers for message in (question, {"role": ASSISTANT, **each})]
     with contextlib.suppress(DataError):
-        return apply(tokenizer, source, messages, "two answers with thoughts")
+        return render_chat(tokenizer, source, messages, "two answers with thoughts")
     return ""
 
 
-def stops_of(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:
+def find_turn_ends(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:
     """What ends an answer, from what follows one in the middle of a conversation, and the last one; `marks`: longest first.
 
     As far as both begin alike, the first token that may end a turn, with those that follow it at once; or where they begin with

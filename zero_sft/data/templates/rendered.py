@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rendered:
+class RenderedText:
     """A sample as text; `spans` are the half-open ranges of characters to train on, in order.
 
     `adds_special_tokens`: whether the tokenizer is to add its own, since the text has none. `ends`: the turn of each answer

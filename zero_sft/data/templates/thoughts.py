@@ -21,7 +21,7 @@ _ONLY_CLOSED = re.compile(rf"(?!\s*{OPEN})((?:.*\n)??)[ \t]*{CLOSE}[ \t]*(?:\n\s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ThoughtsHabit:
+class ThoughtsHandling:
     """How a template takes thoughts: as text like any other; `is_parsed`, it finds them in the text; or from a `field` alone.
 
     `writes_block`: it writes a block of thoughts, if an empty one, before any text.
@@ -54,7 +54,7 @@ class Answer:
         return {"role": role, "content": self.content, **({self.field: self.thoughts} if self.field else {})}
 
 
-def split_answer(content: str, habit: ThoughtsHabit, where: str) -> Answer:
+def split_answer(content: str, habit: ThoughtsHandling, where: str) -> Answer:
     """An answer's thoughts and the rest, for a template of that habit; `where` names the message.
 
     Raises:

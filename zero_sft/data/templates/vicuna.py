@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation
-from zero_sft.data.templates.rendered import Rendered
+from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.errors import DataError
 
 VICUNA = "vicuna"
@@ -47,7 +47,7 @@ class VicunaTemplate:
         """The texts that end an answer."""
         return (self.stop,)
 
-    def render(self, conversation: Conversation) -> Rendered:
+    def render(self, conversation: Conversation) -> RenderedText:
         """As FastChat does: an empty text leaves out the space before it and what separates it from the next turn.
 
         Raises:
@@ -73,7 +73,7 @@ class VicunaTemplate:
                 ends.append((number, length))
                 if turn.trained:
                     spans.append((start, length))
-        return Rendered(
+        return RenderedText(
             text="".join(pieces),
             spans=tuple(spans),
             where=conversation.where,
