@@ -68,8 +68,8 @@ wheels: setup ## what bench-gpu needs next to torch, for a machine without a net
 	$(BIN)/python -m benchmarks.gpu.wheels --folder $(WHEELS)
 
 lint: setup ## format, lint, types, import contracts
-	$(BIN)/ruff format --check zero_sft tests benchmarks examples
-	$(BIN)/ruff check zero_sft tests benchmarks examples
+	$(BIN)/ruff format --check zero_sft tests testing benchmarks examples
+	$(BIN)/ruff check zero_sft tests testing benchmarks examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
@@ -77,8 +77,8 @@ arguments: setup ## the table of inherited arguments that --help shows, for the 
 	$(BIN)/python -c "from zero_sft.arguments.inherited import write_table; write_table()"
 
 format: setup ## put the code into the project's format
-	$(BIN)/ruff format zero_sft tests benchmarks examples
-	$(BIN)/ruff check --fix zero_sft tests benchmarks examples
+	$(BIN)/ruff format zero_sft tests testing benchmarks examples
+	$(BIN)/ruff check --fix zero_sft tests testing benchmarks examples
 
 bench: setup ## load time, traffic and memory beside the bare read and other loaders; about an hour
 	$(BIN)/python -m benchmarks.load --write docs/benchmarks.md

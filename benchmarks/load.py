@@ -19,11 +19,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import probes, start
+from benchmarks import start
 from benchmarks.checkpoints import Checkpoint, weight_files
 from benchmarks.rivals import RIVALS, available
 from benchmarks.ways import OURS, ROOFLINES, STOCK, prepare_cache, rank_main
-from tests.runner import run_ranks
+from testing import probes
+from testing.runner import run_ranks
 
 _MARK = "ZERO_SFT_BENCH_NAMESPACE"
 _TRIALS = 3  # rounds of the bare reads alone

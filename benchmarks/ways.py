@@ -29,7 +29,7 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     """Every rank: load in that way between two barriers; writes `<rank>.json` into `out`."""
     import torch.distributed as dist
 
-    from benchmarks import probes
+    from testing import probes
     from zero_sft.cluster.world import World
     from zero_sft.zero.process_group import connect
 

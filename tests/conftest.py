@@ -29,8 +29,8 @@ def pytest_generate_tests(metafunc):
 
 def pytest_runtestloop(session):
     if not session.config.option.collectonly and any(item.get_closest_marker("world_size") for item in session.items):
-        from tests.operators import compile_all
-        from tests.runner import ON_DEVICES, context
+        from testing.operators import compile_all
+        from testing.runner import ON_DEVICES, context
 
         if not ON_DEVICES:  # those of CPU ranks; no test on devices takes one
             terminal = session.config.get_terminal_writer()
@@ -43,7 +43,7 @@ def pytest_pyfunc_call(pyfuncitem):
     marker = pyfuncitem.get_closest_marker("world_size")
     if marker is None:
         return None
-    from tests.runner import run_ranks
+    from testing.runner import run_ranks
 
     size = pyfuncitem.callspec.params["_world_size"] if len(marker.args) > 1 else marker.args[0]
     names = inspect.signature(pyfuncitem.obj).parameters

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from testing.runner import run_ranks
 from tests import architectures
-from tests.runner import run_ranks
 
 WORLD_SIZES = (2, 3)
 DTYPES = ("bfloat16", "float32")

@@ -22,8 +22,8 @@ ON_A_CPU = ("machine", "checkpoint", "tests", "load", "train-sdpa", "train-trl",
 @pytest.fixture(scope="module")
 def operators():
     """The operator of DeepSpeed that every CPU rank loads, and no GPU, compiled before the parts' own time."""
-    from tests.operators import compile_all
-    from tests.runner import context
+    from testing.operators import compile_all
+    from testing.runner import context
 
     compile_all(context, ("ShareMemCommBuilder",))
 

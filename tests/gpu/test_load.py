@@ -41,7 +41,7 @@ def test_shards_are_on_the_device_and_equal_plain_loading(checkpoints, dtype):
 @pytest.mark.world_size(1, 2, 8)
 def test_large_tensors_pass_through_the_ring(wide):
     """The bytes of a cast and of a plain copy, by one thread and by four; the host holds the ring alone."""
-    from benchmarks import probes
+    from testing import probes
     from zero_sft import load_model
     from zero_sft.loading.options import READER_MIB
 

@@ -15,7 +15,7 @@ def job(folder: Path) -> None:
 
 def main(folder: Path, size: str) -> None:
     """Train on two ranks, and open what came of it with plain transformers."""
-    from tests.runner import run_ranks
+    from testing.runner import run_ranks
 
     out = small_job.make(folder, 24) / "out"
     out.mkdir()

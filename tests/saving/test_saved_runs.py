@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from testing.runner import run_ranks
 from tests import small_job
 from tests.errors import error_codes, raises
-from tests.runner import run_ranks
 from tests.saving.test_placing import unshared
 from zero_sft.saving.resume import require_resumable
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from testing.runner import run_ranks
 from tests import small_job
-from tests.runner import run_ranks
 
 STEPS = 20
 BATCH = 8

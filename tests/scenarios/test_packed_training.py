@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from testing.runner import run_ranks
 from tests import small_job
 from tests.data import tiny
-from tests.runner import run_ranks
 
 STEPS = 4
 SAMPLES = 24

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-PRELOAD = ["torch", "torch.distributed", "transformers", "deepspeed", "zero_sft", "tests.preload"]
+PRELOAD = ["torch", "torch.distributed", "transformers", "deepspeed", "zero_sft", "testing.preload"]
 
 ON_DEVICES = bool(os.environ.get("ZERO_SFT_TEST_DEVICES"))
 """Ranks take a device each. They are started afresh then: DeepSpeed asks CUDA for devices when it is imported, and a process

@@ -54,7 +54,7 @@ def measured(folder, zero, batch_size, length, checkpointing):
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    from benchmarks import probes
+    from testing import probes
     from zero_sft import load_model
 
     libc = ctypes.CDLL(None)

@@ -1,0 +1,1 @@
+"""Ranks in processes, and probes of memory and traffic: for tests and benchmarks alike."""
