@@ -55,7 +55,7 @@ def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
         yield
 
     with raises("data.unusable_sample") as caught:
-        next(Trainer._own(trainer, batches()))
+        next(Trainer._local_batches(trainer, batches()))
     failure.begin_job(World(rank=1, world_size=2))
     assert failure.report_failure(caught.value) == 1
     assert capsys.readouterr().err == "\nerror: a.json, sample 6: no (rank 1 alone) [data.unusable_sample]\n"

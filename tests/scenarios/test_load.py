@@ -19,9 +19,56 @@ def load(folder, bf16=True, **kwargs):
     return load_model(str(folder), **kwargs)
 
 
+def rewrite(folder: Path, change) -> Path:
+    """Save the checkpoint again as one file, its tensors changed."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors.update(load_file(path))
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def lacks_two_and_has_another(tensors):
+    del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["something.else"] = torch.ones(3)
+
+
+def ties_are_equal(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def lacks_the_source_of_a_tie(tensors):
+    del tensors["model.embed_tokens.weight"]
+
+
+def of_the_base_model(tensors):
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    tensors.clear()
+    tensors.update(renamed)
+
+
+def head_of_another_shape(tensors):
+    tensors["lm_head.weight"] = torch.ones(130, 30)
+
+
+def of_another_model(tensors):
+    for name in list(tensors):
+        tensors[f"encoder.{name}"] = tensors.pop(name)
+
+
+def changed(*changes):
+    """Run a test on checkpoints whose tensors were changed so."""
+    return pytest.mark.parametrize("llama", changes, indirect=True, ids=[change.__name__ for change in changes])
+
+
 @pytest.fixture
-def llama(tmp_path):
-    return models.save_tiny("llama", tmp_path / "llama")
+def llama(tmp_path, request):
+    """A checkpoint in two files; with a parameter, its tensors changed by that function."""
+    folder = models.save_tiny("llama", tmp_path / "llama")
+    return rewrite(folder, request.param) if hasattr(request, "param") else folder
 
 
 @pytest.fixture
@@ -120,19 +167,8 @@ def test_each_byte_is_read_once_and_no_weight_is_sent(llama):
     assert json.loads(report.to_json())["ranks"] == report.ranks
 
 
-def rewrite(folder: Path, change) -> Path:
-    """Save the checkpoint again as one file, its tensors changed."""
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors.update(load_file(path))
-        path.unlink()
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.mark.world_size(1, 2, 3)
+@changed(lacks_two_and_has_another)
 def test_missing_weights_are_initialised_alike_everywhere(llama):
     """The same values as plain loading draws with the same seed, whatever the world size; the report says so."""
     torch.manual_seed(11)
@@ -142,20 +178,6 @@ def test_missing_weights_are_initialised_alike_everywhere(llama):
     models.assert_equal(model, reference)
     assert model.load_report.missing_keys == ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"]
     assert model.load_report.unexpected_keys == ["something.else"]
-
-
-test_missing_weights_are_initialised_alike_everywhere.prepare = lambda tensors: (
-    tensors.pop("lm_head.weight"), tensors.pop("model.layers.1.mlp.up_proj.weight"),
-    tensors.update({"something.else": torch.ones(3)}),
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _prepared(request):
-    """Tests that need another checkpoint than the saved one carry a `prepare`."""
-    prepare = getattr(request.function, "prepare", None)
-    if prepare is not None:
-        rewrite(request.getfixturevalue("llama"), prepare)
 
 
 @pytest.mark.world_size(2)
@@ -171,6 +193,7 @@ def test_no_ties_between_values_that_differ(llama):
 
 
 @pytest.mark.world_size(2)
+@changed(ties_are_equal)
 def test_ties_between_equal_values(llama):
     from transformers import AutoConfig
 
@@ -181,12 +204,8 @@ def test_ties_between_equal_values(llama):
     models.assert_equal(load(llama, config=config), reference)
 
 
-test_ties_between_equal_values.prepare = lambda tensors: tensors.update(
-    {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-)
-
-
 @pytest.mark.world_size(2)
+@changed(lacks_the_source_of_a_tie)
 def test_the_source_of_a_tie_is_missing(llama):
     from transformers import AutoConfig
 
@@ -198,10 +217,8 @@ def test_the_source_of_a_tie_is_missing(llama):
     assert model.load_report.missing_keys == []
 
 
-test_the_source_of_a_tie_is_missing.prepare = lambda tensors: tensors.pop("model.embed_tokens.weight")
-
-
 @pytest.mark.world_size(2)
+@changed(of_the_base_model)
 def test_saved_from_the_base_model(llama):
     """Names without the base model's prefix, and no head."""
     torch.manual_seed(3)
@@ -210,51 +227,49 @@ def test_saved_from_the_base_model(llama):
     models.assert_equal(load(llama), reference)
 
 
-def _without_prefix(tensors):
-    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
-    tensors.clear()
-    tensors.update(renamed)
+def assert_one_error(folder, code, value):
+    from zero_sft.cluster.control_group import all_gather_json
+    from zero_sft.cluster.world import World
+
+    with raises(code, value) as caught:
+        load(folder)
+    assert len(set(all_gather_json(World.detect(), str(caught.value)))) == 1
 
 
-test_saved_from_the_base_model.prepare = _without_prefix
+@pytest.mark.world_size(3)
+@changed(head_of_another_shape)
+def test_a_tensor_of_another_shape(llama):
+    assert_one_error(llama, "checkpoint.shapes_differ", "lm_head.weight: expected [131, 30], got [130, 30]")
+
+
+@pytest.mark.world_size(3)
+@changed(of_another_model)
+def test_a_checkpoint_of_another_model(llama):
+    assert_one_error(llama, "checkpoint.other_model", "encoder.")
+
+
+@pytest.fixture
+def damaged(llama, damage):
+    paths = sorted(llama.glob("*.safetensors*"))
+    if damage == "truncated":
+        paths[0].write_bytes(paths[0].read_bytes()[:-5])
+    elif damage == "no weights":
+        for path in paths:
+            path.unlink()
+    return llama / "nothing" if damage == "no folder" else llama
 
 
 @pytest.mark.world_size(3)
 @pytest.mark.parametrize(
     ("damage", "code", "value"),
     [
-        ("shape", "checkpoint.shapes_differ", "lm_head.weight: expected [131, 30], got [130, 30]"),
-        ("other model", "checkpoint.other_model", "encoder."),
         ("truncated", "checkpoint.truncated", ".safetensors"),
         ("no weights", "checkpoint.no_weights", "llama"),
         ("no folder", "hub.no_such_folder", "nothing"),
     ],
 )
-def test_bad_checkpoints_are_one_error_on_every_rank(llama, damage, code, value):
-    from zero_sft.cluster.control_group import all_gather_json
-    from zero_sft.cluster.world import World
-
-    folder = Path(llama) / "nothing" if damage == "no folder" else llama
-    with raises(code, value) as caught:
-        load(folder)
-    assert len(set(all_gather_json(World.detect(), str(caught.value)))) == 1
-
-
-@pytest.fixture(autouse=True)
-def _damaged(request):
-    damage = getattr(request.node, "callspec", None) and request.node.callspec.params.get("damage")
-    if not damage or damage == "no folder":
-        return
-    folder = request.getfixturevalue("llama")
-    if damage == "shape":
-        rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(130, 30)}))
-    elif damage == "other model":
-        rewrite(folder, lambda t: [t.update({f"encoder.{name}": t.pop(name)}) for name in list(t)])
-    elif damage == "no weights":
-        rewrite(folder, lambda t: None).joinpath("model.safetensors").unlink()
-    else:
-        path = sorted(folder.glob("*.safetensors"))[0]
-        path.write_bytes(path.read_bytes()[:-5])
+def test_bad_checkpoints_are_one_error_on_every_rank(damaged, damage, code, value):
+    assert_one_error(damaged, code, value)
 
 
 @pytest.mark.world_size(3)

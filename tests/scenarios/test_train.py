@@ -34,6 +34,7 @@ def model(tmp_path):
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     (tmp_path / "data.json").write_text(json.dumps(CHAT))
+    (tmp_path / "prompts.json").write_text('["What is 99?"]')
     return folder
 
 
@@ -53,10 +54,9 @@ def test_from_arguments_to_export(model, tmp_path):
 
     from zero_sft import train
 
-    prompts = tmp_path / "prompts.json"
-    if not prompts.exists():
-        prompts.write_text('["What is 99?"]')
-    status = train.main(job(tmp_path, sample_prompts=prompts, eval_data_path=tmp_path / "data.json", eval_on_start=True))
+    status = train.main(
+        job(tmp_path, sample_prompts=tmp_path / "prompts.json", eval_data_path=tmp_path / "data.json", eval_on_start=True)
+    )
     assert status == 0
     out = tmp_path / "out"
     assert (out / "logs" / "loss.png").stat().st_size > 1000
@@ -141,7 +141,7 @@ def test_bad_input_is_one_message_and_a_non_zero_status(material, fault):
     dist.barrier()
     after = sorted(path.name for path in material.iterdir() if path.name != "out")
     assert after == before
-    assert not list((material / "out").glob("*")) if (material / "out").exists() else True
+    assert list((material / "out").glob("*")) == []  # of a folder that does not exist as well
 
 
 def launch(folder, *words, ranks=2, timeout_s=150):
