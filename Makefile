@@ -78,7 +78,7 @@ arguments: setup ## the table of inherited arguments that --help shows, for the 
 
 docs: setup ## the documentation as a site in site/, with every link checked; writes docs/arguments.md
 	$(BIN)/python docs/generate_arguments.py
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "written: site/index.html"
 
 format: setup ## put the code into the project's format
