@@ -100,7 +100,7 @@ def _expected(spec: OptionSpec) -> str:
 
 
 def _default(spec: OptionSpec) -> str:
-    return "" if spec.default is None else f"`{spec.default!r}`"
+    return "" if spec.default in (None, "") else f"`{spec.default}`"
 
 
 def _cell(text: str) -> str:
