@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-arch test-gpu bench-gpu gpu-environment wheels lint arguments format bench scaling clean
+.PHONY: help setup demo test test-all test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -76,6 +76,11 @@ lint: setup ## format, lint, types, import contracts
 arguments: setup ## the table of inherited arguments that --help shows, for the installed TRL and transformers
 	$(BIN)/python -c "from zero_sft.arguments.inherited import write_table; write_table()"
 
+docs: setup ## the documentation as a site in site/, with every link checked; writes docs/arguments.md
+	$(BIN)/python docs/generate_arguments.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "written: site/index.html"
+
 format: setup ## put the code into the project's format
 	$(BIN)/ruff format zero_sft tests testing benchmarks examples
 	$(BIN)/ruff check --fix zero_sft tests testing benchmarks examples
@@ -88,4 +93,4 @@ scaling: setup ## what published models need on 8 to 1,024 GPUs; writes docs/sca
 		--model_max_length 4096 --per_device_train_batch_size 1 --markdown docs/scaling.md
 
 clean: ## remove .venv and what was built
-	rm -rf $(VENV) .venv-4 .venv-gpu $(WHEELS) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-4 .venv-gpu $(WHEELS) build dist site *.egg-info .pytest_cache .ruff_cache
