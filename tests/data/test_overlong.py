@@ -81,13 +81,13 @@ def test_rounds_of_tools_and_of_answers_that_are_not_trained_on():
 def test_the_work_of_splitting_grows_with_the_tokens(monkeypatch, name):
     """What is tokenised to find the parts is a few times the conversation, however small a round is against the window."""
     seen = collections.Counter()
-    real = pipeline_module.tokenise
+    real = pipeline_module.tokenize_rendered
 
     def counting(rendered, *rest):
         seen["characters"] += sum(len(each.text) for each in rendered)
         return real(rendered, *rest)
 
-    monkeypatch.setattr(pipeline_module, "tokenise", counting)
+    monkeypatch.setattr(pipeline_module, "tokenize_rendered", counting)
     rng = random.Random(1)
     turns = talk([("q" * rng.randint(1, 20), "a" * rng.randint(1, 20)) for _ in range(3000)])
     part_of(turns, name=name, window=10**7)

@@ -201,7 +201,7 @@ def test_remedies_make_it_fit(folder):
     trainer = MemoryModel(find_model(str(folder), HubOptions()))
     roomy = trainer.needs(run())
     assert roomy.fits
-    assert next(trainer.remedies(run(device_bytes=roomy.device - 2**26))).startswith("--gradient_checkpointing True")
+    assert next(trainer.remedies(run(device_bytes=roomy.device - 2**26))).startswith("--activation_checkpointing True")
     assert list(trainer.remedies(run(device_bytes=2**20))) == []  # not even the runtime fits
     assert trainer.activation_bytes(run(packing=True)) > trainer.activation_bytes(run())
 

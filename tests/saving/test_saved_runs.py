@@ -213,7 +213,7 @@ def lost(folder: Path, out: str) -> None:
     import os
     from unittest import mock
 
-    from zero_sft import trainer
+    from zero_sft.job import trainer
 
     os.chdir(folder)
     train = trainer.Trainer.train
@@ -245,7 +245,7 @@ def failing_at_the_end(folder: Path, out: str) -> None:
     """One rank's part of a run whose last callback fails on rank 0, as a tracker that is gone would."""
     from unittest import mock
 
-    from zero_sft import trainer
+    from zero_sft.job import trainer
 
     def fail(self, args, *_, **__):
         if args.process_index == 0:
