@@ -252,7 +252,7 @@ def failing_at_the_end(folder: Path, out: str) -> None:
             raise RuntimeError("the tracker is gone")
 
     said = io.StringIO()
-    with mock.patch.object(trainer.LastStepLogged, "on_train_end", fail), contextlib.redirect_stderr(said):
+    with mock.patch.object(trainer.LogLastStep, "on_train_end", fail), contextlib.redirect_stderr(said):
         with pytest.raises(AssertionError):
             small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
     if torch.distributed.get_rank() == 0:
