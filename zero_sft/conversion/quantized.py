@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from zero_sft.checkpoint.header import StoredTensor
-from zero_sft.checkpoint.scaled import ScaledTensor, blocks
+from zero_sft.checkpoint.scaled import ScaledTensor, block_shape
 from zero_sft.conversion import tracing
 from zero_sft.errors import CheckpointError
 from zero_sft.transformers_internals import dequantize_function, internal, set_dequantize_function
@@ -109,7 +109,7 @@ class DequantTracer:
         if not weight.dtype.startswith("F8"):
             raise tracing.NotTraceable(f"{weight.name} is stored as {weight.dtype}, several numbers a byte")
         name = f"{weight.name} * {grid.name}"
-        block = blocks(weight.shape, grid.shape, self._configured)
+        block = block_shape(weight.shape, grid.shape, self._configured)
         self.joined[name] = ScaledTensor.join(name, weight, grid, block)
         return tracing.source(name, weight.shape, output_dtype or quantized.dtype)
 
@@ -148,7 +148,7 @@ def _by_blocks(operation: Any) -> Callable[..., torch.Tensor]:
         if not is_matrix or scales.numel() == 1:
             return theirs(quantized, scales, output_dtype=output_dtype)
         (height, width), (grid_rows, grid_cols) = quantized.shape, (1, *scales.shape)[-2:]
-        rows, cols = blocks(tuple(quantized.shape), tuple(scales.shape), configured)
+        rows, cols = block_shape(tuple(quantized.shape), tuple(scales.shape), configured)
         padded = torch.zeros(grid_rows * rows, grid_cols * cols, dtype=torch.uint8, device=quantized.device)
         padded[:height, :width] = quantized.view(torch.uint8)
         return theirs(padded.view(quantized.dtype), scales, output_dtype=output_dtype)[:height, :width]
