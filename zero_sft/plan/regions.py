@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 Shape = tuple[int, ...]
 
 MAX_REGIONS = 1 << 18
-"""A tensor with more regions is not planned, because planning would take longer than reading the whole tensor."""
+"""A tensor with more regions is not planned, because the bookkeeping would dominate the load."""
 
 
 class TooManyRegions(ValueError):
