@@ -107,7 +107,7 @@ def resolve(
     unexpected = set(names.unexpected)
     mismatched: list[ShapeMismatch] = []
     for group in names.groups:
-        for name, (shape, parts) in tracer.converted(group).items():
+        for name, (shape, parts) in tracer.trace(group).items():
             if name not in wanted:
                 unexpected.add(name)
                 continue
@@ -143,8 +143,8 @@ class _GroupTracer:
     stored: Mapping[str, StoredTensor]
     dequant_tracer: DequantTracer
 
-    def converted(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
-        """Map the names of the tensors that a group makes to their shape and regions; None for regions that can't be traced."""
+    def trace(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
+        """Return the shape and the regions of each tensor that a group makes; None for regions that can't be traced."""
         if group.rivals:
             rival, member = group.rivals[0], group.stored[0]
             raise CheckpointError(
