@@ -1,4 +1,4 @@
-"""Recognise folders and files that are not the expected model, and say what to do with them.
+"""Recognise folders and files that are not the expected model, and suggest a remedy.
 
 A folder without `config.json` or weights usually holds another format: an adapter, GGUF, a trainer's checkpoint. A file may be
 a placeholder: git without LFS leaves a pointer of 130 bytes, a proxy leaves an HTML page. File names and first bytes are enough

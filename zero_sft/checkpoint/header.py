@@ -142,8 +142,8 @@ def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTenso
         )
     expected_nbytes = math.prod(shape) * ITEM_BITS[dtype] // 8
     if end - begin != expected_nbytes:
-        found = f"{end - begin} bytes for {name!r}, but {dtype} {list(shape)} takes {expected_nbytes}"
-        raise CheckpointError(_damaged(path, found), code="checkpoint.wrong_size_of_tensor")
+        problem = f"{end - begin} bytes for {name!r}, but {dtype} {list(shape)} takes {expected_nbytes}"
+        raise CheckpointError(_damaged(path, problem), code="checkpoint.wrong_size_of_tensor")
     return StoredTensor(
         name=name, file=path, dtype=dtype, shape=shape, offset_bytes=data_start_bytes + begin, nbytes=end - begin
     )
@@ -164,8 +164,8 @@ def _check_layout(path: str, tensors: list[StoredTensor], data_start_bytes: int,
         )
 
 
-def _damaged(path: str, found: str) -> str:
+def _damaged(path: str, problem: str) -> str:
     return (
-        f"{path} is truncated, corrupt or not a safetensors file: found {found}. "
+        f"{path} is truncated, corrupt or not a safetensors file: found {problem}. "
         "Download or copy the file again, and compare its size and checksum with the original."
     )

@@ -72,7 +72,7 @@ def _quantization_config(config: PreTrainedConfig) -> Any:
         return settings
     try:
         return getattr(config.get_text_config(decoder=True), "quantization_config", None)
-    except ValueError:  # several text parts
+    except ValueError:  # the config has several text parts
         return None
 
 

@@ -50,9 +50,9 @@ def schema_problems(config: Mapping[str, Any]) -> list[ConfigError]:
 
     Any rank; does not communicate. The batch sizes are not compared with the number of ranks.
     """
-    known = SECTIONS | FLAGS | NUMBERS | TEXTS | NOTES | _removed()
-    problems = [_unknown(key, known) for key in config if key not in known]
-    settings = {key: value for key, value in config.items() if key in known - NOTES}
+    known_keys = SECTIONS | FLAGS | NUMBERS | TEXTS | NOTES | _removed()
+    problems = [_unknown(key, known_keys) for key in config if key not in known_keys]
+    settings = {key: value for key, value in config.items() if key in known_keys - NOTES}
     for key, value in settings.items():
         problems += _wrong_type(key, value) or _section_problems(key, value)
     if not problems:
@@ -68,8 +68,8 @@ def _removed() -> set[str]:
     return set(getattr(ds, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}))
 
 
-def _unknown(key: str, known: frozenset[str] | set[str]) -> ConfigError:
-    similar = difflib.get_close_matches(key, known - NOTES, n=1)
+def _unknown(key: str, known_keys: frozenset[str] | set[str]) -> ConfigError:
+    similar = difflib.get_close_matches(key, known_keys - NOTES, n=1)
     is_zero_key = key in _zero_names()
     hint = f" Did you mean {similar[0]}?" if similar else " It belongs in zero_optimization." if is_zero_key else ""
     return _no_such_key(key, f", and would ignore it.{hint}")
@@ -142,7 +142,7 @@ def _ignored_keys(key: str, value: Any) -> list[ConfigError]:
     from deepspeed.runtime.activation_checkpointing import config as checkpointing
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
-    known: dict[str, set[str]] = {
+    known_keys: dict[str, set[str]] = {
         "aio": {*AIO_DEFAULT_DICT, "thread_count"},
         "activation_checkpointing": set(checkpointing.ACT_CHKPT_DEFAULT),
         "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
@@ -150,9 +150,9 @@ def _ignored_keys(key: str, value: Any) -> list[ConfigError]:
             "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"
         },
     }  # fmt: skip
-    if key not in known:
+    if key not in known_keys:
         return []
-    return [_no_such_key(f"{key}.{name}", ", and would ignore it.") for name in value if name not in known[key]]
+    return [_no_such_key(f"{key}.{name}", ", and would ignore it.") for name in value if name not in known_keys[key]]
 
 
 def _monitor_problems(config: Mapping[str, Any]) -> list[ConfigError]:
@@ -201,12 +201,12 @@ def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     if "max_grad_norm" in params:
         message = "optimizer.params.max_grad_norm: DeepSpeed refuses it. Set gradient_clipping at the top level of the config."
         problems.append(ConfigError(message, code="ds_config.max_grad_norm"))
-    known = {*_parameters(optimizer_class(kind)), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
-    known |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
+    known_settings = {*_parameters(optimizer_class(kind)), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
+    known_settings |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
     return problems + [
         _no_such_setting(f"optimizer.params.{name}", kind, sorted(_parameters(optimizer_class(kind))))
         for name in params
-        if name not in known and name != "max_grad_norm"
+        if name not in known_settings and name != "max_grad_norm"
     ]
 
 
@@ -230,19 +230,20 @@ def _scheduler_problems(config: Mapping[str, Any]) -> list[ConfigError]:
         return [*problems, _bad_value("scheduler.type", kind, f"one of {names}, or a class in torch.optim.lr_scheduler")]
     if not isinstance(params, dict):
         return [*problems, _bad_value("scheduler.params", params, "a section, {...}")]
-    known = _parameters(cls)
-    unknown = [name for name in params if name not in known]
+    known_settings = _parameters(cls)
+    unknown = [name for name in params if name not in known_settings]
     problems += [
         _bad_value(f"scheduler.params.{name}", params[name], 'a positive integer, or "auto"')
         for name in ("total_num_steps", "warmup_num_steps")
-        if name in params and name in known and (type(params[name]) is not int or params[name] < 1)
+        if name in params and name in known_settings and (type(params[name]) is not int or params[name] < 1)
     ]
-    return problems + [_no_such_setting(f"scheduler.params.{name}", str(kind), known) for name in unknown]
+    return problems + [_no_such_setting(f"scheduler.params.{name}", str(kind), known_settings) for name in unknown]
 
 
-def _no_such_setting(name: str, kind: str, known: Iterable[str]) -> ConfigError:
-    message = f"{name}: {kind} has no such setting, expected one of {', '.join(known)}."
-    return ConfigError(message, code="ds_config.unknown_setting")
+def _no_such_setting(name: str, kind: str, known_settings: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"{name}: {kind} has no such setting, expected one of {', '.join(known_settings)}.", code="ds_config.unknown_setting"
+    )
 
 
 def scheduler_class(kind: Any) -> Any:
