@@ -21,7 +21,7 @@ BLOCK_BYTES = 4 * 2**20
 """Bytes that are populated and then filled in one step: a multiple of the huge page size that fits a core's cache share."""
 
 TRIAL_EVERY = 64
-"""Every n-th block retries the currently slower page size; this costs 2 to 5 %."""
+"""Number of blocks after which one block retries the currently slower page size; this costs 2 to 5 %."""
 
 _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE = 14, 15, 23
 

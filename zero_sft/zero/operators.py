@@ -75,7 +75,7 @@ def keep_operators_apart() -> None:
 def operators_folder() -> Path:
     """Return the folder for the operators of this environment on this kind of machine. Creates it if necessary.
 
-    It is in `TORCH_EXTENSIONS_DIR` if that is set, else in the user's cache folder. If neither can be written, it is in the
+    It is in `TORCH_EXTENSIONS_DIR` if that is set, else in the user's cache folder. If that can't be written, it is in the
     temporary folder. On a network file system each host has a folder, because `flock` may not work across hosts.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _cache_home() / "zero_sft" / "operators").expanduser()
@@ -97,7 +97,10 @@ def _cache_home() -> Path:
 
 @functools.cache
 def _environment(network: bool) -> str:
-    """Name everything except the sources that a compiled operator depends on: versions, paths, processor, host on a network."""
+    """Return a folder name from everything but the sources that a compiled operator depends on: versions, paths, processor.
+
+    The name of the host is included if the folder is on a network file system.
+    """
     import deepspeed
     import torch
 
