@@ -100,7 +100,7 @@ def local_shard(param: nn.Parameter) -> torch.Tensor:
 
 
 def is_gathered(param: nn.Parameter) -> bool:
-    """True if a parameter is in full on this rank now, as small ones are under an engine. Forward then uses the full values."""
+    """True if a parameter is gathered on this rank now, as an engine keeps small ones. Forward then uses the full values."""
     return param.ds_status == ZeroParamStatus.AVAILABLE
 
 
