@@ -1,1 +1,1 @@
-"""What is on disk: headers and the index over them. Pure, standard library only."""
+"""The checkpoint format: file headers, and the index over all files of a folder. Standard library only."""

@@ -1,4 +1,7 @@
-"""Which file it was: kept with its header and compared when its data is read, as offsets mean nothing in another file."""
+"""The identity of a file, to detect that it changed between reading its header and reading its data.
+
+The offsets in a header are wrong for any other file, so the identity is stored with the header and compared later.
+"""
 
 import os
 from dataclasses import dataclass
@@ -10,8 +13,8 @@ from zero_sft.errors import CheckpointError
 class FileIdentity:
     """A file's identity and the time of its last write, as this machine sees them. Not comparable between nodes.
 
-    The inode's own time of change is left out: rights and links change it, too, and a write that puts the file's time back is
-    somebody's intent.
+    The inode change time (ctime) is left out, because changes of permissions and links update it as well. A write that
+    restores the modification time is therefore not detected.
     """
 
     device: int
@@ -21,35 +24,39 @@ class FileIdentity:
 
 
 def stat_identity(file: str | os.PathLike[str] | int) -> FileIdentity:
-    """The stamp of a path or an open file.
+    """Return the identity of a path or of an open file.
 
     Raises:
-        CheckpointError: it can't be looked at.
+        CheckpointError: the file does not exist or can't be accessed.
     """
     try:
-        found = os.stat(file)  # noqa: PTH116 - an open file's descriptor too
+        status = os.stat(file)  # noqa: PTH116 - Path.stat takes no file descriptor
     except OSError as error:
         raise CheckpointError(
-            f"{file} can't be looked at: {error.strerror}. Check that it exists and its rights.",
+            f"{file} can't be accessed: {error.strerror}. Check that the file exists and that you may read it.",
             code="checkpoint.file_unreadable",
         ) from error
-    return FileIdentity(device=found.st_dev, inode=found.st_ino, size_bytes=found.st_size, mtime_ns=found.st_mtime_ns)
+    return FileIdentity(device=status.st_dev, inode=status.st_ino, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def is_same_file(path: str, expected: FileIdentity) -> bool:
-    """Whether a path still names that file, changed or not."""
+    """True if `path` still names the `expected` file, even if its contents have changed."""
     try:
-        found = stat_identity(path)
+        current = stat_identity(path)
     except CheckpointError:
         return False
-    return (found.device, found.inode) == (expected.device, expected.inode)
+    return (current.device, current.inode) == (expected.device, expected.inode)
 
 
 def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: FileIdentity | None) -> None:
-    """Raise `CheckpointError` if `file` (`path`, or that file opened) is another than the one whose header was read."""
+    """Check that `file` (a path or a descriptor) is still the file whose header was read. `path` is for the message.
+
+    Raises:
+        CheckpointError: the file was replaced or written to.
+    """
     if expected is not None and stat_identity(file) != expected:
         raise CheckpointError(
-            f"{path} was replaced or written to after its header was read. Wait until nothing writes the checkpoint any more "
-            "(a download, a copy, another job's export), and load again.",
+            f"{path} was replaced or written to after its header was read. Wait until nothing writes to the checkpoint any "
+            "more (a download, a copy, another job's export), then load again.",
             code="checkpoint.changed_while_read",
         )

@@ -1,7 +1,7 @@
-"""The layout of a checkpoint to be written: which tensor goes into which file, and where. Pure, the same on every rank.
+"""The layout of a checkpoint to be written: the file and the offset of each tensor. Pure, and the same on every rank.
 
-Files are filled in the model's order up to a size, as transformers does it; a tensor larger than that gets a file of its own.
-Headers follow the safetensors format, padded with spaces to 8 bytes, so that data starts aligned.
+Files are filled in the model's order up to a maximum size, as in transformers. A larger tensor gets a separate file.
+Headers follow the safetensors format. They are padded with spaces to a multiple of 8 bytes, so that the data is aligned.
 """
 
 import json
@@ -19,7 +19,7 @@ _METADATA = {"format": "pt"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileLayout:
-    """One file to be written: its header's bytes, its tensors with their places, its size in bytes."""
+    """One file to be written: the bytes of its header, its tensors with their offsets, and its size in bytes."""
 
     name: str
     header: bytes
@@ -30,7 +30,7 @@ class FileLayout:
 def lay_out(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_file_bytes: int = MAX_FILE_BYTES
 ) -> tuple[FileLayout, ...]:
-    """Assign tensors, given as (name, dtype, shape), to files."""
+    """Assign tensors, each a tuple (name, dtype, shape), to files."""
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = []
     filled_bytes = 0
     for tensor in tensors:
@@ -47,7 +47,7 @@ def lay_out(
 
 
 def index_json(files: Iterable[FileLayout]) -> str:
-    """The text of `model.safetensors.index.json` over several files."""
+    """Return the text of `model.safetensors.index.json` for several files."""
     files = tuple(files)
     metadata: Mapping[str, int] = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
@@ -58,19 +58,19 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * ITEM_BITS[dtype] // 8
 
 
-def _file(name: str, group: list[tuple[str, str, tuple[int, ...]]]) -> FileLayout:
+def _file(file: str, group: list[tuple[str, str, tuple[int, ...]]]) -> FileLayout:
     header: dict[str, object] = {"__metadata__": _METADATA}
-    position = 0
-    for tensor, dtype, shape in group:
-        end = position + _nbytes(dtype, shape)
-        header[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
+    begin = 0
+    for name, dtype, shape in group:
+        end = begin + _nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    places = []
-    for tensor, dtype, shape in group:
+    offset_bytes = 8 + len(text)
+    stored = []
+    for name, dtype, shape in group:
         nbytes = _nbytes(dtype, shape)
-        places.append(StoredTensor(name=tensor, file=name, dtype=dtype, shape=shape, offset_bytes=start, nbytes=nbytes))
-        start += nbytes
-    return FileLayout(name=name, header=struct.pack("<Q", len(text)) + text, tensors=tuple(places), nbytes=start)
+        stored.append(StoredTensor(name=name, file=file, dtype=dtype, shape=shape, offset_bytes=offset_bytes, nbytes=nbytes))
+        offset_bytes += nbytes
+    return FileLayout(name=file, header=struct.pack("<Q", len(text)) + text, tensors=tuple(stored), nbytes=offset_bytes)

@@ -1,9 +1,9 @@
-"""The header of one safetensors file: where each tensor's bytes lie.
+"""The header of one safetensors file: the byte range of each tensor.
 
 A safetensors file is `u64 little-endian header length | JSON header | data`. The JSON maps each tensor's name to its dtype,
-shape and `data_offsets = [begin, end)` within the data; the data is row-major, without holes, and ends with the file
+shape and `data_offsets = [begin, end)` within the data. The data is row-major, has no gaps, and ends where the file ends
 (https://github.com/huggingface/safetensors, "Format"). Everything that a truncated or corrupt file can violate is checked
-here, before a byte of data is read, since nothing later would notice.
+here, before any data is read, since no later step would notice it. The `safetensors` library does not report offsets.
 """
 
 import json
@@ -23,19 +23,19 @@ ITEM_BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits an element of each dtype, by the format's names."""
+"""Bits per element of each dtype, by the names that the safetensors format uses."""
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own bound, which keeps a garbage length from becoming an allocation."""
+"""The limit that the format sets. It prevents a huge allocation if the length field is garbage."""
 
 _LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a checkpoint: `nbytes` bytes from `offset_bytes` of `file`, row-major in `shape`.
+    """One tensor of a checkpoint: `nbytes` bytes at `offset_bytes` of `file`.
 
-    `strides`, in elements, where it is stored in another order (a `.bin` keeps views as they were).
+    It is row-major if `strides` (in elements) is None. A `.bin` file stores views with the strides that they had.
     """
 
     name: str
@@ -47,12 +47,12 @@ class StoredTensor:
     strides: tuple[int, ...] | None = None
 
     def to_row(self) -> list[Any]:
-        """All but the file, for JSON."""
+        """Return all fields except the file, for JSON."""
         return [self.name, self.dtype, self.shape, self.offset_bytes, self.nbytes, self.strides]
 
     @classmethod
     def from_row(cls, file: str, row: Sequence[Any]) -> "StoredTensor":
-        """What `to_row` made, of the file `file`."""
+        """Rebuild the tensor of `file` from the result of `to_row`."""
         name, dtype, shape, offset_bytes, nbytes, strides = row
         return cls(
             name=name,
@@ -71,7 +71,7 @@ class StoredTensor:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element. Only for dtypes of whole bytes."""
+        """Bytes per element. Valid only for dtypes of whole bytes."""
         return ITEM_BITS[self.dtype] // 8
 
 
@@ -79,7 +79,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file.
 
     Raises:
-        CheckpointError: not a safetensors file, truncated, or with offsets that contradict its shapes or its size.
+        CheckpointError: the file is not a safetensors file, is truncated, or has offsets that contradict its shapes or size.
     """
     path = str(path)
     try:
@@ -97,12 +97,12 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             text = file.read(header_nbytes)
     except OSError as error:
         raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights.",
+            f"{path} can't be read: {error.strerror or error}. Check that the file exists and that you may read it.",
             code="checkpoint.file_unreadable",
         ) from error
     tensors = _parse(path, text, data_start_bytes=_LENGTH.size + header_nbytes)
     _check_layout(path, tensors, data_start_bytes=_LENGTH.size + header_nbytes, size_bytes=size_bytes)
-    return {each.name: each for each in tensors}
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _parse(path: str, text: bytes, data_start_bytes: int) -> list[StoredTensor]:
@@ -133,17 +133,17 @@ def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTenso
             raise ValueError("negative or fractional numbers")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            _damaged(path, f"an entry for {name!r} that is not understood ({error})"), code="checkpoint.header_bad_entry"
+            _damaged(path, f"an invalid entry for {name!r} ({error})"), code="checkpoint.header_bad_entry"
         ) from error
     if dtype not in ITEM_BITS:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has the unknown dtype {dtype!r}. Known: {', '.join(ITEM_BITS)}.",
+            f"{path}: tensor {name!r} has the unknown dtype {dtype!r}, expected one of {', '.join(ITEM_BITS)}.",
             code="checkpoint.unknown_dtype",
         )
     expected_nbytes = math.prod(shape) * ITEM_BITS[dtype] // 8
     if end - begin != expected_nbytes:
-        found = f"{end - begin} bytes for {name!r}, where {dtype} {list(shape)} takes {expected_nbytes}"
-        raise CheckpointError(_damaged(path, found), code="checkpoint.wrong_size_of_tensor")
+        problem = f"{end - begin} bytes for {name!r}, but {dtype} {list(shape)} takes {expected_nbytes}"
+        raise CheckpointError(_damaged(path, problem), code="checkpoint.wrong_size_of_tensor")
     return StoredTensor(
         name=name, file=path, dtype=dtype, shape=shape, offset_bytes=data_start_bytes + begin, nbytes=end - begin
     )
@@ -151,21 +151,21 @@ def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTenso
 
 def _check_layout(path: str, tensors: list[StoredTensor], data_start_bytes: int, size_bytes: int) -> None:
     position = data_start_bytes
-    for each in sorted(tensors, key=lambda t: (t.offset_bytes, t.nbytes)):
-        if each.offset_bytes != position:
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.nbytes)):
+        if tensor.offset_bytes != position:
             raise CheckpointError(
-                _damaged(path, f"{each.name!r} at byte {each.offset_bytes}, expected at {position}"),
+                _damaged(path, f"{tensor.name!r} at byte {tensor.offset_bytes}, expected at {position}"),
                 code="checkpoint.tensors_overlap",
             )
-        position += each.nbytes
+        position += tensor.nbytes
     if position != size_bytes:
         raise CheckpointError(
-            _damaged(path, f"{size_bytes} bytes, where its header promises {position}"), code="checkpoint.truncated"
+            _damaged(path, f"{size_bytes} bytes, but its header describes {position}"), code="checkpoint.truncated"
         )
 
 
-def _damaged(path: str, found: str) -> str:
+def _damaged(path: str, problem: str) -> str:
     return (
-        f"{path} is truncated or corrupt, or no safetensors file: found {found}. "
-        "Download or copy it again, and compare its size and checksum with the source's."
+        f"{path} is truncated, corrupt or not a safetensors file: found {problem}. "
+        "Download or copy the file again, and compare its size and checksum with the original."
     )

@@ -1,9 +1,9 @@
-"""The index of a checkpoint folder: tensor name → file, offset, shape, dtype, over one file or many.
+"""The index of a checkpoint folder, of one file or many: tensor name → file, offset, shape, dtype.
 
-Which files belong to a checkpoint follows transformers: `model.safetensors` first, else the files that
-`model.safetensors.index.json` lists, else `pytorch_model.bin` and its index. The index file's own claims (`weight_map`) are
-held against the headers, so that a shard of another revision is noticed.
-With a variant, "fp16", they are `model.fp16.safetensors`, `model.safetensors.index.fp16.json` and so on.
+The files of a checkpoint are found as in transformers: `model.safetensors`, else the files that `model.safetensors.index.json`
+lists, else `pytorch_model.bin` or the files of its index. A variant such as "fp16" changes the names to
+`model.fp16.safetensors`, `model.safetensors.index.fp16.json` and so on.
+The index file's `weight_map` is compared with the headers, which detects a shard of another revision.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 
 ReadHeader = Callable[[str | Path], dict[str, StoredTensor]]
-"""Finds the tensors of one file."""
+"""Read the header of one file: its tensors by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointIndex:
-    """Every tensor of a checkpoint by its name, as the files' headers have them.
+    """Every tensor of a checkpoint by name, according to the headers.
 
-    `identities` say, by path, which files they were; `duplicate_keys` are the names that stand in several files.
+    `identities` are those of the files, by path. `duplicate_keys` are the names that occur in several files.
     """
 
     folder: str
@@ -41,10 +41,10 @@ class CheckpointIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(each.nbytes for each in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def digest(self) -> str:
-        """A hash of all names, dtypes, shapes and offsets: equal on ranks that see the same files, wherever mounted."""
+        """Hash all names, dtypes, shapes and offsets: equal on ranks that see the same files, even under different paths."""
         rows = sorted((name, Path(t.file).name, t.dtype, t.shape, t.offset_bytes) for name, t in self.tensors.items())
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -53,7 +53,7 @@ class CheckpointIndex:
 class CheckpointFiles:
     """The files of a checkpoint, before their headers are read.
 
-    `read` finds the tensors of one; `promised` is the index file's word on which tensor is where, `index` its path.
+    `read` reads the header of one file. `index` is the path of the index file, `weight_map` its mapping of tensors to files.
     """
 
     folder: Path
@@ -61,20 +61,23 @@ class CheckpointFiles:
     identities: tuple[FileIdentity, ...]
     read: ReadHeader
     index: Path | None = None
-    promised: Mapping[str, str] = field(default_factory=dict)
+    weight_map: Mapping[str, str] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file by its name."""
-        return {path.name: each.size_bytes for path, each in zip(self.paths, self.identities, strict=True)}
+        """Bytes of each file by name."""
+        return {path.name: identity.size_bytes for path, identity in zip(self.paths, self.identities, strict=True)}
 
 
 def find_checkpoint_files(
     folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None
 ) -> CheckpointFiles:
-    """Find the checkpoint in `folder`; `read_bin` is for `pytorch_model.bin`, which takes torch.
+    """Find the checkpoint files in `folder`.
+
+    Args:
+        read_bin: reads the header of a `.bin` file, which needs torch. None ignores such files.
 
     Raises:
-        CheckpointError: no weights, or an index that names a missing or outside file.
+        CheckpointError: the folder has no weights, or its index names a file that is missing or outside of the folder.
     """
     folder = Path(folder)
     layouts: list[tuple[str, str, ReadHeader]] = [(SINGLE_FILE, INDEX_FILE, read_header)]
@@ -90,87 +93,93 @@ def find_checkpoint_files(
         if single.is_file():
             return CheckpointFiles(folder=folder, paths=(single,), identities=(stat_identity(single),), read=read)
         if index.is_file():
-            promised = read_weight_map(index)
-            paths = _named_by(index, promised)
+            weight_map = read_weight_map(index)
+            paths = _shard_paths(index, weight_map)
             identities = tuple(map(stat_identity, paths))
-            return CheckpointFiles(folder=folder, paths=paths, identities=identities, read=read, index=index, promised=promised)
+            return CheckpointFiles(
+                folder=folder, paths=paths, identities=identities, read=read, index=index, weight_map=weight_map
+            )
     raise CheckpointError(_no_weights(folder, variant), code="checkpoint.no_weights")
 
 
 def read_headers(files: CheckpointFiles) -> Sequence[Mapping[str, StoredTensor]]:
-    """The tensors of every file, in the files' order.
+    """Read the headers of all files, in the order of `files.paths`.
 
     Raises:
-        CheckpointError: a damaged file.
+        CheckpointError: a file is damaged.
     """
     return [files.read(path) for path in files.paths]
 
 
 def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTensor]]) -> CheckpointIndex:
-    """Put the headers of all files together, in their order. Pure.
+    """Merge the headers of all files into one index. Pure.
 
-    Of a name that stands in several files the last one's counts, as in plain `from_pretrained`.
+    If a name occurs in several files, the last file wins, as in plain `from_pretrained`.
 
     Raises:
-        CheckpointError: no tensors, or one that is not where the index file says.
+        CheckpointError: there are no tensors, or a tensor is not in the file that the index file names.
     """
     tensors: dict[str, StoredTensor] = {}
     duplicate_keys: set[str] = set()
-    for found in headers:
-        duplicate_keys |= found.keys() & tensors.keys()
-        tensors |= found
+    for header in headers:
+        duplicate_keys |= header.keys() & tensors.keys()
+        tensors |= header
     if not tensors:
         raise CheckpointError(
-            f"{files.paths[0]} holds no tensors, only a header. Fetch it again, or name the folder that has the weights.",
+            f"{files.paths[0]} holds no tensors, only a header. Download it again, or name the folder that holds the weights.",
             code="checkpoint.no_tensors",
         )
-    astray = sorted(
+    misplaced = sorted(
         name
-        for name, file in files.promised.items()
+        for name, file in files.weight_map.items()
         if name not in duplicate_keys and (name not in tensors or tensors[name].file != str(files.folder / file))
     )
-    if astray:
-        more = f" (and {len(astray) - 1} others)" if len(astray) > 1 else ""
+    if misplaced:
+        more = f" (and {len(misplaced) - 1} others)" if len(misplaced) > 1 else ""
         raise CheckpointError(
-            f"{files.index} promises {astray[0]!r} in {files.promised[astray[0]]}, whose header has no such tensor{more}. "
-            "The files are of different versions: fetch the checkpoint again.",
+            f"{files.index} lists {misplaced[0]!r} in {files.weight_map[misplaced[0]]}, whose header has no such tensor{more}. "
+            "The files are of different versions: download the checkpoint again.",
             code="checkpoint.index_promises_other_tensors",
         )
-    identities = {str(path): each for path, each in zip(files.paths, files.identities, strict=True)}
+    identities = {str(path): identity for path, identity in zip(files.paths, files.identities, strict=True)}
     return CheckpointIndex(
         folder=str(files.folder), identities=identities, tensors=tensors, duplicate_keys=tuple(sorted(duplicate_keys))
     )
 
 
 def read_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
-    """`find_checkpoint_files`, `read_headers` and `build_index`; errors as theirs."""
+    """Find a checkpoint's files, read their headers and build the index. Does not communicate.
+
+    Raises:
+        CheckpointError: the same as in `find_checkpoint_files`, `read_headers` and `build_index`.
+    """
     files = find_checkpoint_files(folder, read_bin, variant)
     return build_index(files, read_headers(files))
 
 
 def of_variant(name: str, variant: str | None) -> str:
-    """`model.safetensors` → `model.fp16.safetensors`; None changes nothing."""
-    stem, kind = name.rsplit(".", 1)
-    return name if variant is None else f"{stem}.{variant}.{kind}"
+    """Insert a variant into a file name: `model.safetensors` → `model.fp16.safetensors`. None changes nothing."""
+    stem, suffix = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
-def _named_by(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
+def _shard_paths(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
     paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
     for path in paths:
         if not path.is_file():
-            found = "is a folder" if path.is_dir() else f"is not in {index.parent}"
+            problem = "is a folder" if path.is_dir() else f"is not in {index.parent}"
             raise CheckpointError(
-                f"{index} names {path.name!r}, which {found}. The download is incomplete: fetch it again.",
+                f"{index} names {path.name!r}, which {problem}. The download is incomplete: download the checkpoint again.",
                 code="checkpoint.shard_missing",
             )
     return paths
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """An index file's word on which file holds which tensor.
+    """Read the `weight_map` of an index file: tensor name → file name.
 
     Raises:
-        CheckpointError: it can't be read, is none, or names a file outside its folder.
+        CheckpointError: the file can't be read, is not an index, or names a file outside of its folder.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -185,30 +194,30 @@ def read_weight_map(path: Path) -> dict[str, str]:
                 f"{path} is not an index of weights: {placeholder(path)}", code="checkpoint.placeholder_file"
             ) from error
         raise CheckpointError(
-            f"{path} is not an index of weights ({error!r}). Fetch it again.", code="checkpoint.index_malformed"
+            f"{path} is not an index of weights ({error!r}). Download it again.", code="checkpoint.index_malformed"
         ) from error
-    for name in set(weight_map.values()):
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+    for file in set(weight_map.values()):
+        pure = PurePosixPath(file)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in file or "\0" in file:
             raise CheckpointError(
-                f"{path} names {name!r}, which lies outside its folder. Don't use this checkpoint.",
+                f"{path} names {file!r}, which lies outside of its folder. Don't use this checkpoint.",
                 code="checkpoint.index_leaves_folder",
             )
     return weight_map
 
 
 def _no_weights(folder: Path, variant: str | None) -> str:
-    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     expected = f"{of_variant(SINGLE_FILE, variant)}, {of_variant(BIN_FILE, variant)}"
     message = f"no weights in {folder}: expected {expected} or an index of them"
     kind = folder_kind(folder) if folder.is_dir() else ""
     if kind:
         return f"{message}.\n{kind}"
-    parts = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    if parts and variant is None:
+    shards = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    if shards and variant is None:
         return (
-            f"{message}, found {', '.join(parts[:4])}. If these are parts of one model, its index file "
-            f"({INDEX_FILE}) is missing: download it as well. If they are a variant's, give --variant."
+            f"{message}, found {', '.join(shards[:4])}. If these are shards of one model, its index file "
+            f"({INDEX_FILE}) is missing: download it as well. If they belong to a variant, set --variant."
         )
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"{message}, found {shown or 'nothing'}. Name the folder that holds the weights."

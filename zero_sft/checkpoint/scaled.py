@@ -1,8 +1,8 @@
-"""A tensor that is stored as 8-bit numbers and a grid of scales, one for each block of it.
+"""A block-quantised tensor: 8-bit numbers, and a grid with one scale for each block of them.
 
-Element `(r, c)` of the weight, seen as a matrix of all its leading dimensions by the last one, is `weight[r, c] *
-scales[r // block_rows, c // block_cols]`. The blocks at the lower and right edge may be cut short. A range of the weight needs
-its own bytes and the rows of scales beside it, nothing else: that is what makes dequantising local.
+The weight is seen as a matrix whose columns are its last dimension. Its element `(r, c)` is
+`weight[r, c] * scales[r // block_rows, c // block_cols]`. Blocks at the bottom and right edges may be smaller.
+A range of the weight needs only its own bytes and the rows of scales that cover it, so a rank can dequantise its shard alone.
 """
 
 import math
@@ -13,10 +13,10 @@ from zero_sft.checkpoint.header import StoredTensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleRows:
-    """The scales of one range of a weight, and how they lie over it.
+    """The scales that cover one range of a weight, and their position relative to it.
 
     The range begins `skip` elements into a row of `width` elements, which is row `first_row` of its block. The scales are rows
-    of `columns` numbers in `nbytes` bytes from `offset_bytes` of `file`.
+    of `columns` numbers, in `nbytes` bytes at `offset_bytes` of `file`.
     """
 
     file: str
@@ -33,7 +33,7 @@ class ScaleRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaledTensor(StoredTensor):
-    """A weight of one byte an element, and the scales that it is multiplied by."""
+    """A weight of one byte per element, and the scales that multiply it."""
 
     scales: StoredTensor
     block_rows: int
@@ -41,12 +41,12 @@ class ScaledTensor(StoredTensor):
 
     @classmethod
     def join(cls, name: str, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> "ScaledTensor":
-        """`weight` and `scales` as one source called `name`."""
-        plain = {each.name: getattr(weight, each.name) for each in fields(weight)}
-        return cls(**{**plain, "name": name}, scales=scales, block_rows=block[0], block_cols=block[1])
+        """Combine `weight` and `scales` into one source called `name`."""
+        values = {field.name: getattr(weight, field.name) for field in fields(weight)}
+        return cls(**{**values, "name": name}, scales=scales, block_rows=block[0], block_cols=block[1])
 
     def scale_rows(self, start: int, count: int) -> ScaleRows:
-        """The scales of `count` elements from element `start` of the flat weight on."""
+        """Return the scales that cover elements `[start, start + count)` of the flat weight."""
         width = self.shape[-1] if self.shape else 1
         columns = -(-width // self.block_cols)
         row, skip = divmod(start, width)
@@ -66,13 +66,13 @@ class ScaledTensor(StoredTensor):
         )
 
 
-def blocks(weight: tuple[int, ...], scales: tuple[int, ...], configured: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of a block, from the shapes: as configured where the grid of scales is that one, else as it divides.
+def block_shape(weight: tuple[int, ...], scales: tuple[int, ...], configured: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the rows and columns of a block: `configured` if the grid of scales matches it, else the weight over the grid.
 
-    Worked example: (576, 7168) with scales (5, 56) and blocks of (128, 128) is cut into those; the last ones have 64 rows.
+    Worked example: a weight (576, 7168) with scales (5, 56) matches blocks of (128, 128); the last blocks have 64 rows.
 
     Raises:
-        ValueError: a grid that fits neither.
+        ValueError: the grid matches neither.
     """
     *outer, rows, cols = (1, *weight) if len(weight) < 2 else weight
     matrices = math.prod(outer)

@@ -1,1 +1,1 @@
-"""Which source elements make which parameter. Names and shapes only: no I/O, no collectives."""
+"""The conversion of a checkpoint's tensors to a model's, on names and shapes only. No I/O, no communication."""

@@ -1,8 +1,8 @@
-"""Which stored elements make which tensor of the model: transformers' conversion, run on provenance instead of data.
+"""Map stored elements to the model's tensors: transformers' conversion, run on provenance instead of data.
 
-Most tensors are stored as the model wants them. Where a converter merges, splits or turns tensors (experts, fused
-projections), its own operations run on `TracedTensor`s, so what comes out is what plain `from_pretrained` would compute,
-element for element, without an element having been read.
+Most tensors are stored as the model needs them. A converter that merges, splits or transposes tensors (experts, fused
+projections) runs on `TracedTensor`s. The result is, element for element, what plain `from_pretrained` would compute, but
+nothing has been read.
 """
 
 import copy
@@ -28,7 +28,7 @@ from zero_sft.transformers_internals import internal, loading_info
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeMismatch:
-    """A tensor whose stored shape, after conversion, is not the model's; and what its parts' numbering shows to be absent."""
+    """A tensor whose shape after conversion differs from the model's. `absent` are names missing from its parts' numbering."""
 
     name: str
     expected: Shape
@@ -38,43 +38,43 @@ class ShapeMismatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolution:
-    """What a checkpoint gives a model: what makes each tensor, by the model's name, and what does not fit."""
+    """The result of matching a checkpoint to a model: the sources of each tensor by the model's name, and what does not fit."""
 
     sources: Mapping[str, SourceMap]
-    stored: Mapping[str, StoredTensor]  # what regions name: the checkpoint's tensors, and pairs of them that are multiplied
-    computed: Mapping[str, TensorGroup]  # tensors that come out of operations on whole tensors
+    stored: Mapping[str, StoredTensor]  # the sources that regions name: the checkpoint's tensors, and scaled ones
+    computed: Mapping[str, TensorGroup]  # tensors that must be computed from whole stored tensors
     unexpected: frozenset[str]
     mismatched: tuple[ShapeMismatch, ...]
     groups: tuple[TensorGroup, ...]
-    rules_used: tuple[Any, ...]  # transformers' rules that matched: its save reverts them
+    rules_used: tuple[Any, ...]  # transformers' rules that matched; save_pretrained reverts them
 
     @property
     def loaded(self) -> frozenset[str]:
-        """The model's tensors that the checkpoint fills."""
+        """The names of the model's tensors that the checkpoint fills."""
         return frozenset(self.sources) | frozenset(self.computed)
 
     def by_group(self) -> Iterator[tuple[TensorGroup, list[str]]]:
-        """The groups of the computed tensors, and which of them each makes."""
+        """Iterate over the groups of computed tensors, each with the names of the tensors that it makes."""
         for _, items in itertools.groupby(self.computed.items(), key=lambda item: id(item[1])):
             names, groups = zip(*items, strict=True)
             yield groups[0], list(names)
 
     @property
     def operations(self) -> list[str]:
-        """The conversions that were run, by transformers' names: "MergeModulelist(dim=0)+Concatenate(dim=1)"."""
+        """The conversions that ran, by transformers' names: "MergeModulelist(dim=0)+Concatenate(dim=1)"."""
         chains = [rule.operations for rule in self.rules_used if hasattr(rule, "operations")]
         return sorted({"+".join(map(repr, chain)) for chain in chains})
 
 
 class FullShapeModel:
-    """A model as transformers' operations see it: its parameters whole, as `state` (on meta) has them, partitioned or not."""
+    """A view of a model, partitioned or not, that gives transformers' operations full parameters on the meta device."""
 
     def __init__(self, model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
         self._model = model
         self._state = state
 
     def get_parameter(self, target: str) -> torch.Tensor:
-        """The parameter of that name, without data."""
+        """Return the full parameter `target`, without data."""
         return self._state[target]
 
     def __getattr__(self, name: str) -> Any:
@@ -87,44 +87,45 @@ def resolve(
     stored: Mapping[str, StoredTensor],
     quantizer: Any = None,
 ) -> Resolution:
-    """Find for every tensor of the model the stored elements that fill it.
+    """Find the stored elements that fill each tensor of the model. Any rank; does not communicate.
 
     Args:
         model: partitioned or not.
-        wanted: its whole state dict, on the meta device.
+        wanted: the model's full state dict, on the meta device.
         stored: the checkpoint's tensors by name.
-        quantizer: transformers' own, if the checkpoint is quantised; it adds operations that dequantise.
+        quantizer: transformers' quantizer, if the checkpoint is quantised. It adds operations that dequantise.
 
     Raises:
-        CheckpointError: parts that are missing or contradict each other, or a dtype that can't be read.
+        CheckpointError: parts of a tensor are missing or contradict each other, or a dtype can't be read.
     """
     rules = internal("get_model_conversion_mapping")(model, hf_quantizer=quantizer)
     names = match(model, rules, wanted, stored)
-    run_on = _Tracing(
-        whole=FullShapeModel(model, wanted), wanted=wanted, stored=stored, joiner=DequantTracer(stored, quantizer)
-    )
+    dequant_tracer = DequantTracer(stored, quantizer)
+    tracer = _GroupTracer(model=FullShapeModel(model, wanted), state=wanted, stored=stored, dequant_tracer=dequant_tracer)
     sources: dict[str, SourceMap] = {}
     computed: dict[str, TensorGroup] = {}
     unexpected = set(names.unexpected)
     mismatched: list[ShapeMismatch] = []
     for group in names.groups:
-        for name, (shape, parts) in run_on.converted(group).items():
+        for name, (shape, parts) in tracer.trace(group).items():
             if name not in wanted:
                 unexpected.add(name)
-            elif tuple(wanted[name].shape) != shape:
-                too_many = any(got > expected for got, expected in zip(shape, wanted[name].shape, strict=False))
-                absent = () if too_many else tuple(group.absent())
-                mismatched.append(ShapeMismatch(name=name, expected=tuple(wanted[name].shape), got=shape, absent=absent))
+                continue
+            expected_shape = tuple(wanted[name].shape)
+            if expected_shape != shape:
+                too_large = any(got > expected for got, expected in zip(shape, expected_shape, strict=False))
+                absent = () if too_large else tuple(group.missing_members())
+                mismatched.append(ShapeMismatch(name=name, expected=expected_shape, got=shape, absent=absent))
             elif parts is None:
                 computed[name] = group
             else:
                 sources[name] = SourceMap.of(name, shape, parts)
-    known = {**stored, **run_on.joiner.joined}
+    all_stored = {**stored, **dequant_tracer.scaled}
     for source_map in sources.values():
-        check_cover(source_map, known)
+        check_cover(source_map, all_stored)
     return Resolution(
         sources=sources,
-        stored=known,
+        stored=all_stored,
         computed=computed,
         unexpected=frozenset(unexpected),
         mismatched=tuple(mismatched),
@@ -134,37 +135,37 @@ def resolve(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tracing:
-    """Groups to regions: what the conversion of a checkpoint's groups has in common."""
+class _GroupTracer:
+    """Trace the conversion of groups of stored tensors to regions."""
 
-    whole: FullShapeModel
-    wanted: Mapping[str, torch.Tensor]
+    model: FullShapeModel
+    state: Mapping[str, torch.Tensor]
     stored: Mapping[str, StoredTensor]
-    joiner: DequantTracer
+    dequant_tracer: DequantTracer
 
-    def converted(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
-        """The tensors of the model that a group makes: shape, and regions unless its operations have to be run."""
+    def trace(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
+        """Return the shape and the regions of each tensor that a group makes; None for regions that can't be traced."""
         if group.rivals:
-            one, other = group.rivals[0], group.stored[0]
+            rival, member = group.rivals[0], group.stored[0]
             raise CheckpointError(
-                f"{self.stored[one].file}: {one!r} and {other!r} both make the model's {group.name!r}: the checkpoint has it "
-                "whole and in parts. Which of them is meant can't be known: keep one, or fetch it again.",
+                f"{self.stored[rival].file}: {rival!r} and {member!r} both make the model's {group.name!r}, since the "
+                "checkpoint has it merged and in parts. Remove one of the two from the checkpoint, or download it again.",
                 code="checkpoint.whole_and_in_parts",
             )
         if group.converter is None:
             first = self.stored[next(iter(group.members))]
             _check_dtype(first)
             return {group.name: (first.shape, regions.identity_regions(first.name, first.shape, strides=first.strides))}
-        dtype = self.wanted[group.name].dtype
+        dtype = self.state[group.name].dtype
 
         def traced(name: str) -> torch.Tensor:
             return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
 
         try:
-            result = run(group, self.whole, traced, loading_info(), self.joiner.install)
+            result = run(group, self.model, traced, loading_info(), self.dequant_tracer.install)
             for name, tensor in result.items():
                 if not isinstance(tensor, tracing.TracedTensor):
-                    raise tracing.NotTraceable(f"{name} came out as a {type(tensor).__name__}")
+                    raise tracing.NotTraceable(f"{name} became a {type(tensor).__name__}")
                 for source in {region.source for region in tensor.regions} & self.stored.keys():
                     _check_dtype(self.stored[source])
         except (internal("SkipParameters"), tracing.NotTraceable, regions.TooManyRegions) as error:
@@ -175,19 +176,20 @@ class _Tracing:
         return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
 
     def _shapes(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
-        """What operations that can't be traced will make, found on tensors without data."""
+        """Find the shapes that a group's untraceable operations produce, by running them on the meta device."""
 
-        def hollow(name: str) -> torch.Tensor:
+        def meta_tensor(name: str) -> torch.Tensor:
             stored = self.stored[name]
             if stored.dtype not in TORCH_DTYPES:
                 raise CheckpointError(
-                    f"{stored.file}: {name!r} is stored as {stored.dtype}, which torch can't read.",
+                    f"{stored.file}: {name!r} is stored as {stored.dtype}, which torch can't read. "
+                    "Use a checkpoint in another dtype.",
                     code="checkpoint.unsupported_dtype",
                 )
             return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
 
         try:
-            result = run(group, self.whole, hollow, loading_info())
+            result = run(group, self.model, meta_tensor, loading_info())
         except (internal("SkipParameters"), RuntimeError) as error:
             cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
             raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause
@@ -201,11 +203,14 @@ def run(
     info: Any = None,
     prepare: Callable[[Any], None] = apply_block_scales,
 ) -> dict[str, Any]:
-    """Run a group's converter on `source(name)` of each stored name; the tensors that it makes, by the model's names.
+    """Run a group's converter on the tensor `source(name)` of each stored name. Returns its results by the model's names.
 
-    Stored dtypes may differ: as in transformers, all are cast to the model's before they are merged, except for a quantizer.
-    An error in an operation is raised as it is, or, where `info` (transformers' loading record) is given, as transformers'
-    `SkipParameters`. `prepare` may change the converter, which is a copy.
+    As in transformers, all tensors are cast to the model's dtype before they are merged, except those for a quantizer.
+
+    Args:
+        info: transformers' loading record. With it, an error in an operation is raised as transformers' `SkipParameters`;
+            without it, unchanged.
+        prepare: may change the converter, which is a copy.
     """
     converter = copy.deepcopy(group.converter)
     prepare(converter)
@@ -218,33 +223,34 @@ def run(
 
 
 def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause: BaseException | None) -> str:
-    names, absent = group.stored, group.absent()
+    names, missing = group.stored, group.missing_members()
     where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     reason = f"there is no {cause}" if isinstance(cause, KeyError) else cause
-    message = f"{where} can't be made into {group.name!r} by {', '.join(map(repr, group.converter.operations))}: {reason}."
-    if absent:
-        return f"{message} The checkpoint lacks {_shown(absent)}: fetch it again."
-    return f"{message} The files are incomplete, or of another model than the config: take both from one place."
+    operations = ", ".join(map(repr, group.converter.operations))
+    message = f"{where} can't be converted to {group.name!r} by {operations}: {reason}."
+    if missing:
+        return f"{message} The checkpoint lacks {_quoted(missing)}: download it again."
+    return f"{message} The files are incomplete, or belong to another model than the config: take both from the same source."
 
 
-def _shown(names: Sequence[str], limit: int = 3) -> str:
+def _quoted(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} others" if len(names) > limit else "")
 
 
 def _check_dtype(tensor: StoredTensor) -> None:
     if tensor.dtype not in TORCH_DTYPES or tensor.dtype.startswith("F8"):
         raise CheckpointError(
-            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, and no scales for it were found under a name that "
-            "goes with the config's quantization_config, so what its numbers mean can't be told. Take the whole checkpoint "
-            "with its config, or an unquantised one.",
+            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, but its scales were not found under a name that "
+            "matches the config's quantization_config, so it can't be dequantised. Use the complete checkpoint with its "
+            "config, or an unquantised checkpoint.",
             code="checkpoint.scales_missing",
         )
 
 
 def original_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, without data, as which plain `save_pretrained` writes a model: a checkpoint's published names and shapes.
+    """Return a model's tensors under the names and shapes that plain `save_pretrained` writes, without data.
 
     Args:
-        state: the model's whole tensors by its own names, on the meta device.
+        state: the model's full tensors by the model's names, on the meta device.
     """
     return internal("revert_weight_conversion")(FullShapeModel(model, state), dict(state))

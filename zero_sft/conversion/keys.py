@@ -1,8 +1,8 @@
-"""From a checkpoint's names to the model's, with transformers' own rules.
+"""Match a checkpoint's names to a model's, with transformers' rules.
 
 The rules are those of plain `from_pretrained`: the model's renamings in order, then at most one converter, then the base
-model's prefix added or stripped; and if the result is no key of the model but the original is, the original (the step that
-transformers' own ZeRO-3 path leaves out). Keys are visited in natural order, as there: experts by number.
+model's prefix is added or removed. If the result is not a key of the model but the stored name is, the stored name is used;
+transformers' ZeRO-3 path omits this last step. As in transformers, names are visited in natural order: experts by number.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,10 +16,10 @@ from zero_sft.transformers_internals import internal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorGroup:
-    """Stored tensors that make up one tensor of the model, or several: by themselves, or through a converter.
+    """Stored tensors that make one or several tensors of the model, unchanged or through a converter.
 
-    `name` is the model's (first) tensor; `members` are the stored names by the converter's pattern that they matched;
-    `rivals` are stored names that would make the same tensor another way: a merged tensor beside its parts.
+    `name` is the (first) tensor of the model. `members` are the stored names, by the converter's pattern that they matched.
+    `rivals` are stored names that make the same tensor in another way, such as a merged tensor stored next to its parts.
     """
 
     name: str
@@ -29,12 +29,12 @@ class TensorGroup:
 
     @property
     def stored(self) -> list[str]:
-        """All members."""
+        """The names of all members."""
         return [name for names in self.members.values() for name in names]
 
-    def absent(self) -> list[str]:
-        """Names that the members' own numbering promises and the checkpoint lacks: experts 0, 1, 3 promise a 2."""
-        numbered = [each for each in map(_numbered, self.members.values()) if each]
+    def missing_members(self) -> list[str]:
+        """List names that are missing from the members' numbering: with experts 0, 1 and 3, that is expert 2."""
+        numbered = [series for series in map(_numbered, self.members.values()) if series]
         highest = max((number for _, numbers, _ in numbered for number in numbers), default=-1)
         return [
             f"{before}{number}{after}"
@@ -45,21 +45,21 @@ class TensorGroup:
 
 
 def _numbered(names: Sequence[str]) -> tuple[str, set[int], str] | None:
-    """`["a.0.w", "a.2.w"]` → `("a.", {0, 2}, ".w")`; None where the names don't differ in one number alone."""
-    split = [name.split(".") for name in names]
-    if len({len(parts) for parts in split}) != 1:
+    """Find the one number in which names differ: `["a.0.w", "a.2.w"]` → `("a.", {0, 2}, ".w")`; None if there is none."""
+    split_names = [name.split(".") for name in names]
+    if len({len(parts) for parts in split_names}) != 1:
         return None
-    varying = [at for at, column in enumerate(zip(*split, strict=True)) if len(set(column)) > 1]
-    if len(varying) != 1 or not all(parts[varying[0]].isdecimal() for parts in split):
+    varying = [position for position, column in enumerate(zip(*split_names, strict=True)) if len(set(column)) > 1]
+    if len(varying) != 1 or not all(parts[varying[0]].isdecimal() for parts in split_names):
         return None
-    at, parts = varying[0], split[0]
-    numbers = {int(each[at]) for each in split}
-    return "".join(f"{part}." for part in parts[:at]), numbers, "".join(f".{part}" for part in parts[at + 1 :])
+    position, first = varying[0], split_names[0]
+    numbers = {int(parts[position]) for parts in split_names}
+    return "".join(f"{part}." for part in first[:position]), numbers, "".join(f".{part}" for part in first[position + 1 :])
 
 
 @dataclass(slots=True, kw_only=True)
 class _GroupBuilder:
-    """A group while its names are being collected."""
+    """A group whose names are still being collected."""
 
     converter: Any
     members: dict[str, list[str]] = field(default_factory=dict)
@@ -72,18 +72,19 @@ class _GroupBuilder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """How the names of a checkpoint fall on a model: the groups, and names that are no key of the model."""
+    """The result of matching names: the groups, and the (renamed) names that are not keys of the model."""
 
     groups: tuple[TensorGroup, ...]
     unexpected: frozenset[str]
 
 
-def match(model: PreTrainedModel, rules: Sequence[Any], wanted: Mapping[str, Any], stored: Iterable[str]) -> Names:
-    """Find for every stored name the tensor of the model that it belongs to.
+def match(model: PreTrainedModel, rules: Sequence[Any], state: Mapping[str, Any], stored: Iterable[str]) -> Names:
+    """Find the tensor of the model that each stored name belongs to.
 
     Args:
         rules: transformers' renamings and converters for this model.
-        wanted: the model's state dict, of which only the names count.
+        state: the model's state dict. Only its names are used.
+        stored: the names in the checkpoint.
     """
     renamings = [rule for rule in rules if isinstance(rule, internal("WeightRenaming"))]
     converters = [rule for rule in rules if isinstance(rule, internal("WeightConverter"))]
@@ -93,18 +94,18 @@ def match(model: PreTrainedModel, rules: Sequence[Any], wanted: Mapping[str, Any
     builders: dict[str, _GroupBuilder] = {}
     unexpected: set[str] = set()
     for name in sorted(stored, key=internal("dot_natural_key")):
-        renamed, pattern = rename(name, renamings, converters, prefix, wanted)
-        if renamed not in wanted and name in wanted:
-            renamed, pattern = rename(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
+        renamed, pattern = rename(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
         converter = None if pattern is None else by_pattern.get(pattern)
-        if renamed in wanted:
+        if renamed in state:
             builder = builders.setdefault(renamed, _GroupBuilder(converter=converter))
             if (converter is None) != (builder.converter is None):
                 builder.rivals.append(name)
                 continue
             builder.members.setdefault(name if converter is None else str(pattern), []).append(name)
         elif converter is not None:
-            unexpected |= {renamed.replace(converter.target_patterns[0], each) for each in converter.target_patterns}
+            unexpected |= {renamed.replace(converter.target_patterns[0], target) for target in converter.target_patterns}
         else:
             unexpected.add(renamed)
     groups = tuple(builder.group(name) for name, builder in builders.items())

@@ -1,9 +1,8 @@
-"""Tensors that carry no data, only their provenance: transformers' conversion operations run on them unchanged.
+"""Tensors that carry provenance instead of data, so that transformers' conversion operations can be traced unchanged.
 
-A `TracedTensor` has a shape and dtype as any tensor, and `regions` that say which stored element each of its elements is.
-Operations that move elements about have an exact rule below; one that computes with them, or is not known here, raises
-`NotTraceable`, so that nothing is ever traced wrongly. Composite operations (reshape, chunk, flatten, movedim, ...) come
-here as the few basic ones that torch makes of them.
+A `TracedTensor` has a shape, a dtype, and `regions` that map each of its elements to a stored element. Operations that only
+move elements have an exact rule below. All others raise `NotTraceable`, so that nothing is traced wrongly. Composite
+operations (reshape, chunk, flatten, movedim, ...) arrive here as the few basic ones into which torch decomposes them.
 """
 
 import math
@@ -19,23 +18,23 @@ aten = torch.ops.aten
 
 
 class NotTraceable(RuntimeError):
-    """The operation depends on values, or has no rule here."""
+    """The operation computes with values, or has no tracing rule."""
 
 
 class TracedTensor(torch.Tensor):
-    """A tensor without data whose elements are known by where they are stored."""
+    """A tensor without data whose elements are described by their storage locations."""
 
     regions: Regions
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, parts: Regions) -> "TracedTensor":
-        """A contiguous tensor of `shape`, made up by the regions `parts`."""
+        """Create a contiguous tensor of `shape` that consists of the regions `parts`."""
         traced = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=torch.device("cpu"))
         traced.regions = parts
         return traced
 
     def __init__(self, *_: Any) -> None:
-        """All is done in `__new__`."""
+        """Do nothing: `__new__` sets everything."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"TracedTensor({tuple(self.shape)}, {self.dtype}, {len(self.regions)} regions)"
@@ -44,12 +43,12 @@ class TracedTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         rule = _RULES.get(func.overloadpacket)
         if rule is None:
-            raise NotTraceable(f"{func} computes with elements, or has no rule for tracing")
+            raise NotTraceable(f"{func} computes with elements, or has no tracing rule")
         return rule(*args, **(kwargs or {}))
 
 
 def source(name: str, shape: Shape, dtype: torch.dtype, strides: Shape | None = None) -> TracedTensor:
-    """The stored tensor `name` itself; `strides` where it is stored other than row-major."""
+    """Trace the stored tensor `name`, which is row-major if `strides` is None."""
     return TracedTensor(shape, dtype, regions.identity_regions(name, shape, strides=strides))
 
 
@@ -60,14 +59,14 @@ def _dim(tensor: torch.Tensor, dim: int, extra: int = 0) -> int:
 def _reshape(tensor: TracedTensor, shape: Sequence[int], **_: Any) -> TracedTensor:
     sizes = list(shape)
     if -1 in sizes:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = tensor.numel() // known if known else 0
-    new = tuple(sizes)
-    return TracedTensor(new, tensor.dtype, regions.reshape(tensor.regions, tuple(tensor.shape), new))
+        other_numel = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = tensor.numel() // other_numel if other_numel else 0
+    new_shape = tuple(sizes)
+    return TracedTensor(new_shape, tensor.dtype, regions.reshape(tensor.regions, tuple(tensor.shape), new_shape))
 
 
 def _permute(tensor: TracedTensor, order: Sequence[int]) -> TracedTensor:
-    order = [_dim(tensor, each) for each in order]
+    order = [_dim(tensor, dim) for dim in order]
     return TracedTensor([tensor.shape[d] for d in order], tensor.dtype, regions.permute(tensor.regions, order))
 
 
@@ -87,15 +86,15 @@ def _slice(
     tensor: TracedTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
 ) -> TracedTensor:
     dim = _dim(tensor, dim)
-    chosen = range(tensor.shape[dim])[slice(start, stop, step)]
-    shape = [*tensor.shape[:dim], len(chosen), *tensor.shape[dim + 1 :]]
-    return TracedTensor(shape, tensor.dtype, regions.narrow(tensor.regions, dim, chosen.start, chosen.stop, step))
+    indices = range(tensor.shape[dim])[slice(start, stop, step)]
+    shape = [*tensor.shape[:dim], len(indices), *tensor.shape[dim + 1 :]]
+    return TracedTensor(shape, tensor.dtype, regions.narrow(tensor.regions, dim, indices.start, indices.stop, step))
 
 
 def _select(tensor: TracedTensor, dim: int, index: int) -> TracedTensor:
     dim, index = _dim(tensor, dim), int(index) % tensor.shape[dim]
-    one = regions.narrow(tensor.regions, dim, index, index + 1)
-    return TracedTensor([*tensor.shape[:dim], *tensor.shape[dim + 1 :]], tensor.dtype, regions.drop_dim(one, dim))
+    slab = regions.narrow(tensor.regions, dim, index, index + 1)
+    return TracedTensor([*tensor.shape[:dim], *tensor.shape[dim + 1 :]], tensor.dtype, regions.drop_dim(slab, dim))
 
 
 def _unbind(tensor: TracedTensor, dim: int = 0) -> list[TracedTensor]:
@@ -106,24 +105,26 @@ def _split(tensor: TracedTensor, size: int | Sequence[int], dim: int = 0) -> lis
     total = tensor.shape[_dim(tensor, dim)]
     sizes = [min(size, total - start) for start in range(0, total, size)] if isinstance(size, int) else list(size)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [_slice(tensor, dim, start, start + each) for start, each in zip(starts, sizes, strict=True)]
+    return [_slice(tensor, dim, start, start + length) for start, length in zip(starts, sizes, strict=True)]
 
 
 def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> TracedTensor:
-    # torch lets an empty tensor of one dimension stand beside any other.
-    parts = [_traced(each) for each in tensors if tuple(each.shape) != (0,)] or [_traced(tensors[0])]
+    # torch concatenates an empty tensor of one dimension with tensors of any shape.
+    parts = [_traced(tensor) for tensor in tensors if tuple(tensor.shape) != (0,)] or [_traced(tensors[0])]
     first, dim = parts[0], _dim(parts[0], dim)
-    shape = [*first.shape[:dim], sum(each.shape[dim] for each in parts), *first.shape[dim + 1 :]]
-    for each in parts:
-        if each.dtype != first.dtype or [*each.shape[:dim], *each.shape[dim + 1 :]] != [*shape[:dim], *shape[dim + 1 :]]:
-            shapes = f"{list(first.shape)} and {list(each.shape)}"
-            raise RuntimeError(f"tensors of {shapes} ({first.dtype} and {each.dtype}) can't be joined along dimension {dim}")
-    return TracedTensor(shape, first.dtype, regions.concatenate([(tuple(p.shape), p.regions) for p in parts], dim))
+    shape = [*first.shape[:dim], sum(part.shape[dim] for part in parts), *first.shape[dim + 1 :]]
+    for part in parts:
+        if part.dtype != first.dtype or [*part.shape[:dim], *part.shape[dim + 1 :]] != [*shape[:dim], *shape[dim + 1 :]]:
+            shapes = f"{list(first.shape)} and {list(part.shape)}"
+            raise RuntimeError(
+                f"tensors of {shapes} ({first.dtype} and {part.dtype}) can't be concatenated along dimension {dim}"
+            )
+    return TracedTensor(shape, first.dtype, regions.concatenate([(tuple(part.shape), part.regions) for part in parts], dim))
 
 
 def _stack(tensors: Sequence[torch.Tensor], dim: int = 0) -> TracedTensor:
     dim = _dim(tensors[0], dim, extra=1)
-    return _cat([_unsqueeze(_traced(each), dim) for each in tensors], dim)
+    return _cat([_unsqueeze(_traced(tensor), dim) for tensor in tensors], dim)
 
 
 def _unsqueeze(tensor: TracedTensor, dim: int) -> TracedTensor:
@@ -132,9 +133,9 @@ def _unsqueeze(tensor: TracedTensor, dim: int) -> TracedTensor:
 
 
 def _squeeze(tensor: TracedTensor, dims: int | Sequence[int] | None = None) -> TracedTensor:
-    chosen = range(tensor.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    candidates = range(tensor.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
     result = _same(tensor)
-    for dim in sorted({_dim(tensor, each) for each in chosen}, reverse=True):
+    for dim in sorted({_dim(tensor, candidate) for candidate in candidates}, reverse=True):
         if tensor.dim() and tensor.shape[dim] == 1:
             shape = [*result.shape[:dim], *result.shape[dim + 1 :]]
             result = TracedTensor(shape, tensor.dtype, regions.drop_dim(result.regions, dim))
@@ -145,8 +146,8 @@ def _expand(tensor: TracedTensor, shape: Sequence[int], **_: Any) -> TracedTenso
     added = len(shape) - tensor.dim()
     for _i in range(added):
         tensor = _unsqueeze(tensor, 0)
-    new = tuple(old if size == -1 else size for size, old in zip(shape, tensor.shape, strict=True))
-    return TracedTensor(new, tensor.dtype, regions.expand(tensor.regions, tuple(tensor.shape), new))
+    new_shape = tuple(old if size == -1 else size for size, old in zip(shape, tensor.shape, strict=True))
+    return TracedTensor(new_shape, tensor.dtype, regions.expand(tensor.regions, tuple(tensor.shape), new_shape))
 
 
 def _same(tensor: TracedTensor, **_: Any) -> TracedTensor:
@@ -161,7 +162,7 @@ def _to_copy(tensor: TracedTensor, *, dtype: torch.dtype | None = None, **_: Any
 
 def _traced(tensor: torch.Tensor) -> TracedTensor:
     if not isinstance(tensor, TracedTensor):
-        raise NotTraceable("a tensor that is not from the checkpoint takes part")
+        raise NotTraceable("the operation uses a tensor that is not from the checkpoint")
     return tensor
 
 

@@ -1,1 +1,1 @@
-"""Who reads which bytes. Pure functions from data to data, standard library only, the same on every rank."""
+"""The plan of a load: the byte ranges that each rank reads. Pure functions, standard library only, the same on every rank."""

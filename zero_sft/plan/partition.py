@@ -1,9 +1,9 @@
-"""ZeRO-3's arithmetic: which flat range of a parameter a rank keeps.
+"""ZeRO-3's partition: the flat range of a parameter that each rank keeps.
 
-Of a parameter of `numel` elements in row-major order, rank `r` of `N` keeps `[r*p, (r+1)*p)` with `p = ceil(numel / N)`. The
-last ranks' ranges may run past the end: what lies beyond `numel` is padding that no file has. Worked example, numel 10, N 4:
-`p = 3`, ranges [0,3) [3,6) [6,9) [9,12), of which the last has one element and two of padding; numel 2, N 4: `p = 1`, ranks
-2 and 3 hold padding alone.
+A parameter has `numel` elements in row-major order. Rank `r` of `N` keeps `[r*p, (r+1)*p)`, where `p = ceil(numel / N)`. The
+ranges of the last ranks may run past `numel`: the rest is padding, which no file contains. Worked examples: numel 10, N 4 gives
+`p = 3` and ranges [0,3) [3,6) [6,9) [9,12), where the last has one real element and two of padding. numel 2, N 4 gives `p = 1`,
+and ranks 2 and 3 hold only padding.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatRange:
-    """The half-open range `[start, stop)` of a parameter's elements that are real on a rank, and its size with padding."""
+    """The range `[start, stop)` of a parameter's real elements on a rank, and the size of the shard with padding."""
 
     start: int
     stop: int
@@ -19,22 +19,22 @@ class FlatRange:
 
     @property
     def numel(self) -> int:
-        """Real elements, `0 <= numel <= padded_numel`."""
+        """Number of real elements, `0 <= numel <= padded_numel`."""
         return self.stop - self.start
 
 
 def partition_numel(numel: int, world_size: int) -> int:
-    """Elements that every rank keeps of a parameter, padding included."""
+    """Return the number of elements of a parameter that every rank keeps, padding included."""
     return -(-numel // world_size)
 
 
 def shard_range(numel: int, rank: int, world_size: int) -> FlatRange:
-    """The range of a parameter that `rank` of `world_size` keeps."""
+    """Return the range of a parameter that `rank` keeps."""
     size = partition_numel(numel, world_size)
     start = min(rank * size, numel)
     return FlatRange(start=start, stop=min(start + size, numel), padded_numel=size)
 
 
 def full_range(numel: int) -> FlatRange:
-    """The range of a tensor that every rank keeps whole: a buffer, or a parameter outside ZeRO."""
+    """Return the range of a whole tensor, for what every rank keeps in full: a buffer, or a parameter outside ZeRO."""
     return FlatRange(start=0, stop=numel, padded_numel=numel)

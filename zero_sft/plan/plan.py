@@ -1,9 +1,9 @@
-"""The plan of one rank: targets × sources → reads.
+"""The plan of one rank: the targets to fill × the stored tensors → reads.
 
-A target is what a rank must fill (a shard or a whole tensor); the regions of its `SourceMap`, which is the same for all ranks,
-say which stored elements make it. The plan cuts them to the target's flat range, and cuts what is left into reads, each one
-range of a file whose elements are copied to where they belong. Nothing here reads, allocates or communicates, so any rank of
-any world can be played without processes.
+A target is a shard or a whole tensor that the rank must fill. Its `SourceMap`, the same on every rank, maps regions of the
+tensor to stored elements. The planner clips the regions to the target's flat range and turns them into reads. Each read is one
+range of a file whose elements are copied to their positions in the target.
+Nothing here reads, allocates or communicates, so the plan of any rank of any world can be computed in one process.
 """
 
 import bisect
@@ -20,24 +20,24 @@ from zero_sft.plan.partition import FlatRange
 from zero_sft.plan.regions import Region, Regions, Shape, row_major
 
 GAP_BYTES = 4096
-"""Unwanted bytes between wanted ones that are read along, a page: the file system reads them anyway."""
+"""The largest gap between needed bytes that a read includes: one page, which the file system reads anyway."""
 
 SCATTER_BYTES = 8 * 2**20
-"""The longest range that is read at a time where elements have to be put apart in memory, in bytes."""
+"""The longest read, in bytes, whose elements are scattered in memory."""
 
 SCALED_BYTES = 2**20
-"""The same where elements are multiplied by scales, which takes some 16 bytes of memory for each."""
+"""The longest read, in bytes, whose elements are multiplied by scales, which takes about 16 bytes of memory per element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceMap:
-    """Where the elements of the tensor `name` are stored: disjoint regions, sorted by their first flat element.
+    """The mapping of the tensor `name` to stored elements: disjoint regions, sorted by their first flat element.
 
-    A flat range finds its regions by bisection.
+    The order lets `overlapping` find the regions of a flat range by bisection.
 
     Attributes:
         starts: the first flat element of each region, ascending.
-        max_stops: for each region, one past the last flat element of all regions up to it.
+        max_stops: for each region, one past the last flat element of all regions up to this one.
     """
 
     name: str
@@ -48,7 +48,7 @@ class SourceMap:
 
     @classmethod
     def of(cls, name: str, shape: Shape, regions: Regions) -> "SourceMap":
-        """Put the regions in order."""
+        """Build the map of a tensor from its regions in any order."""
         strides = row_major(shape)
         spans = [_flat_span(region, strides) for region in regions]
         order = sorted(range(len(regions)), key=lambda i: spans[i][0])
@@ -61,21 +61,21 @@ class SourceMap:
         )
 
     def overlapping(self, flat_range: FlatRange) -> Iterator[Region]:
-        """The regions that may have elements in a flat range."""
+        """Iterate over the regions that may have elements in a flat range."""
         first = bisect.bisect_right(self.max_stops, flat_range.start)
         last = bisect.bisect_left(self.starts, flat_range.stop)
         return itertools.islice(self.regions, first, last)
 
 
 def _flat_span(region: Region, strides: Shape) -> tuple[int, int]:
-    """The flat range [start, stop) from a region's first to its last element, in a tensor of those strides."""
-    start = sum(start * stride for start, stride in zip(region.start, strides, strict=True))
-    return start, start + 1 + sum((n - 1) * stride for n, stride in zip(region.sizes, strides, strict=True))
+    """Return the flat range [start, stop) from a region's first to its last element, in a tensor with these strides."""
+    start = sum(index * stride for index, stride in zip(region.start, strides, strict=True))
+    return start, start + 1 + sum((size - 1) * stride for size, stride in zip(region.sizes, strides, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FillTarget:
-    """What a rank fills: a flat range of a tensor."""
+    """A flat range of a tensor, which a rank must fill."""
 
     source_map: SourceMap
     flat_range: FlatRange
@@ -83,11 +83,11 @@ class FillTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadItem:
-    """One range of a file and where its elements go.
+    """One range of a file, and the positions of its elements in a target.
 
-    Of the `nbytes` bytes from `offset_bytes` of `file`, seen as elements of `dtype`, the one at
-    `sum(i[d] * source_strides[d])` goes to element `start + sum(i[d] * target_strides[d])` of the target's local part, for
-    every index `i` below `sizes`.
+    The read covers `nbytes` bytes at `offset_bytes` of `file`, seen as elements of `dtype`. For every index `i` below `sizes`,
+    its element `sum(i[d] * source_strides[d])` goes to element `start + sum(i[d] * target_strides[d])` of the target's local
+    part.
     """
 
     file: str
@@ -103,11 +103,11 @@ class ReadItem:
 
     @property
     def is_contiguous(self) -> bool:
-        """True if the bytes are wanted as they are, one behind the other."""
+        """True if the elements are consecutive in the file and in the target."""
         return self.source_strides == self.target_strides == (1,)
 
     def continues_in(self, after: "ReadItem") -> bool:
-        """True if both are plain runs, and `after` begins where this one ends, in the file and in the target."""
+        """True if both reads are contiguous, and `after` begins where this one ends in the file and in the target."""
         return (
             self.offset_bytes + self.nbytes == after.offset_bytes
             and (self.target, self.file, self.dtype) == (after.target, after.file, after.dtype)
@@ -119,7 +119,7 @@ class ReadItem:
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes that it reads, scales included."""
+        """Bytes to read, scales included."""
         return self.nbytes + (self.scales.nbytes if self.scales else 0)
 
 
@@ -131,13 +131,13 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this rank reads."""
+        """Bytes that the rank reads."""
         return sum(read.total_nbytes for read in self.reads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopySpec:
-    """A strided copy: elements of flat `source` to elements of a target's local part, over a box of `sizes`."""
+    """A strided copy over a box of `sizes`, from the flat `source` to a target's local part. All values are in elements."""
 
     source: str
     source_start: int
@@ -148,16 +148,19 @@ class CopySpec:
 
 
 def plan_reads(targets: Iterable[FillTarget], stored: Mapping[str, StoredTensor]) -> Plan:
-    """Turn what a rank must fill into reads, sorted by file and offset."""
+    """Plan the reads that fill a rank's targets, sorted by file and offset."""
     reads: list[ReadItem] = []
     for target in targets:
-        for piece in copy_specs(target):
-            reads += _reads(piece, target.source_map.name, stored[piece.source])
-    return Plan(reads=tuple(_joined(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target)))))
+        for spec in copy_specs(target):
+            reads += _reads(spec, target.source_map.name, stored[spec.source])
+    return Plan(reads=tuple(_merged(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target)))))
 
 
-def _joined(reads: Iterable[ReadItem]) -> Iterator[ReadItem]:
-    """Sorted reads, those that go on where the one before ends, there and here, as one: a range may begin within a row."""
+def _merged(reads: Iterable[ReadItem]) -> Iterator[ReadItem]:
+    """Merge sorted reads that are contiguous both in the file and in the target.
+
+    Such reads occur where a flat range begins within a row.
+    """
     last: ReadItem | None = None
     for read in reads:
         if last is None:
@@ -172,30 +175,30 @@ def _joined(reads: Iterable[ReadItem]) -> Iterator[ReadItem]:
 
 
 def check_cover(source_map: SourceMap, stored: Mapping[str, StoredTensor]) -> None:
-    """The regions of a tensor, which are disjoint, must have as many elements as it: one left out would stay uninitialised.
+    """Check that the regions of a tensor, which are disjoint, cover it: an element left out would stay uninitialised.
 
     Raises:
-        CheckpointError: regions that leave a gap, or go past the end of their source.
+        CheckpointError: the regions leave a gap, or read past the end of a stored tensor.
     """
     covered = sum(math.prod(region.sizes) for region in source_map.regions)
     if covered != math.prod(source_map.shape):
         raise CheckpointError(
-            f"{source_map.name}: sources give {covered} elements, expected {math.prod(source_map.shape)}",
+            f"{source_map.name}: the checkpoint provides {covered} elements, expected {math.prod(source_map.shape)}",
             code="plan.elements_missing",
         )
     for region in source_map.regions:
-        last = region.offset + sum((n - 1) * stride for n, stride in zip(region.sizes, region.strides, strict=True))
+        last = region.offset + sum((size - 1) * stride for size, stride in zip(region.sizes, region.strides, strict=True))
         source = stored[region.source]
-        held = source.nbytes // source.itemsize
-        if last >= held:
+        stored_numel = source.nbytes // source.itemsize
+        if last >= stored_numel:
             raise CheckpointError(
-                f"{source_map.name}: reads element {last} of {source.name} in {source.file}, of {held}",
+                f"{source_map.name}: needs element {last} of {source.name}, but {source.file} stores {stored_numel} of them",
                 code="plan.read_beyond_tensor",
             )
 
 
 def copy_specs(target: FillTarget) -> Iterator[CopySpec]:
-    """The strided copies that fill a target's span."""
+    """Iterate over the strided copies that fill a target."""
     flat_range, shape = target.flat_range, target.source_map.shape
     if flat_range.start >= flat_range.stop:
         return
@@ -203,34 +206,37 @@ def copy_specs(target: FillTarget) -> Iterator[CopySpec]:
     boxes = list(_boxes(shape, flat_range.start, flat_range.stop))
     for region in target.source_map.overlapping(flat_range):
         for start, sizes in boxes:
-            piece = _intersection(region, start, sizes, strides, flat_range.start)
-            if piece is not None:
-                yield piece
+            spec = _intersection(region, start, sizes, strides, flat_range.start)
+            if spec is not None:
+                yield spec
 
 
 def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
-    """The flat range `[start, stop)` of a tensor as boxes (corner, sizes). (2, 3), [1, 5) → 1 × 2 at (0, 1) and at (1, 0)."""
+    """Split the flat range `[start, stop)` of a tensor into boxes (corner, sizes).
+
+    Worked example: [1, 5) of shape (2, 3) → boxes of 1 × 2 at (0, 1) and at (1, 0).
+    """
     if start >= stop:
         return
     if not shape:
         yield (), ()
         return
     inner = math.prod(shape[1:])
-    (row, skip), (last, rest) = divmod(start, inner), divmod(stop, inner)
-    if skip or row == last:
-        end = rest if row == last else inner
+    (row, skip), (last_row, rest) = divmod(start, inner), divmod(stop, inner)
+    if skip or row == last_row:
+        end = rest if row == last_row else inner
         yield from (((row, *corner), (1, *sizes)) for corner, sizes in _boxes(shape[1:], skip, end))
         row += 1
-    if row < last:
-        yield (row, *(0,) * (len(shape) - 1)), (last - row, *shape[1:])
-    if rest and row <= last:
-        yield from (((last, *corner), (1, *sizes)) for corner, sizes in _boxes(shape[1:], 0, rest))
+    if row < last_row:
+        yield (row, *(0,) * (len(shape) - 1)), (last_row - row, *shape[1:])
+    if rest and row <= last_row:
+        yield from (((last_row, *corner), (1, *sizes)) for corner, sizes in _boxes(shape[1:], 0, rest))
 
 
-def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, span_start: int) -> CopySpec | None:
-    """The part of a region inside a box of the target, as a copy with as few dimensions as it needs."""
-    source_start, target_start = region.offset, -span_start
-    dims: list[list[int]] = []  # size, source stride, target stride
+def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, flat_start: int) -> CopySpec | None:
+    """Return the part of a region inside a box of the target, as a copy with as few dimensions as possible."""
+    source_start, target_start = region.offset, -flat_start
+    dims: list[list[int]] = []  # [size, source stride, target stride]
     for d, stride in enumerate(strides):
         low = max(region.start[d], start[d])
         high = min(region.start[d] + region.sizes[d], start[d] + sizes[d])
@@ -238,53 +244,52 @@ def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, sp
             return None
         source_start += (low - region.start[d]) * region.strides[d]
         target_start += low * stride
-        size, walk = high - low, region.strides[d]
+        size, source_stride = high - low, region.strides[d]
         if size == 1:
             continue
-        if dims and dims[-1][1] == size * walk and dims[-1][2] == size * stride:
-            dims[-1] = [dims[-1][0] * size, walk, stride]
+        if dims and dims[-1][1] == size * source_stride and dims[-1][2] == size * stride:
+            dims[-1] = [dims[-1][0] * size, source_stride, stride]
         else:
-            dims.append([size, walk, stride])
+            dims.append([size, source_stride, stride])
     dims = dims or [[1, 1, 1]]
     return CopySpec(
         source=region.source,
         source_start=source_start,
         target_start=target_start,
         sizes=tuple(size for size, _, _ in dims),
-        source_strides=tuple(walk for _, walk, _ in dims),
-        target_strides=tuple(stride for _, _, stride in dims),
+        source_strides=tuple(source_stride for _, source_stride, _ in dims),
+        target_strides=tuple(target_stride for _, _, target_stride in dims),
     )
 
 
-def _reads(piece: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadItem]:
-    """The ranges of a file that deliver a piece: as few as there are without reading along more than small gaps.
+def _reads(spec: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadItem]:
+    """Iterate over the reads that carry out a copy: as few as possible without reading more than small gaps.
 
-    Dimensions are taken from the finest source stride on into one range as long as the gaps that this reads along are small;
-    over the others the ranges repeat.
+    A read includes dimensions from the finest source stride upwards, as long as their gaps are small and the read stays within
+    the limit. It is repeated for every index of the remaining dimensions.
     """
-    dims = sorted(zip(piece.source_strides, piece.sizes, piece.target_strides, strict=True))
-    is_contiguous = piece.source_strides == piece.target_strides == (1,)
+    dims = sorted(zip(spec.source_strides, spec.sizes, spec.target_strides, strict=True))
+    is_contiguous = spec.source_strides == spec.target_strides == (1,)
     limit = SCALED_BYTES if isinstance(source, ScaledTensor) else source.nbytes if is_contiguous else SCATTER_BYTES
-    taken, reach = 0, 1  # dimensions in a range, elements of a range
+    included, length = 0, 1  # dimensions in a read, elements from its first to its last
     for stride, size, _ in dims:
-        longer = reach + (size - 1) * stride
-        if (stride - reach) * source.itemsize > GAP_BYTES or longer * source.itemsize > limit:
+        longer = length + (size - 1) * stride
+        if (stride - length) * source.itemsize > GAP_BYTES or longer * source.itemsize > limit:
             break
-        taken, reach = taken + 1, longer
-    inner, outer = dims[:taken], dims[taken:]
-    if outer and (outer[0][0] - reach) * source.itemsize <= GAP_BYTES:  # a dimension that fits in parts
-        stride, size, step = outer[0]
-        part = max(1, 1 + (limit // source.itemsize - reach) // stride)
-        for first in range(0, size, part):
-            count = min(part, size - first)
-            shifted = [(stride, count, step), *outer[1:]]
-            yield from _repeated(piece, target, source, inner + shifted[:1], shifted[1:], first * stride, first * step)
+        included, length = included + 1, longer
+    inner, outer = dims[:included], dims[included:]
+    if outer and (outer[0][0] - length) * source.itemsize <= GAP_BYTES:  # the gaps are small, but the dimension is too long
+        stride, size, target_stride = outer[0]
+        part_size = max(1, 1 + (limit // source.itemsize - length) // stride)
+        for first in range(0, size, part_size):
+            part = (stride, min(part_size, size - first), target_stride)
+            yield from _repeated(spec, target, source, [*inner, part], outer[1:], first * stride, first * target_stride)
         return
-    yield from _repeated(piece, target, source, inner, outer, 0, 0)
+    yield from _repeated(spec, target, source, inner, outer, 0, 0)
 
 
 def _repeated(
-    piece: CopySpec,
+    spec: CopySpec,
     target: str,
     source: StoredTensor,
     inner: list[tuple[int, int, int]],
@@ -292,25 +297,28 @@ def _repeated(
     source_skip: int,
     target_skip: int,
 ) -> Iterator[ReadItem]:
-    """One range over the `inner` dimensions for every index of the `outer` ones, each (source stride, size, target stride)."""
+    """Iterate over the reads, one for every index of the `outer` dimensions. Each covers the `inner` dimensions.
+
+    A dimension is a tuple (source stride, size, target stride).
+    """
     if outer:
-        stride, size, step = outer[-1]
+        stride, size, target_stride = outer[-1]
         for i in range(size):
-            skips = (source_skip + i * stride, target_skip + i * step)
-            yield from _repeated(piece, target, source, inner, outer[:-1], *skips)
+            skips = (source_skip + i * stride, target_skip + i * target_stride)
+            yield from _repeated(spec, target, source, inner, outer[:-1], *skips)
         return
-    box = [each for each in reversed(inner) if each[1] > 1] or [(1, 1, 1)]
-    reach = 1 + sum((size - 1) * stride for stride, size, _ in box)
-    start = piece.source_start + source_skip
+    box = [dim for dim in reversed(inner) if dim[1] > 1] or [(1, 1, 1)]
+    length = 1 + sum((size - 1) * stride for stride, size, _ in box)
+    start = spec.source_start + source_skip
     yield ReadItem(
         file=source.file,
         offset_bytes=source.offset_bytes + start * source.itemsize,
-        nbytes=reach * source.itemsize,
+        nbytes=length * source.itemsize,
         dtype=source.dtype,
         target=target,
-        start=piece.target_start + target_skip,
+        start=spec.target_start + target_skip,
         sizes=tuple(size for _, size, _ in box),
         source_strides=tuple(stride for stride, _, _ in box),
-        target_strides=tuple(step for _, _, step in box),
-        scales=source.scale_rows(start, reach) if isinstance(source, ScaledTensor) else None,
+        target_strides=tuple(target_stride for _, _, target_stride in box),
+        scales=source.scale_rows(start, length) if isinstance(source, ScaledTensor) else None,
     )

@@ -1,15 +1,15 @@
-"""Where the elements of a tensor come from: boxes of it, each a strided walk through one source.
+"""The provenance of a tensor's elements: boxes of the tensor, each filled by a strided view of one source.
 
-A tensor that was made from others by moving elements about (stacking, splitting, transposing, reshaping) is a shape and a
-tuple of regions. The box `[start, start + sizes)` of the tensor holds the elements `offset + sum(i[d] * strides[d])` of the
-flat `source`, `i` counted from the box's corner. Every function here gives the regions of the result of one such operation,
-exactly; boxes never overlap, and what the inputs cover the result covers.
+A tensor that is made from others by moving elements (stack, split, transpose, reshape) is described by a shape and a tuple of
+regions. A region's box `[start, start + sizes)` holds elements `offset + sum(i[d] * strides[d])` of the flat `source`, where
+`i` counts from the box's corner. Each function here returns the exact regions of the result of one operation. Boxes never
+overlap, and regions that cover the inputs give regions that cover the result.
 
-Worked example: a source of 6 elements as a (2, 3) matrix, transposed: shape (3, 2), one region, start (0, 0), sizes (3, 2),
-strides (1, 3). Read row by row that is 0 3 1 4 2 5. Flattened, the walk has no single stride any more: three regions of two
-elements each, offsets 0, 1, 2, stride 3.
+Worked example: a source of 6 elements is seen as a (2, 3) matrix and transposed. The result has shape (3, 2) and one region:
+start (0, 0), sizes (3, 2), strides (1, 3). In row-major order its elements are 0 3 1 4 2 5. Flattened, it has no single stride
+any more: it has three regions of two elements each, with offsets 0, 1, 2 and stride 3.
 
-Pure, standard library only. Left out: anything that computes with elements.
+Pure, standard library only. Left out: every operation that computes with elements.
 """
 
 import math
@@ -19,16 +19,16 @@ from dataclasses import dataclass, replace
 Shape = tuple[int, ...]
 
 MAX_REGIONS = 1 << 18
-"""A tensor in more pieces than this is not worth a plan: a rank would spend its time on bookkeeping."""
+"""A tensor with more regions is not planned, because the bookkeeping would dominate the load."""
 
 
 class TooManyRegions(ValueError):
-    """The tensor falls into more than `MAX_REGIONS` pieces."""
+    """The tensor has more than `MAX_REGIONS` regions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """The box `[start, start + sizes)` of a tensor, and the walk through flat `source` that fills it, in elements."""
+    """The box `[start, start + sizes)` of a tensor, and the strided view of the flat `source` that fills it. In elements."""
 
     start: Shape
     sizes: Shape
@@ -41,101 +41,101 @@ Regions = tuple[Region, ...]
 
 
 def row_major(shape: Sequence[int]) -> Shape:
-    """Strides, in elements, of a contiguous tensor. Worked example: (2, 3, 4) → (12, 4, 1)."""
+    """Return the strides, in elements, of a contiguous tensor. Worked example: (2, 3, 4) → (12, 4, 1)."""
     return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
 
 
 def identity_regions(source: str, shape: Shape, *, offset: int = 0, strides: Shape | None = None) -> Regions:
-    """The regions of a source itself, seen as a tensor of `shape`."""
+    """Return the regions of a source that is seen as a tensor of `shape`; row-major if `strides` is None."""
     if 0 in shape:
         return ()
-    walk = row_major(shape) if strides is None else strides
-    return (Region(start=(0,) * len(shape), sizes=shape, source=source, offset=offset, strides=walk),)
+    strides = row_major(shape) if strides is None else strides
+    return (Region(start=(0,) * len(shape), sizes=shape, source=source, offset=offset, strides=strides),)
 
 
 def concatenate(parts: Iterable[tuple[Shape, Regions]], dim: int) -> Regions:
-    """Tensors one behind the other along `dim`."""
+    """Concatenate tensors along `dim`."""
     result: list[Region] = []
     position = 0
     for shape, regions in parts:
-        result += [replace(each, start=_set(each.start, dim, each.start[dim] + position)) for each in regions]
+        result += [replace(region, start=_set(region.start, dim, region.start[dim] + position)) for region in regions]
         position += shape[dim]
     return _checked(result)
 
 
 def narrow(regions: Regions, dim: int, start: int, stop: int, step: int = 1) -> Regions:
-    """The indices `start, start + step, ... < stop` of dimension `dim`; they become `0, 1, ...`."""
+    """Select the indices `start, start + step, ... < stop` of dimension `dim`; they become `0, 1, ...`."""
     result = []
-    for each in regions:
-        low, size, stride = each.start[dim], each.sizes[dim], each.strides[dim]
-        first = max(start, low + (start - low) % step if low > start else start)  # the first index in the box and on the grid
+    for region in regions:
+        low, size, stride = region.start[dim], region.sizes[dim], region.strides[dim]
+        first = max(start, low + (start - low) % step if low > start else start)  # the first selected index in the box
         last = min(stop, low + size)
         if first >= last:
             continue
         count = -(-(last - first) // step)
         result.append(
             replace(
-                each,
-                start=_set(each.start, dim, (first - start) // step),
-                sizes=_set(each.sizes, dim, count),
-                offset=each.offset + (first - low) * stride,
-                strides=_set(each.strides, dim, stride * step),
+                region,
+                start=_set(region.start, dim, (first - start) // step),
+                sizes=_set(region.sizes, dim, count),
+                offset=region.offset + (first - low) * stride,
+                strides=_set(region.strides, dim, stride * step),
             )
         )
     return tuple(result)
 
 
 def drop_dim(regions: Regions, dim: int) -> Regions:
-    """Without dimension `dim`, whose size is 1."""
+    """Remove dimension `dim`, whose size is 1."""
     return tuple(
-        replace(each, start=_cut(each.start, dim), sizes=_cut(each.sizes, dim), strides=_cut(each.strides, dim))
-        for each in regions
+        replace(region, start=_cut(region.start, dim), sizes=_cut(region.sizes, dim), strides=_cut(region.strides, dim))
+        for region in regions
     )
 
 
 def add_dim(regions: Regions, dim: int) -> Regions:
-    """With a new dimension of size 1 in front of the present dimension `dim`."""
+    """Insert a dimension of size 1 at position `dim`."""
     return tuple(
         replace(
-            each,
-            start=_insert(each.start, dim, 0),
-            sizes=_insert(each.sizes, dim, 1),
-            strides=_insert(each.strides, dim, 0),
+            region,
+            start=_insert(region.start, dim, 0),
+            sizes=_insert(region.sizes, dim, 1),
+            strides=_insert(region.strides, dim, 0),
         )
-        for each in regions
+        for region in regions
     )
 
 
 def permute(regions: Regions, order: Sequence[int]) -> Regions:
-    """Dimension `d` of the result is dimension `order[d]` of the tensor."""
+    """Permute dimensions: dimension `d` of the result is dimension `order[d]` of the tensor."""
     return tuple(
         replace(
-            each,
-            start=tuple(each.start[d] for d in order),
-            sizes=tuple(each.sizes[d] for d in order),
-            strides=tuple(each.strides[d] for d in order),
+            region,
+            start=tuple(region.start[d] for d in order),
+            sizes=tuple(region.sizes[d] for d in order),
+            strides=tuple(region.strides[d] for d in order),
         )
-        for each in regions
+        for region in regions
     )
 
 
 def expand(regions: Regions, shape: Shape, new_shape: Shape) -> Regions:
-    """Dimensions of size 1 repeated to `new_shape`, which has as many dimensions."""
+    """Expand dimensions of size 1 to `new_shape`, which has the same number of dimensions."""
     repeated = [d for d in range(len(shape)) if shape[d] == 1 != new_shape[d]]
     result = []
     for region in regions:
-        each = region
+        sizes, strides = region.sizes, region.strides
         for d in repeated:
-            each = replace(each, sizes=_set(each.sizes, d, new_shape[d]), strides=_set(each.strides, d, 0))
-        result.append(each)
+            sizes, strides = _set(sizes, d, new_shape[d]), _set(strides, d, 0)
+        result.append(replace(region, sizes=sizes, strides=strides))
     return tuple(result)
 
 
 def reshape(regions: Regions, shape: Shape, new_shape: Shape) -> Regions:
-    """The same elements in row-major order under another shape.
+    """Give the tensor another shape, with the same elements in row-major order.
 
-    Dimensions of both shapes are matched from the left in groups of equal size; within a group the old dimensions are merged
-    to one, and that one is split into the new. Worked example: (4, 6) → (2, 2, 6) are the groups 4 → 2, 2 and 6 → 6.
+    The dimensions of both shapes are matched from the left in groups of equal size. In each group the old dimensions are merged
+    into one, which is then split into the new ones. Worked example: (4, 6) → (2, 2, 6) has the groups 4 → 2, 2 and 6 → 6.
     """
     if 0 in shape:
         return ()
@@ -144,74 +144,81 @@ def reshape(regions: Regions, shape: Shape, new_shape: Shape) -> Regions:
     old = tuple(size for size in shape if size != 1)
     new = tuple(size for size in new_shape if size != 1)
     dim = 0
-    for olds, news in _groups(old, new):
-        if olds != news:
-            for _ in olds[1:]:
+    for old_group, new_group in _groups(old, new):
+        if old_group != new_group:
+            for _ in old_group[1:]:
                 regions = _merge(regions, dim, old[dim + 1])
                 old = (*old[:dim], old[dim] * old[dim + 1], *old[dim + 2 :])
-            for size in reversed(news[1:]):
+            for size in reversed(new_group[1:]):
                 regions = _split(regions, dim, size)
                 old = (*old[:dim], old[dim] // size, size, *old[dim + 1 :])
-        dim += len(news)
+        dim += len(new_group)
     for dim in [d for d in range(len(new_shape)) if new_shape[d] == 1]:
         regions = add_dim(regions, dim)
     return _checked(regions)
 
 
 def _groups(old: Shape, new: Shape) -> Iterator[tuple[Shape, Shape]]:
-    """Dimensions, none of size 1, in the smallest groups of equal products. (4, 6, 5), (2, 12, 5) → 4, 6 | 2, 12 and 5 | 5."""
+    """Match the dimensions of two shapes, without size 1, in the smallest groups of equal products.
+
+    Worked example: (4, 6, 5) and (2, 12, 5) → (4, 6) with (2, 12), and (5,) with (5,).
+    """
     i = j = 0
     while i < len(old):
         first_i, first_j = i, j
-        left, right = old[i], new[j]
+        old_numel, new_numel = old[i], new[j]
         i, j = i + 1, j + 1
-        while left != right:
-            if left < right:
-                left *= old[i]
+        while old_numel != new_numel:
+            if old_numel < new_numel:
+                old_numel *= old[i]
                 i += 1
             else:
-                right *= new[j]
+                new_numel *= new[j]
                 j += 1
         yield old[first_i:i], new[first_j:j]
 
 
 def _merge(regions: Regions, dim: int, inner: int) -> Regions:
-    """Dimensions `dim` and `dim + 1`, the latter of size `inner`, as one.
+    """Merge dimensions `dim` and `dim + 1`; the latter has size `inner`.
 
-    A box whose rows are whole and follow each other in the source stays one box; any other falls into its rows.
+    A box stays one box if its rows are complete and consecutive in the source. Otherwise each row becomes a box.
     """
     result = []
-    for each in regions:
-        (low, start), (rows, size) = each.start[dim : dim + 2], each.sizes[dim : dim + 2]
-        (row_stride, stride) = each.strides[dim : dim + 2]
+    for region in regions:
+        (low, start), (rows, size) = region.start[dim : dim + 2], region.sizes[dim : dim + 2]
+        (row_stride, stride) = region.strides[dim : dim + 2]
         if rows == 1 or (size == inner and row_stride == stride * inner):
-            result.append(_with(each, dim, 2, [(low * inner + start, rows * size, stride)], 0))
+            result.append(_with(region, dim, 2, [(low * inner + start, rows * size, stride)], 0))
             continue
-        result += [_with(each, dim, 2, [((low + row) * inner + start, size, stride)], row * row_stride) for row in range(rows)]
+        for row in range(rows):
+            result.append(_with(region, dim, 2, [((low + row) * inner + start, size, stride)], row * row_stride))
         _checked(result)
     return tuple(result)
 
 
 def _split(regions: Regions, dim: int, inner: int) -> Regions:
-    """Dimension `dim` as two, the latter of size `inner`: the end of a first row, whole rows, the beginning of a last one."""
+    """Split dimension `dim` into two; the latter has size `inner`.
+
+    A box becomes up to three: the end of its first row, its complete rows, and the beginning of its last row.
+    """
     result = []
-    for each in regions:
-        low, stop, stride = each.start[dim], each.start[dim] + each.sizes[dim], each.strides[dim]
-        first, last = -(-low // inner), stop // inner  # whole rows
-        cuts = [(low, min(stop, first * inner))] if low % inner else []
-        if first < last:
-            cuts.append((first * inner, last * inner))
-        if stop % inner and last * inner >= low:
-            cuts.append((last * inner, stop))
-        for begin, end in cuts:
+    for region in regions:
+        low, stop, stride = region.start[dim], region.start[dim] + region.sizes[dim], region.strides[dim]
+        first_row, stop_row = -(-low // inner), stop // inner  # complete rows
+        parts = [(low, min(stop, first_row * inner))] if low % inner else []
+        if first_row < stop_row:
+            parts.append((first_row * inner, stop_row * inner))
+        if stop % inner and stop_row * inner >= low:
+            parts.append((stop_row * inner, stop))
+        for begin, end in parts:
             rows = max(1, (end - begin) // inner)
             box = [(begin // inner, rows, stride * inner), (begin % inner, (end - begin) // rows, stride)]
-            result.append(_with(each, dim, 1, box, (begin - low) * stride))
+            result.append(_with(region, dim, 1, box, (begin - low) * stride))
     return _checked(result)
 
 
 def _with(region: Region, dim: int, count: int, box: Sequence[tuple[int, int, int]], skip: int) -> Region:
-    """`region` with `count` dimensions from `dim` on replaced by those of `box`, (start, size, stride) each."""
+    """Replace `count` dimensions of a region, from `dim` on, by those of `box`, each a tuple (start, size, stride)."""
     starts, sizes, strides = zip(*box, strict=True)
     return replace(
         region,
@@ -225,7 +232,7 @@ def _with(region: Region, dim: int, count: int, box: Sequence[tuple[int, int, in
 def _checked(regions: Iterable[Region]) -> Regions:
     result = tuple(regions)
     if len(result) > MAX_REGIONS:
-        raise TooManyRegions(f"more than {MAX_REGIONS} pieces")
+        raise TooManyRegions(f"more than {MAX_REGIONS} regions")
     return result
 
 

@@ -1,1 +1,1 @@
-"""Bytes in and out: the memory that shards live in, positioned reads into it, positioned writes out of it."""
+"""Bytes in and out: the memory of the shards, positioned reads into it and positioned writes from it."""

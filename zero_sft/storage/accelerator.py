@@ -1,4 +1,4 @@
-"""DeepSpeed's accelerator, as the device-specific parts of this folder use it. Imported late: a host-only load needs none."""
+"""DeepSpeed's accelerator, for the device-specific parts of this folder. It is imported only when a function needs it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,19 +7,19 @@ import torch
 
 
 def accelerator() -> Any:
-    """DeepSpeed's accelerator object (CUDA, CPU, XPU, ...)."""
+    """Return DeepSpeed's accelerator object (CUDA, CPU, XPU, ...)."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()
 
 
 def pinned_zeros(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """`numel` zeros in page-locked host memory, from which devices copy directly.
+    """Allocate `numel` zeros in page-locked host memory, from which devices copy directly.
 
-    They are made there: pinning an ordinary tensor would hold both for a while, twice a rank's offloaded shards.
+    The tensor is allocated there, because pinning an ordinary tensor needs memory for both during the copy.
     """
     device = accelerator()
-    if device.device_name() == "cpu":  # nothing is page-locked there, and fresh zeros cost nothing until they are touched
+    if device.device_name() == "cpu":  # the CPU accelerator locks no pages, and fresh zeros cost nothing until first touch
         return device.pin_memory(torch.zeros(numel, dtype=dtype))
     return device.pin_empty(numel, dtype=dtype).zero_()
 
@@ -30,35 +30,35 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 
 
 class CopyQueue:
-    """Copies from page-locked buffers to one device, in their order, on their own stream.
+    """A queue of copies from page-locked buffers to one device, in order, on a separate stream.
 
-    It belongs to the thread that makes it, whose current device it sets: threads start with the first device, and whatever
-    they ask of CUDA there (memory, events) would take some hundred MiB of it for each rank of the node.
+    Only the thread that creates it may use it, since it sets that thread's current device. Threads start with the first device,
+    where any CUDA call (memory, events) would take some hundred MiB for each rank of the node.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._accelerator = accelerator()
         self._accelerator.set_device(device.index or 0)
         self._stream = self._accelerator.Stream(device=device)
-        self._stream.wait_stream(self._accelerator.current_stream(device.index))  # destinations may be being zeroed there
+        self._stream.wait_stream(self._accelerator.current_stream(device.index))  # it may still be zeroing the destinations
 
     def copy(self, place: torch.Tensor, elements: torch.Tensor, strides: Sequence[int]) -> None:
-        """Queue a copy of flat `elements` to `place`, cast and put apart (`strides` of elements) on the device.
+        """Queue a copy of the flat `elements`, seen with `strides`, to `place`. Casting and scattering happen on the device.
 
-        They must stay as they are until the event of the next `mark` has come.
+        `elements` must not change until the event of the next `mark` has completed.
         """
         with self._accelerator.stream(self._stream):
-            arrived = elements.to(place.device, non_blocking=True)
-            place.copy_(arrived.as_strided(place.shape, strides))
+            on_device = elements.to(place.device, non_blocking=True)
+            place.copy_(on_device.as_strided(place.shape, strides))
 
     def mark(self) -> Any:
-        """An event that comes after everything queued so far."""
+        """Record an event that completes after all copies queued so far."""
         event = self._accelerator.Event()
         event.record(self._stream)
         return event
 
 
 def bytes_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous host tensor, writable in place."""
+    """Return a writable view of the bytes of a contiguous host tensor."""
     array: Any = tensor.view(torch.uint8).numpy()
     return memoryview(array)

@@ -1,9 +1,8 @@
-"""One block of memory per dtype and device, from which the shards of a rank are cut.
+"""Arenas: one block of memory per dtype and device, in which the shards of a rank are placed.
 
-First touch of fresh pages costs more than the copy itself, so the block is touched once, by the reads themselves, and never
-before. On the CPU it is anonymous memory straight from the kernel: zeroed, so that padding needs no work; the size of its
-pages is chosen while it is filled (`pages.py`). Every cut starts on a 512-byte boundary, as vectorised kernels, O_DIRECT and
-NCCL like it.
+The first touch of fresh pages costs more than the copy, so the reads are the first to touch the block. On the CPU the block is
+anonymous memory from the kernel. It is zeroed, so padding needs no work, and its page size is chosen while it is filled
+(`pages.py`). Every shard starts on a 512-byte boundary, which suits vectorised kernels, O_DIRECT and NCCL.
 """
 
 import mmap
@@ -19,7 +18,7 @@ ALIGNMENT_BYTES = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaSlot:
-    """A flat tensor to be cut from an arena: `numel` elements of `dtype` on `device`, pinned if it is host memory for DMA."""
+    """A flat tensor to be placed in an arena: `numel` elements of `dtype` on `device`; `pinned` for page-locked host memory."""
 
     name: str
     numel: int
@@ -29,7 +28,7 @@ class ArenaSlot:
 
 
 def allocate(slots: Sequence[ArenaSlot]) -> Mapping[str, torch.Tensor]:
-    """Cut a zeroed flat tensor for every slot, one arena per (dtype, device, pinned)."""
+    """Allocate a zeroed flat tensor for every slot, in one arena per (dtype, device, pinned)."""
     groups: dict[tuple, list[ArenaSlot]] = {}
     for slot in slots:
         groups.setdefault((slot.dtype, slot.device, slot.pinned), []).append(slot)
@@ -42,14 +41,15 @@ def allocate(slots: Sequence[ArenaSlot]) -> Mapping[str, torch.Tensor]:
             total += -(-slot.numel // step) * step
         block = _block(total, dtype, device, pinned)
         for slot, start in zip(members, starts, strict=True):
-            tensors[slot.name] = _cut(block, start, slot.numel)
+            tensors[slot.name] = _non_view(block, start, slot.numel)
     return tensors
 
 
-def _cut(block: torch.Tensor, start: int, numel: int) -> torch.Tensor:
-    """A part of a block that is no view of it: a view keeps its whole base alive, even when its `data` lies elsewhere.
+def _non_view(block: torch.Tensor, start: int, numel: int) -> torch.Tensor:
+    """Return a part of a block that shares its storage without being a view of it.
 
-    DeepSpeed moves every shard into memory of its own when an engine starts, by its `data`; the arena is free then.
+    When an engine starts, DeepSpeed moves every shard to other memory by assigning its `data`. A view would keep the whole
+    block alive even then; a tensor that only shares the storage lets the arena be freed.
     """
     return torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage(), start, (numel,), (1,))
 
@@ -60,4 +60,4 @@ def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool) -
     if pinned:
         return accelerator.pinned_zeros(numel, dtype)
     memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype)  # holds the mapping until the last view is gone
+    return torch.frombuffer(memory, dtype=dtype)  # keeps the mapping alive while its storage is used

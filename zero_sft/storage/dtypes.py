@@ -1,4 +1,4 @@
-"""safetensors' names of dtypes and torch's, both ways."""
+"""The mapping between safetensors' names of dtypes and torch's dtypes, in both directions."""
 
 import torch
 
@@ -9,6 +9,6 @@ TORCH_DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
-"""Stored dtype → torch dtype, for every dtype whose elements torch can cast."""
+"""Stored dtype → torch dtype, for every dtype that torch can cast."""
 
 STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}

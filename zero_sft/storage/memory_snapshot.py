@@ -1,4 +1,4 @@
-"""How much memory a load took at most: the growth of this process on the host and on its device."""
+"""The peak memory of a load: how much this process has grown on the host and on its device."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySnapshot:
-    """Bytes now, and the most so far since the process began, on the host and on the device; 0 where nobody counts."""
+    """Current and peak bytes of this process, on the host and on the device. 0 where the system does not count them."""
 
     host: int
     host_peak: int
@@ -20,7 +20,7 @@ class MemorySnapshot:
 
     @classmethod
     def now(cls) -> "MemorySnapshot":
-        """This process's memory. On the host: resident, shared and mapped memory included."""
+        """Measure this process. Host memory is resident memory, including shared and mapped pages."""
         counts = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", _STATUS.read_text())) if _STATUS.exists() else {}
         device = accelerator()
         on_host = device.device_name() == "cpu"
@@ -32,9 +32,8 @@ class MemorySnapshot:
         )
 
     def growth_since(self, start: "MemorySnapshot") -> tuple[int, int]:
-        """The most bytes over `start`, on the host and on the device.
+        """Return the peak bytes over `start`, on the host and on the device.
 
-        Where the process had once held more than it did now, before `start`, that peak is all that is known: the result is
-        never too small.
+        The peak counts from the start of the process, so the result is too large if the peak was reached before `start`.
         """
         return max(0, self.host_peak - start.host), max(0, self.device_peak - start.device)

@@ -1,10 +1,10 @@
-"""Carry out a plan's reads: positioned reads of the files' bytes straight into the destination tensors.
+"""Carry out a plan's reads: positioned reads from the files into the destination tensors.
 
-Where the stored dtype is the destination's, the destination is host memory and the bytes belong there one behind the other,
-the kernel copies into place and nothing else touches the data. Otherwise a read goes through a staging buffer of bounded size
-and is cast, put apart or copied to the device from there; on an accelerator the buffers are pinned and two take turns, so
-that the copy of one overlaps the read of the next.
-Reads go in file order, several threads at a time if the rank has cores to spare.
+A read goes straight into the destination if that is host memory, has the stored dtype and keeps the elements contiguous: the
+kernel copies the bytes and nothing else touches them. Any other read goes through a staging buffer of bounded size, from which
+it is cast, scattered or copied to the device. On an accelerator the buffers are pinned, and each thread alternates between two,
+so that the copy from one overlaps the read into the other.
+Reads happen in file order, in several threads if the rank has spare cores.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pi
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import Pages
 
-Dequantise = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
-"""(rows, cols) of quantised numbers and a (rows of blocks, columns of blocks) grid of scales → (rows, cols) of that dtype."""
+Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+"""(rows, cols) of quantised numbers, a grid of scales with one element per block, a dtype → (rows, cols) of that dtype."""
 
 STAGING_BYTES = 8 * 2**20
-"""One staging buffer, at least the plan's `SCATTER_BYTES`. A reading thread has two of them where it stages at all."""
+"""Bytes of a staging buffer, at least the plan's `SCATTER_BYTES`. A thread that stages reads has one or two buffers."""
 
-_CHUNK_BYTES = 32 * 2**20  # one read call: large enough to stream, small enough for threads to share a large tensor
+_CHUNK_BYTES = 32 * 2**20  # bytes per read: large enough to stream, small enough for threads to share a large tensor
 
 
 def fill(
@@ -37,39 +37,41 @@ def fill(
     destinations: Mapping[str, torch.Tensor],
     threads: int = 1,
     identities: Mapping[str, FileIdentity] | None = None,
-    dequantise: Dequantise | None = None,
+    dequantise: Dequantize | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> int:
-    """Read every byte of `reads` into `destinations` (flat tensors by target name). Returns the bytes read.
+    """Read all `reads` into `destinations` (flat tensors by target name). Returns the number of bytes read.
+
+    Any rank; does not communicate.
 
     Args:
-        identities: by path, which file it was when the reads were planned.
-        dequantise: the arithmetic of reads that have scales.
-        advance: told the bytes of each piece that has been read, of at most 32 MiB; several threads call it.
+        identities: the files' identities, by path, when the reads were planned.
+        dequantise: the arithmetic for reads with scales.
+        advance: called with the number of bytes after each read of at most 32 MiB, from several threads.
 
     Raises:
-        CheckpointError: a file that can't be opened or read, ends early, or is no longer the one that was planned.
+        CheckpointError: a file can't be opened or read, ends early, or has changed since the reads were planned.
     """
     identities = identities or {}
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for read in reads for path in _files(read))
         handles = {path: stack.enter_context(opened(path, identities.get(path))) for path in paths}
-        job = _Job(handles=handles, destinations=destinations, dequantise=dequantise, advance=advance)
+        job = _Job(handles=handles, destinations=destinations, dequantize=dequantise, advance=advance)
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
             _work(job, iter(pieces))
         else:
-            _fill_threaded(job, pieces, threads)
+            _work_in_threads(job, pieces, threads)
     return sum(read.total_nbytes for read in reads)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What all threads of one `fill` share."""
+    """The state that all threads of one `fill` share."""
 
     handles: Mapping[str, int]
     destinations: Mapping[str, torch.Tensor]
-    dequantise: Dequantise | None
+    dequantize: Dequantize | None
     advance: Callable[[int], None] | None = None
     pages: Pages = dataclasses.field(default_factory=Pages)
 
@@ -80,15 +82,15 @@ def _files(read: ReadItem) -> Iterator[str]:
         yield read.scales.file
 
 
-def _fill_threaded(job: _Job, pieces: Sequence[ReadItem], threads: int) -> None:
+def _work_in_threads(job: _Job, pieces: Sequence[ReadItem], threads: int) -> None:
     queue = iter(pieces)  # next() on an iterator is atomic under the GIL, so the threads share it in file order
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        for done in [pool.submit(_work, job, queue) for _ in range(threads)]:
-            done.result()
+        for future in [pool.submit(_work, job, queue) for _ in range(threads)]:
+            future.result()
 
 
 def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
-    """One thread's work: what is left in the queue, piece by piece."""
+    """Do one thread's work: take reads from the queue until it is empty."""
     worker = _Worker(job)
     for piece in queue:
         worker.run(piece)
@@ -99,16 +101,21 @@ def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
 
 @contextlib.contextmanager
 def opened(path: str, expected: FileIdentity | None) -> Iterator[int]:
-    """The file, opened; it must be the `expected` one, both now and after the body has read from it."""
+    """Open a file for reading, and check before and after the body that it is the `expected` one. Yields the descriptor.
+
+    Raises:
+        CheckpointError: the file can't be opened, or has changed.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         raise CheckpointError(
-            f"{path} can't be opened: {error.strerror}. Check that it exists and its rights.", code="checkpoint.file_unreadable"
+            f"{path} can't be opened: {error.strerror}. Check that the file exists and that you may read it.",
+            code="checkpoint.file_unreadable",
         ) from error
     try:
         require_unchanged(path, handle, expected)
-        if hasattr(os, "posix_fadvise"):  # cold, on a local disk, a fifth faster: the kernel reads further ahead
+        if hasattr(os, "posix_fadvise"):  # longer read-ahead: a fifth faster on a local disk with a cold cache
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         yield handle
         require_unchanged(path, handle, expected)
@@ -117,7 +124,7 @@ def opened(path: str, expected: FileIdentity | None) -> Iterator[int]:
 
 
 def _pieces(read: ReadItem) -> Iterator[ReadItem]:
-    """`read` in parts of at most `_CHUNK_BYTES` bytes, a whole number of elements each; a scattered one is small already."""
+    """Split a contiguous read into parts of at most `_CHUNK_BYTES` bytes. Scattered and scaled reads are already small."""
     if read.nbytes <= _CHUNK_BYTES or not read.is_contiguous or read.scales is not None:
         yield read
         return
@@ -134,17 +141,17 @@ def _pieces(read: ReadItem) -> Iterator[ReadItem]:
 
 
 class _Worker:
-    """One reading thread and its staging buffers, made on first use."""
+    """One reading thread and its staging buffers, which are allocated on first use."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._staging: list[torch.Tensor] = []
         self._queue: CopyQueue | None = None
-        self._copied: list = [None, None]  # per buffer: the event after which it may be overwritten
+        self._copied: list = [None, None]  # for each buffer, the event after which it may be overwritten
         self._turn = 0
 
     def run(self, read: ReadItem) -> None:
-        """Carry out one read: straight into place, or staged where it is cast, put apart or goes to a device."""
+        """Carry out one read: in place, or through a buffer if it is cast, scattered or copied to a device."""
         dtype = TORCH_DTYPES[read.dtype]
         if read.scales is not None:
             self._read_scaled(read, read.scales, dtype)
@@ -162,7 +169,7 @@ class _Worker:
             self._read_staged(read, part, dtype, start * dtype.itemsize)
 
     def finish(self) -> None:
-        """Wait for copies to the device that are still under way."""
+        """Wait for the copies to the device that have not completed."""
         for event in self._copied:
             if event is not None:
                 event.synchronize()
@@ -179,7 +186,10 @@ class _Worker:
         self._copy(_place(read, destination), buffer.view(dtype), read.source_strides)
 
     def _read_scaled(self, read: ReadItem, scales: ScaleRows, dtype: torch.dtype) -> None:
-        """Rows of the weight, of which only the wanted elements are read, times their scales, one row of blocks at a time."""
+        """Read a range of a quantised weight and its scales, and dequantise it row of blocks by row of blocks.
+
+        The range is placed in complete rows; elements outside of it are zero.
+        """
         destination = self._job.destinations[read.target]
         rows = -(-(scales.skip + read.nbytes) // scales.width)
         padded = -(-scales.width // scales.block_cols) * scales.block_cols
@@ -191,17 +201,17 @@ class _Worker:
         grid = torch.empty(scales.nbytes, dtype=torch.uint8)
         self._read_at(scales.file, bytes_view(grid), scales.offset_bytes, read.target)
         grid = grid.view(TORCH_DTYPES[scales.dtype]).view(-1, scales.columns)
-        assert self._job.dequantise is not None, "reads with scales need the arithmetic for them"
+        assert self._job.dequantize is not None, "reads with scales need `dequantise`"
         result = torch.empty(rows, scales.width, dtype=destination.dtype)
         row = 0
-        for number in range(len(grid)):
-            end = min(rows, (number + 1) * scales.block_rows - scales.first_row)
-            part = self._job.dequantise(weight[row:end], grid[number : number + 1], destination.dtype)
+        for block_row in range(len(grid)):
+            end = min(rows, (block_row + 1) * scales.block_rows - scales.first_row)
+            part = self._job.dequantize(weight[row:end], grid[block_row : block_row + 1], destination.dtype)
             result[row:end] = part[:, : scales.width]
             row = end
-        wanted = result.view(-1).narrow(0, scales.skip, read.nbytes)
-        arranged = wanted.as_strided(read.sizes, read.source_strides, wanted.storage_offset())
-        _place(read, destination).copy_(arranged)
+        elements = result.view(-1).narrow(0, scales.skip, read.nbytes)
+        elements = elements.as_strided(read.sizes, read.source_strides, elements.storage_offset())
+        _place(read, destination).copy_(elements)
 
     def _read_staged(self, read: ReadItem, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
         buffer = self._buffer(part)[: part.numel() * dtype.itemsize]
@@ -211,9 +221,9 @@ class _Worker:
         self._copy(part, buffer.view(dtype), (1,))
 
     def _copy(self, place: torch.Tensor, elements: torch.Tensor, strides: Sequence[int]) -> None:
-        """Copy what a buffer holds to its place, and take the other buffer next.
+        """Copy elements from the current buffer to their place, then switch to the other buffer.
 
-        One from which a copy to a device is under way may be overwritten only when that has ended.
+        A copy to a device is asynchronous: its event is recorded, and the buffer is overwritten only after that event.
         """
         if self._queue is not None and is_on_device(place):
             self._queue.copy(place, elements, strides)
@@ -223,10 +233,10 @@ class _Worker:
         self._turn = 1 - self._turn
 
     def _buffer(self, place: torch.Tensor) -> torch.Tensor:
-        """The buffer whose turn it is, free to be overwritten; page-locked if `place` is on a device."""
+        """Return the current buffer once it may be overwritten. It is page-locked if `place` is on a device."""
         for_device = is_on_device(place)
         if for_device and self._queue is None:
-            self._queue = CopyQueue(place.device)  # before anything else that this thread asks of the device
+            self._queue = CopyQueue(place.device)  # before this thread's first other call to the device
         while len(self._staging) <= self._turn:
             empty = pinned_zeros if for_device else torch.empty
             self._staging.append(empty(STAGING_BYTES, dtype=torch.uint8))
@@ -236,7 +246,7 @@ class _Worker:
         return self._staging[self._turn]
 
     def _read(self, read: ReadItem, into: torch.Tensor, skip_bytes: int) -> None:
-        """Fill the byte tensor `into` from `skip_bytes` into `read`."""
+        """Fill the byte tensor `into` with the bytes of `read` from `skip_bytes` on."""
         self._read_at(read.file, bytes_view(into), read.offset_bytes + skip_bytes, read.target)
 
     def _read_at(self, file: str, view: memoryview, offset_bytes: int, target: str) -> None:
@@ -247,17 +257,18 @@ class _Worker:
                 count = os.preadv(self._job.handles[file], [view[position:]], offset)
             except OSError as error:
                 raise CheckpointError(
-                    f"{file} can't be read at byte {offset} (for {target}): {error.strerror}.", code="checkpoint.read_failed"
+                    f"{file} can't be read at byte {offset} (for {target}): {error.strerror}. Check its disk or network.",
+                    code="checkpoint.read_failed",
                 ) from error
             if count == 0:
                 raise CheckpointError(
-                    f"{file} ends at byte {offset}, expected {len(view) - position} more for {target}: it was cut "
-                    "after its header was read. Fetch it again.",
+                    f"{file} ends at byte {offset}, expected {len(view) - position} more bytes for {target}: it was "
+                    "truncated after its header was read. Download it again.",
                     code="checkpoint.truncated_while_read",
                 )
             position += count
 
 
 def _place(read: ReadItem, destination: torch.Tensor) -> torch.Tensor:
-    """Where in the flat destination the elements of a read belong, as a view of the read's sizes."""
+    """Return a view of the flat destination, of the read's sizes, that the read's elements fill."""
     return destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)

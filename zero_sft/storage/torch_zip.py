@@ -1,8 +1,8 @@
-"""The header of a `pytorch_model.bin`: where each tensor's bytes lie in the zip that `torch.save` makes.
+"""The header of a `pytorch_model.bin`: the byte range of each tensor in the zip file that `torch.save` writes.
 
-torch itself reads the pickle, restricted to `weights_only` and with fake tensors, so that no data is touched and no code of the
-file is run; every storage then tells its offset in the file (`torch.load` under `FakeTensorMode`, since torch 2.7). Tensors may
-be views, in any stride, and share a storage. Left out: the format of before torch 1.6, which is no zip.
+torch reads the pickle with `weights_only` and fake tensors, so no data is touched and no code of the file runs. Under
+`FakeTensorMode`, `torch.load` (since torch 2.7) records the offset of every storage in the file. Tensors may be views with any
+strides and may share a storage. Left out: the format of torch before 1.6, which is not a zip file.
 """
 
 import contextlib
@@ -20,21 +20,22 @@ from zero_sft.storage.dtypes import STORED_DTYPES
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
-    """Find the tensors of one file without reading them.
+    """Find the tensors of one file without reading their data.
 
     Raises:
-        CheckpointError: no zip, damaged, not a plain mapping of names to tensors, or one that needs code to be unpickled.
+        CheckpointError: the file is not a zip file, is damaged, needs code to be unpickled, or is not a mapping of names to
+            tensors.
     """
     path = str(path)
     size_bytes = _size_of_zip(path)
     try:
         with FakeTensorMode():
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has its own for each way in which a file can be wrong
+    except Exception as error:  # torch raises many types for damaged files
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors, which is never unpickled here: {reason[:300]}\nFetch it again, or "
-            "take the model's safetensors files.",
+            f"{path} is damaged, or holds objects other than tensors, which are never unpickled here: {reason[:300]}\n"
+            "Download it again, or use the model's safetensors files.",
             code="checkpoint.unsafe_or_damaged",
         ) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -42,15 +43,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             f"{path} holds a {type(content).__name__}, expected a mapping from names to tensors.",
             code="checkpoint.not_a_mapping",
         )
-    found = {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
+    tensors = {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
     nested = [name for name, value in content.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
-    if nested and not found:
+    if nested and not tensors:
         raise CheckpointError(
-            f"{path} holds no tensors itself, but a mapping of them under {nested[0]!r}. Save that alone, once, in Python:\n"
+            f"{path} holds no tensors, but a mapping of tensors under {nested[0]!r}. Save only that mapping, once, in Python:\n"
             f"  import torch; torch.save(torch.load({path!r}, weights_only=True)[{nested[0]!r}], {path!r})",
             code="checkpoint.nested_mapping",
         )
-    return found
+    return tensors
 
 
 def _size_of_zip(path: str) -> int:
@@ -59,12 +60,12 @@ def _size_of_zip(path: str) -> int:
         is_zip = bool(size_bytes) and zipfile.is_zipfile(path)
     except OSError as error:
         raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Check that it exists and its rights.",
+            f"{path} can't be read: {error.strerror or error}. Check that the file exists and that you may read it.",
             code="checkpoint.file_unreadable",
         ) from error
     if is_zip and _is_compressed(path):
         raise CheckpointError(
-            f"{path} is compressed, so that its tensors can't be read in place. Save it plainly, once, in Python:\n"
+            f"{path} is compressed, so its tensors can't be read in place. Save it uncompressed, once, in Python:\n"
             f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})",
             code="checkpoint.compressed",
         )
@@ -72,8 +73,8 @@ def _size_of_zip(path: str) -> int:
         raise CheckpointError(placeholder(Path(path)), code="checkpoint.placeholder_file")
     if not is_zip:
         raise CheckpointError(
-            f"{path} is no zip file: truncated, or saved by a torch before 1.6. If it is complete, convert it once, in "
-            "Python:\n"
+            f"{path} is not a zip file: it is truncated, or was saved by a torch before 1.6. If it is complete, convert it "
+            "once, in Python:\n"
             f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})",
             code="checkpoint.not_a_zip",
         )
@@ -81,7 +82,7 @@ def _size_of_zip(path: str) -> int:
 
 
 def _is_compressed(path: str) -> bool:
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch says what is wrong with a bad one
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch.load reports a bad one
         return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     return False
 
@@ -89,22 +90,22 @@ def _is_compressed(path: str) -> bool:
 def _stored(path: str, name: str, tensor: torch.Tensor, size_bytes: int) -> StoredTensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in STORED_DTYPES:
         raise CheckpointError(
-            f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}; expected a plain one.",
+            f"{path}: {name!r} is a {tensor.layout} tensor of {tensor.dtype}; expected a dense tensor of a supported dtype.",
             code="checkpoint.not_a_plain_tensor",
         )
     if tensor.is_neg() or tensor.is_conj():
         raise CheckpointError(
-            f"{path}: {name!r} is a negated or conjugated view of other numbers, which the file's bytes don't show. Save it "
-            "plainly, once, in Python:\n  import torch; torch.save({name: tensor.resolve_neg().resolve_conj() for name, tensor "
+            f"{path}: {name!r} is a negated or conjugated view, which the file's bytes don't show. Save it resolved, once, "
+            "in Python:\n  import torch; torch.save({name: tensor.resolve_neg().resolve_conj() for name, tensor "
             f"in torch.load({path!r}, weights_only=True).items()}}, {path!r})",
             code="checkpoint.not_a_plain_tensor",
         )
     itemsize, shape, strides = tensor.element_size(), tuple(tensor.shape), tuple(tensor.stride())
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    reach = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if tensor.numel() else 0
-    if start is None or start + (tensor.storage_offset() + reach) * itemsize > size_bytes:
+    span_numel = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if tensor.numel() else 0
+    if start is None or start + (tensor.storage_offset() + span_numel) * itemsize > size_bytes:
         raise CheckpointError(
-            f"{path}: the bytes of {name!r} are not in the file. Fetch it again.", code="checkpoint.truncated"
+            f"{path}: the bytes of {name!r} are not in the file. Download it again.", code="checkpoint.truncated"
         )
     return StoredTensor(
         name=name,
@@ -112,6 +113,6 @@ def _stored(path: str, name: str, tensor: torch.Tensor, size_bytes: int) -> Stor
         dtype=STORED_DTYPES[tensor.dtype],
         shape=shape,
         offset_bytes=start + tensor.storage_offset() * itemsize,
-        nbytes=reach * itemsize,
+        nbytes=span_numel * itemsize,
         strides=None if tensor.is_contiguous() else strides,
     )

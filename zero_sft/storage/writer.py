@@ -1,4 +1,4 @@
-"""Positioned writes of a tensor's bytes: the reader run backwards."""
+"""Positioned writes of a tensor's bytes: the reverse of the reader."""
 
 import math
 import os
@@ -11,13 +11,14 @@ from zero_sft.plan.plan import CopySpec
 from zero_sft.storage.accelerator import bytes_view
 
 STAGING_BYTES = 16 * 2**20
+"""The largest part of a tensor that is copied to the host, or made contiguous, before it is written."""
 
 
 def write_at(handle: int, path: Path, flat: torch.Tensor, offset_bytes: int) -> None:
-    """Write the flat tensor `flat` at `offset_bytes` of the open file. From a device it passes the host in bounded parts.
+    """Write the flat tensor `flat` at `offset_bytes` of an open file. Device tensors are copied to the host in bounded parts.
 
     Raises:
-        OSError: with the file's name.
+        OSError: the write failed; the error names the file.
     """
     step = STAGING_BYTES // flat.element_size()
     for start in range(0, flat.numel(), step):
@@ -33,42 +34,42 @@ def write_at(handle: int, path: Path, flat: torch.Tensor, offset_bytes: int) -> 
 
 
 def write_piece(handle: int, path: Path, flat: torch.Tensor, piece: CopySpec, offset_bytes: int) -> None:
-    """Write what a load would read as `piece`: elements of `flat` to where they stand in the tensor at `offset_bytes`.
+    """Write the elements of `flat` that a load would read with `piece` into the stored tensor at `offset_bytes`.
 
-    Only the piece's own bytes are written, run by run: what lies between them belongs to another rank.
+    Each contiguous run is written separately, because the bytes between runs belong to other ranks.
 
     Raises:
-        OSError: with the file's name.
+        OSError: a write failed; the error names the file.
     """
     dims = sorted(zip(piece.source_strides, piece.sizes, piece.target_strides, strict=True), reverse=True)
-    for stored, own, sizes, walk in _runs(dims, STAGING_BYTES // flat.element_size()):
-        start = flat.storage_offset() + piece.target_start + own
-        run = flat.as_strided(sizes, walk, start).reshape(-1)
-        write_at(handle, path, run, offset_bytes + (piece.source_start + stored) * flat.element_size())
+    for stored_offset, local_offset, sizes, strides in _runs(dims, STAGING_BYTES // flat.element_size()):
+        start = flat.storage_offset() + piece.target_start + local_offset
+        run = flat.as_strided(sizes, strides, start).reshape(-1)
+        write_at(handle, path, run, offset_bytes + (piece.source_start + stored_offset) * flat.element_size())
 
 
 def _runs(dims: list[tuple[int, int, int]], limit: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
-    """Split (stored stride, size, own stride) dimensions, the coarsest first, into runs that are stored without a gap.
+    """Split a copy into runs that are stored without gaps. Yields (stored offset, local offset, local sizes, local strides).
 
-    Gives where each run starts, there and here, and its sizes and strides here. A run that is not contiguous here has at most
-    `limit` elements, since it is copied together first.
+    A dimension is a tuple (stored stride, size, local stride); the coarsest comes first. A run that is not contiguous in local
+    memory has at most `limit` elements, because it has to be copied before it is written.
     """
-    reach, first = 1, len(dims)
-    while first and (dims[first - 1][0] == reach or dims[first - 1][1] == 1):
-        reach *= dims[first - 1][1]
+    run_numel, first = 1, len(dims)
+    while first and (dims[first - 1][0] == run_numel or dims[first - 1][1] == 1):
+        run_numel *= dims[first - 1][1]
         first -= 1
-    while first < len(dims) and reach > limit and not _is_contiguous(dims[first:]):
-        reach //= dims[first][1]
+    while first < len(dims) and run_numel > limit and not _is_contiguous(dims[first:]):
+        run_numel //= dims[first][1]
         first += 1
     outer, inner = dims[:first], dims[first:]
-    sizes, walk = [size for _, size, _ in inner], [step for _, _, step in inner]
+    sizes, strides = [size for _, size, _ in inner], [local_stride for _, _, local_stride in inner]
     for index in range(math.prod(size for _, size, _ in outer)):
-        stored = own = 0
-        for stride, size, step in reversed(outer):
+        stored_offset = local_offset = 0
+        for stored_stride, size, local_stride in reversed(outer):
             index, i = divmod(index, size)
-            stored, own = stored + i * stride, own + i * step
-        yield stored, own, sizes, walk
+            stored_offset, local_offset = stored_offset + i * stored_stride, local_offset + i * local_stride
+        yield stored_offset, local_offset, sizes, strides
 
 
 def _is_contiguous(dims: list[tuple[int, int, int]]) -> bool:
-    return all(stride == step for stride, size, step in dims if size > 1)
+    return all(stored_stride == local_stride for stored_stride, size, local_stride in dims if size > 1)

@@ -1,1 +1,1 @@
-"""The only folder that knows DeepSpeed's insides."""
+"""The only folder that uses DeepSpeed's internals."""

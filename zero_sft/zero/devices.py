@@ -1,4 +1,4 @@
-"""Each rank's device. DeepSpeed takes the one with the number of the local rank."""
+"""The device of each rank. DeepSpeed uses the device whose number is the local rank."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from zero_sft.errors import ConfigError
 
 
 def require_own_device(world: World) -> None:
-    """Check that this rank sees a device with its local rank's number. Does not communicate.
+    """Check that this rank sees a device whose number is its local rank. Every rank; does not communicate.
 
     Raises:
-        ConfigError: it does not. The first such rank of each node says so for all of them.
+        ConfigError: the rank sees too few devices. Only the first such rank of each node reports it.
     """
     accelerator: Any = get_accelerator()
     if accelerator.device_name() == "cpu":

@@ -1,10 +1,10 @@
-"""Check a DeepSpeed config as the engine will, before anything is read.
+"""Check a DeepSpeed config with DeepSpeed's parser, before anything is read.
 
-DeepSpeed validates its config when the engine starts, which is after the weights are loaded, and raises a traceback on every
-rank. Here its own parser runs at the start, section by section, so that all problems are listed at once. DeepSpeed ignores
-unknown keys outside of its pydantic models; they are refused here, since a misspelt key is a setting that does nothing.
+DeepSpeed validates its config only when the engine starts, after the weights are loaded, and every rank prints a traceback.
+Here DeepSpeed's parser runs at the start, section by section, so all problems are listed at once. DeepSpeed ignores unknown
+keys outside of its pydantic models. They are refused here, because a misspelt key has no effect.
 
-Left out: whether a combination of features can train (ZeRO-3 with `compile`, for example); only the engine knows that.
+Left out: whether a combination of features can train (for example ZeRO-3 with `compile`). Only the engine can check that.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ NUMBERS = frozenset({
 TEXTS = frozenset({"communication_data_type", "gradient_allreduce_op", "log_level", "seq_parallel_communication_data_type"})
 
 NOTES = frozenset({"$schema", "comment", "_comment", "//"})
-"""Keys that people use for remarks; they set nothing."""
+"""Keys that people use for comments. They have no effect."""
 
 _MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 _OPTIMIZER_SECTION = ("type", "params", "legacy_fusion")
@@ -46,33 +46,32 @@ _SCHEDULER_SECTION = ("type", "params")
 
 
 def schema_problems(config: Mapping[str, Any]) -> list[ConfigError]:
-    """List what DeepSpeed refuses or ignores in a config of stage 3 without "auto", one sentence each.
+    """List the parts of a stage-3 config without "auto" that DeepSpeed refuses or ignores, one error each.
 
-    Does not communicate. The batch sizes are not compared with the number of ranks.
+    Any rank; does not communicate. The batch sizes are not compared with the number of ranks.
     """
-    known = SECTIONS | FLAGS | NUMBERS | TEXTS | NOTES | _removed()
-    problems = [_unknown(key, known) for key in config if key not in known]
-    plain = {key: value for key, value in config.items() if key in known - NOTES}
-    for key, value in plain.items():
-        found = _wrong_type(key, value)
-        problems += found or _section_problems(key, value)
+    known_keys = SECTIONS | FLAGS | NUMBERS | TEXTS | NOTES | _removed()
+    problems = [_unknown(key, known_keys) for key in config if key not in known_keys]
+    settings = {key: value for key, value in config.items() if key in known_keys - NOTES}
+    for key, value in settings.items():
+        problems += _wrong_type(key, value) or _section_problems(key, value)
     if not problems:
-        problems = [*_monitor_problems(plain), *_optimizer_problems(plain), *_scheduler_problems(plain)]
-        problems += _nvme_problems(plain["zero_optimization"])
+        problems = [*_monitor_problems(settings), *_optimizer_problems(settings), *_scheduler_problems(settings)]
+        problems += _nvme_problems(settings["zero_optimization"])
     return problems
 
 
 def _removed() -> set[str]:
-    """Keys that DeepSpeed once had; its parser explains what became of each."""
+    """Return the keys that DeepSpeed has removed. Its parser explains the replacement of each."""
     from deepspeed.runtime import config as ds
 
     return set(getattr(ds, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}))
 
 
-def _unknown(key: str, known: frozenset[str] | set[str]) -> ConfigError:
-    near = difflib.get_close_matches(key, known - NOTES, n=1)
-    inside = _inside_zero(key)
-    hint = f" Did you mean {near[0]}?" if near else f" It belongs into {inside}." if inside else ""
+def _unknown(key: str, known_keys: frozenset[str] | set[str]) -> ConfigError:
+    similar = difflib.get_close_matches(key, known_keys - NOTES, n=1)
+    is_zero_key = key in _zero_names()
+    hint = f" Did you mean {similar[0]}?" if similar else " It belongs in zero_optimization." if is_zero_key else ""
     return _no_such_key(key, f", and would ignore it.{hint}")
 
 
@@ -80,26 +79,22 @@ def _no_such_key(name: str, end: str = ".") -> ConfigError:
     return ConfigError(f"{name}: DeepSpeed has no such key{end}", code="ds_config.unknown_key")
 
 
-def _inside_zero(key: str) -> str:
-    return "zero_optimization" if key in _zero_names() else ""
-
-
 def _zero_names() -> set[str]:
-    """The keys of `zero_optimization`."""
+    """Return the keys of `zero_optimization`."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     return {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
 
 
 def _wrong_type(key: str, value: Any) -> list[ConfigError]:
-    """A top-level value of another type than DeepSpeed expects; its parser doesn't look."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    """Check the type of a top-level value, which DeepSpeed's parser does not check. Returns at most one problem."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is None:
         return []
     for names, fits, expected in (
         (SECTIONS, isinstance(value, dict), "a section, {...}"),
         (FLAGS, isinstance(value, bool), "true or false"),
-        (NUMBERS, number and value >= 0, "a number, 0 or more"),
+        (NUMBERS, is_number and value >= 0, "a number, 0 or more"),
         (TEXTS, isinstance(value, str), "text"),
     ):
         if key in names and not fits:
@@ -112,7 +107,7 @@ def _bad_value(name: str, value: Any, expected: str) -> ConfigError:
 
 
 def _section_problems(key: str, value: Any) -> list[ConfigError]:
-    """What DeepSpeed's parser says about one top-level key alone."""
+    """Run DeepSpeed's parser on a minimal config with one top-level key, and return its complaints."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     if value is None or key in ("train_batch_size", "gradient_accumulation_steps", "optimizer", "scheduler"):
@@ -125,8 +120,8 @@ def _section_problems(key: str, value: Any) -> list[ConfigError]:
         with _quiet():
             DeepSpeedConfig({**base, key: value})
     except pydantic.ValidationError as error:
-        return [_validation_problem(key, each) for each in error.errors()]
-    except Exception as error:  # noqa: BLE001 - the parser raises AssertionError, KeyError, TypeError and its own
+        return [_validation_problem(key, detail) for detail in error.errors()]
+    except Exception as error:  # noqa: BLE001 - the parser raises AssertionError, KeyError, TypeError and others
         reason = str(error).strip() or type(error).__name__
         return [ConfigError(f"{key}: {reason}", code="ds_config.bad_value")]
     return []
@@ -136,18 +131,18 @@ def _validation_problem(section: str, error: Any) -> ConfigError:
     path = [str(part) for part in error["loc"]]
     name = ".".join(path if path[:1] == [section] else [section, *path])
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _zero_names(), n=1) if section == "zero_optimization" else []
-        return _no_such_key(name, f". Did you mean {near[0]}?" if near else ".")
+        similar = difflib.get_close_matches(path[-1], _zero_names(), n=1) if section == "zero_optimization" else []
+        return _no_such_key(name, f". Did you mean {similar[0]}?" if similar else ".")
     reason = f"{error['msg'][:1].lower()}{error['msg'][1:]}"
     return ConfigError(f"{name} is {error['input']!r:.80}: {reason}.", code="ds_config.bad_value")
 
 
 def _ignored_keys(key: str, value: Any) -> list[ConfigError]:
-    """Unknown keys of the sections that DeepSpeed reads key by key."""
+    """Find unknown keys in the sections that DeepSpeed reads key by key and does not check."""
     from deepspeed.runtime.activation_checkpointing import config as checkpointing
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
-    known: dict[str, set[str]] = {
+    known_keys: dict[str, set[str]] = {
         "aio": {*AIO_DEFAULT_DICT, "thread_count"},
         "activation_checkpointing": set(checkpointing.ACT_CHKPT_DEFAULT),
         "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
@@ -155,16 +150,16 @@ def _ignored_keys(key: str, value: Any) -> list[ConfigError]:
             "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"
         },
     }  # fmt: skip
-    if key not in known:
+    if key not in known_keys:
         return []
-    return [_no_such_key(f"{key}.{name}", ", and would ignore it.") for name in value if name not in known[key]]
+    return [_no_such_key(f"{key}.{name}", ", and would ignore it.") for name in value if name not in known_keys[key]]
 
 
 def _monitor_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     return [
         ConfigError(
-            f"{section}.enabled is true, but the package {package} isn't installed: pip install {package}, or remove the "
-            "section.",
+            f"{section}.enabled is true, but the package {package} is not installed. Run pip install {package}, or remove "
+            "the section.",
             code="ds_config.package_missing",
         )
         for section, package in _MONITOR_PACKAGES.items()
@@ -173,18 +168,20 @@ def _monitor_problems(config: Mapping[str, Any]) -> list[ConfigError]:
 
 
 def _nvme_problems(zero: Mapping[str, Any]) -> list[ConfigError]:
-    """NVMe takes an operator that DeepSpeed compiles at first use, which the load would reach first."""
+    """Check that DeepSpeed can compile its NVMe operator, because the load would fail only when it first uses it."""
     sections = [name for name in ("offload_param", "offload_optimizer") if (zero.get(name) or {}).get("device") == "nvme"]
     if not sections:
         return []
     from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined]
 
     with _quiet():
-        usable = AsyncIOBuilder().is_compatible(verbose=False)
-    missing = "headers of libaio (libaio-dev on Debian and Ubuntu, libaio-devel on Fedora and RHEL) or a C++ compiler"
-    if usable:
+        is_usable = AsyncIOBuilder().is_compatible(verbose=False)
+    if is_usable:
         return []
-    message = f"zero_optimization.{sections[0]}.device is 'nvme', and DeepSpeed finds no {missing} here."
+    message = (
+        f"zero_optimization.{sections[0]}.device is 'nvme', but DeepSpeed does not find libaio's headers or a C++ compiler. "
+        "Install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL) and a compiler."
+    )
     return [ConfigError(message, code="ds_config.nvme_needs_libaio")]
 
 
@@ -202,21 +199,21 @@ def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     if not isinstance(params, dict):
         return [*problems, _bad_value("optimizer.params", params, "a section, {...}")]
     if "max_grad_norm" in params:
-        message = "optimizer.params.max_grad_norm: DeepSpeed refuses it; write gradient_clipping, outside of optimizer."
+        message = "optimizer.params.max_grad_norm: DeepSpeed refuses it. Set gradient_clipping at the top level of the config."
         problems.append(ConfigError(message, code="ds_config.max_grad_norm"))
-    known = {*_parameters(optimizer_class(kind)), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
-    known |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
+    known_settings = {*_parameters(optimizer_class(kind)), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
+    known_settings |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
     return problems + [
         _no_such_setting(f"optimizer.params.{name}", kind, sorted(_parameters(optimizer_class(kind))))
         for name in params
-        if name not in known and name != "max_grad_norm"
+        if name not in known_settings and name != "max_grad_norm"
     ]
 
 
 def optimizer_class(kind: str) -> Any:
-    """A class with the settings of DeepSpeed's optimizer of that name, or None where it has none."""
-    same = {"adam": "AdamW", "adamw": "AdamW", "adagrad": "Adagrad", "lion": "AdamW", "lamb": "AdamW", "muon": "AdamW"}
-    return getattr(torch.optim, same.get(kind.lower(), kind), None)
+    """Return a class of torch with the settings of DeepSpeed's optimizer `kind`, or None if there is none."""
+    equivalents = {"adam": "AdamW", "adamw": "AdamW", "adagrad": "Adagrad", "lion": "AdamW", "lamb": "AdamW", "muon": "AdamW"}
+    return getattr(torch.optim, equivalents.get(kind.lower(), kind), None)
 
 
 def _scheduler_problems(config: Mapping[str, Any]) -> list[ConfigError]:
@@ -225,52 +222,54 @@ def _scheduler_problems(config: Mapping[str, Any]) -> list[ConfigError]:
         return []
     problems = [_no_such_key(f"scheduler.{key}") for key in section if key not in _SCHEDULER_SECTION]
     kind, params = section.get("type"), section.get("params") or {}
-    found = scheduler_class(kind)
-    if found is None:
+    cls = scheduler_class(kind)
+    if cls is None:
         from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 
         names = ", ".join(VALID_LR_SCHEDULES)
         return [*problems, _bad_value("scheduler.type", kind, f"one of {names}, or a class in torch.optim.lr_scheduler")]
     if not isinstance(params, dict):
         return [*problems, _bad_value("scheduler.params", params, "a section, {...}")]
-    known = _parameters(found)
-    unknown = [name for name in params if name not in known]
+    known_settings = _parameters(cls)
+    unknown = [name for name in params if name not in known_settings]
     problems += [
-        _bad_value(f"scheduler.params.{name}", params[name], 'a whole number from 1 on, or "auto"')
+        _bad_value(f"scheduler.params.{name}", params[name], 'a positive integer, or "auto"')
         for name in ("total_num_steps", "warmup_num_steps")
-        if name in params and name in known and (type(params[name]) is not int or params[name] < 1)
+        if name in params and name in known_settings and (type(params[name]) is not int or params[name] < 1)
     ]
-    return problems + [_no_such_setting(f"scheduler.params.{name}", str(kind), known) for name in unknown]
+    return problems + [_no_such_setting(f"scheduler.params.{name}", str(kind), known_settings) for name in unknown]
 
 
-def _no_such_setting(name: str, kind: str, known: Iterable[str]) -> ConfigError:
-    return ConfigError(f"{name}: {kind} has no such setting. It has {', '.join(known)}.", code="ds_config.unknown_setting")
+def _no_such_setting(name: str, kind: str, known_settings: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"{name}: {kind} has no such setting, expected one of {', '.join(known_settings)}.", code="ds_config.unknown_setting"
+    )
 
 
 def scheduler_class(kind: Any) -> Any:
-    """DeepSpeed's or torch's class of a learning-rate schedule, or None where neither has one of that name."""
+    """Return DeepSpeed's or torch's class of the learning-rate schedule `kind`, or None if neither has it."""
     from deepspeed.runtime import lr_schedules
 
     if not isinstance(kind, str):
         return None
-    own = getattr(lr_schedules, kind, None) if kind in lr_schedules.VALID_LR_SCHEDULES else None
-    return own or getattr(torch.optim.lr_scheduler, kind, None)
+    deepspeed_class = getattr(lr_schedules, kind, None) if kind in lr_schedules.VALID_LR_SCHEDULES else None
+    return deepspeed_class or getattr(torch.optim.lr_scheduler, kind, None)
 
 
 def scheduler_settings(section: Any) -> list[str]:
-    """The settings that the schedule of a config's `scheduler` section takes; empty without one."""
-    found = scheduler_class(section.get("type")) if isinstance(section, Mapping) else None
-    return [] if found is None else _parameters(found)
+    """Return the names of the settings that the schedule of a `scheduler` section accepts; empty if there is no schedule."""
+    cls = scheduler_class(section.get("type")) if isinstance(section, Mapping) else None
+    return [] if cls is None else _parameters(cls)
 
 
 def _parameters(cls: Any) -> list[str]:
-    """The settings that a class's constructor takes, without the parameters or the optimizer."""
+    """Return the names of a constructor's parameters, without `self`, `params` and `optimizer`."""
     return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "params", "optimizer")]
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence DeepSpeed's logger: each parse prints a line, and deprecations are said when the engine starts."""
+    """Silence DeepSpeed's logger, which prints a line for each parse. Deprecations are logged when the engine starts."""
     from deepspeed.utils import logger
 
     level = logger.level

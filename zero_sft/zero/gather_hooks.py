@@ -1,13 +1,14 @@
-"""A partitioned model that runs before `deepspeed.initialize`: its modules gather what they need, and let it go.
+"""Forward hooks that let a partitioned model run before `deepspeed.initialize`.
 
-The engine brings hooks of its own; until then these stand in for them, so that `forward` and `generate` work on a freshly
-loaded model as on any other. When an engine takes the model over (it registers its hooks through
-`DeepSpeedZeRoOffload.setup_zero_stage3_hooks`), these are removed first, so that no module has two sets.
+Each module gathers its parameters before its forward and partitions them after it, so `forward` and `generate` work on a newly
+loaded model. A DeepSpeed engine registers its hooks in `DeepSpeedZeRoOffload.setup_zero_stage3_hooks`; the hooks here are
+removed just before, so that no module has both.
 
-For inference only: what a backward pass would need is gone by then. All ranks must run the same modules in the same order.
+For inference only: a backward pass would find the parameters partitioned. All ranks must run the same modules in the same
+order, since each forward communicates.
 """
 
-# DeepSpeed hangs its state on parameters as attributes that no stub knows.
+# DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import contextlib
@@ -27,8 +28,8 @@ _HANDLES = "_zero_sft_gather_hooks"
 
 
 def install_gather_hooks(model: nn.Module) -> None:
-    """Let `model` gather its parameters around each module's forward until an engine takes over it, or a part of it."""
-    _remove_hooks_when_an_engine_starts()
+    """Let modules gather their parameters around forward, until an engine takes over. Every rank; does not communicate."""
+    _patch_engine_start()
     for module in model.modules():
         if any(shards.is_sharded(param) for param in module.parameters(recurse=False)):
             hooks = [module.register_forward_pre_hook(_before), module.register_forward_hook(_after, always_call=True)]
@@ -36,7 +37,7 @@ def install_gather_hooks(model: nn.Module) -> None:
 
 
 def remove_gather_hooks(model: nn.Module) -> None:
-    """Take away what `install_gather_hooks` added, anywhere in `model`."""
+    """Remove the hooks of `install_gather_hooks` from all modules of `model`. Does not communicate."""
     for module in model.modules():
         for handle in module.__dict__.pop(_HANDLES, ()):
             handle.remove()
@@ -61,17 +62,20 @@ def _after(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _by_secondary(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """hpZ: parameters with a copy inside the node gather from there, others from all ranks; never both in one call."""
+    """Group parameters by their source: with hpZ, those with a copy inside the node gather from there, others from all ranks.
+
+    One all-gather call must not mix the two.
+    """
     groups: dict[bool, list[nn.Parameter]] = {}
     for param in params:
         groups.setdefault(param.ds_secondary_tensor is not None, []).append(param)
     return list(groups.values())
 
 
-def _remove_hooks_when_an_engine_starts() -> None:
-    """Once a process: an engine that sets up its hooks finds the model without ours."""
+def _patch_engine_start() -> None:
+    """Patch DeepSpeed, once per process and for good, so that an engine removes our hooks before it registers its hooks."""
     original = DeepSpeedZeRoOffload.setup_zero_stage3_hooks
-    if getattr(original, "stands_down_for_engines", False):
+    if getattr(original, "removes_gather_hooks", False):
         return
 
     @functools.wraps(original)
@@ -79,16 +83,16 @@ def _remove_hooks_when_an_engine_starts() -> None:
         remove_gather_hooks(self.module)
         original(self)
 
-    setup_zero_stage3_hooks.stands_down_for_engines = True  # type: ignore[attr-defined]
+    setup_zero_stage3_hooks.removes_gather_hooks = True  # type: ignore[attr-defined]
     DeepSpeedZeRoOffload.setup_zero_stage3_hooks = setup_zero_stage3_hooks
 
 
 SMALL_BYTES = 2 * 2**30
-"""A model up to this size may stand whole on every rank for a while."""
+"""A model up to this size may be gathered in full on every rank for a while."""
 
 
 def is_small(model: nn.Module) -> bool:
-    """True if the whole model takes at most `SMALL_BYTES`, and no parameter has to pass DeepSpeed's few NVMe swap buffers."""
+    """True if the full model takes at most `SMALL_BYTES`, and no parameter is on NVMe, where DeepSpeed has few swap buffers."""
     if any(getattr(param, "nvme_swapper", None) is not None for param in model.parameters()):
         return False
     return sum(math.prod(shards.full_shape(param)) * param.element_size() for param in model.parameters()) <= SMALL_BYTES
@@ -96,7 +100,10 @@ def is_small(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def summon_full_params(model: nn.Module) -> Iterator[None]:
-    """Keep a small model gathered, so that many forwards in a row gather once; a large one is left as it is. Every rank."""
+    """Keep a small model gathered, so that many forwards need only one gather; do nothing for a large model.
+
+    Every rank; communicates.
+    """
     if not is_small(model):
         yield
         return
@@ -105,7 +112,7 @@ def summon_full_params(model: nn.Module) -> Iterator[None]:
 
 
 def gather_full(param: nn.Parameter) -> torch.Tensor:
-    """A copy of the whole parameter, gathered from all ranks. Every rank; communicates."""
+    """Return a copy of the full parameter, gathered from all ranks. Every rank; communicates."""
     if not shards.is_sharded(param) or param.ds_status == ZeroParamStatus.AVAILABLE:
         return param.detach().clone()
     param.all_gather_coalesced([param]).wait()

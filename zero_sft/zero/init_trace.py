@@ -1,9 +1,8 @@
-"""Which tensors each step of a model's initialisation writes, found out without doing it.
+"""Trace which tensors each step of a model's initialisation writes, on the meta device.
 
-transformers initialises a model module by module. With everything on the meta device that costs nothing, and shows what each
-step writes: tensors that the checkpoint lacks, buffers, and now and then a part of a tensor that the checkpoint has (a padding
-row that is zeroed whatever was loaded). The real run then does the steps that matter, and knows how long each tensor has to
-stand there whole.
+transformers initialises a model module by module. On the meta device this costs nothing and shows the tensors that each step
+writes: missing ones, buffers, and sometimes a part of a loaded tensor (a padding row that is always zeroed). The real run then
+executes only the steps that matter, and knows how long each full tensor is needed.
 """
 
 from collections.abc import Iterator
@@ -20,19 +19,19 @@ from zero_sft.transformers_internals import initialize_module
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitStep:
-    """One call of `_init_weights`, and the names of the parameters and buffers that it writes."""
+    """One call of `_init_weights` on `module`, and the names of the parameters and buffers that it writes."""
 
     owner: PreTrainedModel
     module: nn.Module
     writes: frozenset[str]
 
     def run(self) -> None:
-        """Do it."""
+        """Initialise the module."""
         initialize_module(self.owner, self.module)
 
 
-class _Written(TorchDispatchMode):
-    """Collects the storages that operations write to, through whatever view."""
+class _WrittenStorages(TorchDispatchMode):
+    """Collect the storages that operations write to, directly or through views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,29 +47,30 @@ class _Written(TorchDispatchMode):
 
 
 def trace_init_writes(model: PreTrainedModel) -> list[InitStep]:
-    """All steps in their order, for a model that is whole and on the meta device, its loaded tensors marked.
+    """Return all initialisation steps in order. Any rank; does not communicate.
 
-    A step that can't be done without data counts as writing all that its module holds itself.
+    The model must be unpartitioned and on the meta device, and its loaded tensors must be marked as initialised. A step that
+    fails without data counts as writing all parameters and buffers of its module, without those of submodules.
     """
     names: dict[int, set[str]] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         names.setdefault(tensor.untyped_storage()._cdata, set()).add(name)
     prefixes = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
     steps = []
-    with _Written() as seen:
+    with _WrittenStorages() as written:
         for owner, module in _visits(model, model):
-            seen.storages = set()
+            written.storages = set()
             try:
                 InitStep(owner=owner, module=module, writes=frozenset()).run()
-                writes = {name for storage in seen.storages for name in names.get(storage, ())}
-            except Exception:  # noqa: BLE001 - whatever a model does with values, a tensor without any can't give it
+                writes = {name for storage in written.storages for name in names.get(storage, ())}
+            except Exception:  # noqa: BLE001 - code that needs values can raise anything on meta
                 writes = {prefixes[id(module)] + leaf for leaf in (*module._parameters, *module._buffers)}
             steps.append(InitStep(owner=owner, module=module, writes=frozenset(writes)))
     return steps
 
 
 def _visits(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
-    """Modules in transformers' order, children first, each with the model whose `_init_weights` is in charge of it."""
+    """Iterate over modules in transformers' order (children first), each with the model whose `_init_weights` handles it."""
     for child in module.children():
         yield from _visits(child, child if isinstance(child, PreTrainedModel) else owner)
     yield owner, module

@@ -1,7 +1,7 @@
-"""What this package needs of DeepSpeed beyond its public API, looked up in this one place.
+"""The parts of DeepSpeed outside of its public API that this package uses, listed in one place.
 
-`check` runs before anything is built: a release that moved one of these raises one error that names it, instead of a model
-loaded wrongly. The accessors of `ds_*` attributes are in `shards.py`; what they rely on is listed here.
+`check` runs before anything is built. If a DeepSpeed release has moved one of these parts, one error names it, and no model is
+loaded wrongly. The accessors of `ds_*` attributes are in `shards.py`; the internals that they rely on are listed here.
 """
 
 import inspect
@@ -25,7 +25,11 @@ _INIT_METHODS = {
 
 
 def check() -> None:
-    """Raise `UnsupportedVersionError` naming the first internal that is not where this package needs it."""
+    """Check that DeepSpeed's internals are where this package needs them.
+
+    Raises:
+        UnsupportedVersionError: one is not; the error names the first.
+    """
     for name, expected in _INIT_METHODS.items():
         method = getattr(Init, name, None)
         if method is None or list(inspect.signature(method).parameters) != expected:
@@ -37,19 +41,19 @@ def check() -> None:
 
 
 def operator_builder() -> Any:
-    """The class whose `jit_load(self, verbose)` compiles and imports an operator, for `operators.keep_operators_apart`.
+    """Return the class whose `jit_load(self, verbose)` compiles and imports an operator, for `operators.keep_operators_apart`.
 
     Raises:
-        UnsupportedVersionError: it is not where this package needs it.
+        UnsupportedVersionError: the class lacks a method that this package needs.
     """
-    found = [method for method in ("jit_load", "sources", "deepspeed_src_path") if hasattr(OpBuilder, method)]
-    if len(found) < 3 or list(inspect.signature(OpBuilder.jit_load).parameters) != ["self", "verbose"]:
+    has_methods = all(hasattr(OpBuilder, method) for method in ("jit_load", "sources", "deepspeed_src_path"))
+    if not has_methods or list(inspect.signature(OpBuilder.jit_load).parameters) != ["self", "verbose"]:
         raise UnsupportedVersionError(_moved("OpBuilder.jit_load(self, verbose)"), code="version.deepspeed_moved")
     return OpBuilder
 
 
 def give_defaults(optimizer: Any) -> None:
-    """Give DeepSpeed's ZeRO optimizer, which may be wrapped by accelerate's, the `defaults` of the optimizer inside it."""
+    """Copy `defaults` from the inner optimizer to DeepSpeed's ZeRO optimizer, which accelerate may have wrapped."""
     outer = getattr(optimizer, "optimizer", optimizer)
     inner: Any = getattr(outer, "optimizer", None)
     if not hasattr(outer, "defaults") and hasattr(inner, "defaults"):
@@ -57,13 +61,13 @@ def give_defaults(optimizer: Any) -> None:
 
 
 def untested() -> str | None:
-    """A warning for a release that this package was not tested with, or None."""
+    """Return a warning if this package was not tested with the installed DeepSpeed release, else None."""
     version = deepspeed.__version__.split("+")[0]
     return None if version in TESTED else f"deepspeed {version} is untested here; tested: {', '.join(TESTED)}."
 
 
 def _moved(what: str) -> str:
     return (
-        f"deepspeed {deepspeed.__version__} has moved {what}, which the sharded loader needs; tested with "
+        f"deepspeed {deepspeed.__version__} has moved {what}, which the sharded loader needs; tested: "
         f"{', '.join(TESTED)}. Install a tested release, or load with --loader stock."
     )

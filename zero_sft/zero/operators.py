@@ -1,14 +1,14 @@
-"""DeepSpeed's operators: compiled at first use into a folder of this project, under a lock that dies with its process.
+"""Compile DeepSpeed's operators at first use into a folder of this project, under a lock that ends with its process.
 
-torch marks a build under way by a file `lock`, and waits for it to go away, silently and without end. A process that is
-killed meanwhile leaves it there, and every later run on the machine hangs. Environments that share torch's folder also undo
-each other's builds, since the paths of the sources differ.
+torch marks a running build with a file `lock`, and waits for its removal silently and without a time limit. If the building
+process is killed, the file stays, and every later run on the machine hangs. Environments that share torch's folder also replace
+each other's builds, since the paths of their sources differ.
 
-Here each operator is compiled in a fresh folder, which is then renamed; a folder with its final name is complete. One
-process on the file system compiles, under `flock`, which the kernel releases when the process ends, however it ends. The
-others wait, and then import what is there without asking the compiler again. A killed build costs another build.
+Here each operator is compiled in a new folder, which is renamed when it is complete. One process on the file system compiles
+under `flock`, which the kernel releases however the process ends. The others wait, then import the result without compiling.
+After a killed build, the next process builds again.
 
-An operator that no part of a run asks for is not looked at.
+Only operators that a run asks for are compiled or imported.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _BUILDS = "building-"
-"""The folders of builds under way, and of killed ones, begin so."""
+"""Prefix of the folders of running and killed builds."""
 
 # fmt: off
 _LOCAL_FILE_SYSTEMS = frozenset([
@@ -41,42 +41,42 @@ _COMPILERS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDA_HO
 
 
 def prefer_own_ninja() -> None:
-    """Put this environment's folder of programs before the others of PATH. Does not communicate.
+    """Put this environment's folder of programs first on PATH, if it has ninja. Does not communicate.
 
-    torch compiles with the first ninja there.
+    torch uses the first `ninja` on PATH.
     """
-    own = str(Path(sys.executable).parent)
+    programs = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
-    if (Path(own) / "ninja").exists() and path.split(os.pathsep)[0] != own:
-        os.environ["PATH"] = os.pathsep.join(filter(None, (own, path)))
+    if (Path(programs) / "ninja").exists() and path.split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = os.pathsep.join(filter(None, (programs, path)))
 
 
 def keep_operators_apart() -> None:
-    """Let DeepSpeed compile and find its operators as this module says, for the rest of the process. Does not communicate.
+    """Patch DeepSpeed, for the rest of the process, to build its operators as this module describes. Does not communicate.
 
-    Call it before DeepSpeed joins the ranks: its CPU backend loads an operator then. Later calls change nothing.
+    Call this before DeepSpeed joins the ranks, because its CPU backend loads an operator then. Further calls change nothing.
     """
     from zero_sft.zero.internals import operator_builder
 
     builder = operator_builder()
     original = builder.jit_load
-    if getattr(original, "compiles_apart", False):
+    if getattr(original, "builds_in_own_folder", False):
         return
 
     @functools.wraps(original)
     def jit_load(self: Any, verbose: bool = True) -> Any:
         return _load(self, original, verbose)
 
-    setattr(jit_load, "compiles_apart", True)  # noqa: B010 - no attribute of a function that a stub knows
+    setattr(jit_load, "builds_in_own_folder", True)  # noqa: B010 - function attributes have no type stub
     builder.jit_load = jit_load
     prefer_own_ninja()
 
 
 def operators_folder() -> Path:
-    """The folder that holds the operators of this environment on this kind of machine; made if need be.
+    """Return the folder for the operators of this environment on this kind of machine. Creates it if necessary.
 
-    It lies in `TORCH_EXTENSIONS_DIR` where that is set, else in the user's cache. On a network file system each host has one,
-    since `flock` may not reach other hosts there.
+    It is in `TORCH_EXTENSIONS_DIR` if that is set, else in the user's cache folder. If that can't be written, it is in the
+    temporary folder. On a network file system each host has a folder, because `flock` may not work across hosts.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _cache_home() / "zero_sft" / "operators").expanduser()
     try:
@@ -86,7 +86,7 @@ def operators_folder() -> Path:
             return folder
     except OSError as error:
         folder = Path(tempfile.gettempdir()) / f"zero_sft-{os.getuid()}" / _environment(network=False)
-        logger.debug("%s can't be written (%s); DeepSpeed's operators go to %s", root, error, folder)
+        logger.debug("%s can't be written (%s); DeepSpeed's operators are built in %s instead", root, error, folder)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return folder
 
@@ -97,7 +97,10 @@ def _cache_home() -> Path:
 
 @functools.cache
 def _environment(network: bool) -> str:
-    """A name for all that a compiled operator depends on, but for its sources: versions, paths, processor, host if need be."""
+    """Return a folder name from everything but the sources that a compiled operator depends on: versions, paths, processor.
+
+    The name of the host is included if the folder is on a network file system.
+    """
     import deepspeed
     import torch
 
@@ -113,7 +116,7 @@ def _environment(network: bool) -> str:
 
 
 def _processor() -> str:
-    """The instructions that the processor knows: operators are compiled for this very one."""
+    """Return the processor's instruction sets, because operators are compiled for this processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -122,28 +125,28 @@ def _processor() -> str:
 
 
 def _file_system(path: Path) -> str:
-    """The type of the file system that holds `path`, which need not exist yet; "" where the kernel does not tell."""
-    existing = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    found, longest = "", -1
+    """Return the type of the file system that holds `path`, which need not exist; "" if the kernel does not report it."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    kind, longest = "", -1
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             before, _, after = line.partition(" - ")
             mount = before.split()[4].replace("\\040", " ")
-            inside = existing.resolve().is_relative_to(mount)
-            if inside and len(mount) >= longest:
-                found, longest = after.split()[0], len(mount)
-    return found
+            is_inside = existing.resolve().is_relative_to(mount)
+            if is_inside and len(mount) >= longest:
+                kind, longest = after.split()[0], len(mount)
+    return kind
 
 
 def _load(builder: Any, original: Callable[..., Any], verbose: bool) -> Any:
-    """DeepSpeed's `jit_load` of one operator: imported if it is there, else compiled."""
+    """Replace DeepSpeed's `jit_load` of one operator: import the compiled operator, or compile it."""
     folder = operators_folder() / f"{builder.name}-{_sources_digest(builder)}"
     if not folder.is_dir():
-        with _only_one(folder.with_suffix(".flock"), builder.name):
+        with _operator_lock(folder.with_suffix(".flock"), builder.name):
             if not folder.is_dir():
-                logger.info("compiling DeepSpeed's operator %s, once for this environment: a minute or more", builder.name)
+                logger.info("compiling DeepSpeed's operator %s, once per environment: this takes minutes", builder.name)
                 return _compile(builder, original, verbose, folder)
-    return _imported(builder.name, folder)
+    return _import_operator(builder.name, folder)
 
 
 def _sources_digest(builder: Any) -> str:
@@ -157,12 +160,12 @@ def _sources_digest(builder: Any) -> str:
 
 
 def _compile(builder: Any, original: Callable[..., Any], verbose: bool, folder: Path) -> Any:
-    """Compile in a fresh folder, then give it its name. Only the holder of the operator's lock calls it."""
+    """Compile in a new folder, then rename that to `folder`. Only the holder of the operator's lock may call this."""
     for abandoned in folder.parent.glob(f"{_BUILDS}{builder.name}-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     building = Path(tempfile.mkdtemp(prefix=f"{_BUILDS}{builder.name}-", dir=folder.parent))
     try:
-        with _torch_compiles_in(building):
+        with _torch_extensions_dir(building):
             module = original(builder, verbose)
         (building / builder.name).rename(folder)
         if getattr(module, "__file__", None):
@@ -173,19 +176,19 @@ def _compile(builder: Any, original: Callable[..., Any], verbose: bool, folder: 
 
 
 @contextlib.contextmanager
-def _torch_compiles_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get("TORCH_EXTENSIONS_DIR")
+def _torch_extensions_dir(folder: Path) -> Iterator[None]:
+    previous = os.environ.get("TORCH_EXTENSIONS_DIR")
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             os.environ.pop("TORCH_EXTENSIONS_DIR", None)
         else:
-            os.environ["TORCH_EXTENSIONS_DIR"] = before
+            os.environ["TORCH_EXTENSIONS_DIR"] = previous
 
 
-def _imported(name: str, folder: Path) -> ModuleType:
+def _import_operator(name: str, folder: Path) -> ModuleType:
     library = next(path for path in sorted(folder.iterdir()) if path.suffix in (".so", ".pyd"))
     spec = importlib.util.spec_from_file_location(name, library)
     if spec is None or spec.loader is None:
@@ -196,12 +199,12 @@ def _imported(name: str, folder: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path, operator: str) -> Iterator[None]:
-    """Hold the lock while the body runs; the kernel releases it when this process ends, however it ends."""
+def _operator_lock(lock: Path, operator: str) -> Iterator[None]:
+    """Hold an operator's lock while the body runs. The kernel releases it if this process dies."""
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("waiting for another process that compiles DeepSpeed's operator %s", operator)
+            logger.info("waiting for another process, which is compiling DeepSpeed's operator %s", operator)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

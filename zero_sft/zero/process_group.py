@@ -1,7 +1,7 @@
 """Join the ranks: DeepSpeed's default process group, then this package's control group.
 
-DeepSpeed reads the rank from the environment alone, and accelerate reads it again, so RANK, WORLD_SIZE, LOCAL_RANK and
-LOCAL_WORLD_SIZE are written there, and MASTER_ADDR and MASTER_PORT for a process alone. Nothing takes them away again.
+DeepSpeed and accelerate read the rank only from the environment. So this module sets RANK, WORLD_SIZE, LOCAL_RANK and
+LOCAL_WORLD_SIZE, and for a single process MASTER_ADDR and MASTER_PORT as well. They stay set until the process ends.
 """
 
 import contextlib
@@ -23,27 +23,26 @@ from zero_sft.zero.shared_memory import unlink_own
 
 
 def connect(world: World) -> World:
-    """Join the default process group (made by DeepSpeed if nobody has) and the control group. Every rank; communicates.
+    """Join the default process group (started by DeepSpeed if there is none) and the control group. Every rank; communicates.
 
     Returns:
-        The world with the nodes that the ranks have agreed on. Whatever depends on a node needs this one.
+        The world with the nodes that the ranks have agreed on. Everything that depends on a node must use this one.
 
     Raises:
-        ConfigError: no master address, a port that is taken, or two ranks of a node that would take the same GPU.
-        DistributedError: a process group exists already whose size or rank is not this world's.
+        ConfigError: there is no master address, its port is taken, or two ranks of a node would use the same GPU.
+        DistributedError: a process group with another size or rank already exists.
     """
-    starts = not dist.is_initialized()
-    if starts:
+    owns_default_group = not dist.is_initialized()
+    if owns_default_group:
         _start_default_group(world)
-    connected = init_control_group(world, _devices(), owns_default_group=starts)
+    connected = init_control_group(world, _devices(), owns_default_group=owns_default_group)
     os.environ["LOCAL_RANK"] = str(connected.local_rank)
     os.environ["LOCAL_WORLD_SIZE"] = str(connected.local_world_size)
     return connected
 
 
 def _devices() -> str:
-    """ "cpu", or the kind of device and the numbers of the visible ones."""
-
+    """Describe the devices that this rank sees: "cpu", or the kind of device and the visible numbers ("all" if unset)."""
     accelerator: Any = get_accelerator()
     kind = str(accelerator.device_name())
     return kind if kind == "cpu" else f"{kind} {os.environ.get(accelerator.visible_devices_envs()[0], 'all')}"
@@ -73,19 +72,19 @@ def _start_default_group(world: World) -> None:
 
 
 def _port_is_taken(port: int) -> errors.ConfigError:
-    """The error of rank 0, which alone listens."""
+    """Make the error of rank 0, the only rank that listens on the master port."""
     error = errors.ConfigError(
-        f"the master port {port} of {socket.gethostname()} is taken{_who_listens(port)}. Give this job another: "
-        f"--master_port {_free_port()} (with deepspeed, before the module's name), or leave it out with ./launch.sh, which "
-        "chooses a free one.",
+        f"the master port {port} of {socket.gethostname()} is taken{_listener(port)}. Use another port for this job: "
+        f"--master_port {_free_port()} (with deepspeed, before the module's name), or start it with ./launch.sh and no port: "
+        "it chooses a free one.",
         code="cluster.port_taken",
     )
     error.rank_local = True
     return error
 
 
-def _who_listens(port: int) -> str:
-    """ " by process 12 (python -m x)", if this user may know it."""
+def _listener(port: int) -> str:
+    """Describe the process that listens on a port, as in " by process 12 (python -m x)"; "" if this user can't see it."""
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr[1:] == (port,) and connection.pid:

@@ -1,8 +1,8 @@
-"""DeepSpeed's files in /dev/shm, removed as soon as every rank has them open.
+"""Remove DeepSpeed's files in /dev/shm as soon as every rank has mapped them.
 
-On CPU ranks DeepSpeed's communication backend makes one shared-memory file of some 69 MB a rank, named after the user, the
-master's address and port, and never removes it: runs add up until the node's memory is full. A mapped file can be unlinked
-at once; its memory goes with the last process that maps it, however that process ends.
+On CPU ranks, DeepSpeed's communication backend creates one shared-memory file of about 69 MB per rank and never removes it. The
+files are named after the user and the master's address and port, so they accumulate over runs and fill the node's memory.
+A mapped file can be unlinked at once: its memory is freed when the last process that maps it ends, however that happens.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ _FOLDER = Path("/dev/shm")
 
 
 def unlink_own(rank: int) -> None:
-    """Remove this rank's file. Call it when all ranks have initialised the backend (after a barrier)."""
+    """Remove this rank's file. Every rank; does not communicate. Call it after a barrier that follows the backend's start."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     with contextlib.suppress(FileNotFoundError, PermissionError):
         (_FOLDER / f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink()
