@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.options.help import at_length, in_short, wrapped, write_help
+from zero_sft.options.help import in_brief, in_full, wrap_lines, write_help
 from zero_sft.options.names import Translation
 from zero_sft.options.spec import OptionSpec
 
@@ -75,25 +75,25 @@ def _overview(specs: Mapping[str, OptionSpec]) -> str:
         ("Data", [spec for spec in specs.values() if spec.group == DATA]),
         ("Training", [specs[name] for name in OWN_FIELDS]),
     ):
-        parts += [f"{title}:", *at_length(chosen), ""]
-    parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *in_short(inherited), ""]
+        parts += [f"{title}:", *in_full(chosen), ""]
+    parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *in_brief(inherited), ""]
     parts += ["Names that have changed, and are understood:", *_changed(), ""]
     refused = ", ".join(f"--{name}" for name in sorted(REFUSALS))
-    parts += ["Names that are refused (`--help NAME` says why):", *wrapped(refused, 2), ""]
+    parts += ["Names that are refused (`--help NAME` says why):", *wrap_lines(refused, 2), ""]
     return "\n".join(parts)
 
 
 def _everything(specs: Mapping[str, OptionSpec]) -> str:
     parts = [_HEAD]
     for group, title in _GROUPS.items():
-        parts += [f"{title}:", *at_length(spec for spec in specs.values() if spec.group == group), ""]
+        parts += [f"{title}:", *in_full(spec for spec in specs.values() if spec.group == group), ""]
     parts += ["Names that have changed, and are understood:", *_changed(), ""]
     parts += ["Names that are refused:"]
     reasons: dict[str, list[str]] = {}
     for name, refusal in REFUSALS.items():
         reasons.setdefault(refusal.reason, []).append(f"--{name}")
     for reason, names in reasons.items():
-        parts += [*wrapped(", ".join(names), 2), *wrapped(reason, 6)]
+        parts += [*wrap_lines(", ".join(names), 2), *wrap_lines(reason, 6)]
     return "\n".join([*parts, ""])
 
 
@@ -102,7 +102,7 @@ def _about(name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
     if name in specs:
         old = [f"--{each}" for each, translation in TRANSLATIONS.items() if translation.name == name]
         also = [f"      Also understood: {', '.join(old)}"] if old else []
-        return [*at_length([specs[name]]), f"      Expected: {specs[name].expected}.", *also]
+        return [*in_full([specs[name]]), f"      Expected: {specs[name].expected}.", *also]
     if name in TRANSLATIONS:
         today = TRANSLATIONS[name].name
         return [*_changed([name]), *_about(today, specs)]
@@ -127,9 +127,9 @@ def _search(word: str, specs: Mapping[str, OptionSpec]) -> str | None:
         [f"No argument is called --{word}. Those that are called nearly so, or have the word in their name:"] if found else []
     )
     for name in found:
-        lines += in_short([specs[name]]) if name in specs else _about(name, {})
+        lines += in_brief([specs[name]]) if name in specs else _about(name, {})
     if mentioned:
-        lines += [f"Arguments with {spoken!r} in their text:", *in_short(mentioned)]
+        lines += [f"Arguments with {spoken!r} in their text:", *in_brief(mentioned)]
     return "\n".join([*lines, ""])
 
 
