@@ -60,5 +60,5 @@ class Command:
                 parts += [f"{title}:", *in_full(matching), ""]
         former = [f"  --{name}  is  --{translation.name}" for name, translation in self.translations.items() if word in name]
         if former:
-            parts += ["Names that have changed, and are understood:", *former, ""]
+            parts += ["Former names that are still accepted:", *former, ""]
         return "\n".join(parts) if parts else None
