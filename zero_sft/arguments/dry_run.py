@@ -70,22 +70,22 @@ def _checkpointing_problems(arguments: Any) -> list[ArgumentError]:
         for name, parameter in inspect.signature(checkpoint).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "use_reentrant"
     }
-    known = [*parameters, "every_n_layers", "offload", "selective"]
-    given = arguments.activation_checkpointing_kwargs or {}
+    known_keys = [*parameters, "every_n_layers", "offload", "selective"]
+    settings = arguments.activation_checkpointing_kwargs or {}
     flags = {"use_reentrant", "offload", "selective", *(name for name, value in parameters.items() if isinstance(value, bool))}
     return [
         ArgumentError(
             f"--activation_checkpointing_kwargs has {name} = {value!r}; expected true or false", code="arguments.wrong_value"
         )
-        for name, value in given.items()
+        for name, value in settings.items()
         if name in flags and not isinstance(value, bool)
     ] + [
         ArgumentError(
-            f"--activation_checkpointing_kwargs has the unknown key {name!r}; known: {', '.join(sorted(set(known)))}",
+            f"--activation_checkpointing_kwargs has the unknown key {name!r}; known: {', '.join(sorted(set(known_keys)))}",
             code="arguments.unknown_key",
         )
-        for name in given
-        if name not in known
+        for name in settings
+        if name not in known_keys
     ]
 
 

@@ -188,7 +188,7 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
 def _print_histogram(lengths: Sequence[int], console: "Console") -> None:
     ordered = sorted(lengths)
     console.print(
-        f"tokens of a sample: least {ordered[0]:,}, median {statistics.median(ordered):,.0f}, most {ordered[-1]:,}",
+        f"tokens per sample: least {ordered[0]:,}, median {statistics.median(ordered):,.0f}, most {ordered[-1]:,}",
         markup=False,
     )
     bins = histogram(lengths)
@@ -224,6 +224,6 @@ def _draw(lengths: Sequence[int], path: Path, title: str) -> None:
     axes = figure.subplots()
     axes.hist(lengths, bins=50, color="tab:green")
     axes.set_title(title, fontsize="medium", wrap=True)
-    axes.set_xlabel("tokens of a sample, at most --model_max_length")
+    axes.set_xlabel("tokens per sample, at most --model_max_length")
     axes.set_ylabel("samples")
     save_figure(figure, path)

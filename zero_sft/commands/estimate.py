@@ -35,11 +35,11 @@ def command() -> Command:
         help=f"Models: folders, config.json files, hub ids, names out of {models}, or `shipped` for all of these names.",
     )
     model, training = [*names, *shared_options(_MODEL)], shared_options(_TRAINING)
-    own = list(specs_of(EstimateArguments, "").values())
+    estimate_only = list(specs_of(EstimateArguments, "").values())
     return Command(
         program="python -m zero_sft.estimate",
         description="Estimate what loading and training with ZeRO-3 need on every rank, from headers or only a config.",
-        groups={"Model": model, "Training": training, "Cluster and output": own},
+        groups={"Model": model, "Training": training, "Cluster and output": estimate_only},
         required=("model_name_or_path", "world_size"),
         positive=("world_size", "ranks_per_node", "per_device_train_batch_size", "model_max_length", "gpu_memory_gib",
                   "host_memory_gib"),
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _estimate(options: Any) -> "list[Result]":
     warnings.filterwarnings("ignore")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # no accelerator
+    # Hide DeepSpeed's warning that there is no accelerator.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from zero_sft.estimate.result import estimate  # imports torch and DeepSpeed, which --help doesn't need
 
     names = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
@@ -86,10 +87,10 @@ def _estimate(options: Any) -> "list[Result]":
 def _write(options: Any, results: "Sequence[Result]") -> None:
     from zero_sft.estimate.result import document
 
-    given = {spec.name: getattr(options, spec.name) for spec in command().specs.values() if spec.name not in ("json", "plot")}
+    values = {spec.name: getattr(options, spec.name) for spec in command().specs.values() if spec.name not in ("json", "plot")}
     path = Path(options.markdown)
     try:
-        path.write_text(document(results, options, _as_words(given)), encoding="utf-8")
+        path.write_text(document(results, options, _as_words(values)), encoding="utf-8")
     except OSError as error:
         raise ArgumentError(
             f"--markdown {path} can't be written: {error.strerror or error}", code="estimate.markdown_unwritable"

@@ -46,7 +46,7 @@ def _memory(axes: Any, device: Mapping[str, int], device_bytes: int) -> None:
         bottom += nbytes / 2**30
     limit = device_bytes / 2**30
     line = axes.axhline(limit, color="black", linestyle="--", label=f"memory of the device: {limit:,.0f}")
-    axes.set(ylabel="GiB", title=f"one device at its worst: {bottom:,.1f} GiB", xlim=(-0.5, 0.5), xticks=[])
+    axes.set(ylabel="GiB", title=f"one device at its peak: {bottom:,.1f} GiB", xlim=(-0.5, 0.5), xticks=[])
     axes.set_ylim(0, 1.1 * max(bottom, limit))
     axes.title.set_fontsize("medium")
     handles = [line, *reversed(bars)]

@@ -80,12 +80,12 @@ class Result:
         yield ""
         checkpointing = "with" if run.checkpointing else "without"
         yield (
-            f"  training with {run.ds_config}, {run.batch_size} x {run.length} tokens a GPU{', packed' * run.packing}, "
-            f"{checkpointing} checkpointing: GiB of one GPU at its worst ({self.needs.memory.longest_phase})"
+            f"  training with {run.ds_config}, {run.batch_size} x {run.length} tokens per GPU{', packed' * run.packing}, "
+            f"{checkpointing} checkpointing: GiB of one GPU at its peak ({self.needs.memory.longest_phase})"
         )
         for name, value in self.device.items():
             yield f"    {name:26}{value / GIB:36,.2f}"
-        yield f"    {'in all':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
+        yield f"    {'total':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
         without = "without" if run.checkpointing else "with"
         yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {without} checkpointing"
         rounded = "; torch rounds each block that it page-locks up to a power of two" if self.needs.memory.host else ""
@@ -140,14 +140,14 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
 def document(results: Sequence[Result], options: Any, command: str) -> str:
     """Return the results as a Markdown document with one table of loads and one of memory; it shows the `command` line."""
     profile = storage(options.storage)
-    in_all = f" and {profile.cluster_gb_s:g} GB/s in all" if profile.cluster_gb_s else ""
+    in_total = f" and {profile.cluster_gb_s:g} GB/s in total" if profile.cluster_gb_s else ""
     headers = " or ".join(sorted({result.model.headers for result in results}))
     lines = [
         "# Needs of loading and training", "", "Written by", "", f"    {command}", "",
         f"The loader's planner ran for every rank on headers that were {headers}. Seconds are for a storage that gives "
-        f"{profile.node_gb_s:g} GB/s to a node{in_all}, and takes {profile.request_ms:g} ms a request.",
+        f"{profile.node_gb_s:g} GB/s to a node{in_total}, and takes {profile.request_ms:g} ms per request.",
         "", "## Loading", "",
-        "| model | GPUs | GB a rank | requests a rank, median (most) | KiB, median request | seconds |",
+        "| model | GPUs | GB per rank | requests per rank, median (most) | KiB, median request | seconds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for result in results:
@@ -162,10 +162,10 @@ def document(results: Sequence[Result], options: Any, command: str) -> str:
     run = results[0].run
     lines += [
         "", "## Training", "",
-        f"{run.batch_size} x {run.length:,} tokens a GPU, {'with' if run.checkpointing else 'without'} checkpointing, "
+        f"{run.batch_size} x {run.length:,} tokens per GPU, {'with' if run.checkpointing else 'without'} checkpointing, "
         f"{run.ds_config}; GPUs of {run.device_bytes / GIB:,.0f} GiB, hosts of {run.host_bytes / GIB:,.0f} GiB, "
-        f"{options.ranks_per_node} GPUs a node. GiB of one GPU.", "",
-        "| model | GPUs | states | activations | other | in all | |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"{options.ranks_per_node} GPUs per node. GiB of one GPU.", "",
+        "| model | GPUs | states | activations | other | total | |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
     for result in results:
         device = result.device

@@ -98,6 +98,6 @@ def _as_file(word: str, file: Path | None, arguments: list[RawArgument]) -> Path
     after = f" after --{last.name}" if last else ""
     raise ArgumentError(
         f"unexpected word {word!r}{after}: expected --name value, or one file of arguments ({', '.join(FILE_SUFFIXES)}). "
-        "Quote a text with spaces; write --name=value for a value that begins with --.",
+        "A text with spaces needs quotes; a value that begins with -- needs the form --name=value.",
         code="arguments.stray_word",
     )

@@ -56,14 +56,14 @@ class OptionNames:
     @functools.cached_property
     def readable(self) -> Mapping[str, OptionSpec]:
         """All names, with the values that each may take."""
-        known = dict(self.specs)
+        specs = dict(self.specs)
         for name, translation in self.translations.items():
             kinds = frozenset({"boolean"}) if translation.values else self.specs[translation.name].kinds
             choices = () if translation.values else self.specs[translation.name].choices
-            known[name] = OptionSpec(name=name, kinds=kinds, choices=choices)
-        for name in self.ignored | self.removed.keys() | {name for name in self.refusals if name not in known}:
-            known[name] = OptionSpec(name=name)
-        return known
+            specs[name] = OptionSpec(name=name, kinds=kinds, choices=choices)
+        for name in self.ignored | self.removed.keys() | {name for name in self.refusals if name not in specs}:
+            specs[name] = OptionSpec(name=name)
+        return specs
 
     def read(self, argv: Iterable[str]) -> "ReadValues":
         """Read a command line (without the program's name) and the arguments file that it may name. Does not communicate.
