@@ -1,8 +1,8 @@
-"""The errors that a user can cause, each with its remedy and a stable code.
+"""Errors that a user can cause, each with a remedy and a stable code.
 
-One small hierarchy, so that a caller can catch `ZeroSftError`, and a `code` for the precise kind ("data.unknown_role"), which
-stays when a sentence changes. Every message says what was expected, what was found, where, and what to do about it. Errors
-travel between ranks and processes as their class's name, their text and their codes.
+All derive from `ZeroSftError`, so that a caller can catch that class. The `code` gives the exact kind ("data.unknown_role") and
+stays the same when the message changes. Every message says what was expected, what was found, where, and what to do. Between
+ranks and processes, an error is sent as its class name, message and codes.
 """
 
 import re
@@ -13,16 +13,16 @@ from zero_sft.printable import printable
 
 
 class ZeroSftError(Exception):
-    """Base of everything this package raises on purpose.
+    """Base class of every error that this package raises on purpose.
 
-    What a terminal would act on is escaped in the message: it may quote a file's name, or a text of the data.
+    Control characters in the message are escaped, since it may quote a file name or text from the data.
 
-    `rank_local`: only this rank has the error, so that this rank reports it. `collective`: all ranks raise it together, so
-    that rank 0 reports it.
+    `rank_local`: only this rank has the error, so this rank reports it. `collective`: all ranks raise the error together, so
+    rank 0 reports it.
 
     Args:
-        code: the kind of the error, `topic.what_is_wrong`. Only torch's DataLoader leaves it out, which makes the error of a
-            worker process again from its text.
+        code: the kind of the error, `topic.what_is_wrong`. Only torch's DataLoader omits it, when it recreates the error of a
+            worker process from the message.
         listed: the codes of the problems that the message lists, if there are several.
     """
 
@@ -34,22 +34,22 @@ class ZeroSftError(Exception):
         self.codes = (code, *listed)
 
     def __reduce__(self) -> Any:
-        return _restored, (type(self), str(self), self.codes)
+        return _restore, (type(self), str(self), self.codes)
 
     @property
     def code(self) -> str:
-        """The kind of the error; the first of `codes`, which has those of listed problems behind it."""
+        """The kind of the error: the first of `codes`; the codes of listed problems follow it."""
         return self.codes[0]
 
     @property
     def with_code(self) -> str:
-        """The message for a person, with the code behind it; each listed problem has its own."""
+        """The message followed by its code; in a list, each problem has its own code."""
         message = without_tokens(str(self))
         return message if self.codes[1:] else f"{message} [{self.code}]"
 
     @classmethod
     def listing(cls, problems: Sequence["ZeroSftError"], heading: str, *, remedy: str = "", code: str) -> Self:
-        """One error for several problems, a line each; a single one keeps its code, and without a `remedy` its sentence."""
+        """Make one error that lists several problems. A single problem keeps its code and, without a `remedy`, its message."""
         if len(problems) == 1:
             code = problems[0].code
         if len(problems) == 1 and not remedy:
@@ -63,19 +63,19 @@ class ZeroSftError(Exception):
 
 
 def without_tokens(text: str) -> str:
-    """The text without access tokens of the hub, which other libraries' messages may quote."""
+    """Mask access tokens of the hub, which messages of other libraries may quote."""
     return _TOKEN.sub("hf_***", text)
 
 
 _TOKEN = re.compile(r"\bhf_\w{4,}")
 
 
-def _restored(cls: type[ZeroSftError], message: str, codes: Sequence[str]) -> ZeroSftError:
+def _restore(cls: type[ZeroSftError], message: str, codes: Sequence[str]) -> ZeroSftError:
     return cls(message, code=codes[0], listed=codes[1:])
 
 
 class ConfigError(ZeroSftError):
-    """A model config, DeepSpeed config or argument that can't be used as it is."""
+    """A model config, DeepSpeed config or argument that can't be used."""
 
 
 class ArgumentError(ConfigError):
@@ -87,7 +87,7 @@ class CheckpointError(ZeroSftError):
 
 
 class TokenizerError(ZeroSftError):
-    """A tokenizer that can't be set up or does not arrive identical on every rank."""
+    """A tokenizer that can't be set up or is not identical on every rank."""
 
 
 class DataError(ZeroSftError):
@@ -99,16 +99,16 @@ class ExportError(ZeroSftError):
 
 
 class NotPlacedError(ExportError):
-    """A complete export that could not take its folder's place; the message says where it is."""
+    """A complete export that could not replace the existing folder; the message says where it is."""
 
 
 class UnsupportedVersionError(ZeroSftError):
-    """A DeepSpeed or transformers release whose internals are not where this package needs them."""
+    """A DeepSpeed or transformers release whose internals differ from those that this package needs."""
 
 
 class DistributedError(ZeroSftError):
-    """Ranks that disagree, or a rank that failed with something other than a `ZeroSftError`."""
+    """Ranks that disagree, or a rank that failed with an error other than a `ZeroSftError`."""
 
 
 class RankLostError(DistributedError):
-    """A rank that has ended, or does not come to where the others wait for it."""
+    """A rank that has ended, or does not reach the point where the others wait for it."""

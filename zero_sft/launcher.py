@@ -1,18 +1,17 @@
-"""`python -m zero_sft.launcher enable|disable|status`: let DeepSpeed's launcher take `-m`, on request, reversibly.
+"""Enable `-m` in DeepSpeed's launcher, on request and reversibly: `python -m zero_sft.launcher enable|disable|status`.
 
-DeepSpeed's console script `deepspeed` knows `--module` but not its short form: `deepspeed -m zero_sft.train` ends in
-"unrecognized arguments: -m". `enable` puts a small script in its place that gives DeepSpeed's own argument parser one
-more name for `--module`, and another default of `--log_level` where a module of this package is started; then it runs
-DeepSpeed's own `main`. Every launcher option, its values, and whatever stands after the user's module are therefore still
-parsed by DeepSpeed, in whatever release is installed: a `-m` among the user's own arguments stays there. The shim also has
-DeepSpeed's runner mended by `cluster/deepspeed_command.py` (master port, signals, words for pdsh); where that can't be
-imported, it does without, so that removing this package does not break DeepSpeed.
+DeepSpeed's console script `deepspeed` accepts `--module` but not the short form: `deepspeed -m zero_sft.train` fails with
+"unrecognized arguments: -m". `enable` replaces the script with a small shim. It adds `-m` as a name of `--module` to
+DeepSpeed's argument parser, changes the default of `--log_level` for modules of this package, and runs DeepSpeed's `main`. So
+DeepSpeed, in any installed release, still parses all launcher options and everything after the user's module; a `-m` among the
+user's arguments stays there. The shim also applies the fixes of `cluster/deepspeed_command.py` (master port, signals, quoting
+for pdsh). It runs without them if it can't import them, so that removing this package does not break DeepSpeed.
 
-The original script lies beside the shim, in a hidden file; `disable` moves it back, byte for byte. An upgrade of
-DeepSpeed writes its own script over the shim: `status` says so, and `launch_note` tells the training job.
+The original script is kept next to the shim in a hidden file, and `disable` moves it back unchanged. An upgrade of DeepSpeed
+overwrites the shim: `status` and `launch_note` then report it.
 
-Left out: patching DeepSpeed's modules (every program of the environment would see it), and touching scripts of any
-other environment. DeepSpeed is never imported here; only the files are looked at.
+Left out: patching DeepSpeed's modules, which would affect every program of the environment, and changing scripts of other
+environments. This module never imports DeepSpeed; it only reads and writes the script files.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from pathlib import Path
 
 from zero_sft.errors import ConfigError
 
-SCRIPT_NAMES = ("deepspeed", "ds")  # the second is DeepSpeed's own alias of the first
+SCRIPT_NAMES = ("deepspeed", "ds")  # DeepSpeed installs the second as an alias of the first
 MODULE_FORM = "deepspeed --num_gpus 8 --module zero_sft.train ..."
 
 _MARKER = "# zero_sft launcher shim"
@@ -70,15 +69,15 @@ if __name__ == "__main__":
     sys.exit(run(runner))
 '''
 
-# Installers write the interpreter's path in one of two ways; the second is for paths too long (or too relocatable) for
-# a `#!` line, and is valid as shell and as Python:
+# Installers write the interpreter's path in one of two ways. The second is for paths that are too long for a `#!` line, or
+# relocatable; it is valid both as shell and as Python:
 #   #!/env/bin/python3
 #   #!/bin/sh\n'''exec' /env/bin/python3 "$0" "$@"\n' '''
 _HEAD = re.compile(rb"#![^\n]*\n(?:'''exec' [^\n]*\n' '''\n)?")
 
 
 class State(enum.Enum):
-    """What the launcher script of this environment is at present; the value is what the person reads."""
+    """State of the launcher script in this environment; the value is the text for the user."""
 
     ENABLED = "enabled"
     OUTDATED = "enabled by another version of zero_sft: run enable again"
@@ -87,10 +86,10 @@ class State(enum.Enum):
 
 
 def enable(folders: Sequence[Path] | None = None) -> None:
-    """Put the shim in place of each launcher script, keeping the original beside it. Idempotent.
+    """Replace each launcher script with the shim and keep the original next to it. Idempotent.
 
     A script that DeepSpeed has rewritten since the last `enable` becomes the new original. Raises `ConfigError` if
-    there is no script, it is not DeepSpeed's, or its folder can't be written.
+    there is no script, it is not DeepSpeed's, or its folder is not writable.
     """
     scripts = {script: _read_launcher(script) for script in _scripts(folders)}
     for script, content in scripts.items():
@@ -102,10 +101,10 @@ def enable(folders: Sequence[Path] | None = None) -> None:
 
 
 def disable(folders: Sequence[Path] | None = None) -> None:
-    """Put back the original of each launcher script, with its mode. Does nothing where there is no shim.
+    """Restore the original of each launcher script, with its mode. Does nothing if there is no shim.
 
-    Where DeepSpeed has replaced the shim by a newer script of its own, that one stays and the old original is dropped.
-    Raises `ConfigError` if an original is gone or the folder can't be written.
+    If DeepSpeed has replaced the shim with a newer script, that script stays and the old original is deleted.
+    Raises `ConfigError` if an original is missing or the folder is not writable.
     """
     for script in _scripts(folders):
         original = _original_of(script)
@@ -116,27 +115,27 @@ def disable(folders: Sequence[Path] | None = None) -> None:
                 original.replace(script)
             else:
                 raise ConfigError(
-                    f"{script} is the shim of zero_sft, but its original, {original.name}, is no longer beside it. "
-                    "Reinstall it: pip install --force-reinstall --no-deps deepspeed",
+                    f"{script} is the shim of zero_sft, but its original, {original.name}, is no longer next to it. "
+                    "Reinstall DeepSpeed: pip install --force-reinstall --no-deps deepspeed",
                     code="launcher.original_gone",
                 )
 
 
 def status(folders: Sequence[Path] | None = None) -> State:
-    """Tell the state of the launcher scripts, taken together. Raises `ConfigError` if there is none."""
+    """Return the joint state of the launcher scripts. Raises `ConfigError` if there is no script."""
     scripts = _scripts(folders)
     contents = [script.read_bytes() for script in scripts]
     shims = [_is_shim(content) for content in contents]
     if all(shims):
-        current = all(content == _shim_for(content) for content in contents)
-        return State.ENABLED if current else State.OUTDATED
+        is_current = all(content == _shim_for(content) for content in contents)
+        return State.ENABLED if is_current else State.OUTDATED
     if any(shims) or any(_original_of(script).exists() for script in scripts):
         return State.REPLACED
     return State.NOT_ENABLED
 
 
 def launch_note(folders: Sequence[Path] | None = None) -> str | None:
-    """Return a sentence for the job's log if an upgrade took `-m` away or left an old shim, else None. Never raises."""
+    """Return a line for the job's log if an upgrade removed the shim or left an old one, else None. Never raises."""
     try:
         state = status(folders)
     except (ConfigError, OSError):
@@ -147,7 +146,7 @@ def launch_note(folders: Sequence[Path] | None = None) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the one place that talks to the person. Return the exit code: 0, or 2 for a refusal."""
+    """Run the command line and return the exit code: 0, or 2 for an error. Only this function prints."""
     parser = argparse.ArgumentParser(
         prog="python -m zero_sft.launcher",
         description="Let the `deepspeed` command of this environment take -m as a short form of --module.",
@@ -171,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _scripts(folders: Sequence[Path] | None) -> list[Path]:
     """Return DeepSpeed's launcher scripts in the first of `folders` that has any.
 
-    Without `folders`: where this interpreter's own installers put scripts, never somewhere else on PATH. The second
-    place differs from the first for some system-wide interpreters only.
+    The default folders are those where installers put scripts for this interpreter, and never others on PATH. The second
+    default differs from the first only for some system-wide interpreters.
     """
     if folders is None:
         folders = (Path(sys.executable).parent, Path(sysconfig.get_path("scripts")))
@@ -183,22 +182,22 @@ def _scripts(folders: Sequence[Path] | None) -> list[Path]:
     raise ConfigError(
         f"no `deepspeed` command in {' or '.join(dict.fromkeys(map(str, folders)))}, the scripts of {sys.executable}. "
         "Install DeepSpeed into this environment (pip install deepspeed), or run this with the Python that has it. "
-        f"The form that needs no change to any script: {MODULE_FORM}",
+        f"This form needs no change to any script: {MODULE_FORM}",
         code="launcher.no_deepspeed_command",
     )
 
 
 def _read_launcher(script: Path) -> bytes:
-    """Return the script's content, or raise `ConfigError` if it is not a plain script as installers write it."""
+    """Return the content of the script. Raises `ConfigError` if it is not a plain script as installers write it."""
     content = script.read_bytes()
     if script.is_symlink():
-        problem = f"is a symbolic link to {script.resolve()}, which may serve other environments too"
+        problem = f"is a symbolic link to {script.resolve()}, which other environments may use as well"
     elif not _HEAD.match(content) or b"deepspeed" not in content:
         problem = "is not the Python script that DeepSpeed installs"
     else:
         return content
     raise ConfigError(
-        f"{script} {problem}, so it stays as it is. Reinstall it (pip install --force-reinstall --no-deps deepspeed), "
+        f"{script} {problem}, so it stays unchanged. Reinstall DeepSpeed (pip install --force-reinstall --no-deps deepspeed), "
         f"or use the form that needs no change: {MODULE_FORM}",
         code="launcher.unknown_script",
     )
@@ -209,7 +208,7 @@ def _is_shim(content: bytes) -> bool:
 
 
 def _shim_for(content: bytes) -> bytes:
-    """Return the shim that starts with the same interpreter as the script `content` does."""
+    """Return the shim with the same interpreter as the script `content`."""
     head = _HEAD.match(content)
     return (head.group() if head else b"") + _SHIM_BODY.encode()
 
@@ -220,7 +219,7 @@ def _original_of(script: Path) -> Path:
 
 @contextlib.contextmanager
 def _writing(script: Path) -> Iterator[None]:
-    """Turn any refusal of the file system into a `ConfigError` with the remedy."""
+    """Convert any `OSError` into a `ConfigError` with the remedy."""
     try:
         yield
     except OSError as error:
@@ -232,7 +231,7 @@ def _writing(script: Path) -> Iterator[None]:
 
 
 def _write_atomically(target: Path, content: bytes, mode: int) -> None:
-    """Write a file that nobody ever sees half written: a run of the launcher may start at any moment."""
+    """Write a file atomically, because the launcher may start at any moment."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     temporary = Path(name)
     try:

@@ -1,8 +1,8 @@
-"""The job's arguments: FastChat's names and defaults, typed, from a command line or a file.
+"""Typed arguments of the job, with FastChat's names and defaults, from a command line or a file.
 
-Two steps. `parse` turns text into checked plain values: quick, pure, the same on every rank. `build_training_arguments` makes
-the Trainer's object of them, which looks for devices and registers the DeepSpeed config; so it runs after
-`distributed.connect`, and before anything is read, so that what would be refused later is refused at the start.
+There are two steps. `parse` turns text into checked plain values; it is fast and gives the same result on every rank.
+`build_training_arguments` creates the Trainer's arguments object from them, which looks for devices and registers the DeepSpeed
+config. The second step runs after the process group is initialized and before anything is read, so that errors appear early.
 """
 
 from zero_sft.arguments.build import build_training_arguments

@@ -1,8 +1,8 @@
-"""From checked values to the Trainer's arguments object, on the device that this machine has.
+"""Create the Trainer's arguments object from checked values, for the device of this machine.
 
-This is the step with side effects. It runs on every rank, after the process group exists (on a CPU, DeepSpeed's batch sizes
-are wrong otherwise) and before anything is read: whatever the Trainer, DeepSpeed or an optional package would refuse later is
-refused here. transformers learns of ZeRO-3 from the object, so it must exist before the model is built.
+This step has side effects. It runs on every rank, after the process group exists (on a CPU, DeepSpeed would otherwise compute
+wrong batch sizes) and before anything is read. It reports early what the Trainer, DeepSpeed or an optional package would refuse
+later. The object must exist before the model is built, because it tells transformers that ZeRO-3 is on.
 """
 
 import logging
@@ -29,22 +29,22 @@ logger = logging.getLogger("zero_sft.train")
 def build_training_arguments(
     values: Mapping[str, Any], ds_config: Mapping[str, Any], given: Set[str] = frozenset()
 ) -> "TrainingArguments":
-    """Make the Trainer's arguments from `Parsed.training` and the DeepSpeed config as read. Every rank; does not communicate.
+    """Create the Trainer's arguments from `Parsed.training` and the DeepSpeed config. Every rank; does not communicate.
 
-    `distributed.connect` must have run. On a machine without an accelerator `use_cpu` is set, with which bf16 works, and
-    `tf32`, which speeds up GPUs alone, is put aside with a line in the log. The DeepSpeed config of the result has "auto" for
-    what the given one leaves open (`arguments.hf_deepspeed_config`).
+    The process group must be initialized. On a machine without an accelerator, this sets `use_cpu`, with which bf16 works, and
+    drops `tf32`, which only GPUs support, with a line in the log. In the DeepSpeed config of the result
+    (`arguments.hf_deepspeed_config`), keys that `ds_config` leaves open are "auto".
 
     Args:
         given: the names of the arguments that the user gave.
 
     Raises:
-        ArgumentError: a value or a combination that this machine or the Trainer can't use.
-        ConfigError: a DeepSpeed config that DeepSpeed refuses or the arguments contradict; names everything that is wrong.
+        ArgumentError: this machine or the Trainer can't use a value or a combination of values.
+        ConfigError: DeepSpeed refuses the config, or the arguments contradict it; lists everything that is wrong.
     """
     from deepspeed.accelerator import get_accelerator
 
-    from zero_sft.arguments.dry_run import dry_run  # torch, without which --help answers at once
+    from zero_sft.arguments.dry_run import dry_run  # imports torch, which --help doesn't need
     from zero_sft.arguments.training import TrainingArguments
     from zero_sft.ds_config import without_auto
     from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
@@ -61,7 +61,7 @@ def build_training_arguments(
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
         raise ArgumentError(f"the Trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
-    refused = refused_accelerator_key(vars(arguments.accelerator_config))  # they may have come from a file
+    refused = refused_accelerator_key(vars(arguments.accelerator_config))  # the settings may come from a file
     if refused:
         raise ArgumentError(refused, code="arguments.accelerator_key")
     problems = find_conflicts(config, arguments, given, arguments.world_size)
@@ -77,7 +77,7 @@ def build_training_arguments(
 
 
 def require_matching_schedule(arguments: "TrainingArguments", where: str, rows: int, world_size: int, given: Set[str]) -> None:
-    """Raise `ConfigError` if the DeepSpeed config's `scheduler` contradicts the number of steps on `rows` rows."""
+    """Raise `ConfigError` if the `scheduler` of the DeepSpeed config contradicts the number of steps on `rows` rows."""
     steps = count_steps(rows, arguments, world_size)
     problems = find_schedule_conflicts(arguments.hf_deepspeed_config.config, arguments, steps, given)
     if problems:
@@ -85,17 +85,17 @@ def require_matching_schedule(arguments: "TrainingArguments", where: str, rows: 
 
 
 def ds_config_name(values: Mapping[str, Any]) -> str:
-    """The name of the DeepSpeed config for messages: what --deepspeed was, if it was text."""
+    """Return the name of the DeepSpeed config for messages: the value of --deepspeed if it is text."""
     source = values.get("deepspeed")
     return str(source) if isinstance(source, str) else "given with --deepspeed"
 
 
 def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> list[ConfigError]:
-    """A precision that is switched on in the config and that DeepSpeed's device does not compute in."""
+    """Return an error for each precision that the config enables and the device does not support."""
     supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
     return [
         ConfigError(
-            f"{name}.enabled is true, and DeepSpeed does not support {name} on this machine ({accelerator.device_name()}).",
+            f"{name}.enabled is true, but DeepSpeed does not support {name} on this machine ({accelerator.device_name()}).",
             code="ds_config.unsupported_precision",
         )
         for name, is_supported in supported.items()
@@ -104,16 +104,16 @@ def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> list[
 
 
 def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """The values as they can be used on `device`, "cpu" or an accelerator's name such as "cuda". Pure, but for the log.
+    """Adapt the values to `device`: "cpu", or the name of an accelerator such as "cuda". Pure, except for the log.
 
     Raises:
-        ArgumentError: a value that can't be used there.
+        ArgumentError: a value can't be used on this device.
     """
     fitted = dict(values)
     if device != "cpu":
         if fitted.get("use_cpu"):
             raise ArgumentError(
-                f"--use_cpu on a machine with {device}: DeepSpeed has taken it already. Start the job with DS_ACCELERATOR=cpu.",
+                f"--use_cpu on a machine with {device}: DeepSpeed uses it already. Start the job with DS_ACCELERATOR=cpu.",
                 code="arguments.cpu_on_accelerator",
             )
         return fitted
@@ -127,6 +127,6 @@ def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
                 f"--{name} needs an accelerator, and this machine has none: {instead}.", code="arguments.needs_accelerator"
             )
     if fitted.pop("tf32", None):
-        logger.info("--tf32 is put aside: it speeds up NVIDIA GPUs, and this machine has none")
+        logger.info("--tf32 is put aside: it only affects NVIDIA GPUs, and this machine has none")
     fitted["use_cpu"] = True
     return fitted

@@ -1,8 +1,8 @@
-"""Build at the start what the Trainer builds later: optimizer, schedule, report callbacks; and refuse what can't be built.
+"""Check early that the Trainer can build the optimizer, the schedule and the report callbacks.
 
-The Trainer makes these after the model is loaded, and each fails there in its own way: a package that isn't installed, a
-setting that is missing, a number out of range. Here they are made once for a single parameter and thrown away, so that the
-errors come before anything is read. transformers decides; this module only asks it.
+The Trainer builds them after loading the model, and fails then if a package is not installed, a setting is missing, or a number
+is out of range. This module builds them once for a single parameter and discards them, so that errors appear before anything is
+read. transformers' own code decides what is valid.
 
 Left out: whether an optimizer can train under ZeRO-3 (`names.REFUSED_OPTIMIZERS` lists those that can't).
 """
@@ -19,17 +19,17 @@ from torch.utils.checkpoint import checkpoint
 from zero_sft.errors import ArgumentError
 
 _STEPS = 100
-"""A number of steps for the schedule that is only tried."""
+"""Arbitrary number of steps for the discarded schedule."""
 
 _NO_KWARGS = ("constant", "constant_with_warmup")
 """Schedules to which transformers passes no --lr_scheduler_kwargs."""
 
 _METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation returns, of which the best model is told."""
+"""Metrics that an evaluation returns, one of which can select the best model."""
 
 
 def dry_run(arguments: Any) -> None:
-    """Raise one `ArgumentError` for everything in the Trainer's arguments that can't be built. Does not communicate."""
+    """Raise one `ArgumentError` that lists what the Trainer's arguments can't build. Every rank; does not communicate."""
     problems = [*_report_problems(arguments), *_liger_problems(arguments), *_checkpointing_problems(arguments)]
     problems += [*_optimizer_problems(arguments), *_loader_problems(arguments), *_best_model_problems(arguments)]
     problems += _number_problems(arguments)
@@ -45,7 +45,7 @@ def _report_problems(arguments: Any) -> list[ArgumentError]:
         try:
             for callback in get_reporting_integration_callbacks([name]):
                 callback()
-        except Exception as error:  # noqa: BLE001 - each integration has its own
+        except Exception as error:  # noqa: BLE001 - each integration raises different types
             problems.append(
                 ArgumentError(f"--report_to {name} can't be used: {_reason(error)}", code="arguments.report_to_unusable")
             )
@@ -64,43 +64,44 @@ def _liger_problems(arguments: Any) -> list[ArgumentError]:
 
 
 def _checkpointing_problems(arguments: Any) -> list[ArgumentError]:
-    """Unknown keys would end the first step, in a TypeError inside the model; text would count as true."""
+    """Check the keys, which would raise a TypeError in the first step if unknown, and the flags, where text counts as true."""
     parameters = {
         name: parameter.default
         for name, parameter in inspect.signature(checkpoint).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY or name == "use_reentrant"
     }
-    known = [*parameters, "every_n_layers", "offload", "selective"]
-    given = arguments.activation_checkpointing_kwargs or {}
+    known_keys = [*parameters, "every_n_layers", "offload", "selective"]
+    settings = arguments.activation_checkpointing_kwargs or {}
     flags = {"use_reentrant", "offload", "selective", *(name for name, value in parameters.items() if isinstance(value, bool))}
     return [
         ArgumentError(
             f"--activation_checkpointing_kwargs has {name} = {value!r}; expected true or false", code="arguments.wrong_value"
         )
-        for name, value in given.items()
+        for name, value in settings.items()
         if name in flags and not isinstance(value, bool)
     ] + [
         ArgumentError(
-            f"--activation_checkpointing_kwargs has the unknown key {name!r}; known: {', '.join(sorted(set(known)))}",
+            f"--activation_checkpointing_kwargs has the unknown key {name!r}; known: {', '.join(sorted(set(known_keys)))}",
             code="arguments.unknown_key",
         )
-        for name in given
-        if name not in known
+        for name in settings
+        if name not in known_keys
     ]
 
 
 def _optimizer_problems(arguments: Any) -> list[ArgumentError]:
-    """Make the optimizer that --optim names, and the schedule, for one parameter."""
+    """Build the optimizer that --optim names, and the schedule, for one parameter."""
     from transformers import Trainer
     from transformers.optimization import get_scheduler
 
-    def optimizer() -> torch.optim.Optimizer:
-        made, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        return made([torch.nn.Parameter(torch.zeros(2))], **settings)
+    def build_optimizer() -> torch.optim.Optimizer:
+        optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return optimizer_class([torch.nn.Parameter(torch.zeros(2))], **settings)
 
     config = arguments.hf_deepspeed_config.config
-    has_own = "optimizer" in config
-    made, problems = (None, []) if has_own else _tried(optimizer, f"--optim {arguments.optim.value}")
+    optimizer, problems = None, []
+    if "optimizer" not in config:
+        optimizer, problems = _try(build_optimizer, f"--optim {arguments.optim.value}")
     if "scheduler" in config:
         return problems
     kind, settings = arguments.lr_scheduler_type.value, arguments.lr_scheduler_kwargs
@@ -111,8 +112,8 @@ def _optimizer_problems(arguments: Any) -> list[ArgumentError]:
                 code="arguments.no_effect",
             )
         )
-    base = made or torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    _, of_schedule = _tried(
+    base = optimizer or torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
+    _, schedule_problems = _try(
         lambda: get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=base,
@@ -122,12 +123,12 @@ def _optimizer_problems(arguments: Any) -> list[ArgumentError]:
         ),
         f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {settings}",
     )
-    return problems + of_schedule
+    return problems + schedule_problems
 
 
 def _loader_problems(arguments: Any) -> list[ArgumentError]:
-    """A DataLoader checks its settings when it is made, and starts no process before it is iterated."""
-    _, problems = _tried(
+    """Build a DataLoader, which checks its settings on construction and starts no process before it is iterated."""
+    _, problems = _try(
         lambda: torch.utils.data.DataLoader(
             [0],  # type: ignore[arg-type]
             num_workers=arguments.dataloader_num_workers,
@@ -141,14 +142,14 @@ def _loader_problems(arguments: Any) -> list[ArgumentError]:
 
 
 def _best_model_problems(arguments: Any) -> list[ArgumentError]:
-    """Whatever the first evaluation would find out, hours later."""
+    """Check the metric and the checkpoints for the best model, before the first evaluation fails hours later."""
     problems = []
     metric = arguments.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in _METRICS:
         names = ", ".join(_METRICS)
         problems.append(
             ArgumentError(
-                f"--metric_for_best_model {metric}: the evaluation of this job gives {names}, each with or without eval_",
+                f"--metric_for_best_model {metric}: an evaluation of this job returns {names}, each with or without eval_",
                 code="arguments.unknown_metric",
             )
         )
@@ -171,7 +172,7 @@ _BOUNDS = {
     "neftune_noise_alpha": (0, math.inf, "at least 0"),
     "pad_to_multiple_of": (1, math.inf, "at least 1"),
 }
-"""Numbers that the Trainer does not check: the least, the first that is too large, and both in words."""
+"""Half-open range [start, stop) of numbers that the Trainer does not check, and the range in words."""
 
 
 def _number_problems(arguments: Any) -> list[ArgumentError]:
@@ -183,7 +184,7 @@ def _number_problems(arguments: Any) -> list[ArgumentError]:
     ]
 
 
-def _tried(make: Callable[[], Any], what: str) -> tuple[Any, list[ArgumentError]]:
+def _try(make: Callable[[], Any], what: str) -> tuple[Any, list[ArgumentError]]:
     try:
         return make(), []
     except Exception as error:  # noqa: BLE001 - optimizers and schedules raise ValueError, TypeError, ImportError and others

@@ -1,11 +1,11 @@
-"""The DeepSpeed config and the arguments: fill what the config leaves open, and list what contradicts.
+"""Complete a DeepSpeed config from the arguments, and list contradictions between the two.
 
-Both describe one run. transformers compares them when the engine starts, after the weights are loaded, and compares only keys
-that the config has: a key that is absent (`gradient_clipping`, `optimizer.params.lr`) lets DeepSpeed's default run, and the
-argument does nothing. So absent keys become "auto" here, which the Trainer fills from the arguments, and everything that can be
-compared is compared at the start.
+Both describe the same run. transformers compares them only when the engine starts, after loading the weights, and only for
+keys that the config has. If a key is absent (`gradient_clipping`, `optimizer.params.lr`), DeepSpeed uses its default and the
+argument has no effect. So this module sets absent keys to "auto", which the Trainer fills from the arguments, and compares
+everything else at the start.
 
-Pure functions from data to data. Left out: keys of DeepSpeed that no argument speaks of (`zero/ds_schema.py` checks those).
+All functions are pure. Left out: keys of DeepSpeed without a corresponding argument (`zero/ds_schema.py` checks those).
 """
 
 import copy
@@ -17,7 +17,7 @@ from typing import Any
 from zero_sft.errors import ConfigError
 
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
-"""Values of --optim that DeepSpeed's CPU Adam computes as well."""
+"""Values of --optim that DeepSpeed's CPU Adam implements."""
 
 _DECIDED_BY_ARGUMENTS = (
     "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -31,7 +31,7 @@ _OPTIMIZER_PARAMS = {
     "adagrad": ("lr", "weight_decay"),
 }
 _SCHEDULER_PARAMS = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
-_SAME_SCHEDULE = {
+_EQUIVALENT_SCHEDULES = {
     "WarmupLR": ("constant_with_warmup",),
     "WarmupDecayLR": ("linear",),
     "WarmupCosineLR": ("cosine", "cosine_with_min_lr"),
@@ -41,17 +41,17 @@ _SAME_SCHEDULE = {
 def complete_config(
     config: Mapping[str, Any], optim: str, scheduler_params: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """The config with "auto" for what it leaves open and the arguments decide, and lines for the log about what it decides.
+    """Set keys that the config leaves open to "auto", and return the config and log lines about what it overrides.
 
     Args:
-        config: as `load_ds_config` returns it.
+        config: the result of `load_ds_config`.
         optim: the value of --optim.
-        scheduler_params: the settings that the class of the config's `scheduler` takes.
+        scheduler_params: the parameters of the scheduler class that the config names.
     """
     result, notes = copy.deepcopy(dict(config)), []
     for section in ("optimizer", "scheduler"):
         if section in result and result[section] is None:
-            del result[section]  # transformers takes null for a section that is there
+            del result[section]  # transformers treats null as a present section
     for key in _DECIDED_BY_ARGUMENTS:
         if result.get(key) is None:
             result[key] = "auto"
@@ -64,7 +64,7 @@ def complete_config(
             optimizer["params"].setdefault(name, "auto")
         notes.append(f"the optimizer is {optimizer.get('type')}, from the DeepSpeed config's section; --optim has no effect")
     elif optimizer is None:
-        notes += _keep_optimizer(result, optim)
+        notes += _prevent_replacement(result, optim)
     if isinstance(scheduler, dict) and isinstance(scheduler.get("params") or {}, dict):
         scheduler["params"] = dict(scheduler.get("params") or {})
         for name in set(_SCHEDULER_PARAMS) & set(scheduler_params):
@@ -73,16 +73,17 @@ def complete_config(
     return result, notes
 
 
-def _keep_optimizer(config: dict[str, Any], optim: str) -> list[str]:
-    """Stop accelerate from replacing the optimizer: with offload it makes DeepSpeed's CPU Adam of nearly any."""
+def _prevent_replacement(config: dict[str, Any], optim: str) -> list[str]:
+    """Stop accelerate from replacing the optimizer with DeepSpeed's CPU Adam under offload; return log lines."""
     if not offloads_optimizer(config):
         return []
     if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW:
         config["zero_force_ds_cpu_optimizer"] = False
     if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW:
         return [f"--optim {optim} runs as DeepSpeed's CPU Adam (AdamW): zero_force_ds_cpu_optimizer is on in the config"]
-    slow = optim == "adamw_torch"
-    return ["the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there"] if slow else []
+    if optim == "adamw_torch":
+        return ["the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there"]
+    return []
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:
@@ -92,15 +93,15 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
 
 
 def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], world_size: int) -> list[ConfigError]:
-    """List every value of a completed config that the arguments contradict, one line each.
+    """Return an error for each value of a completed config that the arguments contradict.
 
     Args:
-        config: what `complete_config` returned, before the Trainer fills "auto".
-        arguments: the Trainer's.
+        config: the result of `complete_config`, before the Trainer fills "auto".
+        arguments: the Trainer's arguments.
         given: the names of the arguments that the user gave.
     """
     optimizer, scheduler = config.get("optimizer"), config.get("scheduler")
-    problems = _contradictions(_pairs(config, arguments, world_size), given)
+    problems = _contradictions(_comparable_values(config, arguments, world_size), given)
     if isinstance(optimizer, Mapping) and "optim" in given:
         problems += _other_optimizer(str(optimizer.get("type")), str(arguments.optim.value))
     elif optimizer is None:
@@ -111,7 +112,7 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], w
 
 
 def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int, given: Set[str]) -> list[ConfigError]:
-    """`find_conflicts` for what depends on the number of optimizer steps, which is known once the data is prepared."""
+    """Return conflicts that depend on the number of optimizer steps, which is known once the data is prepared."""
     params = (config.get("scheduler") or {}).get("params") or {}
     warmup = max(1, arguments.get_warmup_steps(steps))
     pairs = (
@@ -122,35 +123,35 @@ def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: in
 
 
 def conflict_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
-    """One error for all contradictions between a DeepSpeed config and the arguments."""
+    """Make one error that lists all contradictions between a DeepSpeed config and the arguments."""
     heading = f"the DeepSpeed config {where} and the arguments contradict each other:"
-    remedy = 'Write "auto" for a value that an argument gives, or change one of the two. docs/configs.md explains the keys.'
+    remedy = 'Write "auto" for a value that an argument sets, or change one of the two; docs/configs.md explains the keys.'
     return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.contradictions")
 
 
 def schema_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
-    """One error for everything that DeepSpeed refuses or would ignore in a config."""
-    heading, remedy = f"the DeepSpeed config {where} can't be used:", "docs/configs.md explains the shipped ones."
+    """Make one error that lists everything in a config that DeepSpeed refuses or would ignore."""
+    heading, remedy = f"the DeepSpeed config {where} can't be used:", "See docs/configs.md for the shipped configs."
     return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.unusable")
 
 
 def count_steps(rows: int, arguments: Any, world_size: int) -> int:
-    """The optimizer steps of a run on `rows` rows, as the Trainer counts them."""
+    """Return the number of optimizer steps of a run on `rows` rows, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
-    whole = math.floor if arguments.dataloader_drop_last else math.ceil
-    batches = whole(whole(rows / arguments.per_device_train_batch_size) / world_size)
+    round_batches = math.floor if arguments.dataloader_drop_last else math.ceil
+    batches = round_batches(round_batches(rows / arguments.per_device_train_batch_size) / world_size)
     steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(arguments.num_train_epochs * steps)
 
 
-def _pairs(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[str, Any, Any, str]]:
-    """(key, the config's value, the arguments' value, the argument) of everything that both state."""
+def _comparable_values(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[str, Any, Any, str]]:
+    """Return (key, value in the config, value of the argument, argument) for everything that both set."""
     optimizer = (config.get("optimizer") or {}).get("params") or {}
     scheduler = (config.get("scheduler") or {}).get("params") or {}
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-    whole = f"{ranks} × --per_device_train_batch_size {micro} × --gradient_accumulation_steps {accumulation}"
+    batch_product = f"{ranks} × --per_device_train_batch_size {micro} × --gradient_accumulation_steps {accumulation}"
     precision = {name: bool(getattr(args, name) or getattr(args, f"{name}_full_eval")) for name in ("bf16", "fp16")}
     return [
         (
@@ -165,7 +166,7 @@ def _pairs(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[
             accumulation,
             "--gradient_accumulation_steps",
         ),
-        ("train_batch_size", config.get("train_batch_size"), world_size * micro * accumulation, whole),
+        ("train_batch_size", config.get("train_batch_size"), world_size * micro * accumulation, batch_product),
         ("gradient_clipping", config.get("gradient_clipping"), args.max_grad_norm, "--max_grad_norm"),
         *((f"{name}.enabled", config[name].get("enabled"), on, f"--{name}") for name, on in precision.items()),
         ("optimizer.params.lr", optimizer.get("lr"), args.learning_rate, "--learning_rate"),
@@ -177,22 +178,23 @@ def _pairs(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[
 
 
 def _contradictions(pairs: Iterable[tuple[str, Any, Any, str]], given: Set[str]) -> list[ConfigError]:
-    def stated_by(argument: str) -> str:
+    def describe(argument: str) -> str:
         names = re.findall(r"--(\w+)", argument)
         return argument if any(name in given for name in names) else f"{argument}, by default"
 
     return [
         ConfigError(
-            f"{key} is {stated!r}, and the arguments say {wanted!r} ({stated_by(argument)}).",
+            f"{key} is {config_value!r}, but the arguments say {expected!r} ({describe(argument)}).",
             code="ds_config.contradicts_argument",
         )
-        for key, stated, wanted, argument in pairs
-        if stated not in (None, "auto") and (stated != wanted or isinstance(stated, bool) != isinstance(wanted, bool))
+        for key, config_value, expected, argument in pairs
+        if config_value not in (None, "auto")
+        and (config_value != expected or isinstance(config_value, bool) != isinstance(expected, bool))
     ]
 
 
 def _other_optimizer(kind: str, optim: str) -> list[ConfigError]:
-    same = {
+    equivalent_optims = {
         "adam": ADAMW,
         "adamw": ADAMW,
         "lion": {"lion_32bit"},
@@ -200,12 +202,12 @@ def _other_optimizer(kind: str, optim: str) -> list[ConfigError]:
         "rmsprop": {"rmsprop"},
         "adagrad": {"adagrad"},
     }
-    if optim in same.get(kind.lower(), {kind.lower()}):
+    if optim in equivalent_optims.get(kind.lower(), {kind.lower()}):
         return []
     return [
         ConfigError(
-            f"optimizer.type is {kind!r}, and --optim is {optim!r}. Remove the config's section `optimizer`, or leave --optim "
-            "out.",
+            f"optimizer.type is {kind!r}, but --optim is {optim!r}. Remove the section `optimizer` from the config, or leave "
+            "--optim out.",
             code="ds_config.other_optimizer",
         )
     ]
@@ -218,26 +220,26 @@ def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> list[ConfigErr
     problems = []
     if config.get("zero_force_ds_cpu_optimizer", True):
         problems.append(
-            f"zero_force_ds_cpu_optimizer is true, so DeepSpeed's CPU Adam would run instead of --optim {optim}. Write false."
+            f"zero_force_ds_cpu_optimizer is true, so DeepSpeed's CPU Adam would run instead of --optim {optim}. Set false."
         )
     if offload.get("super_offload"):
-        problems.append(f"zero_optimization.offload_optimizer.super_offload runs with Adam alone, and --optim is {optim!r}.")
+        problems.append(f"zero_optimization.offload_optimizer.super_offload supports only Adam, but --optim is {optim!r}.")
     if config["zero_optimization"].get("zenflow"):
-        problems.append(f"zero_optimization.zenflow runs with Adam alone, and --optim is {optim!r}.")
+        problems.append(f"zero_optimization.zenflow supports only Adam, but --optim is {optim!r}.")
     return [ConfigError(problem, code="ds_config.other_optimizer") for problem in problems]
 
 
 def _other_schedule(kind: str, schedule: str, given: Set[str]) -> list[ConfigError]:
     problems = []
-    if "lr_scheduler_type" in given and schedule not in _SAME_SCHEDULE.get(kind, ()):
+    if "lr_scheduler_type" in given and schedule not in _EQUIVALENT_SCHEDULES.get(kind, ()):
         problems.append(
-            f"scheduler.type is {kind!r}, and --lr_scheduler_type is {schedule!r}. "
-            "Remove the config's section `scheduler`, or leave --lr_scheduler_type out."
+            f"scheduler.type is {kind!r}, but --lr_scheduler_type is {schedule!r}. "
+            "Remove the section `scheduler` from the config, or leave --lr_scheduler_type out."
         )
     ignored = [name for name in ("warmup_steps", "lr_scheduler_kwargs") if name in given]
-    ignored = [name for name in ignored if name == "lr_scheduler_kwargs" or kind not in _SAME_SCHEDULE]
+    ignored = [name for name in ignored if name == "lr_scheduler_kwargs" or kind not in _EQUIVALENT_SCHEDULES]
     problems += [
-        f"scheduler.type is {kind!r}, which does not take --{name}. Remove the config's section `scheduler`, or the argument."
+        f"scheduler.type is {kind!r}, which ignores --{name}. Remove the section `scheduler` from the config, or the argument."
         for name in ignored
     ]
     return [ConfigError(problem, code="ds_config.other_schedule") for problem in problems]

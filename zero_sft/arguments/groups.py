@@ -1,7 +1,7 @@
-"""What the model and the data groups of arguments hold. The names and defaults are FastChat's, where FastChat has them.
+"""The argument groups Model and Data. Names and defaults follow FastChat where it has them.
 
-The third group, training, is TRL's `SFTConfig` with a few fields of its own: see `training.py`, which needs TRL to be imported;
-this module needs nothing heavy.
+The third group, Training, extends TRL's `SFTConfig` (see `training.py`). That module imports TRL; this one imports nothing
+heavy.
 """
 
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ SAMPLE_CONVERSATIONS = "conversations.json"
 
 @dataclass(frozen=True, kw_only=True)
 class _ModelName:
-    """The first option of the group, for the order in `--help`."""
+    """The model name, in a base class so that `--help` shows it first."""
 
     model_name_or_path: str = field(
-        default="facebook/opt-125m", metadata={"help": "The model to start from: a local folder or a hub id."}
+        default="facebook/opt-125m", metadata={"help": "The model to fine-tune: a local folder or a hub id."}
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments(LoadOptions, HubOptions, _ModelName):
-    """Which model, from where, and how it is loaded: the options of the loader, and those of the tokenizer and config."""
+    """Options of the model: its source, the loader, the tokenizer and the config."""
 
     def __post_init__(self) -> None:
         """Check the options of each parent."""
@@ -34,67 +34,67 @@ class ModelArguments(LoadOptions, HubOptions, _ModelName):
 
     padding_side: Literal["right", "left"] = field(
         default="right",
-        metadata={"help": "The tokenizer's side of padding, in the exported model too; training pads at the right."},
+        metadata={"help": "The tokenizer's padding side, which the export keeps; training always pads on the right."},
     )
     rope_parameters: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": 'How to scale RoPE, as JSON: \'{"rope_type": "yarn", "factor": 4.0}\'. Wins over the automatic way.'},
+        metadata={"help": 'RoPE scaling as JSON: \'{"rope_type": "yarn", "factor": 4.0}\'. Overrides the automatic scaling.'},
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataArguments:
-    """Which conversations, and how they become tokens."""
+    """Options of the data: its sources, and their conversion to tokens."""
 
     data_path: str | None = field(
         default=None,
         metadata={
-            "help": "JSON, JSONL, Parquet or a folder of them, several as a.json:0.7,b:0.3; by default the shipped samples."
+            "help": "JSON, JSONL or Parquet, or a folder of these; several as a.json:0.7,b:0.3. Default: the shipped samples."
         },
     )
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "Samples to evaluate on, for --eval_strategy; none by default."}
+        default=None, metadata={"help": "Samples for the evaluation (--eval_strategy); none by default."}
     )
     lazy_preprocess: bool = field(
-        default=False, metadata={"help": "Tokenise a sample when it is needed, instead of all of them at the start."}
+        default=False, metadata={"help": "Tokenise each sample when it is needed, instead of all at the start."}
     )
     data_format: Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"] | None = field(
-        default=None, metadata={"help": "The layout of every sample; found out by default, sample by sample."}
+        default=None, metadata={"help": "The format of all samples; by default, it is detected for each sample."}
     )
     train_on: Literal["all", "last"] = field(
-        default="all", metadata={"help": "Which answers of a conversation go into the loss."}
+        default="all", metadata={"help": "The answers of a conversation that count in the loss."}
     )
     on_bad_sample: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "What a sample that can't be used does: end the run, or be left out and reported."}
+        default="error", metadata={"help": "Reaction to an unusable sample: stop the run, or skip the sample and report it."}
     )
     overlong: Literal["truncate", "split", "drop"] = field(
         default="truncate",
-        metadata={"help": "Samples longer than model_max_length: cut at the end, split between rounds, or dropped."},
+        metadata={"help": "Samples longer than model_max_length: truncate at the end, split between rounds, or drop."},
     )
     packing: bool | None = field(
         default=None,
-        metadata={"help": "Several samples in a row; by default where the model keeps them apart. False: FastChat's batches."},
+        metadata={"help": "Pack samples into rows; by default if the model keeps them apart. False: FastChat's batches."},
     )
     dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "Processes that prepare the data; by default one a core, 16 at most."}
+        default=None, metadata={"help": "Processes that prepare the data; by default one per core, at most 16."}
     )
     data_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Where prepared data is kept, best seen by all nodes; by default below HF_DATASETS_CACHE."},
+        metadata={"help": "Folder for prepared data, preferably shared by all nodes; by default below HF_DATASETS_CACHE."},
     )
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "vicuna, chatml, llama3, model or a Jinja file; by default the model's own if it has one, else vicuna."
+            "help": "vicuna, chatml, llama3, model or a Jinja file; by default the model's template if it has one, else vicuna."
         },
     )
 
     sample_prompts: str | None = field(
         default=None,
-        metadata={"help": "A file of prompts, a JSON list or one a line, answered before and after the training."},
+        metadata={"help": "A file of prompts (a JSON list, or one per line) that the model answers before and after training."},
     )
 
     @property
     def training_path(self) -> str:
-        """`data_path`, or the shipped sample conversations."""
+        """`data_path`, or by default the path of the shipped conversations."""
         return str(shipped("examples", SAMPLE_CONVERSATIONS)) if self.data_path is None else self.data_path

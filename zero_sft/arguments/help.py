@@ -1,8 +1,8 @@
-"""The text of `--help`: an overview, `--help all`, or one argument with `--help NAME`.
+"""Text of `--help`: an overview, all arguments (`--help all`), or one argument (`--help NAME`).
 
-It needs none of the heavy libraries: see `inherited.py`. The overview has this project's arguments at length, of each
-inherited one its first sentence, and the names that have changed. Names are searched, too: `--help learning` lists every
-argument that has the word in its name or its text.
+It needs no heavy library (see `inherited.py`). The overview shows this project's arguments in full, the first sentence of each
+inherited argument, and the names that have changed. `--help NAME` also searches: `--help learning` lists every argument with
+that word in its name or text.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.options.help import at_length, in_short, wrapped, write_help
+from zero_sft.options.help import in_brief, in_full, wrap_lines, write_help
 from zero_sft.options.names import Translation
 from zero_sft.options.spec import OptionSpec
 
@@ -25,17 +25,17 @@ OWN_FIELDS = (
     "deepspeed",
     "resume_from_checkpoint",
 )
-"""Arguments of the training group that the overview shows at length."""
+"""Arguments of the training group that the overview shows in full."""
 
 _HEAD = """\
 Fine-tune a causal language model on conversations, sharded by DeepSpeed ZeRO-3.
 
     python -m zero_sft.train [train.yaml | train.json] [--name value | --name=value | --flag | --no_flag] ...
 
-    --help all      every argument with its whole text, and the names that are refused
+    --help all      every argument with its full text, and the names that are refused
     --help NAME     one argument; `--help learning` lists those that have the word in their name or text
 
-The file holds `name: value`; the command line wins over it.
+The file holds `name: value` lines; the command line overrides it.
 """
 
 _GROUPS = {
@@ -46,12 +46,12 @@ _GROUPS = {
 
 
 def answer_help(argv: Sequence[str]) -> int:
-    """Write what a command line asks for to stdout, on rank 0; returns the exit status, 2 for a name that nothing matches."""
+    """Write the requested help to stdout on rank 0, and return the exit status: 0, or 2 if nothing matches a name."""
     return write_help(argv, help_text)
 
 
 def help_text(topic: str | None = None) -> str | None:
-    """The overview; everything for "all"; else what there is about an argument's name or a word, None for nothing."""
+    """Return the overview, everything for "all", else the help for a name or word; None if nothing matches."""
     specs = {name: spec for name, spec in listed_specifications().items() if name not in _hidden()}
     if topic is None:
         return _overview(specs)
@@ -63,7 +63,7 @@ def help_text(topic: str | None = None) -> str | None:
 
 
 def _hidden() -> frozenset[str]:
-    """Names that are arguments of the Trainer and can't be used."""
+    """Return the names of Trainer arguments that can't be used."""
     return frozenset(REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED)
 
 
@@ -75,37 +75,36 @@ def _overview(specs: Mapping[str, OptionSpec]) -> str:
         ("Data", [spec for spec in specs.values() if spec.group == DATA]),
         ("Training", [specs[name] for name in OWN_FIELDS]),
     ):
-        parts += [f"{title}:", *at_length(chosen), ""]
-    parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *in_short(inherited), ""]
-    parts += ["Names that have changed, and are understood:", *_changed(), ""]
+        parts += [f"{title}:", *in_full(chosen), ""]
+    parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *in_brief(inherited), ""]
+    parts += ["Former names that are still accepted:", *_changed(), ""]
     refused = ", ".join(f"--{name}" for name in sorted(REFUSALS))
-    parts += ["Names that are refused (`--help NAME` says why):", *wrapped(refused, 2), ""]
+    parts += ["Names that are refused (`--help NAME` says why):", *wrap_lines(refused, 2), ""]
     return "\n".join(parts)
 
 
 def _everything(specs: Mapping[str, OptionSpec]) -> str:
     parts = [_HEAD]
     for group, title in _GROUPS.items():
-        parts += [f"{title}:", *at_length(spec for spec in specs.values() if spec.group == group), ""]
-    parts += ["Names that have changed, and are understood:", *_changed(), ""]
+        parts += [f"{title}:", *in_full(spec for spec in specs.values() if spec.group == group), ""]
+    parts += ["Former names that are still accepted:", *_changed(), ""]
     parts += ["Names that are refused:"]
     reasons: dict[str, list[str]] = {}
     for name, refusal in REFUSALS.items():
         reasons.setdefault(refusal.reason, []).append(f"--{name}")
     for reason, names in reasons.items():
-        parts += [*wrapped(", ".join(names), 2), *wrapped(reason, 6)]
+        parts += [*wrap_lines(", ".join(names), 2), *wrap_lines(reason, 6)]
     return "\n".join([*parts, ""])
 
 
 def _about(name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
-    """All that there is to say about one name; nothing where there is none."""
+    """Return the help for one exact name, or nothing if the name is unknown."""
     if name in specs:
-        old = [f"--{each}" for each, translation in TRANSLATIONS.items() if translation.name == name]
-        also = [f"      Also understood: {', '.join(old)}"] if old else []
-        return [*at_length([specs[name]]), f"      Expected: {specs[name].expected}.", *also]
+        old_names = [f"--{old}" for old, translation in TRANSLATIONS.items() if translation.name == name]
+        also = [f"      Also understood: {', '.join(old_names)}"] if old_names else []
+        return [*in_full([specs[name]]), f"      Expected: {specs[name].expected}.", *also]
     if name in TRANSLATIONS:
-        today = TRANSLATIONS[name].name
-        return [*_changed([name]), *_about(today, specs)]
+        return [*_changed([name]), *_about(TRANSLATIONS[name].name, specs)]
     if name in REFUSALS:
         return [f"  --{name} is refused: {REFUSALS[name].reason}."]
     if name in IGNORED:
@@ -114,31 +113,29 @@ def _about(name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
 
 
 def _search(word: str, specs: Mapping[str, OptionSpec]) -> str | None:
-    """Arguments with a word in their name, names that are nearly it, and arguments with the word in their text."""
+    """Return arguments with a word in their name or text, and those with a similar name; None if there are none."""
     names = [*specs, *TRANSLATIONS, *REFUSALS]
-    found = dict.fromkeys([name for name in names if word in name] + difflib.get_close_matches(word, names, n=5))
-    spoken = word.replace("_", " ")
+    matches = dict.fromkeys([name for name in names if word in name] + difflib.get_close_matches(word, names, n=5))
+    phrase = word.replace("_", " ")
     mentioned = [
-        spec for name, spec in specs.items() if name not in found and re.search(rf"\b{re.escape(spoken)}", spec.help, re.I)
+        spec for name, spec in specs.items() if name not in matches and re.search(rf"\b{re.escape(phrase)}", spec.help, re.I)
     ]
-    if not found and not mentioned:
+    if not matches and not mentioned:
         return None
-    lines = (
-        [f"No argument is called --{word}. Those that are called nearly so, or have the word in their name:"] if found else []
-    )
-    for name in found:
-        lines += in_short([specs[name]]) if name in specs else _about(name, {})
+    lines = [f"No argument is called --{word}. Arguments with a similar name, or with the word in it:"] if matches else []
+    for name in matches:
+        lines += in_brief([specs[name]]) if name in specs else _about(name, {})
     if mentioned:
-        lines += [f"Arguments with {spoken!r} in their text:", *in_short(mentioned)]
+        lines += [f"Arguments with {phrase!r} in their text:", *in_brief(mentioned)]
     return "\n".join([*lines, ""])
 
 
 def _changed(names: Iterable[str] = TRANSLATIONS) -> list[str]:
-    return [f"  --{name}  is  {_today(TRANSLATIONS[name])}" for name in names]
+    return [f"  --{name}  is  {_current(TRANSLATIONS[name])}" for name in names]
 
 
-def _today(translation: Translation) -> str:
+def _current(translation: Translation) -> str:
     if translation.values:
         values = [(old, new) for old, new in translation.values.items() if new is not None]
         return ", ".join(f"--{translation.name} {new} (for {old})" for old, new in values)
-    return f"--{translation.name}" + " (a number below 1 is a share of all steps)" * (translation.below is not None)
+    return f"--{translation.name}" + " (a number below 1 is a fraction of all steps)" * (translation.below is not None)

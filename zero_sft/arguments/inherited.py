@@ -1,8 +1,8 @@
-"""The training group's arguments as a shipped table, so that `--help` need not import TRL, transformers and torch.
+"""Shipped table of the training group's arguments, so that `--help` does not import TRL, transformers and torch.
 
-`make arguments` writes the table for the installed versions; it is read only where the installed versions are those that it
-was written for. A test compares it with the libraries.
-Left out: reading the libraries' source without importing it, since fields are also declared by inheritance and by decorators.
+`make arguments` writes the table for the installed versions. The table is used only with the versions that it was written for;
+a test compares it with the libraries. Left out: parsing the libraries' source without importing it, because inheritance and
+decorators also declare fields.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ MODEL, DATA, TRAINING = "model", "data", "training"
 
 
 def listed_specifications() -> Mapping[str, OptionSpec]:
-    """What `parse.specifications` returns, read from the table where it is of the installed versions. For `--help`."""
+    """Return the same as `parse.specifications`, from the table if it matches the installed versions. For `--help`."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if table["versions"] != installed_versions():
         from zero_sft.arguments.parse import specifications
@@ -34,17 +34,17 @@ def listed_specifications() -> Mapping[str, OptionSpec]:
 
 
 def own_specifications() -> dict[str, OptionSpec]:
-    """The arguments of the groups Model and Data."""
+    """Return the arguments of the groups Model and Data."""
     return {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA)}
 
 
 def installed_versions() -> dict[str, str]:
-    """The installed releases of the libraries that the training group inherits from."""
+    """Return the installed versions of the libraries from which the training group inherits."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def table_text() -> str:
-    """The table for the installed versions. Imports TRL."""
+    """Return the table for the installed versions. Imports TRL."""
     from zero_sft.arguments.training import TrainingArguments
 
     rows = [_row(spec) for spec in specs_of(TrainingArguments, TRAINING).values()]
@@ -60,5 +60,5 @@ def _spec(row: Mapping[str, Any]) -> OptionSpec:
 
 
 def write_table() -> None:
-    """Write the table for the installed versions; for contributors."""
+    """Write the table for the installed versions. Called by `make arguments`."""
     TABLE.write_text(table_text(), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Names of other times and places: what they are called today, and which have no meaning in this job, and why.
+"""Old argument names that are translated, and argument names that are refused.
 
-FastChat's published commands date from transformers 4; names that transformers or TRL have changed since are translated, with
-a line in the log. Names without a meaning under ZeRO-3 are refused with what to use instead, whether they are old ones or
-today's. A value of a refused name that asks for nothing (`--q_lora False`) passes.
+FastChat's published commands date from transformers 4. Names that transformers or TRL have changed since are translated, with a
+line in the log. Old or current names that have no meaning under ZeRO-3 are refused, and the error says what to use instead. A
+value of a refused name that asks for nothing (`--q_lora False`) passes.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from zero_sft.options.names import Refusal, Translation
 TRANSLATIONS: dict[str, Translation] = {
     # transformers 4
     "evaluation_strategy": Translation(name="eval_strategy"),
-    "warmup_ratio": Translation(name="warmup_steps", below=1.0),  # steps below 1 are a ratio; 1.0 would be one step
+    "warmup_ratio": Translation(name="warmup_steps", below=1.0),  # warmup_steps below 1 is a ratio; 1.0 would be one step
     "gradient_checkpointing": Translation(name="activation_checkpointing"),
     "gradient_checkpointing_kwargs": Translation(name="activation_checkpointing_kwargs"),
     "no_cuda": Translation(name="use_cpu"),
@@ -37,71 +37,71 @@ TRANSLATIONS: dict[str, Translation] = {
 }
 
 IGNORED = frozenset({"local_rank"})
-"""What launchers add by themselves: old ones pass the rank as an argument, all of them in the environment."""
+"""Arguments that old launchers add; all launchers also pass the rank in the environment."""
 
 REMOVED = REMOVED_OPTIONS
-"""Arguments of former releases that change nothing any more, and why: accepted for one release, with a line in the log."""
+"""Arguments of former releases that no longer have an effect, with the reason; accepted for one release, and logged."""
 
 
-_ZERO3 = "the model is sharded by DeepSpeed ZeRO-3; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"
-_LORA = "this release trains all parameters, sharded over the ranks, without LoRA and quantised weights; leave it out"
+_ZERO3 = "DeepSpeed ZeRO-3 shards the model; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"
+_LORA = "this release trains all parameters, sharded over the ranks, without LoRA or quantised weights; leave it out"
 _DATA = "this job prepares the data itself; name the files with --data_path and the template with --chat_template"
-_TOKENIZER = "the tokenizer is set up before training, the same on every rank; change it in the model's folder"
-_METRICS = "an evaluation here is of the loss alone; leave it out"
+_TOKENIZER = "the tokenizer is set up before training, identically on every rank; change it in the model's folder"
+_METRICS = "an evaluation of this job computes only the loss; leave it out"
 _PACKING = "see --packing; leave it out"
-_PUSH = "the job's result is exported at its end; upload that folder with `hf upload`"
-_DDP = "gradients are exchanged by DeepSpeed, not by DDP; leave it out"
+_PUSH = "the job exports the model at its end; upload that folder with `hf upload`"
+_DDP = "DeepSpeed reduces the gradients, not DDP; leave it out"
 _COMPILE = "compiled models fail in the backward pass under ZeRO-3 (DeepSpeed 0.19, torch 2.13); leave it out"
-_SHAPES = "under ZeRO-3 the optimizer sees flat pieces of the weights, never whole matrices"
-_GONE = "transformers has it no more; leave it out"
-_FAST = "every tokenizer is a fast one since transformers 5; leave it out"
+_SHAPES = "under ZeRO-3 the optimizer sees flat shards of the weights, never whole matrices"
+_REMOVED = "transformers has removed it; leave it out"
+_FAST = "all tokenizers are fast since transformers 5; leave it out"
 
 
-def _all(reason: str, names: str, passing: tuple[Any, ...] = Refusal(reason="").passing) -> dict[str, Refusal]:
+def _refuse(reason: str, names: str, passing: tuple[Any, ...] = Refusal(reason="").passing) -> dict[str, Refusal]:
     return {name: Refusal(reason=reason, passing=passing) for name in names.split()}
 
 
 REFUSALS: dict[str, Refusal] = {
-    **_all(_ZERO3, "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params sharded_ddp parallelism_config"),
-    **_all(_LORA, "q_lora lora_r lora_alpha lora_dropout lora_target_modules lora_weight_path lora_bias use_peft "
-                  "load_in_4bit load_in_8bit"),
-    **_all(_DATA, "dataset_batch_size", (None,)),
-    **_all(_DATA, "dataset_kwargs", (None, {"skip_prepare_dataset": True})),
+    **_refuse(_ZERO3, "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params sharded_ddp parallelism_config"),
+    **_refuse(_LORA, "q_lora lora_r lora_alpha lora_dropout lora_target_modules lora_weight_path lora_bias use_peft "
+                     "load_in_4bit load_in_8bit"),
+    **_refuse(_DATA, "dataset_batch_size", (None,)),
+    **_refuse(_DATA, "dataset_kwargs", (None, {"skip_prepare_dataset": True})),
     "dataset_text_field": Refusal(reason="plain text is read from `text`; see --data_format text", passing=(None,)),
-    "completion_only_loss": Refusal(reason="what follows a prompt is what is trained on; leave it out", passing=(None, True)),
-    "length_column_name": Refusal(reason="lengths are those of the tokenised samples; leave it out", passing=(None, "length")),
-    **_all(_METRICS, "include_for_metrics batch_eval_metrics eval_use_gather_object",
-           (None, False, [])),
-    **_all(_METRICS, "eval_accumulation_steps", (None,)),
-    **_all(_METRICS, "prediction_loss_only eval_do_concat_batches", (None, False, True)),
+    "completion_only_loss": Refusal(reason="the text after a prompt is always trained on; leave it out", passing=(None, True)),
+    "length_column_name": Refusal(reason="lengths come from the tokenised samples; leave it out", passing=(None, "length")),
+    **_refuse(_METRICS, "include_for_metrics batch_eval_metrics eval_use_gather_object",
+              (None, False, [])),
+    **_refuse(_METRICS, "eval_accumulation_steps", (None,)),
+    **_refuse(_METRICS, "prediction_loss_only eval_do_concat_batches", (None, False, True)),
     "assistant_only_loss": Refusal(reason="only the assistant's text is ever trained on; leave it out", passing=(True,)),
-    "shuffle_dataset": Refusal(reason="samples are shuffled anew each epoch already; see --train_sampling_strategy"),
+    "shuffle_dataset": Refusal(reason="samples are shuffled again in each epoch; see --train_sampling_strategy"),
     "remove_unused_columns": Refusal(reason="samples come without unused columns; leave it out"),
     "label_names": Refusal(reason="the labels are called `labels`; leave it out", passing=(None, ["labels"])),
     "truncation_mode": Refusal(reason="a conversation keeps its start; leave it out", passing=("keep_start",)),
-    **_all(_PACKING, "padding_free"),
-    "eval_packing": Refusal(reason="samples to evaluate on are padded, each batch to its longest; leave it out"),
-    **_all(_PACKING, "packing_strategy", ("bfd",)),
-    **_all(_TOKENIZER, "eos_token pad_token", (None,)),
-    **_all(_FAST, "use_fast_tokenizer use_fast", (True,)),
+    **_refuse(_PACKING, "padding_free"),
+    "eval_packing": Refusal(reason="evaluation batches are padded to their longest sample; leave it out"),
+    **_refuse(_PACKING, "packing_strategy", ("bfd",)),
+    **_refuse(_TOKENIZER, "eos_token pad_token", (None,)),
+    **_refuse(_FAST, "use_fast_tokenizer use_fast", (True,)),
     "model_init_kwargs": Refusal(reason="the model is loaded by this job; see --dtype, --attn_implementation", passing=(None,)),
-    "use_cache": Refusal(reason="training has no use for the cache of past keys; leave it out"),
-    "auto_find_batch_size": Refusal(reason="it needs a model in one piece; see --per_device_train_batch_size"),
-    **_all(_COMPILE, "torch_compile torch_compile_backend torch_compile_mode"),
+    "use_cache": Refusal(reason="training does not use the cache of past keys; leave it out"),
+    "auto_find_batch_size": Refusal(reason="it needs an unsharded model; see --per_device_train_batch_size"),
+    **_refuse(_COMPILE, "torch_compile torch_compile_backend torch_compile_mode"),
     "optim_target_modules": Refusal(reason=_SHAPES + "; leave it out"),
-    "debug": Refusal(reason="its checks look at whole weights, which ZeRO-3 has in pieces; leave it out"),
-    **_all(_PUSH, "push_to_hub hub_token hub_private_repo hub_model_id hub_always_push hub_revision push_to_hub_model_id "
+    "debug": Refusal(reason="its checks need whole weights, which ZeRO-3 shards; leave it out"),
+    **_refuse(_PUSH, "push_to_hub hub_token hub_private_repo hub_model_id hub_always_push hub_revision push_to_hub_model_id "
                   "push_to_hub_organization push_to_hub_token"),
-    **_all(_PUSH, "hub_strategy", ("every_save",)),
-    **_all(_DDP, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
-    "ddp_timeout": Refusal(reason="DeepSpeed makes the process group; set DEEPSPEED_TIMEOUT (minutes)", passing=(1800,)),
-    "enable_jit_checkpoint": Refusal(reason="each rank would stop by itself and leave the others waiting; see --save_steps"),
+    **_refuse(_PUSH, "hub_strategy", ("every_save",)),
+    **_refuse(_DDP, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
+    "ddp_timeout": Refusal(reason="DeepSpeed creates the process group; set DEEPSPEED_TIMEOUT (minutes)", passing=(1800,)),
+    "enable_jit_checkpoint": Refusal(reason="each rank would stop alone and leave the others waiting; see --save_steps"),
     "do_train": Refusal(reason="this job always trains; leave it out, or give True", passing=(True,)),
     "do_predict": Refusal(reason="this job has nothing to predict; see --eval_data_path"),
     "logging_dir": Refusal(reason="transformers reads TENSORBOARD_LOGGING_DIR from the environment instead"),
     "save_safetensors": Refusal(reason="models are always saved as safetensors; leave it out", passing=(True,)),
-    **_all("use --accelerator_config", "dispatch_batches"),
-    **_all(_GONE, "fp16_backend half_precision_backend fp16_opt_level use_mps_device use_ipex jit_mode_eval torchdynamo "
+    **_refuse("use --accelerator_config", "dispatch_batches"),
+    **_refuse(_REMOVED, "fp16_backend half_precision_backend fp16_opt_level use_mps_device use_ipex jit_mode_eval torchdynamo "
                   "tpu_num_cores tpu_metrics_debug past_index mp_parameters ray_scope xpu_backend split_batches "
                   "include_inputs_for_metrics include_tokens_per_second use_legacy_prediction_loop"),
 }  # fmt: skip
@@ -116,14 +116,14 @@ REFUSED_OPTIMIZERS: dict[str, str] = {
 REFUSED_ACCELERATOR_KEYS: dict[str, str] = {
     "split_batches": "every rank gets batches of --per_device_train_batch_size; leave it out",
     "dispatch_batches": "every rank reads its own samples; leave it out",
-    "even_batches": "ranks with fewer batches than others would leave these waiting for ever; leave it out",
+    "even_batches": "ranks with fewer batches would leave the others waiting forever; leave it out",
     "use_configured_state": "this job sets up DeepSpeed itself; leave it out",
 }
-"""Keys that have to keep accelerate's own value, which is true for `even_batches` alone."""
+"""Keys that must keep accelerate's default, which is true only for `even_batches`."""
 
 
 def refused_accelerator_key(settings: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first of accelerate's settings that can't be used, or None."""
+    """Return an error message for the first accelerate setting that can't be used, or None."""
     for key, reason in REFUSED_ACCELERATOR_KEYS.items():
         value = settings.get(key)
         if value is not None and bool(value) != (key == "even_batches"):

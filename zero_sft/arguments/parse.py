@@ -1,7 +1,7 @@
-"""From the words of a command line to checked plain values: names translated, types fitted, contradictions found.
+"""Parse a command line into checked plain values: translate names, convert types, find contradictions.
 
-Nothing here touches a device, a process group or a file other than the one named on the command line, and every rank
-comes to the same result. All problems are told at once.
+This touches no device, no process group and no file except the one that the command line names. Every rank gets the same
+result. One error lists all problems.
 """
 
 import functools
@@ -30,16 +30,16 @@ _POSITIVE = (
 )  # fmt: skip
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end")
 _NEVER_EMPTY = ("output_dir", "model_name_or_path", "sample_prompts", "data_cache_dir", "cache_dir", "chat_template")
-_ALWAYS = ("output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
+_ALWAYS_SET = ("output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parsed:
     """The arguments as plain values.
 
-    `training` holds what `build_training_arguments` takes: what was given, and always `output_dir`, `model_max_length`,
-    `optim`, `deepspeed` and `resume_from_checkpoint`. `notes` are lines for the log, one for each
-    translated name; `given` are the names that the user gave, as they are called today.
+    `training` is the input of `build_training_arguments`: the arguments that the user gave, and always `output_dir`,
+    `model_max_length`, `optim`, `deepspeed` and `resume_from_checkpoint`. `notes` are log lines, one per translated name.
+    `given` has the current names of the arguments that the user gave.
     """
 
     model: ModelArguments
@@ -50,19 +50,19 @@ class Parsed:
 
 
 def parse(argv: Sequence[str]) -> Parsed:
-    """Read a command line (without the program's name), and the file that it may name, under it. Does not communicate.
+    """Read a command line (without the program's name) and the arguments file that it may name. Does not communicate.
 
     Raises:
-        ArgumentError: unknown names with the nearest known ones, values of another type, refused names with what to use
-            instead, contradictions. One error tells all of them.
+        ArgumentError: unknown names, values of a wrong type, refused names, contradictions. One error lists all of them, with
+            the nearest known names and with replacements.
     """
-    known = specifications()
+    specs = specifications()
     read = option_names().read(argv)
     values = read.values
     read.require_usable(_contradictions(values))
-    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: known[name].default for name in _ALWAYS}}
+    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in _ALWAYS_SET}}
     for name, value in values.items():
-        groups[known[name].group][name] = value
+        groups[specs[name].group][name] = value
     model = ModelArguments(**groups[MODEL])
     groups[TRAINING]["trust_remote_code"] = model.trust_remote_code
     return Parsed(
@@ -76,28 +76,28 @@ def parse(argv: Sequence[str]) -> Parsed:
 
 @functools.cache
 def specifications() -> Mapping[str, OptionSpec]:
-    """Every argument of the three groups, by name, in the order of `--help`."""
+    """Return all arguments of the three groups by name, in the order of `--help`."""
     from zero_sft.arguments.training import TrainingArguments
 
     own = own_specifications()
-    inherited = specs_of(TrainingArguments, TRAINING)  # SFTConfig has a `trust_remote_code` too; the model's group owns it
+    inherited = specs_of(TrainingArguments, TRAINING)  # SFTConfig also has `trust_remote_code`; the group Model owns it
     return MappingProxyType({**own, **{name: spec for name, spec in inherited.items() if name not in own}})
 
 
 @functools.cache
 def option_names() -> OptionNames:
-    """Every name that the job understands: today's, the translated, the refused and the ignored."""
+    """Return all names that the job understands: current, translated, refused and ignored ones."""
     return OptionNames(specs=specifications(), translations=TRANSLATIONS, refusals=REFUSALS, removed=REMOVED, ignored=IGNORED)
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
-    """List what is wrong with values that are each right by themselves."""
+    """Return an error for each combination of values that can't be used, and for values out of range."""
     evaluates = values.get("eval_strategy", "no") != "no"
     optim = values.get("optim", "")
-    found = (
+    checks = (
         (
             values.get("bf16") and values.get("fp16"),
-            ArgumentError("--bf16 True and --fp16 True exclude each other: give one", code="arguments.contradiction"),
+            ArgumentError("--bf16 True and --fp16 True exclude each other: give only one", code="arguments.contradiction"),
         ),
         (
             values.get("label_smoothing_factor") and evaluates,
@@ -116,7 +116,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
         (
             values.get("save_strategy") == "best" and not values.get("metric_for_best_model"),
             ArgumentError(
-                "--save_strategy best needs a measure: give --metric_for_best_model loss", code="arguments.needs_metric"
+                "--save_strategy best needs a metric: give --metric_for_best_model loss", code="arguments.needs_metric"
             ),
         ),
         (
@@ -129,21 +129,21 @@ def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
         (
             not values.get("deepspeed", "zero3"),
             ArgumentError(
-                "--deepspeed is empty: this job shards the model with DeepSpeed ZeRO-3; give zero3 or a file",
+                "--deepspeed is empty, but this job shards the model with DeepSpeed ZeRO-3: give zero3 or a file",
                 code="arguments.deepspeed_empty",
             ),
         ),
     )
     problems = [*_out_of_range(values), *_without_evaluation_data(values, evaluates=evaluates)]
-    problems += [error for is_wrong, error in found if is_wrong]
-    problems += _precision_of_evaluation(values)
+    problems += [error for is_wrong, error in checks if is_wrong]
+    problems += _evaluation_precision(values)
     accelerator = values.get("accelerator_config")
     refused = refused_accelerator_key(accelerator) if isinstance(accelerator, Mapping) else None
     return [*problems, ArgumentError(refused, code="arguments.accelerator_key")] if refused else problems
 
 
 def _out_of_range(values: Mapping[str, Any]) -> list[ArgumentError]:
-    """List numbers that no run can have, and names that are empty."""
+    """Return an error for each number out of range and each empty name."""
     problems = not_positive(values, _POSITIVE)
     if values.get("max_steps", -1) < -1 or values.get("max_steps") == 0:
         problems.append(
@@ -153,35 +153,35 @@ def _out_of_range(values: Mapping[str, Any]) -> list[ArgumentError]:
             )
         )
     return problems + [
-        ArgumentError(f"--{name} is empty: is a variable not set?", code="arguments.empty")
+        ArgumentError(f"--{name} is empty: check that its variable is set", code="arguments.empty")
         for name in _NEVER_EMPTY
         if values.get(name) == ""
     ]
 
 
 def _without_evaluation_data(values: Mapping[str, Any], *, evaluates: bool) -> list[ArgumentError]:
-    """List the arguments that ask for an evaluation when there is no data for one."""
+    """Return an error for each argument that asks for an evaluation without data for it."""
     if values.get("eval_data_path") is not None:
         return []
-    wanted = [f"--{name} {values[name]}" for name in _NEED_EVALUATION_DATA if values.get(name)]
-    wanted += [f"--eval_strategy {values['eval_strategy']}"] if evaluates else []
+    requests = [f"--{name} {values[name]}" for name in _NEED_EVALUATION_DATA if values.get(name)]
+    requests += [f"--eval_strategy {values['eval_strategy']}"] if evaluates else []
     return [
         ArgumentError(
             f"{argument} needs conversations to evaluate on: give --eval_data_path", code="arguments.needs_evaluation_data"
         )
-        for argument in wanted
+        for argument in requests
     ]
 
 
-def _precision_of_evaluation(values: Mapping[str, Any]) -> list[ArgumentError]:
-    """The engine has one precision for all it does: DeepSpeed's "auto" would turn on training in the evaluation's."""
+def _evaluation_precision(values: Mapping[str, Any]) -> list[ArgumentError]:
+    """Return an error if evaluation and training differ in precision: DeepSpeed's "auto" would use one for both."""
     bf16, fp16 = values.get("bf16"), values.get("fp16", False)
-    trained = {"bf16": not fp16 if bf16 is None else bf16, "fp16": fp16}
+    is_trained_in = {"bf16": not fp16 if bf16 is None else bf16, "fp16": fp16}
     return [
         ArgumentError(
             f"--{name}_full_eval needs --{name} True as well: under DeepSpeed training and evaluation have one precision",
             code="arguments.evaluation_precision",
         )
-        for name, on in trained.items()
-        if values.get(f"{name}_full_eval") and not on
+        for name, is_on in is_trained_in.items()
+        if values.get(f"{name}_full_eval") and not is_on
     ]

@@ -1,1 +1,1 @@
-"""The ranks: where they run, how they talk to each other on the CPU, and how a job of them ends."""
+"""Ranks of a job: their layout on nodes, their CPU communication, and their joint success or failure."""

@@ -1,7 +1,7 @@
-"""Small exchanges on the CPU: all ranks' bytes or JSON values, over a gloo group that this package makes for itself.
+"""All-gather and broadcast of small payloads on the CPU, over a gloo group that this package creates.
 
-All traffic of this package goes through it, never through NCCL: it works before a GPU is touched, its waiting does not run
-on the training group's clock, and a dead peer is noticed by its closed socket. Payloads are bytes or JSON, never pickles.
+All communication of this package uses this group, never NCCL. The group works before a GPU is touched, its waiting does not
+count against the training group's timeout, and a closed socket reveals a dead peer. Payloads are bytes or JSON, never pickles.
 """
 
 import atexit
@@ -20,15 +20,15 @@ from zero_sft.cluster.node_layout import describe_rank, place_in_layout
 from zero_sft.cluster.world import World
 
 _SHORT_BYTES = 256
-"""What the first round of an exchange carries of each rank: 8 bytes of length, and the payload where it fits."""
+"""Bytes that each rank sends in the first round of an all-gather: 8 bytes of length, then the payload if it fits."""
 
 DOWNLOAD_TIMEOUT = datetime.timedelta(hours=24)
-"""How long ranks wait for a download by another rank."""
+"""Longest time that ranks wait while another rank downloads."""
 
 
 @dataclass(slots=True, kw_only=True)
 class ControlGroup:
-    """A gloo group of all ranks, the default group that it was made next to, and the world that the ranks agreed on."""
+    """A gloo group of all ranks, the default group that existed when it was created, and the world that the ranks agreed on."""
 
     group: Any
     default_group: Any
@@ -37,29 +37,29 @@ class ControlGroup:
 
 
 _control: ControlGroup | None = None  # set by `init_control_group`, cleared by `destroy_control_group`
-_bytes_sent = 0  # by the exchanges of this process; only ever counted up
+_bytes_sent = 0  # by this process, in all exchanges; never reset
 
 
 def init_control_group(world: World, devices: str, *, owns_default_group: bool) -> World:
-    """Make the control group, once per default group. Every rank; communicates.
+    """Create the control group, once per default group. Every rank; communicates.
 
     Args:
-        devices: which devices this rank may use, for `describe_rank`.
-        owns_default_group: whether this package has made the default group, and ends it with the control group.
+        devices: the devices that this rank may use, for `describe_rank`.
+        owns_default_group: True if this package created the default group and destroys it with the control group.
 
     Returns:
-        The world with the nodes that the ranks have agreed on. Whatever depends on a node needs this one.
+        The world with the node layout that the ranks agreed on. Code that depends on nodes must use this world.
 
     Raises:
-        ConfigError: two ranks of a node would take the same GPU.
-        DistributedError: the default group's size or rank is not this world's.
+        ConfigError: two ranks of a node would use the same GPU.
+        DistributedError: the default group has another size or rank than this world.
     """
     global _control
     if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.world_size):
         raise errors.DistributedError(
-            f"torch.distributed says rank {dist.get_rank()} of {dist.get_world_size()}, the launcher's variables say rank "
-            f"{world.rank} of {world.world_size}. Don't make a process group of another size before the load: ZeRO-3 would "
-            "silently keep the model whole.",
+            f"torch.distributed reports rank {dist.get_rank()} of {dist.get_world_size()}, but the launcher's variables say "
+            f"rank {world.rank} of {world.world_size}. Don't create a process group of another size before loading: "
+            "ZeRO-3 would silently leave the model unsharded.",
             code="cluster.process_group_of_another_size",
         )
     default = dist.group.WORLD
@@ -78,19 +78,19 @@ def init_control_group(world: World, devices: str, *, owns_default_group: bool) 
 
 def _open_board(world: World) -> NodeBoard | None:
     leader = world.node_leader
-    mates = [rank for rank, other in enumerate(world.node_leaders) if other == leader]
-    return open_board(leader, world.rank, mates, lambda value: all_gather_json(world, value))
+    node_ranks = [rank for rank, rank_leader in enumerate(world.node_leaders) if rank_leader == leader]
+    return open_board(leader, world.rank, node_ranks, lambda value: all_gather_json(world, value))
 
 
 def control_group() -> Any:
-    """The gloo group of this package; None before `init_control_group`."""
+    """Return the gloo group of this package, or None before `init_control_group`. Any rank; does not communicate."""
     return None if _control is None else _control.group
 
 
 def destroy_control_group() -> None:
-    """Destroy the gloo groups that were made here, at the program's end. Does not wait for other ranks.
+    """Destroy the gloo groups of this package. Registered with `atexit`; does not wait for other ranks.
 
-    Their threads would live on into the interpreter's exit, and can abort it with "terminate called".
+    Otherwise their threads outlive the interpreter and can abort its exit with "terminate called".
     """
     global _control
     if dist.is_initialized() and _control is not None and _control.default_group is dist.group.WORLD:
@@ -100,20 +100,20 @@ def destroy_control_group() -> None:
 
 
 def bytes_communicated() -> int:
-    """Bytes that this rank has put into exchanges of this package since the process began."""
+    """Return the bytes that this rank has sent through this module since the process began."""
     return _bytes_sent
 
 
 def all_gather_bytes(world: World, payload: bytes) -> list[bytes]:
-    """Give every rank every rank's `payload`, in rank order. Every rank; communicates."""
+    """Return the `payload` of every rank, in rank order. Every rank; communicates."""
     if world.world_size == 1:
         return [payload]
-    # A short payload travels with its length: one round of messages instead of two.
-    first = torch.zeros(_SHORT_BYTES, dtype=torch.uint8)
-    first[:8] = torch.frombuffer(bytearray(len(payload).to_bytes(8, "little")), dtype=torch.uint8)
+    # A short payload is sent together with its length: one round instead of two.
+    head = torch.zeros(_SHORT_BYTES, dtype=torch.uint8)
+    head[:8] = torch.frombuffer(bytearray(len(payload).to_bytes(8, "little")), dtype=torch.uint8)
     if 0 < len(payload) <= _SHORT_BYTES - 8:
-        first[8 : 8 + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    heads = _all_gather(first, world)
+        head[8 : 8 + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+    heads = _all_gather(head, world)
     sizes = [int.from_bytes(head[:8].numpy().tobytes(), "little") for head in heads]
     longest = max(sizes)
     if longest <= _SHORT_BYTES - 8:
@@ -123,17 +123,17 @@ def all_gather_bytes(world: World, payload: bytes) -> list[bytes]:
     return [gathered[:size].numpy().tobytes() for gathered, size in zip(_all_gather(padded, world), sizes, strict=True)]
 
 
-def _all_gather(mine: torch.Tensor, world: World) -> list[torch.Tensor]:
-    """Every rank's tensor of the same size, in rank order. Every rank; communicates."""
-    received = [torch.empty_like(mine) for _ in range(world.world_size)]
-    dist.all_gather(received, mine, group=control_group())
+def _all_gather(local: torch.Tensor, world: World) -> list[torch.Tensor]:
+    """Return the tensor of every rank, in rank order; all have the same size. Every rank; communicates."""
+    received = [torch.empty_like(local) for _ in range(world.world_size)]
+    dist.all_gather(received, local, group=control_group())
     global _bytes_sent
-    _bytes_sent += mine.numel() * (world.world_size - 1)
+    _bytes_sent += local.numel() * (world.world_size - 1)
     return received
 
 
 def broadcast_bytes(world: World, payload: bytes | None) -> bytes:
-    """Give every rank what rank 0 passes (the others pass None). Every rank; communicates."""
+    """Return the payload of rank 0 on every rank; the other ranks pass None. Every rank; communicates."""
     global _bytes_sent
     if world.world_size == 1:
         return payload or b""
@@ -150,5 +150,5 @@ def broadcast_bytes(world: World, payload: bytes | None) -> bytes:
 
 
 def all_gather_json(world: World, value: Any) -> list[Any]:
-    """`all_gather_bytes` for a JSON value. Every rank; communicates."""
+    """Return the JSON `value` of every rank, in rank order. Every rank; communicates."""
     return [json.loads(payload) for payload in all_gather_bytes(world, json.dumps(value).encode())]

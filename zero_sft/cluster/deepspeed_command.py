@@ -1,11 +1,11 @@
-"""What the shim of the `deepspeed` command (`zero_sft.launcher`) mends in DeepSpeed's runner, in that process alone.
+"""Fixes to DeepSpeed's runner that the shim of the `deepspeed` command (`zero_sft.launcher`) applies in its own process.
 
-- Two jobs on one machine take different master ports: DeepSpeed's default is the same for all.
-- SIGTERM, SIGINT and SIGHUP reach the ranks: DeepSpeed's runner ends by them, and leaves its child and the ranks behind.
-- Arguments reach the ranks through pdsh as they were given: DeepSpeed quotes blanks alone, and the remote shell reads the rest.
-- The command's status is not 0 if the node's launcher was killed.
+- Two jobs on one machine use different master ports. DeepSpeed's default port is the same for all jobs.
+- SIGTERM, SIGINT and SIGHUP reach the ranks. DeepSpeed's runner exits on them and leaves its child and the ranks running.
+- Arguments pass through pdsh unchanged. DeepSpeed quotes only blanks, so the remote shell interprets everything else.
+- The exit status is not 0 if the node's launcher was killed.
 
-Imports neither torch nor DeepSpeed. What is not where a DeepSpeed release has it is left as that release does it.
+Imports neither torch nor DeepSpeed. A DeepSpeed release without one of the patched names keeps its behaviour there.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ _JOB_HOSTFILE = "/job/hostfile"
 
 
 class _Processes:
-    """What the runner has started, in this process; `_Popen` adds, and the signal handler reads."""
+    """Children of the runner in this process: `_Popen` adds them, the signal handler reads them."""
 
     started: list["_Popen"] = []  # noqa: RUF012 - the one list
     signal_number: int = 0
 
 
 class _Popen(subprocess.Popen[bytes]):
-    """A process that is remembered."""
+    """A child process that is recorded in `_Processes`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +40,7 @@ class _Popen(subprocess.Popen[bytes]):
 
 
 def run(runner: Any) -> int:
-    """Run `runner.main`, of the module `deepspeed.launcher.runner`, and return the command's status."""
+    """Run `main` of `runner`, the module `deepspeed.launcher.runner`, and return the exit status of the command."""
     if hasattr(runner, "parse_args"):
         runner.parse_args = _with_free_port(runner.parse_args)
     if hasattr(runner, "PDSHRunner"):
@@ -48,7 +48,7 @@ def run(runner: Any) -> int:
     if getattr(runner, "subprocess", None) is subprocess:
         runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _Popen})
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, _pass_on)
     status = runner.main()
     if _Processes.signal_number:
@@ -61,13 +61,13 @@ def _with_free_port(parse_args: Any) -> Any:
     def parse(args: Sequence[str] | None = None) -> Any:
         parsed = parse_args(args)
         words = list(sys.argv[1:] if args is None else args)
-        own = words[: len(words) - len(getattr(parsed, "user_args", ())) - 1]
-        given = any(word.partition("=")[0] == "--master_port" for word in own)
+        launcher_words = words[: len(words) - len(getattr(parsed, "user_args", ())) - 1]
+        is_port_given = any(word.partition("=")[0] == "--master_port" for word in launcher_words)
         hostfile = getattr(parsed, "hostfile", "")
-        one_machine = not any(Path(name).is_file() for name in (hostfile, _JOB_HOSTFILE) if name)
-        if one_machine and (not given or not _is_free(parsed.master_port)):
+        is_one_machine = not any(Path(name).is_file() for name in (hostfile, _JOB_HOSTFILE) if name)
+        if is_one_machine and (not is_port_given or not _is_free(parsed.master_port)):
             port = _free_port()
-            if given:
+            if is_port_given:
                 sys.stderr.write(f"deepspeed: the master port {parsed.master_port} is taken, so this job takes {port}\n")
             parsed.master_port = port
         return parsed
@@ -77,7 +77,7 @@ def _with_free_port(parse_args: Any) -> Any:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe, contextlib.suppress(OSError, OverflowError):
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does: old connections don't matter
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store: closed connections don't matter
         probe.bind(("", port))
         return True
     return False
@@ -90,15 +90,15 @@ def _free_port() -> int:
 
 
 def _quote_for_pdsh(self: Any) -> list[str]:
-    """The user's arguments as pdsh and then the remote shell read them: `%` starts a name of pdsh's."""
+    """Quote the user's arguments for pdsh, which expands `%` sequences, and then for the remote shell."""
     return [shlex.quote(word).replace("%", "%%") for word in self.args.user_args]
 
 
 def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Send SIGTERM to what the runner has started, which ends its ranks; the runner then waits for it as ever."""
+    """Send SIGTERM to the runner's children, which then end their ranks; the runner waits for them as usual."""
     _Processes.signal_number = number
     if number == signal.SIGINT and _is_in_foreground():
-        return  # Ctrl-C: the terminal has sent it to all of them
+        return  # Ctrl-C: the terminal has already sent SIGINT to every process
     for process in _Processes.started:
         if process.returncode is None:
             with contextlib.suppress(OSError):

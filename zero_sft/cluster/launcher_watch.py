@@ -1,11 +1,11 @@
-"""A thread of each rank that ends it when its launcher has ended, or when a signal says so, also in the middle of a collective.
+"""End a rank when its launcher ends or a signal arrives, even in the middle of a collective.
 
-DeepSpeed's `deepspeed` command passes SIGTERM, SIGINT and SIGHUP on to nobody on one node: without this thread, its child and
-the ranks would train on. Watched are the launchers among the ancestors that a rank has at its start, so that nohup, setsid,
-srun, ssh, or a shell that ends, change nothing.
+On one node, DeepSpeed's `deepspeed` command does not forward SIGTERM, SIGINT and SIGHUP, so its child and the ranks would go on
+training. A thread in each rank watches the launchers among the rank's ancestors. nohup, setsid, srun, ssh, or a shell that ends
+change nothing.
 
-Python handles signals between two instructions of the main thread, which may wait for other ranks in native code for long; the
-thread learns of a signal at once (`signal.set_wakeup_fd`).
+Python handles a signal between two instructions of the main thread, which may wait in native code for other ranks for a long
+time. The thread receives the signal immediately (`signal.set_wakeup_fd`).
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from zero_sft.cluster import failure_report as failure
 POLL_SECONDS = 1.0
 
 LEAVING_SECONDS = 10.0
-"""How long a rank that is about to end may take, once its launcher is gone."""
+"""Time for a rank that is already ending to finish after its launcher is gone."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 _MODULES = frozenset(
@@ -38,15 +38,15 @@ _PROGRAMS = frozenset(["deepspeed", "ds", "torchrun", "accelerate", "mpirun", "m
 
 
 class _Watch:
-    """The one watching thread of this process; `watch_launcher` makes it."""
+    """The watching thread of this process; `watch_launcher` sets it."""
 
     thread: threading.Thread | None = None
     wakeup: tuple[socket.socket, socket.socket] | None = None
 
 
 def watch_launcher() -> None:
-    """Begin to watch; later calls change nothing. Call it from the main thread, as early as possible."""
-    if _Watch.thread is not None and _Watch.thread.is_alive():  # a forked child has none
+    """Start the watching thread; later calls do nothing. Call it from the main thread, as early as possible."""
+    if _Watch.thread is not None and _Watch.thread.is_alive():  # False in a forked child
         return
     launchers = find_launchers(psutil.Process().parents())
     receiver, sender = socket.socketpair()
@@ -55,7 +55,7 @@ def watch_launcher() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             if signal.getsignal(number) is signal.SIG_DFL:  # SIGHUP is ignored under nohup
-                signal.signal(number, _left_to_the_thread)
+                signal.signal(number, _leave_to_thread)
         signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_forget_in_child)
     _Watch.thread = threading.Thread(target=_watch, args=(launchers, receiver), name="zero_sft-watch", daemon=True)
@@ -63,17 +63,17 @@ def watch_launcher() -> None:
 
 
 def find_launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those of a process's ancestors that start ranks and wait for them; `launch.sh` leaves its number in a variable."""
-    found = []
+    """Return the ancestors that start ranks and wait for them; `launch.sh` puts its process id into a variable."""
+    launchers = []
     for process in ancestors:
         with contextlib.suppress(psutil.Error):
             if is_launcher(process.cmdline()) or str(process.pid) == os.environ.get("ZERO_SFT_LAUNCHER_PID"):
-                found.append(process)
-    return found
+                launchers.append(process)
+    return launchers
 
 
 def is_launcher(command: Sequence[str]) -> bool:
-    """True for the command line of a program that starts ranks: its interpreter's options may stand before its name."""
+    """Return True for the command line of a program that starts ranks, possibly behind options of the interpreter."""
     if not command:
         return False
     if Path(command[0]).name in _PROGRAMS:
@@ -91,7 +91,7 @@ def is_launcher(command: Sequence[str]) -> bool:
 
 
 def leave(status: int) -> None:
-    """End this process and its children at once, without destructors, which may wait for ranks that are gone."""
+    """End this process and its children immediately, without destructors, which may wait for lost ranks."""
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -103,31 +103,31 @@ def leave(status: int) -> None:
 
 
 def _forget_in_child() -> None:
-    """A forked child (a data loader's worker) has no such thread; a signal to it must end it, and not reach ours."""
+    """Restore default signal handling in a forked child (a DataLoader worker), which has no watching thread."""
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
-        if signal.getsignal(number) is _left_to_the_thread:
+        if signal.getsignal(number) is _leave_to_thread:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _left_to_the_thread(_number: int, _frame: FrameType | None) -> None:
-    """A handler in Python is what makes the interpreter write to the wakeup descriptor."""
+def _leave_to_thread(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: a Python handler must be set for the interpreter to write to the wakeup descriptor."""
 
 
 def _watch(launchers: Sequence[psutil.Process], receiver: socket.socket) -> None:
-    shown = {process: _shown(process) for process in launchers}
+    descriptions = {process: _describe(process) for process in launchers}
     while True:
         readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
         for number in receiver.recv(64) if readable else b"":
-            ours = number in _SIGNALS and signal.getsignal(number) is _left_to_the_thread
-            if ours and failure.report_signal(signal.Signals(number).name):
+            is_handled_here = number in _SIGNALS and signal.getsignal(number) is _leave_to_thread
+            if is_handled_here and failure.report_signal(signal.Signals(number).name):
                 leave(128 + number)
         ended = next((process for process in launchers if not _is_running(process)), None)
         if ended is not None:
-            if failure.report_orphan(shown[ended]):
+            if failure.report_orphan(descriptions[ended]):
                 leave(1)
             time.sleep(LEAVING_SECONDS)
-            leave(1)  # this rank was about to end, and has not
+            leave(1)  # this rank was already ending, but has not finished
 
 
 def _is_running(process: psutil.Process) -> bool:
@@ -136,7 +136,7 @@ def _is_running(process: psutil.Process) -> bool:
     return False
 
 
-def _shown(process: psutil.Process) -> str:
+def _describe(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         words = process.cmdline()
         name = next((word for word in words if Path(word).name in _PROGRAMS or word in _MODULES), words[0])

@@ -1,17 +1,18 @@
-"""Too little memory: how to tell that it ended a process, and what to do about it."""
+"""Recognise errors caused by too little memory, and advise on remedies."""
 
 import contextlib
 from pathlib import Path
 
 TOO_LITTLE_MEMORY = (
-    "Give a device fewer tokens at a time: a smaller --per_device_train_batch_size (and more --gradient_accumulation_steps), a "
-    "smaller --model_max_length, --activation_checkpointing True; or use more ranks, or --deepspeed zero3_offload. "
-    "python -m zero_sft.estimate tells what a step needs."
+    "Process fewer tokens per device and step: use a smaller --per_device_train_batch_size (and more "
+    "--gradient_accumulation_steps), a smaller --model_max_length, --activation_checkpointing True; or use more ranks, or "
+    "--deepspeed zero3_offload. "
+    "python -m zero_sft.estimate shows what a step needs."
 )
 
 
 def kernel_kills() -> int:
-    """Processes that the kernel has killed for lack of memory, since the host started."""
+    """Return the number of processes that the kernel has killed for lack of memory since the host booted."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -20,10 +21,10 @@ def kernel_kills() -> int:
 
 
 def is_device_memory(error: BaseException) -> bool:
-    """True for an error that says that a device has too little memory: torch's, without importing it."""
+    """Return True if a device ran out of memory. Matches torch's class by name, so that torch is not imported."""
     return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
 
 
 def is_host_memory(error: BaseException) -> bool:
-    """True for an error that says that the host has too little memory."""
+    """Return True if the host ran out of memory."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)

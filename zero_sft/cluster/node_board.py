@@ -1,7 +1,7 @@
-"""A few bytes that the ranks of a node share, so that one of them speaks when the job fails, for whichever has died.
+"""Shared memory of a node's ranks, with which one of them claims to report a failure, even if others have died.
 
-A file in shared memory, unlinked as soon as every rank has it open: it goes away with the last process, however that ends.
-Left out: a store over the network, which goes away with rank 0.
+It is a file in shared memory that is unlinked once every rank has opened it, so that it disappears with the last process.
+Left out: a store over the network, which disappears with rank 0.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 class NodeBoard:
-    """The ranks of a node and their processes, and whether one of them has spoken.
+    """The ranks of a node, their processes, and whether one of them has reported a failure.
 
     Args:
-        path: a file of one byte, the same for all ranks of the node.
-        processes: rank → process id and time of its start, of the ranks of the node.
+        path: a file of one byte, shared by all ranks of the node.
+        processes: rank → (process id, start time), for the ranks of the node.
     """
 
     def __init__(self, path: Path, processes: dict[int, tuple[int, float]]) -> None:
@@ -32,29 +32,29 @@ class NodeBoard:
         self._processes = processes
 
     def claim(self) -> bool:
-        """True for the first caller on the node, which then speaks for all."""
+        """Return True for the first caller on the node, which then reports for all."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
-            first = self._memory[0] == 0
+            is_first = self._memory[0] == 0
             self._memory[0] = 1
-            return first
+            return is_first
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
     @property
     def is_claimed(self) -> bool:
-        """True if a rank of the node has spoken or is about to."""
+        """True if a rank of the node has reported a failure or is about to."""
         return self._memory[0] != 0
 
     def dead_ranks(self) -> dict[int, int]:
-        """Rank → process id of the node's ranks that have ended."""
+        """Return rank → process id for the ranks of the node that have ended."""
         return {rank: pid for rank, (pid, started) in self._processes.items() if not _is_alive(pid, started)}
 
 
 def describe_process() -> tuple[int, float]:
-    """This process's id and the time of its start, for `NodeBoard`."""
-    own = psutil.Process()
-    return own.pid, own.create_time()
+    """Return (process id, start time) of this process, for `NodeBoard`."""
+    process = psutil.Process()
+    return process.pid, process.create_time()
 
 
 def _is_alive(pid: int, started: float) -> bool:
@@ -66,12 +66,12 @@ def _is_alive(pid: int, started: float) -> bool:
 
 
 def open_board(leader: int, rank: int, node_ranks: Sequence[int], exchange: Callable[[Any], list[Any]]) -> NodeBoard | None:
-    """The board of this rank's node, or None where its ranks can't see each other's files. Every rank; communicates.
+    """Open the board of this rank's node; None if its ranks can't see each other's files. Every rank; communicates.
 
     Args:
-        leader: the rank that makes the file.
-        node_ranks: the ranks on this node, `rank` among them.
-        exchange: gives every rank's JSON value to all, in rank order.
+        leader: the rank that creates the file.
+        node_ranks: the ranks on this node, including `rank`.
+        exchange: an all-gather of JSON values, in rank order.
     """
     path = None
     if rank == leader:
@@ -80,12 +80,12 @@ def open_board(leader: int, rank: int, node_ranks: Sequence[int], exchange: Call
             os.write(handle, b"\0")
             os.close(handle)
             path = Path(name)
-    told = exchange([str(path or ""), *describe_process()])
-    processes = {other: (int(told[other][1]), float(told[other][2])) for other in node_ranks}
+    gathered = exchange([str(path or ""), *describe_process()])
+    processes = {node_rank: (int(gathered[node_rank][1]), float(gathered[node_rank][2])) for node_rank in node_ranks}
     board = None
     with contextlib.suppress(OSError, ValueError):
-        board = NodeBoard(Path(told[leader][0]), processes) if told[leader][0] else None
-    exchange(None)  # all have it open
+        board = NodeBoard(Path(gathered[leader][0]), processes) if gathered[leader][0] else None
+    exchange(None)  # every rank has opened the file
     if path is not None:
         path.unlink(missing_ok=True)
     return board

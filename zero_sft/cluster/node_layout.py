@@ -1,8 +1,8 @@
-"""Which ranks share a node: decided by the ranks together, from the hosts that they run on, whatever the launcher says.
+"""Find out which ranks share a node, from the hosts that they run on and not from the launcher's variables.
 
-Ranks share a node if they see the same boot of the same kernel, the same host name and the same `/dev/shm`: that is what
-they need to hand each other files in memory. Two containers on one machine are two nodes, and so are two machines that are
-both called "localhost". Pure, but for `describe_rank`.
+Ranks share a node if they have the same boot id, host name and `/dev/shm`, because they exchange files in shared memory. Two
+containers on one machine count as two nodes; so do two machines that are both called "localhost". All functions are pure,
+except `describe_rank`.
 """
 
 import os
@@ -20,7 +20,11 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def describe_rank(world: World, devices: str) -> dict[str, Any]:
-    """What a rank tells the others, JSON-able. `devices`: "cpu", or the kind of device and the visible ones."""
+    """Return the JSON-able description that a rank sends to the others.
+
+    Args:
+        devices: "cpu", or the kind of device and the visible ones.
+    """
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     return {
         "host": _host_identity(),
@@ -38,37 +42,40 @@ def _host_identity() -> str:
 
 
 def place_in_layout(world: World, ranks: Sequence[Mapping[str, Any]]) -> World:
-    """The world with its nodes, as every rank's `describe_rank` tells, in rank order.
+    """Return the world with its node layout.
+
+    Args:
+        ranks: the `describe_rank` of every rank, in rank order.
 
     Raises:
-        ConfigError: two ranks of a node would take the same GPU; the same error on every rank.
+        ConfigError: two ranks of a node would use the same GPU; the same error on every rank.
     """
-    first: dict[str, int] = {}
-    leaders = tuple(first.setdefault(rank["host"], number) for number, rank in enumerate(ranks))
+    leader_of_host: dict[str, int] = {}
+    leaders = tuple(leader_of_host.setdefault(rank["host"], number) for number, rank in enumerate(ranks))
     clash = _first_clash(ranks, leaders)
     local_rank = world.local_rank
     if clash and all(rank["devices"] == "cpu" for rank in ranks):
-        local_rank = leaders[: world.rank].count(leaders[world.rank])  # there is no device to clash about
+        local_rank = leaders[: world.rank].count(leaders[world.rank])  # CPU ranks can't clash over a device
     elif clash:
-        one, other = clash
+        first_rank, second_rank = clash
         raise errors.ConfigError(
-            f"ranks {one} and {other} both run on {ranks[one]['name']} with LOCAL_RANK={ranks[one]['local_rank']}, so they "
-            "would take the same GPU. Start the job with ./launch.sh, deepspeed, torchrun or srun, or give each rank of a "
-            "node its own LOCAL_RANK.",
+            f"ranks {first_rank} and {second_rank} both run on {ranks[first_rank]['name']} with "
+            f"LOCAL_RANK={ranks[first_rank]['local_rank']}, so they would use the same GPU. Start the job with "
+            "./launch.sh, deepspeed, torchrun or srun, or give each rank of a node its own LOCAL_RANK.",
             code="cluster.local_rank_shared",
         )
-    mates = [rank for rank, leader in zip(ranks, leaders, strict=True) if leader == leaders[world.rank]]
+    node_ranks = [rank for rank, leader in zip(ranks, leaders, strict=True) if leader == leaders[world.rank]]
     return replace(
         world,
         local_rank=local_rank,
-        local_world_size=len(mates),
+        local_world_size=len(node_ranks),
         node_leaders=leaders,
-        cpu_cores=_own_cores(ranks[world.rank]["cpus"], [mate["cpus"] for mate in mates]),
+        cpu_cores=_core_share(ranks[world.rank]["cpus"], [rank["cpus"] for rank in node_ranks]),
     )
 
 
 def _first_clash(ranks: Sequence[Mapping[str, Any]], leaders: Sequence[int]) -> tuple[int, int] | None:
-    """Two ranks of a node with the same device, or None."""
+    """Return two ranks of a node that have the same device, or None."""
     seen: dict[tuple[Any, ...], int] = {}
     for number, (rank, leader) in enumerate(zip(ranks, leaders, strict=True)):
         other = seen.setdefault((leader, rank["local_rank"], rank["devices"]), number)
@@ -77,11 +84,15 @@ def _first_clash(ranks: Sequence[Mapping[str, Any]], leaders: Sequence[int]) -> 
     return None
 
 
-def _own_cores(own: str, mates: Sequence[str]) -> int:
-    """The cores that a rank may use, each shared among the ranks of the node that may use it: at least 1."""
-    masks = [int(mate, 16) for mate in mates]
-    own_mask = int(own, 16)
-    if all(mask == own_mask for mask in masks):
-        return max(1, own_mask.bit_count() // len(masks))
-    cores = [core for core in range(own_mask.bit_length()) if own_mask >> core & 1]
+def _core_share(cpus: str, node_cpus: Sequence[str]) -> int:
+    """Return a rank's share of its CPU cores, at least 1. Each core is divided among the ranks of the node that may use it.
+
+    Args:
+        cpus: the rank's CPU mask in hexadecimal; `node_cpus` has those of all ranks of the node.
+    """
+    masks = [int(rank_cpus, 16) for rank_cpus in node_cpus]
+    rank_mask = int(cpus, 16)
+    if all(mask == rank_mask for mask in masks):
+        return max(1, rank_mask.bit_count() // len(masks))
+    cores = [core for core in range(rank_mask.bit_length()) if rank_mask >> core & 1]
     return max(1, int(sum(1 / sum(mask >> core & 1 for mask in masks) for core in cores) + 1e-9))

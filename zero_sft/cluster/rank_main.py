@@ -1,4 +1,4 @@
-"""The outermost frame of a rank: from its launcher's variables to its exit status."""
+"""Outermost function of a rank's process: from the launcher's variables to the exit status."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from zero_sft.cluster.world import World
 
 
 def run_rank(body: Callable[[World], None]) -> int:
-    """Run a rank's part of a job, and return its exit status; whatever fails is said once in the job. Every rank.
+    """Run `body` on this rank and return the exit status; a failure is reported once in the whole job. Every rank.
 
-    The rank ends with its launcher, and by SIGTERM, also while `body` waits for other ranks.
+    The rank ends when its launcher ends or on SIGTERM, even while `body` waits for other ranks.
     """
     watch_launcher()
     failure.begin_job(World())
@@ -20,7 +20,7 @@ def run_rank(body: Callable[[World], None]) -> int:
         body(world)
     except KeyboardInterrupt:
         return failure.report_interrupt()
-    except Exception as error:  # noqa: BLE001 - whatever it is, one rank says it
+    except Exception as error:  # noqa: BLE001 - one rank reports it, whatever it is
         return failure.report_failure(error)
     failure.end_job()
     return 0

@@ -1,7 +1,7 @@
-"""Stages that can fail: every rank passes, or every rank raises the same error.
+"""Stages that either succeed on every rank or raise the same error on every rank.
 
-`collective_stage` runs code that may fail on any rank, and ends in a small all-gather. `require_identical` compares what all
-ranks must hold alike. Both use the control group (`control_group.py`); no weight passes through it.
+`collective_stage` runs code that may fail on any rank and ends with a small all-gather. `require_identical` checks that all
+ranks hold the same values. Both use the control group (`control_group.py`), which never carries weights.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STAGE_TIMEOUT = datetime.timedelta(minutes=30)
-"""How long ranks wait at the end of a stage for the slowest one before the error names it."""
+"""Longest time that ranks wait for the slowest rank at the end of a stage."""
 
 
 @dataclass(slots=True)
 class StageResult:
-    """What ranks exchange at the end of a `collective_stage`.
+    """Values that ranks exchange at the end of a `collective_stage`.
 
     Attributes:
-        local: this rank's JSON value; set it inside the stage.
-        gathered: all ranks' values, in rank order; there after the stage.
-        must_match: a name and JSON-able values that all ranks must hold alike, as in `require_identical`; all ranks set it, or
-            none.
+        local: the JSON value of this rank; set it inside the stage.
+        gathered: the values of all ranks, in rank order; available after the stage.
+        must_match: a name and JSON-able values that must be equal on all ranks, as in `require_identical`. Either all ranks
+            set it or none does.
     """
 
     local: Any = None
@@ -47,13 +47,14 @@ class StageResult:
 
 @contextlib.contextmanager
 def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[StageResult]:
-    """Run a stage that can fail on any rank, and let all ranks pass or raise together. Every rank; communicates at the end.
+    """Run a stage that may fail on any rank; all ranks pass or raise together. Every rank; communicates at the end.
 
-    Nothing inside may communicate: a rank that fails leaves early. The error raised is the one of the lowest failing rank,
-    in its own class if it is one of `zero_sft.errors`, else as a `DistributedError` that names its type.
+    Code inside must not communicate, because a failing rank leaves the stage early. All ranks raise the error of the lowest
+    failing rank. It keeps its class if that is one of `zero_sft.errors`; otherwise it becomes a `DistributedError` that names
+    its type.
 
     Raises:
-        ZeroSftError: on every rank, if any rank failed, or did not get here within `timeout`.
+        ZeroSftError: on every rank, if a rank failed or did not finish the stage within `timeout`.
     """
     with failures.stage(name):
         yield from _collective_stage(world, name, timeout)
@@ -64,7 +65,7 @@ def _collective_stage(world: World, name: str, timeout: datetime.timedelta) -> I
     result = StageResult()
     try:
         yield result
-    except Exception as error:  # noqa: BLE001 - whatever it is, the others must not be left waiting
+    except Exception as error:  # noqa: BLE001 - the other ranks must learn of any failure
         failure = error
     if world.world_size == 1:
         if failure is not None:
@@ -85,8 +86,8 @@ def _collective_stage(world: World, name: str, timeout: datetime.timedelta) -> I
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
         message += f"\n(rank {failed[0]} of {world.world_size} while {name}; failed: rank {ranks})"
-    says_no_more = isinstance(failure, errors.ZeroSftError)
-    raise _rebuilt(kind, message, codes) from None if says_no_more else failure
+    has_own_message = isinstance(failure, errors.ZeroSftError)
+    raise _recreate(kind, message, codes) from None if has_own_message else failure
 
 
 def _await_all(stage: str, timeout: datetime.timedelta) -> None:
@@ -95,21 +96,20 @@ def _await_all(stage: str, timeout: datetime.timedelta) -> None:
         dist.monitored_barrier(group=control_group(), timeout=timeout, wait_all_ranks=True)
     except RuntimeError as error:
         seconds = time.monotonic() - start
-        named = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
-        ranks = f"rank {named[1].strip()}" if named else "a rank"
+        match = re.search(r"[Rr]anks? ([\d, ]+) failed to pass", str(error))
+        ranks = f"rank {match[1].strip()}" if match else "a rank"
         if seconds < 0.9 * timeout.total_seconds():
             raise errors.RankLostError(
-                f"{ranks} ended while the others were at '{stage}'. Its own output says why; without one, it was killed.",
+                f"{ranks} ended while the others were at '{stage}'. Its output shows why; without output, it was killed.",
                 code="cluster.rank_lost",
             ) from error
         raise errors.RankLostError(
-            f"{ranks} did not come to the end of '{stage}' within {timeout}. Its storage or its network hangs; look at its "
-            "host.",
+            f"{ranks} did not reach the end of '{stage}' within {timeout}; check its host, whose storage or network may hang.",
             code="cluster.rank_late",
         ) from error
 
 
-def _rebuilt(kind: str, message: str, codes: Sequence[str]) -> errors.ZeroSftError:
+def _recreate(kind: str, message: str, codes: Sequence[str]) -> errors.ZeroSftError:
     cls = getattr(errors, kind, None)
     if isinstance(cls, type) and issubclass(cls, errors.ZeroSftError):
         error = cls(message, code=codes[0], listed=codes[1:])
@@ -122,29 +122,29 @@ def _rebuilt(kind: str, message: str, codes: Sequence[str]) -> errors.ZeroSftErr
 def run_stage(
     world: World, name: str, action: Callable[[], T], *, main_first: bool, timeout: datetime.timedelta = STAGE_TIMEOUT
 ) -> T:
-    """Run `action` on every rank in a `collective_stage`, and return its result. Every rank; communicates.
+    """Run `action` on every rank in a `collective_stage` and return its result. Every rank; communicates.
 
-    With `main_first` it runs on rank 0, then on one rank of each other node, then on the others. That is for what one rank
-    leaves in a folder that others may share: transformers copies custom code to one, data is prepared into one. Each turn may
-    take `timeout`.
+    With `main_first`, it runs on rank 0 first, then on one rank of each other node, then on the remaining ranks. Use it for
+    files that one rank writes to a folder that others may share, such as transformers' custom code or prepared data. `timeout`
+    applies to each turn.
     """
     turns = 3 if main_first else 1
-    own_turn = min(turns - 1, 0 if world.is_main else 1 if world.leads_node else 2)
+    local_turn = min(turns - 1, 0 if world.is_main else 1 if world.leads_node else 2)
     results: list[T] = []
     for turn in range(turns):
         with collective_stage(world, name, timeout):
-            if turn == own_turn:
+            if turn == local_turn:
                 results.append(action())
     return results[0]
 
 
 def require_identical(world: World, what: str, values: Mapping[str, Any]) -> None:
-    """Raise one error on every rank unless all ranks hold the same JSON-able `values`. Every rank; communicates.
+    """Raise the same error on every rank unless all ranks hold equal JSON-able `values`. Every rank; communicates.
 
-    A digest is compared first; the values themselves travel only when it differs.
+    Ranks compare a digest first and exchange the values only if it differs.
 
     Raises:
-        DistributedError: naming the keys that differ, with each variant and the ranks that hold it.
+        DistributedError: with the keys that differ, each variant, and the ranks that hold it.
     """
     _require_identical(world, what, values, all_gather_json(world, _digest(values)))
 
@@ -160,15 +160,15 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _require_identical(world: World, what: str, values: Mapping[str, Any], digests: Sequence[str]) -> None:
-    """Do what `require_identical` does, where every rank's `_digest` is known."""
+    """Do the same as `require_identical`, with the `_digest` of every rank."""
     if len(set(digests)) == 1:
         return
     gathered = all_gather_json(world, _canonical(values))
     lines = []
-    for key in sorted({key for of_rank in gathered for key in of_rank}):
+    for key in sorted({key for rank_values in gathered for key in rank_values}):
         variants: dict[str, list[int]] = {}
-        for rank, of_rank in enumerate(gathered):
-            variants.setdefault(of_rank.get(key, "(absent)"), []).append(rank)
+        for rank, rank_values in enumerate(gathered):
+            variants.setdefault(rank_values.get(key, "(absent)"), []).append(rank)
         if len(variants) > 1:
             shown = "; ".join(f"{text[:200]} on rank {', '.join(map(str, ranks))}" for text, ranks in variants.items())
             lines.append(f"  {key}: {shown}")

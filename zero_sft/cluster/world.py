@@ -1,7 +1,7 @@
-"""Who is who: plain data, detected once from a launcher's variables and passed in.
+"""Rank, world size and node layout as plain data, detected once from the launcher's variables and passed in.
 
-A launcher tells a rank its number and the number of ranks. The ranks of its node are counted again when the ranks are
-connected (`cluster/layout.py`), since launchers name them differently, wrongly for uneven nodes, or not at all.
+A launcher gives a rank its number and the number of ranks. The ranks themselves determine the nodes once they can communicate
+(`cluster/node_layout.py`): launchers name these variables differently, set them wrongly for uneven nodes, or omit them.
 """
 
 import os
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from zero_sft import errors
 
 _RESERVED_STEPS = 0xFFFFFFF0
-"""SLURM numbers the steps of a batch script, of a node's daemon and of salloc's shell from here on."""
+"""First of the step ids that SLURM reserves, for batch scripts, node daemons and the shells of salloc."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """This process among its peers: `0 <= rank < world_size`.
+    """The position of this process among the ranks: `0 <= rank < world_size`.
 
-    `local_rank` is the launcher's: the number of the rank's device among the visible ones. `local_world_size` is the number
-    of ranks on the rank's node, and `node_leaders[r]` the lowest rank on the node of rank `r`; empty before `connect`.
-    `cpu_cores` are those that the rank has to itself.
+    `local_rank` comes from the launcher and is the index of the rank's device among the visible ones. `local_world_size` is the
+    number of ranks on the rank's node. `node_leaders[r]` is the lowest rank on the node of rank `r`; it is empty before
+    `init_control_group`. `cpu_cores` is the rank's share of the node's CPU cores.
     """
 
     rank: int = 0
@@ -34,12 +34,12 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that talks to the person."""
+        """True on rank 0, which reports to the user."""
         return self.rank == 0
 
     @property
     def node_leader(self) -> int:
-        """The rank that does for its node what is done once a node."""
+        """The rank that does the work that is needed once per node."""
         return self.node_leaders[self.rank] if self.node_leaders else self.rank - self.local_rank
 
     @property
@@ -49,7 +49,7 @@ class World:
 
     @property
     def node_group_size(self) -> int:
-        """The largest n that divides `world_size` such that ranks [i*n, (i+1)*n) are on one node, for each i."""
+        """The largest n that divides `world_size` such that, for each i, ranks [i*n, (i+1)*n) are on one node."""
         if not self.node_leaders:
             return self.local_world_size
         return next(size for size in range(self.local_world_size, 0, -1) if self._groups_fit(size))
@@ -60,10 +60,10 @@ class World:
 
     @classmethod
     def detect(cls, environ: Mapping[str, str] | None = None) -> "World":
-        """Read the launcher's variables; without any, this is a process alone.
+        """Read the launcher's variables; without any, the world has one rank. Any rank; does not communicate.
 
-        Looked for in this order: torchrun's and DeepSpeed's, Open MPI's, MVAPICH's, Hydra's (MPICH, Intel MPI), those of a
-        SLURM step. Those of MPI stand before SLURM's, whose are then of the processes that start the ranks.
+        The order is: torchrun and DeepSpeed, Open MPI, MVAPICH, Hydra (MPICH, Intel MPI), a SLURM step. MPI comes before
+        SLURM, because SLURM's variables then describe the processes that start the ranks.
 
         Raises:
             ConfigError: variables that are not numbers or contradict each other.
@@ -75,13 +75,13 @@ class World:
                 return launcher.read(env)
         if _is_slurm_task(env):
             return _SLURM.read({**env, **_slurm_node_tasks(env)})
-        _require_no_half(env)
+        _require_rank_and_world_size(env)
         return cls()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Variables:
-    """The variables of a launcher; of several names for one thing, the first that is set counts."""
+    """Names of a launcher's variables; where several are listed, the first one that is set is used."""
 
     rank: str
     world_size: tuple[str, ...]
@@ -89,7 +89,7 @@ class _Variables:
     local_world_size: tuple[str, ...]
 
     def read(self, env: Mapping[str, str]) -> World:
-        """The world that they tell of."""
+        """Return the world that the variables describe."""
         names = (
             self.rank, _first_set(env, self.world_size), self.local_rank, _first_set(env, self.local_world_size),
         )  # fmt: skip
@@ -144,15 +144,15 @@ def _unusable(problem: str, names: tuple[str, ...], env: Mapping[str, str]) -> e
     values = ", ".join(f"{name}={env.get(name, '(not set)')}" for name in names)
     return errors.ConfigError(
         f"the launcher's variables {problem}. Found: {values}. Start the job with ./launch.sh, deepspeed, torchrun, mpirun or "
-        "srun, and unset what a former job has left.",
+        "srun, and unset variables left by a former job.",
         code="cluster.bad_launcher_variables",
     )
 
 
 def _is_slurm_task(env: Mapping[str, str]) -> bool:
-    """True in a task that srun started, False in a batch script and in the shells of `salloc` and `srun --pty`.
+    """Return True in a task that srun started, False in a batch script or a shell of `salloc` or `srun --pty`.
 
-    Those shells have the variables of a task, and hand them on to every program.
+    Such a shell has the variables of a task and passes them on to every program.
     """
     step = env.get("SLURM_STEP_ID", "")
     if "SLURM_PROCID" not in env or not step.isdigit() or int(step) >= _RESERVED_STEPS:
@@ -161,14 +161,14 @@ def _is_slurm_task(env: Mapping[str, str]) -> bool:
 
 
 def _slurm_node_tasks(env: Mapping[str, str]) -> dict[str, str]:
-    """This node's tasks, from SLURM's list of all nodes': "2(x3),1" on node 3 → 1."""
+    """Return the number of tasks on this node, from SLURM's list for all nodes. Worked example: "2(x3),1" on node 3 → 1."""
     listed = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE") or ""
     tasks: list[str] = []
     for part in listed.split(",") if listed else ():
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
             raise errors.ConfigError(
-                f"SLURM's list of tasks per node is not readable: {listed!r}. Start the job with srun.",
+                f"SLURM's list of tasks per node can't be parsed: {listed!r}. Start the job with srun.",
                 code="cluster.bad_launcher_variables",
             )
         tasks += [match[1]] * int(match[2] or 1)
@@ -176,12 +176,12 @@ def _slurm_node_tasks(env: Mapping[str, str]) -> dict[str, str]:
     return {"_SLURM_NODE_TASKS": tasks[min(node, len(tasks) - 1)]} if tasks else {}
 
 
-def _require_no_half(env: Mapping[str, str]) -> None:
-    """A process with one of RANK and WORLD_SIZE was meant to be one of several, unless the value is a lone process's."""
-    for name, other, lone in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
-        if env.get(name, lone) != lone and other not in env:
+def _require_rank_and_world_size(env: Mapping[str, str]) -> None:
+    """Raise if only one of RANK and WORLD_SIZE is set, unless it has the value of a single process."""
+    for name, other, single_value in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if env.get(name, single_value) != single_value and other not in env:
             raise errors.ConfigError(
                 f"{name}={env[name]} is set, but {other} is not. Start the job with ./launch.sh, deepspeed, torchrun, mpirun "
-                f"or srun; for one process alone, unset {name}.",
+                f"or srun; for a single process, unset {name}.",
                 code="cluster.launcher_variable_missing",
             )

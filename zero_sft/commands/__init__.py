@@ -1,1 +1,1 @@
-"""The commands next to the training job, which take its options under the same names: `estimate`, `data`."""
+"""Commands in addition to the training job, with the same option names: `estimate` and `data`."""

@@ -1,4 +1,4 @@
-"""What a training will see of its data, beforehand: counts, lengths, and samples with what is trained on marked.
+"""Report on training data before a run: counts, lengths, and samples with the trained tokens marked.
 
 python -m zero_sft.data --model_name_or_path /models/Llama-3.1-8B --data_path my.json --show 3
 """
@@ -42,21 +42,19 @@ _TRAINING = ("model_max_length", "per_device_train_batch_size", "seed", "data_se
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportArguments:
-    """What is shown."""
+    """Options of the report."""
 
-    show: int = field(
-        default=0, metadata={"help": "Print the first samples, this many, with what is trained on in colour or ⟦brackets⟧."}
-    )
-    plot: str | None = field(default=None, metadata={"help": "A picture to draw: the histogram of lengths."})
+    show: int = field(default=0, metadata={"help": "Print this many samples, with the trained tokens in colour or ⟦brackets⟧."})
+    plot: str | None = field(default=None, metadata={"help": "File for a plot of the histogram of lengths."})
 
 
 def command() -> Command:
-    """The command and its options."""
+    """Return the command and its options."""
     model = [*shared_options(["model_name_or_path"], default=None), *shared_options(_HUB)]
     data, training = shared_options(_DATA), shared_options(_TRAINING)
     return Command(
         program="python -m zero_sft.data",
-        description="Show what a training will see of its data: counts, lengths, and samples with what is trained on marked.",
+        description="Report on training data before a run: counts, lengths, and samples with the trained tokens marked.",
         groups={"Model": model, "Data": data, "Training": training, "Output": list(specs_of(ReportArguments, "").values())},
         required=("model_name_or_path", "data_path"),
         positive=("model_max_length", "per_device_train_batch_size", "dataset_num_proc"),
@@ -65,7 +63,7 @@ def command() -> Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         return write_help(argv, command().help_text)
@@ -90,7 +88,7 @@ def _report(options: Any) -> None:
 
     quieten_transformers(World())
     console = Console(soft_wrap=True, highlight=False, emoji=False)
-    options.lazy_preprocess = False  # the report is about lengths
+    options.lazy_preprocess = False  # the report needs the lengths
     source = _source(options)
     tokenizer, config = _tokenizer(source, options), _config(source, options)
     packing = _packing(options, config)
@@ -130,21 +128,21 @@ def _tokenizer(source: "ModelSource", options: Any) -> Any:
 
 
 def _config(source: "ModelSource", options: Any) -> Any:
-    """The language model's."""
+    """Return the config of the language model."""
     from zero_sft.config import prepare_config_from, text_config
 
     return text_config(prepare_config_from(source, World(), model_max_length=options.model_max_length))
 
 
 def _packing(options: Any, config: Any) -> "PackingDecision":
-    """As the job would decide."""
+    """Return the job's decision on packing."""
     from zero_sft.data.packing import resolve_packing
 
     return resolve_packing(options.packing, config, attention=None, lazy=options.lazy_preprocess)
 
 
 def _notes(packing: "PackingDecision", prepared: "PreparedDataset", options: Any) -> list[str]:
-    """How the job makes its batches, as far as those of one rank tell, and what a trained token costs."""
+    """Return lines on how the job forms batches, as far as one rank shows, and on the cost per trained token."""
     from zero_sft.data.packing import packing_unless_too_few
     from zero_sft.data.padding_cost import ALIKE, AT_RANDOM, PACKED, cost_lines
 
@@ -164,17 +162,16 @@ def _notes(packing: "PackingDecision", prepared: "PreparedDataset", options: Any
 
 
 def _trained_tokens(dataset: Any) -> int:
-    """Of all rows, those of a mixture as often as they are in it."""
+    """Count the trained tokens of all rows; rows that a mixture repeats count each time."""
     from zero_sft.data.tokenize import IGNORE_INDEX
 
     batches = dataset.select_columns(["labels"]).with_format("arrow").iter(10_000)
-    return sum(
-        int((chunk.flatten().to_numpy() != IGNORE_INDEX).sum()) for batch in batches for chunk in batch.column("labels").chunks
-    )
+    chunks = (chunk for batch in batches for chunk in batch.column("labels").chunks)
+    return sum(int((chunk.flatten().to_numpy() != IGNORE_INDEX).sum()) for chunk in chunks)
 
 
 def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Counts by length, (first, last, how many), in at most `BINS` bins of one width, from the least length on.
+    """Return a histogram as (first, last, count) of at most `BINS` bins of equal width, from the least length up.
 
     Worked example: lengths 1, 2, 24 → bins of 2: (1, 2, 2), ..., (23, 24, 1).
     """
@@ -184,14 +181,14 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     counts = [0] * -(-span // width)
     for length in lengths:
         counts[(length - least) // width] += 1
-    most = least + span - 1
-    return [(least + n * width, min(most, least + (n + 1) * width - 1), count) for n, count in enumerate(counts)]
+    starts = range(least, least + span, width)
+    return [(start, min(start + width, least + span) - 1, count) for start, count in zip(starts, counts, strict=True)]
 
 
 def _print_histogram(lengths: Sequence[int], console: "Console") -> None:
     ordered = sorted(lengths)
     console.print(
-        f"tokens of a sample: least {ordered[0]:,}, median {statistics.median(ordered):,.0f}, most {ordered[-1]:,}",
+        f"tokens per sample: least {ordered[0]:,}, median {statistics.median(ordered):,.0f}, most {ordered[-1]:,}",
         markup=False,
     )
     bins = histogram(lengths)
@@ -209,23 +206,24 @@ def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") 
     text = Text(f"\nsample {number + 1}, {len(sample['input_ids']):,} tokens\n", style="bold")
     runs: list[tuple[bool, list[int]]] = []
     for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-        if not runs or runs[-1][0] != (label != IGNORE_INDEX):
-            runs.append((label != IGNORE_INDEX, []))
+        is_trained = label != IGNORE_INDEX
+        if not runs or runs[-1][0] != is_trained:
+            runs.append((is_trained, []))
         runs[-1][1].append(token)
-    for trained, tokens in runs:
+    for is_trained, tokens in runs:
         words = printable(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-        if trained and not console.is_terminal:
+        if is_trained and not console.is_terminal:
             words = f"⟦{words}⟧"
-        text.append(words, style="not bold black on green" if trained else "not bold")
+        text.append(words, style="not bold black on green" if is_trained else "not bold")
     console.print(text)
 
 
 def _draw(lengths: Sequence[int], path: Path, title: str) -> None:
-    """Draw the histogram as a picture."""
+    """Draw the histogram of lengths into a file."""
     figure = new_figure(7, 4)
     axes = figure.subplots()
     axes.hist(lengths, bins=50, color="tab:green")
     axes.set_title(title, fontsize="medium", wrap=True)
-    axes.set_xlabel("tokens of a sample, at most --model_max_length")
+    axes.set_xlabel("tokens per sample, at most --model_max_length")
     axes.set_ylabel("samples")
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""`python -m zero_sft.estimate`: options in; text, JSON, a table or a picture out."""
+"""Command `python -m zero_sft.estimate`: print an estimate as text or JSON, or write a table or a plot."""
 
 import json
 import logging
@@ -26,20 +26,20 @@ _TRAINING = ("deepspeed", "per_device_train_batch_size", "model_max_length", "ac
 
 
 def command() -> Command:
-    """The command and its options."""
+    """Return the command and its options."""
     models = ", ".join(shipped_models())
     names = shared_options(
         ["model_name_or_path"],
         kinds=frozenset({"list"}),
         default=None,
-        help=f"Models: folders, files config.json, hub ids, `shipped` (all of the following), or some of {models}.",
+        help=f"Models: folders, config.json files, hub ids, names out of {models}, or `shipped` for all of these names.",
     )
     model, training = [*names, *shared_options(_MODEL)], shared_options(_TRAINING)
-    own = list(specs_of(EstimateArguments, "").values())
+    estimate_only = list(specs_of(EstimateArguments, "").values())
     return Command(
         program="python -m zero_sft.estimate",
-        description="Estimate what a ZeRO-3 load and training need, for every rank, from headers or a config alone.",
-        groups={"Model": model, "Training": training, "Cluster and output": own},
+        description="Estimate what loading and training with ZeRO-3 need on every rank, from headers or only a config.",
+        groups={"Model": model, "Training": training, "Cluster and output": estimate_only},
         required=("model_name_or_path", "world_size"),
         positive=("world_size", "ranks_per_node", "per_device_train_batch_size", "model_max_length", "gpu_memory_gib",
                   "host_memory_gib"),
@@ -52,7 +52,7 @@ def command() -> Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         return write_help(argv, command().help_text)
@@ -76,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _estimate(options: Any) -> "list[Result]":
     warnings.filterwarnings("ignore")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it has no accelerator here
-    from zero_sft.estimate.result import estimate  # torch and DeepSpeed, which --help does without
+    # Hide DeepSpeed's warning that there is no accelerator.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    from zero_sft.estimate.result import estimate  # imports torch and DeepSpeed, which --help doesn't need
 
     names = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
     return [result for name in names for result in estimate(name, options)]
@@ -86,10 +87,10 @@ def _estimate(options: Any) -> "list[Result]":
 def _write(options: Any, results: "Sequence[Result]") -> None:
     from zero_sft.estimate.result import document
 
-    given = {spec.name: getattr(options, spec.name) for spec in command().specs.values() if spec.name not in ("json", "plot")}
+    values = {spec.name: getattr(options, spec.name) for spec in command().specs.values() if spec.name not in ("json", "plot")}
     path = Path(options.markdown)
     try:
-        path.write_text(document(results, options, _as_words(given)), encoding="utf-8")
+        path.write_text(document(results, options, _as_words(values)), encoding="utf-8")
     except OSError as error:
         raise ArgumentError(
             f"--markdown {path} can't be written: {error.strerror or error}", code="estimate.markdown_unwritable"
@@ -97,7 +98,7 @@ def _write(options: Any, results: "Sequence[Result]") -> None:
 
 
 def _as_words(values: dict[str, Any]) -> str:
-    """The command line that gives these values; what is off or left open is left out, and the token."""
+    """Return the command line that gives these values, without unset options and without the token."""
     words = ["python -m zero_sft.estimate"]
     for name, value in values.items():
         if value not in (None, False, "") and name != "token":
@@ -110,7 +111,9 @@ def _plot(options: Any, results: "Sequence[Result]") -> None:
 
     if len(results) != 1:
         raise ArgumentError(
-            f"--plot draws one model in one world; these are {len(results)}. Name one of each.", code="estimate.plot_of_several"
+            f"--plot draws one estimate, but there are {len(results)}: give one model and one --world_size.",
+            code="estimate.plot_of_several",
         )
-    (only,) = results
-    draw(f"{only.of.name} on {only.run.world_size:,} GPUs", only.loads, only.device, only.run.device_bytes, Path(options.plot))
+    (result,) = results
+    title = f"{result.model.name} on {result.run.world_size:,} GPUs"
+    draw(title, result.loads, result.device, result.run.device_bytes, Path(options.plot))

@@ -1,1 +1,1 @@
-"""What a person sees: the log, progress, and text that is safe to print."""
+"""Output for the user: log, progress and plots."""

@@ -1,8 +1,8 @@
-"""Show progress: a bar for each task on a terminal (rich), else a plain line in the log now and then.
+"""Show progress: one bar per task on a terminal (rich), otherwise occasional log lines.
 
-Only rank 0 shows anything. For loading and export its own bytes stand for those of all ranks, which have as many.
-transformers', datasets' and TRL's tqdm bars were left out: they know one loop each, collide with log lines, and fill a log
-file with a line a refresh.
+Only rank 0 shows progress. For loading and export it counts its own bytes, since every rank has about as many. Left out: the
+tqdm bars of transformers, datasets and TRL. Each covers one loop only, collides with log lines, and adds a line to a log file
+at every refresh.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from zero_sft.console.progress import BYTES, Display, clock, size
 logger = logging.getLogger("zero_sft.console.progress")
 
 SAY_EVERY_SECONDS = 30.0
-"""In a log file: the shortest time between two lines of one task, if a tenth more is done by then."""
+"""Shortest time between two log lines of one task; by then another tenth of the task must be done."""
 
 _SAY_AT_LEAST_SECONDS = 600.0
 _BAR_WIDTH = 30
@@ -33,15 +33,15 @@ _REFRESHES_A_SECOND = 4.0
 
 
 def display_for(stream: Any) -> Display:
-    """Bars where `stream` is a terminal that can move its cursor, else lines in the log."""
+    """Return `Bars` if `stream` is a terminal that can move its cursor, else `Lines`."""
     console = _Console(stderr=True, emoji=False)
     return Bars(console) if stream.isatty() and not console.is_dumb_terminal else Lines()
 
 
 class Work:
-    """A task's numbers: what it is, how much of it is done, since when.
+    """State of a task: its title, the amount done, and its start time.
 
-    Any thread may call `advance`; it takes a lock for one addition.
+    Any thread may call `advance`, which takes a lock for one addition.
     """
 
     def __init__(self, title: str, total: int | None, unit: str, now: Callable[[], float] = time.monotonic) -> None:
@@ -51,42 +51,42 @@ class Work:
         self.start = now()
 
     def advance(self, amount: int = 1) -> None:
-        """Add to what is done."""
+        """Add `amount` to the amount done."""
         with self._lock:
             self.done += amount
 
     def note(self, text: str) -> None:
-        """Replace the text next to the numbers. It then stands for rate and time left, which whoever sets it knows better."""
+        """Show `text` next to the amount, in place of the rate and the time left."""
         self.text = text
 
     def spoken(self) -> None:
-        """Nothing: bars stay where they are."""
+        """Do nothing: log lines do not move the bars."""
 
     @property
     def seconds(self) -> float:
-        """Seconds since the task began."""
+        """Seconds since the start of the task."""
         return self._now() - self.start
 
     def numbers(self) -> str:
-        """What is done of how much, how fast, and the time left; nothing where nothing is counted."""
+        """Return the amount done, the rate and the time left as text; empty if nothing is counted."""
         done, total = min(self.done, self.total or self.done), self.total
-        counted = self.unit == BYTES
+        is_bytes = self.unit == BYTES
         if total is not None:
-            amount = f"{size(done)} of {size(total)}" if counted else f"{done:,} of {total:,} {self.unit}"
+            amount = f"{size(done)} of {size(total)}" if is_bytes else f"{done:,} of {total:,} {self.unit}"
         elif done:
-            amount = size(done) if counted else f"{done:,} {self.unit}"
+            amount = size(done) if is_bytes else f"{done:,} {self.unit}"
         else:
             return ""
         if self.text or not done or self.seconds <= 0:
             return f"{amount}  {self.text}".rstrip()
         rate = done / self.seconds
-        speed = f"{size(rate)}/s" if counted else f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
+        speed = f"{size(rate)}/s" if is_bytes else f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
         left = "" if total is None else f"  {clock((total - done) / rate)} left"
         return f"{amount}  {speed}{left}"
 
 
 class Bars:
-    """Bars at the bottom of a terminal; log lines appear above them."""
+    """Progress bars at the bottom of a terminal, with log lines above them."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -95,7 +95,7 @@ class Bars:
 
     @contextlib.contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Work]:
-        """Show a bar until the context ends."""
+        """Show a bar for a task until the context ends."""
         work = Work(title, total, unit)
         self._works[work] = Spinner("dots")
         if self._live is None:
@@ -115,14 +115,14 @@ class Bars:
                 self.close()
 
     def close(self) -> None:
-        """Take away the bars of tasks that an error has left behind."""
+        """Remove all bars, including those that an error has left behind."""
         self._works.clear()
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def print_above(self, text: str) -> bool:
-        """Write a log line above the bars; False where there are none, or where the log is not on this terminal."""
+        """Write a log line above the bars; return False if there are no bars or the log is not on this terminal."""
         if self._live is None or not sys.stdout.isatty():
             return False
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -132,60 +132,61 @@ class Bars:
         table = Table.grid(padding=(0, 1))
         for work, spinner in list(self._works.items()):
             if work.total is None:
-                sign: Any = spinner
+                indicator: Any = spinner
                 numbers = work.numbers() or clock(work.seconds)
             else:
-                sign = ProgressBar(total=max(work.total, 1), completed=min(work.done, work.total), width=_BAR_WIDTH)
+                indicator = ProgressBar(total=max(work.total, 1), completed=min(work.done, work.total), width=_BAR_WIDTH)
                 numbers = work.numbers()
-            table.add_row(Text(work.title), sign, Text(numbers))
+            table.add_row(Text(work.title), indicator, Text(numbers))
         return table
 
 
 class Lines:
-    """Plain lines in the log, where there is no terminal: none for what is done in half a minute."""
+    """Log lines for an output that is not a terminal; a task of less than half a minute logs nothing."""
 
     def __init__(self, say_every_seconds: float = SAY_EVERY_SECONDS) -> None:
         self._every = say_every_seconds
 
     def close(self) -> None:
-        """Nothing is left behind."""
+        """Do nothing: log lines leave nothing to remove."""
 
     @contextlib.contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Work]:
-        """Say how far a task is, now and then, until the context ends."""
-        yield _SpokenWork(title, total, unit, self._every)
+        """Log the progress of a task occasionally until the context ends."""
+        yield _LoggedWork(title, total, unit, self._every)
 
 
-class _SpokenWork(Work):
-    """A task that says how far it is when it advances, and some time and some work have passed since it last did."""
+class _LoggedWork(Work):
+    """A task that logs its progress as it advances, once enough time and work have passed since the last line."""
 
     def __init__(self, title: str, total: int | None, unit: str, every: float) -> None:
         super().__init__(title, total, unit)
         self._every, self._said_at, self._said_done = every, self.start, 0
 
     def advance(self, amount: int = 1) -> None:
-        """Add to what is done, and say so if it is time."""
+        """Add `amount` to the amount done, and log the progress if a line is due."""
         super().advance(amount)
-        silent = self._now() - self._said_at
-        if silent < self._every:
+        silent_seconds = self._now() - self._said_at
+        if silent_seconds < self._every:
             return
         with self._lock:
-            more = self.total is None or self.done - self._said_done >= 0.1 * self.total
-            ended = self.total is not None and self.done >= self.total  # the next line of the log shows it
-            due = not ended and (more or silent >= _SAY_AT_LEAST_SECONDS) and self._now() - self._said_at >= self._every
-            if due:
+            has_advanced = self.total is None or self.done - self._said_done >= 0.1 * self.total
+            has_ended = self.total is not None and self.done >= self.total  # the next log line shows it
+            has_waited = self._now() - self._said_at >= self._every  # again: another thread may have logged a line
+            is_due = has_waited and not has_ended and (has_advanced or silent_seconds >= _SAY_AT_LEAST_SECONDS)
+            if is_due:
                 self._said_at, self._said_done = self._now(), self.done
-        if due:
+        if is_due:
             logger.info("%s: %s", self.title, self.numbers())
 
     def spoken(self) -> None:
-        """The line that has been logged counts as one of this task's."""
+        """Count a line that the caller has logged as a line of this task."""
         with self._lock:
             self._said_at, self._said_done = self._now(), self.done
 
 
 class _Console(Console):
-    """A console that leaves the cursor as it is, so that a killed job leaves it, too."""
+    """A console that never hides the cursor, so that it stays visible if the job is killed."""
 
     def show_cursor(self, show: bool = True) -> bool:
         """Do nothing."""

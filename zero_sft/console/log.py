@@ -1,7 +1,7 @@
-"""The one place that talks to the person: rank 0 says what is happening, the other ranks speak of errors alone.
+"""Set up the log for the user: rank 0 logs what happens, the other ranks log only errors.
 
-Nothing here is printed by the library; a program calls `open_console` once, and `close_console` when it ends. What lasts
-between the two: handlers and levels of loggers, warning filters, the display of `progress`, two environment variables.
+The library itself sets up no output. A program calls `open_console` once, and `close_console` at its end. State that lasts in
+between: handlers and levels of loggers, warning filters, the display of `progress`, and two environment variables.
 """
 
 import logging
@@ -16,12 +16,12 @@ from zero_sft.console import progress
 from zero_sft.printable import printable
 
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "httpx", "filelock", "matplotlib", "torch.distributed")
-_SAID_OTHERWISE = "Setting accelerator to CPU"
-"""How a warning of DeepSpeed's begins that every rank gives on a machine without a GPU; the job says the device itself."""
+_REDUNDANT_WARNING = "Setting accelerator to CPU"
+"""Start of a warning that DeepSpeed logs on every rank of a machine without a GPU; the job itself logs the device."""
 
 
 class _Elapsed(logging.Formatter):
-    """`  12.3 s  message`, counted from the start of the process; warnings and errors carry their level."""
+    """Format `  12.3 s  message`, with seconds since the process started; warnings and errors show their level."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class _Elapsed(logging.Formatter):
 
 
 def _process_start() -> float:
-    """When this process was started, in seconds of `time.time`; imports are after it."""
+    """Return the start time of this process, before any import, in seconds of `time.time`."""
     try:
         import psutil
 
@@ -48,7 +48,7 @@ def _process_start() -> float:
 
 
 class _Handler(logging.Handler):
-    """Writes to stdout on rank 0, to stderr on others; above the progress bars, where there are any."""
+    """Write to stdout on rank 0 and to stderr on other ranks, above the progress bars if there are any."""
 
     def __init__(self, world: World, display: Any) -> None:
         super().__init__()
@@ -69,24 +69,24 @@ class _Handler(logging.Handler):
 
 
 def open_console(world: World, *, bars: bool = True) -> None:
-    """Send this package's log to stdout on rank 0, errors of other ranks to stderr, and quieten the libraries.
+    """Send this package's log to stdout on rank 0, and errors of other ranks to stderr; silence the libraries.
 
     Args:
-        bars: progress is shown by bars where stderr is a terminal; else, and in any file, by lines in the log.
+        bars: show progress as bars if stderr is a terminal; otherwise progress is shown as log lines.
     """
     display = _display(bars) if world.is_main else None
     progress.set_display(display)
-    ours = logging.getLogger("zero_sft")
-    ours.handlers[:] = [_Handler(world, display)]
-    ours.propagate = False
-    ours.setLevel(logging.INFO if world.is_main else logging.ERROR)  # what all ranks warn of is said once
+    package_logger = logging.getLogger("zero_sft")
+    package_logger.handlers[:] = [_Handler(world, display)]
+    package_logger.propagate = False
+    package_logger.setLevel(logging.INFO if world.is_main else logging.ERROR)  # only rank 0 logs what all ranks warn of
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("deepspeed", "DeepSpeed"):
-        logging.getLogger(name).addFilter(_not_said_otherwise)
+        logging.getLogger(name).addFilter(_is_not_redundant)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if world.is_main else "false")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # this package shows its own
-    # Deprecations between libraries don't concern whoever fine-tunes a model; other warnings are said once, by rank 0.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # this package shows its own progress
+    # Users can't act on deprecations between libraries. Other warnings appear once, from rank 0.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     if not world.is_main:
@@ -95,31 +95,31 @@ def open_console(world: World, *, bars: bool = True) -> None:
 
 
 def close_console() -> None:
-    """Show no more progress."""
+    """Stop showing progress."""
     progress.set_display(None)
 
 
 def _display(bars: bool) -> Any:
     try:
         from zero_sft.console.bars import Lines, display_for
-    except ImportError:  # rich is for the job; the loader needs none of it
+    except ImportError:  # only the job needs rich; the loader works without it
         return None
     return display_for(sys.stderr) if bars else Lines()
 
 
-def _not_said_otherwise(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_SAID_OTHERWISE)
+def _is_not_redundant(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(_REDUNDANT_WARNING)
 
 
 def quieten_transformers(world: World) -> None:
-    """Switch off transformers' warnings and its progress bars, which count files, not what the job does.
+    """Switch off transformers' warnings and its progress bars, which count files instead of the job's work.
 
-    Bars of downloads from the hub stay, on rank 0, where stderr is a terminal.
+    Download bars of the hub stay on rank 0 if stderr is a terminal.
     """
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()  # and the hub's with them
+    transformers_logging.disable_progress_bar()  # also disables the hub's bars
     if world.is_main and sys.stderr.isatty():
         enable_progress_bars()

@@ -1,8 +1,8 @@
-"""Report the progress of long work to whatever display the program has set; without a display, nothing is done.
+"""Report the progress of long tasks to the display that the program has set, if any.
 
-It works as `logging` does: the library says what it is doing, the program decides how that is shown (`job/progress.py`). So
-the loader needs no library for it, and a call without a display costs one comparison. Left out: events that are sent from
-other threads or processes to the display; a reading thread adds a number to a counter, and the display looks at it.
+It works like `logging`: the library reports, the program decides how to show it (`console/bars.py`). So the loader needs no
+library for it, and without a display a call costs one comparison. Left out: events from other threads or processes. A reading
+thread adds to a counter, which the display reads.
 """
 
 import contextlib
@@ -13,39 +13,39 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 
 BYTES = "bytes"
-"""The unit that a display shows in MiB or GiB."""
+"""Unit that a display shows as KiB, MiB or GiB."""
 
 
 class Task(Protocol):
-    """Work under way. Its methods may be called from any thread."""
+    """A task in progress. Any thread may call its methods."""
 
     def advance(self, amount: int = 1) -> None:
-        """Add `amount` units to what has been done."""
+        """Add `amount` units to the amount done."""
         ...
 
     def note(self, text: str) -> None:
-        """Replace the short text next to the numbers; it then stands for rate and time left."""
+        """Show a short text next to the amount, in place of the rate and the time left."""
         ...
 
     def spoken(self) -> None:
-        """A line about this task has just been logged by whoever does it."""
+        """Report that the caller has just logged a line about this task."""
         ...
 
 
 class Display(Protocol):
-    """Shows tasks; several may be under way, one inside the other."""
+    """Display of tasks, several of which may be nested."""
 
     def task(self, title: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
         """Show a task until the context ends."""
         ...
 
     def close(self) -> None:
-        """Show nothing any more."""
+        """Stop showing tasks."""
         ...
 
 
-class _Unseen:
-    """A task that nobody looks at."""
+class _HiddenTask:
+    """A task without a display."""
 
     def advance(self, amount: int = 1) -> None:
         return None
@@ -57,12 +57,12 @@ class _Unseen:
         return None
 
 
-_UNSEEN = _Unseen()
-_display: Display | None = None  # set by `set_display` alone
+_HIDDEN_TASK = _HiddenTask()
+_display: Display | None = None  # only `set_display` sets it
 
 
 def set_display(display: Display | None) -> None:
-    """Set where progress is shown in this process; None: nowhere. The program calls it, on rank 0."""
+    """Set the display of this process, or None for no display. The program calls it on rank 0."""
     global _display
     if _display is not None:
         _display.close()
@@ -71,22 +71,22 @@ def set_display(display: Display | None) -> None:
 
 @contextlib.contextmanager
 def task(title: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """Show work under the name `title` while the body runs. Any rank; does not communicate.
+    """Show a task while the body runs. Any rank; does not communicate.
 
     Args:
-        title: what is done, in the words of the log: "reading the weights".
-        total: how many units there are; None where it is not known.
-        unit: `BYTES`, or the plural of what is counted ("samples"); empty where nothing is counted.
+        title: a description in the words of the log, such as "reading the weights".
+        total: the number of units; None if unknown.
+        unit: `BYTES`, or a plural noun ("samples"); empty if nothing is counted.
     """
     if _display is None:
-        yield _UNSEEN
+        yield _HIDDEN_TASK
         return
     with _display.task(title, total, unit) as shown:
         yield shown
 
 
 def counted(items: Sequence[T], title: str, unit: str) -> Iterator[T]:
-    """The items one by one, as a task that has done each of them when the next one is asked for."""
+    """Yield the items, and show a task that advances by one whenever the next item is requested."""
     with task(title, len(items), unit) as work:
         for item in items:
             yield item
@@ -94,7 +94,7 @@ def counted(items: Sequence[T], title: str, unit: str) -> Iterator[T]:
 
 
 def clock(seconds: float) -> str:
-    """A duration for a person. Worked example: 5 → "0:05", 161 → "2:41", 3723 → "1:02:03", 90000 → "1 d 1:00:00"."""
+    """Format a duration. Worked example: 5 → "0:05", 161 → "2:41", 3723 → "1:02:03", 90000 → "1 d 1:00:00"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if not hours:
@@ -104,7 +104,7 @@ def clock(seconds: float) -> str:
 
 
 def size(nbytes: float) -> str:
-    """A number of bytes for a person. Worked example: 1536 → "1.5 KiB", 13 * 2**30 → "13.0 GiB"."""
+    """Format a number of bytes. Worked example: 1536 → "1.5 KiB", 13 * 2**30 → "13.0 GiB"."""
     if nbytes < 2**10:
         return f"{nbytes:.0f} B"
     power = 1 if nbytes < 2**20 else 2 if nbytes < 2**30 else 3

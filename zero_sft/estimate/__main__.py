@@ -1,4 +1,4 @@
-"""`python -m zero_sft.estimate`."""
+"""Entry point of `python -m zero_sft.estimate`."""
 
 import sys
 

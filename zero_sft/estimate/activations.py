@@ -1,8 +1,8 @@
-"""Memory of one forward and backward pass, by running both on tensors that have a shape and no data.
+"""Count the memory of one forward and backward pass, by running both on tensors that have a shape but no data.
 
-torch's fake tensors go through the model's own code, its checkpointing and autograd, so what is kept, for how long, and what
-is computed again is the model's own doing on any architecture. Every storage is counted from its making to its end; parameters
-are not, and a gradient only until it is complete: ZeRO-3 reduces it then.
+torch's fake tensors run through the model's code, its checkpointing and autograd. So on any architecture, the real code decides
+what is kept and what is recomputed. Every storage counts from its creation until it is freed. Parameters do not count. A
+gradient counts only until it is complete, because ZeRO-3 then reduces it.
 """
 
 import copy
@@ -22,42 +22,42 @@ from zero_sft.loading.request import ModelSpec
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on: those alive `now`, and the most at any time, `peak`."""
+    """Count the bytes of storages created while the mode is on: `now` is alive at present, `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
     def leave_out(self, tensor: torch.Tensor) -> None:
-        """Don't count what is there already."""
-        self._known[tensor.untyped_storage()] = True
+        """Exclude a tensor that exists already."""
+        self._seen[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for each in tree_leaves(out):
-            if isinstance(each, torch.Tensor):
-                self._count(each.untyped_storage())
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
         return out
 
     def _count(self, storage: Any) -> None:
-        if storage in self._known:
+        if storage in self._seen:
             return
-        self._known[storage] = True
+        self._seen[storage] = True
         nbytes = storage.nbytes()
         self.now += nbytes
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._end, nbytes)
+        weakref.finalize(storage, self._release, nbytes)
 
-    def _end(self, nbytes: int) -> None:
+    def _release(self, nbytes: int) -> None:
         self.now -= nbytes
 
 
 def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: bool) -> int:
-    """The most bytes of activations, logits and the gradient under way, of one rank, in one pass over (batch_size, length).
+    """Return a rank's peak bytes of activations, logits and incomplete gradients in one pass over (batch_size, length).
 
     Raises:
-        ConfigError: a model whose code looks at its data.
+        ConfigError: the model's code can't run without data.
     """
     config: PreTrainedConfig = copy.deepcopy(spec.config)
     config.use_cache = False
@@ -76,7 +76,7 @@ def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: 
             with live:
                 tokens = torch.zeros(batch_size, length, dtype=torch.long)
                 model(input_ids=tokens, labels=tokens).loss.backward()
-    except Exception as error:  # a model's own code may raise anything
+    except Exception as error:  # the code of a model may raise anything
         raise ConfigError(
             f"the activations of {spec.config.model_type} can't be counted: {type(error).__name__}: {error}",
             code="estimate.activations_uncountable",

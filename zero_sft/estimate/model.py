@@ -1,8 +1,7 @@
-"""What is estimated: a model on the meta device, and the headers of its checkpoint, read or derived.
+"""Find the model to estimate: a model on the meta device, and the headers of its checkpoint.
 
-Headers are read from a local folder, or, for a hub id, fetched file by file without the data. Where there is only a config,
-or no safetensors file, they are derived: the names and shapes that plain `save_pretrained` would write, in the dtypes that the
-config says.
+Headers are read from a local folder, or fetched from the hub file by file without the data. If there is only a config or no
+safetensors file, they are derived: the names and shapes that `save_pretrained` would write, in the dtypes of the config.
 """
 
 import json
@@ -38,7 +37,7 @@ from zero_sft.transformers_internals import tied_names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimatedModel:
-    """A model, what its checkpoint gives it, and where the headers came from ("read", "fetched" or "derived")."""
+    """A model, the sources of its tensors, and the origin of the headers ("read", "fetched" or "derived")."""
 
     name: str
     config: PreTrainedConfig
@@ -52,24 +51,24 @@ class EstimatedModel:
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The model's parameters by name, on meta, a shared one once."""
+        """The parameters of the model by name, on the meta device; a shared parameter appears once."""
         return _saved(self.model, dict(self.model.named_parameters()))
 
     @property
     def numel(self) -> int:
-        """Parameters of the model."""
-        return sum(each.numel() for each in self.parameters.values())
+        """Number of elements of all parameters."""
+        return sum(param.numel() for param in self.parameters.values())
 
 
 def find_model(name: str, options: HubOptions, load_options: LoadOptions | None = None) -> EstimatedModel:
     """Find a model by a shipped name, the path of a folder or of a config.json, or a hub id.
 
     Raises:
-        ConfigError: no such model, or a config that can't be used.
-        CheckpointError: damaged headers, or a checkpoint of another model.
+        ConfigError: there is no such model, or its config can't be used.
+        CheckpointError: the headers are damaged, or the checkpoint does not fit the model.
     """
     load_options = load_options or LoadOptions()
-    folder, config, found = _find(name, options)
+    folder, config, header_source = _find(name, options)
     spec = ModelSpec(
         folder=folder,
         config=config,
@@ -80,9 +79,9 @@ def find_model(name: str, options: HubOptions, load_options: LoadOptions | None 
     quantizer = quantizer_for(config, name)
     model, state = skeleton.build_on_meta(spec)
     stored: Mapping[str, StoredTensor] | None = None
-    headers = found if isinstance(found, str) else "fetched"
-    if isinstance(found, ModelSource):
-        stored = fetch_headers(found)
+    headers = header_source if isinstance(header_source, str) else "fetched"
+    if isinstance(header_source, ModelSource):
+        stored = fetch_headers(header_source)
     elif headers == "read":
         stored = read_index(folder, torch_zip.read_header, options.variant).tensors
     if stored is None:
@@ -94,22 +93,22 @@ def find_model(name: str, options: HubOptions, load_options: LoadOptions | None 
         model=model,
         state=state,
         resolution=resolve(model, state, stored, quantizer),
-        files=len({each.file for each in stored.values()}),
+        files=len({tensor.file for tensor in stored.values()}),
         tensors=len(stored),
         headers=headers,
     )
 
 
 def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str | ModelSource]:
-    """Find a model: the config's folder, the config, and its headers: to be "read", "derived", or fetched from a source."""
+    """Return the config's folder, the config, and how to get the headers: "read", "derived", or the source to fetch from."""
     path = Path(name).expanduser()
     if name in shipped_models():
         path = MODELS / f"{name}.json"
     if path.is_file():
         return path.parent, _from_file(path), "derived"
     if path.is_dir():
-        weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
-        return path, load_config(path, options), "read" if weights else "derived"
+        has_weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
+        return path, load_config(path, options), "read" if has_weights else "derived"
     try:
         source = locate_model_alone(name, options)
         folder = fetch_files(source, World(), CONFIG)
@@ -124,38 +123,38 @@ def _from_file(path: Path) -> PreTrainedConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return AutoConfig.for_model(raw.pop("model_type"), **raw)
-    except Exception as error:  # each model type has exceptions of its own
+    except Exception as error:  # each model type raises different exceptions
         raise ConfigError(
-            f"{path} is no usable model config: {error!r}. Name a model's config.json.", code="config.unusable"
+            f"{path} is not a usable model config: {error!r}. Name the config.json of a model.", code="config.unusable"
         ) from error
 
 
 def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tuple[int, int] | None) -> dict[str, StoredTensor]:
-    """The headers that a published checkpoint of this model has, up to the order of its tensors.
+    """Derive the headers of a published checkpoint of this model, except for the order of its tensors.
 
-    Where it is of 8-bit floats with a scale for each `block` of rows and columns, matrices of linear layers and experts are
-    stored so, as in DeepSeek-V3's checkpoint; its predictor of further tokens, which training leaves unread, is not derived.
+    With `block` (rows, columns), the checkpoint stores matrices of linear layers and experts as 8-bit floats with one scale per
+    block, as DeepSeek-V3 does. Its multi-token prediction module, which training does not read, is not derived.
     """
     published = original_format(model, _saved(model, state))
     rows: list[tuple[str, str, tuple[int, ...]]] = []
     for name, tensor in published.items():
         shape = tuple(tensor.shape)
-        if block is not None and _is_quantised(model, state, name, tensor):
+        if block is not None and _is_quantized(model, state, name, tensor):
             rows.append((name, "F8_E4M3", shape))
             rows.append((f"{name}_scale_inv", "F32", (-(-shape[0] // block[0]), -(-shape[1] // block[1]))))
         else:
             rows.append((name, STORED_DTYPES[tensor.dtype], shape))
-    return {place.name: place for file in lay_out(rows) for place in file.tensors}
+    return {tensor.name: tensor for file in lay_out(rows) for tensor in file.tensors}
 
 
 def _saved(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What a save writes: a tied tensor once."""
+    """Return the tensors that a save writes; a tied tensor appears once."""
     tied = tied_names(model)
     return {name: tensor for name, tensor in state.items() if name not in tied}
 
 
-def _is_quantised(model: PreTrainedModel, state: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor) -> bool:
-    """True for matrices of linear layers, and for those that the model merges (experts), but not for the head."""
+def _is_quantized(model: PreTrainedModel, state: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor) -> bool:
+    """Return True for matrices of linear layers and merged matrices (experts), but not for the output head."""
     if tensor.dim() != 2 or not name.endswith(".weight"):
         return False
     if name not in state:

@@ -1,4 +1,4 @@
-"""Options of the estimate that the training job does not have. Imports nothing heavy."""
+"""Options that only the estimate has, not the training job. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
 
@@ -7,16 +7,16 @@ from zero_sft.estimate.storage_profiles import STORAGES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EstimateArguments:
-    """The cluster, and what is written."""
+    """Options of the cluster and of the output."""
 
-    world_size: list[int] = field(metadata={"help": "GPUs in all; several numbers make a table."})
-    ranks_per_node: int = field(default=8, metadata={"help": "GPUs of a node."})
-    gpu_memory_gib: float = field(default=80.0, metadata={"help": "Memory of a GPU, in GiB."})
-    host_memory_gib: float = field(default=1024.0, metadata={"help": "Memory of a node's host, in GiB."})
+    world_size: list[int] = field(metadata={"help": "Total number of GPUs; several numbers give several estimates."})
+    ranks_per_node: int = field(default=8, metadata={"help": "GPUs per node."})
+    gpu_memory_gib: float = field(default=80.0, metadata={"help": "Memory of each GPU in GiB."})
+    host_memory_gib: float = field(default=1024.0, metadata={"help": "Host memory of each node in GiB."})
     storage: str = field(
         default="lustre",
-        metadata={"help": f"{', '.join(STORAGES)}; or figures of your own: lustre,node_gb_s=10,request_ms=0.5"},
+        metadata={"help": f"{', '.join(STORAGES)}; or your own figures: lustre,node_gb_s=10,request_ms=0.5"},
     )
-    plot: str | None = field(default=None, metadata={"help": "A picture to draw, of one model in one world."})
-    markdown: str | None = field(default=None, metadata={"help": "A Markdown document to write the results to."})
+    plot: str | None = field(default=None, metadata={"help": "File for a plot of one model with one world size."})
+    markdown: str | None = field(default=None, metadata={"help": "Markdown file for the results."})
     json: bool = field(default=False, metadata={"help": "Print the results as JSON."})

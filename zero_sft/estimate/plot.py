@@ -1,4 +1,4 @@
-"""The estimate as a picture: what each rank reads, in how many requests, and the memory of a device by what it is for."""
+"""Draw an estimate: bytes and requests that each rank reads, and the memory of a device by purpose."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,25 +9,25 @@ from zero_sft.estimate.simulate import RankLoad
 
 
 def draw(title: str, loads: Sequence[RankLoad], device: Mapping[str, int], device_bytes: int, path: Path) -> None:
-    """Draw one model in one world into a picture; its format follows the path's suffix.
+    """Draw the estimate of one model and one world size; the suffix of the path sets the format.
 
     Raises:
-        ArgumentError: a path that can't be written, or no matplotlib.
+        ArgumentError: the path can't be written, or matplotlib is not installed.
     """
     figure = new_figure(11, 4.6)
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
-    above = figure.add_subplot(grid[0, 0])
-    below = figure.add_subplot(grid[1, 0], sharex=above)
-    _over_ranks(above, [load.nbytes / 1e9 for load in loads], "GB", "read by each rank")
-    _over_ranks(below, [load.requests for load in loads], "requests", "in how many requests")
-    below.set_xlabel("rank")
+    upper = figure.add_subplot(grid[0, 0])
+    lower = figure.add_subplot(grid[1, 0], sharex=upper)
+    _over_ranks(upper, [load.nbytes / 1e9 for load in loads], "GB", "read by each rank")
+    _over_ranks(lower, [load.requests for load in loads], "requests", "requests of each rank")
+    lower.set_xlabel("rank")
     _memory(figure.add_subplot(grid[:, 1]), device, device_bytes)
     save_figure(figure, path)
 
 
 def _over_ranks(axes: Any, values: Sequence[float], unit: str, title: str) -> None:
-    """One number of each rank, on axes that begin at 0, so that equal ranks look equal."""
+    """Draw one number per rank on axes that begin at 0, so that equal ranks look equal."""
     from matplotlib.ticker import MaxNLocator
 
     edges = [rank - 0.5 for rank in range(len(values) + 1)]
@@ -38,7 +38,7 @@ def _over_ranks(axes: Any, values: Sequence[float], unit: str, title: str) -> No
 
 
 def _memory(axes: Any, device: Mapping[str, int], device_bytes: int) -> None:
-    """What a device holds, one on top of the other, next to the line of what it has; names stand at the right, outside."""
+    """Draw the memory of a device as a stacked bar below a line for its limit, with the legend on the right, outside."""
     bottom, bars = 0.0, []
     for name, nbytes in device.items():
         label = f"{name}: {nbytes / 2**30:,.1f}"
@@ -46,7 +46,7 @@ def _memory(axes: Any, device: Mapping[str, int], device_bytes: int) -> None:
         bottom += nbytes / 2**30
     limit = device_bytes / 2**30
     line = axes.axhline(limit, color="black", linestyle="--", label=f"memory of the device: {limit:,.0f}")
-    axes.set(ylabel="GiB", title=f"one device at its worst: {bottom:,.1f} GiB", xlim=(-0.5, 0.5), xticks=[])
+    axes.set(ylabel="GiB", title=f"one device at its peak: {bottom:,.1f} GiB", xlim=(-0.5, 0.5), xticks=[])
     axes.set_ylim(0, 1.1 * max(bottom, limit))
     axes.title.set_fontsize("medium")
     handles = [line, *reversed(bars)]

@@ -1,4 +1,4 @@
-"""The headers of a checkpoint on the hub: its index file, and the first bytes of each file, without the data."""
+"""Fetch the headers of a checkpoint on the hub: its index file and the first bytes of each file, without the data."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +11,14 @@ from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.hub.source import ModelSource, fetch_files
 
-REQUESTS_AT_A_TIME = 8
+_PARALLEL_REQUESTS = 8
 
 
 def fetch_headers(source: ModelSource) -> dict[str, StoredTensor] | None:
-    """Fetch the headers of a repository's safetensors files; None where it has none. One rank.
+    """Fetch the headers of a repository's safetensors files, or return None if it has none. One rank.
 
     Raises:
-        CheckpointError: a damaged index or header, or the hub can't provide it.
+        CheckpointError: an index or header is damaged, or the hub can't provide it.
     """
     from huggingface_hub import parse_safetensors_file_metadata
     from huggingface_hub.errors import EntryNotFoundError
@@ -29,32 +29,33 @@ def fetch_headers(source: ModelSource) -> dict[str, StoredTensor] | None:
     files = sorted(set(read_weight_map(index).values())) if index.is_file() else [of_variant(SINGLE_FILE, options.variant)]
     fetch = partial(parse_safetensors_file_metadata, repo, revision=options.revision, token=options.token)
     try:
-        with ThreadPoolExecutor(REQUESTS_AT_A_TIME, thread_name_prefix="headers") as pool:
-            found = list(pool.map(fetch, files))
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS, thread_name_prefix="headers") as pool:
+            headers = list(pool.map(fetch, files))
     except EntryNotFoundError as error:
         if index.is_file():
             raise CheckpointError(
-                f"{repo}: {index_name} names a file that the repository lacks: {error}", code="estimate.shard_missing"
+                f"{repo}: {index_name} names a file that the repository does not have: {error}", code="estimate.shard_missing"
             ) from error
         return None
-    except Exception as error:  # the hub's own, and those of its transport
+    except Exception as error:  # errors of the hub's client and of its transport
         raise CheckpointError(
             f"the headers of {repo} can't be fetched: {error}. Try again, or name a local folder.",
             code="estimate.headers_not_fetched",
         ) from error
-    return {each.name: each for file, header in zip(files, found, strict=True) for each in _tensors(file, header.tensors)}
+    stored = (tensor for file, header in zip(files, headers, strict=True) for tensor in _tensors(file, header.tensors))
+    return {tensor.name: tensor for tensor in stored}
 
 
 def _tensors(file: str, tensors: Mapping[str, Any]) -> list[StoredTensor]:
-    """As in a file whose data begins at once: where it begins changes no request."""
+    """Return the tensors of a file with offsets from the start of its data, which is enough to plan requests."""
     return [
         StoredTensor(
             name=name,
             file=file,
-            dtype=each.dtype,
-            shape=tuple(each.shape),
-            offset_bytes=each.data_offsets[0],
-            nbytes=each.data_offsets[1] - each.data_offsets[0],
+            dtype=info.dtype,
+            shape=tuple(info.shape),
+            offset_bytes=info.data_offsets[0],
+            nbytes=info.data_offsets[1] - info.data_offsets[0],
         )
-        for name, each in tensors.items()
+        for name, info in tensors.items()
     ]

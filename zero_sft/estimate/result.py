@@ -1,4 +1,4 @@
-"""One model in one world, estimated: as text, as numbers, and several of them as a Markdown document."""
+"""Results of estimates: one as text or as numbers, several as a Markdown document."""
 
 import dataclasses
 import statistics
@@ -20,72 +20,72 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """One model in one world."""
+    """Estimate of one model with one world size."""
 
-    of: EstimatedModel
+    model: EstimatedModel
     run: Run
     loads: Sequence[RankLoad]
     load_seconds: Mapping[str, float]
     needs: MemoryNeeds
     other_activations: int
     remedies: Sequence[str]
-    planned_in: float
+    planning_seconds: float
 
     @property
     def device(self) -> dict[str, int]:
-        """What is on a device at the worst moment, in bytes."""
+        """Bytes on a device at its peak, by purpose."""
         memory = self.needs.memory
         return {**memory.device, **memory.phases[memory.longest_phase], "driver, NCCL, kernels": RUNTIME_BYTES}
 
     @property
     def verdict(self) -> str:
-        """One line for a person."""
+        """One line that says whether the run fits, or what would."""
         if self.needs.fits:
             return "fits"
         return "does not fit: try " + (", or ".join(self.remedies) or "a smaller model: none of the shipped configs is enough")
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers, in bytes and seconds."""
+        """Return the numbers, in bytes and seconds."""
         run = dataclasses.asdict(self.run)
         return {
-            "model": self.of.name, "parameters": self.of.numel, "headers": self.of.headers, **run,
-            "ranks": [dataclasses.asdict(each) for each in self.loads], "load_seconds": dict(self.load_seconds),
+            "model": self.model.name, "parameters": self.model.numel, "headers": self.model.headers, **run,
+            "ranks": [dataclasses.asdict(load) for load in self.loads], "load_seconds": dict(self.load_seconds),
             "device": self.device, "host": dict(self.needs.memory.host), "device_peak": self.needs.device,
             "node_host_peak": self.needs.host, "fits": self.needs.fits, "remedies": list(self.remedies),
         }  # fmt: skip
 
     def lines(self) -> Iterator[str]:
-        """The result as text."""
-        of, run, loads = self.of, self.run, self.loads
-        stored = sum(each.nbytes for each in loads)
+        """Yield the result as lines of text."""
+        model, run, loads = self.model, self.run, self.loads
+        stored = sum(load.nbytes for load in loads)
         yield (
-            f"{of.name}: {of.numel / 1e9:,.1f} B parameters, {of.tensors:,} tensors in {of.files:,} "
-            f"file{'s' * (of.files > 1)} (headers {of.headers}), {stored / 1e9:,.1f} GB to be read"
+            f"{model.name}: {model.numel / 1e9:,.1f} B parameters, {model.tensors:,} tensors in {model.files:,} "
+            f"file{'s' * (model.files > 1)} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
         )
         yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} a node"
         yield ""
         yield f"  load, each rank {'least':>26}{'median':>12}{'most':>12}"
         for title, values, unit in (
-            ("GB read", [each.nbytes for each in loads], 1e9),
-            ("read requests", [each.requests for each in loads], 1),
-            ("MiB, largest request", [each.largest_bytes for each in loads], 2**20),
-            ("MiB, median request", [each.median_bytes for each in loads], 2**20),
+            ("GB read", [load.nbytes for load in loads], 1e9),
+            ("read requests", [load.requests for load in loads], 1),
+            ("MiB, largest request", [load.largest_bytes for load in loads], 2**20),
+            ("MiB, median request", [load.median_bytes for load in loads], 2**20),
         ):
             digits = 0 if unit == 1 else 2
             numbers = (min(values), statistics.median(values), max(values))
-            yield f"    {title:26}" + "".join(f"{each / unit:12,.{digits}f}" for each in numbers)
+            yield f"    {title:26}" + "".join(f"{number / unit:12,.{digits}f}" for number in numbers)
         for name, value in self.load_seconds.items():
             yield f"    {'seconds, ' + name:26}{value:36,.1f}"
-        yield f"    planned for all ranks in {self.planned_in:.1f} s"
+        yield f"    planned for all ranks in {self.planning_seconds:.1f} s"
         yield ""
         checkpointing = "with" if run.checkpointing else "without"
         yield (
-            f"  training with {run.ds_config}, {run.batch_size} x {run.length} tokens a GPU{', packed' * run.packing}, "
-            f"{checkpointing} checkpointing: GiB of one GPU at its worst ({self.needs.memory.longest_phase})"
+            f"  training with {run.ds_config}, {run.batch_size} x {run.length} tokens per GPU{', packed' * run.packing}, "
+            f"{checkpointing} checkpointing: GiB of one GPU at its peak ({self.needs.memory.longest_phase})"
         )
         for name, value in self.device.items():
             yield f"    {name:26}{value / GIB:36,.2f}"
-        yield f"    {'in all':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
+        yield f"    {'total':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
         without = "without" if run.checkpointing else "with"
         yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {without} checkpointing"
         rounded = "; torch rounds each block that it page-locks up to a power of two" if self.needs.memory.host else ""
@@ -96,19 +96,19 @@ class Result:
 
 
 def estimate(name: str, options: Any) -> Iterator[Result]:
-    """Estimate one model in every world that was asked for.
+    """Yield the estimate of one model for each requested world size.
 
     Args:
-        options: the values of `commands.estimate`'s options.
+        options: the values of the options of `commands.estimate`.
 
     Raises:
-        ZeroSftError: whatever is wrong with the model, the configs or the arguments.
+        ZeroSftError: the model, a config or an argument can't be used.
     """
     hub = HubOptions(**{option.name: getattr(options, option.name) for option in dataclasses.fields(HubOptions)})
-    at = storage(options.storage)
-    of = find_model(name, hub, LoadOptions(dtype=options.dtype, attn_implementation=options.attn_implementation))
-    trainer = MemoryModel(of)
-    packing = resolve_packing(options.packing, text_config(of.config), attention=options.attn_implementation, lazy=False)
+    profile = storage(options.storage)
+    model = find_model(name, hub, LoadOptions(dtype=options.dtype, attn_implementation=options.attn_implementation))
+    memory_model = MemoryModel(model)
+    packing = resolve_packing(options.packing, text_config(model.config), attention=options.attn_implementation, lazy=False)
     for world_size in options.world_size:
         run = Run(
             world_size=world_size,
@@ -122,57 +122,59 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             host_bytes=int(options.host_memory_gib * GIB),
         )
         started = time.perf_counter()
-        loads = simulate_load(of, world_size)
-        planned_in = time.perf_counter() - started
-        needed = trainer.needs(run)
+        loads = simulate_load(model, world_size)
+        planning_seconds = time.perf_counter() - started
+        needs = memory_model.needs(run)
         yield Result(
-            of=of,
+            model=model,
             run=run,
             loads=loads,
-            load_seconds={options.storage: seconds(loads, run.ranks_per_node, at)},
-            needs=needed,
-            other_activations=trainer.activation_bytes(dataclasses.replace(run, checkpointing=not run.checkpointing)),
-            remedies=[] if needed.fits else list(trainer.remedies(run)),
-            planned_in=planned_in,
+            load_seconds={options.storage: seconds(loads, run.ranks_per_node, profile)},
+            needs=needs,
+            other_activations=memory_model.activation_bytes(dataclasses.replace(run, checkpointing=not run.checkpointing)),
+            remedies=[] if needs.fits else list(memory_model.remedies(run)),
+            planning_seconds=planning_seconds,
         )
 
 
 def document(results: Sequence[Result], options: Any, command: str) -> str:
-    """The results as a Markdown document, written by `command`: one table of loads, one of memory."""
-    at = storage(options.storage)
-    in_all = f" and {at.cluster_gb_s:g} GB/s in all" if at.cluster_gb_s else ""
-    headers = " or ".join(sorted({each.of.headers for each in results}))
+    """Return the results as a Markdown document with one table of loads and one of memory; it shows the `command` line."""
+    profile = storage(options.storage)
+    in_total = f" and {profile.cluster_gb_s:g} GB/s in total" if profile.cluster_gb_s else ""
+    headers = " or ".join(sorted({result.model.headers for result in results}))
     lines = [
-        "# What loads and trainings need", "", "Written by", "", f"    {command}", "",
-        f"The planner of the load, played for every rank on headers that were {headers}. Seconds are for a storage that gives "
-        f"{at.node_gb_s:g} GB/s to a node{in_all}, and takes {at.request_ms:g} ms a request.",
+        "# Needs of loading and training", "", "Written by", "", f"    {command}", "",
+        f"The loader's planner ran for every rank on headers that were {headers}. Seconds are for a storage that gives "
+        f"{profile.node_gb_s:g} GB/s to a node{in_total}, and takes {profile.request_ms:g} ms per request.",
         "", "## Loading", "",
-        "| model | GPUs | GB a rank | requests a rank, median (most) | KiB, median request | seconds |",
+        "| model | GPUs | GB per rank | requests per rank, median (most) | KiB, median request | seconds |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
-    for each in results:
-        requests = [load.requests for load in each.loads]
+    for result in results:
+        model, loads = result.model, result.loads
+        requests = [load.requests for load in loads]
         lines.append(
-            f"| {each.of.name} ({each.of.numel / 1e9:,.0f} B) | {each.run.world_size:,} "
-            f"| {max(load.nbytes for load in each.loads) / 1e9:,.2f} | {statistics.median(requests):,.0f} ({max(requests):,}) "
-            f"| {statistics.median(load.median_bytes for load in each.loads) / 1024:,.0f} "
-            f"| {max(each.load_seconds.values()):,.1f} |"
+            f"| {model.name} ({model.numel / 1e9:,.0f} B) | {result.run.world_size:,} "
+            f"| {max(load.nbytes for load in loads) / 1e9:,.2f} | {statistics.median(requests):,.0f} ({max(requests):,}) "
+            f"| {statistics.median(load.median_bytes for load in loads) / 1024:,.0f} "
+            f"| {max(result.load_seconds.values()):,.1f} |"
         )
     run = results[0].run
     lines += [
         "", "## Training", "",
-        f"{run.batch_size} x {run.length:,} tokens a GPU, {'with' if run.checkpointing else 'without'} checkpointing, "
+        f"{run.batch_size} x {run.length:,} tokens per GPU, {'with' if run.checkpointing else 'without'} checkpointing, "
         f"{run.ds_config}; GPUs of {run.device_bytes / GIB:,.0f} GiB, hosts of {run.host_bytes / GIB:,.0f} GiB, "
-        f"{options.ranks_per_node} GPUs a node. GiB of one GPU.", "",
-        "| model | GPUs | states | activations | other | in all | |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        f"{options.ranks_per_node} GPUs per node. GiB of one GPU.", "",
+        "| model | GPUs | states | activations | other | total | |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
-    for each in results:
-        device = each.device
+    for result in results:
+        device = result.device
         states = sum(device.get(key, 0) for key in ("parameters", "gradients", "optimizer"))
         activations = device.get("activations", 0)
-        rest = each.needs.device - states - activations
+        other = result.needs.device - states - activations
         lines.append(
-            f"| {each.of.name} | {each.run.world_size:,} | {states / GIB:,.1f} | {activations / GIB:,.1f} | {rest / GIB:,.1f} "
-            f"| {each.needs.device / GIB:,.1f} | {each.verdict} |"
+            f"| {result.model.name} | {result.run.world_size:,} "
+            f"| {states / GIB:,.1f} | {activations / GIB:,.1f} | {other / GIB:,.1f} "
+            f"| {result.needs.device / GIB:,.1f} | {result.verdict} |"
         )
     return "\n".join([*lines, ""])

@@ -1,4 +1,4 @@
-"""What ships with the estimate: configs of published models, and kinds of storage. Standard library alone."""
+"""Shipped data of the estimate: configs of published models, and profiles of storage. Needs only the standard library."""
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -6,17 +6,17 @@ from pathlib import Path
 from zero_sft.errors import ArgumentError
 
 MODELS = Path(__file__).parent / "models"
-"""Configs of published models, by name."""
+"""Folder with the configs of published models, one `NAME.json` each."""
 
 
 def shipped_models() -> list[str]:
-    """Names of the configs that ship with the package."""
+    """Return the names of the configs that ship with the package."""
     return sorted(path.stem for path in MODELS.glob("*.json"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """A kind of storage: GB/s (10^9 bytes) that one node gets, GB/s of the whole (0: no limit), milliseconds a request."""
+    """Storage profile: GB/s (10^9 bytes) of one node, GB/s of the whole storage (0: unlimited), milliseconds per request."""
 
     node_gb_s: float = field(metadata={"least": 1e-6})
     cluster_gb_s: float = field(default=0.0, metadata={"least": 0.0})
@@ -29,32 +29,32 @@ STORAGES = {
     "lustre": Storage(node_gb_s=5.0, cluster_gb_s=100.0, request_ms=1.0),
     "nfs": Storage(node_gb_s=1.0, cluster_gb_s=2.5, request_ms=1.5),
 }
-"""Round figures for: the page cache, a local disk with the checkpoint on it, a parallel file system, one file server."""
+"""Approximate figures for the page cache, a local disk, a parallel file system and a single file server."""
 
 
 def storage(text: str) -> Storage:
-    """A named storage, or one with figures of its own: "nvme", "lustre,cluster_gb_s=40", "node_gb_s=3,request_ms=2".
+    """Parse a storage profile: "nvme", "lustre,cluster_gb_s=40" or "node_gb_s=3,request_ms=2".
 
     Raises:
-        ArgumentError: an unknown name or key, or a figure that is none.
+        ArgumentError: a name or key is unknown, or a figure is not a valid number.
     """
-    name, *rest = [each.strip() for each in text.split(",")]
+    name, *settings = [part.strip() for part in text.split(",")]
     if "=" in name:
-        name, rest = "nvme", [name, *rest]
+        name, settings = "nvme", [name, *settings]
     if name not in STORAGES:
         raise ArgumentError(f"unknown storage {name!r}; known: {', '.join(STORAGES)}", code="estimate.unknown_storage")
-    least = {each.name: each.metadata["least"] for each in fields(Storage)}
+    least = {field.name: field.metadata["least"] for field in fields(Storage)}
     changes = {}
-    for each in rest:
-        key, _, value = each.partition("=")
+    for setting in settings:
+        key, _, value = setting.partition("=")
         try:
             changes[key] = float(value)
-            good = changes[key] >= least[key]
+            is_valid = changes[key] >= least[key]
         except (ValueError, KeyError):
-            good = False
-        if not good:
+            is_valid = False
+        if not is_valid:
             raise ArgumentError(
-                f"storage {each!r}: expected one of {', '.join(least)} and a figure, as in node_gb_s=3",
+                f"storage {setting!r}: expected one of {', '.join(least)} and a figure, as in node_gb_s=3",
                 code="estimate.bad_storage_figure",
             )
     return replace(STORAGES[name], **changes)

@@ -1,8 +1,8 @@
-"""Split the words of a command line into names and raw values; the same for all commands of this package.
+"""Split a command line into names and raw values, for all commands of this package.
 
-What the names mean and whether the values fit is decided afterwards, alike for a command line and a file. argparse was left
-out. It takes `-1e-5` for an option, a file of arguments after a flag for the flag's value, and the value of an unknown name for
-the file; with all of that worked around, nothing is left for it to do.
+Later steps resolve names and convert values, in the same way for a command line and a file. Left out: argparse. It reads
+`-1e-5` as an option, an arguments file after a flag as the flag's value, and the value of an unknown name as the file. With
+workarounds for all of these, nothing would remain for it to do.
 """
 
 import re
@@ -22,7 +22,7 @@ _OPTION = re.compile(r"--[A-Za-z]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawArgument:
-    """One argument as it was given: `origin` is "the command line" or the file's path."""
+    """One argument as the user gave it; `origin` is "the command line" or the path of the file."""
 
     name: str
     value: Any
@@ -30,34 +30,34 @@ class RawArgument:
 
 
 def read_command_line(argv: Sequence[str], specs: Mapping[str, OptionSpec]) -> tuple[list[RawArgument], Path | None]:
-    """Split the words of a command line into arguments and the path of a file with more of them, if there is one.
+    """Split a command line into arguments and the path of an arguments file, if one is given.
 
-    `--name value`, `--name=value`, `--name a b c` where a list may stand, `--flag` for True, `--no_flag` for False. Dashes in
-    names count as underscores. `specs` holds every name that is understood; others take one value, to be refused by name.
+    Forms: `--name value`, `--name=value`, `--name a b c` for a list, `--flag` for True, `--no_flag` for False. Dashes in names
+    count as underscores. `specs` has every name that is understood. Other names take one value and are refused later.
 
     Raises:
-        ArgumentError: a name without its value, or a word that belongs to nothing.
+        ArgumentError: a name without its value, or a word that belongs to no name.
     """
-    given, file, position = [], None, 0
+    arguments, file, position = [], None, 0
     while position < len(argv):
         word = argv[position]
         position += 1
         if not _OPTION.match(word):
-            file = _as_file(word, file, given)
+            file = _as_file(word, file, arguments)
             continue
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if equals:
-            given.append(RawArgument(name=name, value=text, origin=COMMAND_LINE))
+            arguments.append(RawArgument(name=name, value=text, origin=COMMAND_LINE))
             continue
         values = _values_of(argv[position:], specs.get(name), name, specs)
         position += len(values)
-        given.append(_given(name, values, specs))
-    return given, file
+        arguments.append(_raw_argument(name, values, specs))
+    return arguments, file
 
 
 def _values_of(rest: Sequence[str], spec: OptionSpec | None, name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
-    """The words after `--name` that are its values."""
+    """Return the words after `--name` that are its values."""
     values = []
     for word in rest:
         if _OPTION.match(word):
@@ -72,7 +72,7 @@ def _values_of(rest: Sequence[str], spec: OptionSpec | None, name: str, specs: M
     return values[:1]
 
 
-def _given(name: str, values: list[str], specs: Mapping[str, OptionSpec]) -> RawArgument:
+def _raw_argument(name: str, values: list[str], specs: Mapping[str, OptionSpec]) -> RawArgument:
     spec = specs.get(name)
     if spec is None and not values and _negated(name, specs):
         return RawArgument(name=_negated(name, specs), value=False, origin=COMMAND_LINE)
@@ -84,21 +84,20 @@ def _given(name: str, values: list[str], specs: Mapping[str, OptionSpec]) -> Raw
 
 
 def _negated(name: str, specs: Mapping[str, OptionSpec]) -> str:
-    """The flag that `no_flag` switches off, or "" if there is none."""
+    """Return the flag that `no_flag` switches off, or "" if there is none."""
     flag = name.removeprefix("no_")
     return flag if flag != name and flag in specs and "boolean" in specs[flag].kinds else ""
 
 
-def _as_file(word: str, file: Path | None, given: list[RawArgument]) -> Path:
+def _as_file(word: str, file: Path | None, arguments: list[RawArgument]) -> Path:
     if word.lower().endswith(FILE_SUFFIXES) and file is None:
         return Path(word)
-    if given and isinstance(given[-1].value, bool) and not word.startswith("-"):
-        raise ArgumentError(
-            f"--{given[-1].name} {word}: expected True or False, or nothing after it", code="arguments.not_a_bool"
-        )
-    after = f" after --{given[-1].name}" if given else ""
+    last = arguments[-1] if arguments else None
+    if last and isinstance(last.value, bool) and not word.startswith("-"):
+        raise ArgumentError(f"--{last.name} {word}: expected True or False, or no value", code="arguments.not_a_bool")
+    after = f" after --{last.name}" if last else ""
     raise ArgumentError(
-        f"can't tell what {word!r}{after} is: expected --name value, or one file of arguments ({', '.join(FILE_SUFFIXES)}). "
+        f"unexpected word {word!r}{after}: expected --name value, or one file of arguments ({', '.join(FILE_SUFFIXES)}). "
         "A text with spaces needs quotes; a value that begins with -- needs the form --name=value.",
         code="arguments.stray_word",
     )

@@ -11,7 +11,7 @@ from zero_sft.options.command_line import RawArgument
 
 
 def read_file(path: Path) -> list[RawArgument]:
-    """The arguments in a YAML or JSON file: a mapping from names to values.
+    """Read the arguments in a YAML or JSON file, which holds a mapping from names to values.
 
     Raises:
         ArgumentError: no such file, not YAML or JSON, not a mapping, or a name given twice.
@@ -35,12 +35,12 @@ def read_file(path: Path) -> list[RawArgument]:
 def _json_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
     depth_first: list[list[tuple[Any, Any]]] = []
 
-    def remember(pairs: list[tuple[Any, Any]]) -> dict:
-        depth_first.append(pairs)  # the outermost mapping comes last
+    def collect(pairs: list[tuple[Any, Any]]) -> dict:
+        depth_first.append(pairs)  # the outermost mapping is the last one
         return dict(pairs)
 
     try:
-        content = json.loads(text, object_pairs_hook=remember)
+        content = json.loads(text, object_pairs_hook=collect)
     except ValueError as error:
         raise ArgumentError(f"{path} is not JSON: {error}", code="arguments.file_not_json") from error
     if not isinstance(content, dict):
@@ -66,13 +66,13 @@ def _yaml_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
             )
         if any(key.tag == _MERGE for key, _ in node.value):
             raise ArgumentError(
-                f"{path}: merge keys (<<) are not read. Write the arguments out.", code="arguments.file_merge_key"
+                f"{path}: merge keys (<<) are not supported; write each argument out.", code="arguments.file_merge_key"
             )
         return [
             (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True)) for key, value in node.value
         ]
     except yaml.YAMLError as error:
-        # PyYAML's own text quotes the line, which may hold a token.
+        # PyYAML's message quotes the line, which may contain a token.
         raise ArgumentError(f"{path} is not YAML: {_without_quotes(error)}", code="arguments.file_not_yaml") from None
     finally:
         loader.dispose()
@@ -83,14 +83,14 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 @functools.cache
 def _plain_loader() -> Any:
-    """PyYAML's safe loader, without two number formats of YAML 1.1: 010 is not 8, and 1:30 is not 90, but text."""
+    """Return PyYAML's safe loader without two number formats of YAML 1.1: 010 (8) and 1:30 (90) stay text."""
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
-        """Reads numbers as a command line does."""
+        """Read numbers as the command line does."""
 
         def construct_number(self, node: Any) -> Any:
-            """A number, or the text where YAML 1.1 would read it to another base."""
+            """Return a number, or the text if YAML 1.1 would read it in another base."""
             text = self.construct_scalar(node)
             if ":" in text or re.fullmatch(r"[-+]?0[0-9_]+", text):
                 return text
@@ -102,7 +102,7 @@ def _plain_loader() -> Any:
 
 
 def _without_quotes(error: Any) -> str:
-    """What is wrong and where, without anything that the file holds."""
+    """Describe a problem and its position without quoting the file."""
     problem = re.sub(r"(['\"])(?!<).{6,}?\1", "...", str(getattr(error, "problem", None) or "it can't be read"))
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem

@@ -1,4 +1,4 @@
-"""Help of a command: which topic a command line asks for, and options as text."""
+"""Help of a command: find the requested topic and format options as text."""
 
 import contextlib
 import re
@@ -16,19 +16,19 @@ _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)\.\s+(?=[A-Z`])")
 
 
 def wants_help(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for help."""
+    """Return True if the command line asks for help."""
     return any(word in ("-h", "--help") or word.startswith("--help=") for word in argv)
 
 
 def write_help(argv: Sequence[str], help_text: Callable[[str | None], str | None]) -> int:
-    """Write what a command line asks for to stdout, on rank 0; returns the exit status, 2 for a name that nothing matches."""
+    """Write the requested help to stdout on rank 0, and return the exit status: 0, or 2 if nothing matches a name."""
     text, status = "", 0
     for topic in _topics(argv) or [None]:
         part = help_text(topic)
         if part is None:
             part, status = f"No argument has {topic!r} in its name or text. `--help` lists all arguments.\n", 2
         text += part
-    with contextlib.suppress(ConfigError):  # variables of a launcher that can't be used: say it all the same
+    with contextlib.suppress(ConfigError):  # print the help even if the launcher's variables are unusable
         if not World.detect().is_main:
             return status
     sys.stdout.write(text)
@@ -36,8 +36,8 @@ def write_help(argv: Sequence[str], help_text: Callable[[str | None], str | None
 
 
 def _topics(argv: Sequence[str]) -> list[str]:
-    """The names that are asked for: `--help=NAME`, or the words after `--help`; one `--NAME` there counts, if it is alone."""
-    position = next(n for n, word in enumerate(argv) if word in ("-h", "--help") or word.startswith("--help="))
+    """Return the requested names: `--help=NAME`, or the words after `--help`; a single one may have dashes."""
+    position = next(index for index, word in enumerate(argv) if word in ("-h", "--help") or word.startswith("--help="))
     word, after = argv[position], list(argv[position + 1 :])
     if word.startswith("--help="):
         return [word.removeprefix("--help=")]
@@ -51,27 +51,27 @@ def _topics(argv: Sequence[str]) -> list[str]:
     return names
 
 
-def at_length(specs: Iterable[OptionSpec]) -> list[str]:
-    """Name and default, the choices if they are few, and the whole text."""
+def in_full(specs: Iterable[OptionSpec]) -> list[str]:
+    """Format options in full: name, default, choices if there are few, and the whole text."""
     lines = []
     for spec in specs:
         choices = f" ({', '.join(spec.choices)})" if spec.choices and len(spec.choices) < 8 else ""
         lines.append(f"  --{spec.name} = {spec.default!r}{choices}")
-        lines += wrapped(spec.help, 6)
+        lines += wrap_lines(spec.help, 6)
     return lines
 
 
-def in_short(specs: Iterable[OptionSpec]) -> list[str]:
-    """Name and default, and the first sentence of the text, whole."""
+def in_brief(specs: Iterable[OptionSpec]) -> list[str]:
+    """Format options briefly: name, default, and the first sentence of the text."""
     lines = []
     for spec in specs:
         lines.append(f"  --{spec.name} = {spec.default!r}")
-        lines += wrapped(_SENTENCE_END.split(" ".join(spec.help.split()))[0].rstrip("."), 6)
+        lines += wrap_lines(_SENTENCE_END.split(" ".join(spec.help.split()))[0].rstrip("."), 6)
     return lines
 
 
-def wrapped(text: str, indent: int) -> list[str]:
-    """Lines of a text, indented."""
+def wrap_lines(text: str, indent: int) -> list[str]:
+    """Wrap a text into indented lines."""
     return textwrap.wrap(
         text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )

@@ -1,4 +1,4 @@
-"""Options as keyword arguments of a function: sorted into their dataclasses, checked, shown in the function's signature."""
+"""Accept options as keyword arguments: sort them into dataclasses, check them, and show them in signatures."""
 
 import dataclasses
 import difflib
@@ -12,13 +12,13 @@ from zero_sft.options.spec import SECRETS, OptionSpec, specs_of
 
 
 def read_keywords(keywords: Mapping[str, Any], *groups: type, function: Callable[..., Any]) -> list[Any]:
-    """Sort keyword arguments into objects of the dataclasses `groups`, in their order; `function` took them.
+    """Sort the keyword arguments of `function` into one object for each dataclass in `groups`, in the order of `groups`.
 
     Raises:
-        ArgumentError: a name that no group has, with the nearest known one; a value of another type.
+        ArgumentError: a name that no group has, with the nearest known name; a value of a wrong type.
     """
-    fields = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
-    known = {name: None for names in fields.values() for name in names}
+    names_of = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
+    known = {name: None for names in names_of.values() for name in names}
     parameters = inspect.signature(function).parameters.values()
     named = dict.fromkeys(param.name for param in parameters if param.kind is inspect.Parameter.KEYWORD_ONLY)
     for name in keywords:
@@ -28,7 +28,7 @@ def read_keywords(keywords: Mapping[str, Any], *groups: type, function: Callable
             raise ArgumentError(
                 f"unknown argument {name!r}.{hint} Known: {', '.join(named | known)}.", code="arguments.unknown"
             )
-    return [group(**{name: keywords[name] for name in names if name in keywords}) for group, names in fields.items()]
+    return [group(**{name: keywords[name] for name in names if name in keywords}) for group, names in names_of.items()]
 
 
 def takes_options(*groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -42,21 +42,21 @@ def takes_options(*groups: type) -> Callable[[Callable[..., Any]], Callable[...,
                 inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
                 for field in dataclasses.fields(group)
             ]
-        setattr(function, "__signature__", signature.replace(parameters=parameters))  # noqa: B010 - functions have it unasked
+        setattr(function, "__signature__", signature.replace(parameters=parameters))  # noqa: B010 - type checkers don't know this attribute
         return function
 
     return decorate
 
 
 def require_types(options: object, group: type) -> None:
-    """Raise `ArgumentError` unless each field of `group` that `options` holds has a value of its type.
+    """Raise `ArgumentError` unless `options` has, for each field of `group`, a value of the field's type.
 
-    Nothing is converted: a text that looks like a flag ("False" from a command line) would count as True.
+    Values are not converted: the text "False" would count as True.
     """
     for name, spec in _cached_specs(group).items():
         value = getattr(options, name)
         if not spec.accepts(value):
-            shown = "another value, which is not shown" if name in SECRETS else f"{value!r:.80}"
+            shown = "another value (not shown)" if name in SECRETS else f"{value!r:.80}"
             raise ArgumentError(f"{name} must be {spec.expected}, got {shown}", code="arguments.wrong_value")
 
 

@@ -1,4 +1,4 @@
-"""Names of options that have changed, and names that are refused; raw arguments turned into values under today's names."""
+"""Resolve raw arguments to values under current option names: translate old names and refuse unusable ones."""
 
 import difflib
 import functools
@@ -14,7 +14,13 @@ from zero_sft.options.spec import SECRETS, OptionSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translation:
-    """Today's name, and the value for each boolean where the old one was a switch; None there means it asked for nothing."""
+    """Translation of an old option name.
+
+    Attributes:
+        name: the current name.
+        values: if the old option was a switch, its new value for True and False; None if the switch asked for nothing.
+        below: the bound that a number given under the old name must stay below.
+    """
 
     name: str
     values: Mapping[bool, str | None] | None = None
@@ -23,7 +29,7 @@ class Translation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why a name is refused, and the values of it that pass because they ask for what happens anyway."""
+    """Reason for refusing an option, and values that pass because they ask for what happens anyway."""
 
     reason: str
     passing: tuple[Any, ...] = (None, False, "", "no", "none", "false")
@@ -31,13 +37,13 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class OptionNames:
-    """Every name that a command understands.
+    """All option names that a command understands.
 
     Attributes:
-        specs: today's names.
-        translations: former names, and names of other libraries.
-        refusals: names without a meaning here, and what to use instead.
-        removed: names of former releases that change nothing any more, and why.
+        specs: current names.
+        translations: former names, and names that other libraries use.
+        refusals: names that have no meaning here, with what to use instead.
+        removed: names of former releases that no longer have an effect, with the reason.
         ignored: names that launchers add.
     """
 
@@ -49,37 +55,37 @@ class OptionNames:
 
     @functools.cached_property
     def readable(self) -> Mapping[str, OptionSpec]:
-        """Every name, with what its value may be."""
-        known = dict(self.specs)
+        """All names, with the values that each may take."""
+        specs = dict(self.specs)
         for name, translation in self.translations.items():
             kinds = frozenset({"boolean"}) if translation.values else self.specs[translation.name].kinds
             choices = () if translation.values else self.specs[translation.name].choices
-            known[name] = OptionSpec(name=name, kinds=kinds, choices=choices)
-        for name in self.ignored | self.removed.keys() | {name for name in self.refusals if name not in known}:
-            known[name] = OptionSpec(name=name)
-        return known
+            specs[name] = OptionSpec(name=name, kinds=kinds, choices=choices)
+        for name in self.ignored | self.removed.keys() | {name for name in self.refusals if name not in specs}:
+            specs[name] = OptionSpec(name=name)
+        return specs
 
     def read(self, argv: Iterable[str]) -> "ReadValues":
-        """Read a command line (without the program's name), and the file that it may name. Does not communicate.
+        """Read a command line (without the program's name) and the arguments file that it may name. Does not communicate.
 
         Raises:
             ArgumentError: a command line or a file that can't be split into names and values.
         """
         raw, file = read_command_line(list(argv), self.readable)
         result = ReadValues()
-        for source in (read_file(file) if file else [], raw):  # the command line last: it wins
+        for source in (read_file(file) if file else [], raw):  # the command line comes last and wins
             self._resolve(source, result)
         return result
 
     def _resolve(self, source: Iterable[RawArgument], result: "ReadValues") -> None:
-        """Add the values of one source under today's names."""
-        used_names: dict[str, str] = {}  # today's name → the name that was used
+        """Add the values of one source to `result` under current names."""
+        used_names: dict[str, str] = {}  # current name → the name that the user gave
         for raw in source:
             if raw.name in self.removed:
                 result.notes.append(f"--{raw.name} has no effect any more: {self.removed[raw.name]}. Leave it out.")
                 continue
             try:
-                resolved = self._resolve_one(raw)
+                resolved = self._resolve_argument(raw)
             except ArgumentError as error:
                 result.problems.append(ArgumentError(f"{error} (from {raw.origin})", code=error.code))
                 continue
@@ -99,8 +105,8 @@ class OptionNames:
                 result.notes.append(f"--{raw.name} is --{name} today: taken as --{name}{_shown(name, value)}")
             result.values[name] = value
 
-    def _resolve_one(self, raw: RawArgument) -> tuple[str, Any] | None:
-        """Today's name and the fitted value of one argument, or None where it asks for nothing."""
+    def _resolve_argument(self, raw: RawArgument) -> tuple[str, Any] | None:
+        """Return the current name and the converted value of one argument, or None if it asks for nothing."""
         if raw.name in self.ignored:
             return None
         if raw.name not in self.readable:
@@ -131,12 +137,12 @@ class OptionNames:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadValues:
-    """What a command line and its file say.
+    """Values read from a command line and its arguments file.
 
     Attributes:
-        values: by today's names, each of its option's type.
-        problems: what is wrong with single arguments.
-        notes: lines for the log, such as one for each translated name.
+        values: by current name, each converted to the option's type.
+        problems: errors in single arguments.
+        notes: lines for the log, such as one per translated name.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -144,30 +150,30 @@ class ReadValues:
     notes: list[str] = field(default_factory=list)
 
     def require_usable(self, problems: Iterable[ArgumentError] = ()) -> None:
-        """Raise one `ArgumentError` that lists what is wrong with the arguments, and `problems`."""
-        found = [*self.problems, *problems]
-        if found:
-            raise ArgumentError.listing(found, "the arguments can't be used:", code="arguments.unusable")
+        """Raise one `ArgumentError` that lists all errors in the arguments, including `problems`."""
+        all_problems = [*self.problems, *problems]
+        if all_problems:
+            raise ArgumentError.listing(all_problems, "the arguments can't be used:", code="arguments.unusable")
 
 
 def _shown(name: str, value: Any) -> str:
-    """A value for the log, but for what must not be in one."""
+    """Format a value for the log, or hide it if it is a secret."""
     return "" if name in SECRETS else f" {value}"
 
 
 def _secret(raw: RawArgument, value: str) -> str:
-    """A token without the line end of a block of text. HTTP libraries quote one with white space in their errors."""
+    """Return a token without surrounding white space, and refuse an invalid one, which HTTP libraries quote in errors."""
     if raw.origin == COMMAND_LINE:
         raise ArgumentError(
-            f"--{raw.name} on a command line is no secret: process lists show it, and the launcher has logged it. "
-            "Revoke it, and set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of "
+            f"--{raw.name} on a command line is not secret: process lists show it, and the launcher has logged it. "
+            "Revoke it, then set HF_TOKEN in the environment, run `hf auth login` once, or put `token:` into a file of "
             "arguments",
             code="arguments.secret_on_command_line",
         )
     token = value.strip()
     if not token.isascii() or any(character.isspace() or not character.isprintable() for character in token):
         raise ArgumentError(
-            f"--{raw.name} has white space or other characters that no token has (it is not shown). Copy it again.",
+            f"--{raw.name} has white space or other characters that a token can't have (it is not shown). Copy it again.",
             code="arguments.bad_token",
         )
     return token

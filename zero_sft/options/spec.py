@@ -1,11 +1,11 @@
-"""Options declared once, as dataclass fields: their types, defaults and help, and values made to fit them.
+"""Option types, defaults and help from dataclass fields, and the conversion of values to these types.
 
-A field's annotation says what a value may be and its metadata holds the help, so that the command lines, the functions of the
-API and the documentation share one definition. Values come as text from a command line, as plain data from YAML and JSON, or
-as Python objects from a caller, which are not converted.
+The annotation of a field gives the type and its metadata the help, so that command lines, API functions and documentation
+share one definition. Values come as text from a command line, as plain data from YAML and JSON, or as Python objects from a
+caller; the last are checked but not converted.
 
-YAML 1.1 reads `2e-5` as text, so text that spells a number is one where a number is expected; and it reads a bare `no` as
-false, so false is "no" where "no" is a choice (`eval_strategy: no`).
+YAML 1.1 reads `2e-5` as text, so text is converted where a number is expected. It reads a bare `no` as false, so false becomes
+"no" where "no" is a choice (`eval_strategy: no`).
 """
 
 import dataclasses
@@ -52,12 +52,12 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _MISFIT = object()
 
 SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
-"""Arguments whose values no message and no log may show."""
+"""Options whose values must not appear in messages or logs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionSpec:
-    """One argument: its name, what it may be, and what is said about it."""
+    """One option: its name, types, choices, default and help."""
 
     name: str
     group: str = ""
@@ -68,24 +68,24 @@ class OptionSpec:
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words."""
+        """The expected type or choices in words, for messages."""
         words = [_IN_WORDS[kind] for kind in _IN_WORDS if kind in self.kinds and not (kind == "text" and self.choices)]
         return " or ".join([*(["one of " + ", ".join(self.choices)] if self.choices else []), *words])
 
     def fit(self, value: Any) -> Any:
-        """`value` as this argument's type.
+        """Convert `value` to the type of this option.
 
         Raises:
-            ArgumentError: it is none of what the argument may be, with what was expected and what was given.
+            ArgumentError: the value can't be converted; says what was expected and what was given.
         """
         fitted = self._from_text(value) if isinstance(value, str) else self._from_data(value)
         if fitted is _MISFIT:
-            found = "another value, which is not shown" if self.name in SECRETS else f"{value!r}{self._nearest(value)}"
-            raise ArgumentError(f"--{self.name} must be {self.expected}; got {found}", code="arguments.wrong_value")
+            shown = "another value (not shown)" if self.name in SECRETS else f"{value!r}{self._nearest(value)}"
+            raise ArgumentError(f"--{self.name} must be {self.expected}; got {shown}", code="arguments.wrong_value")
         return fitted
 
     def accepts(self, value: Any) -> bool:
-        """Whether a Python object is a value of this argument as it is; an annotation with `object` accepts everything."""
+        """Return True if a Python object is valid without conversion; the annotation `object` accepts everything."""
         if "object" in self.kinds:
             return True
         if isinstance(value, str):
@@ -131,7 +131,7 @@ class OptionSpec:
             numbers = [int(item) for item in value if _INTEGER.fullmatch(str(item))]
             return numbers if len(numbers) == len(value) else _MISFIT
         if isinstance(value, list):
-            return list(value) if "list" in self.kinds and all(isinstance(each, str) for each in value) else _MISFIT
+            return list(value) if "list" in self.kinds and all(isinstance(item, str) for item in value) else _MISFIT
         if isinstance(value, Mapping):
             return dict(value) if "mapping" in self.kinds else _MISFIT
         return _MISFIT
@@ -142,18 +142,18 @@ class OptionSpec:
 
 
 def specs_of(group: type, name: str) -> dict[str, OptionSpec]:
-    """The arguments that a dataclass declares, in its order; `name` is the group's."""
+    """Return the options that the dataclass `group` declares, in its order; `name` becomes their group name."""
     hints = typing.get_type_hints(group)
-    return {each.name: _spec(each, hints[each.name], name) for each in dataclasses.fields(group) if each.init}
+    return {field.name: _spec(field, hints[field.name], name) for field in dataclasses.fields(group) if field.init}
 
 
 def _spec(field: dataclasses.Field, hint: Any, group: str) -> OptionSpec:
     kinds, choices = _kinds(hint)
     choices = tuple(field.metadata.get("choices", ())) or choices
     if "mapping" in kinds and field.name.endswith("_kwargs"):
-        kinds -= {"text"}  # declared for JSON text; any other text fails much later, in whatever is called with it
-    made = field.default_factory
-    default = made() if made is not dataclasses.MISSING else field.default
+        kinds -= {"text"}  # meant for JSON text; other text would fail much later
+    factory = field.default_factory
+    default = factory() if factory is not dataclasses.MISSING else field.default
     return OptionSpec(
         name=field.name,
         group=group,
@@ -165,22 +165,22 @@ def _spec(field: dataclasses.Field, hint: Any, group: str) -> OptionSpec:
 
 
 def _kinds(hint: Any) -> tuple[set[str], tuple[str, ...]]:
-    """The kinds of value that an annotation allows, and the texts if they are few: `Literal["a"] | None` → text or none, a."""
+    """Return the kinds of values that an annotation allows, and its choices: `Literal["a"] | None` → ({text, none}, (a,))."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        parts = [_kinds(each) for each in arguments]
-        return set().union(*(kinds for kinds, _ in parts)), tuple(choice for _, choices in parts for choice in choices)
+        members = [_kinds(member) for member in arguments]
+        return set().union(*(kinds for kinds, _ in members)), tuple(choice for _, choices in members for choice in choices)
     if origin is typing.Literal:
-        return {_PLAIN[type(each)] for each in arguments}, tuple(each for each in arguments if isinstance(each, str))
+        return {_PLAIN[type(value)] for value in arguments}, tuple(value for value in arguments if isinstance(value, str))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return {"text"}, tuple(str(each.value) for each in hint)
+        return {"text"}, tuple(str(member.value) for member in hint)
     if origin is list and arguments == (int,):
         return {"integers"}, ()
     return {_PLAIN[origin or hint]} if (origin or hint) in _PLAIN else set(), ()
 
 
 def not_positive(values: Mapping[str, Any], names: Iterable[str]) -> list[ArgumentError]:
-    """List the numbers, among `values` by these names, that are not above 0 and below 2**31."""
+    """Return an error for each number under these `names` that is not above 0 and below 2**31."""
     numbers = [(name, number) for name in names for number in _as_list(values.get(name))]
     return [
         ArgumentError(f"--{name} must be more than 0 and below 2**31; got {number}", code="arguments.out_of_range")
