@@ -14,7 +14,7 @@ from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
 from zero_sft.commands import data as data_command
 from zero_sft.commands import estimate as estimate_command
 from zero_sft.options.command import Command
-from zero_sft.options.help import in_short, wrapped
+from zero_sft.options.help import in_brief, wrap_lines
 from zero_sft.options.spec import OptionSpec
 
 PAGE = Path(__file__).with_name("arguments.md")
@@ -88,7 +88,7 @@ def _table(specs: Iterable[OptionSpec], *, short: bool = False) -> str:
     """A row for each option: name, default, what it may be, text."""
     rows = ["| argument | default | expected | meaning |", "| --- | --- | --- | --- |"]
     for spec in specs:
-        text = " ".join(line.strip() for line in in_short([spec])[1:]) if short else spec.help
+        text = " ".join(line.strip() for line in in_brief([spec])[1:]) if short else spec.help
         rows.append(f"| `--{spec.name}` | {_default(spec)} | {_expected(spec)} | {_cell(text)} |")
     return "\n".join([*rows, ""])
 
@@ -131,7 +131,7 @@ def _command(command: Command, own: str) -> Sequence[str]:
     shared = ", ".join(f"`--{spec.name}`" for title, group in command.groups.items() if title != own for spec in group)
     return (
         f"{command.description}\n",
-        "\n".join(wrapped(f"Options of the training job, under the same names: {shared}.", 0)) + "\n",
+        "\n".join(wrap_lines(f"Options of the training job, under the same names: {shared}.", 0)) + "\n",
         _table(command.groups[own]),
     )
 
