@@ -136,6 +136,19 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     assert operators_folder().parent == tmp_path / f"zero_sft-{os.getuid()}"
 
 
+def test_a_temporary_folder_of_others_is_not_used(tmp_path, monkeypatch):
+    """Operators are imported as code."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/nowhere")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    usual = tmp_path / f"zero_sft-{os.getuid()}"
+    usual.mkdir()
+    usual.chmod(0o777)
+    folder = operators_folder()
+    assert not folder.is_relative_to(usual)
+    usual.chmod(0o700)
+    assert operators_folder().is_relative_to(usual)
+
+
 def test_hosts_that_share_a_network_file_system_have_a_folder_each(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     names = set()

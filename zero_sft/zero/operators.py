@@ -20,6 +20,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -85,10 +86,23 @@ def operators_folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        folder = Path(tempfile.gettempdir()) / f"zero_sft-{os.getuid()}" / _environment(network=False)
+        folder = _private_temporary_folder() / _environment(network=False)
         logger.debug("%s can't be written (%s); DeepSpeed's operators are built in %s instead", root, error, folder)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def _private_temporary_folder() -> Path:
+    """Return a folder in the temporary folder that only this user can write: what is in it is imported as code.
+
+    It has the same name for each process. If another user made a folder of that name, it is a new one.
+    """
+    folder = Path(tempfile.gettempdir()) / f"zero_sft-{os.getuid()}"
+    folder.mkdir(exist_ok=True, mode=0o700)
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="zero_sft-"))
 
 
 def _cache_home() -> Path:

@@ -55,10 +55,11 @@ def _start_default_group(world: World) -> None:
     if world.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if "MASTER_ADDR" not in os.environ:
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
         raise errors.ConfigError(
-            "MASTER_ADDR is not set, so the ranks can't find each other. Start the job with ./launch.sh, which derives it, "
-            "or export MASTER_ADDR and MASTER_PORT.",
+            f"{' and '.join(absent)} not set in the environment, so the ranks can't find each other. Start the job with "
+            "./launch.sh, which derives both, or export MASTER_ADDR and MASTER_PORT.",
             code="cluster.no_master_address",
         )
     try:
