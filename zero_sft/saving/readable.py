@@ -91,7 +91,7 @@ _REBUILD = "Export a model whose modules have the names that its class gives the
 def _reader_state(model: PreTrainedModel) -> Mapping[str, torch.Tensor] | None:
     """The state dict of the model that a reader builds, without data; None where its class can't be built from its config."""
     try:
-        fresh = skeleton.blank(type(model), model.config)
+        fresh = skeleton.build_untied_on_meta(type(model), model.config)
     except Exception as error:  # noqa: BLE001 - constructors of any kind; the training's result must not be lost for them
         logger.warning("%s can't be built again, so its export is not checked: %s", type(model).__name__, error)
         return None
