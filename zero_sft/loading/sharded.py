@@ -267,7 +267,7 @@ def _verify(match: CheckpointMatch, world: World, initialised: Set[str]) -> int:
 
 
 def _shard_digest(tensor: torch.Tensor) -> ShardDigest:
-    """Hash this rank's part of a tensor. A shard on NVMe is in memory only meanwhile."""
+    """Hash this rank's part of a tensor. A shard on NVMe is in memory only during this call."""
     if not shards.is_sharded(tensor):
         return ShardDigest(digest=digest(tensor), dtype=tensor.dtype, parts=1)
     param: Any = tensor

@@ -82,7 +82,7 @@ def verify(
         names = sorted(set().union(*different_by_rank))
         raise CheckpointError(
             f"the loaded weights differ from the files: {', '.join(names[:5])} ({len(names)} in all, first on rank {rank}). "
-            "The files changed while they were read, or storage or memory is faulty. Load again, and compare the files' checksums.",
+            "The files changed while they were read, or storage or memory is faulty. Load again, and compare file checksums.",
             code="checkpoint.verification_failed",
         )
     unread = sorted(held.keys() - expected.keys())
