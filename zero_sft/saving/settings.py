@@ -109,11 +109,11 @@ def _with_chat_template(tokenizer: Any, chat_template: Any) -> Iterator[None]:
     if tokenizer is None:
         yield
         return
-    former, tokenizer.chat_template = tokenizer.chat_template, chat_template
+    own_template, tokenizer.chat_template = tokenizer.chat_template, chat_template
     try:
         yield
     finally:
-        tokenizer.chat_template = former
+        tokenizer.chat_template = own_template
 
 
 def _write(folder: Path, settings: Settings) -> None:
@@ -196,7 +196,7 @@ def _adds_special_tokens(tokenizer: Any) -> dict[str, bool]:
 
 
 _UNSTATED = 10**20
-"""transformers stands for "no stated length" with lengths above this."""
+"""transformers gives tokenizers that state no length a length above this."""
 
 
 def _write_json(path: Path, content: Any) -> None:
