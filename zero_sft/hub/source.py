@@ -1,7 +1,7 @@
 """Locate a model once per run: a local folder, or one commit of a hub repository.
 
 A branch that moves during a run can't mix two states: rank 0 resolves it to a commit, and every rank and every stage uses that
-commit. Each stage fetches only the files that it needs (`CONFIG`, `WEIGHTS`, `TOKENIZER`); only rank 0 opens tokenizer files.
+commit. Each stage fetches only the files that it needs (`CONFIG`, weights, `TOKENIZER`); only rank 0 opens tokenizer files.
 """
 
 import dataclasses

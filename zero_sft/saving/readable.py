@@ -73,8 +73,8 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
     if mismatched:
         name = mismatched[0]
         raise ExportError(
-            f"the model has changed since it was loaded: {name} has the shape {list(state[name].shape)}, its config expects "
-            f"{list(expected[name].shape)}. Change the config as well.",
+            f"the model has changed since it was loaded: {name} has the shape {list(state[name].shape)}, but its config "
+            f"expects {list(expected[name].shape)}. Change the config as well.",
             code="export.shape_not_in_config",
         )
     if unexpected:

@@ -117,12 +117,12 @@ def _unusable(folder: Path, error: NotWholeError) -> str:
             f"{folder} can't be resumed from: {error}. Continue from these weights with a new optimizer: --model_name_or_path "
             f"{folder} and another --output_dir instead of --resume_from_checkpoint."
         )
-    others = [str(path) for path in _newest_first(folder.parent) if path != folder and _is_whole(path)]
-    remedy = f"Name {others[0]}, which is whole" if others else "Name another checkpoint-* folder"
+    others = [str(path) for path in _newest_first(folder.parent) if path != folder and _is_complete(path)]
+    remedy = f"Name {others[0]}, which is complete" if others else "Name another checkpoint-* folder"
     return f"{folder} can't be resumed from: {error}. {remedy}, or leave --resume_from_checkpoint out to start from scratch."
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     with contextlib.suppress(NotWholeError, OSError):
         inspect(folder)
         return True
@@ -139,7 +139,7 @@ def _newest(asked: str, output_dir: Path, ds_config: Mapping[str, Any] | None) -
             problems.append((folder, error))
             continue
         for path, error in problems:
-            logger.warning("%s is passed over, since it is not whole: %s", path, error.with_code)
+            logger.warning("%s is passed over, since it is not complete: %s", path, error.with_code)
         return checkpoint
     if not problems:
         raise ArgumentError(

@@ -116,8 +116,9 @@ def require_same_run(folder: Path, now: RunRecord) -> None:
     stateful = {then.schedule, now.schedule} & _STATEFUL_SCHEDULES
     if then.from_ds_config != now.from_ds_config or (stateful and then.schedule != now.schedule):
         raise ArgumentError(
-            f"{asked} a run with the learning-rate schedule {_described(then)}, and this one has {_described(now)}, whose "
-            "state has another format. Give the same --lr_scheduler_type and a DeepSpeed config with the same scheduler section.",
+            f"{asked} a run with the learning-rate schedule {_described(then)}, and this one has {_described(now)}, "
+            "whose state has another format. Give the same --lr_scheduler_type, and a DeepSpeed config with the same "
+            "scheduler section.",
             code="resume.other_schedule",
         )
     for change in _changes(then, now):
