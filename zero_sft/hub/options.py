@@ -22,7 +22,7 @@ class HubOptions:
         default=False, metadata={"help": "Run model and tokenizer code that comes with the checkpoint."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where downloads from the hub are kept; the hub's own cache by default."}
+        default=None, metadata={"help": "Folder for downloads from the hub; the hub's cache by default."}
     )
     revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
     token: str | bool | None = field(

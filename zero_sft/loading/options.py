@@ -37,7 +37,7 @@ class LoadOptions:
     )
     loader: Literal["sharded", "stock"] = field(
         default="sharded",
-        metadata={"help": "sharded: every rank reads its own bytes. stock: transformers' loader, the fallback."},
+        metadata={"help": "sharded: every rank reads only its bytes. stock: transformers' loader, the fallback."},
     )
     strict: bool = field(default=False, metadata={"help": "A missing or unexpected weight is an error."})
     verify: bool = field(

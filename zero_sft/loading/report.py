@@ -140,7 +140,7 @@ class LoadReport(LoadStats, KeyReport):
         ]
         lines += self._table()
         if self.verified is not None:
-            lines.append(f"  read back: {self.verified} tensors of the model equal what the files give, on every rank")
+            lines.append(f"  read back: {self.verified} tensors of the model equal the files, on every rank")
         for title, names in self._notable():
             lines.append(f"  {title}: {len(names)} ({_first_names(names)})")
         return "\n".join(lines)
@@ -170,11 +170,11 @@ class LoadReport(LoadStats, KeyReport):
             ("missing, initialised as the model defines", self.missing_keys),
             ("unexpected, left unread", self.unexpected_keys),
             ("of another shape", [name for name, _, _ in self.mismatched_keys]),
-            ("in several files, the last one's taken", self.duplicate_keys),
+            ("in several files, loaded from the last one", self.duplicate_keys),
             ("tied", self.tied_keys),
             ("stored in another dtype, cast while reading", self.cast_keys),
             ("dequantised while reading", self.dequantized_keys),
-            ("computed from whole tensors, once a node", [name for name, _ in self.untraceable_keys]),
+            ("computed from whole tensors, once per node", [name for name, _ in self.untraceable_keys]),
             ("conversions", self.operations),
         ]
         return [(title, names) for title, names in rows if names]

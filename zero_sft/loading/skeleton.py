@@ -100,10 +100,13 @@ def _first_sentence(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model without weights: in full shapes on the meta device, until `shard` makes its parameters ZeRO parameters."""
+    """A model without weights: in full shapes on the meta device, until `shard` makes its parameters ZeRO parameters.
+
+    `state` is its full state dict on meta: names, shapes, dtypes.
+    """
 
     model: PreTrainedModel
-    state: Mapping[str, torch.Tensor]  # its full state dict, on meta: names, shapes, dtypes
+    state: Mapping[str, torch.Tensor]
     init: ShardedInit
 
     def shard(self) -> None:

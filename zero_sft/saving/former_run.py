@@ -67,7 +67,7 @@ def checkpoints_in(output: Path) -> list[Path]:
 
 
 def remove_checkpoints(output: Path) -> None:
-    """Remove a former run's checkpoints, so that nobody resumes from them instead of this run's. Rank 0."""
+    """Remove a former run's checkpoints, so that no later run resumes from them. Rank 0."""
     for path in checkpoints_in(output):
         logger.info("removing %s of the former run", path)
         shutil.rmtree(path)
