@@ -1,7 +1,7 @@
 """zero_sft: load models under DeepSpeed ZeRO-3 shard by shard, and fine-tune them.
 
-The public API, nothing else. Names are resolved on first use, so that importing the package imports neither torch nor
-DeepSpeed.
+This module holds only the public API. Names are imported on first use, so that importing the package imports neither torch
+nor DeepSpeed.
 """
 
 import importlib
@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = ["load_model", "load_pretrained", "load_tokenizer", "prepare_config", "save_pretrained"]
 
-_HOMES = {
+_MODULES = {
     "load_model": "zero_sft.loading.api",
     "load_pretrained": "zero_sft.loading.api",
     "load_tokenizer": "zero_sft.tokenizer",
@@ -27,8 +27,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""The model's config, on every rank: read, set up for training, agreed upon. `rope.py` stretches it to the wanted context."""
+"""Read a model's config, prepare it for training, and require that all ranks have the same. `rope.py` extends the context."""
 
 import json
 import logging
@@ -30,19 +30,19 @@ __all__ = ["context_tokens", "load_config", "positions", "prepare_config", "prep
 def prepare_config(
     model_name_or_path: str, *, model_max_length: int | None = None, rope_parameters: dict | None = None, **options: Any
 ) -> PreTrainedConfig:
-    """The config of a model, ready for training, the same on every rank. Every rank; communicates.
+    """Return a model's config, ready for training, the same on every rank. Every rank; communicates.
 
     Args:
         model_name_or_path: a local folder or a hub id.
         model_max_length: the longest sequence, in tokens. Beyond the model's context its RoPE is scaled linearly.
-        rope_parameters: how to scale instead, in transformers' terms (`rope_type`, `factor`, ...); laid over the
-            model's own, so that `rope_theta` stays. It wins over `model_max_length`.
+        rope_parameters: the scaling to use instead, in transformers' terms (`rope_type`, `factor`, ...). They are merged into
+            the model's parameters, so that `rope_theta` stays, and win over `model_max_length`.
         trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant: as in `from_pretrained`.
 
     Raises:
-        ConfigError: an unusable config or argument, or positions that can't reach `model_max_length`.
-        CheckpointError: no such folder, or the hub can't provide it.
-        DistributedError: the ranks hold different configs; names the keys and the ranks.
+        ConfigError: a config or an argument is unusable, or the model's positions can't reach `model_max_length`.
+        CheckpointError: the folder does not exist, or the hub can't provide the model.
+        DistributedError: the ranks have different configs; the message names the keys and the ranks.
     """
     (hub,) = read_keywords(options, HubOptions, function=prepare_config)
     world = connect(World.detect())
@@ -53,7 +53,7 @@ def prepare_config(
 def prepare_config_from(
     source: ModelSource, world: World, *, model_max_length: int | None = None, rope_parameters: dict | None = None
 ) -> PreTrainedConfig:
-    """Do what `prepare_config` does, with a model that was located. Every rank; communicates."""
+    """Prepare the config of a located model, as `prepare_config` does. Every rank; communicates."""
     name, options = source.name, source.options
     folder = fetch_files(source, world, CONFIG)
 
@@ -68,23 +68,24 @@ def prepare_config_from(
     require_identical(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
     if world.is_main and adapter_warning(folder):
         logger.warning(adapter_warning(folder))
-    padding, kept = (getattr(text_config(each), "pad_token_id", None) for each in (loaded, config))
-    if padding != kept and world.is_main:
+    texts = (text_config(loaded), text_config(config))
+    loaded_padding, padding = (getattr(text, "pad_token_id", None) for text in texts)
+    if loaded_padding != padding and world.is_main:
         logger.warning(
-            "%s: config.json has pad_token_id %s, and the model has %s embeddings; it is left out", name, padding,
+            "%s: config.json has pad_token_id %s, and the model has %s embeddings; it is left out", name, loaded_padding,
             text_config(config).vocab_size,
         )  # fmt: skip
-    before, after = (getattr(text_config(each), "rope_parameters", None) for each in (loaded, config))
+    before, after = (getattr(text, "rope_parameters", None) for text in texts)
     if before != after and world.is_main:
         logger.warning("RoPE of %s from %s to %s, for model_max_length %s", name, before, after, model_max_length)
     return config
 
 
 def _with_usable_padding(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config, without a padding token that has no embedding, on which the model's constructor would fail.
+    """Remove a padding token that has no embedding, since the model's constructor would fail on it.
 
     Raises:
-        ConfigError: it states no usable number of embeddings.
+        ConfigError: the config states no usable number of embeddings.
     """
     rows = getattr(text_config(config), "vocab_size", None)
     if rows is not None and (type(rows) is not int or rows < 1):
@@ -101,14 +102,18 @@ def _with_usable_padding(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
-    """transformers' config object from `folder/config.json`; a ConfigError with a remedy for what is wrong there."""
+    """Read transformers' config object from `folder/config.json`. Any rank; does not communicate.
+
+    Raises:
+        ConfigError: the file is missing or unusable.
+    """
     path = folder / "config.json"
     raw = _read_json(path)
     model_type, auto_map = raw.get("model_type"), raw.get("auto_map")
     code = auto_map.get("AutoConfig") if isinstance(auto_map, dict) else None
     if model_type not in CONFIG_MAPPING and not (code and options.trust_remote_code):
         remedy = (
-            f"It comes with code of its own ({code}): read it, and if you trust it, give --trust_remote_code True."
+            f"It comes with its own code ({code}): read it, and if you trust it, give --trust_remote_code True."
             if code
             else "If it is spelled right, a newer release may know it: pip install -U transformers"
         )
@@ -116,10 +121,10 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
             f"{path}: transformers {transformers.__version__} does not know the model type {model_type!r}. {remedy}",
             code="config.unknown_model_type",
         )
-    quantisation = raw.get("quantization_config")
-    if quantisation is not None and not isinstance(quantisation, dict):
+    quantization = raw.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
         raise ConfigError(
-            f"{path}: quantization_config is {quantisation!r}, expected an object. Compare it with the original.",
+            f"{path}: quantization_config is {quantization!r}, expected an object. Compare it with the original.",
             code="config.bad_quantization_config",
         )
     try:
@@ -130,9 +135,9 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
             token=options.token,
             local_files_only=options.local_files_only,
         )
-    except Exception as error:  # each model type has exceptions of its own for values that don't fit
+    except Exception as error:  # each model type raises other exceptions for bad values
         raise ConfigError(
-            f"{path} is no usable {model_type} config: {error}. Compare it with the original.", code="config.unusable"
+            f"{path} is not a usable {model_type} config: {error}. Compare it with the original.", code="config.unusable"
         ) from error
 
 
@@ -161,11 +166,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every setting under its dotted name; without the path, which may differ from node to node."""
-    found: dict[str, Any] = {}
+    """Flatten the settings to dotted names, without the path, which may differ between nodes."""
+    settings: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            found |= _settings(value, f"{prefix}{key}.")
+            settings |= _settings(value, f"{prefix}{key}.")
         elif key != NAME_KEY:
-            found[f"{prefix}{key}"] = value
-    return found
+            settings[f"{prefix}{key}"] = value
+    return settings

@@ -1,7 +1,7 @@
-"""DeepSpeed configs: a dict, a path or a shipped name, checked, and free of "auto" where a value is needed.
+"""Read a DeepSpeed config from a dict, a path or a shipped name; check it, and replace "auto" where a value is needed.
 
-Two readers want different things of one config: the Trainer replaces "auto" by its own arguments, `zero.Init` wants values.
-`load_ds_config` returns the config as written, for the Trainer; `concrete` fills what the load itself depends on.
+The config has two readers: the Trainer replaces "auto" by its arguments, while `zero.Init` needs values. `load_ds_config`
+returns the config as written, for the Trainer; `concrete` fills in the values on which the load depends.
 """
 
 import copy
@@ -24,10 +24,10 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read and check a DeepSpeed config.
 
     Args:
-        source: the config itself, the path of a JSON file, or the name of a shipped one (`zero3`, `zero3_offload`, ...).
+        source: the config itself, the path of a JSON file, or the name of a shipped config (`zero3`, `zero3_offload`, ...).
 
     Raises:
-        ConfigError: no such file or name, not JSON, not ZeRO stage 3, or a precision that DeepSpeed would not understand.
+        ConfigError: the file or name does not exist, is not JSON or not ZeRO stage 3, or DeepSpeed can't read its precision.
     """
     if isinstance(source, Mapping):
         config, where = copy.deepcopy(dict(source)), "ds_config"
@@ -44,42 +44,42 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         )
     if zero is not None:
         for section in [name for name in ("offload_param", "offload_optimizer") if zero.get(name, "") is None]:
-            del zero[section]  # as DeepSpeed reads it; transformers and accelerate fail at null
+            del zero[section]  # DeepSpeed reads null as absent; transformers and accelerate fail at it
     return _plain_precision(config, where)
 
 
 def _plain_precision(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The config with `bf16` and `fp16` in their plain spelling, which every later reader understands alike.
+    """Return the config with `bf16` and `fp16` in a plain form that all later readers interpret alike.
 
-    DeepSpeed also reads the section's old name, `bfloat16`, where `bf16` is absent, and takes 1, "true" or "on" as true; the
+    DeepSpeed also reads the section's old name, `bfloat16`, if `bf16` is absent, and accepts 1, "true" or "on" as true. The
     Trainer does neither, and would train in another precision than the engine.
     """
-    old = config.pop("bfloat16", None)
-    if old is not None and config.get("bf16") is None:
-        config["bf16"] = old
+    old_section = config.pop("bfloat16", None)
+    if old_section is not None and config.get("bf16") is None:
+        config["bf16"] = old_section
     for section in DTYPE_NAMES:
         if config.get(section) is None:
             config.pop(section, None)
             continue
-        written = config[section]
-        enabled = written.get("enabled", False) if isinstance(written, dict) else written
+        value = config[section]
+        enabled = value.get("enabled", False) if isinstance(value, dict) else value
         try:
             plain = enabled if enabled == "auto" else pydantic.TypeAdapter(bool).validate_python(enabled)
         except pydantic.ValidationError:
             plain = None
-        if plain is None or not isinstance(written, dict):
+        if plain is None or not isinstance(value, dict):
             raise ConfigError(
-                f'{where}: {section} is {json.dumps(written)}. Write it as {{"enabled": true}}, false or "auto".',
+                f'{where}: {section} is {json.dumps(value)}. Write it as {{"enabled": true}}, false or "auto".',
                 code="ds_config.bad_precision_section",
             )
-        config[section] = {**written, "enabled": plain}
+        config[section] = {**value, "enabled": plain}
     if all(config.get(section, {}).get("enabled") is True for section in DTYPE_NAMES):
         raise ConfigError(f"{where} enables both bf16 and fp16. Set one of them to false.", code="ds_config.bf16_and_fp16")
     return config
 
 
 def shipped_names() -> list[str]:
-    """The names of the shipped configs."""
+    """List the names of the shipped configs."""
     return sorted(path.stem for path in shipped("ds_configs").glob("*.json"))
 
 
@@ -105,11 +105,10 @@ def _read_json(path: Path) -> Any:
 
 
 def engine_dtype(config: Mapping[str, Any], wanted: str) -> str:
-    """The dtype that parameters have under this engine: "bfloat16", "float16" or "float32".
+    """Return the dtype of the parameters under this engine: "bfloat16", "float16" or "float32".
 
-    DeepSpeed trains parameters in the engine's dtype alone, so the engine decides; where it says "auto", the `wanted` dtype
-    does. Worked example: bf16.enabled "auto" and wanted "bfloat16" → "bfloat16"; bf16 absent and wanted "bfloat16" →
-    "float32".
+    DeepSpeed trains parameters only in the engine's dtype, so the engine decides. If it says "auto", the `wanted` dtype is
+    used. Worked example: bf16.enabled "auto" and wanted "bfloat16" → "bfloat16"; bf16 absent and wanted "bfloat16" → "float32".
     """
     for section, name in DTYPE_NAMES.items():
         enabled = (config.get(section) or {}).get("enabled", False)
@@ -119,10 +118,10 @@ def engine_dtype(config: Mapping[str, Any], wanted: str) -> str:
 
 
 def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world_size: int) -> dict[str, Any]:
-    """The config with every "auto" replaced or dropped, as `zero.Init` and an engine without a Trainer can take it.
+    """Replace or drop every "auto", so that `zero.Init` and an engine without a Trainer accept the config.
 
     Raises:
-        ConfigError: an hpZ size that does not fit the ranks.
+        ConfigError: the hpZ size does not fit the ranks, or a batch size is not a positive integer.
     """
     result = without_auto(config)
     for section, name in DTYPE_NAMES.items():
@@ -135,7 +134,7 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
             result.pop(key, None)
         elif type(size) is not int or size < 1:
             raise ConfigError(
-                f'{key} is {size!r}. Set it to a whole number from 1 on, or to "auto".', code="ds_config.bad_bucket_size"
+                f'{key} is {size!r}. Set it to a positive integer or to "auto".', code="ds_config.bad_bucket_size"
             )
     if not any(key in result for key in _BATCH_SIZES[:2]):
         result["train_micro_batch_size_per_gpu"] = 1
@@ -143,12 +142,13 @@ def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world
 
 
 def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) -> dict[str, int]:
-    """`{"zero_hpz_partition_size": n}` as it has to be, or {} where hpZ is off. "auto" is `local_world_size`.
+    """Return `{"zero_hpz_partition_size": n}` with "auto" as `local_world_size`, or {} if hpZ is off.
 
-    `local_world_size`: the ranks per node, or where nodes differ `World.node_group_size`.
+    Args:
+        local_world_size: the ranks per node, or `World.node_group_size` if nodes differ.
 
     Raises:
-        ConfigError: a size that does not divide the number of ranks, or is larger: DeepSpeed takes the latter without a word.
+        ConfigError: the size does not divide the number of ranks, or is larger, which DeepSpeed accepts silently.
     """
     size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
     if size == 1:
@@ -156,20 +156,21 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
     size = local_world_size if size == "auto" else size
     if type(size) is not int or not 1 <= size <= world_size or world_size % size or _across_nodes(size, local_world_size):
         raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size is {size!r}, which is no whole number that divides {world_size} ranks, "
-            f'{local_world_size} on each node. Set it to the ranks per node (here {local_world_size}) or to "auto".',
+            f"zero_optimization.zero_hpz_partition_size is {size!r}, but must be an integer that divides {world_size} "
+            f"ranks and fits {local_world_size} ranks per node. Set it to the ranks per node (here {local_world_size}) or to "
+            '"auto".',
             code="ds_config.bad_hpz_size",
         )
     return {"zero_hpz_partition_size": size}
 
 
 def _across_nodes(size: int, local_world_size: int) -> bool:
-    """True if a group of consecutive ranks would share some nodes with another: 3 ranks a group, 8 a node."""
+    """Return whether some node would hold parts of two groups, as with 3 ranks per group and 8 per node."""
     return bool(size % local_world_size and local_world_size % size)
 
 
 def require_nvme(config: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless every NVMe folder that the config names can be written on this machine."""
+    """Raise `ConfigError` unless this machine can write every NVMe folder that the config names."""
     for section in ("offload_param", "offload_optimizer"):
         offload = config["zero_optimization"].get(section) or {}
         if offload.get("device") != "nvme":
@@ -177,14 +178,14 @@ def require_nvme(config: Mapping[str, Any]) -> None:
         path = offload.get("nvme_path")
         if not path or not Path(path).is_dir() or not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(
-                f"zero_optimization.{section}.nvme_path is {path!r}, which is no folder that can be written here. Copy "
+                f"zero_optimization.{section}.nvme_path is {path!r}, which is not a writable folder here. Copy "
                 "the config, set nvme_path to a folder on a local NVMe disk of every node, and name the copy with --deepspeed.",
                 code="ds_config.nvme_path_unwritable",
             )
 
 
 def without_auto(value: Any) -> Any:
-    """A copy of a config or a part of it, without the keys whose value is "auto"."""
+    """Copy a config or a part of it, without the keys whose value is "auto"."""
     if isinstance(value, Mapping):
-        return {key: without_auto(each) for key, each in value.items() if each != "auto"}
+        return {key: without_auto(item) for key, item in value.items() if item != "auto"}
     return copy.deepcopy(value)

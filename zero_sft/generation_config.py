@@ -1,8 +1,8 @@
-"""A model's generation settings, as `generation_config.json` has them: read, ended where the training ends a turn, written.
+"""Read a model's generation settings, add the end of a turn to the stop tokens, and write them.
 
-transformers checks such settings on reading, where it refuses some values, and on writing, where it refuses many combinations
-(`temperature` without `do_sample`) as soon as anything was changed. Published models have both. A training neither needs these
-settings nor may be lost for them: what can't be read is left out and named, everything else is written as the base has it.
+transformers refuses some values when it reads `generation_config.json`. When it writes changed settings, it refuses many
+combinations (`temperature` without `do_sample`). Published models have both. Training does not need these settings and must not
+fail because of them: settings that can't be read are left out and named, all others are written as the base model has them.
 
 Nothing here communicates.
 """
@@ -30,26 +30,26 @@ _READER = logging.getLogger("transformers.generation.configuration_utils")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnEnds:
-    """What ends an answer: token ids, and texts that are several tokens, which no generation config can hold."""
+    """The ends of an answer: token ids, and texts of several tokens, which a generation config can't hold."""
 
     token_ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
 
 
 def read_generation_config(folder: Path) -> tuple[GenerationConfig, tuple[str, ...]]:
-    """The generation settings in `folder`, from `config.json` where it has no others, as `from_pretrained` reads them.
+    """Read the generation settings in `folder` as `from_pretrained` does: `generation_config.json`, else `config.json`.
 
     Returns:
-        The settings, and a sentence about each that transformers refuses, which is left out of them.
+        The settings, and a sentence about each setting that was left out because transformers refuses it.
 
     Raises:
         ConfigError: the file is not a JSON object.
     """
     path = folder / GENERATION_CONFIG
-    own = path.is_file()
-    path = path if own else folder / "config.json"
+    has_file = path.is_file()
+    path = path if has_file else folder / "config.json"
     raw = _read_json(path) if path.is_file() else {}
-    make: Callable[[Mapping[str, Any]], GenerationConfig] = _from_generation_config if own else _from_model_config
+    make: Callable[[Mapping[str, Any]], GenerationConfig] = _from_generation_config if has_file else _from_model_config
     with _quiet():
         refused = {name: f"expected token ids, got {raw[name]!r}" for name in _TOKENS if not _are_tokens(raw.get(name))}
         kept = {name: value for name, value in raw.items() if name not in refused}
@@ -79,8 +79,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_generation_config(settings: Mapping[str, Any]) -> GenerationConfig:
-    made: Any = GenerationConfig.from_dict(dict(settings))
-    return made
+    generation: Any = GenerationConfig.from_dict(dict(settings))
+    return generation
 
 
 def _from_model_config(settings: Mapping[str, Any]) -> GenerationConfig:
@@ -88,12 +88,12 @@ def _from_model_config(settings: Mapping[str, Any]) -> GenerationConfig:
 
 
 def _are_tokens(value: Any) -> bool:
-    listed = value if isinstance(value, list) else [value]
-    return value is None or all(isinstance(token, int) and not isinstance(token, bool) for token in listed)
+    tokens = value if isinstance(value, list) else [value]
+    return value is None or all(isinstance(token, int) and not isinstance(token, bool) for token in tokens)
 
 
 def _refused(raw: Mapping[str, Any], make: Callable[[Mapping[str, Any]], GenerationConfig]) -> dict[str, str]:
-    """The settings without which transformers takes the others, and why: one if that suffices, else in the file's order."""
+    """Find settings that must be left out for transformers to accept the others, with reasons: one setting if that suffices."""
     reason = _complaint(raw, make)
     if reason is None:
         return {}
@@ -102,28 +102,28 @@ def _refused(raw: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Generat
             return {name: reason}
     kept, refused = {}, {}
     for name, value in raw.items():
-        why = _complaint({**kept, name: value}, make)
-        if why is None:
+        reason = _complaint({**kept, name: value}, make)
+        if reason is None:
             kept[name] = value
         else:
-            refused[name] = why
+            refused[name] = reason
     return refused
 
 
 def _complaint(settings: Mapping[str, Any], make: Callable[[Mapping[str, Any]], GenerationConfig]) -> str | None:
-    """Why transformers can't read these settings, or what it reads can't be written; None if both work."""
+    """Say why transformers can't read these settings or write them again; None if both work."""
     try:
-        made = make(settings)
-        made.validate()
-        made.to_json_string(keys_to_pop=["compile_config"])
-    except Exception as error:  # noqa: BLE001 - whatever values of any type provoke
+        generation = make(settings)
+        generation.validate()
+        generation.to_json_string(keys_to_pop=["compile_config"])
+    except Exception as error:  # noqa: BLE001 - values of any type can raise any error
         return str(error) or type(error).__name__
     return None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warnings about settings, of which trying them makes many."""
+    """Silence transformers' warnings about settings, since trying settings causes many."""
     level = _READER.level
     _READER.setLevel(logging.ERROR)
     try:
@@ -133,44 +133,44 @@ def _quiet() -> Iterator[None]:
 
 
 def turn_ends(tokenizer: Any, stops: Sequence[str]) -> TurnEnds:
-    """What generation has to stop at, so that an answer ends where a template ends it.
+    """Find the tokens and texts at which generation must stop, so that an answer ends where a template ends it.
 
     Args:
-        stops: texts that end an answer there. The first special token in one is taken, or else its only token.
+        stops: the texts with which the template ends an answer. A text counts as its first special token, or as its only token.
     """
-    special, ids, texts = set(tokenizer.added_tokens_decoder), [], []
+    special_ids, ids, texts = set(tokenizer.added_tokens_decoder), [], []
     for stop in stops:
         tokens = tokenizer(stop, add_special_tokens=False).input_ids
-        marks = [token for token in tokens if token in special] or (tokens if len(tokens) == 1 else [])
-        if marks:
-            ids.append(marks[0])
+        end_tokens = [token for token in tokens if token in special_ids] or (tokens if len(tokens) == 1 else [])
+        if end_tokens:
+            ids.append(end_tokens[0])
         else:
             texts.append(stop)
     return TurnEnds(token_ids=tuple(dict.fromkeys(ids)), texts=tuple(dict.fromkeys(texts)))
 
 
 def stop_at(generation: GenerationConfig, ends: TurnEnds) -> tuple[int, ...]:
-    """Add what ends an answer to the tokens that generation stops at, in place; returns those that it did not have.
+    """Add the ends of an answer to the stop tokens of `generation`, in place. Return the tokens that were added.
 
-    One of several ends may stop generation already. Then the others are left out: gpt-oss ends its thoughts with the token
-    that ends an answer in the middle of a conversation, and must go on there.
+    If one of several ends is a stop token already, nothing is added: gpt-oss ends its thoughts with the token that ends an
+    answer in the middle of a conversation, and must continue after its thoughts.
     """
-    had = eos_token_ids(generation)
-    new = () if len(ends.token_ids) > 1 and set(had) & set(ends.token_ids) else ends.token_ids
-    everything = tuple(dict.fromkeys((*had, *new)))
-    if everything:
-        generation.eos_token_id = everything[0] if len(everything) == 1 else list(everything)
-    return everything[len(had) :]
+    former = eos_token_ids(generation)
+    new = () if len(ends.token_ids) > 1 and set(former) & set(ends.token_ids) else ends.token_ids
+    stop_tokens = tuple(dict.fromkeys((*former, *new)))
+    if stop_tokens:
+        generation.eos_token_id = stop_tokens[0] if len(stop_tokens) == 1 else list(stop_tokens)
+    return stop_tokens[len(former) :]
 
 
 def eos_token_ids(generation: Any) -> tuple[int, ...]:
-    """The tokens that generation stops at, each once."""
+    """Return the tokens at which generation stops, without duplicates."""
     eos = getattr(generation, "eos_token_id", None)
     return tuple(dict.fromkeys(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]))
 
 
 def inconsistent(generation: GenerationConfig) -> tuple[str, ...]:
-    """The settings for which transformers would refuse to save these; where it gives no names, its sentence."""
+    """List the settings because of which transformers would refuse a save; its message, if that has no names."""
     try:
         with _quiet():
             generation.validate(strict=True)
@@ -180,5 +180,5 @@ def inconsistent(generation: GenerationConfig) -> tuple[str, ...]:
 
 
 def write_generation_config(generation: GenerationConfig, folder: Path) -> None:
-    """Write the settings as they are, where transformers' own function refuses what it calls inconsistent."""
+    """Write the settings unchanged; transformers' `save_pretrained` would refuse inconsistent ones. Rank 0."""
     generation.to_json_file(folder / GENERATION_CONFIG, use_diff=True, keys_to_pop=["compile_config"])

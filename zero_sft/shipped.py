@@ -1,10 +1,10 @@
-"""Where the files that ship with the package are: beside it in an installed wheel, at the top of a checkout."""
+"""Locate the files that ship with the package: in the package if it is installed, at the top of a checkout otherwise."""
 
 from pathlib import Path
 
 
 def shipped(kind: str, name: str = "") -> Path:
-    """The path of the shipped file `name` of `kind` ("ds_configs" or "examples"), or of that folder where `name` is empty."""
+    """Return the path of a shipped file in the folder `kind` ("ds_configs" or "examples"), or of that folder without `name`."""
     package = Path(__file__).resolve().parent
     folder = package / kind
     if not folder.is_dir():

@@ -1,8 +1,8 @@
-"""Every internal of transformers that this package uses, named in this one place.
+"""All uses of transformers' internals, collected in this one module.
 
-Internals are not promised to stay. When a release has moved one, `check` raises one error that names it and the remedy
+Internals may change with any release. If a release has moved one, `check` raises one error with its name and the remedy
 (`--loader stock`), instead of an ImportError in the middle of a load. For releases that are untested but intact, `untested`
-returns a warning. A test scans the package for private names of transformers elsewhere. Internals of the Trainer and of TRL
+returns a warning. A test scans the rest of the package for private names of transformers. Internals of the Trainer and of TRL
 are in `job/trainer_internals.py`.
 """
 
@@ -19,7 +19,7 @@ from zero_sft.errors import UnsupportedVersionError
 
 TESTED = ("5.23.0",)
 
-_WANTED = {
+_MODULES = {
     "get_model_conversion_mapping": "transformers.conversion_mapping",
     "rename_source_key": "transformers.core_model_loading",
     "revert_weight_conversion": "transformers.core_model_loading",
@@ -52,31 +52,31 @@ _METHODS = (
 )  # fmt: skip
 
 NAME_KEY = "_name_or_path"
-"""The key under which a config's dict holds the path that it was read from."""
+"""The key of a config's dict that holds the path from which it was read."""
 
 _INITIALIZED = "_is_hf_initialized"
-"""The attribute of tensors and modules that have their values."""
+"""The attribute by which transformers marks tensors and modules as initialised."""
 
 
 def internal(name: str) -> Any:
-    """The internal `name` of transformers.
+    """Return the internal `name` of transformers.
 
     Raises:
-        UnsupportedVersionError: this release does not have it where it was.
+        UnsupportedVersionError: this release does not have it in the expected module.
     """
     try:
-        return getattr(importlib.import_module(_WANTED[name]), name)
+        return getattr(importlib.import_module(_MODULES[name]), name)
     except (ImportError, AttributeError) as error:
-        raise UnsupportedVersionError(_moved(f"{_WANTED[name]}.{name}"), code="version.transformers_moved") from error
+        raise UnsupportedVersionError(_moved(f"{_MODULES[name]}.{name}"), code="version.transformers_moved") from error
 
 
 def check() -> None:
-    """Look up everything at once, so that a moved internal is found before anything is built.
+    """Look up all internals at once, so that a moved one is found before anything is built.
 
     Raises:
-        UnsupportedVersionError: naming the first one that is gone.
+        UnsupportedVersionError: an internal is missing; the message names the first one.
     """
-    for name in _WANTED:
+    for name in _MODULES:
         internal(name)
     for name in _METHODS:
         if not hasattr(transformers.PreTrainedModel, name):
@@ -86,7 +86,7 @@ def check() -> None:
 
 
 def loading_info(missing: Iterable[str] = (), unexpected: Iterable[str] = ()) -> Any:
-    """transformers' record of missing and unexpected names, which its methods read and refine."""
+    """Return transformers' record of missing and unexpected names, which its methods read and refine."""
     return internal("LoadStateDictInfo")(
         missing_keys=set(missing),
         unexpected_keys=set(unexpected),
@@ -98,7 +98,7 @@ def loading_info(missing: Iterable[str] = (), unexpected: Iterable[str] = ()) ->
 
 
 def tie_weights(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Tie a model's weights; return the missing and unexpected names that remain by the model's own rules."""
+    """Tie a model's weights; return the missing and unexpected names that remain by the model's rules."""
     info = loading_info(missing, unexpected)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
@@ -106,62 +106,62 @@ def tie_weights(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -
 
 
 def tied_names(model: Any) -> dict[str, str]:
-    """The model's ties, as `{target: source}`; the model's own dict, if it has one."""
+    """Return the model's ties as `{target: source}`: its own dict, which callers may change, or an empty one."""
     ties = getattr(model, "all_tied_weights_keys", None)
     return {} if ties is None else ties
 
 
 def names_not_saved(model: Any) -> set[str]:
-    """Names of the state dict that `save_pretrained` leaves out."""
+    """Return the names of the state dict that `save_pretrained` leaves out."""
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
 def patterns_not_missed(model: Any) -> list[str]:
-    """Patterns of names that `from_pretrained` does not report as missing."""
+    """Return patterns of the names that `from_pretrained` does not report as missing."""
     return list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
 
 
 def set_weight_conversions(model: Any, rules: Iterable[Any]) -> None:
-    """Give a model the conversion rules by which it was loaded, as `from_pretrained` does; a save reverses them."""
+    """Set the conversion rules by which a model was loaded, as `from_pretrained` does; a save reverses them."""
     model._weight_conversions = list(rules)
 
 
 def is_initialized(tensor: Any) -> bool:
-    """Whether a tensor is marked as having its values."""
+    """Return whether a tensor is marked as initialised."""
     return bool(getattr(tensor, _INITIALIZED, False))
 
 
 def mark_initialized(owner: Any) -> None:
-    """Mark a tensor or a module as having its values, so that `_init_weights` skips it."""
+    """Mark a tensor or a module as initialised, so that `_init_weights` skips it."""
     setattr(owner, _INITIALIZED, True)
 
 
 def initialize_module(owner: Any, module: Any) -> None:
-    """Run the model's own initialisation of one module, and leave the module unmarked."""
+    """Run the model's initialisation of one module, and leave the module unmarked."""
     owner._initialize_weights(module, owner.is_custom_code())
     module.__dict__.pop(_INITIALIZED, None)
 
 
 def model_mapping(auto: Any) -> Any:
-    """The mapping from config classes to model classes of an Auto class; None for anything else."""
+    """Return an Auto class's mapping from config classes to model classes; None for other objects."""
     return getattr(auto, "_model_mapping", None)
 
 
 def configured_attention(config: Any) -> str | None:
-    """The attention that a config names."""
+    """Return the attention that a config names."""
     return getattr(config, "_attn_implementation", None)
 
 
 def set_attention(config: Any, name: str) -> None:
-    """Name the attention that a model of this config uses."""
+    """Set the attention that a model of this config uses."""
     config._attn_implementation = name
 
 
 def check_attention(cls: Any, config: Any, name: str) -> None:
-    """Let transformers check that a class can use an attention here; raises its own exceptions.
+    """Let transformers check that a class can use an attention on this machine. Its exceptions are not wrapped.
 
-    The check runs on an object of the class that was never initialised: it looks at the class, the installed packages and the
-    devices, and at no weights.
+    The check runs on an uninitialised object of the class: it looks at the class, the installed packages and the devices, but
+    not at weights.
     """
     probe = object.__new__(cls)
     probe.__dict__["config"] = config
@@ -169,7 +169,7 @@ def check_attention(cls: Any, config: Any, name: str) -> None:
 
 
 def supported_attentions(cls: Any) -> list[str]:
-    """The attentions that a model class declares, in words for a message."""
+    """List the attentions that a model class declares, as text for a message."""
     declared = {
         "sdpa": cls._supports_sdpa,
         "flex_attention": cls._supports_flex_attn,
@@ -179,7 +179,7 @@ def supported_attentions(cls: Any) -> list[str]:
 
 
 def adjust_generation_config(model: Any, folder: str, trust_remote_code: bool) -> None:
-    """Give a model the generation settings of a folder, as `from_pretrained` does."""
+    """Set the generation settings of a folder on a model, as `from_pretrained` does."""
     model.adjust_generation_fn(
         None, False, None, folder, cache_dir=None, force_download=False, proxies=None, local_files_only=True, token=None,
         revision=None, subfolder="", trust_remote_code=trust_remote_code,
@@ -187,30 +187,30 @@ def adjust_generation_config(model: Any, folder: str, trust_remote_code: bool) -
 
 
 def mark_as_read(generation: Any) -> None:
-    """Mark generation settings as they were read from a file, as `from_pretrained` does: a later change shows."""
+    """Mark generation settings as read from a file, as `from_pretrained` does, so that later changes are detected."""
     generation._original_object_hash = hash(generation)
 
 
 def dequantize_function(operation: Any) -> Callable[..., torch.Tensor]:
-    """The arithmetic of an `Fp8Dequantize` operation on one tensor and its scales."""
+    """Return the function by which an `Fp8Dequantize` operation applies scales to one tensor."""
     return operation._dequantize_one
 
 
 def set_dequantize_function(operation: Any, function: Callable[..., torch.Tensor]) -> None:
-    """Replace the arithmetic of an `Fp8Dequantize` operation."""
+    """Replace the function by which an `Fp8Dequantize` operation applies scales to one tensor."""
     operation._dequantize_one = function
 
 
 def set_tokenizer_backend(tokenizer: Any, backend: Any) -> None:
-    """Give a fast tokenizer a backend of the library `tokenizers`."""
+    """Set the backend of a fast tokenizer, an object of the library `tokenizers`."""
     tokenizer._tokenizer = backend
 
 
 def zero3_config(ds_config: Mapping[str, Any]) -> Any:
-    """What tells transformers that ZeRO-3 is on, for as long as somebody holds it: the one that does already, or a new one.
+    """Return the object that makes transformers consider ZeRO-3 enabled while it is alive: the active one, or a new one.
 
-    transformers keeps a weak reference to the last one made; so each model holds the same one, and the first model's end is
-    not the end of the others'.
+    transformers keeps only a weak reference to the most recent object. All models therefore hold the same one, so that ZeRO-3
+    stays enabled when the first model is deleted.
     """
     module = importlib.import_module("transformers.integrations.deepspeed")
     reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
@@ -220,26 +220,26 @@ def zero3_config(ds_config: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def zero3_under(ds_config: Mapping[str, Any]) -> Iterator[None]:
-    """Let `from_pretrained` build under this DeepSpeed config, whichever config another model was loaded under.
+    """Make `from_pretrained` use this DeepSpeed config, whatever config other models were loaded with.
 
-    Afterwards the one that was active before is active again, or that of `zero3_config`.
+    Afterwards the config that was active before, if any, is active again.
     """
     module: Any = importlib.import_module("transformers.integrations.deepspeed")
-    before = getattr(module, "_hf_deepspeed_config_weak_ref", None)
-    held = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
+    former = getattr(module, "_hf_deepspeed_config_weak_ref", None)
+    active = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
     try:
         yield
     finally:
-        module._hf_deepspeed_config_weak_ref = before
-        del held
+        module._hf_deepspeed_config_weak_ref = former
+        del active
 
 
 @contextlib.contextmanager
 def without_zero3() -> Iterator[None]:
-    """Let transformers take ZeRO-3 for switched off.
+    """Make transformers consider ZeRO-3 disabled.
 
-    A model that builds another inside its constructor (`AutoModel.from_config`, as classification heads do) would open a
-    `zero.Init` there as long as any other model or `HfDeepSpeedConfig` is alive, and fail on the meta device.
+    Some constructors build another model inside (`AutoModel.from_config`, as classification heads do). They would open a
+    `zero.Init` there while any other model or `HfDeepSpeedConfig` is alive, and fail on the meta device.
     """
     module: Any = importlib.import_module("transformers.integrations.deepspeed")
     reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
@@ -251,28 +251,28 @@ def without_zero3() -> Iterator[None]:
 
 
 def kept_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
-    """A function that tells which dtype a tensor of that name keeps though the model is loaded in `dtype`; None: no other."""
+    """Return a function from a name to the dtype that this tensor keeps when the model is loaded in `dtype`; None if none."""
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return lambda name: None
     pattern, kept, _ = internal("build_glob_alternation")(list(plan))
 
     def kept_dtype(name: str) -> torch.dtype | None:
-        found = pattern.search(name)
-        return plan[kept[found.lastgroup]] if found else None
+        match = pattern.search(name)
+        return plan[kept[match.lastgroup]] if match else None
 
     return kept_dtype
 
 
 def untested() -> str | None:
-    """A warning for a release that this package was not tested with, or None."""
+    """Return a warning if this release was not tested with the package, else None."""
     if transformers.__version__ in TESTED:
         return None
     return f"transformers {transformers.__version__} is untested here; tested: {', '.join(TESTED)}."
 
 
-def _moved(what: str) -> str:
+def _moved(name: str) -> str:
     return (
-        f"transformers {transformers.__version__} has moved {what}, which the sharded loader needs; tested with "
+        f"transformers {transformers.__version__} has moved {name}, which the sharded loader needs; tested with "
         f"{', '.join(TESTED)}. Install a tested release, or load with --loader stock."
     )

@@ -1,1 +1,1 @@
-"""Where a model's files come from: options of the hub, a source that is located once per run, downloads."""
+"""Locate and download a model's files: hub options, a source that is located once per run, downloads."""

@@ -1,4 +1,4 @@
-"""Download a repository's files with huggingface_hub, and say in one sentence why they can't be had."""
+"""Download a repository's files with huggingface_hub, and turn its errors into one sentence with a remedy."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from zero_sft.hub.options import HubOptions
 
 
 def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...], *, local_only: bool) -> Path:
-    """Download the files of these patterns, or find them in the cache; `local_only`: in the cache alone. Does not communicate.
+    """Download the files that match `patterns`; with `local_only`, find them in the cache. Any rank; does not communicate.
 
     Raises:
         CheckpointError: the hub can't provide them.
@@ -17,7 +17,7 @@ def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...],
 
     prefix = f"{options.subfolder.rstrip('/')}/" if options.subfolder else ""
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             repo,
             revision=options.revision,
             cache_dir=options.cache_dir,
@@ -31,7 +31,7 @@ def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...],
         ) from error
     except (OSError, ValueError) as error:
         raise _unavailable(repo, options, error) from error
-    return Path(found)
+    return Path(folder)
 
 
 def _unavailable(repo: str, options: HubOptions, error: Exception) -> CheckpointError:

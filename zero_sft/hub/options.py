@@ -1,4 +1,4 @@
-"""Options that say how to get at a model. Imports nothing heavy: `--help` reads them."""
+"""Options for access to a model's files. Imports nothing heavy: `--help` reads them."""
 
 import os
 import re
@@ -12,22 +12,22 @@ _VARIANT = re.compile(r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*")
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """How to get at a model; the names and meanings of transformers' `from_pretrained`.
+    """Options for access to a model's files, with the names and meanings of `from_pretrained`.
 
     Raises:
-        ArgumentError: a value of another type.
+        ArgumentError: a value has another type, or `variant` can't be part of a file name.
     """
 
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model and tokenizer code that comes with the checkpoint."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where downloads from the hub are kept; the hub's own cache by default."}
+        default=None, metadata={"help": "Folder for downloads from the hub; the hub's cache by default."}
     )
     revision: str | None = field(default=None, metadata={"help": "A branch, tag or commit of the hub's repository."})
     token: str | bool | None = field(
         default=None,
-        repr=False,  # never in a log
+        repr=False,  # the token must not appear in logs
         metadata={
             "help": "The hub's access token for the model, in a file of arguments only; by default, and for datasets, HF_TOKEN "
             "or `hf auth login`."
@@ -36,7 +36,7 @@ class HubOptions:
     local_files_only: bool = field(default=False, metadata={"help": "Never ask the hub; use what was downloaded before."})
     subfolder: str | None = field(default="", metadata={"help": "The model's folder inside the repository or local folder."})
     variant: str | None = field(
-        default=None, metadata={"help": "Which files of the weights: fp16 takes model.fp16.safetensors."}
+        default=None, metadata={"help": "Variant of the weight files: fp16 takes model.fp16.safetensors."}
     )
 
     def __post_init__(self) -> None:
@@ -45,9 +45,9 @@ class HubOptions:
         require_types(self, HubOptions)
         if self.variant is not None and not _VARIANT.fullmatch(self.variant):
             raise ArgumentError(
-                f"variant {self.variant!r} is no part of a file's name; expected one like fp16.", code="hub.bad_variant"
+                f"variant {self.variant!r} can't be part of a file name; expected one like fp16.", code="hub.bad_variant"
             )
 
     def hub_options(self) -> "HubOptions":
-        """These options alone, where they are part of more."""
+        """Return these options alone, without those that a subclass adds."""
         return HubOptions(**{option.name: getattr(self, option.name) for option in fields(HubOptions)})

@@ -1,8 +1,7 @@
 """Locate a model once per run: a local folder, or one commit of a hub repository.
 
-A branch that moves during a run can't mix two states: rank 0 asks which commit it stands for, and every rank and every stage
-takes that one. Each stage fetches only the files that it needs (`CONFIG`, `WEIGHTS`, `TOKENIZER`), so that ranks other than 0
-never open tokenizer files.
+A branch that moves during a run can't mix two states: rank 0 resolves it to a commit, and every rank and every stage uses that
+commit. Each stage fetches only the files that it needs (`CONFIG`, weights, `TOKENIZER`); only rank 0 opens tokenizer files.
 """
 
 import dataclasses
@@ -30,12 +29,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """Where a model's files come from.
+    """The source of a model's files.
 
     Attributes:
-        name: the local path or hub id as the user gave it.
-        options: how to get at it; of a hub id, `revision` is the commit that all stages take.
-        folder: the local folder, `options.subfolder` included; None for a hub id.
+        name: the local path or hub id, as the user gave it.
+        options: access options; for a hub id, `revision` is the commit that all stages use.
+        folder: the local folder, including `options.subfolder`; None for a hub id.
     """
 
     name: str
@@ -44,34 +43,34 @@ class ModelSource:
 
 
 def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
-    """Find out where a model is, and which commit its revision stands for. Every rank; communicates.
+    """Locate a model, and resolve its revision to a commit. Every rank; communicates.
 
-    Rank 0 asks the hub. Where the hub can't be reached, the branch's record in the cache counts.
+    Rank 0 asks the hub. If the hub can't be reached, the commit that the cache records for the branch is used.
 
     Raises:
-        CheckpointError: no such folder, a folder that only some ranks see, or the hub can't provide the model.
+        CheckpointError: the folder does not exist, only some ranks see it, or the hub can't provide the model.
     """
     with collective_stage(world, f"looking for {name}") as stage:
         folder = local_folder(name, options)
         stage.local = folder is not None
-    found = stage.gathered
-    if any(found) and not all(found):
-        absent = [rank for rank, is_there in enumerate(found) if not is_there]
+    sees_folder = stage.gathered
+    if any(sees_folder) and not all(sees_folder):
+        blind_ranks = [rank for rank, sees in enumerate(sees_folder) if not sees]
         raise CheckpointError(
-            f"{name} is a folder on some ranks, and not on rank {', '.join(map(str, absent[:8]))}. Put the model on a "
+            f"{name} is a folder on some ranks, but not on rank {', '.join(map(str, blind_ranks[:8]))}. Put the model on a "
             "file system that all nodes share, or copy it to every node.",
             code="hub.folder_not_on_all_nodes",
         )
-    return ModelSource(name=name, options=options if folder else _pinned(name, options, world), folder=folder)
+    return ModelSource(name=name, options=options if folder else _pin_revision(name, options, world), folder=folder)
 
 
 def locate_model_alone(name: str, options: HubOptions) -> ModelSource:
-    """Locate a model on one rank. Does not communicate; errors as `locate_model`'s."""
+    """Locate a model on one rank; raise the errors of `locate_model`. Any rank; does not communicate."""
     return locate_model(name, options, World())
 
 
-def _pinned(name: str, options: HubOptions, world: World) -> HubOptions:
-    """The options with the commit that their revision stands for. Every rank; communicates."""
+def _pin_revision(name: str, options: HubOptions, world: World) -> HubOptions:
+    """Return the options with their revision resolved to a commit. Every rank; communicates."""
     if _COMMIT.fullmatch(options.revision or ""):
         return options
     commit = ""
@@ -83,22 +82,22 @@ def _pinned(name: str, options: HubOptions, world: World) -> HubOptions:
 
 
 def fetch_files(source: ModelSource, world: World, patterns: tuple[str, ...]) -> Path:
-    """Return the local folder that holds the source's files of these patterns. Every rank; communicates for a hub id.
+    """Return the local folder with the source's files that match `patterns`. Every rank; communicates for a hub id.
 
-    Rank 0 downloads first, then the first rank of each node, which finds the files at once where the file system is shared;
-    then all look. The waiting is on the control group, outside the training group's clock.
+    Rank 0 downloads first, then the first rank of each node, which finds the files in the cache if the file system is shared;
+    then all ranks look. They wait on the control group, so that the training group's timeout does not count.
 
     Raises:
         CheckpointError: the hub can't provide the files.
     """
     if source.folder is not None:
         return source.folder
-    wanted = (*patterns, *_CODE) if source.options.trust_remote_code else patterns
+    patterns = (*patterns, *_CODE) if source.options.trust_remote_code else patterns
     downloads = world.is_main or world.leads_node
     folder = run_stage(
         world,
         f"fetching {source.name}",
-        lambda: download_snapshot(source.name, source.options, wanted, local_only=not downloads),
+        lambda: download_snapshot(source.name, source.options, patterns, local_only=not downloads),
         main_first=True,
         timeout=DOWNLOAD_TIMEOUT,
     )
@@ -106,7 +105,7 @@ def fetch_files(source: ModelSource, world: World, patterns: tuple[str, ...]) ->
 
 
 def fetch_weights(source: ModelSource, world: World) -> Path:
-    """Return the local folder of the weights; a `pytorch_model.bin` is fetched only where there are no safetensors.
+    """Return the local folder of the weights; fetch `pytorch_model.bin` only if there are no safetensors.
 
     Every rank; communicates for a hub id.
 
@@ -123,23 +122,23 @@ def fetch_weights(source: ModelSource, world: World) -> Path:
 
 
 def with_variant(names: tuple[str, ...], variant: str | None) -> tuple[str, ...]:
-    """The files' names under a variant: `model.fp16.safetensors`, and parts with the variant before or after their numbers."""
+    """Return the file names under a variant: `model.fp16.safetensors`; numbered files have it before or after the number."""
     if variant is None:
         return names
-    result = []
+    variant_names = []
     for name in names:
         stem, suffix = name.rsplit(".", 1)
-        result.append(f"{stem}.{variant}.{suffix}")
+        variant_names.append(f"{stem}.{variant}.{suffix}")
         if "*" in name:
-            result.append(f"{stem.replace('-*', '')}.{variant}-*.{suffix}")
-    return tuple(result)
+            variant_names.append(f"{stem.replace('-*', '')}.{variant}-*.{suffix}")
+    return tuple(variant_names)
 
 
 def local_folder(name: str, options: HubOptions) -> Path | None:
-    """Return the folder of that name on this machine, or None for a hub id. Does not communicate.
+    """Return the local folder called `name`, or None for a hub id. Any rank; does not communicate.
 
     Raises:
-        CheckpointError: a path that does not exist.
+        CheckpointError: `name` is a path that does not exist.
     """
     path = Path(name).expanduser()
     if path.is_dir():

@@ -1,1 +1,1 @@
-"""Load a checkpoint into ZeRO-3 shards: `api` is the entrance, `sharded` the walk through a load."""
+"""Load a checkpoint into ZeRO-3 shards: `api` holds the public functions, `sharded` the stages of a load."""

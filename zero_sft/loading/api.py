@@ -1,8 +1,8 @@
-"""Load a model, or a model and its tokenizer, sharded from the first byte: the public functions.
+"""Public functions that load a model, or a model and its tokenizer, directly into ZeRO-3 shards.
 
 The steps of `load_model`, in order: source → class and dtype → skeleton → index → names → plan → arena → reads → ties, buffers
-and missing weights → report. Every rank runs all of them. Each stage that can fail ends in an agreement, so that all ranks
-go on or all raise the same error.
+and missing weights → report. Every rank runs all of them. Each stage that can fail is a `collective_stage`: at its end either
+all ranks go on or all raise the same error.
 """
 
 import dataclasses
@@ -50,8 +50,8 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load config, model and tokenizer under ZeRO-3, as FastChat's training sets them up. Every rank; communicates.
 
-    The arguments and errors of `prepare_config`, `load_model` and `load_tokenizer` apply. Rank 0 sets the tokenizer up while
-    the weights are read.
+    Takes the arguments of `prepare_config`, `load_model` and `load_tokenizer`, and raises their errors. Rank 0 sets the
+    tokenizer up while the weights are read.
     """
     from zero_sft.tokenizer import TokenizerSpec, broadcast_tokenizer  # a model alone needs no tokenizer libraries
 
@@ -64,7 +64,7 @@ def load_pretrained(
     def prepare() -> Any:
         return spec.prepare(source)
 
-    begun: list[Future] = []
+    futures: list[Future] = []
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
         model = load_model_from(
             source,
@@ -73,9 +73,9 @@ def load_pretrained(
             config=config,
             options=load,
             model_class=model_class,
-            while_reading=lambda: begun.append(pool.submit(prepare)) if world.is_main else None,
+            while_reading=lambda: futures.append(pool.submit(prepare)) if world.is_main else None,
         )
-        tokenizer = broadcast_tokenizer(world, spec, begun[0].result if begun else prepare)
+        tokenizer = broadcast_tokenizer(world, spec, futures[0].result if futures else prepare)
     return model, tokenizer
 
 
@@ -94,18 +94,19 @@ def load_model(
     Args:
         model_name_or_path: a local folder, or a hub id, which is downloaded once per file system.
         ds_config: a DeepSpeed config of stage 3: a dict, the path of a JSON file, or a shipped name. "auto" is fine.
-        config: the model's config as `prepare_config` made it; None reads the folder's own.
+        config: the model's config, as `prepare_config` returns it; None reads the folder's config.json.
         model_class: a model class or an Auto class; None is `AutoModelForCausalLM`.
-        while_reading: called when the sharded loader begins to read, on every rank, to start other work on a thread: nothing
-            else happens on the host until the weights are there. It must not communicate.
-        dtype: "auto", a torch dtype or its name. It decides where the DeepSpeed config says "auto"; else the engine does.
+        while_reading: called on every rank when the sharded loader begins to read. It may start other work on a thread, since
+            the host does nothing else until the weights are loaded. It must not communicate.
+        dtype: "auto", a torch dtype or its name. It applies where the DeepSpeed config says "auto"; elsewhere the config
+            decides, and another dtype is an error.
         attn_implementation: as in transformers ("sdpa", "eager", "flash_attention_2", ...).
-        loader: "sharded", or "stock" for transformers' own way, which knows none of the following.
-        strict: a missing or unexpected name is an error.
-        verify: read back: every shard is hashed against the files, along another path than the load's.
-        ignore_mismatched_sizes: tensors of another shape than the model's are initialised instead of an error.
-        buffer_mib: MiB that the load may hold next to its shards, at least 16. One reading thread takes 16 MiB; there are at
-            most as many threads as cores. A module that is initialised, and what is computed once per node, do not count.
+        loader: "sharded", or "stock" for transformers' own loader, which ignores the next four options.
+        strict: raise an error if a name is missing or unexpected.
+        verify: read the checkpoint back and compare hashes with every shard, by code that is independent of the load's.
+        ignore_mismatched_sizes: initialise tensors whose stored shape differs from the model's, instead of raising an error.
+        buffer_mib: MiB that the load may hold next to its shards, at least 16. One reading thread takes 16 MiB; there
+            are at most as many threads as cores. Modules being initialised and tensors computed once per node do not count.
         trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant: as in `from_pretrained`.
 
     Returns:
@@ -113,7 +114,7 @@ def load_model(
         `Trainer`. `model.load_report` is a `LoadReport`.
 
     Raises:
-        ZeroSftError: the same one on every rank; its class and `code` say what was wrong.
+        ZeroSftError: the same one on every rank; its class and `code` identify the problem.
     """
     load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_model)
     world = connect(World.detect())
@@ -139,7 +140,7 @@ def load_model_from(
     model_class: Any = None,
     while_reading: Callable[[], object] | None = None,
 ) -> PreTrainedModel:
-    """Do what `load_model` does, with a model that was located and options that were checked. Every rank; communicates."""
+    """Load a located model with checked options, as `load_model` does. Every rank; communicates."""
     sent_before = bytes_communicated()
     folder = fetch_weights(source, world)
     if config is None:
@@ -171,25 +172,25 @@ def load_model_from(
         peak_host_bytes=peak_host,
         peak_device_bytes=peak_device,
     )
-    return _hand_over(request, dataclasses.replace(loaded, stats=stats), world)
+    return _attach_report(request, dataclasses.replace(loaded, stats=stats), world)
 
 
 def _engine(
     ds_config: str | Path | Mapping[str, Any], dtype: object, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
-    """Return the DeepSpeed config without "auto", the name of its engine's dtype, and rank 0's random seed. Every rank."""
+    """Return the DeepSpeed config without "auto", its engine's dtype name and rank 0's seed. Every rank; communicates."""
     with collective_stage(world, "reading the DeepSpeed config") as stage:
         stage.local = torch.initial_seed()
         ds = ds_configs.load_ds_config(ds_config)
-        wanted = wanted_dtype(dtype, config)
-        name = ds_configs.engine_dtype(ds, wanted)
-        require_engine_dtype(dtype, wanted, name)
-        ds = ds_configs.concrete(ds, name, world.node_group_size, world.world_size)
-    return ds, name, stage.gathered[0]
+        requested = wanted_dtype(dtype, config)
+        dtype_name = ds_configs.engine_dtype(ds, requested)
+        require_engine_dtype(dtype, requested, dtype_name)
+        ds = ds_configs.concrete(ds, dtype_name, world.node_group_size, world.world_size)
+    return ds, dtype_name, stage.gathered[0]
 
 
-def _hand_over(request: LoadRequest, loaded: Loaded, world: World) -> PreTrainedModel:
-    """Attach the report to the model, and log it on rank 0. Every rank; communicates."""
+def _attach_report(request: LoadRequest, loaded: Loaded, world: World) -> PreTrainedModel:
+    """Attach the report to the model and log it on rank 0. Every rank; communicates."""
     model = loaded.model
     model.name_or_path = model.config.name_or_path = request.name
     report = LoadReport(
@@ -202,7 +203,7 @@ def _hand_over(request: LoadRequest, loaded: Loaded, world: World) -> PreTrained
         **vars(loaded.keys),
         **vars(loaded.stats),
     )
-    setattr(model, "load_report", report)  # noqa: B010 - an attribute that nn.Module's stub does not know
+    setattr(model, "load_report", report)  # noqa: B010 - nn.Module's type stub does not declare it
     if world.is_main:
         logger.info(report.summary())
     return model

@@ -1,8 +1,8 @@
-"""Headers of a checkpoint of many files, each read once in the cluster.
+"""Read the headers of a checkpoint of many files, each once in the whole cluster.
 
-A header is small, but opening a file on a network file system is not cheap: 163 files on 256 ranks would be opened 41,728
-times. So the files are dealt out to the ranks, and the headers exchanged, some 100 bytes a tensor. Few files cost less than
-an exchange: there every rank reads all headers itself.
+A header is small, but opening a file on a network file system is slow: 256 ranks would open 163 files 41,728 times. So each
+rank reads some of the files, and the ranks exchange the headers, about 100 bytes per tensor. With few files the exchange would
+cost more than it saves: then every rank reads all headers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 
 FEW_FILES = 8
-"""Up to that many files are read by every rank."""
+"""If the checkpoint has at most this many files, every rank reads all headers."""
 
 
 def read_headers_together(files: CheckpointFiles, world: World) -> Sequence[Mapping[str, StoredTensor]] | None:
-    """`index.read_headers`, the same on every rank, or None where every rank had better read them itself.
+    """Read all headers together, as `index.read_headers` returns them; None if every rank should read them alone.
 
-    Every rank, with the same names of files; communicates unless it returns None.
+    Every rank, with the same file names; communicates unless it returns None.
 
     Raises:
         ZeroSftError: the same on every rank.
@@ -27,10 +27,12 @@ def read_headers_together(files: CheckpointFiles, world: World) -> Sequence[Mapp
     if world.world_size == 1 or len(files.paths) <= FEW_FILES:
         return None
     with collective_stage(world, "reading the checkpoint's headers") as stage:
-        mine = {number: files.read(files.paths[number]) for number in range(world.rank, len(files.paths), world.world_size)}
-        stage.local = [[number, [each.to_row() for each in header.values()]] for number, header in mine.items()]
-    headers = dict(mine)
-    for number, rows in (each for theirs in stage.gathered for each in theirs):
-        path = str(files.paths[number])
-        headers[number] = {tensor.name: tensor for tensor in (StoredTensor.from_row(path, row) for row in rows)}
+        numbers = range(world.rank, len(files.paths), world.world_size)
+        local_headers = {number: files.read(files.paths[number]) for number in numbers}
+        stage.local = [[number, [tensor.to_row() for tensor in header.values()]] for number, header in local_headers.items()]
+    headers = dict(local_headers)
+    for rank_headers in stage.gathered:
+        for number, rows in rank_headers:
+            tensors = [StoredTensor.from_row(str(files.paths[number]), row) for row in rows]
+            headers[number] = {tensor.name: tensor for tensor in tensors}
     return [headers[number] for number in range(len(files.paths))]

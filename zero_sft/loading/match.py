@@ -1,16 +1,16 @@
 """Match a checkpoint's tensors to a model's, and reject checkpoints that do not fit.
 
-A name of the model's state dict is one of these:
+Every name of the model's state dict is in exactly one of these groups:
 
-| names | where their values come from |
+| names | source of their values |
 | --- | --- |
 | `resolution.sources` | read from the checkpoint, byte range by byte range |
 | `resolution.computed` | computed from whole stored tensors (`untraceable.py`) |
 | `tied_to` | shared with another name of the model |
-| `missing_keys()` | none of these: the model initialises them |
+| `missing_keys()` | initialised by the model |
 
-`resolution.loaded` are the first two. The model's own initialisation may change some of them; those are complete before the
-reads begin and are called `initialised` in `sharded.py`.
+`resolution.loaded` is the union of the first two. The model's initialisation may change some of these tensors; such
+tensors are complete before the reads begin, and `sharded.py` calls them `initialised`.
 """
 
 import re
@@ -32,10 +32,10 @@ from zero_sft.zero import init_weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointMatch:
-    """A model without weights, and what the checkpoint has for it.
+    """A model without weights, and the checkpoint's tensors that fill it.
 
     Attributes:
-        tied_to: the names that share another's tensor, and that other's name.
+        tied_to: for each name that shares the tensor of another name, that other name.
     """
 
     skeleton: Skeleton
@@ -45,7 +45,7 @@ class CheckpointMatch:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model itself."""
+        """The model without weights."""
         return self.skeleton.model
 
     @property
@@ -54,8 +54,8 @@ class CheckpointMatch:
         return self.skeleton.state
 
     @property
-    def whole(self) -> FullShapeModel:
-        """The model as conversions see it."""
+    def full_shape_model(self) -> FullShapeModel:
+        """The model in the form that conversions take."""
         return FullShapeModel(self.model, self.state)
 
     def collect_tensors(self) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ class CheckpointMatch:
         return {name: tensor for name, tensor in state.items() if name in self.state}
 
     def missing_keys(self) -> list[str]:
-        """The names that the checkpoint does not fill and no tie provides."""
+        """Names that neither the checkpoint nor a tie fills."""
         return [name for name in self.state if name not in self.resolution.loaded and name not in self.tied_to]
 
     def ties_with_both_stored(self) -> list[tuple[str, str]]:
@@ -81,14 +81,14 @@ def match_checkpoint(
 
     Args:
         skeleton: the model in full shapes, not sharded yet.
-        quantizer: transformers' own, if the checkpoint is quantised.
+        quantizer: transformers' quantizer, if the checkpoint is quantised.
 
     Raises:
-        CheckpointError: a checkpoint of another model, or one that lacks most of this one's weights.
+        CheckpointError: the checkpoint is of another model, or lacks most of this model's weights.
     """
     model = skeleton.model
     resolution = resolve(model, skeleton.state, index.tensors, quantizer)
-    if quantizer is None:  # what was dequantised is saved as any model of its kind
+    if quantizer is None:  # a dequantised model is saved without its quantizer's conversions
         set_weight_conversions(model, resolution.rules_used)
     tied_to = init_weights.resolve_ties(tied_names(model), resolution.loaded)
     match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
@@ -97,57 +97,57 @@ def match_checkpoint(
 
 
 _BUFFERS = re.compile(r"inv_freq$|rotary_emb\.|masked_bias$|\.attn\.bias$|\.attention\.bias$")
-"""Names that older checkpoints have for what is computed today."""
+"""Buffers that older checkpoints store and that models compute today."""
 
 
 def left_out_parts(unexpected: Iterable[str], names: Iterable[str]) -> dict[str, int]:
-    """The parts of a checkpoint that a model does not have, such as a vision tower, with the number of their tensors. Pure.
+    """List a checkpoint's parts that a model lacks, such as a vision tower, with their tensor counts. Pure.
 
     Args:
-        unexpected: the checkpoint's tensors that the model has no place for.
-        names: the model's own tensors.
+        unexpected: names of the checkpoint's tensors that the model does not have.
+        names: names of the model's tensors.
 
     Worked example: "model.visual.blocks.0.w", for a model that has "model.layers.0.w" → "model.visual".
     """
-    known = {name[:end] for name in names for end in _dots(name)}
+    prefixes = {name[:end] for name in names for end in _dots(name)}
     parts: Counter[str] = Counter()
     for name in unexpected:
         if not _BUFFERS.search(name):
-            parts[next((name[:end] for end in _dots(name) if name[:end] not in known), name)] += 1
+            parts[next((name[:end] for end in _dots(name) if name[:end] not in prefixes), name)] += 1
     return dict(sorted(parts.items()))
 
 
 def _dots(name: str) -> list[int]:
-    return [place for place, char in enumerate(name) if char == "."]
+    return [position for position, char in enumerate(name) if char == "."]
 
 
 def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
-    """Refuse a checkpoint of another model: shapes that differ, or most of the weights absent."""
+    """Refuse a checkpoint of another model: one whose shapes differ, or which lacks most of the weights."""
     mismatched = match.resolution.mismatched
     if mismatched and not ignore_mismatched_sizes:
-        raise CheckpointError(_misfit(match.index.folder, mismatched), code="checkpoint.shapes_differ")
-    wanted = {name: tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to}
-    present = sum(numel for name, numel in wanted.items() if name in match.resolution.loaded)
-    if 2 * present < sum(wanted.values()):
-        examples = ", ".join(sorted(match.missing_keys())[:3])
-        found = ", ".join(sorted(match.index.tensors)[:3])
+        raise CheckpointError(_mismatch_message(match.index.folder, mismatched), code="checkpoint.shapes_differ")
+    numels = {name: tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to}
+    present = sum(numel for name, numel in numels.items() if name in match.resolution.loaded)
+    if 2 * present < sum(numels.values()):
+        missing = ", ".join(sorted(match.missing_keys())[:3])
+        stored = ", ".join(sorted(match.index.tensors)[:3])
         raise CheckpointError(
-            f"{match.index.folder} lacks most of the model's weights ({present:,} of {sum(wanted.values()):,} elements found). "
-            f"The model wants {examples}, ...; the files have {found}, .... Name a checkpoint of {type(match.model).__name__}.",
+            f"{match.index.folder} lacks most of the model's weights ({present:,} of {sum(numels.values()):,} elements found). "
+            f"The model needs {missing}, ...; the files hold {stored}, .... Name a checkpoint of {type(match.model).__name__}.",
             code="checkpoint.other_model",
         )
 
 
-def _misfit(folder: str, mismatched: Sequence[ShapeMismatch]) -> str:
-    shown = "; ".join(f"{m.name}: expected {list(m.expected)}, got {list(m.got)}" for m in mismatched[:5])
+def _mismatch_message(folder: str, mismatched: Sequence[ShapeMismatch]) -> str:
+    shown = "; ".join(f"{key.name}: expected {list(key.expected)}, got {list(key.got)}" for key in mismatched[:5])
     more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
     count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
     message = f"{folder}: {count} another shape than the model's: {shown}{more}."
-    absent = [name for mismatch in mismatched for name in mismatch.absent]
-    if absent:
-        others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
-        return f"{message} It is made of parts, of which the files lack {absent[0]!r}{others}: fetch the checkpoint again."
+    missing = [name for mismatch in mismatched for name in mismatch.absent]
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        return f"{message} The files lack {missing[0]!r}{others}, a part of it: fetch the checkpoint again."
     return (
-        f"{message} The config and the weights are of different models, or parts are missing or too many: take both from one "
-        "place, or set ignore_mismatched_sizes to have such tensors initialised anew."
+        f"{message} The config and the weights are of different models, or the checkpoint has too few or too many parts: take "
+        "both from the same place, or set ignore_mismatched_sizes to initialise such tensors from scratch."
     )

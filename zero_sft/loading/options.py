@@ -1,4 +1,4 @@
-"""Options of a load, the same for `load_model`, the command lines and the estimate. Imports nothing heavy, for `--help`."""
+"""Options of a load, shared by `load_model`, the command lines and the estimate. Imports nothing heavy: `--help` is fast."""
 
 import logging
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from zero_sft.options.keywords import require_types
 logger = logging.getLogger(__name__)
 
 READER_MIB = 16
-"""MiB that one reading thread holds at most: two staging buffers, or a tile that is multiplied by its scales."""
+"""MiB that one reading thread holds at most: two staging buffers, or a tile while its scales are applied."""
 
 REMOVED_OPTIONS = {"mmap": "shards are always copied into memory of the process"}
-"""Options of former releases that change nothing any more, and why; they are accepted with a warning for one release."""
+"""Options of earlier releases that no longer have an effect, and why. They are accepted with a warning for one release."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is loaded.
+    """Options of a load.
 
     Raises:
-        ArgumentError: a value of another type, or out of range.
+        ArgumentError: a value has another type or is out of range.
     """
 
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses where it isn't given."}
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...; transformers chooses if it isn't given."}
     )
     dtype: str | object = field(
         default="auto",
@@ -37,17 +37,18 @@ class LoadOptions:
     )
     loader: Literal["sharded", "stock"] = field(
         default="sharded",
-        metadata={"help": "sharded: every rank reads its own bytes. stock: transformers' own path, to compare or escape."},
+        metadata={"help": "sharded: every rank reads only its bytes. stock: transformers' loader, the fallback."},
     )
     strict: bool = field(default=False, metadata={"help": "A missing or unexpected weight is an error."})
     verify: bool = field(
-        default=False, metadata={"help": "Read back: hash every shard against the files, along another path than the load's."}
+        default=False, metadata={"help": "Read the files again by independent code, and compare hashes with every shard."}
     )
     ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Initialise weights of another shape than the model's, instead of an error."}
+        default=False, metadata={"help": "Initialise weights whose stored shape differs from the model's, instead of an error."}
     )
     buffer_mib: int = field(
-        default=64, metadata={"help": f"MiB that the load may hold beside its shards: {READER_MIB} for each reading thread."}
+        default=64,
+        metadata={"help": f"MiB that the load may hold next to its shards: {READER_MIB} for each reading thread."},
     )
 
     def __post_init__(self) -> None:
@@ -59,16 +60,16 @@ class LoadOptions:
             )
 
     def load_options(self) -> "LoadOptions":
-        """These options alone, where they are part of more."""
+        """Return these options alone, without those that a subclass adds."""
         return LoadOptions(**{option.name: getattr(self, option.name) for option in fields(LoadOptions)})
 
     def reading_threads(self, cpu_cores: int) -> int:
-        """The number of threads that read at a time."""
+        """Return the number of threads that read at the same time."""
         return max(1, min(self.buffer_mib // READER_MIB, cpu_cores))
 
 
 def without_removed_options(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments without those of former releases, each with a warning in the log."""
+    """Return the keyword arguments without removed options, and log a warning for each of these."""
     for name in keywords.keys() & REMOVED_OPTIONS.keys():
         logger.warning("%s has no effect any more: %s. Leave it out.", name, REMOVED_OPTIONS[name])
     return {name: value for name, value in keywords.items() if name not in REMOVED_OPTIONS}

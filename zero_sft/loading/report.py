@@ -1,4 +1,4 @@
-"""Report of a load: names, numbers per rank, and a table of them for a person."""
+"""Report of a load: names of keys, numbers of every rank, and a summary to print."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from zero_sft.console.progress import size
 
 Numbers = Mapping[str, float]
-"""`LoadStats.numbers` of one rank."""
+"""The numbers of one rank, as `LoadStats.numbers` returns them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +21,17 @@ class KeyReport:
     """Names and counts that are the same on every rank.
 
     Attributes:
-        parameters: elements of the model's parameters, a tied one once.
-        missing_keys: initialised by the model, since the checkpoint lacks them.
-        unexpected_keys: stored tensors that the model has no place for.
+        parameters: number of elements of the model's parameters; tied parameters count once.
+        missing_keys: names that the checkpoint lacks; the model initialised them.
+        unexpected_keys: stored tensors that the model does not have.
         mismatched_keys: `(name, expected shape, stored shape)`.
-        duplicate_keys: stored names that several files have; the last file's was taken, as in `from_pretrained`.
-        tied_keys: names that share another's tensor.
-        cast_keys: names that were stored in another dtype.
+        duplicate_keys: names that several files store; the last file's tensor was loaded, as in `from_pretrained`.
+        tied_keys: names that share the tensor of another name.
+        cast_keys: names that are stored in another dtype.
         dequantized_keys: names that were multiplied by their scales while they were read.
         untraceable_keys: names that were computed from whole stored tensors, with the bytes that a node held for each.
-        operations: conversions by which tensors were made of others, as in the merging of experts.
-        verified: the number of tensors read back and found equal, if asked for.
+        operations: conversions that were applied, such as merging experts.
+        verified: number of tensors that were read back and found equal; None without `verify`.
     """
 
     parameters: int = 0
@@ -52,11 +52,11 @@ class LoadStats:
     """Numbers of one rank.
 
     Attributes:
-        requests: read requests.
-        bytes_read: checkpoint data that this rank read.
-        bytes_communicated: bytes that it sent to other ranks.
-        seconds: its wall time; `stages` splits it.
-        peak_host_bytes, peak_device_bytes: the most that it held over what it had at the start.
+        requests: number of read requests.
+        bytes_read: bytes of the checkpoint that the rank read.
+        bytes_communicated: bytes that the rank sent to other ranks.
+        seconds: wall time of the rank; `stages` splits it.
+        peak_host_bytes, peak_device_bytes: peak memory of the rank above its memory at the start.
     """
 
     requests: int = 0
@@ -68,12 +68,12 @@ class LoadStats:
     stages: dict[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
-        """The numbers under one name each, for the other ranks."""
-        numbers = {name: value for name, value in vars(self).items() if name in _NUMBERS}
+        """Return the numbers as one flat dictionary, to send to the other ranks."""
+        numbers = {name: value for name, value in vars(self).items() if name in _NUMBER_NAMES}
         return numbers | {f"stage {stage}": seconds for stage, seconds in self.stages.items()}
 
 
-_NUMBERS = tuple(number.name for number in dataclasses.fields(LoadStats) if number.name != "stages")
+_NUMBER_NAMES = tuple(number.name for number in dataclasses.fields(LoadStats) if number.name != "stages")
 
 
 FORMER_FIELDS = {
@@ -86,12 +86,12 @@ FORMER_FIELDS = {
     "dequantised": "dequantized_keys",
     "untraced": "untraceable_keys",
 }
-"""Fields of `LoadReport` by their names of release 0.1; they work for one release, with a warning."""
+"""Names that fields of `LoadReport` had in release 0.1. They work for one more release, with a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """What a loader returns: the model, and what it found and did."""
+    """The result of a loader: the model, and the parts of its report."""
 
     model: PreTrainedModel
     keys: KeyReport
@@ -100,7 +100,7 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport(LoadStats, KeyReport):
-    """Report of one load on one rank: its names, this rank's numbers, and in `ranks` the numbers of every rank, in order.
+    """Report of one load on one rank: names of keys, this rank's numbers, and in `ranks` every rank's numbers in order.
 
     `slowest_seconds` is the wall time of the slowest rank.
     """
@@ -120,19 +120,19 @@ class LoadReport(LoadStats, KeyReport):
 
     @property
     def slowest_seconds(self) -> float:
-        """Seconds of the slowest rank."""
+        """Wall time of the slowest rank, in seconds."""
         return max(rank["seconds"] for rank in self.ranks) if self.ranks else self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         return dataclasses.asdict(self) | {"slowest_seconds": self.slowest_seconds}
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def summary(self) -> str:
-        """The report for a person, a few lines; the same on every rank. `print_summary` prints it once."""
+        """Return the report as a few readable lines, the same on every rank. `print_summary` prints them once."""
         ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
         lines = [
             f"loaded {self.model} in {self.slowest_seconds:.2f} s: {self.parameters / 1e6:,.1f} M parameters in {self.dtype}, "
@@ -140,9 +140,9 @@ class LoadReport(LoadStats, KeyReport):
         ]
         lines += self._table()
         if self.verified is not None:
-            lines.append(f"  read back: {self.verified} tensors of the model equal what the files give, on every rank")
+            lines.append(f"  read back: {self.verified} tensors of the model equal the files, on every rank")
         for title, names in self._notable():
-            lines.append(f"  {title}: {len(names)} ({_shown(names)})")
+            lines.append(f"  {title}: {len(names)} ({_first_names(names)})")
         return "\n".join(lines)
 
     def print_summary(self) -> None:
@@ -152,16 +152,16 @@ class LoadReport(LoadStats, KeyReport):
             sys.stdout.flush()
 
     def _table(self) -> list[str]:
-        """A row for each number: the least and the most of any rank, and the sum where it means something."""
-        everyone = self.ranks or [self.numbers()]
-        columns = ["one rank: least", "most", "all ranks"] if len(everyone) > 1 else ["this rank"]
+        """Format a row for each number: minimum and maximum over the ranks, and the total where it is meaningful."""
+        ranks = self.ranks or [self.numbers()]
+        columns = ["one rank: least", "most", "all ranks"] if len(ranks) > 1 else ["this rank"]
         lines = [f"  {'':{_TITLE_WIDTH}}" + "".join(f"{title:>{_WIDTH}}" for title in columns)]
         for row in [*_ROWS[:1], *(_stage_row(stage) for stage in self.stages), *_ROWS[1:]]:
-            values = [row.value(each) for each in everyone]
+            values = [row.value(numbers) for numbers in ranks]
             if not any(values):
                 continue
-            cells = [row.form(min(values)), row.form(max(values)), "" if row.total is None else row.form(row.total(everyone))]
-            cells = cells if len(everyone) > 1 else cells[:1]
+            cells = [row.form(min(values)), row.form(max(values)), "" if row.total is None else row.form(row.total(ranks))]
+            cells = cells if len(ranks) > 1 else cells[:1]
             lines.append((f"  {row.title:{_TITLE_WIDTH}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)).rstrip())
         return lines
 
@@ -170,11 +170,11 @@ class LoadReport(LoadStats, KeyReport):
             ("missing, initialised as the model defines", self.missing_keys),
             ("unexpected, left unread", self.unexpected_keys),
             ("of another shape", [name for name, _, _ in self.mismatched_keys]),
-            ("in several files, the last one's taken", self.duplicate_keys),
+            ("in several files, loaded from the last one", self.duplicate_keys),
             ("tied", self.tied_keys),
             ("stored in another dtype, cast while reading", self.cast_keys),
             ("dequantised while reading", self.dequantized_keys),
-            ("computed from whole tensors, once a node", [name for name, _ in self.untraceable_keys]),
+            ("computed from whole tensors, once per node", [name for name, _ in self.untraceable_keys]),
             ("conversions", self.operations),
         ]
         return [(title, names) for title, names in rows if names]
@@ -193,7 +193,7 @@ def _speed(value: float) -> str:
 
 
 def _read_speed(rank: Numbers) -> float:
-    """Bytes a second in the stage that reads."""
+    """Return the bytes per second of the stage that reads."""
     seconds = rank.get("stage read", 0.0)
     return rank["bytes_read"] / seconds if seconds else 0.0
 
@@ -205,7 +205,13 @@ def _speed_of_all(ranks: Sequence[Numbers]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Row:
-    """A row of the summary: its number of one rank, how it is written, and the number of all ranks, where there is one."""
+    """A row of the summary.
+
+    Attributes:
+        value: takes the row's number from the numbers of one rank.
+        form: formats a number.
+        total: computes the number of all ranks, if there is one.
+    """
 
     title: str
     value: Callable[[Numbers], float]
@@ -221,13 +227,13 @@ def _summed(title: str, name: str, form: Callable[[float], str]) -> _Row:
 
 
 def _stage_row(stage: str) -> _Row:
-    title = f"  {_STAGES.get(stage, stage)}"
+    title = f"  {_STAGE_TITLES.get(stage, stage)}"
     return _Row(title=title, value=lambda rank: rank.get(f"stage {stage}", 0.0), form=_seconds)
 
 
 _TITLE_WIDTH, _WIDTH = 44, 17
 
-_STAGES = {
+_STAGE_TITLES = {
     "skeleton": "build the model without weights",
     "headers": "read the files' headers",
     "plan": "plan the reads",
@@ -237,7 +243,7 @@ _STAGES = {
     "finish": "tie weights, finish the model",
     "verify": "verify the shards against the files",
 }
-"""What each of `LoadReport.stages` does."""
+"""Titles of `LoadReport.stages`."""
 
 _ROWS = (
     _Row(title="time", value=lambda rank: rank["seconds"], form=_seconds),
@@ -250,5 +256,5 @@ _ROWS = (
 )
 
 
-def _shown(names: Sequence[str], limit: int = 3) -> str:
+def _first_names(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""What to build and what to load, fully resolved: the values that the stages of a load are given."""
+"""The resolved inputs of a load: which model to build, and what to load into it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from zero_sft.loading.options import LoadOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """What a model without weights is built from.
+    """The inputs from which a model without weights is built.
 
     Attributes:
-        folder: the local folder, for custom code and for messages.
+        folder: the local folder of the model, for custom code and for messages.
         model_class: a model class or an Auto class; None is `AutoModelForCausalLM`.
     """
 
@@ -30,14 +30,14 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRequest:
-    """What to load.
+    """The resolved inputs of one load.
 
     Attributes:
         name: the model's name as the user gave it.
         ds_config: a DeepSpeed config without "auto".
-        seed: for weights that the checkpoint lacks, the same on every rank.
-        variant: which files of the weights, as in transformers.
-        while_reading: called when the reads begin.
+        seed: initialises the weights that the checkpoint lacks; the same on every rank.
+        variant: selects the weight files, as in transformers ("fp16" reads `model.fp16.safetensors`).
+        while_reading: called on every rank when the reads begin.
     """
 
     name: str

@@ -1,8 +1,8 @@
-"""The sharded load: skeleton, index, names, plan, reads, and what the checkpoint lacks.
+"""The sharded load: build the model, match the checkpoint, plan and read, initialise what the checkpoint lacks.
 
-`api.py` is the public face; here is the work, one function a stage. Every rank runs all of it. Between two agreements
-nothing communicates, so a rank that fails never leaves the others in a collective. A stage returns what it found; the report
-is put together at the end.
+`api.py` has the public functions; this module does the work, one function per stage. Every rank runs all of it. Nothing
+communicates inside a `collective_stage`, so a rank that fails never leaves the others waiting in a collective. Stages return
+their results; `load_sharded` assembles the report at the end.
 """
 
 import contextlib
@@ -37,19 +37,20 @@ from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather_hooks as gather
 from zero_sft.zero import init_weights, internals, shards
 
-_SHOWN = {
+_PROGRESS_TITLES = {
     "skeleton": "building the model",
     "headers": "reading the checkpoint's headers",
     "plan": "planning the reads",
     "initialise": "initialising what the checkpoint lacks",
     "verify": "verifying the shards",
 }
-"""How stages are called where progress is shown."""
+"""Titles of the stages in progress bars."""
+
 logger = logging.getLogger(__name__)
 
 
 def load_sharded(request: LoadRequest, world: World) -> Loaded:
-    """Load the model, every rank its own bytes. Every rank; communicates only to agree.
+    """Load the model; every rank reads only the bytes of its shards. Every rank; communicates, but no weights.
 
     Raises:
         ZeroSftError: the same on every rank.
@@ -60,15 +61,15 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
         internals.check()
         transformers_internals.check()
         quantizer = quantizer_for(request.model.config, str(request.model.folder))
-        bare = skeleton.build_sharded(request.model, request.ds_config)
+        model_skeleton = skeleton.build_sharded(request.model, request.ds_config)
         files = find_checkpoint_files(request.model.folder, torch_zip.read_header, request.variant)
         stage.must_match = ("checkpoint's files", files.sizes())
     with watch.stage("headers"):
         headers = read_headers_together(files, world)
     with collective_stage(world, "planning the reads") as stage, watch.stage("plan"):
         index = build_index(files, headers or read_headers(files))
-        match = match_checkpoint(bare, index, quantizer, options.ignore_mismatched_sizes)
-        stage.must_match = ("checkpoint", _understood(match))
+        match = match_checkpoint(model_skeleton, index, quantizer, options.ignore_mismatched_sizes)
+        stage.must_match = ("checkpoint", _match_summary(match))
     threads = options.reading_threads(world.cpu_cores)
     with collective_stage(world, "reading the weights") as stage:
         with watch.stage("initialise"):
@@ -90,7 +91,7 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
         missing, unexpected = _finish(match, request, world, equal_ties)
     _warn_of_parts_left_out(match, world)
     if options.strict and (missing or unexpected):
-        raise CheckpointError(_not_strict(request, missing, unexpected), code="checkpoint.not_strict")
+        raise CheckpointError(_strict_message(request, missing, unexpected), code="checkpoint.not_strict")
     verified = None
     if options.verify:
         with watch.stage("verify"):
@@ -107,8 +108,8 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
     )
 
 
-def _understood(match: CheckpointMatch) -> dict[str, Any]:
-    """What ranks must see alike before they read: the tensors in the files, the names that they fill, and the rules."""
+def _match_summary(match: CheckpointMatch) -> dict[str, Any]:
+    """Summarise what all ranks must agree on before they read: stored tensors, the names that they fill, conversion rules."""
     return {
         "index": match.index.digest(),
         "names": sorted(match.resolution.loaded),
@@ -117,7 +118,7 @@ def _understood(match: CheckpointMatch) -> dict[str, Any]:
 
 
 def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> set[str]:
-    """Compute buffers, initialise missing weights, partition the model. Returns the loaded names that are complete then."""
+    """Compute buffers, initialise missing weights, partition the model. Return the loaded names that are then complete."""
     resolution = match.resolution
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
@@ -125,8 +126,8 @@ def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
         targets = [_target(match, name, full_range(match.state[name].numel())) for name in traced]
         _fill(plan_reads(targets, resolution.stored).reads, memory, match, threads)
         for name in memory.keys() - resolution.sources.keys():
-            made, _ = materialize(resolution.computed[name], match.whole, match.index)
-            memory[name].copy_(made[name].reshape(-1))
+            computed, _ = materialize(resolution.computed[name], match.full_shape_model, match.index)
+            memory[name].copy_(computed[name].reshape(-1))
 
     initialised = init_weights.initialize_missing(
         match.model,
@@ -142,25 +143,25 @@ def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
     return initialised
 
 
-def _target(match: CheckpointMatch, name: str, span: FlatRange) -> FillTarget:
-    return FillTarget(source_map=match.resolution.sources[name], flat_range=span)
+def _target(match: CheckpointMatch, name: str, flat_range: FlatRange) -> FillTarget:
+    return FillTarget(source_map=match.resolution.sources[name], flat_range=flat_range)
 
 
 def plan_rank(match: CheckpointMatch, params: Mapping[str, Any]) -> Plan:
-    """Plan this rank's reads: its flat range of every parameter."""
+    """Plan the reads of this rank: its flat range of every parameter. Any rank; does not communicate."""
     targets = [_target(match, name, shards.local_range(param)) for name, param in params.items()]
     return plan_reads(targets, match.resolution.stored)
 
 
 def _read(params: Mapping[str, Any], plan: Plan, match: CheckpointMatch, threads: int) -> None:
-    """Give every parameter its shard, filled from the files."""
+    """Allocate the shard of every parameter and fill it from the files."""
     by_target: dict[str, list] = {}
     for read in plan.reads:
         by_target.setdefault(read.target, []).append(read)
 
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
-        wanted = (by_target[name] for name in memory if name in by_target)
-        reads = sorted((read for reads in wanted for read in reads), key=lambda read: (read.file, read.offset_bytes))
+        reads = [read for name in memory for read in by_target.get(name, ())]
+        reads.sort(key=lambda read: (read.file, read.offset_bytes))
         _fill(reads, memory, match, threads, task.advance)
 
     with progress.task("reading the weights", sum(read.total_nbytes for read in plan.reads), progress.BYTES) as task:
@@ -180,20 +181,22 @@ def _fill(
 def _finish(
     match: CheckpointMatch, request: LoadRequest, world: World, equal_ties: Sequence[Sequence[bool]]
 ) -> tuple[list[str], list[str]]:
-    """Tie weights, then do what `from_pretrained` does last. Returns missing and unexpected names.
+    """Tie weights, then take the last steps of `from_pretrained`. Return missing and unexpected names.
+
+    Every rank; communicates.
 
     Args:
-        equal_ties: every rank's `_equal_ties`.
+        equal_ties: the result of `_equal_ties` on every rank.
     """
     model, resolution = match.model, match.resolution
-    absent = set(match.state) - resolution.loaded - {mismatch.name for mismatch in resolution.mismatched}
+    not_loaded = set(match.state) - resolution.loaded - {mismatch.name for mismatch in resolution.mismatched}
     with collective_stage(world, "tying weights"):
         for (target, _), *equal in zip(match.ties_with_both_stored(), *equal_ties, strict=True):
             if all(equal):
-                absent.add(target)
-            else:  # they stay apart, and the model's list of ties forgets them, as in plain `from_pretrained`
+                not_loaded.add(target)
+            else:  # both tensors stay, and the tie is dropped, as in plain `from_pretrained`
                 del transformers_internals.tied_names(model)[target]
-        missing, unexpected = transformers_internals.tie_weights(model, absent, resolution.unexpected)
+        missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
         left_out = skeleton.give_generation_config(model, request.model)
         for sentence in left_out if world.is_main else ():
@@ -204,7 +207,7 @@ def _finish(
 
 
 def _equal_ties(match: CheckpointMatch, tensors: Mapping[str, Any]) -> list[bool]:
-    """For each tie with both sides stored: does this rank's part of the target equal that of its source?"""
+    """For each tie with both sides stored, compare this rank's shards of target and source. Does not communicate."""
     return [shards.shards_equal(tensors[target], tensors[source]) for target, source in match.ties_with_both_stored()]
 
 
@@ -225,12 +228,12 @@ def _key_report(
     match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: Materialized, verified: int | None
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
-    cast, dequantised = [], []
+    cast, dequantized = [], []
     for name, source_map in sorted(resolution.sources.items()):
-        parts = [resolution.stored[source] for source in {region.source for region in source_map.regions}]
-        if any(isinstance(part, ScaledTensor) for part in parts):
-            dequantised.append(name)
-        elif {part.dtype for part in parts} - {STORED_DTYPES.get(tensors[name].dtype)}:
+        stored = [resolution.stored[source] for source in {region.source for region in source_map.regions}]
+        if any(isinstance(tensor, ScaledTensor) for tensor in stored):
+            dequantized.append(name)
+        elif {tensor.dtype for tensor in stored} - {STORED_DTYPES.get(tensors[name].dtype)}:
             cast.append(name)
     return KeyReport(
         parameters=sum(tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to),
@@ -240,38 +243,38 @@ def _key_report(
         duplicate_keys=list(match.index.duplicate_keys),
         tied_keys=sorted(match.tied_to),
         cast_keys=cast,
-        dequantized_keys=dequantised,
+        dequantized_keys=dequantized,
         untraceable_keys=list(computed.held_bytes.items()),
         operations=resolution.operations,
         verified=verified,
     )
 
 
-def _not_strict(request: LoadRequest, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+def _strict_message(request: LoadRequest, missing: Sequence[str], unexpected: Sequence[str]) -> str:
     lines = [f"{request.model.folder} does not have exactly the model's weights, and strict is on:"]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             lines.append(f"  {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})")
-    return "\n".join([*lines, "Take the checkpoint of this very model, or leave strict off."])
+    return "\n".join([*lines, "Take the checkpoint of exactly this model, or leave strict off."])
 
 
 def _verify(match: CheckpointMatch, world: World, initialised: Set[str]) -> int:
-    """Hash what this rank holds against the files; what the model's own initialisation has changed is left out."""
+    """Compare this rank's shards with the files. Leave out names that the model's initialisation changed. Communicates."""
     tensors = match.collect_tensors()
     with collective_stage(world, "hashing the shards"):
-        held = {name: _held(tensors[name]) for name in match.resolution.loaded if name not in initialised}
+        held = {name: _shard_digest(tensors[name]) for name in match.resolution.loaded if name not in initialised}
     return verify(match.model, match.state, match.resolution.groups, match.index, held, world)
 
 
-def _held(tensor: torch.Tensor) -> ShardDigest:
-    """Hash this rank's part of a tensor; one that lives on NVMe is in memory only for that."""
+def _shard_digest(tensor: torch.Tensor) -> ShardDigest:
+    """Hash this rank's part of a tensor. A shard on NVMe is in memory only during this call."""
     if not shards.is_sharded(tensor):
         return ShardDigest(digest=digest(tensor), dtype=tensor.dtype, parts=1)
     param: Any = tensor
     shard = shards.local_shard(param)
-    held = ShardDigest(digest=digest(shard), dtype=shard.dtype, parts=shards.num_partitions(param))
+    shard_digest = ShardDigest(digest=digest(shard), dtype=shard.dtype, parts=shards.num_partitions(param))
     shards.release_shard(param)
-    return held
+    return shard_digest
 
 
 class Stopwatch:
@@ -284,9 +287,9 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the body under `name`, and show that it is under way; the reads show more, their bytes."""
+        """Time the body under `name` and show its progress. The reads show a byte counter themselves."""
         start = time.perf_counter()
-        with progress.task(_SHOWN[name]) if name in _SHOWN else contextlib.nullcontext():
+        with progress.task(_PROGRESS_TITLES[name]) if name in _PROGRESS_TITLES else contextlib.nullcontext():
             yield
         self.stages[name] = time.perf_counter() - start
         self.seconds = time.perf_counter() - self._start

@@ -1,7 +1,7 @@
-"""The model without its weights: the class a config asks for, built inside `ShardedInit`.
+"""Build a model without weights: the class that its config asks for, inside `ShardedInit`.
 
-The class is found as transformers' Auto classes find it, and constructed under the contexts that plain `from_pretrained`
-uses (meta device, default dtype, no tying), so that what comes out is the same model, parameter for parameter.
+The class is looked up as transformers' Auto classes do. It is constructed under the contexts of plain `from_pretrained` (meta
+device, default dtype, no tying), so the result is the same model, parameter for parameter.
 """
 
 import contextlib
@@ -38,14 +38,14 @@ from zero_sft.zero.init import ShardedInit
 def resolve_class(
     config: PreTrainedConfig, model_class: Any, folder: str | Path, trust_remote_code: bool
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The concrete model class, and the config it takes (a composite config's text part where the class wants that).
+    """Return the concrete model class and the config that it takes: for some classes a composite config's text part.
 
     Args:
         model_class: a `PreTrainedModel` subclass, an Auto class, or None for `AutoModelForCausalLM`.
 
     Raises:
-        ConfigError: the Auto class knows no model for this config, or only through code that is not trusted.
-        ArgumentError: `model_class` is neither.
+        ConfigError: the Auto class has no model for this config, or only one in code that is not trusted.
+        ArgumentError: `model_class` is neither a model class nor an Auto class.
     """
     auto = AutoModelForCausalLM if model_class is None else model_class
     if isinstance(auto, type) and issubclass(auto, PreTrainedModel):
@@ -69,21 +69,21 @@ def resolve_class(
             f"{auto.__name__} has no model for {type(config).__name__} (model_type {config.model_type!r})",
             code="config.no_such_head",
         )
-    found = internal("_get_model_class")(config, mapping)
+    cls = internal("_get_model_class")(config, mapping)
     text = config.sub_configs.get("text_config")
-    return (found, config.get_text_config()) if text and getattr(found, "config_class", None) == text else (found, config)
+    return (cls, config.get_text_config()) if text and getattr(cls, "config_class", None) == text else (cls, config)
 
 
 def attention_of(config: PreTrainedConfig, asked: str | None) -> str | None:
-    """The attention that is `asked` for, else the one that config.json names; None leaves the choice to transformers."""
+    """Return the `asked` attention, else the one that config.json names; None leaves the choice to transformers."""
     return asked or configured_attention(config)
 
 
 def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name: str) -> None:
-    """Raise `ArgumentError` unless the class can use this attention here. Any rank; does not communicate."""
+    """Raise `ArgumentError` unless the class can use this attention on this machine. Any rank; does not communicate."""
     try:
         check_attention(cls, config, name)
-    except Exception as error:  # ValueError, ImportError, and whatever a kernel's download raises
+    except Exception as error:  # ValueError, ImportError, or any error of a kernel download
         names = ", ".join(supported_attentions(cls))
         raise ArgumentError(
             f"attn_implementation {name!r} can't be used with {cls.__name__}: {_first_sentence(error)}\n"
@@ -94,20 +94,23 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
 
 
 def _first_sentence(error: Exception) -> str:
-    """transformers' reason without its list of what else there is."""
+    """Return transformers' reason without its list of the alternatives."""
     return str(error).strip().splitlines()[0].partition(" The only possible arguments")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model without weights. Whole and on the meta device, until `shard` makes its parameters ZeRO parameters."""
+    """A model without weights: in full shapes on the meta device, until `shard` makes its parameters ZeRO parameters.
+
+    `state` is its full state dict on meta: names, shapes, dtypes.
+    """
 
     model: PreTrainedModel
-    state: Mapping[str, torch.Tensor]  # its whole state dict, on meta: names, shapes, dtypes
+    state: Mapping[str, torch.Tensor]
     init: ShardedInit
 
     def shard(self) -> None:
-        """Partition every parameter, none with a shard yet. Does not communicate."""
+        """Partition every parameter, without allocating its shard yet. Every rank; does not communicate."""
         self.init.shard(self.model)
 
 
@@ -115,7 +118,7 @@ def build_sharded(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
     """Construct the model inside `ShardedInit`. Every rank; does not communicate.
 
     Raises:
-        ConfigError: DeepSpeed refuses its config.
+        ConfigError: DeepSpeed refuses the DeepSpeed config.
     """
     try:
         init = ShardedInit(dict(ds_config))
@@ -130,8 +133,11 @@ def build_sharded(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
 
 
 def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-    """The model on the meta device, constructed inside the contexts `around`, and its whole state dict. Any rank by itself."""
-    model = instantiate(spec, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")(), _no_values_on_meta())
+    """Construct the model on the meta device inside the contexts `around`; return it with its full state dict.
+
+    Any rank; does not communicate.
+    """
+    model = instantiate(spec, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")(), _skip_init_on_meta())
     internal("patch_output_recorders")(model)
     kept = kept_dtypes(model, spec.dtype)
     state = {
@@ -143,12 +149,12 @@ def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[
 
 
 def constructor_buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """The buffers as the model's constructor computes them, without its parameters. Any rank by itself."""
-    return dict(instantiate(spec, _meta_parameters()).named_buffers(remove_duplicate=False))
+    """Compute the buffers by running the model's constructor without parameters. Any rank; does not communicate."""
+    return dict(instantiate(spec, _parameters_on_meta()).named_buffers(remove_duplicate=False))
 
 
 def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
-    """The model, constructed as plain `from_pretrained` does, inside the contexts `around`. Any rank by itself."""
+    """Construct the model as plain `from_pretrained` does, inside the contexts `around`. Any rank; does not communicate."""
     cls, config = resolve_class(spec.config, spec.model_class, spec.folder, spec.trust_remote_code)
     config = unquantized(copy.deepcopy(config))
     attention = attention_of(config, spec.attn_implementation)
@@ -176,15 +182,15 @@ def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
             ) from error
 
 
-def blank(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of that class on the meta device, nothing tied. Any rank by itself."""
+def build_untied_on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Construct a model of the class on the meta device, without ties. Any rank; does not communicate."""
     with contextlib.ExitStack() as stack:
         for context in (
             internal("no_tie_weights")(),
             internal("apply_patches")(),
             torch.device("meta"),
             internal("meta_device_safe_creation_ops")(),
-            _no_values_on_meta(),
+            _skip_init_on_meta(),
             without_zero3(),
         ):
             stack.enter_context(context)
@@ -192,9 +198,9 @@ def blank(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedMod
 
 
 @contextlib.contextmanager
-def _no_values_on_meta() -> Iterator[None]:
-    """torch's initialisers leave tensors on the meta device alone: half the time of building a model is spent there."""
-    originals = {name: each for name, each in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+def _skip_init_on_meta() -> Iterator[None]:
+    """Let torch's initialisers skip tensors on the meta device, which would take half the time of building a model."""
+    originals = {name: function for name, function in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
 
     def unless_meta(initialiser: Any) -> Any:
         @functools.wraps(initialiser)
@@ -203,26 +209,26 @@ def _no_values_on_meta() -> Iterator[None]:
 
         return initialise
 
-    for name, each in originals.items():
-        setattr(nn.init, name, unless_meta(each))
+    for name, function in originals.items():
+        setattr(nn.init, name, unless_meta(function))
     try:
         yield
     finally:
-        for name, each in originals.items():
-            setattr(nn.init, name, each)
+        for name, function in originals.items():
+            setattr(nn.init, name, function)
 
 
 @contextlib.contextmanager
-def _meta_parameters() -> Iterator[None]:
-    """Parameters go to the meta device as they are registered, before anything is written to them; buffers are as they are."""
+def _parameters_on_meta() -> Iterator[None]:
+    """Move each parameter to the meta device when it is registered, before it is initialised. Buffers stay where they are."""
     register = nn.Module.register_parameter
 
-    def hollow(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(self, name, param)
 
-    nn.Module.register_parameter = hollow
+    nn.Module.register_parameter = register_on_meta
     try:
         yield
     finally:
@@ -230,16 +236,16 @@ def _meta_parameters() -> Iterator[None]:
 
 
 def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Write the dtype that the weights will have into a config and its parts, as `from_pretrained` does."""
+    """Write the dtype of the weights into a config and its sub-configs, as `from_pretrained` does."""
     config.dtype = dtype
     for name in config.sub_configs:
-        part = getattr(config, name, None)
-        if part is not None:
-            part.dtype = dtype
+        sub_config = getattr(config, name, None)
+        if sub_config is not None:
+            sub_config.dtype = dtype
 
 
 def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str, ...]:
-    """Give the model the folder's generation settings, as `from_pretrained` does; returns what was left out, and why."""
+    """Give the model the folder's generation settings, as `from_pretrained` does. Return a sentence for each one left out."""
     if not model.can_generate():
         return ()
     generation, left_out = read_generation_config(spec.folder)
@@ -251,8 +257,8 @@ def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str
 
 
 def keep_zero3_enabled(model: PreTrainedModel, ds_config: Mapping[str, Any]) -> None:
-    """Tell transformers that ZeRO-3 is on for as long as the model lives.
+    """Make transformers consider ZeRO-3 enabled for as long as the model lives.
 
-    `generate` then keeps the ranks in step, and `resize_token_embeddings` gathers what it changes.
+    `generate` then keeps the ranks in step, and `resize_token_embeddings` gathers the embeddings that it changes.
     """
     model._zero_sft_hf_ds_config = zero3_config(ds_config)

@@ -1,7 +1,7 @@
-"""Load as transformers does under ZeRO-3: the fallback, and the reference to compare with.
+"""Load with transformers' own loader under ZeRO-3: the fallback, and the reference for comparison.
 
-`zero.Init` broadcasts every fresh parameter, rank 0 reads the whole checkpoint, and every module is gathered, overwritten and
-partitioned again: about three times the model in traffic. It reports no unexpected and no mismatched names.
+`zero.Init` broadcasts every new parameter, rank 0 reads the whole checkpoint, and every module is gathered, overwritten and
+partitioned again: the traffic is about three times the model. Unexpected and mismatched names are not reported.
 """
 
 import logging
@@ -28,7 +28,7 @@ def load_stock(request: LoadRequest, world: World) -> Loaded:
     """Load through `from_pretrained` under `zero.Init`. Every rank; communicates all the weights.
 
     Raises:
-        ZeroSftError: if a rank fails where no other is in a collective; a failure elsewhere surfaces as the library's own.
+        ZeroSftError: a rank failed before the load began. An error of transformers or DeepSpeed during the load is not wrapped.
     """
     spec = request.model
     with collective_stage(world, "preparing the model's class"):
@@ -39,7 +39,7 @@ def load_stock(request: LoadRequest, world: World) -> Loaded:
             optional["attn_implementation"] = spec.attn_implementation
         generation, left_out = read_generation_config(spec.folder)
         if left_out:
-            optional["generation_config"] = generation  # or transformers refuses the whole model
+            optional["generation_config"] = generation  # otherwise transformers refuses the whole model
         for sentence in left_out if world.is_main else ():
             logger.warning(sentence)
     hf_config = zero3_config(request.ds_config)

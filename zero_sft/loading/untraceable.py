@@ -1,7 +1,7 @@
-"""Compute the tensors whose conversion can't be traced, once per node from whole stored tensors, one group at a time.
+"""Compute the tensors whose conversion can't be traced, once per node, from whole stored tensors.
 
-The first rank of each node reads the group's stored tensors and runs transformers' own operations on them; the node's ranks map
-the result from shared memory and keep their ranges. A node holds one group's sources and results at a time.
+The first rank of each node reads one group's stored tensors and runs transformers' operations on them. The node's ranks map the
+results from shared memory and copy their ranges. A node never holds more than one group's sources and results.
 """
 
 import contextlib
@@ -36,7 +36,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointIndex) -> tuple[dict[str, torch.Tensor], int]:
-    """Read a group's stored tensors whole and run its operations; what they make, and the bytes read. Does not communicate."""
+    """Read a group's stored tensors whole and run its operations; return the results and the bytes read.
+
+    Any rank; does not communicate.
+    """
     read_bytes = 0
 
     def source(name: str) -> torch.Tensor:
@@ -55,7 +58,7 @@ def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointInde
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Materialized:
-    """What `fill_untraceable` did: bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
+    """Costs of `fill_untraceable`: the bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
 
     read_bytes: int
     held_bytes: Mapping[str, int]
@@ -66,49 +69,52 @@ def fill_untraceable(match: CheckpointMatch, tensors: Mapping[str, Any], initial
 
     Args:
         tensors: the model's sharded parameters by name.
-        initialised: names that have their values already.
+        initialised: names that are complete already; they are skipped.
     """
     read_bytes, held_bytes = 0, {}
     groups = list(match.resolution.by_group())
     for group, names in progress.counted(groups, "computing tensors, once per node", "groups"):
-        wanted = [name for name in names if name not in initialised and shards.is_sharded(tensors[name])]
-        if not wanted:
+        to_fill = [name for name in names if name not in initialised and shards.is_sharded(tensors[name])]
+        if not to_fill:
             continue
-        made: dict[str, torch.Tensor] | None = None
-        with collective_stage(world, f"computing {wanted[0]}"):
+        results: dict[str, torch.Tensor] | None = None
+        with collective_stage(world, f"computing {to_fill[0]}"):
             if world.leads_node:
-                made, nbytes = materialize(group, match.whole, match.index)
+                results, nbytes = materialize(group, match.full_shape_model, match.index)
                 read_bytes += nbytes
-        with shared(made, wanted, world) as full:
-            made = None
+        with shared(results, to_fill, world) as full:
+            results = None  # the node keeps one copy, in shared memory
 
             def fill(memory: Mapping[str, torch.Tensor], full: Mapping[str, torch.Tensor] = full) -> None:
                 for name, shard in memory.items():
-                    span = shards.local_range(tensors[name])
-                    shard[: span.numel].copy_(full[name].reshape(-1)[span.start : span.stop])
+                    flat_range = shards.local_range(tensors[name])
+                    shard[: flat_range.numel].copy_(full[name].reshape(-1)[flat_range.start : flat_range.stop])
 
-            with collective_stage(world, f"keeping {wanted[0]}"):
-                shards.fill_shards({name: tensors[name] for name in wanted}, fill)
-        sources = sum(match.index.tensors[name].nbytes for name in group.stored)
-        results = sum(match.state[name].numel() * match.state[name].itemsize for name in wanted)
-        held_bytes |= dict.fromkeys(wanted, sources + results)
+            with collective_stage(world, f"keeping {to_fill[0]}"):
+                shards.fill_shards({name: tensors[name] for name in to_fill}, fill)
+        source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored)
+        result_bytes = sum(match.state[name].numel() * match.state[name].itemsize for name in to_fill)
+        held_bytes |= dict.fromkeys(to_fill, source_bytes + result_bytes)
     return Materialized(read_bytes=read_bytes, held_bytes=held_bytes)
 
 
 @contextlib.contextmanager
 def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], world: World) -> Iterator[dict[str, torch.Tensor]]:
-    """What this node's first rank has made (the others pass None), mapped by every rank of the node. Communicates.
+    """Map the tensors that the node's first rank computed into every rank of the node. Every rank; communicates.
 
-    The memory goes away with the last map of it, and its file when the body ends.
+    The file is removed when the body ends; the memory is freed when its last mapping is gone.
+
+    Args:
+        tensors: the computed tensors on the node's first rank, None on the others.
     """
     path: Path | None = None
     try:
         with collective_stage(world, "sharing what was computed"):
             if tensors is not None:
-                path = _room_for(sum(tensors[name].nbytes for name in names))
+                path = _new_file(sum(tensors[name].nbytes for name in names))
                 save_file({name: tensors[name].contiguous() for name in names}, path)
-        where = all_gather_json(world, str(path or ""))[world.node_leader]
-        with collective_stage(world, "mapping what was computed"), safe_open(where, framework="pt") as file:
+        shared_path = all_gather_json(world, str(path or ""))[world.node_leader]
+        with collective_stage(world, "mapping what was computed"), safe_open(shared_path, framework="pt") as file:
             mapped = {name: file.get_tensor(name) for name in names}
         yield mapped
     finally:
@@ -116,8 +122,8 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
             path.unlink(missing_ok=True)
 
 
-def _room_for(nbytes: int) -> Path:
-    """A new file in shared memory, or on disk where that is too small."""
+def _new_file(nbytes: int) -> Path:
+    """Create a file in shared memory, or on disk if shared memory is too small."""
     has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * nbytes
     handle, name = tempfile.mkstemp(prefix="zero_sft-", dir=_SHARED_MEMORY if has_room else None)
     os.close(handle)

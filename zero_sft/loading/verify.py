@@ -1,9 +1,9 @@
-"""Read back: is what the ranks hold what the files say? Along another path than the load's.
+"""Verify a load: compare the shards that the ranks hold with the files, by code that is independent of the load's.
 
-The load plans byte ranges by tracing and reads them itself. Here the stored tensors are read whole by the libraries
-(safetensors, `torch.load`), converted by transformers' own operations on real data, cut as ZeRO-3 cuts and hashed; each rank
-hashes the shards that it holds; the two must be equal. The model's tensors are shared out among the ranks, so every byte is
-read once more in the whole cluster, and a rank holds one tensor's sources at a time.
+The load plans byte ranges by tracing and reads them itself. Here safetensors and `torch.load` read the stored tensors whole,
+and transformers' operations convert the real data. The results are partitioned as in ZeRO-3 and hashed. Each rank hashes the
+shards that it holds, and the hashes must be equal. Each rank checks a part of the model's tensors, so the cluster reads every
+byte once more, and a rank holds the sources of one tensor at a time.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from zero_sft.plan.partition import shard_range
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardDigest:
-    """What this rank has of a tensor: the digest of its real elements, their dtype, and into how many parts it is cut."""
+    """This rank's shard of a tensor: the digest of its elements without padding, their dtype, and the number of partitions."""
 
     digest: str
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class ShardDigest:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """A hash of a tensor's elements in row-major order."""
+    """Hash a tensor's elements in row-major order."""
     data: Any = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
@@ -51,9 +51,9 @@ def verify(
     """Compare every loaded tensor with the files. Every rank; communicates hashes.
 
     Args:
-        state: the whole tensors of `model`, on the meta device.
-        groups: which stored tensors make which of the model's.
-        held: what this rank has of each tensor to be checked.
+        state: the tensors of `model` in full shapes, on the meta device.
+        groups: the groups of stored tensors from which the model's tensors are made.
+        held: the digest of this rank's shard, for each tensor to check.
 
     Returns:
         The number of tensors checked.
@@ -61,52 +61,56 @@ def verify(
     Raises:
         CheckpointError: on every rank, naming the tensors and ranks that differ.
     """
-    expected: dict[str, list[str]] = {}
+    local_digests: dict[str, list[str]] = {}
     with collective_stage(world, "reading the checkpoint back"):
         files = _Files(index)
         for group in groups[world.rank :: world.world_size]:
-            for name, tensor in _converted(group, FullShapeModel(model, state), files):
+            for name, tensor in _convert(group, FullShapeModel(model, state), files):
                 if name in held:
                     flat, parts = tensor.to(held[name].dtype).reshape(-1), held[name].parts
-                    spans = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
-                    expected[name] = [digest(flat[span.start : span.stop]) for span in spans]
-    merged = {name: each for mine in all_gather_json(world, expected) for name, each in mine.items()}
-    different = [name for name, mine in held.items() if name in merged and merged[name][world.rank % mine.parts] != mine.digest]
-    everywhere = all_gather_json(world, different)
-    if any(everywhere):
-        rank = next(rank for rank, names in enumerate(everywhere) if names)
-        names = sorted({name for each in everywhere for name in each})
+                    ranges = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
+                    local_digests[name] = [digest(flat[part.start : part.stop]) for part in ranges]
+    expected: dict[str, list[str]] = {}
+    for rank_digests in all_gather_json(world, local_digests):
+        expected |= rank_digests
+    different = [
+        name for name, shard in held.items() if name in expected and expected[name][world.rank % shard.parts] != shard.digest
+    ]
+    different_by_rank = all_gather_json(world, different)
+    if any(different_by_rank):
+        rank = next(rank for rank, names in enumerate(different_by_rank) if names)
+        names = sorted(set().union(*different_by_rank))
         raise CheckpointError(
-            f"read back, other than the files: {', '.join(names[:5])} ({len(names)} in all, first on rank {rank}). The files "
-            "changed while they were read, or storage or memory is faulty. Load again, and compare the files' checksums.",
+            f"the loaded weights differ from the files: {', '.join(names[:5])} ({len(names)} in all, first on rank {rank}). "
+            "The files changed while they were read, or storage or memory is faulty. Load again, and compare file checksums.",
             code="checkpoint.verification_failed",
         )
-    unread = sorted(held.keys() - merged.keys())
+    unread = sorted(held.keys() - expected.keys())
     if unread:
         raise CheckpointError(
-            f"read back, nothing was found for {', '.join(unread[:5])}. Load with --loader stock.",
+            f"the files could not be compared with {', '.join(unread[:5])}. Load with --loader stock.",
             code="checkpoint.not_verified",
         )
     return len(held)
 
 
-def _converted(group: TensorGroup, whole: FullShapeModel, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a group makes, on real data."""
+def _convert(group: TensorGroup, model: FullShapeModel, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
+    """Convert a group's stored tensors, with their real data, to the model's tensors."""
     if group.converter is None:
         yield group.name, files.tensor(next(iter(group.members)))
         return
-    yield from run(group, whole, files.tensor).items()
+    yield from run(group, model, files.tensor).items()
 
 
 class _Files:
-    """The checkpoint's files as the libraries map them, each opened once."""
+    """The checkpoint's files, each opened once by its library."""
 
     def __init__(self, index: CheckpointIndex) -> None:
         self._index = index
         self._mapped: dict[str, Any] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One stored tensor, whole."""
+        """Return one stored tensor, whole."""
         path = self._index.tensors[name].file
         is_safetensors = path.endswith(".safetensors")
         if path not in self._mapped:

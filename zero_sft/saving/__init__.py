@@ -1,1 +1,1 @@
-"""Writing a trained model to disk, and finding what a run can go on from."""
+"""Write a trained model to disk, and find the checkpoint from which a run resumes."""

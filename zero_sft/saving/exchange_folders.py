@@ -1,10 +1,11 @@
 """Exchange two folders in one step: Linux's `renameat2(RENAME_EXCHANGE)`, which Python does not offer.
 
-There is no moment at which one of the two names is missing. ext4, xfs, btrfs, tmpfs and overlayfs support it. NFS and many
-network file systems do not: `is_supported` asks before anything depends on it.
+Both names exist at every moment. ext4, xfs, btrfs, tmpfs and overlayfs support the exchange. NFS and many other network file
+systems do not: `is_supported` tests it before anything depends on it.
 """
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -12,30 +13,30 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def exchange(one: Path, other: Path) -> None:
-    """Let two paths of one file system swap what they name, atomically.
+def exchange(first: Path, second: Path) -> None:
+    """Exchange two folders of one file system, atomically.
 
     Raises:
-        OSError: with the path `other`; EINVAL or ENOSYS where the file system or the kernel does not support it.
+        OSError: the exchange failed; EINVAL or ENOSYS if the file system or the kernel does not support it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
-        raise OSError(38, os.strerror(38), str(other))
-    if libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), str(other))
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(second))
+    if libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE):
+        error_number = ctypes.get_errno()
+        raise OSError(error_number, os.strerror(error_number), str(second))
 
 
 def is_supported(folder: Path) -> bool:
-    """Try it on two new folders inside `folder`, and remove them."""
-    one, other = folder / ".exchange-one", folder / ".exchange-other"
-    one.mkdir()
-    other.mkdir()
+    """Test whether the file system of `folder` supports the exchange, on two temporary folders inside it."""
+    first, second = folder / ".exchange-one", folder / ".exchange-other"
+    first.mkdir()
+    second.mkdir()
     try:
-        exchange(one, other)
+        exchange(first, second)
     except OSError:
         return False
     finally:
-        one.rmdir()
-        other.rmdir()
+        first.rmdir()
+        second.rmdir()
     return True

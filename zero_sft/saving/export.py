@@ -1,9 +1,9 @@
-"""A trained model as a plain Hugging Face checkpoint: the load run backwards, without a gather.
+"""Write a trained model as a plain Hugging Face checkpoint, without a gather: a load in reverse.
 
-Every rank computes the same layout, under the names and shapes that plain `save_pretrained` gives: experts one by one, as
-they were published. Rank 0 writes the headers, config and tokenizer; every rank plans the load of what it holds from those
-files, and writes the bytes that it would read. All of it happens in a hidden draft (`folder.py`), which takes the target's
-place at the very end (`placing.py`): a job that dies meanwhile leaves the target as it was.
+Every rank computes the same layout, with the names and shapes of plain `save_pretrained`: experts one by one, as they were
+published. Rank 0 writes the headers, config and tokenizer. Every rank plans the load of its shards from these files, and writes
+the bytes that it would read. All files are written to a hidden staging folder (`folder.py`), which takes the target's place at
+the end (`placing.py`): a job that dies meanwhile leaves the target as it was.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ def save_pretrained(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `model` (a loaded model, or a DeepSpeed engine over one) to the folder `path`. Every rank; communicates.
+    """Write `model` (a loaded model, or a DeepSpeed engine around one) to the folder `path`. Every rank; communicates.
 
-    All ranks must see `path` on one file system. What else the folder holds stays; former weights in it are replaced.
+    All ranks must see `path` on one file system. Weights in the folder are replaced; its other files stay.
 
     Raises:
-        ExportError: the folder can't be written, or is not the same on all ranks; or nobody would read the model back as it is.
+        ExportError: the folder can't be written, or is not the same on all ranks; or the export would not load as this model.
     """
     target = Path(path).expanduser()
     world = connect(World.detect())
@@ -67,32 +67,32 @@ def save_pretrained(
         tensors = dict(_tensors(inner))
         if world.is_main:
             require_readable(inner, _on_meta(tensors))
-    layout = _agreed_layout(inner, tensors, max_file_bytes, world)
-    draft: StagingFolder | None = None
+    layout = _choose_layout(inner, tensors, max_file_bytes, world)
+    staging: StagingFolder | None = None
     is_complete = False
     try:
         with collective_stage(world, f"preparing {target}") as stage, explained(target):
             stage.must_match = ("files of the export", {"layout": layout.digest()})
             if world.is_main:
-                draft = make_staging(target)
-                stage.local = draft.reference
-        draft = draft or find_staging(target, stage.gathered[0])
+                staging = make_staging(target)
+                stage.local = staging.reference
+        staging = staging or find_staging(target, stage.gathered[0])
         with collective_stage(world, f"preparing {target}"), explained(target):
             if world.is_main:
-                _prepare(draft.folder, layout.files, inner, tokenizer)
+                _prepare(staging.folder, layout.files, inner, tokenizer)
         with collective_stage(world, f"writing {target}"), explained(target):
-            _write_own(draft.folder, layout, tensors, world)
+            _write_shards(staging.folder, layout, tensors, world)
         is_complete = True
-        with collective_stage(world, f"finishing {target}"), kept(draft):
+        with collective_stage(world, f"finishing {target}"), kept(staging):
             if world.is_main:
-                put_in_place(draft)
+                put_in_place(staging)
     finally:
-        if world.is_main and draft is not None and not is_complete:
-            shutil.rmtree(draft.folder, ignore_errors=True)
+        if world.is_main and staging is not None and not is_complete:
+            shutil.rmtree(staging.folder, ignore_errors=True)
 
 
-def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int, world: World) -> "ExportLayout":
-    """The published format where every rank can write it, else the model's own names on every rank. Communicates."""
+def _choose_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int, world: World) -> "ExportLayout":
+    """Choose the published format if all ranks can write it, else the model's names. Every rank; communicates."""
     state = _on_meta(tensors)
     with collective_stage(world, "laying out the export") as stage:
         published, stage.local = published_layout(model, state, max_file_bytes)
@@ -100,11 +100,11 @@ def _agreed_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_
     if reason is None and published is not None:
         return published
     logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
-    return own_layout(state, max_file_bytes)
+    return model_layout(state, max_file_bytes)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The state dict's parameters and persistent buffers; without the names that a reader ties to others which are written."""
+    """Yield the state dict's parameters and persistent buffers, without names that a reader ties to a written one."""
     tied = set(tied_names(model))
     ignored = names_not_saved(model)
     written: set[int] = set()
@@ -116,26 +116,34 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _on_meta(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Whole tensors without data."""
-    return {n: torch.empty(shards.current_shape(t), dtype=t.dtype, device="meta") for n, t in tensors.items()}
+    """Return the tensors in full shapes, without data."""
+    return {
+        name: torch.empty(shards.current_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+    }
 
 
 def _prepare(
-    draft: Path, files: Sequence[FileLayout], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    folder: Path, files: Sequence[FileLayout], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Everything but the weights' bytes: headers with room for the data behind them, config, tokenizer. Rank 0."""
+    """Write everything except the weights: headers with space for the data after them, config, tokenizer. Rank 0."""
     for file in files:
-        with (draft / file.name).open("wb") as out:
+        with (folder / file.name).open("wb") as out:
             out.write(file.header)
             out.truncate(file.nbytes)
     if len(files) > 1:
-        (draft / INDEX_FILE).write_text(index_json(files), encoding="utf-8")
-    write_settings(draft, model, tokenizer)
+        (folder / INDEX_FILE).write_text(index_json(files), encoding="utf-8")
+    write_settings(folder, model, tokenizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportLayout:
-    """The files of an export, their tensors by name, and which of their elements each of the model's tensors becomes."""
+    """The layout of an export.
+
+    Attributes:
+        files: its files.
+        stored: the tensors in these files, by name.
+        sources: for each tensor of the model, the stored elements that it consists of.
+    """
 
     files: tuple[FileLayout, ...]
     stored: Mapping[str, StoredTensor]
@@ -143,11 +151,11 @@ class ExportLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
+        """Total bytes of the files."""
         return sum(file.nbytes for file in self.files)
 
     def digest(self) -> str:
-        """A hash of every file's header and of every element's place: equal on ranks that will write the same files."""
+        """Hash every file's header and every element's position: equal on ranks that will write the same files."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(repr((file.name, file.nbytes)).encode() + file.header)
@@ -159,79 +167,78 @@ class ExportLayout:
 def published_layout(
     model: PreTrainedModel, state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES
 ) -> tuple[ExportLayout | None, str | None]:
-    """The files of the published format, for a state dict on meta; or None and the reason why it can't be used.
+    """Lay out the published format for a state dict on meta; or return None and the reason why it can't be used.
 
-    It is used where it loads back as this model, element for element. Any rank; does not communicate.
+    It can be used if it loads back as this model, element for element. Any rank; does not communicate.
     """
     try:
-        published = _planned(original_format(model, state), max_file_bytes)
+        published = _lay_out_files(original_format(model, state), max_file_bytes)
         resolution = resolve(model, state, published.stored)
         reason = _misfit(state, published.stored, resolution)
-    except Exception as error:  # noqa: BLE001 - operations of any model; the training's result must not be lost for them
+    except Exception as error:  # noqa: BLE001 - any model's operations run here; an error must not cost the trained weights
         return None, f"{type(error).__name__}: {error}"
     return (None, reason) if reason else (dataclasses.replace(published, sources=resolution.sources), None)
 
 
-def own_layout(state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES) -> ExportLayout:
-    """The files of a state dict under the model's own names. Any rank; does not communicate."""
-    own = _planned(state, max_file_bytes)
-    shapes = {name: tuple(each.shape) for name, each in state.items()}
+def model_layout(state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES) -> ExportLayout:
+    """Lay out a state dict under the model's names. Any rank; does not communicate."""
+    layout = _lay_out_files(state, max_file_bytes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     sources = {name: SourceMap.of(name, shape, identity_regions(name, shape)) for name, shape in shapes.items()}
-    return dataclasses.replace(own, sources=sources)
+    return dataclasses.replace(layout, sources=sources)
 
 
-def _planned(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> ExportLayout:
-    rows = ((name, STORED_DTYPES[each.dtype], tuple(each.shape)) for name, each in tensors.items())
+def _lay_out_files(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> ExportLayout:
+    rows = ((name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items())
     files = lay_out(rows, max_file_bytes)
-    return ExportLayout(files=files, stored={place.name: place for file in files for place in file.tensors}, sources={})
+    return ExportLayout(files=files, stored={tensor.name: tensor for file in files for tensor in file.tensors}, sources={})
 
 
 def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], resolution: Resolution) -> str | None:
-    """Why files of this layout would not load back as the model, or None: every element of both must have its place."""
-    absent = sorted(state.keys() - resolution.sources.keys())
-    if absent or resolution.unexpected or resolution.mismatched:
-        return (
-            f"{', '.join([*absent, *sorted(resolution.unexpected)][:3]) or resolution.mismatched[0].name} would not load back"
-        )
+    """Say why files of this layout would not load back as the model; None if every element of both has a counterpart."""
+    missing = sorted(state.keys() - resolution.sources.keys())
+    if missing or resolution.unexpected or resolution.mismatched:
+        names = ", ".join([*missing, *sorted(resolution.unexpected)][:3]) or resolution.mismatched[0].name
+        return f"{names} would not load back"
     written = Counter()
     for source_map in resolution.sources.values():
         for region in source_map.regions:
             written[region.source] += math.prod(region.sizes)
-    partial = [name for name, each in stored.items() if written[name] != each.numel]
+    partial = [name for name, tensor in stored.items() if written[name] != tensor.numel]
     return f"{partial[0]} would not be written wholly" if partial else None
 
 
-def _write_own(folder: Path, layout: ExportLayout, tensors: Mapping[str, Any], world: World) -> None:
-    """Write this rank's range of every tensor; whole tensors are rank 0's."""
+def _write_shards(folder: Path, layout: ExportLayout, tensors: Mapping[str, Any], world: World) -> None:
+    """Write this rank's range of every tensor; rank 0 also writes the tensors that are not sharded."""
     with contextlib.ExitStack() as stack:
         handles = {}
         for file in layout.files:
             handles[file.name] = os.open(folder / file.name, os.O_WRONLY)
             stack.callback(os.close, handles[file.name])
-        total = sum(_own_bytes(tensor, world) for tensor in tensors.values())
+        total = sum(_local_bytes(tensor, world) for tensor in tensors.values())
         task = stack.enter_context(progress.task("writing the model", total, progress.BYTES))
         for name, tensor in tensors.items():
             is_sharded = shards.is_sharded(tensor)
             if not is_sharded and not world.is_main:
                 continue
-            span = shards.current_range(tensor) if is_sharded else full_range(tensor.numel())
-            with shards.current_values(tensor) if is_sharded else _whole_values(tensor) as values:
+            flat_range = shards.current_range(tensor) if is_sharded else full_range(tensor.numel())
+            with shards.current_values(tensor) if is_sharded else _full_values(tensor) as values:
                 flat = values.to(tensor.dtype)  # a shard keeps its dtype when a partitioned model is cast
-                for piece in copy_specs(FillTarget(source_map=layout.sources[name], flat_range=span)):
-                    place = layout.stored[piece.source]
-                    write_piece(handles[place.file], folder / place.file, flat, piece, place.offset_bytes)
-            task.advance(_own_bytes(tensor, world))
+                for copy in copy_specs(FillTarget(source_map=layout.sources[name], flat_range=flat_range)):
+                    stored = layout.stored[copy.source]
+                    write_piece(handles[stored.file], folder / stored.file, flat, copy, stored.offset_bytes)
+            task.advance(_local_bytes(tensor, world))
         for handle in handles.values():
             os.fsync(handle)
 
 
 @contextlib.contextmanager
-def _whole_values(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def _full_values(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     yield tensor.detach().contiguous().reshape(-1)
 
 
-def _own_bytes(tensor: Any, world: World) -> int:
-    """What this rank writes of a tensor."""
+def _local_bytes(tensor: Any, world: World) -> int:
+    """Return the number of bytes of a tensor that this rank writes."""
     if shards.is_sharded(tensor):
         return shards.current_range(tensor).numel * tensor.element_size()
     return tensor.numel() * tensor.element_size() if world.is_main else 0

@@ -1,12 +1,12 @@
-"""The folder that an export is written to, and the hidden draft that takes its place at the end.
+"""Make and find the hidden staging folder in which an export is written before it takes the place of its target.
 
-A draft lives on the file system of its target, whatever the target is:
+A staging folder is always on the file system of its target:
 
-| the target | the draft | how it takes the target's place (`placing.py`) |
+| target | staging folder | how it takes the target's place (`placing.py`) |
 | --- | --- | --- |
-| does not exist | next to it | one rename |
-| a folder | next to it | the two folders are exchanged in one step |
-| a mount point, the working directory, or where folders can't be exchanged | inside it | file by file |
+| does not exist | next to the target | one rename |
+| folder | next to the target | the two folders are exchanged in one step |
+| mount point, working directory, or folder that can't be exchanged | inside the target | file by file |
 
 Links are resolved first. Everything here runs on one rank and does not communicate.
 """
@@ -25,11 +25,11 @@ from typing import Any
 from zero_sft.errors import ExportError, NotPlacedError
 from zero_sft.saving.exchange_folders import is_supported
 
-DRAFT_SUFFIX = ".part"
+STAGING_SUFFIX = ".part"
 
 
 class Placing(StrEnum):
-    """How a draft takes its target's place."""
+    """The ways in which a staging folder takes its target's place."""
 
     RENAME = "rename"
     EXCHANGE = "exchange"
@@ -46,38 +46,38 @@ class StagingFolder:
 
     @property
     def reference(self) -> list[str]:
-        """What other ranks need to find this draft: links may resolve to other paths on their machines."""
+        """The values by which other ranks find this folder. No full path: links may resolve differently on their machines."""
         return [self.folder.name, self.placing, "inside" if self.folder.parent == self.target else "next to"]
 
 
 def find_staging(path: str | Path, reference: list[str]) -> StagingFolder:
-    """The draft that rank 0 made for the folder `path`, as this machine names it."""
-    name, placing, where = reference
+    """Find the staging folder that rank 0 made for the folder `path`, under its path on this machine."""
+    name, placing, position = reference
     target = resolved(path)
-    parent = target if where == "inside" else target.parent
+    parent = target if position == "inside" else target.parent
     return StagingFolder(folder=parent / name, target=target, placing=Placing(placing))
 
 
 def resolved(path: str | Path) -> Path:
-    """The folder itself, without links on the way, whether it exists or not."""
+    """Resolve all links in a path, whether the folder exists or not."""
     return Path(path).expanduser().resolve()
 
 
 def make_staging(path: str | Path) -> StagingFolder:
-    """Make an empty draft for the folder `path`, on its file system. Rank 0.
+    """Make an empty staging folder for the folder `path`, on its file system. Rank 0.
 
     Raises:
         ExportError: `path` is a file, or holds an adapter that readers would load on top of the model.
-        OSError: no rights, no room.
+        OSError: this user may not write there, or the disk is full.
     """
     target = resolved(path)
     _require_usable(target)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         return StagingFolder(folder=_new_folder(target.parent, target), target=target, placing=Placing.RENAME)
-    beside = None if _holds_the_working_directory(target) else _next_to(target)
-    if beside is not None:
-        return StagingFolder(folder=beside, target=target, placing=Placing.EXCHANGE)
+    exchangeable = None if _holds_the_working_directory(target) else _new_exchangeable_folder(target)
+    if exchangeable is not None:
+        return StagingFolder(folder=exchangeable, target=target, placing=Placing.EXCHANGE)
     return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.IN_PLACE)
 
 
@@ -93,19 +93,19 @@ def _require_usable(target: Path) -> None:
 
 
 def _new_folder(parent: Path, target: Path) -> Path:
-    folder = parent / f".{target.name}.{secrets.token_hex(4)}{DRAFT_SUFFIX}"
+    folder = parent / f".{target.name}.{secrets.token_hex(4)}{STAGING_SUFFIX}"
     folder.mkdir()
     return folder
 
 
-def _next_to(target: Path) -> Path | None:
-    """A new folder next to `target` that can be exchanged with it, or None.
+def _new_exchangeable_folder(target: Path) -> Path | None:
+    """Make a folder next to `target` that can be exchanged with it; None if that is not possible.
 
-    A rename into `target` is tried: it fails where `target` is a mount point, also a bind mount of the same file system.
+    A rename into `target` is tried, since it fails if `target` is a mount point, even a bind mount of the same file system.
     """
     try:
         folder = _new_folder(target.parent, target)
-    except OSError:  # the folder may belong to the user, and its parent not
+    except OSError:  # the user may own the folder but not its parent
         return None
     inside = target / folder.name
     try:
@@ -124,7 +124,7 @@ def _next_to(target: Path) -> Path | None:
 
 
 def _holds_the_working_directory(target: Path) -> bool:
-    """True if an exchange would take away the folder that this job, or the user's shells, work in."""
+    """Return whether an exchange would replace the working directory of this job or of the user's shells."""
     with contextlib.suppress(OSError, RuntimeError):
         return any(folder.resolve().is_relative_to(target) for folder in (Path.cwd(), Path.home()))
     return False
@@ -132,26 +132,26 @@ def _holds_the_working_directory(target: Path) -> bool:
 
 @contextlib.contextmanager
 def writable_staging(path: str | Path) -> Iterator[StagingFolder]:
-    """Make a draft for `path` as the end of the run will, and remove it afterwards. Rank 0.
+    """Make a staging folder for `path` as the end of the run will, and remove it afterwards. Rank 0.
 
-    A target that did not exist is made for a moment, since the rename of the draft to it is tried as well: a run that fails
-    now leaves nothing behind, but for parent folders.
+    If the target does not exist, the rename of the staging folder to it is tried as well and undone. Nothing is left behind
+    except parent folders.
 
     Raises:
         ExportError: the folder can't be made or written.
     """
     target = resolved(path)
     with explained(path):
-        draft = make_staging(path)
+        staging = make_staging(path)
     try:
         with explained(path):
-            (draft.folder / "probe").write_bytes(b"0")
-            if draft.placing is Placing.RENAME:
-                draft.folder.rename(target)
-                target.rename(draft.folder)
-        yield draft
+            (staging.folder / "probe").write_bytes(b"0")
+            if staging.placing is Placing.RENAME:
+                staging.folder.rename(target)
+                target.rename(staging.folder)
+        yield staging
     finally:
-        shutil.rmtree(draft.folder, ignore_errors=True)
+        shutil.rmtree(staging.folder, ignore_errors=True)
 
 
 def require_writable(path: str | Path) -> None:
@@ -161,10 +161,10 @@ def require_writable(path: str | Path) -> None:
 
 
 def leftover_stagings(path: str | Path) -> list[Path]:
-    """The drafts for `path` that killed runs have left, or whose last step failed. Rank 0."""
+    """Find staging folders for `path` that were left by killed runs or whose last step failed. Rank 0."""
     target = resolved(path)
-    pattern = f".{target.name}.????????{DRAFT_SUFFIX}"
-    return sorted(found for parent in (target.parent, target) if parent.is_dir() for found in parent.glob(pattern))
+    pattern = f".{target.name}.????????{STAGING_SUFFIX}"
+    return sorted(folder for parent in (target.parent, target) if parent.is_dir() for folder in parent.glob(pattern))
 
 
 class explained:
@@ -186,10 +186,10 @@ class explained:
 
 
 class kept:
-    """Turn an OSError of the last step into a NotPlacedError that names the finished draft."""
+    """Turn an OSError of the last step into a NotPlacedError that names the finished staging folder."""
 
-    def __init__(self, draft: StagingFolder) -> None:
-        self._draft = draft
+    def __init__(self, staging: StagingFolder) -> None:
+        self._staging = staging
 
     def __enter__(self) -> None:
         return None
@@ -197,7 +197,7 @@ class kept:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
             raise NotPlacedError(
-                f"the model is complete in {self._draft.folder}, but could not take its place in {self._draft.target}: "
+                f"the model is complete in {self._staging.folder}, but could not take its place in {self._staging.target}: "
                 f"{error.strerror or error} ({error.filename}). Move it there by hand, or load it from where it is.",
                 code="export.not_placed",
             ) from error

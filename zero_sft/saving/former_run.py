@@ -1,4 +1,4 @@
-"""An output folder that another run has written to: refused, unless that run is resumed or to be overwritten.
+"""Refuse an output folder that holds another run, unless this run resumes from it or may overwrite it.
 
 Everything here runs on rank 0 and does not communicate.
 """
@@ -18,26 +18,26 @@ _LOGS = ("logs/history.json", "logs/arguments.json")
 
 
 def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overwrite: bool, model: str = "") -> bool:
-    """Check that nothing of another run is lost silently; true if a former run is to be overwritten. Rank 0.
+    """Refuse to lose another run's results silently; return whether a former run is to be overwritten. Rank 0.
 
     Args:
-        checkpoint: the one that this run resumes from.
-        overwrite: `--overwrite_output_dir`.
-        model: `--model_name_or_path`.
+        checkpoint: the checkpoint from which this run resumes.
+        overwrite: the value of `--overwrite_output_dir`.
+        model: the value of `--model_name_or_path`.
 
     Raises:
-        ArgumentError: the folder holds a model, checkpoints or logs, and neither allows for them.
+        ArgumentError: the folder holds a model, checkpoints or logs, and this run neither resumes from them nor overwrites.
     """
     output = Path(output_dir).expanduser()
-    found = former_run(output)
+    names = former_run(output)
     resumes = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
-    if not found or resumes:
+    if not names or resumes:
         return False
     if not overwrite:
         raise ArgumentError(
-            f"--output_dir {output_dir} holds another run ({found[0]}{', ...' * (len(found) > 1)}). Name another folder, go on "
-            "from its last checkpoint with --resume_from_checkpoint True, or give --overwrite_output_dir True, which removes "
-            "its checkpoints when the training begins and replaces its model at the end.",
+            f"--output_dir {output_dir} holds another run ({names[0]}{', ...' * (len(names) > 1)}). Name another folder, "
+            "resume from its last checkpoint with --resume_from_checkpoint True, or give --overwrite_output_dir True, which "
+            "removes its checkpoints when the training begins and replaces its model at the end.",
             code="export.holds_another_run",
         )
     for folder in checkpoints_in(output):
@@ -51,7 +51,7 @@ def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overw
 
 
 def former_run(output: Path) -> list[str]:
-    """The names in a folder that are a run's: weights, checkpoints, logs. Other files are nobody's business."""
+    """List the names in a folder that a run has written: weights, checkpoints, logs. Other files are ignored."""
     if not output.is_dir():
         return []
     names = [path.name for path in output.iterdir()]
@@ -61,13 +61,13 @@ def former_run(output: Path) -> list[str]:
 
 
 def checkpoints_in(output: Path) -> list[Path]:
-    """The `checkpoint-N` folders in an output folder."""
-    found = output.glob("checkpoint-*") if output.is_dir() else ()
-    return sorted(path for path in found if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
+    """List the `checkpoint-N` folders in an output folder."""
+    paths = output.glob("checkpoint-*") if output.is_dir() else ()
+    return sorted(path for path in paths if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
 
 
 def remove_checkpoints(output: Path) -> None:
-    """Remove a former run's checkpoints, so that none of them is resumed from in place of this run's."""
+    """Remove a former run's checkpoints, so that no later run resumes from them. Rank 0."""
     for path in checkpoints_in(output):
         logger.info("removing %s of the former run", path)
         shutil.rmtree(path)

@@ -1,19 +1,19 @@
-"""A finished draft takes its target's place, so that a reader sees the former model or the new one.
+"""Put a finished staging folder in the place of its target, so that readers see either the former model or the new one.
 
-Killed between any two steps, the target is the former model as a whole or the new one as a whole, with one exception below.
-What else it holds (checkpoints, logs, a user's files) stays.
+If the job is killed between any two steps, the target holds the complete former model or the complete new one, with one
+exception below. Other files in the target (checkpoints, logs, a user's files) stay.
 
 - **Rename**: the target does not exist, or is empty.
-- **Exchange**: what else the target holds is linked into the draft (hard links: no byte is copied), then the two folders are
-  exchanged in one step. What others wrote to the former folder meanwhile is moved over before that is removed.
-- **In place**, where a folder can't be exchanged (a mount point, NFS): weights files come first, under names that nothing
-  reads yet; then one rename of `model.safetensors` or of the index switches from the former weights to the new. Where config
-  or tokenizer files change as well, there is no single step: the former weights' entry file is moved away first, so that for
-  some milliseconds a reader finds no weights, rather than a mix. Killed in that moment, the target has no weights; the former
-  and the new files are complete in the draft.
+- **Exchange**: the target's other files are hard-linked into the staging folder (no byte is copied), then the two folders are
+  exchanged in one step. Files that others wrote to the former folder meanwhile are moved over before it is removed.
+- **In place**, if a folder can't be exchanged (a mount point, NFS): the weights come first, under names that nothing reads yet;
+  then one rename of `model.safetensors` or of the index switches from the former weights to the new ones. If config or
+  tokenizer files change as well, one step is not enough: the former weights' entry file is moved away first, so that for some
+  milliseconds a reader finds no weights instead of a mix. If the job is killed in that moment, the target has no weights; the
+  former and the new files are complete in the staging folder.
 
-A reader that opened the config before the switch and the weights after it has the one of the former and the other of the new:
-files are opened by path, one after another, and no writer can prevent that.
+A reader that opens the config before the switch and the weights after it gets the former config with the new weights: it opens
+files by path, one after another, and no writer can prevent that.
 
 Everything here runs on rank 0 and does not communicate.
 """
@@ -39,47 +39,47 @@ logger = logging.getLogger(__name__)
 WEIGHTS = re.compile(
     r"(model(-\d{5}-of-\d{5}(-[0-9a-f]{8})?)?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
 )
-"""The files that a checkpoint of a model consists of, under the names that transformers and this package write."""
+"""Names that transformers and this package give to weight files and their indices."""
 
 _ENTRIES = (BIN_INDEX_FILE, BIN_FILE, INDEX_FILE, SINGLE_FILE)
-"""What a reader looks for, the last first."""
+"""The files by which a reader finds the weights; it looks for the last of these first."""
 
 _TOKENIZER = frozenset({
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
     "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates",
 })  # fmt: skip
-"""A tokenizer's files: those of the former one must not stay next to another's."""
+"""Files of a tokenizer. Those of the former tokenizer must not stay next to the new one's."""
 
 _MOST_LINKS = 20_000
-"""Files in the target above which it is written in place: somebody's home or data folder, not a run's."""
+"""With more files than this, the target is written in place: it is a home or data folder, not a run's."""
 
 
-def put_in_place(draft: StagingFolder) -> None:
-    """Let a finished draft take its target's place; the draft is gone afterwards. Rank 0.
+def put_in_place(staging: StagingFolder) -> None:
+    """Put a finished staging folder in the place of its target, and remove what is left of it. Rank 0.
 
     Raises:
-        OSError: the target is as it was, and the draft is kept.
+        OSError: it failed; the target is unchanged, and the staging folder is kept.
     """
-    folder, target = draft.folder, draft.target
+    folder, target = staging.folder, staging.target
     for path in folder.iterdir():
-        if path.is_file() and not WEIGHTS.fullmatch(path.name):  # the ranks have synced what they wrote
+        if path.is_file() and not WEIGHTS.fullmatch(path.name):  # the ranks have synced the weights
             _sync(path)
     _sync(folder)
-    if draft.placing is not Placing.IN_PLACE and not (target.is_dir() and any(target.iterdir())):
+    if staging.placing is not Placing.IN_PLACE and not (target.is_dir() and any(target.iterdir())):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             _copy_attributes(target, folder)
-        with contextlib.suppress(OSError):  # somebody has just made it, or holds it
+        with contextlib.suppress(OSError):  # another process has just created the target, or uses it
             folder.rename(target)
             _sync(target.parent)
             return
-    if draft.placing is Placing.IN_PLACE or not _exchanged(folder, target):
-        _in_place(folder, target)
+    if staging.placing is Placing.IN_PLACE or not _try_exchange(folder, target):
+        _replace_files(folder, target)
 
 
 def former_names(target: Path, fresh: Set[str]) -> set[str]:
-    """The names in `target` of a former model's files, which the new files `fresh` replace or which must not stay."""
+    """List the former model's files in `target`: those that `fresh` replaces, and those that must not stay next to it."""
     former = set()
     for path in target.iterdir():
         of_tokenizer = path.name in _TOKENIZER and "tokenizer_config.json" in fresh
@@ -89,11 +89,11 @@ def former_names(target: Path, fresh: Set[str]) -> set[str]:
     return former
 
 
-def _exchanged(folder: Path, target: Path) -> bool:
-    """Exchange the draft and the target, and remove the former; False, with all as before, where that can't be done."""
-    fresh, former = _distinct_names(folder, target)
+def _try_exchange(folder: Path, target: Path) -> bool:
+    """Exchange staging folder and target, and remove the former target. Return False, with no change, if that fails."""
+    fresh, former = _make_names_distinct(folder, target)
     try:
-        if sum(1 for _ in itertools.islice(_files(target), _MOST_LINKS + 1)) > _MOST_LINKS:
+        if sum(1 for _ in itertools.islice(_iter_file_names(target), _MOST_LINKS + 1)) > _MOST_LINKS:
             return False
         _link_others(target, folder, former)
         _copy_attributes(target, folder)
@@ -107,7 +107,7 @@ def _exchanged(folder: Path, target: Path) -> bool:
         return False
     _sync(target.parent)
     try:
-        _take_over(folder, target, former)
+        _move_late_files(folder, target, former)
         shutil.rmtree(folder)
     except OSError as error:
         logger.warning("%s is in place; the former folder is left in %s (%s). Remove it.", target, folder, error)
@@ -115,7 +115,7 @@ def _exchanged(folder: Path, target: Path) -> bool:
 
 
 def _link_others(source: Path, copy: Path, left_out: Set[str] = frozenset()) -> None:
-    """Give the folder `copy` what `source` holds: the same files, in new folders."""
+    """Link the files of `source` into the folder `copy`, and make its subfolders there."""
     for path in source.iterdir():
         if path.name in left_out:
             continue
@@ -127,42 +127,42 @@ def _link_others(source: Path, copy: Path, left_out: Set[str] = frozenset()) -> 
             os.link(path, copy / path.name, follow_symlinks=False)
 
 
-def _take_over(former: Path, target: Path, left_out: Set[str] = frozenset()) -> None:
-    """Move what was written to the folder `former` after its files had been linked."""
+def _move_late_files(former: Path, target: Path, left_out: Set[str] = frozenset()) -> None:
+    """Move the files that were written to the folder `former` after its other files had been linked."""
     for path in former.iterdir():
-        found = target / path.name
+        destination = target / path.name
         if path.name in left_out:
             continue
-        if path.is_dir() and not path.is_symlink() and found.is_dir():
-            _take_over(path, found)
-        elif not os.path.lexists(found) or not os.path.samestat(path.lstat(), found.lstat()):
-            path.rename(found)
+        if path.is_dir() and not path.is_symlink() and destination.is_dir():
+            _move_late_files(path, destination)
+        elif not os.path.lexists(destination) or not os.path.samestat(path.lstat(), destination.lstat()):
+            path.rename(destination)
 
 
-def _in_place(folder: Path, target: Path) -> None:
-    """Move the files one by one, the one that readers look for last; all moves are undone if one fails."""
-    fresh, former = _distinct_names(folder, target)
+def _replace_files(folder: Path, target: Path) -> None:
+    """Move the files one by one, the entry file of the weights last. Undo all moves if one fails."""
+    fresh, former = _make_names_distinct(folder, target)
     entry = INDEX_FILE if INDEX_FILE in fresh else SINGLE_FILE
     shards = {name for name in fresh if WEIGHTS.fullmatch(name) and name != entry}
     settings = sorted(name for name in fresh - shards if not WEIGHTS.fullmatch(name) and _differs(folder / name, target / name))
     stale = sorted(name for name in former - fresh if not WEIGHTS.fullmatch(name))
-    away = folder / "replaced"
-    away.mkdir()
+    replaced = folder / "replaced"
+    replaced.mkdir()
     moves = _Moves()
     try:
         for name in sorted(shards):
             moves.move(folder / name, target / name)
         if settings or stale:
             for name in _ENTRIES:
-                moves.move_if_there(target / name, away / name)
+                moves.move_if_there(target / name, replaced / name)
         for name in (*settings, *stale):
-            moves.move_if_there(target / name, away / name)
+            moves.move_if_there(target / name, replaced / name)
         for name in settings:
             moves.move(folder / name, target / name)
-        if entry == INDEX_FILE and (target / SINGLE_FILE).exists():  # which readers prefer to the index
-            moves.move_if_there(target / INDEX_FILE, away / INDEX_FILE)
+        if entry == INDEX_FILE and (target / SINGLE_FILE).exists():  # readers prefer it to the index
+            moves.move_if_there(target / INDEX_FILE, replaced / INDEX_FILE)
             moves.move(folder / INDEX_FILE, target / INDEX_FILE)
-            moves.move(target / SINGLE_FILE, away / SINGLE_FILE)
+            moves.move(target / SINGLE_FILE, replaced / SINGLE_FILE)
         else:
             (folder / entry).replace(target / entry)
     except OSError:
@@ -196,11 +196,11 @@ class _Moves:
                 destination.rename(source)
 
 
-def _distinct_names(folder: Path, target: Path) -> tuple[set[str], set[str]]:
-    """The names in the draft, and those of the former model in the target, with no weights file but the entry in both.
+def _make_names_distinct(folder: Path, target: Path) -> tuple[set[str], set[str]]:
+    """Rename new weight files so that only the entry file has a name that the former model uses; return both sets of names.
 
-    Where there is a former model, the draft's files get names of their own, in the index as well: a reader that has the index
-    of the former one, or of one before that, never opens a new file by it.
+    If there is a former model, new weight files get a unique suffix, in the index as well. So a reader that holds an older
+    index never opens a new file by it.
     """
     fresh = {path.name for path in folder.iterdir()}
     former = former_names(target, fresh)
@@ -219,11 +219,11 @@ def _distinct_names(folder: Path, target: Path) -> tuple[set[str], set[str]]:
     return fresh - shards | set(names.values()), former
 
 
-def _differs(one: Path, other: Path) -> bool:
-    return not (one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False))
+def _differs(first: Path, second: Path) -> bool:
+    return not (first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False))
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _iter_file_names(folder: Path) -> Iterator[str]:
     for _, _, names in os.walk(folder):
         yield from names
 
@@ -236,7 +236,7 @@ def _remove(path: Path) -> None:
 
 
 def _copy_attributes(source: Path, copy: Path) -> None:
-    """Rights, owner and extended attributes, as far as this user may set them."""
+    """Copy permissions, owner and extended attributes, as far as this user may set them."""
     with contextlib.suppress(OSError):
         shutil.copystat(source, copy)
     with contextlib.suppress(OSError):
@@ -245,7 +245,7 @@ def _copy_attributes(source: Path, copy: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on disk, where the file system can do that."""
+    """Flush a file's content, or a folder's entries, to disk, if the file system can."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

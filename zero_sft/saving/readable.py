@@ -1,7 +1,7 @@
-"""Whether an export would be read back as the model that it was, asked before a byte is written.
+"""Check, before anything is written, that an export would load back as the same model.
 
-A reader builds the model from its config and fills it by name. So a name that this model lacks, or has in another shape, makes
-an export that loads with random weights. PEFT's wrappers rename the weights that they adapt: they are merged first.
+A reader builds the model from its config and fills it by name. If the trained model lacks a name, or has it in another shape,
+the export would load with random weights. PEFT's wrappers rename the weights that they adapt, so adapters are merged first.
 
 Nothing here communicates.
 """
@@ -30,57 +30,57 @@ MERGE_FIRST = (
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside an engine's, DistributedDataParallel's or torch.compile's wrapper.
+    """Unwrap the transformers model from a DeepSpeed engine, DistributedDataParallel or torch.compile.
 
     Raises:
-        ExportError: it is another kind of model, such as PEFT's.
+        ExportError: the model is of another kind, such as PEFT's.
     """
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         outer, inner = inner, getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
         if hasattr(outer, "peft_config") or inner is None:
-            remedy = MERGE_FIRST if hasattr(outer, "peft_config") else "Give the model inside of it."
+            remedy = MERGE_FIRST if hasattr(outer, "peft_config") else "Give the model inside it."
             raise ExportError(
-                f"a {type(outer).__name__} can't be exported: nothing reads back the names of its weights. {remedy}",
+                f"a {type(outer).__name__} can't be exported: no reader knows the names of its weights. {remedy}",
                 code="export.wrapped_model",
             )
     return inner
 
 
 def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
-    """Compare what would be written with the model that a reader builds, and warn about what it would leave out.
+    """Compare the tensors to write with the model that a reader builds, and warn about tensors that it would leave out.
 
     Args:
-        state: the tensors that would be written, whole, by the model's names; on any device.
+        state: the tensors to write, in full shapes, under the model's names; on any device.
 
     Raises:
-        ExportError: the reader's model has tensors that are not there, or in another shape.
+        ExportError: the reader's model has tensors that `state` lacks or holds in another shape.
     """
     expected = _reader_state(model)
     if expected is None:
         return
     optional = _optional(model)
-    absent = [name for name in expected if name not in state and not optional(name)]
-    misfits = [name for name, tensor in state.items() if name in expected and expected[name].shape != tensor.shape]
-    extra = [name for name in state if name not in expected]
-    if absent:
-        renamed = f" (they are called {_shown(extra)} now)" if extra else ""
-        adapter = MERGE_FIRST if hasattr(model, "peft_config") or any("lora_" in name for name in extra) else _REBUILD
+    missing = [name for name in expected if name not in state and not optional(name)]
+    mismatched = [name for name, tensor in state.items() if name in expected and expected[name].shape != tensor.shape]
+    unexpected = [name for name in state if name not in expected]
+    if missing:
+        renamed = f" (they are called {_first_names(unexpected)} now)" if unexpected else ""
+        remedy = MERGE_FIRST if hasattr(model, "peft_config") or any("lora_" in name for name in unexpected) else _REBUILD
         raise ExportError(
-            f"the model has changed since it was loaded: it lacks {_shown(absent)}{renamed}. {adapter}",
+            f"the model has changed since it was loaded: it lacks {_first_names(missing)}{renamed}. {remedy}",
             code="export.model_lacks_tensors",
         )
-    if misfits:
-        name = misfits[0]
+    if mismatched:
+        name = mismatched[0]
         raise ExportError(
-            f"the model has changed since it was loaded: {name} has the shape {list(state[name].shape)}, and its config makes "
-            f"{list(expected[name].shape)}. Change the config as well.",
+            f"the model has changed since it was loaded: {name} has the shape {list(state[name].shape)}, but its config "
+            f"expects {list(expected[name].shape)}. Change the config as well.",
             code="export.shape_not_in_config",
         )
-    if extra:
+    if unexpected:
         logger.warning(
             "written as well: %s, which %s does not have by its config; plain from_pretrained leaves these out",
-            _shown(extra),
+            _first_names(unexpected),
             type(model).__name__,
         )
 
@@ -89,22 +89,22 @@ _REBUILD = "Export a model whose modules have the names that its class gives the
 
 
 def _reader_state(model: PreTrainedModel) -> Mapping[str, torch.Tensor] | None:
-    """The state dict of the model that a reader builds, without data; None where its class can't be built from its config."""
+    """Return the state dict of the model that a reader builds, without data; None if its config does not build its class."""
     try:
-        fresh = skeleton.blank(type(model), model.config)
-    except Exception as error:  # noqa: BLE001 - constructors of any kind; the training's result must not be lost for them
+        rebuilt = skeleton.build_untied_on_meta(type(model), model.config)
+    except Exception as error:  # noqa: BLE001 - any model's constructor runs here; an error must not cost the trained weights
         logger.warning("%s can't be built again, so its export is not checked: %s", type(model).__name__, error)
         return None
-    return {name: tensor for name, tensor in fresh.state_dict().items() if torch.is_tensor(tensor)}
+    return {name: tensor for name, tensor in rebuilt.state_dict().items() if torch.is_tensor(tensor)}
 
 
 def _optional(model: PreTrainedModel) -> Any:
-    """A function that tells whether a reader does without a tensor of that name."""
+    """Return a predicate: can a reader do without the tensor of a name?"""
     tied = set(tied_names(model))
     unsaved = names_not_saved(model)
     patterns = patterns_not_missed(model)
     return lambda name: name in tied or name in unsaved or any(re.search(pattern, name) for pattern in patterns)
 
 
-def _shown(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""The end of a run tried at its start: all ranks write to the folder, and a draft is renamed as the export's will be."""
+"""Rehearse the export at the start of a run: ranks write to a staging folder, which is renamed as at the end."""
 
 import contextlib
 import logging
@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 def rehearse_writing(path: str | Path, world: World) -> None:
-    """Make a draft of the export to the folder `path`, let a rank of each node write to it, and remove it. Every rank.
+    """Make a staging folder for `path`, let one rank of each node write to it, and remove it. Every rank.
 
-    Communicates. Leaves nothing behind, but for parent folders of `path`.
+    Communicates. Leaves nothing behind except parent folders of `path`.
 
     Raises:
-        ExportError: the folder can't be made or written, or a node does not see it.
+        ExportError: the folder can't be made or written, or is not visible on every node.
     """
     with contextlib.ExitStack() as stack:
         with collective_stage(world, "checking the output folder") as stage:
@@ -26,13 +26,13 @@ def rehearse_writing(path: str | Path, world: World) -> None:
                 for leftover in leftover_stagings(path):
                     logger.warning("%s was left by a run that did not end well: move what you need, and remove it", leftover)
                 stage.local = stack.enter_context(writable_staging(path)).reference
-        draft = find_staging(path, stage.gathered[0])
+        staging = find_staging(path, stage.gathered[0])
         with collective_stage(world, "writing to the output folder"), explained(path):
             if world.leads_node:
-                if not draft.folder.is_dir():
+                if not staging.folder.is_dir():
                     raise ExportError(
                         f"--output_dir {path} is not the same folder on all nodes: rank {world.rank} does not see what rank 0 "
                         "wrote there. Name a folder on a file system that all nodes share.",
                         code="export.folder_not_shared",
                     )
-                (draft.folder / f"rank-{world.rank}").write_bytes(b"0")
+                (staging.folder / f"rank-{world.rank}").write_bytes(b"0")

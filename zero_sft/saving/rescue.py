@@ -1,4 +1,4 @@
-"""The end of a run whose output folder can't be written any more: the model is written somewhere else."""
+"""Save the trained model somewhere else if the output folder can no longer be written."""
 
 import logging
 import secrets
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 def export_or_rescue(export: Callable[[Path], None], output: Path, world: World) -> None:
-    """Export to `output`; where that fails, to a new folder in the working directory. Every rank; communicates.
+    """Export to `output`; if that fails, to a new folder in the working directory. Every rank; communicates.
 
     Args:
-        export: writes the model to a folder, on every rank together.
+        export: writes the model to a folder; called on every rank.
 
     Raises:
-        ExportError: `output` can't be written; the message says where the model is, if it is anywhere.
+        ExportError: `output` can't be written; the message names the folder that holds the model, if one does.
     """
     try:
         export(output)
@@ -31,7 +31,7 @@ def export_or_rescue(export: Callable[[Path], None], output: Path, world: World)
         logger.error("%s\nwriting the model to %s instead", error, rescue)
         try:
             export(rescue)
-        except ZeroSftError as second:
-            logger.error("%s", second)
+        except ZeroSftError as rescue_error:
+            logger.error("%s", rescue_error)
             raise error from None
         raise ExportError(f"{error}\nThe trained model is complete in {rescue}.", code=error.code) from error

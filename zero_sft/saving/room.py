@@ -1,8 +1,8 @@
-"""Does what a run will write fit on the disk?
+"""Check, before a run, that the disk has room for its checkpoints and its export.
 
-The sizes of the export are those of its files, up to some bytes of headers. Those of checkpoints are lower bounds.
+The size of the export is exact except for some bytes of headers. The sizes of checkpoints are lower bounds.
 
-Left out: quotas, which the file system does not tell, and space that others will take or free meanwhile.
+Left out: quotas, which the file system does not report, and space that others take or free during the run.
 """
 
 import math
@@ -13,17 +13,17 @@ from pathlib import Path
 from zero_sft.errors import ExportError
 from zero_sft.loading import skeleton
 from zero_sft.loading.request import ModelSpec
-from zero_sft.saving.export import own_layout, published_layout
+from zero_sft.saving.export import model_layout, published_layout
 from zero_sft.saving.folder import resolved
 from zero_sft.transformers_internals import tied_names
 
 _MASTER_BYTES = 4
-"""Of each trained element, in fp32."""
+"""Bytes of the fp32 master weight of each trained element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveSizes:
-    """Bytes that a run writes: the export, one checkpoint, and how many of these are there at once."""
+    """Sizes that a run writes: bytes of the export and of one checkpoint, and the largest number of checkpoints at once."""
 
     export_bytes: int
     checkpoint_bytes: int
@@ -31,47 +31,47 @@ class SaveSizes:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of it, at the moment when it is most."""
+        """The largest number of bytes on disk at one time."""
         return self.export_bytes + self.checkpoints * self.checkpoint_bytes
 
 
 def sizes_of(spec: ModelSpec) -> tuple[int, int]:
-    """Bytes of the exported weights, and the elements of the model's parameters. One rank; does not communicate."""
+    """Return the bytes of the exported weights and the number of parameter elements. Any rank; does not communicate."""
     model, state = skeleton.build_on_meta(spec)
     tied = tied_names(model)
-    saved = {name: tensor for name, tensor in state.items() if name not in tied}
-    layout, _ = published_layout(model, saved)
+    saved_state = {name: tensor for name, tensor in state.items() if name not in tied}
+    layout, _ = published_layout(model, saved_state)
     numel = sum(param.numel() for name, param in model.named_parameters() if name not in tied)
-    return (layout or own_layout(saved)).nbytes, numel
+    return (layout or model_layout(saved_state)).nbytes, numel
 
 
 def checkpoint_bytes(numel: int, state_bytes: int) -> int:
-    """Bytes of DeepSpeed's states: weights in fp32, and what the optimizer keeps of each element."""
+    """Return the bytes of DeepSpeed's states: fp32 weights, and `state_bytes` of optimizer state per element."""
     return numel * (_MASTER_BYTES + state_bytes)
 
 
 def checkpoints_at_once(strategy: str, steps: int, save_steps: float, epochs: float, limit: int | None, first: int = 0) -> int:
-    """How many checkpoints stand side by side at most. Pure.
+    """Return the largest number of checkpoints that exist at the same time. Pure.
 
-    With a limit it is one more: the oldest is removed after the newest was written.
+    With a limit, it is the limit plus one: the oldest checkpoint is removed after the newest was written.
 
     Args:
         strategy: the Trainer's `save_strategy`.
-        steps: of the whole run.
-        save_steps: steps between two saves; below 1, a part of the whole run.
-        epochs: of the whole run.
+        steps: number of steps of the whole run.
+        save_steps: steps between two saves; below 1, a fraction of the whole run.
+        epochs: number of epochs of the whole run.
         limit: `save_total_limit`.
-        first: the step that a resumed run begins with.
+        first: the step at which a resumed run begins.
     """
-    left = max(0, steps - first)
-    if strategy == "no" or left == 0:
+    remaining = max(0, steps - first)
+    if strategy == "no" or remaining == 0:
         return 0
     if strategy == "steps":
-        between = math.ceil(steps * save_steps) if save_steps < 1 else int(save_steps)
-        saves = steps // between - first // between + (steps % between != 0)
+        interval = math.ceil(steps * save_steps) if save_steps < 1 else int(save_steps)
+        saves = steps // interval - first // interval + (steps % interval != 0)
     elif strategy == "epoch":
-        saves = math.ceil(epochs * left / steps)
-    else:  # "best": at least one
+        saves = math.ceil(epochs * remaining / steps)
+    else:  # "best": at least one save
         saves = 1
     return saves if not limit or limit < 1 else min(saves, limit + 1)
 
@@ -80,33 +80,34 @@ def require_room(path: str | Path, sizes: SaveSizes, freed_bytes: int = 0) -> No
     """Raise `ExportError` unless the file system of the folder `path` has room for a run. Rank 0.
 
     Args:
-        freed_bytes: what the run removes before it writes.
+        freed_bytes: bytes that the run removes before it writes.
     """
     folder = resolved(path)
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
     free = usage.free + freed_bytes
-    if usage.total == 0 or free >= sizes.nbytes:  # some network file systems tell nothing
+    if usage.total == 0 or free >= sizes.nbytes:  # some network file systems report no sizes
         return
-    fitting = (free - sizes.export_bytes) // max(1, sizes.checkpoint_bytes)
-    checkpoints = f" and {sizes.checkpoints} checkpoints of {_shown(sizes.checkpoint_bytes)} each" if sizes.checkpoints else ""
+    fitting_checkpoints = (free - sizes.export_bytes) // max(1, sizes.checkpoint_bytes)
+    checkpoints = f" and {sizes.checkpoints} checkpoints of {_size(sizes.checkpoint_bytes)} each" if sizes.checkpoints else ""
     remedy = ""
-    if sizes.checkpoints and fitting >= 0:
-        remedy = f"give --save_total_limit {fitting - 1}, " if fitting > 1 else "give --save_strategy no, "
+    if sizes.checkpoints and fitting_checkpoints >= 0:
+        limit = fitting_checkpoints - 1
+        remedy = f"give --save_total_limit {limit}, " if limit > 0 else "give --save_strategy no, "
     raise ExportError(
-        f"--output_dir {path} has room for {_shown(free)}, and this run needs {_shown(sizes.nbytes)}: "
-        f"{_shown(sizes.export_bytes)} for the model{checkpoints}. Free some, {remedy}or name another --output_dir.",
+        f"--output_dir {path} has room for {_size(free)}, and this run needs {_size(sizes.nbytes)}: "
+        f"{_size(sizes.export_bytes)} for the model{checkpoints}. Free some space, {remedy}or name another --output_dir.",
         code="export.no_room",
     )
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder. Rank 0."""
+    """Return the total bytes of the files in a folder. Rank 0."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def _shown(nbytes: int) -> str:
+def _size(nbytes: int) -> str:
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6)):
         if nbytes >= size:
             return f"{nbytes / size:,.1f} {unit}"
@@ -114,6 +115,6 @@ def _shown(nbytes: int) -> str:
 
 
 def state_bytes_of(optimizer: str) -> int:
-    """Bytes that an optimizer keeps of each element at least: two moments in fp32 for Adam's kind, else nothing is known."""
-    known = optimizer.lower().replace("_", "")
-    return 8 if known in ("adam", "adamw", "adamwtorch", "adamwtorchfused", "fusedadam", "deepspeedcpuadam") else 0
+    """Return the least bytes of optimizer state per element: two fp32 moments for Adam variants, 0 for unknown optimizers."""
+    name = optimizer.lower().replace("_", "")
+    return 8 if name in ("adam", "adamw", "adamwtorch", "adamwtorchfused", "fusedadam", "deepspeedcpuadam") else 0

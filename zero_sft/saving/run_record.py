@@ -1,8 +1,8 @@
-"""A record of the run in each of its checkpoints, so that a run that can't resume from one says so at its start.
+"""Record the settings of a run in each of its checkpoints, so that a run that can't resume from one fails at its start.
 
-DeepSpeed and the Trainer compare nothing. Another model, optimizer or schedule ends in a traceback after the weights were read,
-or trains with a learning rate of 0. With other data the run continues silently, and its first batches are skipped.
-Left out: shapes that no size in the config determines; DeepSpeed finds those itself.
+DeepSpeed and the Trainer don't compare settings. With another model, optimizer or schedule, a resumed run ends in a traceback
+after the weights were read, or trains with a learning rate of 0. With other data it continues silently and skips the first
+batches. Left out: shapes that no size in the config determines; DeepSpeed checks those.
 """
 
 import json
@@ -23,16 +23,20 @@ _SIZES = (
     "head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "ffn_dim", "d_model",
 )  # fmt: skip
 _SETTINGS = ("model_max_length", "seed", "data_seed", "weight_decay")
-_OWN_STATE = frozenset({"reduce_lr_on_plateau", "greedy"})
-"""Schedules whose state is more than a count of steps."""
+_STATEFUL_SCHEDULES = frozenset({"reduce_lr_on_plateau", "greedy"})
+"""Schedules whose state is more than a step counter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """The settings of a run that its checkpoints depend on. `sizes`: from the text model's config, by name.
+    """The settings of a run on which its checkpoints depend.
 
-    `optimizer` and `schedule` are names; `from_ds_config` tells whether DeepSpeed makes the schedule, by its config's section.
-    `settings`: arguments that decide what a step is, by name; `samples_a_step`: on all ranks.
+    Attributes:
+        sizes: sizes in the text model's config, by name.
+        optimizer, schedule: names.
+        from_ds_config: whether DeepSpeed makes the schedule, from its config's `scheduler` section.
+        samples_a_step: samples per optimizer step, over all ranks.
+        settings: training arguments that change the steps, by name.
     """
 
     model_type: str
@@ -49,16 +53,16 @@ class RunRecord:
 
     @classmethod
     def of(cls, text_config: Any, arguments: Any) -> "RunRecord":
-        """The record of a run with this config of the text model and these arguments of the Trainer's."""
+        """Make the record of a run from the text model's config and the Trainer's arguments."""
         config = arguments.hf_deepspeed_config.config
-        section = config.get("scheduler") or {}
+        scheduler = config.get("scheduler") or {}
         sizes = {name: getattr(text_config, name, None) for name in _SIZES}
         return cls(
             model_type=text_config.model_type,
             sizes={name: size for name, size in sizes.items() if type(size) is int},
             optimizer=_family(str((config.get("optimizer") or {}).get("type") or arguments.optim.value)),
-            schedule=str(section.get("type") or arguments.lr_scheduler_type.value),
-            from_ds_config=bool(section),
+            schedule=str(scheduler.get("type") or arguments.lr_scheduler_type.value),
+            from_ds_config=bool(scheduler),
             learning_rate=arguments.learning_rate,
             samples_a_step=arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
             settings={name: getattr(arguments, name) for name in _SETTINGS},
@@ -66,7 +70,7 @@ class RunRecord:
 
 
 def _family(name: str) -> str:
-    """The name under which optimizers share the form of their states."""
+    """Return one name for all optimizers whose states have the same format."""
     name = name.lower()
     return "adamw" if name in ("adam", "adamw", "adamw_torch", "adamw_torch_fused") else name
 
@@ -77,11 +81,10 @@ def write_record(folder: Path, record: RunRecord) -> None:
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """The record in a checkpoint's folder; None where there is none that can be read, as in those of earlier releases."""
+    """Return the record in a checkpoint's folder; None if none can be read, as in checkpoints of earlier releases."""
     try:
         raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        known = {name: value for name, value in raw.items() if name in RunRecord.__dataclass_fields__}
-        return RunRecord(**known)
+        return RunRecord(**{name: value for name, value in raw.items() if name in RunRecord.__dataclass_fields__})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
@@ -90,7 +93,7 @@ def require_same_run(folder: Path, now: RunRecord) -> None:
     """Raise if a run can't resume from the checkpoint in `folder`; warn about settings that differ. Rank 0.
 
     Raises:
-        ArgumentError: another model, optimizer, or kind of schedule than the checkpoint's.
+        ArgumentError: the model, the optimizer or the kind of schedule differs from the checkpoint's.
     """
     then = read_record(folder)
     if then is None:
@@ -98,22 +101,24 @@ def require_same_run(folder: Path, now: RunRecord) -> None:
     asked = f"--resume_from_checkpoint: {folder} is of"
     sizes = [f"{name} {size} (here {now.sizes.get(name)})" for name, size in then.sizes.items() if now.sizes.get(name) != size]
     if then.model_type != now.model_type or sizes:
-        differs = ", ".join(sizes) or f"model type {then.model_type} (here {now.model_type})"
+        differences = ", ".join(sizes) or f"model type {then.model_type} (here {now.model_type})"
         raise ArgumentError(
-            f"{asked} another model than --model_name_or_path names: {differs}. Give the model that the run was started with.",
+            f"{asked} another model than --model_name_or_path names: {differences}. "
+            "Give the model with which the run was started.",
             code="resume.other_model",
         )
     if then.optimizer != now.optimizer:
         raise ArgumentError(
             f"{asked} a run with the optimizer {then.optimizer}, and this one has {now.optimizer}. Give the same --optim, or "
-            f"train on from its weights with a new optimizer: export them, and name them with --model_name_or_path.",
+            f"continue from its weights with a new optimizer: export them, and name them with --model_name_or_path.",
             code="resume.other_optimizer",
         )
-    apart = {then.schedule, now.schedule} & _OWN_STATE
-    if then.from_ds_config != now.from_ds_config or (apart and then.schedule != now.schedule):
+    stateful = {then.schedule, now.schedule} & _STATEFUL_SCHEDULES
+    if then.from_ds_config != now.from_ds_config or (stateful and then.schedule != now.schedule):
         raise ArgumentError(
-            f"{asked} a run with the learning-rate schedule {_where(then)}, and this one has {_where(now)}, whose state is of "
-            "another form. Give the same --lr_scheduler_type, and a DeepSpeed config with the same scheduler section.",
+            f"{asked} a run with the learning-rate schedule {_described(then)}, and this one has {_described(now)}, "
+            "whose state has another format. Give the same --lr_scheduler_type, and a DeepSpeed config with the same "
+            "scheduler section.",
             code="resume.other_schedule",
         )
     for change in _changes(then, now):
@@ -163,5 +168,5 @@ def _rows(record: RunRecord) -> str:
     return f"{record.rows:,} rows of {record.tokens:,} tokens" if record.tokens else f"{record.rows:,} rows"
 
 
-def _where(record: RunRecord) -> str:
+def _described(record: RunRecord) -> str:
     return f"{record.schedule} {'of the DeepSpeed config' if record.from_ds_config else 'of --lr_scheduler_type'}"

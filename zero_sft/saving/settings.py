@@ -1,7 +1,7 @@
-"""The files of an export next to its weights: config, generation config and tokenizer.
+"""Write the files of an export next to its weights: config, generation config and tokenizer.
 
-They are written at a run's end, and for trial before its weights are read (`rehearse_settings`), so that what can't be saved is
-an error then. Everything here runs on rank 0 and does not communicate.
+They are written at the end of a run, and to a temporary folder before its weights are read (`rehearse_settings`), so that
+settings which can't be saved raise an error early. Everything here runs on rank 0 and does not communicate.
 """
 
 import contextlib
@@ -30,7 +30,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is known of a model next to its weights. `tied`: do its input and output embeddings share their weights?"""
+    """A model's settings next to its weights.
+
+    Attributes:
+        architecture: the name of the model's class, if the model exists.
+        tied: whether input and output embeddings share their weights; None if that is not known.
+    """
 
     config: PreTrainedConfig
     generation: GenerationConfig | None
@@ -40,7 +45,7 @@ class Settings:
 
     @staticmethod
     def of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> "Settings":
-        """Those of a model as it is now."""
+        """Return the settings of a model as it is now."""
         generation = getattr(model, "generation_config", None) if model.can_generate() else None
         return Settings(
             config=model.config,
@@ -52,10 +57,10 @@ class Settings:
 
 
 def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write config, generation config and tokenizer to the folder, and the code of a model that brings its own. Rank 0.
+    """Write config, generation config, tokenizer and, for a model with custom code, this code to the folder. Rank 0.
 
     Raises:
-        ExportError: something in them can't be saved.
+        ExportError: one of them can't be saved.
     """
     with _explained(f"the code of {type(model).__name__}"):
         if type(model).__module__.startswith("transformers_modules."):
@@ -69,13 +74,13 @@ _MEDIA = ("vision_config", "audio_config")
 
 
 def _copy_processor(folder: Path, config: PreTrainedConfig) -> None:
-    """The base's files about images and sound, which no training changes, for a model that takes some."""
+    """Copy the base model's files for images and sound, which training does not change, for a model that takes these."""
     if not any(getattr(config, name, None) for name in _MEDIA):
         return
-    found = [path for name in _PROCESSOR_FILES if (path := Path(config.name_or_path or "") / name).is_file()]
-    for path in found:
+    paths = [path for name in _PROCESSOR_FILES if (path := Path(config.name_or_path or "") / name).is_file()]
+    for path in paths:
         shutil.copyfile(path, folder / path.name)
-    if not found:
+    if not paths:
         logger.warning(
             "%s has no preprocessor_config.json or processor_config.json; whoever gives the exported model images or sound "
             "needs the original's next to it", config.name_or_path,
@@ -85,30 +90,30 @@ def _copy_processor(folder: Path, config: PreTrainedConfig) -> None:
 def rehearse_settings(
     config: PreTrainedConfig, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None, chat_template: Any
 ) -> None:
-    """Write what an export would hold next to the weights to a temporary folder, with this chat template. Rank 0.
+    """Write an export's settings, with this chat template, to a temporary folder for a test. Rank 0.
 
-    A tokenizer that reads back as another is named in a warning.
+    Log a warning if the tokenizer encodes in another way after it is read back.
 
     Raises:
-        ExportError: something in it can't be saved.
+        ExportError: one of them can't be saved.
     """
-    with tempfile.TemporaryDirectory(prefix="zero_sft_") as folder, _chat_template(tokenizer, chat_template):
+    with tempfile.TemporaryDirectory(prefix="zero_sft_") as folder, _with_chat_template(tokenizer, chat_template):
         _write(Path(folder), Settings(config=config, generation=generation, tokenizer=tokenizer))
-        changed = None if tokenizer is None else changed_encoding(Path(folder), tokenizer)
-        if changed:
-            logger.warning(changed)
+        warning = None if tokenizer is None else changed_encoding(Path(folder), tokenizer)
+        if warning:
+            logger.warning(warning)
 
 
 @contextlib.contextmanager
-def _chat_template(tokenizer: Any, chat_template: Any) -> Iterator[None]:
+def _with_chat_template(tokenizer: Any, chat_template: Any) -> Iterator[None]:
     if tokenizer is None:
         yield
         return
-    own, tokenizer.chat_template = tokenizer.chat_template, chat_template
+    own_template, tokenizer.chat_template = tokenizer.chat_template, chat_template
     try:
         yield
     finally:
-        tokenizer.chat_template = own
+        tokenizer.chat_template = own_template
 
 
 def _write(folder: Path, settings: Settings) -> None:
@@ -126,10 +131,10 @@ def _write(folder: Path, settings: Settings) -> None:
 
 
 class _explained:
-    """Turn an error of transformers' into an ExportError that says what can't be saved."""
+    """Turn an error of transformers into an ExportError that names the object which can't be saved."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
 
     def __enter__(self) -> None:
         return None
@@ -138,18 +143,18 @@ class _explained:
         if isinstance(error, Exception) and not isinstance(error, OSError | ZeroSftError):
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ExportError(
-                f"{self._what} can't be saved: {reason}. Put it right in the model's files, or in what your code has set.",
+                f"{self._subject} can't be saved: {reason}. Correct it in the model's files, or where your code has set it.",
                 code="export.settings_unsavable",
             ) from error
 
 
 def _completed(settings: Settings) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Copies of the config and the generation config that say the same as each other and as the weights."""
+    """Copy config and generation config, and make them consistent with each other and with the weights."""
     config, generation = copy.deepcopy(settings.config), copy.deepcopy(settings.generation)
     parts = (config, text_config(config))
     for part in parts:
         if getattr(part, "use_cache", None) is False:
-            part.use_cache = True  # off for training alone, as in FastChat
+            part.use_cache = True  # off only while training, as in FastChat
         if settings.tied is not None and hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = settings.tied
     if settings.architecture is not None:
@@ -161,17 +166,17 @@ def _completed(settings: Settings) -> tuple[PreTrainedConfig, GenerationConfig |
 
 
 def heads_are_tied(model: PreTrainedModel) -> bool | None:
-    """Do input and output embeddings share their weights? None for a model without either."""
+    """Return whether input and output embeddings share their weights; None for a model that lacks one of them."""
     try:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    one, other = getattr(inputs, "weight", None), getattr(outputs, "weight", None)
-    return None if one is None or other is None else one is other
+    input_weight, output_weight = getattr(inputs, "weight", None), getattr(outputs, "weight", None)
+    return None if input_weight is None or output_weight is None else input_weight is output_weight
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any, config: PreTrainedConfig) -> None:
-    """The tokenizer with the base's length, not the run's; in a form that transformers 4 opens as well."""
+    """Write the tokenizer with the base model's length, not the run's, in a form that transformers 4 can open."""
     base = base_config(tokenizer)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -181,17 +186,17 @@ def _write_tokenizer(folder: Path, tokenizer: Any, config: PreTrainedConfig) -> 
     saved["model_max_length"] = max(lengths) if lengths else stated or saved["model_max_length"]
     if "legacy" in base:
         saved.setdefault("legacy", base["legacy"])
-    _write_json(path, older_tokenizer_config(saved, base, _adds(tokenizer), tokenizer.chat_template))
+    _write_json(path, older_tokenizer_config(saved, base, _adds_special_tokens(tokenizer), tokenizer.chat_template))
 
 
-def _adds(tokenizer: Any) -> dict[str, bool]:
+def _adds_special_tokens(tokenizer: Any) -> dict[str, bool]:
     ids = tokenizer("a").input_ids
     ends = {"add_bos_token": (tokenizer.bos_token_id, ids[:1]), "add_eos_token": (tokenizer.eos_token_id, ids[-1:])}
-    return {name: token is not None and found == [token] for name, (token, found) in ends.items()}
+    return {name: token is not None and end_ids == [token] for name, (token, end_ids) in ends.items()}
 
 
 _UNSTATED = 10**20
-"""Lengths beyond this are transformers' way to say that a tokenizer states none."""
+"""transformers gives tokenizers that state no length a length above this."""
 
 
 def _write_json(path: Path, content: Any) -> None:

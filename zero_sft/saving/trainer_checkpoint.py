@@ -1,21 +1,21 @@
-"""Is a `checkpoint-N` folder whole? Looked at file by file.
+"""Check, file by file, that a `checkpoint-N` folder is complete.
 
-A checkpoint of the Trainer's under DeepSpeed ZeRO-3, in the order in which it is written:
+The files of a Trainer checkpoint under DeepSpeed ZeRO-3, in the order in which they are written:
 
-| file | by | what for |
+| file | written by | content |
 | --- | --- | --- |
 | `config.json`, tokenizer files | rank 0 | not read again |
 | `global_stepN/zero_pp_rank_R_mp_rank_00_model_states.pt` | every rank R | buffers, shapes, counters |
-| `global_stepN/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt` | every rank R | weights in fp32 and the optimizer's state |
-| `global_stepN/offloaded_tensors/rankR/` | every rank R | the optimizer's state, where it is on NVMe |
-| `latest` | rank 0 | names the `global_stepN` folder that counts; others are left over |
-| `scheduler.pt` | rank 0 | unless the DeepSpeed config has a scheduler |
+| `global_stepN/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt` | every rank R | fp32 weights and the optimizer's state |
+| `global_stepN/offloaded_tensors/rankR/` | every rank R | the optimizer's state, if it is offloaded to NVMe |
+| `latest` | rank 0 | the name of the valid `global_stepN` folder; others are leftovers |
+| `scheduler.pt` | rank 0 | the schedule, unless the DeepSpeed config has a scheduler |
 | `rng_state_R.pth` (one rank: `rng_state.pth`) | every rank R | random generators |
 | `trainer_state.json` | rank 0 | the step, the log |
 
-`.pt` and `.pth` files are zip archives, whose directory is at the end: one that was cut or never written to has none.
-One file is unpickled, with torch's allow-list: rank 0's model states, which tell the number of ranks. Everything here runs on
-one rank and does not communicate.
+`.pt` and `.pth` files are zip archives with their directory at the end: a file that is truncated or empty has none. Only one
+file is unpickled, with torch's allow-list: rank 0's model states, which hold the number of ranks. Everything here runs on one
+rank and does not communicate.
 """
 
 import json
@@ -38,16 +38,16 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 WEIGHTS_ALONE = "resume.weights_alone"
-"""The code of the error about a checkpoint that was written without the optimizer's state."""
+"""Error code of a checkpoint that was saved without the optimizer's state."""
 
 
 class NotWholeError(ArgumentError):
-    """Why a folder can't be resumed from."""
+    """A folder is not a complete checkpoint; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerCheckpoint:
-    """A whole checkpoint: its step, the ranks that wrote it, and whether its engine was a bf16 one."""
+    """A complete checkpoint: its step, the number of ranks that wrote it, and whether its engine trained in bf16."""
 
     folder: Path
     global_step: int
@@ -55,7 +55,7 @@ class TrainerCheckpoint:
     bf16: bool
 
     def files_of(self, rank: int) -> tuple[Path, ...]:
-        """What a rank reads when it resumes from it."""
+        """Return the files that a rank reads when it resumes from this checkpoint."""
         states = self.folder / f"global_step{self.global_step}"
         rng = f"rng_state_{rank}.pth" if self.world_size > 1 else "rng_state.pth"
         return (
@@ -66,34 +66,34 @@ class TrainerCheckpoint:
 
 
 def inspect(folder: Path, ds_config: Mapping[str, Any] | None = None) -> TrainerCheckpoint:
-    """Look at every file of a checkpoint. `ds_config` says which files this run needs besides those of every run.
+    """Check every file of a checkpoint. `ds_config` decides which files this run needs in addition to those of every run.
 
     Raises:
-        NotWholeError: naming the first file that is missing, cut or of another step.
+        NotWholeError: a file is missing, damaged or of another step; the message names the first one.
     """
     _require_not_weights_alone(folder)
     step = _global_step(folder)
     states = _latest(folder, step)
     names = [path.name for path in states.iterdir()]
-    models = {int(found[1]) for name in names if (found := _MODEL_STATES.fullmatch(name))}
-    optimizers = {int(found[2]): bool(found[1]) for name in names if (found := _OPTIM_STATES.fullmatch(name))}
-    if not models | optimizers.keys():
+    model_ranks = {int(match[1]) for name in names if (match := _MODEL_STATES.fullmatch(name))}
+    optimizer_is_bf16 = {int(match[2]): bool(match[1]) for name in names if (match := _OPTIM_STATES.fullmatch(name))}
+    if not model_ranks | optimizer_is_bf16.keys():
         raise NotWholeError(f"{states.name} holds no states of DeepSpeed", code="resume.no_deepspeed_state")
-    generators = {int(found[1]) for path in folder.iterdir() if (found := _RNG_STATE.fullmatch(path.name))}
-    world_size = _recorded_world_size(states, folder) or 1 + max(models | optimizers.keys() | generators)
-    bf16 = optimizers.get(0, any(optimizers.values()))
-    found = TrainerCheckpoint(folder=folder, global_step=step, world_size=world_size, bf16=bf16)
-    for rank in range(found.world_size):
-        for path in found.files_of(rank):
+    rng_ranks = {int(match[1]) for path in folder.iterdir() if (match := _RNG_STATE.fullmatch(path.name))}
+    world_size = _recorded_world_size(states, folder) or 1 + max(model_ranks | optimizer_is_bf16.keys() | rng_ranks)
+    bf16 = optimizer_is_bf16.get(0, any(optimizer_is_bf16.values()))
+    checkpoint = TrainerCheckpoint(folder=folder, global_step=step, world_size=world_size, bf16=bf16)
+    for rank in range(checkpoint.world_size):
+        for path in checkpoint.files_of(rank):
             _require_archive(path, folder)
     sections = ds_config or {}
     if "scheduler" not in sections:
         _require_archive(folder / "scheduler.pt", folder)
     if ((sections.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device") == "nvme":
-        for rank in range(found.world_size):
+        for rank in range(checkpoint.world_size):
             if not (states / "offloaded_tensors" / f"rank{rank:02d}").is_dir():
                 raise NotWholeError(f"{states.name}/offloaded_tensors/rank{rank:02d} is missing", code="resume.file_missing")
-    return found
+    return checkpoint
 
 
 def _require_not_weights_alone(folder: Path) -> None:
@@ -123,7 +123,7 @@ def _global_step(folder: Path) -> int:
 
 
 def _latest(folder: Path, step: int) -> Path:
-    """The folder with DeepSpeed's states, which `latest` names."""
+    """Return the folder with DeepSpeed's states, which the file `latest` names."""
     expected = f"global_step{step}"
     try:
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
@@ -142,7 +142,7 @@ def _latest(folder: Path, step: int) -> Path:
 
 
 def _recorded_world_size(states: Path, folder: Path) -> int | None:
-    """How many ranks wrote the checkpoint, as rank 0 has noted; None where it has not in a way that is safe to read."""
+    """Return the number of ranks in rank 0's model states; None if it can't be read safely."""
     path = states / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     _require_archive(path, folder)
     try:
@@ -162,7 +162,7 @@ def _require_archive(path: Path, folder: Path) -> None:
         raise NotWholeError(f"{name} is missing", code="resume.file_missing") from error
     except zipfile.BadZipFile as error:
         raise NotWholeError(
-            f"{name} is empty" if size == 0 else f"{name} is cut or damaged ({size:,} bytes)", code="resume.file_damaged"
+            f"{name} is empty" if size == 0 else f"{name} is truncated or damaged ({size:,} bytes)", code="resume.file_damaged"
         ) from error
     except OSError as error:
         raise NotWholeError(f"{name} can't be read ({error.strerror or error})", code="resume.file_unreadable") from error

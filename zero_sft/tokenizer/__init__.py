@@ -1,8 +1,8 @@
-"""The tokenizer: set up once on rank 0, sent as bytes, the same on every rank.
+"""Set up the tokenizer once on rank 0, and broadcast it as bytes, so that it is the same on every rank.
 
-Only rank 0 opens tokenizer files, on disk or at the hub (`setup`). What it has set up (padding side, length, pad token) it
-saves, packs and broadcasts; every rank, itself included, rebuilds the tokenizer from those bytes (`packet`). A `fingerprint`
-proves them all the same.
+Only rank 0 opens tokenizer files, on disk or on the hub (`setup`). It sets padding side, length and pad token, then saves,
+serializes and broadcasts the tokenizer. Every rank, including rank 0, rebuilds it from those bytes (`serialize`). The ranks
+compare a `fingerprint` to prove that all have the same tokenizer.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,21 @@ from zero_sft.tokenizer.setup import set_up
 from zero_sft.zero.process_group import connect
 
 SerializedTokenizer = tuple[PreTrainedTokenizerBase, bytes]
-"""A tokenizer that is set up, and its packet."""
+"""A tokenizer that is set up, and its serialized form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerSpec:
-    """How a tokenizer is to be set up, and whether it may bring code."""
+    """The settings with which a tokenizer is set up. `name` is the model's, for messages."""
 
-    name: str  # the model's name, for messages
+    name: str
     trust_remote_code: bool
     model_max_length: int
     padding_side: str
 
     @classmethod
     def of(cls, source: ModelSource, model_max_length: int, padding_side: str) -> "TokenizerSpec":
-        """The spec for a model that was located."""
+        """Make the spec for a located model."""
         return cls(
             name=source.name,
             trust_remote_code=source.options.trust_remote_code,
@@ -46,7 +46,7 @@ class TokenizerSpec:
         )
 
     def check(self) -> None:
-        """Raise an ArgumentError for a setting out of range."""
+        """Raise `ArgumentError` if a setting is out of range."""
         if self.padding_side not in ("right", "left"):
             raise ArgumentError(
                 f"--padding_side must be right or left; got {self.padding_side!r}.", code="arguments.wrong_value"
@@ -59,7 +59,7 @@ class TokenizerSpec:
             )
 
     def prepare(self, source: ModelSource) -> SerializedTokenizer:
-        """Set the tokenizer up and pack it. Rank 0; does not communicate; it may be on another thread."""
+        """Set the tokenizer up and serialize it. Rank 0, on any thread; does not communicate."""
         folder = fetch_files(source, World(), TOKENIZER)
         tokenizer = set_up(folder, source.options, self.model_max_length, self.padding_side)
         return tokenizer, serialize(tokenizer, folder.name)
@@ -69,15 +69,21 @@ class TokenizerSpec:
 def load_tokenizer(
     model_name_or_path: str, *, model_max_length: int, padding_side: str = "right", **options: object
 ) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, the same on every rank. Every rank; communicates; rank 0 alone reads files.
+    """Load a model's tokenizer, the same on every rank. Every rank; communicates. Only rank 0 reads files.
 
-    `model_name_or_path` is a hub id or a folder, which rank 0 alone needs to have; `model_max_length` is in tokens;
-    `padding_side` is "right" or "left"; `options` as in `prepare_config`. The pad token is the unk token, as in FastChat, or
-    where there is none a token that is never content (logged). The vocabulary never grows.
+    The pad token is the unk token, as in FastChat. A tokenizer without unk token pads with a token that is never content; the
+    choice is logged. The vocabulary never grows.
+
+    Args:
+        model_name_or_path: a hub id, or a folder that only rank 0 needs to see.
+        model_max_length: the longest sequence, in tokens.
+        padding_side: "right" or "left".
+        options: as in `prepare_config`.
 
     Raises:
-        TokenizerError: no usable tokenizer there; CheckpointError: no such folder; ArgumentError: an argument out of
-            range. Always the same one on every rank.
+        TokenizerError: the model has no usable tokenizer. The same on every rank, as the errors below.
+        CheckpointError: the folder does not exist.
+        ArgumentError: an argument is out of range.
     """
     (hub,) = read_keywords(options, HubOptions, function=load_tokenizer)
     spec = TokenizerSpec(
@@ -93,7 +99,7 @@ def load_tokenizer(
 def load_tokenizer_from(
     source: ModelSource, world: World, *, model_max_length: int, padding_side: str
 ) -> PreTrainedTokenizerBase:
-    """Do what `load_tokenizer` does, with a model that was located. Every rank; communicates."""
+    """Load the tokenizer of a located model, as `load_tokenizer` does. Every rank; communicates."""
     spec = TokenizerSpec.of(source, model_max_length, padding_side)
     return broadcast_tokenizer(world, spec, lambda: spec.prepare(source))
 
@@ -101,24 +107,24 @@ def load_tokenizer_from(
 def broadcast_tokenizer(
     world: World, spec: TokenizerSpec, prepared: Callable[[], SerializedTokenizer]
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that rank 0 prepares, or has prepared, on every rank. Every rank; communicates.
+    """Broadcast the tokenizer that `prepared` returns on rank 0. Every rank; communicates.
 
     Raises:
-        ZeroSftError: as `load_tokenizer`'s.
+        ZeroSftError: the errors of `load_tokenizer`.
     """
-    original, packet = None, None
+    original, serialized = None, None
     with collective_stage(world, "setting up the tokenizer", DOWNLOAD_TIMEOUT):
         spec.check()
         if world.is_main:
-            original, packet = prepared()
-    packet = broadcast_bytes(world, packet)
+            original, serialized = prepared()
+    serialized = broadcast_bytes(world, serialized)
 
-    def rebuilt() -> PreTrainedTokenizerBase:
-        tokenizer = deserialize(packet, spec.name, trust_remote_code=spec.trust_remote_code)
+    def rebuild() -> PreTrainedTokenizerBase:
+        tokenizer = deserialize(serialized, spec.name, trust_remote_code=spec.trust_remote_code)
         check_faithful(original, tokenizer)
         return tokenizer
 
     main_first = spec.trust_remote_code
-    tokenizer = run_stage(world, "rebuilding the tokenizer", rebuilt, main_first=main_first)
+    tokenizer = run_stage(world, "rebuilding the tokenizer", rebuild, main_first=main_first)
     require_identical(world, "tokenizer", fingerprint(tokenizer))
     return tokenizer

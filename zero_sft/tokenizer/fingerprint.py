@@ -1,4 +1,4 @@
-"""What makes two tokenizers the same: vocabulary, special tokens, chat template, and how they encode awkward texts."""
+"""Fingerprint a tokenizer by its vocabulary, special tokens, chat template and encodings of difficult texts."""
 
 import hashlib
 import json
@@ -8,11 +8,11 @@ PROBES = (
     "Hello, world!", "  two  spaces\tand a tab\n\nlines \n", "Grüße aus Straßburg, naïve é", "日本語の文。中文 한국어",
     "العربية हिन्दी ไทย עברית", "👩‍👩‍👧‍👦 🏳️‍🌈 🤯", "def f(x):\n    return x ** 2  # square\n", "0123456789 3.14", "",
 )  # fmt: skip
-"""Texts whose encodings must be the same on every rank; to these come the special tokens."""
+"""Texts whose encodings must be the same on every rank. `encodings` adds one with the special tokens."""
 
 
 def fingerprint(tokenizer: Any) -> dict[str, Any]:
-    """What has to be the same on every rank, as JSON-able values."""
+    """Return the properties that must be the same on every rank, as JSON-serializable values."""
 
     def digest(value: Any) -> str:
         return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -23,7 +23,7 @@ def fingerprint(tokenizer: Any) -> dict[str, Any]:
         "vocabulary": digest(tokenizer.get_vocab()),
         "special tokens": tokenizer.special_tokens_map,
         "extra special tokens": tokenizer.extra_special_tokens,
-        "added tokens": digest({key: repr(each) for key, each in tokenizer.added_tokens_decoder.items()}),
+        "added tokens": digest({key: repr(token) for key, token in tokenizer.added_tokens_decoder.items()}),
         "chat template": tokenizer.chat_template,
         "padding side": tokenizer.padding_side,
         "truncation side": tokenizer.truncation_side,
@@ -35,7 +35,7 @@ def fingerprint(tokenizer: Any) -> dict[str, Any]:
 
 
 def encodings(tokenizer: Any) -> dict[str, list[int]]:
-    """The ids of awkward texts, and of one with the special tokens, each under the first 60 characters of its `repr`."""
+    """Return the ids of `PROBES` and of a text with the special tokens, by the first 60 characters of the text's `repr`."""
     special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})[:64]
     texts = (*PROBES, "".join(f"{token}a {token}" for token in special))
     return {f"{text!r:.60}": tokenizer.encode(text) for text in texts}

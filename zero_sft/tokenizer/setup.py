@@ -1,8 +1,8 @@
-"""Rank 0's part: open a tokenizer's files and make it ready for training.
+"""Open a tokenizer's files on rank 0, and make it ready for training.
 
-Ids are to be those the model was trained with. For a folder that has a SentencePiece model but no `tokenizer.json`, as
-Vicuna's has, transformers 5 converts it with merges in order of id instead of score, and for some model types without
-the leading space; both are put right here. Left out: adding tokens, which would need new embedding rows.
+The ids must be those with which the model was trained. If a folder has a SentencePiece model but no `tokenizer.json`, as
+Vicuna's does, transformers 5 converts the model with merges in order of id instead of score, and for some model types without
+the leading space. Both are corrected here. Left out: adding tokens, which would need new embedding rows.
 """
 
 import dataclasses
@@ -32,48 +32,52 @@ _MEDIA = re.compile(r"(?i)image|img|video|vision|audio|speech")
 
 
 def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_side: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, ready for training; a TokenizerError for whatever is wrong. Rank 0, by itself."""
+    """Return the tokenizer in `folder`, ready for training. Rank 0; does not communicate.
+
+    Raises:
+        TokenizerError: the tokenizer can't be loaded, or has no token to pad with.
+    """
     settings = dataclasses.asdict(options) | {"model_max_length": model_max_length, "padding_side": padding_side}
-    del settings["revision"], settings["subfolder"], settings["variant"]  # the folder is those already
+    del settings["revision"], settings["subfolder"], settings["variant"]  # the folder is already resolved by them
     try:
         tokenizer = _open(folder, settings)
     except ZeroSftError:
         raise
-    except Exception as error:  # the tokenizers library raises bare exceptions
-        instead = first_placeholder([path for pattern in TOKENIZER for path in sorted(folder.glob(pattern))])
-        if instead:
-            raise TokenizerError(instead, code="tokenizer.placeholder_file") from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        placeholder = first_placeholder([path for pattern in TOKENIZER for path in sorted(folder.glob(pattern))])
+        if placeholder:
+            raise TokenizerError(placeholder, code="tokenizer.placeholder_file") from error
         raise TokenizerError(
             f"can't load the tokenizer in {folder}: {str(error).strip() or type(error).__name__}\nCopy its files again from "
-            "the original model; if it comes with code of its own that you trust, give --trust_remote_code True.",
+            "the original model; if it comes with code that you trust, give --trust_remote_code True.",
             code="tokenizer.unusable",
         ) from error
     config = _read_json(folder / "config.json")
-    pad, why = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
-    if pad != tokenizer.pad_token and (tokenizer.pad_token, why) != (None, UNK):
+    pad, reason = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
+    if pad != tokenizer.pad_token and (tokenizer.pad_token, reason) != (None, UNK):
         instead = "" if tokenizer.pad_token is None else f" instead of {tokenizer.pad_token}"
-        logger.info("the tokenizer pads with %s (%s)%s; padding is never trained on", pad, why, instead)
+        logger.info("the tokenizer pads with %s (%s)%s; padding is never trained on", pad, reason, instead)
     tokenizer.pad_token = pad
     keep_base_config(tokenizer, _read_json(folder / "tokenizer_config.json"))
     return tokenizer
 
 
 def _open(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """transformers' tokenizer, with ids as SentencePiece itself gives them where that is what the folder has."""
+    """Open the tokenizer with transformers; if the folder has a SentencePiece model, with SentencePiece's ids."""
     pieces = _sentencepiece(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, **settings)
-    known = {"tokenizer.json", *filter(None, type(tokenizer).vocab_files_names.values())}
-    lacks = not any((folder / each).is_file() for each in known) and not getattr(tokenizer, "vocab_file", None)
-    if lacks and len(known) > 1 and not pieces and type(tokenizer).__module__.startswith("transformers.models."):
-        # transformers makes one that knows nothing but its special tokens, without a word.
+    expected = {"tokenizer.json", *filter(None, type(tokenizer).vocab_files_names.values())}
+    has_files = any((folder / name).is_file() for name in expected) or getattr(tokenizer, "vocab_file", None)
+    if not has_files and len(expected) > 1 and not pieces and type(tokenizer).__module__.startswith("transformers.models."):
+        # transformers silently makes a tokenizer that has only special tokens.
         raise TokenizerError(
-            f"no tokenizer files in {folder}: expected one of {', '.join(sorted(known))}. Copy them there.",
+            f"no tokenizer files in {folder}: expected one of {', '.join(sorted(expected))}. Copy them there.",
             code="tokenizer.no_files",
         )
     if pieces and tokenizer.is_fast:
         tokenizer = _as_sentencepiece(tokenizer, pieces, folder, settings)
     if isinstance(getattr(tokenizer, "legacy", None), bool):
-        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # or save_pretrained forgets it
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # otherwise save_pretrained drops it
     return tokenizer
 
 
@@ -82,9 +86,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def choose_pad_token(tokenizer: Any, rows: int | None = None) -> tuple[str, str]:
-    """A token of the vocabulary, within the `rows` of the model's embedding, to pad with, and why that one.
+    """Choose a token of the vocabulary to pad with; return it and the reason for the choice.
 
-    Padding is masked by position, so eos can serve at last without leaving the loss.
+    Padding is masked by position, so the last resort, eos, still counts in the loss.
+
+    Args:
+        rows: the rows of the model's embedding; the token's id must be below. None: not known.
     """
     vocabulary = tokenizer.get_vocab()
 
@@ -96,8 +103,8 @@ def choose_pad_token(tokenizer: Any, rows: int | None = None) -> tuple[str, str]
     if usable(tokenizer.pad_token) and tokenizer.pad_token != tokenizer.eos_token:
         return tokenizer.pad_token, "its own pad token"
     taken = (tokenizer.eos_token, tokenizer.bos_token)
-    special = [str(each) for _, each in sorted(tokenizer.added_tokens_decoder.items()) if each.special]
-    spare = [each for each in special if usable(each) and each not in taken and each not in str(tokenizer.chat_template)]
+    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    spare = [token for token in special if usable(token) and token not in taken and token not in str(tokenizer.chat_template)]
     for pattern in (_PAD, _SPARE):
         for token in spare:
             if pattern.search(token) and not _MEDIA.search(token):
@@ -112,7 +119,7 @@ def choose_pad_token(tokenizer: Any, rows: int | None = None) -> tuple[str, str]
 
 
 def _sentencepiece(folder: Path) -> Any:
-    """The SentencePiece model that transformers has to convert, as a SentencePieceProcessor, or None."""
+    """Open the SentencePiece model that transformers has to convert, as a SentencePieceProcessor; None if there is none."""
     for path in [] if (folder / "tokenizer.json").is_file() else sorted(folder.glob("*.model")):
         with path.open("rb") as file:
             if file.read(1) != b"\n":  # the tag of the first field; tiktoken's .model files are text
@@ -128,19 +135,19 @@ def _sentencepiece(folder: Path) -> Any:
 
 
 def _as_sentencepiece(tokenizer: Any, pieces: Any, folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The converted tokenizer with what the conversion gets wrong put right; a TokenizerError where that can't be."""
+    """Correct the errors of transformers' conversion; raise `TokenizerError` if the ids still differ."""
     bpe = type(tokenizer.backend_tokenizer.model).__name__ == "BPE"
     if bpe and type(tokenizer) is PreTrainedTokenizerFast and pieces.encode("a", out_type=str)[0].startswith("▁"):
-        tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)  # puts a space before, the generic class none
+        tokenizer = LlamaTokenizer.from_pretrained(folder, **settings)  # the generic class adds no leading space
     if isinstance(tokenizer, LlamaTokenizer) and "add_bos_token" not in _read_json(folder / "tokenizer_config.json"):
-        tokenizer.add_bos_token = True  # the documented default, but not the real one
-    ids = {pieces.id_to_piece(each): each for each in range(pieces.vocab_size())}
-    if bpe and ids.items() <= tokenizer.get_vocab().items():  # not numbered in another way
+        tokenizer.add_bos_token = True  # the documented default, which the class does not apply
+    ids = {pieces.id_to_piece(id_): id_ for id_ in range(pieces.vocab_size())}
+    if bpe and ids.items() <= tokenizer.get_vocab().items():  # the ids are SentencePiece's
         _order_merges_by_score(tokenizer, pieces, ids)
     generic = type(tokenizer) is PreTrainedTokenizerFast
-    if generic and any(tokenizer.encode(each, add_special_tokens=False) != pieces.encode(each) for each in PROBES[2:]):
+    if generic and any(tokenizer.encode(text, add_special_tokens=False) != pieces.encode(text) for text in PROBES[2:]):
         raise TokenizerError(
-            f"transformers converts the SentencePiece model in {folder} to other ids than its own. Name the model's own "
+            f"transformers converts the SentencePiece model in {folder} to other ids than SentencePiece's. Name the model's "
             "tokenizer_class in tokenizer_config.json, or copy its tokenizer.json there.",
             code="tokenizer.other_ids_than_sentencepiece",
         )
@@ -150,13 +157,13 @@ def _as_sentencepiece(tokenizer: Any, pieces: Any, folder: Path, settings: dict[
 def _order_merges_by_score(tokenizer: Any, pieces: Any, ids: dict[str, int]) -> None:
     """Give a converted BPE the merges of its SentencePiece model: best score first, then lowest id.
 
-    transformers 5 takes ids for scores. They differ in Llama's and Mistral's models, whose runs of spaces have low ids
-    and the lowest score: "a  b" became [a, two spaces, b] instead of [a, space, space-b].
+    transformers 5 uses ids as scores. They differ in Llama's and Mistral's models, where runs of spaces have low ids and the
+    lowest score: "a  b" became [a, two spaces, b] instead of [a, space, space-b].
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     ranked = sorted(
-        (-pieces.get_score(whole), whole, ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])
-        for piece, whole in ids.items()
+        (-pieces.get_score(merged_id), merged_id, ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])
+        for piece, merged_id in ids.items()
         for cut in range(1, len(piece))
         if piece[:cut] in ids and piece[cut:] in ids
     )
