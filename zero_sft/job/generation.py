@@ -62,7 +62,7 @@ def require_answerable(prompts: Sequence[str], tokenizer: Any, template: Templat
 
 
 def _max_positions(text: Any) -> int | None:
-    """Return the size of the model's position table, or None without one: RoPE models just get worse beyond their context."""
+    """Return the size of the model's position table; None without one, as such models only get worse beyond their context."""
     return readable_tokens(text) if positions(text) == "table" else None
 
 

@@ -156,7 +156,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
 
 
 def _require_other_folder(model: str, output_dir: str) -> None:
-    with contextlib.suppress(OSError):  # a folder that doesn't exist, or that rank 0 makes for a trial just now
+    with contextlib.suppress(OSError):  # a folder does not exist, or rank 0 is just creating it as a trial
         if Path(model).samefile(output_dir):
             raise ArgumentError(
                 f"--output_dir {output_dir} is the folder of the model, whose weights would be replaced. Name another folder.",
