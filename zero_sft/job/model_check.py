@@ -72,6 +72,6 @@ def _require_hidden_size(hf_config: Any, config: Any) -> None:
     if auto_keys and not any(hasattr(part, name) for part in configs for name in ("hidden_size", "hidden_sizes")):
         raise ConfigError(
             f'zero_optimization has "auto" for {", ".join(auto_keys)}, which the Trainer computes from the model\'s '
-            f"hidden_size, but {type(config).__name__} has none. Set numbers: for a model of width h about h², 0.9 h² and 10 h.",
+            f"hidden_size; {type(config).__name__} has none. Set numbers: about h², 0.9 h² and 10 h for a model of width h.",
             code="ds_config.auto_needs_hidden_size",
         )
