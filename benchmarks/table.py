@@ -18,7 +18,8 @@ def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
     lines += [
         "- Seconds are those of the slowest rank. Ratios are medians of the ratios within rounds.",
         "- The bare read reads the same bytes with `preadv` into fresh memory and does nothing else. It has variants with "
-        "plain, huge and populated pages, one or two threads. The fastest two take part in the rounds; the faster is shown.",
+        "plain, huge and populated pages and with one and two threads. The fastest two take part in the rounds, and the table "
+        "shows the faster.",
         "- Free memory is touched before each run, so that no loader pays for memory that a hypervisor has taken back.",
         "- Memory is the growth of a rank over the bare interpreter: private and shared memory, and mapped files.",
         "- Spread is how much earlier the fastest rank was ready than the slowest.",

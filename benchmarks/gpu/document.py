@@ -25,7 +25,7 @@ def document(settings: Settings, outcomes: Outcomes) -> str:
 
 
 def _head(settings: Settings) -> str:
-    dry_run = "`python -m benchmarks.gpu --dry_run`, whose numbers mean nothing"
+    dry_run = "`python -m benchmarks.gpu --dry_run`, whose numbers are not meaningful"
     command = dry_run if settings.dry_run else "`make bench-gpu`"
     return (
         "# On a GPU\n\nFor readers who need measurements on real hardware. Everything else in this repository was "

@@ -218,7 +218,7 @@ def _require_data(sources: _Sources, world: World) -> None:
 
 
 def _training_data(
-    preparation: _Preparation, sources: tuple[Source, ...], packing: PackingDecision, given: Set[str], world: World
+    preparation: _Preparation, sources: tuple[Source, ...], packing: PackingDecision, given_options: Set[str], world: World
 ) -> tuple[PreparedDataset, dict[str, Any]]:
     """Prepare the training data, and choose the sampling strategy. Every rank; communicates.
 
@@ -241,7 +241,7 @@ def _training_data(
     logger.info("  not packed: %s", packing.reason)
     if options.packing is not None:
         return train, {}
-    grouped = not options.lazy_preprocess and "train_sampling_strategy" not in given
+    grouped = not options.lazy_preprocess and "train_sampling_strategy" not in given_options
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 

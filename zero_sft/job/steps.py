@@ -24,8 +24,7 @@ from zero_sft.console.progress import clock
 
 logger = logging.getLogger("zero_sft.train")
 
-
-_FIRST_STEP = "time left: known after two steps"
+_NO_ESTIMATE = "time left: available after two steps"
 
 
 class StepLog(TrainerCallback):
@@ -62,7 +61,7 @@ class StepLog(TrainerCallback):
         self._training.close()
         if state.is_world_process_zero:
             self._task = self._training.enter_context(progress.task("training", state.max_steps, "steps"))
-            self._task.note(_FIRST_STEP)
+            self._task.note(_NO_ESTIMATE)
             self._task.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -71,7 +70,7 @@ class StepLog(TrainerCallback):
         self._pace.step(state.global_step, now)
         self._throughput.add(now)
         if self._task is not None:
-            self._task.note("  ".join(filter(None, [self._metrics, _time_left(self._pace, state)])) or _FIRST_STEP)
+            self._task.note("  ".join(filter(None, [self._metrics, _time_left(self._pace, state)])) or _NO_ESTIMATE)
             self._task.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:

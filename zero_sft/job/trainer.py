@@ -139,7 +139,7 @@ class Trainer(SavingTrainer):
         return result
 
     def _mask_padding_samples(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
-        """Mask the labels of samples that accelerate repeats to fill the epoch's last batches, one of `size` on each rank.
+        """Mask the labels of the samples that accelerate repeats to fill the last batches of an epoch.
 
         In the last batches, in rank order, the first `samples % (ranks * size)` samples are real and the others are repeated.
         accelerate's `remainder` holds the same number, but is wrong after a resume. With `drop_last` nothing is repeated. Any
@@ -147,6 +147,7 @@ class Trainer(SavingTrainer):
 
         Args:
             samples: the number of samples in the dataset.
+            size: the number of samples of a full batch on one rank.
         """
         row_lengths = batch.pop("row_lengths", None)
         ranks = self.args.world_size
