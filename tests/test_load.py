@@ -1,4 +1,4 @@
-"""Loaded weights equal plain `from_pretrained`, on every architecture and world size; the model is an ordinary model."""
+"""Compare loaded weights with plain `from_pretrained` on every architecture and world size, and use the model as usual."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def hooks(model) -> int:
 
 @pytest.mark.world_size(2)
 def test_an_engine_takes_it_as_it_is(llama):
-    """Without hooks doubled, and training step for step as the stock-loaded model does."""
+    """No hook is registered twice, and each training step equals that of the stock-loaded model."""
     import deepspeed
 
     reference = models.plain(llama, torch.float32)
@@ -121,7 +121,7 @@ def test_each_byte_is_read_once_and_no_weight_is_sent(llama):
 
 
 def rewrite(folder: Path, change) -> Path:
-    """Save the checkpoint again as one file, its tensors changed."""
+    """Save the checkpoint again as one file with changed tensors."""
     tensors = {}
     for path in folder.glob("*.safetensors"):
         tensors.update(load_file(path))
@@ -134,7 +134,7 @@ def rewrite(folder: Path, change) -> Path:
 
 @pytest.mark.world_size(1, 2, 3)
 def test_missing_weights_are_initialised_alike_everywhere(llama):
-    """The same values as plain loading draws with the same seed, whatever the world size; the report says so."""
+    """They get the values that plain loading draws with the same seed, on any world size, and the report names them."""
     torch.manual_seed(11)
     reference = models.plain(llama, torch.float32)
     torch.manual_seed(11)
@@ -152,7 +152,7 @@ test_missing_weights_are_initialised_alike_everywhere.prepare = lambda tensors: 
 
 @pytest.fixture(autouse=True)
 def _prepared(request):
-    """Tests that need another checkpoint than the saved one carry a `prepare`."""
+    """Prepare the checkpoint for tests that need one other than the saved one."""
     prepare = getattr(request.function, "prepare", None)
     if prepare is not None:
         rewrite(request.getfixturevalue("llama"), prepare)
@@ -160,7 +160,7 @@ def _prepared(request):
 
 @pytest.mark.world_size(2)
 def test_no_ties_between_values_that_differ(llama):
-    """Config says tied, the checkpoint holds both sides with different values: both stay, as in plain loading."""
+    """The config ties two tensors, but the checkpoint holds different values for them: both are kept, as in plain loading."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(llama)
@@ -203,7 +203,7 @@ test_the_source_of_a_tie_is_missing.prepare = lambda tensors: tensors.pop("model
 
 @pytest.mark.world_size(2)
 def test_saved_from_the_base_model(llama):
-    """Names without the base model's prefix, and no head."""
+    """The checkpoint's names lack the base model's prefix, and it has no head."""
     torch.manual_seed(3)
     reference = models.plain(llama, torch.bfloat16)
     torch.manual_seed(3)
@@ -299,7 +299,7 @@ def test_code_of_the_model_needs_trust(llama):
 
 @pytest.mark.world_size(2)
 def test_a_head_whose_class_is_a_mixin(llama):
-    """`LlamaForSequenceClassification` gets its `__init__` from a class that is no module."""
+    """`LlamaForSequenceClassification` inherits its `__init__` from a class that is not a module."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(5)
@@ -320,7 +320,7 @@ def xlnet(tmp_path):
 
 @pytest.mark.world_size(3)
 def test_parameters_that_ignore_the_meta_device(xlnet):
-    """XLNet makes some with `torch.FloatTensor`, on the CPU whatever the device."""
+    """XLNet creates some with `torch.FloatTensor`, which ignores the device and uses the CPU."""
     reference = models.plain(xlnet, torch.float32)
     models.assert_equal(load(xlnet, bf16=False), reference)
 
@@ -334,7 +334,7 @@ def test_transformers_knows_of_zero3_as_long_as_a_model_lives(llama):
     from zero_sft import load_model
 
     for _ in range(3):
-        model = load_model(str(llama), ds_config=models.zero3())  # the former one is freed when this is there
+        model = load_model(str(llama), ds_config=models.zero3())  # the previous model is freed after this assignment
         gc.collect()
         assert is_deepspeed_zero3_enabled()
     other = load_model(str(llama), ds_config=models.zero3(), loader="stock")
