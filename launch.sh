@@ -7,8 +7,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
 #
-# Start the training job on one machine with DeepSpeed's launcher, or on a SLURM cluster with one task a GPU.
-# DeepSpeed's own SLURM launcher is not used: it ignores --module and passes neither the ranks nor the master's address.
+# Start the training job on one machine with DeepSpeed's launcher, or on a SLURM cluster with one task per GPU.
+# DeepSpeed's SLURM launcher is not used: it ignores --module and passes neither the ranks nor the master's address.
 
 set -euo pipefail
 shopt -s extglob
@@ -17,42 +17,42 @@ usage() {
   cat <<'END'
 Usage:
   ./launch.sh [launcher options] [--] [arguments of the job]
-      On this machine: on every NVIDIA GPU there is, or on 2 CPU ranks if there is none.
-      Launcher options are those of `deepspeed` and stand first: --num_gpus N, --include, --hostfile, ...
-      A free master port is chosen unless --master_port gives one. `--` ends the launcher options; it is needed only if
-      the first argument of the job has a launcher option's name.
+      On this machine: on all NVIDIA GPUs, or on 2 CPU ranks if there is no GPU.
+      Launcher options are those of `deepspeed` and come first: --num_gpus N, --include, --hostfile, ...
+      Without --master_port the script chooses a free port. `--` ends the launcher options; it is needed only if the first
+      argument of the job has the name of a launcher option.
 
   sbatch [sbatch options] launch.sh [arguments of the job]
-      On a SLURM cluster, one rank a GPU. The defaults are one node, 8 GPUs, 8 CPUs a rank and a day; override them
-      before the script's name: sbatch --nodes=4 --gpus-per-node=4 --time=2:00:00 launch.sh ...
-      A job that stays pending for PartitionTimeLimit needs a smaller --time.
+      On a SLURM cluster, with one rank per GPU. The defaults are one node, 8 GPUs, 8 CPUs per rank and one day. Override
+      them before the name of the script: sbatch --nodes=4 --gpus-per-node=4 --time=2:00:00 launch.sh ...
+      A job that stays pending with the reason PartitionTimeLimit needs a smaller --time.
       Without GPUs: sbatch --gpus-per-node=0 --ntasks-per-node=<ranks> launch.sh ...
 
   ./launch.sh [arguments of the job]
-      The same inside an allocation made by salloc. Two runs at once in one allocation need a --master_port each.
+      The same inside an allocation made by salloc. Two runs at the same time in one allocation need different --master_port.
 
   ./launch.sh -- --help
-      The arguments of the job.
+      Show the arguments of the job.
 
 Environment:
-  ZERO_SFT_PYTHON      the interpreter; else .venv/bin/python of the project, else `python` on PATH
-  ZERO_SFT_MODULE      the module to run (zero_sft.train)
-  ZERO_SFT_CPU_RANKS   ranks on a machine without a GPU (2)
-  OMP_NUM_THREADS      threads a rank (the CPUs of the node, shared among its ranks)
+  ZERO_SFT_PYTHON      the interpreter (default: .venv/bin/python of the project, else `python` on PATH)
+  ZERO_SFT_MODULE      the module to run (default: zero_sft.train)
+  ZERO_SFT_CPU_RANKS   the number of ranks on a machine without a GPU (default: 2)
+  OMP_NUM_THREADS      threads per rank (default: the CPUs of the node, divided among its ranks)
 END
 }
 
-# The options of `deepspeed` that may stand before the job's arguments: all of them, but for --module, which this script
-# gives itself, --no_python, which contradicts it, and --log_level, which the job has too and therefore keeps.
+# The options of `deepspeed` that may come before the job's arguments: all except --module, which this script sets,
+# --no_python, which contradicts it, and --log_level, which is also an option of the job and is left to the job.
 readonly OPTIONS_WITH_VALUE=" -H --hostfile -i --include -e --exclude --num_nodes --num_gpus --num_accelerators
  --master_port --master_addr --node_rank --launcher --launcher_args --enable_each_rank_log --autotuning --bind_core_list
  --ssh_port --venv_script "
 readonly OPTIONS_WITHOUT_VALUE=" --no_local_rank --no_ssh --no_ssh_check --force_multi --save_pid --bind_cores_to_rank
  -q --quiet "
 
-launcher_options=() # as given
+launcher_options=() # as they were written
 job_arguments=()
-declare -A given=() # long name of a launcher option -> its value
+declare -A given_options=() # long name of a launcher option -> its value
 
 die() { # CODE MESSAGE...
   echo "launch.sh: ${*:2} [launcher.$1]" >&2
@@ -73,7 +73,8 @@ long_name() {
   esac
 }
 
-# The launcher logs its command line. A token is what has a token's form, or follows a token's option and is no boolean.
+# The launcher logs its command line, so it must not hold a token: a word in a token's form, or the value of an option for
+# tokens unless that value is a boolean.
 refuse_tokens() {
   local argument value previous=
   for argument in "$@"; do
@@ -84,28 +85,28 @@ refuse_tokens() {
     fi
     if [[ $value =~ ^hf_[A-Za-z0-9]{20,}$ ]] ||
       [[ $previous =~ ^--(push_to_)?(hub[_-])?(token|use[_-]auth[_-]token)$ && $value != --* && ! ${value,,} =~ ^(true|false)$ ]]; then
-      die secret_on_command_line "a token on a command line is no secret, and the launcher logs it: export HF_TOKEN instead"
+      die secret_on_command_line "the launcher would log the token on this command line: export HF_TOKEN instead"
     fi
     previous=$argument
   done
 }
 
-# Fill launcher_options, given and job_arguments. The launcher's options end at the first word that is none of them.
+# Fill launcher_options, given_options and job_arguments. The launcher's options end at the first word that is not one.
 split_arguments() {
   local name argument
   while (($#)); do
     name=${1%%=*}
     if is_one_of "$name" "$OPTIONS_WITHOUT_VALUE"; then
       launcher_options+=("$1")
-      given[$name]=true
+      given_options[$name]=true
     elif is_one_of "$name" "$OPTIONS_WITH_VALUE"; then
       if [[ $1 == *=* ]]; then
         launcher_options+=("$1")
-        given[$(long_name "$name")]=${1#*=}
+        given_options[$(long_name "$name")]=${1#*=}
       else
         (($# > 1)) || die value_missing "$1 needs a value"
         launcher_options+=("$1" "$2")
-        given[$(long_name "$name")]=$2
+        given_options[$(long_name "$name")]=$2
         shift
       fi
     else
@@ -116,12 +117,12 @@ split_arguments() {
   refuse_tokens "$@"
   case ${1:-} in
     --module | -m | --no_python)
-      die option_of_the_script "$1 is given by this script; ZERO_SFT_MODULE names another module"
+      die option_of_the_script "$1 is set by this script: set ZERO_SFT_MODULE to run another module"
       ;;
     --) shift ;;
     *)
       for argument in "$@"; do
-        # A launcher option that stands too late would reach the job, which doesn't know it.
+        # A launcher option after the job's arguments would reach the job, which does not know it.
         name=${argument%%=*}
         if [[ $name == --* ]] && is_one_of "$name" "$OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
           die option_misplaced "$name is an option of the launcher: put it before the arguments of the job"
@@ -132,18 +133,18 @@ split_arguments() {
   job_arguments=("$@")
 }
 
-# Set project to the folder that holds the package, or to nothing where it must be installed. SLURM runs a copy of this
-# script from its spool folder, so the script's own folder is not always the project's; SLURM knows the original's path.
+# Set project to the folder that holds the package, or to an empty string if the package must be installed. SLURM runs a
+# copy of this script from its spool folder, which is not the project's folder; SLURM knows the path of the original.
 find_project() {
-  local folder own submitted=
-  own=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-  if [[ -n ${SLURM_JOB_ID:-} && ! -f $own/zero_sft/__init__.py ]]; then
+  local folder script_folder submitted=
+  script_folder=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+  if [[ -n ${SLURM_JOB_ID:-} && ! -f $script_folder/zero_sft/__init__.py ]]; then
     submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/[^/ ]*.*|\1|p')
   fi
-  for folder in "$own" "$submitted" "${SLURM_SUBMIT_DIR:-}"; do
+  for folder in "$script_folder" "$submitted" "${SLURM_SUBMIT_DIR:-}"; do
     if [[ -n $folder && -f $folder/zero_sft/__init__.py ]]; then
       project=$folder
-      export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # the ranks start in the caller's folder, not in this one
+      export PYTHONPATH=$project${PYTHONPATH:+:$PYTHONPATH} # the ranks start in the caller's folder
       return
     fi
   done
@@ -159,14 +160,14 @@ find_python() {
     python=$(command -v python || command -v python3) ||
       die no_python "no python on PATH: activate an environment, or set ZERO_SFT_PYTHON"
   fi
-  # DeepSpeed compiles its operators with the first ninja on PATH; another one's version makes it compile them again.
+  # DeepSpeed compiles its operators with the first ninja on PATH; a different version would compile them again.
   PATH=$(dirname "$python"):$PATH
   export PATH
 }
 
 # --- One machine -----------------------------------------------------------------------------------------------------
 
-# The number of GPUs that DeepSpeed will see.
+# Print the number of GPUs that DeepSpeed will see.
 count_gpus() {
   local count=0 visible
   if [[ ${DS_ACCELERATOR:-} != cpu ]] && command -v nvidia-smi >/dev/null; then
@@ -175,7 +176,7 @@ count_gpus() {
   if ((count > 0)) && [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
     count=${#visible[@]}
-    [[ ${visible[0]:-} != -* ]] || count=0 # CUDA shows the GPUs before the first number that is none: "-1" hides all
+    [[ ${visible[0]:-} != -* ]] || count=0 # CUDA shows the GPUs before the first invalid number: "-1" hides all
   fi
   echo "$count"
 }
@@ -188,64 +189,64 @@ free_port() {
 
 run_here() {
   local deepspeed ranks
-  deepspeed=$(dirname "$python")/deepspeed # of the same environment as the interpreter
+  deepspeed=$(dirname "$python")/deepspeed # from the interpreter's environment
   [[ -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
-    die no_deepspeed_command "no deepspeed command beside $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
+    die no_deepspeed_command "no deepspeed command next to $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
 
   ranks=$(count_gpus)
-  if [[ -n ${given[--hostfile]:-}${given[--num_nodes]:-} || -e /job/hostfile ]]; then
-    ranks= # several machines: the hostfile says
-  elif [[ -n ${given[--include]:-} ]]; then
-    ranks=${given[--include]//[^,]/}
+  if [[ -n ${given_options[--hostfile]:-}${given_options[--num_nodes]:-} || -e /job/hostfile ]]; then
+    ranks= # several machines: the hostfile sets the number
+  elif [[ -n ${given_options[--include]:-} ]]; then
+    ranks=${given_options[--include]//[^,]/}
     ranks=$((${#ranks} + 1))
-  elif [[ -n ${given[--num_gpus]:-} ]]; then
-    ranks=${given[--num_gpus]}
+  elif [[ -n ${given_options[--num_gpus]:-} ]]; then
+    ranks=${given_options[--num_gpus]}
   elif ((ranks == 0)); then
     ranks=${ZERO_SFT_CPU_RANKS:-2}
-    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die bad_cpu_ranks "ZERO_SFT_CPU_RANKS=$ranks is not a number of ranks"
+    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die bad_cpu_ranks "ZERO_SFT_CPU_RANKS=$ranks is not a positive integer"
     note "no GPU found: starting $ranks CPU ranks"
     launcher_options+=(--num_gpus "$ranks")
-    # Hidden GPUs stay hidden: the launcher sets CUDA_VISIBLE_DEVICES anew for its ranks, 0,1 for two.
+    # Keep hidden GPUs hidden: the launcher overwrites CUDA_VISIBLE_DEVICES for its ranks, with 0,1 for two ranks.
     [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   fi
-  [[ -n ${given[--master_port]:-} ]] || launcher_options+=(--master_port "$(free_port)")
-  # Unset, every rank would start a thread for each core of the machine.
+  [[ -n ${given_options[--master_port]:-} ]] || launcher_options+=(--master_port "$(free_port)")
+  # By default every rank would start one thread per core of the machine.
   [[ ! $ranks =~ ^[1-9][0-9]*$ ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $(($(nproc) / ranks)))}
   [[ -n $ranks ]] || require_words_for_other_machines "$deepspeed"
   run_and_wait "$deepspeed" "${launcher_options[@]}" --module "$module" "${job_arguments[@]}"
 }
 
-# Through pdsh a shell on each machine reads the words again; only the shim of `python -m zero_sft.launcher enable` quotes them.
+# With pdsh, a shell on each machine parses the words again. Only the shim of `python -m zero_sft.launcher enable` quotes them.
 require_words_for_other_machines() { # COMMAND
   local word
   ! grep -qs 'zero_sft launcher shim' "$1" || return 0
   for word in "${job_arguments[@]}"; do
     [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ && $word != *%[hnu%]* ]] ||
-      die argument_a_shell_changes "on other machines a shell would change the argument '$word': put it into a YAML file" \
-        "and give that, or run 'python -m zero_sft.launcher enable' once"
+      die argument_a_shell_changes "a shell on the other machines would change the argument '$word': put it into a YAML" \
+        "file of arguments, or run 'python -m zero_sft.launcher enable' once"
   done
 }
 
-# Run a command and exit with its status. DeepSpeed's launcher passes no signal on, so its child gets SIGTERM here, which
-# ends the ranks; then this script waits for it as before.
+# Run a command and exit with its status. DeepSpeed's launcher does not forward signals. On a signal this script therefore
+# sends SIGTERM to the launcher's child, which ends the ranks, and continues to wait for the launcher.
 run_and_wait() { # COMMAND...
-  local job status name
+  local launcher status signal
   export ZERO_SFT_LAUNCHER_PID=$$ # the ranks end with this process
   "$@" <&0 &
-  job=$!
-  for name in TERM INT HUP; do
+  launcher=$!
+  for signal in TERM INT HUP; do
     # shellcheck disable=SC2064
-    trap "pass_on $job" "$name"
+    trap "terminate_children $launcher" "$signal"
   done
   while :; do
     status=0
-    wait "$job" || status=$?
-    kill -0 "$job" 2>/dev/null || break # else a signal has ended the waiting
+    wait "$launcher" || status=$?
+    kill -0 "$launcher" 2>/dev/null || break # if it still runs, a signal has interrupted wait
   done
   exit "$status"
 }
 
-pass_on() { # PID
+terminate_children() { # PID
   local children=()
   read -r -a children 2>/dev/null <"/proc/$1/task/$1/children" || true
   kill -TERM "${children[@]:-$1}" 2>/dev/null || true
@@ -253,14 +254,14 @@ pass_on() { # PID
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------
 
-# True in a batch script and in the shell of salloc, false inside a step. Where salloc opens its shell on the first
-# node, that shell is a step too, but with a reserved number at the top of the 32-bit range, and may start steps itself.
+# True in a batch script and in the shell of salloc, false inside a step. Some clusters open the shell of salloc on the first
+# node: that shell is a step with a reserved number at the top of the 32-bit range, and may start steps itself.
 in_allocation() {
   [[ -n ${SLURM_JOB_ID:-} ]] && { [[ -z ${SLURM_STEP_ID:-} ]] || ((SLURM_STEP_ID >= 0xfffffff0)); }
 }
 
-# Print the number of GPUs on each node of the job; more than one line if the nodes differ. Asked of SLURM itself, since
-# its variables depend on how the GPUs were requested and are missing in the shell of salloc. A line of the answer:
+# Print the number of GPUs on each node of the job; more than one line if the nodes differ. scontrol is asked, since SLURM's
+# variables depend on how the GPUs were requested and are missing in the shell of salloc. A line of its output:
 # "Nodes=node[1-2] CPU_IDs=0-7 Mem=0 GRES=gpu:a100:8(IDX:0-7),shard:2(IDX:0)".
 slurm_gpus_per_node() {
   scontrol show job -d "$SLURM_JOB_ID" | awk '
@@ -273,11 +274,11 @@ slurm_gpus_per_node() {
     }' | sort -u
 }
 
-# Print the numbers in one of SLURM's lists, "64(x2),32" -> 64 and 32, each once, the smallest first.
+# Print the distinct numbers of one of SLURM's lists, the smallest first: "64(x2),32" -> 32 and 64.
 slurm_numbers() { tr ',' '\n' <<<"${1//\(*([^)])\)/}" | sort -nu; }
 
-# The job's layout: set nodes, gpus and ranks (a node), cpus (a rank). One rank a GPU, whatever number of tasks was
-# asked for; without GPUs one rank a task.
+# Set the job's layout: nodes, gpus and ranks (per node), cpus (per rank). There is one rank per GPU, whatever number of tasks
+# was requested; without GPUs there is one rank per task.
 plan_step() {
   local tasks
   nodes=$SLURM_JOB_NUM_NODES
@@ -285,45 +286,45 @@ plan_step() {
   gpus=$(slurm_gpus_per_node)
   : "${gpus:=${SLURM_GPUS_ON_NODE:-0}}"
   [[ $gpus =~ ^[0-9]+$ ]] ||
-    die gpus_of_nodes_differ "the nodes of the job have different numbers of GPUs (${gpus//$'\n'/, }): ask for the same" \
+    die gpus_of_nodes_differ "the nodes of the job have different numbers of GPUs (${gpus//$'\n'/, }): request the same" \
       "number on every node with --gpus-per-node"
   ranks=$gpus
   if ((gpus == 0)); then
     [[ $tasks =~ ^[0-9]+$ ]] ||
-      die tasks_of_nodes_differ "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): ask for the" \
+      die tasks_of_nodes_differ "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): request the" \
         "same number on every node with --ntasks-per-node"
     ranks=$tasks
   elif [[ $tasks != "$gpus" ]]; then
-    note "tasks per node: ${tasks//$'\n'/ or }, GPUs per node: $gpus; starting one rank a GPU"
+    note "tasks per node: ${tasks//$'\n'/ or }, GPUs per node: $gpus; starting one rank per GPU"
   fi
   cpus=$(slurm_numbers "$SLURM_JOB_CPUS_PER_NODE" | sed -n 1p)
   ((cpus >= ranks)) ||
     die too_few_cpus "$cpus CPUs are too few for $ranks ranks on each node: submit with --ntasks-per-node=$ranks" \
-      "--cpus-per-task=<CPUs a rank>"
+      "--cpus-per-task=<CPUs per rank>"
   cpus=$((cpus / ranks))
 }
 
 run_in_slurm() {
   local nodes gpus ranks cpus option step=()
-  for option in "${!given[@]}"; do
+  for option in "${!given_options[@]}"; do
     [[ $option == --master_port || $option == --master_addr ]] ||
       die option_under_slurm "$option is for DeepSpeed's launcher on one machine; under SLURM give sbatch or salloc" \
         "--nodes and --gpus-per-node instead"
   done
   plan_step
-  MASTER_ADDR=${given[--master_addr]:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
-  # Jobs that share a node differ in their number; and no client socket gets a port below 32768 by itself.
-  MASTER_PORT=${given[--master_port]:-$((20000 + SLURM_JOB_ID % 12000))}
+  MASTER_ADDR=${given_options[--master_addr]:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
+  # Jobs that share a node have different ids, and the kernel gives client sockets only ports from 32768 upwards.
+  MASTER_PORT=${given_options[--master_port]:-$((20000 + SLURM_JOB_ID % 12000))}
   export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 
   step=(--nodes="$nodes" --ntasks=$((nodes * ranks)) --ntasks-per-node="$ranks" --cpus-per-task="$cpus" --export=ALL)
-  # Every rank sees all the GPUs of its node and takes the one of its local rank. Requests of the job that would show
-  # each task only one are dropped. (Not by --gpu-bind=none: SLURM 22.05 then doesn't set CUDA_VISIBLE_DEVICES at all.)
+  # Every rank must see all GPUs of its node, and takes the one of its local rank. So drop the requests of the job that would
+  # show each task only one GPU. With --gpu-bind=none instead, SLURM 22.05 does not set CUDA_VISIBLE_DEVICES at all.
   unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
   ((gpus == 0)) || step+=(--gpus-per-node="$ranks")
-  # A rank that fails would leave the others waiting in a collective, and so would one that ends long before them.
+  # A rank that fails, or that ends long before the others, would leave them waiting in a collective.
   step+=(--kill-on-bad-exit=1 --wait=600 --label)
-  # The ranks' own numbers exist inside the step only: expanded out here they would be 0 for every rank.
+  # The rank numbers exist only inside the step: expanded in this script they would be 0 for every rank.
   # shellcheck disable=SC2016
   exec srun "${step[@]}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$1
@@ -345,7 +346,7 @@ main() {
     run_in_slurm
   fi
   ((${SLURM_STEP_NUM_TASKS:-1} == 1)) ||
-    die started_by_srun "start this script with sbatch, or by itself inside salloc; not with srun"
+    die started_by_srun "don't start this script with srun: use sbatch, or run it directly inside salloc"
   run_here
 }
 

@@ -1,4 +1,4 @@
-"""The checkpoints that are loaded: made once, with random weights, and kept in a cache folder for the next time."""
+"""Create the benchmark's checkpoints once, with random weights, and keep them in a cache folder for later runs."""
 
 import shutil
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A size of model, the dtype that it is stored in, and the largest file."""
+    """A checkpoint's model size, stored dtype and maximum file size."""
 
     size: str
     dtype: str = "bfloat16"
@@ -28,12 +28,12 @@ class Checkpoint:
 
     @property
     def title(self) -> str:
-        """For a person."""
+        """The name of the model in headings."""
         kind = "Mixtral" if SIZES[self.size][0] != LLAMA else "Llama"
         return f"{kind} {self.size} in {self.dtype}"
 
     def make(self, cache: Path) -> Path:
-        """The folder, made if it is not there: config and weights, no tokenizer."""
+        """Return the folder with config and weights (no tokenizer), and create it if it does not exist."""
         folder = cache / "-".join([self.size.replace(" ", "_"), self.dtype, self.max_file])
         if (folder / "complete").exists():
             return folder
@@ -56,5 +56,5 @@ class Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of the weights, in order."""
+    """Return the weight files, in order."""
     return sorted(folder.glob("*.safetensors"))

@@ -1,11 +1,11 @@
-"""Loading, side by side: the bare read of the same bytes, this loader, transformers' own, and other libraries.
+"""Compare loaders side by side: a bare read of the same bytes, this loader, transformers' loader, and other libraries.
 
     python -m benchmarks.load [--pairs 11] [--cases "3B" ...] [--write docs/benchmarks.md]
 
-In every round each way has one turn, in fresh processes (forked after the imports), in an order drawn anew, so that a slow
-minute of the machine hits all of them. Medians are shown, and medians of ratios within rounds. Before each turn the page
-cache is brought into its state, and checked, and free memory is touched once. All of it runs in a network namespace of its
-own where that is allowed, so that the counters of the loopback interface hold this traffic alone.
+In every round each loader runs once, in new processes (forked after the imports) and in a random order, so that a slow minute
+of the machine affects all of them. The tables show medians, and medians of the ratios within rounds. Before each run the page
+cache is warmed or emptied, and checked, and free memory is touched once. If permitted, everything runs in a separate network
+namespace, so that the counters of the loopback interface contain only this traffic.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _TRIALS = 3  # rounds of the bare reads alone
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One table: a checkpoint, ranks, the page cache's state, and whether others can load it."""
+    """One table of the comparison: a checkpoint, the number of ranks, the page cache's state, and the other libraries."""
 
     name: str
     checkpoint: Checkpoint
@@ -43,12 +43,12 @@ class Case:
 
     @property
     def title(self) -> str:
-        """For a person."""
+        """The heading of the table."""
         return f"{self.name}: {self.checkpoint.title}, {self.ranks} CPU ranks, {'warm' if self.warm else 'cold'} page cache"
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """Who takes turns beside the bare reads."""
+        """The loaders that are compared, in addition to the bare reads."""
         return (OURS, STOCK, *(name for name in self.rivals if available()[name] is None))
 
 
@@ -65,21 +65,21 @@ CASES = (
 
 
 def run_once(way: str, folder: Path, ranks: int) -> dict:
-    """One turn; the slowest rank's seconds and stages, the most that a rank read and held, the traffic of all, the spread."""
+    """Run one loader once, and return the maximum of each measurement over ranks, the slowest rank's stages, and the spread."""
     with tempfile.TemporaryDirectory() as out:
         run_ranks(ranks, rank_main, {"way": way, "folder": folder, "out": Path(out)}, timeout_s=300)
         results = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    keys = ("seconds", "read", "requests", "loopback", "memory", "file_memory", "taken", "mapped")
-    worst = {key: max(result[key] for result in results) for key in keys}
+    keys = ("seconds", "read", "requests", "loopback", "memory", "file_memory", "taken")
+    maxima = {key: max(result[key] for result in results) for key in keys}
     slowest = max(results, key=lambda result: result["seconds"])
     fastest = min(result["seconds"] for result in results)
-    return {**worst, "stages": slowest["stages"], "spread": 1 - fastest / worst["seconds"]}
+    return {**maxima, "stages": slowest["stages"], "spread": 1 - fastest / maxima["seconds"]}
 
 
 def run_case(case: Case, cache: Path, pairs: int) -> dict:
-    """All rounds of a case: its ways' turns, and the seconds from process start to loaded and to trainable where it has them.
+    """Run all rounds of a case, and with `case.starts` also measure from process start to a loaded model and to an engine.
 
-    The bare reads have rounds of their own first; the two that were fastest in them take turns with the others.
+    Rounds of only the bare reads come first; the fastest two of them take part in the rounds with the loaders.
     """
     folder = case.checkpoint.make(cache)
     nbytes = sum(path.stat().st_size for path in weight_files(folder))
@@ -96,7 +96,7 @@ def run_case(case: Case, cache: Path, pairs: int) -> dict:
 def _rounds(
     case: Case, folder: Path, ways: tuple[str, ...], count: int, starts: dict[str, list[start.Seconds]] | None = None
 ) -> dict[str, list[dict]]:
-    """Rounds in which each of `ways` has a turn; what `starts` names has one from the start of its processes, too."""
+    """Run rounds in which each of `ways` runs once. Append the times from process start for each loader in `starts`."""
     runs: dict[str, list[dict]] = {way: [] for way in ways}
     for number in range(count):
         for way in random.Random(number).sample(ways, len(ways)):
@@ -105,8 +105,8 @@ def _rounds(
         for way, seconds in (starts or {}).items():
             prepare_cache(folder, case.warm)
             seconds.append(start.run(way, folder, case.ranks))
-        shown = ", ".join(f"{way} {runs[way][-1]['seconds']:.2f}" for way in ways)
-        print(f"{case.name} {number + 1}/{count}: {shown}", flush=True)
+        seconds_line = ", ".join(f"{way} {runs[way][-1]['seconds']:.2f}" for way in ways)
+        print(f"{case.name} {number + 1}/{count}: {seconds_line}", flush=True)
     return runs
 
 
@@ -114,22 +114,22 @@ _results: dict[str, dict] = {}
 
 
 def _keep(name: str, result: dict, document: Path | None) -> None:
-    """Remember a case's results; beside the document, so that a case can be run again by itself."""
+    """Keep a case's results; also in a JSON file next to the document, so that a single case can be run again."""
     _results[name] = result
     if document:
-        raw = document.with_suffix(".json")
-        known = json.loads(raw.read_text(encoding="utf-8")) if raw.exists() else {}
-        raw.write_text(json.dumps({**known, name: result}, indent=1), encoding="utf-8")
+        path = document.with_suffix(".json")
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**earlier, name: result}, indent=1), encoding="utf-8")
 
 
 def _kept(document: Path | None) -> list[dict]:
-    """The results of all cases, in their order, those of earlier runs beside the document included."""
-    known = json.loads(document.with_suffix(".json").read_text(encoding="utf-8")) if document else _results
-    return [known[case.name] for case in CASES if case.name in known]
+    """Return the results of all cases in order, with those of earlier runs from the JSON file next to the document."""
+    results = json.loads(document.with_suffix(".json").read_text(encoding="utf-8")) if document else _results
+    return [results[case.name] for case in CASES if case.name in results]
 
 
 def _in_own_namespace() -> None:
-    """Start over inside `unshare --net`, once, where that is permitted."""
+    """Restart this program inside `unshare --net`, once, if that is permitted."""
     if os.environ.get(_MARK) or not shutil.which("unshare"):
         return
     options = ["--net"] if os.geteuid() == 0 else ["--net", "--map-root-user"]
@@ -139,14 +139,14 @@ def _in_own_namespace() -> None:
 
 
 def main() -> None:
-    """Run the comparison and show it."""
+    """Run the comparison and print the tables."""
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=11, help="rounds (default 11)")
     parser.add_argument("--cases", nargs="+", choices=names, default=names[:-1], help="default: all but tiny")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "zero_sft" / "bench")
     parser.add_argument(
-        "--write", type=Path, help="write tables to this Markdown file, a picture and the raw results beside it"
+        "--write", type=Path, help="write tables to this Markdown file, and a picture and the raw results next to it"
     )
     options = parser.parse_args()
     _in_own_namespace()

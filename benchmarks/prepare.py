@@ -1,8 +1,8 @@
-"""How much longer preparing data takes than tokenising alone: `python -m benchmarks.prepare --model <folder>`.
+"""Measure how much longer data preparation takes than tokenising alone: `python -m benchmarks.prepare --model <folder>`.
 
-Conversations are put together from the shipped ones, some 700 tokens each. The measure is `tokenizer(texts)` on the
-rendered texts, in as many processes, started as this package's are; against it stands the whole preparation: reading,
-rendering, tokenising, labels, and rows on disk. Turns are taken round by round; ratios are within a round.
+The conversations are combined from the shipped ones, with about 700 tokens each. The reference is `tokenizer(texts)` on the
+rendered texts, in as many processes, which start as this package's do. It is compared with the whole preparation: reading,
+rendering, tokenising, labels, and rows on disk. Each round runs both; ratios are within a round.
 """
 
 import argparse
@@ -29,15 +29,16 @@ TOKENS = 700
 
 
 def conversations(count: int, path: Path, tokenizer: Any) -> None:
-    """Write `count` conversations of several rounds, `TOKENS` tokens on average, as JSON lines."""
-    shipped_ones = json.loads(shipped("examples", "conversations.json").read_text(encoding="utf-8"))
-    rounds = [each["conversations"][:2] for each in shipped_ones]
-    mean = statistics.mean(len(tokenizer(f"{asked['value']}{told['value']}")["input_ids"]) + 10 for asked, told in rounds)
-    chance = random.Random(1)
+    """Write `count` conversations of several exchanges, `TOKENS` tokens on average, as JSON lines."""
+    samples = json.loads(shipped("examples", "conversations.json").read_text(encoding="utf-8"))
+    exchanges = [sample["conversations"][:2] for sample in samples]
+    texts = [f"{question['value']}{answer['value']}" for question, answer in exchanges]
+    mean_tokens = statistics.mean(len(tokenizer(text)["input_ids"]) + 10 for text in texts)
+    rng = random.Random(1)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            chosen = chance.choices(rounds, k=max(1, round(chance.uniform(0.2, 1.8) * TOKENS / mean)))
-            turns = [turn for each in chosen for turn in each]
+            chosen = rng.choices(exchanges, k=max(1, round(rng.uniform(0.2, 1.8) * TOKENS / mean_tokens)))
+            turns = [turn for exchange in chosen for turn in exchange]
             file.write(json.dumps({"id": str(number), "conversations": turns}) + "\n")
 
 
@@ -55,16 +56,17 @@ def _tokenise(texts: list[str]) -> int:
 
 
 def tokenise_alone(texts: list[str], tokenizer: Any, processes: int) -> tuple[float, int]:
-    """Seconds of `tokenizer(texts)` in processes of their own, and the number of tokens."""
+    """Run `tokenizer(texts)` in `processes` new processes, and return the seconds and the number of tokens."""
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_start, initargs=(tokenizer,)) as pool:
-        tokens = sum(pool.map(_tokenise, [texts[n : n + AT_ONCE] for n in range(0, len(texts), AT_ONCE)]))
+        batches = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
+        tokens = sum(pool.map(_tokenise, batches))
     return time.monotonic() - start, tokens
 
 
 def main() -> int:
-    """Measure, and print a line a round."""
+    """Measure, and print one line per round."""
     from transformers import AutoTokenizer
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prepare", description=(__doc__ or "").split("\n")[0])
@@ -80,21 +82,22 @@ def main() -> int:
         conversations(options.samples, data, tokenizer)
         pipeline = make_pipeline(tokenizer, choose_template(None, tokenizer), model_max_length=4096)
         samples = pipeline.reader.read(LocalFiles(path=data).objects()).samples
-        texts = [render(each, pipeline.template, tokenizer).text for each in samples]
+        texts = [render(sample, pipeline.template, tokenizer).text for sample in samples]
         del samples
         for number in range(1, options.rounds + 1):
-            alone, tokens = tokenise_alone(texts, tokenizer, options.processes)
+            tokenise_s, tokens = tokenise_alone(texts, tokenizer, options.processes)
             root, start = Path(top) / "cache", time.monotonic()
             prepare_source(LocalFiles(path=data), pipeline, processes=options.processes, root=root)
-            whole = time.monotonic() - start
+            prepare_s = time.monotonic() - start
             shutil.rmtree(root)
-            ratios.append(whole / alone)
+            ratios.append(prepare_s / tokenise_s)
             sys.stdout.write(
                 f"{number}/{options.rounds}: {options.samples:,} conversations of {tokens / options.samples:.0f} tokens, "
-                f"{options.processes} processes: tokenizer alone {alone:.1f} s, whole {whole:.1f} s, {ratios[-1]:.2f} times\n"
+                f"{options.processes} processes: tokenizer alone {tokenise_s:.1f} s, whole preparation {prepare_s:.1f} s, "
+                f"ratio {ratios[-1]:.2f}\n"
             )
             sys.stdout.flush()
-    sys.stdout.write(f"median {statistics.median(ratios):.2f} times\n")
+    sys.stdout.write(f"median ratio {statistics.median(ratios):.2f}\n")
     return 0
 
 

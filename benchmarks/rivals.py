@@ -1,9 +1,9 @@
-"""Other libraries that bring a safetensors checkpoint into shards, each one function for a benchmark's rank to call.
+"""Load a safetensors checkpoint into shards with other libraries: one function per library.
 
-Every one runs on every rank, after gloo is up, and returns what keeps this rank's share of every tensor alive, in private
-memory. Where a library lets its caller choose, rank r of N holds rows `[r*n//N, (r+1)*n//N)` of a tensor with n rows.
-All read through the page cache: two of them would read the disk again by default (O_DIRECT), and a warm cache is what the
-others are measured with. Settings in the environment win over those made here. Left out: anything that needs a GPU.
+Every rank calls the function after gloo is initialised. It returns an object that keeps the rank's share of every tensor in
+private memory. If the library leaves the choice, rank r of N holds the rows `[r*n//N, (r+1)*n//N)` of a tensor with n rows.
+All read through the page cache, since the comparison is with a warm cache; two libraries would bypass it by default (O_DIRECT).
+Settings in the environment take precedence over those made here. Left out: libraries that need a GPU.
 """
 
 import importlib
@@ -25,25 +25,25 @@ _MODULES = {
 
 
 def _files(folder: Path) -> list[str]:
-    """The safetensors files, in the same order on every rank."""
+    """Return the safetensors files, in the same order on every rank."""
     return [str(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
 def _rows(count: int, world: "World") -> slice:
-    """This rank's rows of `count`: of 10, rank 1 of 3 has [3, 6)."""
+    """Return this rank's slice of `count` rows. Worked example: rank 1 of 3 has [3, 6) of 10 rows."""
     return slice(world.rank * count // world.world_size, (world.rank + 1) * count // world.world_size)
 
 
 def _threads(world: "World") -> int:
-    """A rank's share of the cores, and two at least, so that one reads while the other waits for a page."""
+    """Return a rank's share of the cores, but at least two, so that one thread reads while the other waits for a page."""
     return max(2, len(os.sched_getaffinity(0)) // world.world_size)
 
 
 def torch_dcp(folder: Path, world: "World") -> object:
-    """A meta model, sharded by FSDP2 (a layer at a time, then the rest) and filled by torch's distributed checkpoint.
+    """Shard a meta model with FSDP2 (layer by layer, then the rest), and fill it with torch's distributed checkpoint.
 
-    Each rank copies its rows from a mapping of the files; only plans are communicated. Threads share whole files, so that
-    one file is read by one thread. The model could train: its buffers, which no checkpoint holds, are made anew.
+    Each rank copies its rows from a mapping of the files; only plans are communicated. A thread reads whole files, so only one
+    thread reads a single-file checkpoint. The model is ready to train: its buffers, which no checkpoint holds, are computed.
     """
     import torch
     import torch.distributed.checkpoint as dcp
@@ -68,73 +68,73 @@ def torch_dcp(folder: Path, world: "World") -> object:
 
 
 def safetensors_slices(folder: Path, world: "World") -> object:
-    """`get_slice` of the safetensors library. It gives views of a mapping of the file, hence the copy. No communication."""
+    """Read slices with `get_slice` of the safetensors library, and copy them, as they map the file. No communication."""
     from safetensors import safe_open
 
-    held = {}
+    shards = {}
     for path in _files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (it can't be iterated)
                 rows = file.get_slice(name)
-                held[name] = rows[_rows(rows.get_shape()[0], world)].clone()
-    return held
+                shards[name] = rows[_rows(rows.get_shape()[0], world)].clone()
+    return shards
 
 
 def fastsafetensors(folder: Path, world: "World") -> object:
-    """N files at a time, each read whole by one rank, which scatters its tensors over gloo: the library's `get_sharded`.
+    """Read N files together, one on each of N ranks, and scatter their tensors over gloo with the library's `get_sharded`.
 
-    So one file is read by rank 0 alone, into its memory. A tensor whose rows N does not divide can't be scattered: it is
-    broadcast, and cut.
+    Rank 0 alone reads a single-file checkpoint, into its memory. A tensor whose number of rows N does not divide can't be
+    scattered: it is broadcast, and each rank keeps its rows.
     """
     os.environ.setdefault("FASTSAFETENSORS_ODIRECT", "0")
     import torch.distributed as dist
     from fastsafetensors import SafeTensorsFileLoader
 
     loader = SafeTensorsFileLoader(dist.group.WORLD, "cpu", nogds=True, max_threads=_threads(world))
-    files, size, held = _files(folder), world.world_size, {}
+    files, size, shards = _files(folder), world.world_size, {}
     for first in range(0, len(files), size):
         loader.add_filenames({rank: files[first + rank : first + rank + 1] for rank in range(size)})
         buffer = loader.copy_files_to_device()
         for name in loader.get_keys():
             count = loader.get_shape(name)[0]
             if count % size == 0:
-                held[name] = buffer.get_sharded(name, dim=0)
+                shards[name] = buffer.get_sharded(name, dim=0)
             else:
-                held[name] = buffer.get_tensor(name)[_rows(count, world)].clone()
+                shards[name] = buffer.get_tensor(name)[_rows(count, world)].clone()
         buffer.close()
         loader.reset()
     loader.close()
-    return held
+    return shards
 
 
 def _runai_settings(world: "World") -> None:
-    """Plain reads: as fast from the page cache as io_uring's, and counted by the kernel (`rchar`), which those are not."""
+    """Set plain reads: as fast from the page cache as io_uring, but counted by the kernel (`rchar`), which io_uring is not."""
     os.environ.setdefault("RUNAI_STREAMER_FS_STRATEGY", "sync_buffered")
     os.environ.setdefault("RUNAI_STREAMER_CONCURRENCY", str(_threads(world)))
 
 
 def runai_streamer(folder: Path, world: "World") -> object:
-    """Run:ai's `SafetensorsStreamer`. It streams whole tensors: every rank reads all files, and copies its rows.
+    """Stream whole tensors with Run:ai's `SafetensorsStreamer`: every rank reads all files and copies its rows.
 
-    Left out: its distributed mode, in which a rank reads a share of the tensors and broadcasts them whole. Over gloo that
-    took more than twice as long, and two buffers of up to 1 GiB a rank. Here the ranks only exchange their host names.
+    Left out: its distributed mode, in which each rank reads a share of the tensors and broadcasts them whole. Over gloo that
+    took more than twice as long, and two buffers of up to 1 GiB per rank. Here the ranks exchange only their host names.
     """
     _runai_settings(world)
-    os.environ.setdefault("RUNAI_STREAMER_MEMORY_LIMIT", "0")  # a buffer of one tensor: the least memory, and no slower
+    os.environ.setdefault("RUNAI_STREAMER_MEMORY_LIMIT", "0")  # a buffer of one tensor: the least memory, at the same speed
     from runai_model_streamer import SafetensorsStreamer
 
-    held = {}
+    shards = {}
     with SafetensorsStreamer() as streamer:
         streamer.stream_files(_files(folder), device="cpu", owned=False)
         for name, tensor in streamer.get_tensors():
-            held[name] = tensor[_rows(len(tensor), world)].clone()
-    return held
+            shards[name] = tensor[_rows(len(tensor), world)].clone()
+    return shards
 
 
 def runai_ranges(folder: Path, world: "World") -> object:
-    """Run:ai's `FileStreamer`, on the byte ranges of this rank's rows, which stay in its buffers. No communication.
+    """Read the byte ranges of this rank's rows with Run:ai's `FileStreamer`, and keep its buffers. No communication.
 
-    What that library can do at best. Which bytes to ask for is found by this project's reader of headers.
+    This is the best case for that library: this project's header reader finds the byte ranges.
     """
     _runai_settings(world)
     import torch
@@ -144,21 +144,21 @@ def runai_ranges(folder: Path, world: "World") -> object:
 
     requests, tensors = [], []
     for index, path in enumerate(_files(folder)):
-        stored = sorted(read_header(path).values(), key=lambda each: each.offset_bytes)
+        stored = sorted(read_header(path).values(), key=lambda tensor: tensor.offset_bytes)
         offsets, sizes = [], []
-        for each in stored:
-            rows, row_nbytes = _rows(each.shape[0], world), each.nbytes // each.shape[0]
-            offsets.append(each.offset_bytes + rows.start * row_nbytes)
+        for tensor in stored:
+            rows, row_nbytes = _rows(tensor.shape[0], world), tensor.nbytes // tensor.shape[0]
+            offsets.append(tensor.offset_bytes + rows.start * row_nbytes)
             sizes.append((rows.stop - rows.start) * row_nbytes)
         requests.append(FileChunks(index, path, offsets, sizes))
         tensors.append(stored)
-    held = {}
+    shards = {}
     with FileStreamer() as streamer:
         streamer.stream_files(requests)
         for file, index, content in streamer.get_chunks():  # uint8 (1, nbytes)
-            each = tensors[file][index]
-            held[each.name] = content.view(torch.bfloat16).view(-1, *each.shape[1:])
-    return held
+            tensor = tensors[file][index]
+            shards[tensor.name] = content.view(torch.bfloat16).view(-1, *tensor.shape[1:])
+    return shards
 
 
 RIVALS: dict[str, Callable[[Path, "World"], object]] = {
@@ -171,7 +171,7 @@ RIVALS: dict[str, Callable[[Path, "World"], object]] = {
 
 
 def available() -> dict[str, str | None]:
-    """Each rival's name: None, or why its library can't be imported. Called before the clock starts, imports cost nothing."""
+    """Import all libraries, and return for each name None or the import error. Called before the clock starts."""
     reasons: dict[str, str | None] = dict.fromkeys(RIVALS)
     for name, modules in _MODULES.items():
         try:

@@ -1,4 +1,4 @@
-"""From the start of the processes to a loaded model, and to an engine: this loader, and a plain script with transformers alone.
+"""Measure the seconds from process start to a loaded model and to an engine, for this loader and for plain transformers.
 
 python -m benchmarks.start zero_sft FOLDER     # one rank, with a launcher's variables
 """
@@ -13,49 +13,50 @@ from typing import Any, NamedTuple
 
 from benchmarks.ways import DS_CONFIG, OURS
 
-_PATIENCE_S = 300
-_LIBRARIES = "import deepspeed, torch, transformers.models.llama.modeling_llama"  # into the page cache, before anybody's turn
+_TIMEOUT_S = 300
+_LIBRARIES = "import deepspeed, torch, transformers.models.llama.modeling_llama"  # brought into the page cache beforehand
 
 
 class Seconds(NamedTuple):
-    """Since the start of the processes, of the slowest: until the model is loaded, and until DeepSpeed's engine stands."""
+    """Seconds of the slowest rank from process start until its model is loaded, and until DeepSpeed's engine is ready."""
 
     loaded: float
     engine: float
 
 
 def run(way: str, folder: Path, ranks: int) -> Seconds:
-    """Load in that way in `ranks` fresh processes.
+    """Load a model with the loader `way` in `ranks` new processes.
 
     Raises:
-        RuntimeError: a rank that failed.
+        RuntimeError: a rank failed.
     """
-    subprocess.run([sys.executable, "-c", _LIBRARIES], check=True, capture_output=True, timeout=_PATIENCE_S)
+    subprocess.run([sys.executable, "-c", _LIBRARIES], check=True, capture_output=True, timeout=_TIMEOUT_S)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     started = time.time()
     command = [sys.executable, "-m", "benchmarks.start", way, str(folder)]
-    common = {
+    variables = {
         "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1,
     }  # fmt: skip
     processes = []
     for rank in range(ranks):
-        environment = os.environ | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        processes.append(subprocess.Popen(command, env=environment, text=True, **quiet))
+        rank_variables = variables | {"RANK": rank, "LOCAL_RANK": rank}
+        environment = os.environ | {key: str(value) for key, value in rank_variables.items()}
+        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        processes.append(process)
     times = []
     for process in processes:
-        output, _ = process.communicate(timeout=_PATIENCE_S)
+        output, _ = process.communicate(timeout=_TIMEOUT_S)
         marks = [line.split() for line in output.splitlines() if line.startswith("at ")]
         if process.returncode or len(marks) != len(Seconds._fields):
             raise RuntimeError(f"a rank of {way} failed")
         times.append([float(second) - started for _, second in marks])
-    return Seconds(*(max(each) for each in zip(*times, strict=True)))
+    return Seconds(*map(max, zip(*times, strict=True)))
 
 
 def main() -> None:
-    """One rank."""
+    """Load and start the engine as one rank, and print the time after each."""
     way, folder = sys.argv[1:]
     model = _load(way, folder)
     assert next(model.parameters()).ds_tensor.numel()
@@ -82,9 +83,9 @@ def _load(way: str, folder: str) -> Any:
     from transformers.integrations import HfDeepSpeedConfig
 
     deepspeed.init_distributed("gloo", verbose=False)
-    switch = HfDeepSpeedConfig({**DS_CONFIG, "train_micro_batch_size_per_gpu": 1})
+    zero3_config = HfDeepSpeedConfig({**DS_CONFIG, "train_micro_batch_size_per_gpu": 1})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    assert switch
+    assert zero3_config, "transformers partitions only while this object is alive"
     return model
 
 

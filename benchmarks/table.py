@@ -1,4 +1,4 @@
-"""The benchmark's results as Markdown and as a picture."""
+"""Show the benchmark's results as a Markdown document and as a picture."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,19 @@ ROOFLINE = "bare read"
 
 
 def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
-    """A Markdown document: a table a case."""
-    lines = ["# Benchmarks", "", "Made by `make bench`: in each round every way has one turn.", ""]
+    """Return a Markdown document with one table per case."""
+    lines = ["# Benchmarks", "", "Made by `make bench`: in each round every loader runs once.", ""]
     if picture:
-        lines += [f"![seconds of the slowest rank, by way]({picture})", ""]
+        lines += [f"![seconds of the slowest rank, by loader]({picture})", ""]
     lines += [
-        "Seconds are the slowest rank's; ratios are medians over rounds. The bare read reads the same bytes with `preadv` into "
-        "fresh memory and does nothing else; of plain, huge and populated pages with one and two threads, the two that are "
-        "fastest in rounds of their own take turns with the others, and the one with the least median is shown. Free memory is "
-        "touched before each turn, so that none pays for what a hypervisor has taken back. Memory is a rank's growth over what "
-        "the interpreter had: private and shared, and mapped files. "
-        "Spread is how much earlier than the slowest rank the fastest was ready. The tables from process start on "
-        "include imports, and DeepSpeed's engine, which moves the shards into memory of its own.",
+        "- Seconds are those of the slowest rank. Ratios are medians of the ratios within rounds.",
+        "- The bare read reads the same bytes with `preadv` into fresh memory and does nothing else. It has variants with "
+        "plain, huge and populated pages and with one and two threads. The fastest two take part in the rounds, and the table "
+        "shows the faster.",
+        "- Free memory is touched before each run, so that no loader pays for memory that a hypervisor has taken back.",
+        "- Memory is the growth of a rank over the bare interpreter: private and shared memory, and mapped files.",
+        "- Spread is how much earlier the fastest rank was ready than the slowest.",
+        "- The tables from process start include imports and DeepSpeed's engine, which copies the shards into its buffers.",
         "",
     ]
     for case in cases:
@@ -37,21 +38,20 @@ def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
 
 
 def with_one_roofline(case: Mapping[str, Any]) -> dict[str, list[dict]]:
-    """The runs by way, of the bare reads the fastest only, under the name `ROOFLINE` and first."""
+    """Return the runs of each loader, after those of the fastest bare read under the name `ROOFLINE`."""
     runs = case["runs"]
     best = min((way for way in runs if way in ROOFLINES), key=lambda way: _median(runs[way], "seconds"))
-    return {f"{ROOFLINE} ({best.partition(', ')[2]})": runs[best]} | {
-        way: results for way, results in runs.items() if way not in ROOFLINES
-    }
+    others = {way: results for way, results in runs.items() if way not in ROOFLINES}
+    return {f"{ROOFLINE} ({best.partition(', ')[2]})": runs[best]} | others
 
 
 def _median(results: Sequence[Mapping[str, Any]], key: str) -> float:
     return statistics.median(result[key] for result in results)
 
 
-def _ratio(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> float:
-    """The median of the ratios within rounds."""
-    return statistics.median(one["seconds"] / other["seconds"] for one, other in zip(ones, others, strict=True))
+def _ratio(results: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> float:
+    """Return the median of the ratios within rounds."""
+    return statistics.median(run["seconds"] / base["seconds"] for run, base in zip(results, reference, strict=True))
 
 
 def _table(case: Mapping[str, Any]) -> list[str]:
@@ -59,46 +59,47 @@ def _table(case: Mapping[str, Any]) -> list[str]:
     bare, ours = next(iter(runs.values())), runs[OURS]
     share = case["nbytes"] / case["ranks"]
     rows = [
-        "| way | seconds: median (least to most) | x bare read | x zero_sft | MiB private | MiB mapped "
-        "| of its share read by calls | read calls | MiB through loopback | spread |",
+        "| loader | seconds: median (min to max) | x bare read | x zero_sft | MiB private | MiB mapped "
+        "| fraction of its share read by calls | read calls | MiB through loopback | spread |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for way, results in runs.items():
         seconds = [result["seconds"] for result in results]
-        of = {key: _median(results, key) for key in ("memory", "file_memory", "read", "requests", "loopback", "spread")}
+        median = {key: _median(results, key) for key in ("memory", "file_memory", "read", "requests", "loopback", "spread")}
         rows.append(
             f"| {way} | {statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
-            f"| {_ratio(results, bare):.2f} | {_ratio(results, ours):.2f} | {of['memory'] / 2**20:,.0f} "
-            f"| {of['file_memory'] / 2**20:,.0f} | {of['read'] / share:.3f} | {of['requests']:,.0f} "
-            f"| {of['loopback'] / 2**20:,.2f} | {of['spread']:.0%} |"
+            f"| {_ratio(results, bare):.2f} | {_ratio(results, ours):.2f} | {median['memory'] / 2**20:,.0f} "
+            f"| {median['file_memory'] / 2**20:,.0f} | {median['read'] / share:.3f} | {median['requests']:,.0f} "
+            f"| {median['loopback'] / 2**20:,.2f} | {median['spread']:.0%} |"
         )
     trials = (f"{way.partition(', ')[2]} {_median(results, 'seconds'):.2f}" for way, results in case["trials"].items())
-    rows += ["", f"Bare reads by themselves, in seconds: {'; '.join(trials)}."]
+    rows += ["", f"Bare reads in separate rounds, in seconds: {'; '.join(trials)}."]
     stages = {name: statistics.median(result["stages"][name] for result in ours) for name in ours[0]["stages"]}
-    rows += ["", "Of the load, in seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in stages.items()) + "."]
-    rows[-1] += f" A rank took {_median(ours, 'taken') / share:.3f} of its share of the files."
+    rows += ["", "Stages of the load, in seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in stages.items()) + "."]
+    rows[-1] += f" A rank read {_median(ours, 'taken') / share:.3f} of its share of the files."
     if case["starts"]:
         rows += ["", *_starts(case["starts"])]
     return rows
 
 
 def _starts(starts: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
-    """A table: seconds from the start of the processes, by way, and the ratio to transformers'."""
+    """Return a table of the seconds from process start for each loader, and their ratios to transformers."""
     rows = [
-        "| way | process start to loaded model, in seconds | x transformers | to DeepSpeed's engine | x transformers |",
+        "| loader | process start to loaded model, in seconds | x transformers | to DeepSpeed's engine | x transformers |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for way, seconds in starts.items():
         cells = []
-        for one, other in zip(zip(*seconds, strict=True), zip(*starts[STOCK], strict=True), strict=True):
-            ratio = statistics.median(mine / theirs for mine, theirs in zip(one, other, strict=True))
-            cells += [f"{statistics.median(one):.2f}", f"{ratio:.2f}"]
+        marks, stock_marks = zip(*seconds, strict=True), zip(*starts[STOCK], strict=True)
+        for times, stock_times in zip(marks, stock_marks, strict=True):
+            ratio = statistics.median(time / stock_time for time, stock_time in zip(times, stock_times, strict=True))
+            cells += [f"{statistics.median(times):.2f}", f"{ratio:.2f}"]
         rows.append(f"| {way} | {' | '.join(cells)} |")
     return rows
 
 
 def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of the medians, with least and most, a row a case; seconds on a logarithmic axis."""
+    """Draw bars of the medians with minimum and maximum, one row per case, with seconds on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")

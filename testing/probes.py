@@ -1,4 +1,4 @@
-"""What a process has used: memory, bytes read, bytes through the loopback interface. Linux, from /proc."""
+"""Measure a process's memory, the bytes it reads, and the bytes through the loopback interface. From /proc on Linux."""
 
 import fcntl
 import socket
@@ -12,7 +12,7 @@ import torch
 
 
 def _status() -> dict[str, int]:
-    """The Rss lines of /proc/self/status, in bytes."""
+    """Read the Rss lines of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = (line.split() for line in lines if line.startswith("Rss"))
     return {key.rstrip(":"): int(value) * 1024 for key, value, *_ in fields}
@@ -20,31 +20,31 @@ def _status() -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reads:
-    """Bytes that this process has asked read calls for, and the number of these calls."""
+    """The bytes that this process has requested with read calls, and the number of the calls."""
 
     nbytes: int
     calls: int
 
 
 def reads() -> Reads:
-    """By read calls alone; what a mapping of a file brings in shows as `RssFile`."""
+    """Count this process's reads so far, without pages of mapped files; `file_memory` counts those."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return Reads(nbytes=int(fields["rchar"]), calls=int(fields["syscr"]))
 
 
 def file_memory() -> int:
-    """RssFile: mapped files' pages that this process has touched, in bytes."""
+    """Return the bytes in pages of mapped files that this process has touched (RssFile)."""
     return _status()["RssFile"]
 
 
 def private_memory() -> int:
-    """RssAnon + RssShmem: what this process holds besides mapped files, in bytes."""
+    """Return the bytes that this process holds apart from mapped files (RssAnon + RssShmem)."""
     status = _status()
     return status["RssAnon"] + status["RssShmem"]
 
 
 def loopback_bytes() -> int:
-    """Bytes received on `lo` in this network namespace."""
+    """Return the bytes received on `lo` in this network namespace."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "lo":
@@ -53,14 +53,14 @@ def loopback_bytes() -> int:
 
 
 def loopback_up() -> None:
-    """Switch `lo` on, in a fresh network namespace where it is off."""
+    """Bring `lo` up, since it is down in a new network namespace."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as handle:
         request = struct.pack("16sh14x", b"lo", 0x1 | 0x40)  # IFF_UP | IFF_RUNNING
         fcntl.ioctl(handle, 0x8914, request)  # SIOCSIFFLAGS
 
 
 class PeakMemory:
-    """Samples memory every few milliseconds while it is open; growths are peaks over the start, in bytes."""
+    """Sample memory every few milliseconds inside the context; `growth` is the peak minus the value at the start."""
 
     def __enter__(self) -> "PeakMemory":
         self._start = self._peak = (private_memory(), file_memory())
@@ -83,20 +83,19 @@ class PeakMemory:
 
     @property
     def growth(self) -> int:
-        """Of private and shared memory."""
+        """The growth of private and shared memory, in bytes."""
         return self._peak[0] - self._start[0]
 
     @property
     def file_growth(self) -> int:
-        """Of mapped files."""
+        """The growth of mapped files, in bytes."""
         return self._peak[1] - self._start[1]
 
 
 def machine() -> str:
-    """The machine in a few words."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?"
-    )
+    """Describe the machine in one line."""
+    cpu_lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in cpu_lines if "model name" in line), "?")
     memory = int(Path("/proc/meminfo").read_text().split()[1]) / 2**20
     import os
 

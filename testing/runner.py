@@ -1,7 +1,7 @@
-"""Run one test function on several ranks: forked from a warm server, joined over a file store, ended together.
+"""Run a test function on several ranks, which are forked from a warm server, joined over a file store, and ended together.
 
-The fork server has torch, DeepSpeed and transformers imported already, so that a rank starts in milliseconds. Every rank
-runs the whole test function; the first failure ends all of them and is shown with its traceback.
+The fork server has already imported torch, DeepSpeed and transformers, so that a rank starts in milliseconds. Every rank runs
+the whole test function. The first failure ends all ranks and is reported with its traceback.
 """
 
 import multiprocessing
@@ -19,8 +19,8 @@ import pytest
 PRELOAD = ["torch", "torch.distributed", "transformers", "deepspeed", "zero_sft", "testing.preload"]
 
 ON_DEVICES = bool(os.environ.get("ZERO_SFT_TEST_DEVICES"))
-"""Ranks take a device each. They are started afresh then: DeepSpeed asks CUDA for devices when it is imported, and a process
-that has done so can't be forked."""
+"""Whether each rank uses a device. Ranks then start as new processes, since importing DeepSpeed initialises CUDA, and a process
+with CUDA can't be forked."""
 
 context = multiprocessing.get_context("spawn" if ON_DEVICES else "forkserver")
 if not ON_DEVICES:
@@ -28,7 +28,7 @@ if not ON_DEVICES:
 
 
 class Skip(str):
-    """Why a rank has skipped its test, in place of a failure's traceback."""
+    """The reason why a rank has skipped its test, instead of a failure's traceback."""
 
 
 def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[..., None], kwargs: dict, sink: Any) -> None:
@@ -51,8 +51,8 @@ def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[...
             device.set_device(rank)
             backend = f"cpu:gloo,{device.device_name()}:{device.communication_backend_name()}"
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
-        # An all-reduce for CPU inference, unused here, which leaves a 69 MB file a rank in /dev/shm. (The attribute
-        # `deepspeed.comm.torch` is the torch package; the submodule is found by its full name only.)
+        # Disable an all-reduce for CPU inference, which is unused here and leaves a 69 MB file per rank in /dev/shm.
+        # (The attribute `deepspeed.comm.torch` is the torch package, so the submodule is looked up by its full name.)
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
         deepspeed.init_distributed(verbose=False)
         target(**kwargs)
@@ -62,13 +62,13 @@ def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[...
         skipped = isinstance(error, pytest.skip.Exception)
         sink.send((rank, Skip(str(error)) if skipped else traceback.format_exc()))
         os._exit(1)
-    os._exit(0)  # no destructors of gloo threads, no atexit of DeepSpeed
+    os._exit(0)  # skip the destructors of gloo's threads and DeepSpeed's atexit handlers
 
 
 def run_ranks(size: int, target: Callable[..., None], kwargs: dict[str, Any], timeout_s: float = 120.0) -> None:
     """Run `target(**kwargs)` on `size` ranks; raise AssertionError with the first failing rank's traceback.
 
-    What a rank skips is skipped.
+    If a rank skips the test, the test is skipped.
     """
     port = random.randint(20000, 50000)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:

@@ -1,6 +1,6 @@
-"""The sizes of the tiny models that `architectures` makes."""
+"""Sizes of the tiny models that `architectures` creates."""
 
-# What a field of any config shrinks to: mostly primes, so that the ranks' shares end within a row.
+# The value of a field in any shrunk config: mostly primes, so that the ranks' shards end within a row.
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 35,
@@ -132,7 +132,7 @@ _QWEN4_EXP_TEXT = {
     "indexer_budget": 4,
     "indexer_compress_ratio": 2,
 }
-# The class behind these two types is the decoder alone, which looks for its sizes where the composite config has none.
+# The class of these two types is only the decoder. It reads its sizes from the top level, where the composite config has none.
 _MUSICGEN = {
     "vocab_size": 131,
     "max_position_embeddings": 43,
@@ -154,7 +154,7 @@ _MUSICGEN = {
 _QWEN_VISION = {"out_hidden_size": 35, "num_position_embeddings": 9, "patch_size": 4}
 _SOME_DENSE = {"mlp_only_layers": [0]}
 
-# The fields that say of every layer what kind it is; each kind of the default config is kept once.
+# The fields that list the kind of every layer. A shrunk config keeps each kind of the default config once.
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
 # The optional towers that a default config lacks, added before it shrinks.
@@ -163,7 +163,7 @@ ADDITIONS = {
     "gemma4_unified": {"vision_config": {}, "audio_config": {}},
 }
 
-# What does not follow from `SIZES`, by model type.
+# Settings that do not follow from `SIZES`, by model type.
 OVERRIDES = {
     "bamba": {"mamba_n_heads": 16, "mamba_d_head": 5, "attn_layer_indices": [1]},
     "blt": {

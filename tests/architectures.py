@@ -1,4 +1,4 @@
-"""A tiny checkpoint of every model type that `AutoModelForCausalLM` knows, made on the spot."""
+"""Create a tiny checkpoint of any model type that `AutoModelForCausalLM` supports."""
 
 import dataclasses
 from pathlib import Path
@@ -19,13 +19,13 @@ NOT_BUILDABLE: dict[str, str] = {
     "gemma4_unified_assistant": _ALL_SHARED,
 }
 
-# Composite types of which `AutoModelForCausalLM` makes the text model alone: a published checkpoint has the towers too.
-# (emu3 is another, but transformers looks for its text model under the wrong names there.)
+# Composite types of which `AutoModelForCausalLM` builds only the text model; their published checkpoints also hold the towers.
+# (emu3 is left out, since transformers looks for its text model under wrong names.)
 COMPOSITE_TYPES: tuple[str, ...] = ("dots3_note", "llama4", "mllama", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The config of a tiny model of this type: as few layers as show every kind of layer, and odd widths."""
+    """Return the config of a tiny model of this type, with the fewest layers that include every kind, and odd widths."""
     config_class = CONFIG_MAPPING[model_type]
     default = config_class(**ADDITIONS.get(model_type, {}))
     return config_class(**_merged(_shrunk(default), OVERRIDES.get(model_type, {})))
@@ -40,22 +40,22 @@ def save(model_type: str, folder: Path, dtype: torch.dtype = torch.bfloat16, *, 
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     model.save_pretrained(folder, max_shard_size=size // 3)
     if model.config.model_type != config.model_type:
-        config.save_pretrained(folder)  # the text model wrote its own, from which some types can't be loaded
+        config.save_pretrained(folder)  # replaces the text model's config, from which some types can't be loaded
     return Path(folder)
 
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Fill all that a checkpoint stores with values that tell its tensors, rows and columns apart; none is zero."""
+    """Fill all stored tensors with non-zero values that differ between tensors, rows and columns."""
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.copy_(torch.randn(tensor.shape))
         elif not tensor.any():
-            tensor.random_(0, 2)  # other integers are sizes and offsets, which must stay as they are
+            tensor.random_(0, 2)  # other integers are sizes and offsets, which must not change
 
 
 def _shrunk(config: PreTrainedConfig) -> dict:
-    """The arguments that shrink a default config; what the config derives from its sizes it derives anew."""
+    """Return the arguments that shrink a default config; the config then derives its other values from them."""
     fields = {field.name: field.default for field in dataclasses.fields(config)}
     arguments = {}
     for name, default in fields.items():
@@ -80,7 +80,7 @@ def _shrunk(config: PreTrainedConfig) -> dict:
 
 
 def _merged(base: dict, changes: dict) -> dict:
-    """`base` with `changes`, sub-configs merged likewise."""
+    """Return `base` with `changes`; sub-configs are merged in the same way."""
     merged = dict(base)
     for key, value in changes.items():
         nested = isinstance(value, dict) and isinstance(base.get(key), dict)

@@ -1,8 +1,8 @@
-"""Flash and flex attention without their kernels, so that what a model gives them can be seen on a CPU.
+"""Run flash and flex attention on a CPU without their kernels, to test the arguments that a model passes to them.
 
-transformers decides from position ids which samples a packed row holds. A type that does not pass them on would let samples
-see each other, whatever the kernels. So everything of transformers' runs here, down to the functions of flash-attn, which are
-written out plainly, and flex attention is not compiled.
+transformers derives the samples of a packed row from position ids. In a model type that does not pass them on, samples would
+see each other, whatever the kernels are. So all code of transformers runs here. Only the functions of flash-attn are replaced
+by plain implementations, and flex attention is not compiled.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ FLASH, FLEX = "flash_attention_2", "flex_attention"
 
 @contextlib.contextmanager
 def kernels_of(attention: str) -> Iterator[None]:
-    """A context in which a model with that attention runs on a CPU."""
+    """Replace the kernels of `attention`, so that a model runs on a CPU inside this context."""
     with contextlib.ExitStack() as stack:
         if attention == FLASH:
             stack.enter_context(mock.patch("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", _flash))
@@ -37,7 +37,7 @@ def kernels_of(attention: str) -> Iterator[None]:
 
 
 def give(model: torch.nn.Module, attention: str) -> bool:
-    """Let a built model use that attention, though its package may be missing. False where its class has none of it."""
+    """Set `attention` in a built model, even if its package is missing. Return False if the class does not support it."""
     supports = {FLASH: "_supports_flash_attn", FLEX: "_supports_flex_attn"}.get(attention)
     if supports is None:
         return True
@@ -59,12 +59,12 @@ def _arguments(*, is_causal, softmax_scale=None, sliding_window=None, softcap=No
 
 
 def _whole(query, key, value, **options):
-    """(batch, tokens, heads, width): every row is one sample."""
+    """Attend within each row, which is one sample. Shapes: (batch, tokens, heads, width)."""
     return torch.stack([_attend(*row, **options) for row in zip(query, key, value, strict=True)])
 
 
 def _varlen(query, key, value, *, cu_seqlens_q, cu_seqlens_k, **options):
-    """(tokens, heads, width), and where each sample starts and the last one ends."""
+    """Attend within each sample of a flat batch. Shapes: (tokens, heads, width); `cu_seqlens` are the samples' boundaries."""
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     starts = cu_seqlens_q.tolist()
     parts = [_attend(*(each[a:b] for each in (query, key, value)), **options) for a, b in itertools.pairwise(starts)]
@@ -72,7 +72,7 @@ def _varlen(query, key, value, *, cu_seqlens_q, cu_seqlens_k, **options):
 
 
 def _attend(query, key, value, *, causal, scale, window, softcap, sinks):
-    """One sample's attention, written out: (tokens, heads, width) each."""
+    """Compute the attention of one sample. Shapes: (tokens, heads, width)."""
     repeat = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(repeat, dim=1) for each in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,7 +1,6 @@
-"""`@pytest.mark.world_size(n)` runs a test on n CPU ranks (gloo); several sizes make several tests.
+"""Run tests with `@pytest.mark.world_size(n)` on n CPU ranks (gloo); several sizes make several tests.
 
-A `world_size` test gets its arguments from fixtures like any other, as long as they can be pickled; `world` is detected on
-each rank.
+A `world_size` test gets its arguments from fixtures as usual, if they can be pickled. `world` is detected on each rank.
 """
 
 import inspect
@@ -13,7 +12,7 @@ import pytest
 from tests.real_tokenizers import real_models
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-_prepared_data = tempfile.TemporaryDirectory(prefix="zero_sft_tests_")  # gone with this process
+_prepared_data = tempfile.TemporaryDirectory(prefix="zero_sft_tests_")  # removed when this process ends
 os.environ["HF_DATASETS_CACHE"] = _prepared_data.name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,7 +31,7 @@ def pytest_runtestloop(session):
         from testing.operators import compile_all
         from testing.runner import ON_DEVICES, context
 
-        if not ON_DEVICES:  # those of CPU ranks; no test on devices takes one
+        if not ON_DEVICES:  # for CPU ranks; tests on devices need no operators
             terminal = session.config.get_terminal_writer()
             terminal.line("DeepSpeed's operators first: minutes, if they have to be compiled", flush=True)
             compile_all(context)

@@ -1,4 +1,4 @@
-"""Errors by their codes, as the tests name them: a sentence may change, its code and the values in it may not."""
+"""Match errors by their codes: a sentence may change, but not its code and the values in it."""
 
 import contextlib
 import re
@@ -12,7 +12,7 @@ from zero_sft.errors import ZeroSftError
 
 @contextlib.contextmanager
 def raises(code: str, *values: str) -> Iterator[Any]:
-    """Expect an error with that code, or a list of problems one of which has it, and with `values` in its message."""
+    """Expect an error that has `code`, or that lists a problem with `code`, and has all `values` in its message."""
     with pytest.raises(ZeroSftError) as caught:
         yield caught
     message = str(caught.value)
@@ -22,5 +22,5 @@ def raises(code: str, *values: str) -> Iterator[Any]:
 
 
 def error_codes(output: str) -> list[str]:
-    """The codes of the `error:` lines and of the problems that they list, in what a job has printed."""
+    """Return the codes of the `error:` lines in a job's output, and of the problems that they list."""
     return re.findall(r"\[([a-z_]+\.[a-z0-9_]+)\]$", output, re.MULTILINE)

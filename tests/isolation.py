@@ -1,7 +1,7 @@
-"""Which models keep packed samples apart: `python -m tests.isolation [type ...]` asks every causal LM type of transformers.
+"""Find the models that keep packed samples apart: `python -m tests.isolation [type ...]`, by default all causal LM types.
 
-A tiny model of the type, in fp32 and in training without dropout, computes samples alone, and packed by the job's own
-collator; where its logits differ by more than rounding, a sample has seen another.
+A tiny fp32 model of the type, in training mode without dropout, computes each sample alone, and all samples packed by the job's
+collator. If its logits differ by more than rounding, a sample has seen another one.
 """
 
 import sys
@@ -22,7 +22,7 @@ ATTENTIONS = ("sdpa", "eager", FLASH, FLEX)
 
 @torch.no_grad()
 def leak(model: torch.nn.Module, vocabulary: int = 60) -> float:
-    """The largest difference of a logit between packed and alone, over the largest logit."""
+    """Return the largest difference between a logit of packed and of separate samples, relative to the largest logit."""
     generator = torch.Generator().manual_seed(1)
     rows = [[torch.randint(5, vocabulary, (n,), generator=generator).tolist() for n in lengths] for lengths in LENGTHS]
     flat = [[token for sample in row for token in sample] for row in rows]
@@ -47,13 +47,13 @@ def leak(model: torch.nn.Module, vocabulary: int = 60) -> float:
 
 
 def verdict(model_type: str, attentions: Sequence[str] = ATTENTIONS) -> str:
-    """ "" if a tiny model of this type keeps packed samples apart with each of these attentions that it has, else why not."""
+    """Return "" if a tiny model of this type keeps packed samples apart with all `attentions` it supports, else the reason."""
     tried = 0
     for attention in attentions:
         try:
             found = min(_leaks(model_type, attention), default=None)
         except (ValueError, ImportError) as error:
-            # It has no such attention, or has attention sinks, with which flex attention runs on a GPU alone.
+            # The model lacks this attention, or has attention sinks, with which flex attention runs only on a GPU.
             if "attention implementation" in str(error) or "cannot be run on CPU" in str(error):
                 continue
             raise
@@ -66,7 +66,7 @@ def verdict(model_type: str, attentions: Sequence[str] = ATTENTIONS) -> str:
 
 
 def _leaks(model_type: str, attention: str) -> Iterator[float]:
-    """`leak` of models that differ by chance, until there is none: a choice of experts may jump with rounding, a leak stays."""
+    """Yield `leak` of random models until there is none. Rounding may change a choice of experts, but a real leak remains."""
     for seed in range(SEEDS):
         torch.manual_seed(seed)
         config = architectures.tiny_config(model_type)
@@ -88,7 +88,7 @@ def _leaks(model_type: str, attention: str) -> Iterator[float]:
 
 
 def _without_chance(config: PreTrainedConfig) -> None:
-    """No dropout, so that one input has one output."""
+    """Switch off dropout, so that the output depends only on the input."""
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             _without_chance(value)
@@ -97,13 +97,13 @@ def _without_chance(config: PreTrainedConfig) -> None:
 
 
 def main(chosen: Sequence[str]) -> int:
-    """Print the types that keep samples apart, and why the others don't."""
+    """Print the types that keep samples apart, and the reason for each of the others."""
     types = [each for each in architectures.CAUSAL_TYPES if each not in architectures.NOT_BUILDABLE]
     apart = []
     for each in chosen or types:
         try:
             why = verdict(each)
-        except Exception as error:  # a type's failure is its verdict
+        except Exception as error:  # an error is the type's verdict
             why = f"{type(error).__name__}: {error}".replace("\n", " ")[:120]
         sys.stdout.write(f"{each}: {why or 'apart'}\n")
         sys.stdout.flush()

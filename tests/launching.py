@@ -1,4 +1,4 @@
-"""Start the real job with the real launchers, in a process group of its own, and see that nobody of it is left."""
+"""Start the real job with the real launchers in a separate process group, and check that no process of it survives."""
 
 import contextlib
 import os
@@ -17,24 +17,24 @@ MODULE = "zero_sft.train"
 
 
 def free_port() -> int:
-    """A port that this test is likely to have for itself."""
+    """Return a port that is probably not used by anything else."""
     return random.randint(20000, 32000)
 
 
 def deepspeed(ranks: int, *words: str, module: str = MODULE, port: int | None = None) -> list[str]:
-    """DeepSpeed's launcher as it is installed, without the shim."""
+    """Return the command of DeepSpeed's launcher as it is installed, without the shim."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     return [*runner, "--master_port", str(port or free_port()), "--module", module, *words]
 
 
 def torchrun(ranks: int, *words: str, module: str = MODULE, port: int | None = None) -> list[str]:
-    """torch's launcher."""
+    """Return the command of torch's launcher."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     return [*run, "--master_port", str(port or free_port()), "-m", module, *words]
 
 
 def shimmed(folder: Path) -> Path:
-    """A copy of the installed `deepspeed` script with the shim in its place."""
+    """Copy the installed `deepspeed` script, enable the shim in the copy, and return its path."""
     from zero_sft import launcher
 
     scripts = folder / "shimmed"
@@ -43,14 +43,15 @@ def shimmed(folder: Path) -> Path:
     original = real.with_name(".deepspeed.zero_sft-original")
     text = (original if original.is_file() else real).read_text()
     script = scripts / "deepspeed"
-    script.write_text(f"#!{sys.executable}\n{text.partition(chr(10))[2]}")  # this environment may be a moved copy
+    # The first line names another path if the environment was copied.
+    script.write_text(f"#!{sys.executable}\n{text.partition(chr(10))[2]}")
     script.chmod(0o755)
     launcher.enable([scripts])
     return script
 
 
 class Started:
-    """A command under way: its output goes to a file, its processes can be found until they are gone."""
+    """A started command, whose output goes to a file and whose processes can be found while they live."""
 
     def __init__(self, command: Sequence[str], log: Path, **env: str) -> None:
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
@@ -68,7 +69,7 @@ class Started:
         return self._log.read_text(errors="replace")
 
     def ranks(self, module: str = MODULE) -> dict[int, psutil.Process]:
-        """The processes of the ranks that live, by their rank."""
+        """Return the living processes of the ranks, by rank."""
         found = {}
         for process in self._members():
             with contextlib.suppress(psutil.Error):
@@ -81,12 +82,12 @@ class Started:
             with contextlib.suppress(psutil.Error, OSError):
                 if os.getsid(process.pid) == self.process.pid:
                     self._seen.add(process)
-        with contextlib.suppress(psutil.Error):  # torchrun gives each rank a session
+        with contextlib.suppress(psutil.Error):  # torchrun starts each rank in a new session
             self._seen.update(psutil.Process(self.process.pid).children(recursive=True))
         return [process for process in self._seen if _lives(process)]
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 150) -> None:
-        """Until the condition holds; fails when the command has ended, or after some time."""
+        """Wait until the condition holds. Fail if the command ends before, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.output[-3000:]
@@ -94,11 +95,11 @@ class Started:
             time.sleep(0.2)
 
     def wait(self, seconds: float = 200) -> int:
-        """The command's status."""
+        """Wait for the command and return its status."""
         return self.process.wait(timeout=seconds)
 
     def left_after(self, seconds: float) -> list[str]:
-        """The command lines of the processes that still live after that time at most."""
+        """Wait at most `seconds` for all processes to end, and return the command lines of those that still live."""
         deadline = time.monotonic() + seconds
         while (left := self._members()) and time.monotonic() < deadline:
             self.process.poll()
@@ -106,7 +107,7 @@ class Started:
         return [" ".join(process.cmdline()) for process in left if _lives(process)]
 
     def kill(self) -> None:
-        """End all that is left."""
+        """Kill all remaining processes."""
         for process in self._members():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
@@ -114,7 +115,7 @@ class Started:
 
 
 def _signals_as_in_a_terminal() -> None:
-    """A job in the background of a script, or under nohup, is born with signals ignored; these tests send them."""
+    """Restore the default signal handlers: background jobs of a script, or under nohup, start with signals ignored."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -126,6 +127,6 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _parent_launches(process: psutil.Process) -> bool:
-    """Worker processes of a rank have its command line in their variables only; ranks have a launcher as their parent."""
+    """Return whether a process is a rank, not its worker process with the same variables: a rank's parent is a launcher."""
     parent = process.parent()
     return parent is not None and parent.pid != process.pid and "RANK" not in parent.environ()

@@ -1,7 +1,7 @@
-"""Every error of the package with its sentence, read from the source: `python -m tests.messages` writes `sentences.txt`.
+"""List the package's errors and their sentences from its source: `python -m tests.messages` writes `sentences.txt`.
 
-The other tests match an error by its code and by the values in it, so that a sentence can be put better in one place: the
-source, and this list of it, which shows all sentences of a change side by side.
+The other tests match an error by its code and the values in it. So a better sentence changes only the source and this list,
+which shows all changed sentences side by side.
 """
 
 import ast
@@ -21,7 +21,12 @@ CLASSES |= {"NotWholeError"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A place that makes an error. `code`: None where it is not written there but taken over; `sentence`: with its holes."""
+    """A place that creates an error.
+
+    Attributes:
+        code: None if it is not a literal there.
+        sentence: the message, with its expressions in braces.
+    """
 
     where: str
     code: str | None
@@ -29,7 +34,7 @@ class Site:
 
 
 def sites() -> Iterator[Site]:
-    """Every place in the package that makes an error."""
+    """Find every place in the package that creates an error."""
     for path in sorted(ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and _name(node.func) in CLASSES and node.args:
@@ -42,7 +47,7 @@ def sites() -> Iterator[Site]:
 
 
 def listed() -> str:
-    """The content of `sentences.txt`: a line for each code and sentence, by code."""
+    """Return the content of `sentences.txt`: one line per code and sentence, sorted."""
     lines = {f"{site.code}: {site.sentence}" for site in sites() if site.code is not None}
     return "\n".join(sorted(lines)) + "\n"
 
@@ -54,7 +59,7 @@ def _name(function: ast.expr) -> str:
 
 
 def _text(node: ast.expr) -> str:
-    """A sentence with its holes as they are written: `{path}`; what is no literal is a hole."""
+    """Return a sentence in which every expression that is not a literal is in braces, as in the source: `{path}`."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value.replace("\n", "\\n")
     if isinstance(node, ast.JoinedStr):

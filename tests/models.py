@@ -1,4 +1,4 @@
-"""Tiny checkpoints of real architectures, with sizes that no world size divides, and the comparison with plain loading."""
+"""Create tiny checkpoints of real architectures, with sizes that no world size divides, and compare with plain loading."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-# Odd widths, few heads, vocabularies and layers that 2, 3 and 8 do not divide.
+# Odd widths, few heads, and vocabularies and layers that are not divisible by 2, 3 and 8.
 _COMMON = {"vocab_size": 131, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 64}
 
 ARCHITECTURES = {
@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "gemma": ("GemmaConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1, "head_dim": 10}),
     "mixtral": (
         "MixtralConfig",
-        # torch's grouped matrix product wants rows of whole 16 bytes.
+        # torch's grouped matrix product needs rows of a multiple of 16 bytes.
         {"hidden_size": 24, "intermediate_size": 40, "head_dim": 10, "num_key_value_heads": 1, "num_local_experts": 5},
     ),
     "mistral": ("MistralConfig", {"hidden_size": 30, "intermediate_size": 53, "num_key_value_heads": 1, "sliding_window": 16}),
@@ -31,7 +31,7 @@ ARCHITECTURES = {
 
 
 def tiny_config(name: str, **changes):
-    """The config of a tiny model of architecture `name`."""
+    """Return the config of a tiny model of architecture `name`."""
     kind, sizes = ARCHITECTURES[name]
     values = {**_COMMON, **sizes, **changes}
     if name == "gpt2":
@@ -40,7 +40,7 @@ def tiny_config(name: str, **changes):
 
 
 def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
-    """Save a randomised checkpoint, in several files: every parameter differs from its neighbours and from zero."""
+    """Save a random checkpoint in several files, in which every value differs from its neighbours and from zero."""
     shard_size = changes.pop("max_shard_size", "20KB")
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(tiny_config(name, **changes))
@@ -52,20 +52,21 @@ def save_tiny(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **ch
 
 
 def plain(folder: Path, dtype: torch.dtype, **kwargs):
-    """The reference: plain `from_pretrained`, before anything of ZeRO-3 is switched on."""
+    """Load the reference with plain `from_pretrained`, before ZeRO-3 is enabled."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
 
 
 def zero3(bf16: bool = True, **sections) -> dict:
-    """A DeepSpeed config of stage 3."""
+    """Return a DeepSpeed config of stage 3."""
     return {"zero_optimization": {"stage": 3, **sections.pop("zero_optimization", {})}, "bf16": {"enabled": bf16}, **sections}
 
 
 def assert_equal(model, reference, cast: torch.dtype | None = None, trainable: dict[str, bool] | None = None) -> None:
-    """Every rank's shard of every parameter, and every buffer, equal to the reference bit for bit.
+    """Assert that this rank's shard of every parameter, and every buffer, equals the reference bit for bit.
 
-    `cast`: what a floating-point parameter of the reference is cast to before the comparison, as the engine does it.
-    `trainable`: the model's own `requires_grad`, where plain loading has lost it (it makes every loaded parameter trainable).
+    Args:
+        cast: the dtype to which the reference's floating-point parameters are cast first, as the engine does.
+        trainable: the expected `requires_grad` values. Plain loading loses them: it makes every loaded parameter trainable.
     """
     from zero_sft.zero import shards
 
@@ -95,7 +96,7 @@ def assert_equal(model, reference, cast: torch.dtype | None = None, trainable: d
 
 
 def require_async_io() -> None:
-    """Skip the test where DeepSpeed's NVMe operator can't be compiled."""
+    """Skip the test if DeepSpeed's NVMe operator can't be compiled."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():

@@ -1,4 +1,4 @@
-"""Quantised checkpoints made of plain ones: 8-bit floats with a scale a block, as DeepSeek-V3 and others publish them."""
+"""Quantise plain checkpoints: 8-bit floats with one scale per block, as DeepSeek-V3 and others publish them."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 
 def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight in 8 bits, and its scales; blocks at the edges may be cut short."""
+    """Return the weight in 8 bits, and its scales; blocks at the edges may be smaller."""
     rows, cols = weight.shape
     grid = (-(-rows // block[0]), -(-cols // block[1]))
     padded = torch.zeros(grid[0] * block[0], grid[1] * block[1])
@@ -20,7 +20,7 @@ def quantise(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor
 
 
 def fp8(folder: Path, block: tuple[int, int], *, suffix: str = "_scale_inv", scale_dtype: torch.dtype = torch.float32) -> Path:
-    """Turn the checkpoint in `folder` into an FP8 one: every matrix of a linear layer or an expert."""
+    """Convert the checkpoint in `folder` to FP8: every matrix of a linear layer or an expert."""
     for path in folder.glob("*.safetensors"):
         tensors = {}
         for name, tensor in load_file(path).items():
@@ -38,13 +38,13 @@ def fp8(folder: Path, block: tuple[int, int], *, suffix: str = "_scale_inv", sca
 
 
 def mxfp4(folder: Path) -> Path:
-    """Turn the gpt-oss checkpoint in `folder` into an MXFP4 one: random blocks of 32 4-bit numbers and their exponents."""
+    """Convert the gpt-oss checkpoint in `folder` to MXFP4, with random blocks of 32 4-bit numbers and their exponents."""
     torch.manual_seed(3)
     for path in folder.glob("*.safetensors"):
         tensors = {}
         for name, tensor in load_file(path).items():
             if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                experts, rows, cols = tensor.shape  # the model's own order; stored turned
+                experts, rows, cols = tensor.shape  # the order of the model; stored transposed
                 tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, cols, rows // 32, 16), dtype=torch.uint8)
                 tensors[f"{name}_scales"] = torch.randint(115, 130, (experts, cols, rows // 32), dtype=torch.uint8)
             else:

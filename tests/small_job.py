@@ -1,4 +1,4 @@
-"""A small training job in a folder: a model in fp32, conversations of very different lengths, and its curve."""
+"""Run a small training job in a folder, with an fp32 model and conversations of very different lengths."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.data import tiny
 
 
 def make(folder: Path, samples: int, kind: str = "llama") -> Path:
-    """Write a model of that kind, with a tokenizer of bytes, to `folder/model`, and the conversations to `folder/data.json`."""
+    """Write a model with a byte tokenizer to `folder/model`, and the conversations to `folder/data.json`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -29,7 +29,7 @@ def make(folder: Path, samples: int, kind: str = "llama") -> Path:
 
 
 def train(folder: Path, out: str, **arguments: Any) -> None:
-    """One rank's part of a run that exports to `folder/out`."""
+    """Run the job as one rank, with an export to `folder/out`. Every rank; communicates."""
     from zero_sft import train as job
 
     given = {
@@ -41,10 +41,10 @@ def train(folder: Path, out: str, **arguments: Any) -> None:
 
 
 def history(folder: Path, out: str) -> list[dict[str, Any]]:
-    """The trainer's log of a run."""
+    """Return the trainer's log of a run."""
     return json.loads((folder / out / "logs" / "history.json").read_text())
 
 
 def losses(folder: Path, out: str) -> list[float]:
-    """The logged losses of a run's steps."""
+    """Return the logged losses of a run's steps."""
     return [entry["loss"] for entry in history(folder, out) if "loss" in entry]

@@ -1,10 +1,9 @@
-"""The sweep over every causal LM type of transformers: `python -m tests.sweep [--write FILE] [type ...]`.
+"""Check every causal LM type of transformers: `python -m tests.sweep [--write FILE] [type ...]`.
 
-For each type a tiny randomised checkpoint is made, and loaded on 2 and on 3 ranks in bf16 and in fp32; every parameter, every
-buffer, and the names reported as missing or unexpected must be those of plain `from_pretrained`, and an export's those of
-plain `save_pretrained`. Under a bf16 engine that
-means equal to the reference cast to bf16, under an fp32 engine equal as it is. Types go through warm ranks in batches; a
-batch that dies or hangs is taken apart, so that one type never hides another.
+For each type, a tiny random checkpoint is loaded on 2 and on 3 ranks in bf16 and in fp32. Every parameter, every buffer, and
+the reported missing and unexpected names must equal those of plain `from_pretrained`. An export must equal that of plain
+`save_pretrained`. A bf16 engine is compared with the reference cast to bf16, an fp32 engine with the reference itself. Warm
+ranks check the types in batches. A batch that dies or hangs is repeated type by type, so that one type never hides another.
 """
 
 import argparse
@@ -23,22 +22,22 @@ WORLD_SIZES = (2, 3)
 DTYPES = ("bfloat16", "float32")
 BATCH = 16
 WHOLE = " (whole checkpoint)"
-"""Marks a composite type's checkpoint with its towers, of which the causal LM takes the text part."""
+"""The suffix for a composite type's checkpoint with its towers, of which the causal LM loads the text part."""
 
 
 def cases() -> list[str]:
-    """Every type that can be built, and the composite ones once more with their towers."""
+    """Return every type that can be built, and composite types a second time with their towers."""
     types = [each for each in architectures.CAUSAL_TYPES if each not in architectures.NOT_BUILDABLE]
     return types + [each + WHOLE for each in architectures.COMPOSITE_TYPES]
 
 
 def save(case: str, folder: Path) -> Path:
-    """The checkpoint of one case."""
+    """Save the checkpoint of one case."""
     return architectures.save(case.removesuffix(WHOLE), folder / case.replace(" ", "_"), towers=case.endswith(WHOLE))
 
 
 def check_batch(folders: dict[str, str], results: str) -> None:
-    """Load each checkpoint and compare; rank 0 writes the verdicts, a JSON file a case. Every rank; communicates."""
+    """Load each checkpoint and compare; rank 0 writes one JSON file with verdicts per case. Every rank; communicates."""
     from zero_sft.cluster.control_group import all_gather_json
     from zero_sft.cluster.world import World
 
@@ -57,7 +56,7 @@ def check_batch(folders: dict[str, str], results: str) -> None:
 
 
 def _check(folder: Path, dtype: str) -> dict[str, Any]:
-    """Compare one load with plain loading; what differs goes into `problem`."""
+    """Compare one load with plain loading; differences go into `problem`. Every rank; communicates."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -80,13 +79,13 @@ def _check(folder: Path, dtype: str) -> dict[str, Any]:
         for kind in ("missing", "unexpected"):
             found, expected = getattr(report, f"{kind}_keys"), sorted(info[f"{kind}_keys"])
             assert found == expected, f"{kind}: {found[:3]} instead of {expected[:3]}"
-    except Exception as error:  # one type's failure is its verdict, not the sweep's end
+    except Exception as error:  # an error is the type's verdict and must not end the sweep
         row["problem"] = f"{type(error).__name__}: {error}"[:600]
     return row
 
 
 def _check_export(model: Any, reference: Any, out: Path) -> None:
-    """Export, and compare file by file with what plain `save_pretrained` writes. Every rank; communicates."""
+    """Export, and compare each file with the one that plain `save_pretrained` writes. Every rank; communicates."""
     import shutil
 
     import torch
@@ -111,7 +110,7 @@ def _check_export(model: Any, reference: Any, out: Path) -> None:
 
 
 def run(chosen: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The verdicts of all cases: a row for each world size and dtype."""
+    """Return the verdicts of all cases, with one row per world size and dtype."""
     verdicts: dict[str, list[dict[str, Any]]] = {case: [] for case in chosen}
     with tempfile.TemporaryDirectory(prefix="sweep-") as scratch:
         for start in range(0, len(chosen), BATCH):
@@ -151,7 +150,7 @@ def _run_batch(folders: dict[str, str], size: int, scratch: str) -> dict[str, li
 
 
 def table(verdicts: dict[str, list[dict[str, Any]]]) -> str:
-    """The results as Markdown."""
+    """Return the results as a Markdown table."""
     import transformers
 
     failed = [case for case, rows in verdicts.items() if any(row["problem"] for row in rows)]
@@ -181,7 +180,7 @@ def table(verdicts: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> int:
-    """Run the sweep; 1 if a type fails."""
+    """Run the sweep; return 1 if a type fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("types", nargs="*", help="only these (all)")
     parser.add_argument("--write", type=Path, help="write the table to this file")

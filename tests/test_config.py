@@ -1,4 +1,4 @@
-"""The config: what a model's positions can reach, how they are stretched, and that all ranks hold the same one."""
+"""Tests of the config: the length of a model's context, its scaling, and the same config on all ranks."""
 
 import importlib
 import inspect
@@ -25,7 +25,7 @@ PHI3 = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4
 
 
 def make(model_type, **settings):
-    """A config as a checkpoint of this type would have it."""
+    """Return a config like that of a checkpoint of this type."""
     return AutoConfig.for_model(model_type, **settings)
 
 
@@ -64,7 +64,7 @@ def test_linear_scaling_begins_beyond_the_context(model_type, settings):
 
 
 def test_vicuna_16k_keeps_its_scaling_within_its_context():
-    """4096 positions, linear factor 4.0: 16384 tokens; written in the old manner, as the checkpoint has it."""
+    """4096 positions with the linear factor 4.0 make 16384 tokens. The config uses the old keys, as in that checkpoint."""
     vicuna = make("llama", max_position_embeddings=4096, rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=1e4)
     for wanted in (2048, 8192, 16384):
         assert rope(with_context(vicuna, model_max_length=wanted))["factor"] == 4.0
@@ -197,7 +197,7 @@ def test_positions_without_end_need_nothing(model_type, settings):
 
 
 def test_mpt_builds_its_biases_for_the_wanted_length():
-    """ALiBi has no end, but MPT fails beyond `max_seq_len` positions, for which it computes the biases."""
+    """ALiBi has no maximum length, but MPT computes biases for `max_seq_len` positions and fails beyond them."""
     config = with_context(make("mpt", d_model=16, n_heads=2, n_layers=1, vocab_size=8, max_seq_len=4), model_max_length=6)
     assert config.max_seq_len == 6
     assert AutoModelForCausalLM.from_config(config)(torch.ones(1, 6, dtype=torch.long)).logits.shape == (1, 6, 8)
@@ -205,7 +205,7 @@ def test_mpt_builds_its_biases_for_the_wanted_length():
 
 
 def causal_types():
-    """Every causal language model of transformers, with a config made from nothing."""
+    """Yield every causal LM type of transformers, with its default config."""
     for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             yield model_type, make(model_type)
@@ -214,7 +214,7 @@ def causal_types():
 
 
 def test_every_causal_model_is_decided():
-    """All of transformers' causal models: stretched, or a ConfigError that says why not; never anything else."""
+    """Every causal LM of transformers is either scaled, or refused with a ConfigError that gives the reason."""
     for _, config in causal_types():
         text = text_config(config)
         kind, count = positions(text), getattr(text, "max_position_embeddings", None)
@@ -229,7 +229,7 @@ def test_every_causal_model_is_decided():
 
 
 def test_scaling_reaches_the_rotations():
-    """Wherever a model type builds its rotations from the config, a factor of 2 halves the frequencies."""
+    """If a model type builds its rotations from the config, a factor of 2 halves the frequencies."""
     reached = set()
     for model_type, config in causal_types():
         text = text_config(config)
@@ -244,7 +244,7 @@ def test_scaling_reaches_the_rotations():
             if name.endswith("RotaryEmbedding") and rotary.__module__ == module.__name__ and "Vision" not in name:
                 try:
                     before, after = dict(rotary(text).named_buffers()), dict(rotary(scaled).named_buffers())
-                except Exception:  # rotations of the model's other parts
+                except Exception:  # rotations of other parts of the model
                     continue
                 if any(torch.allclose(before[key], 2 * after[key]) for key in before if before[key].any()):
                     reached.add(model_type)
@@ -254,7 +254,7 @@ def test_scaling_reaches_the_rotations():
 
 
 def test_position_tables_are_where_we_say(monkeypatch):
-    """Against the models themselves, small and without memory: a position table in the model is a table in our view."""
+    """`positions` says "table" for exactly the models that hold a position table, checked on small meta models."""
     small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     for model_type, table in {
         "opt": 1,
@@ -335,7 +335,7 @@ def test_ranks_agree(llama_folder):
 
 @pytest.mark.world_size(3)
 def test_ranks_that_disagree_say_on_what(llama_folder, tmp_path):
-    """As with node-local folders, of which one is another version of the model."""
+    """This happens with node-local folders if one holds another version of the model."""
     rank = World.detect().rank
     mine = tmp_path / f"rank{rank}"
     shutil.copytree(llama_folder, mine)
@@ -376,7 +376,7 @@ class Mine(PreTrainedConfig):
 
 @pytest.mark.world_size(2)
 def test_custom_code_where_it_is_trusted(tmp_path):
-    """A config class in the manner of transformers 4, with `rope_theta` beside the absent `rope_scaling`."""
+    """The config class is written for transformers 4, with `rope_theta` and without `rope_scaling`."""
     transformers.dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path / "modules")
     if World.detect().is_main:
         (tmp_path / "mine.py").write_text(CODE)

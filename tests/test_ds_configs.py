@@ -1,4 +1,4 @@
-"""DeepSpeed configs: the shipped files, what DeepSpeed and docs/configs.md know of their keys, and `zero_sft.ds_config`."""
+"""Tests of the shipped DeepSpeed configs, their keys in DeepSpeed and docs/configs.md, and of `zero_sft.ds_config`."""
 
 import copy
 import json
@@ -21,24 +21,24 @@ STAGE3 = {"zero_optimization": {"stage": 3}}
 
 
 def with_zero(**settings):
-    """A stage 3 config with these settings in its `zero_optimization`."""
+    """Return a stage 3 config with these settings in its `zero_optimization`."""
     return {"zero_optimization": {"stage": 3, **settings}}
 
 
 def keys_of(value):
-    """Every key of a config, those of its sections included."""
+    """Yield every key of a config, including those of its sections."""
     if not isinstance(value, dict):
         return set()
     return set(value).union(*map(keys_of, value.values()))
 
 
 def values_of(value):
-    """Every value of a config that is no section."""
+    """Yield every value of a config that is not a section."""
     return [each for part in value.values() for each in values_of(part)] if isinstance(value, dict) else [value]
 
 
 def fields_of(model):
-    """The keys that a DeepSpeed config class takes from a file."""
+    """Return the keys that a DeepSpeed config class reads from a file."""
     return {field.alias or name for name, field in model.model_fields.items()}
 
 
@@ -97,7 +97,7 @@ def test_nvme_keeps_no_parameter_between_uses():
 
 
 def test_deepspeed_reads_every_key_of_aio():
-    """It takes no notice of others: there is no class that would refuse them."""
+    """DeepSpeed silently ignores other keys: no class would refuse them."""
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
     assert set(load_ds_config("zero3_nvme")["aio"]) <= set(AIO_DEFAULT_DICT)
@@ -320,7 +320,7 @@ def test_both_precisions():
         load_ds_config({**STAGE3, "bf16": {"enabled": 1}, "fp16": {"enabled": True}})
 
 
-# Mistakes in it, before anything is built.
+# Mistakes in a config, found before anything is built.
 
 
 @pytest.mark.parametrize(

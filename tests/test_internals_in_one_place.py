@@ -1,4 +1,4 @@
-"""Private names of transformers and TRL stand in the two modules that list them, and nowhere else in the package."""
+"""Tests that private names of transformers and TRL are used only in the two modules that list them."""
 
 import ast
 import importlib.util
@@ -16,7 +16,7 @@ LISTS = {"transformers_internals.py", "job/trainer_internals.py"}
 
 _DEFINED = re.compile(r"(?:def |class |self\.|cls\.)(_[a-zA-Z]\w*)|^ *(_[A-Za-z]\w*)\s*[:=]", re.MULTILINE)
 _TORCHS = {"_parameters", "_buffers", "_last_lr"}
-"""Names of torch that transformers happens to have as well."""
+"""Names of torch that transformers also uses."""
 
 
 def private_names_of(*libraries: str) -> set[str]:
@@ -32,7 +32,7 @@ def private_names_of(*libraries: str) -> set[str]:
 
 
 def uses(source: str) -> Iterator[tuple[int, str]]:
-    """Lines and names: private attributes of other objects than `self`, their names as texts, and private imports."""
+    """Yield (line, name) of imports from the libraries, attributes of objects other than `self`, and strings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
@@ -44,7 +44,7 @@ def uses(source: str) -> Iterator[tuple[int, str]]:
 
 
 def own_names(source: str) -> set[str]:
-    """Private names that a module defines itself: functions, classes, attributes of its objects."""
+    """Return the names that a module defines: functions, classes, and private attributes of its objects."""
     tree = ast.parse(source)
     names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     return names | set(re.findall(r"self\.(_\w+)(?:: [^=\n]+)? = ", source))
@@ -70,7 +70,7 @@ def test_private_names_are_in_the_lists_alone(private):
 
 
 def _is_listed(path: Path, name: str) -> bool:
-    """A class's own `super()._x()` where `_x` is listed as overridden; a name that `internal` looks up in the list."""
+    """Allow `super()._x()` if `_x` is listed as overridden, and names that `internal` looks up in the list."""
     if name in trainer_internals.OVERRIDDEN:
         return path.is_relative_to(PACKAGE / "job")
     return f'internal("{name}")' in path.read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def test_the_scan_sees_one(private, source):
 
 
 def test_methods_that_override_private_ones_are_listed(private):
-    """A method of a trainer class whose private name is the library's would override it silently."""
+    """A private method of a trainer class with a name that the library uses would override it silently."""
     for path in (PACKAGE / "job").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and any("Trainer" in ast.unparse(base) for base in node.bases):

@@ -1,4 +1,4 @@
-"""`zero_sft.launcher`: the shim comes and goes without a trace, and DeepSpeed's launcher takes `-m` through it."""
+"""Tests of `zero_sft.launcher`: the shim can be removed without a trace, and adds `-m` to DeepSpeed's launcher."""
 
 import json
 import os
@@ -19,8 +19,8 @@ ORIGINAL = (
     f"#!{sys.executable}\n\nfrom deepspeed.launcher.runner import main\n\nif __name__ == '__main__':\n    main()\n"
 ).encode()
 
-# What the installed launcher's parser does that matters here: options with and without values, an option that shares
-# `-m`'s first letters, the module, and the rest, which is the user's.
+# The relevant part of the installed launcher's parser: options with and without values, options that share the first letters
+# of `-m`, the module, and the user's remaining arguments.
 RUNNER = """
 import argparse, json
 
@@ -39,7 +39,7 @@ def main(args=None):
 
 @pytest.fixture
 def scripts(tmp_path):
-    """A folder as an installer leaves it: both names of the launcher, with an unusual mode to be restored."""
+    """A folder as an installer leaves it, with both names of the launcher and an unusual mode that must be restored."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in launcher.SCRIPT_NAMES:
@@ -245,7 +245,7 @@ def test_without_the_shim_the_launcher_refuses_m(scripts, tmp_path):
 
 
 def test_a_script_that_starts_through_the_shell_keeps_its_start(scripts, tmp_path):
-    """Installers write this form where the interpreter's path is too long for a `#!` line."""
+    """Installers write this form if the interpreter's path is too long for a `#!` line."""
     start = f"#!/bin/sh\n'''exec' {sys.executable} \"$0\" \"$@\"\n' '''\n".encode()
     (scripts / "deepspeed").write_bytes(start + ORIGINAL.split(b"\n", 1)[1])
     launcher.enable([scripts])
@@ -255,7 +255,7 @@ def test_a_script_that_starts_through_the_shell_keeps_its_start(scripts, tmp_pat
 
 
 def test_real_deepspeed_runs_a_module_on_two_ranks(tmp_path):
-    """The installed launcher, through the shim: the module gets its own `-m`. The ranks don't import DeepSpeed."""
+    """Run the installed launcher through the shim: the module receives its `-m` argument. The ranks don't import DeepSpeed."""
     real = Path(sys.executable).with_name("deepspeed")
     if not real.is_file():
         pytest.skip("no deepspeed script beside this interpreter")

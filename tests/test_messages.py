@@ -1,4 +1,4 @@
-"""What the errors of the package are called, and what they say."""
+"""Tests of the codes and sentences of the package's errors."""
 
 import ast
 import copy
@@ -31,7 +31,7 @@ def test_the_list_of_sentences_is_that_of_the_source():
 
 
 def test_no_test_matches_a_sentence_of_an_error():
-    """`tests.errors.raises` names the code and the values instead."""
+    """Tests use `tests.errors.raises` with the code and the values instead."""
     tests = SENTENCES.parent
     found = [
         f"{path.relative_to(tests)}:{line}" for path in tests.rglob("*.py") for line in matched_sentences(path.read_text())
@@ -41,7 +41,7 @@ def test_no_test_matches_a_sentence_of_an_error():
 
 
 def matched_sentences(source: str) -> list[int]:
-    """The lines with `pytest.raises(..., match=...)` for an error of the package."""
+    """Return the lines with `pytest.raises(..., match=...)` for an error of the package."""
     return [
         call.lineno
         for call in ast.walk(ast.parse(source))

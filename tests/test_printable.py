@@ -1,4 +1,4 @@
-"""`zero_sft.printable`: what a terminal would act on is written as in a Python literal, and all else as it is."""
+"""Tests of `zero_sft.printable`: control characters are escaped as in a Python literal, all other characters are kept."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""RoPE parameters that can't be used: one sentence, from the argument or from config.json, before anything is built."""
+"""Tests of unusable RoPE parameters, from the argument or config.json: one error before anything is built."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 64}
 
 
 def scaled(rope: dict, name: str = "llama"):
-    """A tiny config with these RoPE parameters, as config.json may state them; transformers itself only warns."""
+    """Return a tiny config with these RoPE parameters, as config.json may hold them; transformers only warns about them."""
     config = tiny_config(name, hidden_size=24)
     config.rope_parameters = {"rope_theta": 10000.0, **rope}
     return config
@@ -90,7 +90,7 @@ def test_a_factor_that_is_too_small_for_the_length(rope, wanted, factor):
 
 
 def test_another_theta_alone_is_the_users_own_choice():
-    """Raising rope_theta is a way to a longer context that has no factor."""
+    """A larger rope_theta extends the context without a factor."""
     changed = with_context(
         scaled({"rope_type": "default"}), model_max_length=512, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     )

@@ -1,12 +1,12 @@
-"""The job: arguments → config → tokenizer → data → model → train → export.
+"""Run the fine-tuning job: arguments → config → tokenizer → data → model → training → export.
 
     deepspeed --num_gpus 8 -m zero_sft.train --model_name_or_path ... --data_path ...
 
-Every rank runs `main`. What is cheap and may be wrong comes first, so that bad input is found before the weights are read;
-every such stage ends in an agreement, so that all ranks leave with the same error, said once by rank 0. Training itself is
-TRL's `SFTTrainer` on the Hugging Face Trainer and DeepSpeed.
+Every rank runs `main`. Cheap checks come first, so that bad input is found before the weights are read. Each stage with such
+checks is a `collective_stage`: all ranks leave with the same error, which rank 0 prints once. TRL's `SFTTrainer` does the
+training, on the Hugging Face Trainer and DeepSpeed.
 
-What imports torch is imported in the functions, so that `--help` answers at once.
+Functions import the modules that need torch, so that `--help` answers at once.
 """
 
 import copy
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from zero_sft.job.inputs import Inputs
     from zero_sft.job.timeline import Timeline
 
-logger = logging.getLogger("zero_sft.train")  # by name, since the module runs as __main__
+logger = logging.getLogger("zero_sft.train")  # not __name__, which is "__main__" in a run
 
 LOGS = "logs"
-"""The folder inside the output folder with what is known about the run."""
+"""The folder inside the output folder for the run's logs and metrics."""
 
 ANSWER_TOKENS = 256
-"""Tokens of an answer to a sample prompt at most: enough for most answers to end."""
+"""The maximum length of an answer to a sample prompt, in tokens; most answers are shorter."""
 
-_ROUTING = ("output_router_logits", "router_aux_loss_coef")
-"""What TRL writes into the config of a mixture of experts while it trains."""
+_ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
+"""Keys of a mixture-of-experts config that TRL overwrites for the training."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; returns the exit status. Every rank."""
+    """Run the job and return the exit status. Every rank; communicates."""
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         return answer_help(argv)
@@ -85,7 +85,7 @@ def run(parsed: Parsed, world: World) -> None:
         world = connect(world)
     logger.info("%s on %s", ranks, _device())
     quieten_transformers(world)
-    # Ranks that were started with different arguments would part ways in the middle of a collective.
+    # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
     timeline.end("joining")
     failure.set_stage("preparing tokenizer and data")
@@ -101,7 +101,7 @@ def run(parsed: Parsed, world: World) -> None:
 
 
 def _device() -> str:
-    """The kind of device that DeepSpeed has chosen, for the log."""
+    """Describe the device that DeepSpeed has chosen, for the log."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
@@ -110,7 +110,7 @@ def _device() -> str:
 
 
 def _load(parsed: Parsed, arguments: Any, inputs: "Inputs", world: World) -> Any:
-    """The model, under the DeepSpeed config as the Trainer has completed it. Every rank; communicates."""
+    """Load the model under the DeepSpeed config that the Trainer has completed. Every rank; communicates."""
     from transformers import set_seed
 
     from zero_sft.loading.api import load_model_from
@@ -151,8 +151,11 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
     failure.set_stage("answering prompts")
     after = _answers_of_engine(trainer, inputs)
-    answers = [{"prompt": p, "before": b, "after": a} for p, b, a in zip(inputs.prompts, before, after, strict=True)]
-    known = {
+    answers = [
+        {"prompt": prompt, "before": answer_before, "after": answer_after}
+        for prompt, answer_before, answer_after in zip(inputs.prompts, before, after, strict=True)
+    ]
+    logs = {
         "arguments": _shown(parsed),
         "history": trainer.state.log_history,
         "load_report": report.to_dict(),
@@ -162,33 +165,36 @@ def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Input
     with collective_stage(world, "writing the logs"):
         if world.is_main:
             try:
-                _write_logs(output, known)
-            except Exception as error:  # noqa: BLE001 - the model is there, and the run must not end as if it were not
-                logger.warning("the logs could not be written to %s: %s. The model is complete.", output / LOGS, error)
+                _write_logs(output, logs)
+            except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
+                logger.warning("the logs can't be written to %s: %s. The model is complete.", output / LOGS, error)
             best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
-            _say_results(output, trainer.state, answers, best and Path(best).name)
+            _log_results(output, trainer.state, answers, best and Path(best).name)
     with collective_stage(world, "ending the training"):
         if late_error is not None:
             raise DistributedError(
-                f"after the last step: {type(late_error).__name__}: {late_error}. The model as the last step left it is "
-                f"complete in {output}.",
+                f"after the last step: {type(late_error).__name__}: {late_error}. The model is complete, "
+                f"as it was after the last step, in {output}.",
                 code="cluster.failed_after_last_step",
             ) from late_error
     trained: Any = trainer.model_wrapped
-    trained.destroy()  # DeepSpeed's threads end now, and not in the middle of the interpreter's exit
+    trained.destroy()  # end DeepSpeed's threads before the interpreter exits
 
 
 def _begin(output: Path, inputs: "Inputs", world: World) -> None:
-    """Say what is resumed, and remove the former run's checkpoints where it is to be overwritten. Every rank; communicates."""
+    """Remove the checkpoints of a previous run that is overwritten, and log the checkpoint that is resumed.
+
+    Every rank; communicates.
+    """
     from zero_sft.cluster.stages import collective_stage
     from zero_sft.saving.folder import explained
     from zero_sft.saving.former_run import remove_checkpoints
 
-    with collective_stage(world, "removing the former run's checkpoints"), explained(output):
+    with collective_stage(world, "removing the previous run's checkpoints"), explained(output):
         if world.is_main and inputs.overwrites:
             remove_checkpoints(output)
     if inputs.checkpoint is not None:
-        logger.info("starting the engine, with the checkpoint %s, which is whole", inputs.checkpoint.folder)
+        logger.info("starting the engine from the checkpoint %s, which is complete", inputs.checkpoint.folder)
     else:
         logger.info("starting the engine")
 
@@ -201,8 +207,8 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
     from zero_sft.job.trainer import LogLastStep, Trainer, collator_for
 
     text = text_config(model.config)
-    routing = {name: getattr(text, name) for name in _ROUTING if hasattr(text, name)}
-    published = PublishedModel(tokenizer=_with_trained_template(inputs), config_values=routing, record=inputs.record)
+    router_values = {name: getattr(text, name) for name in _ROUTER_KEYS if hasattr(text, name)}
+    published = PublishedModel(tokenizer=_with_trained_template(inputs), config_values=router_values, record=inputs.record)
     try:
         trainer = Trainer(
             model=model,
@@ -214,7 +220,7 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
             data_collator=collator_for(model, inputs.tokenizer, arguments.pad_to_multiple_of),
             callbacks=[trainer_callback(timeline, logger.info), LogLastStep()],
         )
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # the same on every rank: it is about the arguments
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     rows = "packed rows" if inputs.training_data.is_packed else "samples"
     log = StepLog(lambda: trainer.tokens, rows)
@@ -224,7 +230,7 @@ def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timel
 
 
 def _with_trained_template(inputs: "Inputs") -> Any:
-    """A copy of the tokenizer with the chat template that is trained, as checkpoints and the export hold it."""
+    """Copy the tokenizer for checkpoints and the export, with the chat template of the training."""
     published = copy.deepcopy(inputs.tokenizer)
     published.chat_template = inputs.template.jinja(inputs.tokenizer)
     return published
@@ -240,36 +246,39 @@ def _answers(model: Any, inputs: "Inputs") -> list[str]:
 
 
 def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
-    """After the training: a small model is gathered once for all tokens, a large one module by module for each."""
+    """Answer the prompts after the training. Every rank; communicates.
+
+    A small model is gathered once for all tokens, a large model module by module for each token.
+    """
     if not inputs.prompts:
         return []
     from trl.models.utils import unwrap_model_for_generation
 
     from zero_sft.zero import gather_hooks as gather
 
-    whole = gather.is_small(trainer.model)
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=whole) as model:
+    gather_once = gather.is_small(trainer.model)
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=gather_once) as model:
         return _answers(model, inputs)
 
 
-def _write_logs(output: Path, known: Mapping[str, Any]) -> None:
-    """What is known about the run, a JSON file each, and the loss curve. Rank 0."""
+def _write_logs(output: Path, logs: Mapping[str, Any]) -> None:
+    """Write each of `logs` to a JSON file, and the loss curve. Rank 0."""
     from zero_sft.job.loss_plot import plot_loss
 
-    logs = output / LOGS
-    logs.mkdir(exist_ok=True)
-    for name, content in known.items():
-        (logs / f"{name}.json").unlink(missing_ok=True)  # a former run's
+    folder = output / LOGS
+    folder.mkdir(exist_ok=True)
+    for name, content in logs.items():
+        path = folder / f"{name}.json"
+        path.unlink(missing_ok=True)  # from a previous run
         if content:
-            text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-            (logs / f"{name}.json").write_text(text, encoding="utf-8")
-    plot_loss(known["history"], logs / "loss.png", f"Loss of {Path(known['arguments']['model_name_or_path']).name}, {output}")
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+    plot_loss(logs["history"], folder / "loss.png", f"Loss of {Path(logs['arguments']['model_name_or_path']).name}, {output}")
 
 
-def _say_results(output: Path, state: Any, answers: list, best: str | None) -> None:
+def _log_results(output: Path, state: Any, answers: list, best: str | None) -> None:
     history = state.log_history
-    for each in answers:
-        logger.info("prompt: %s\nbefore: %s\nafter:  %s", each["prompt"], each["before"], each["after"])
+    for answer in answers:
+        logger.info("prompt: %s\nbefore: %s\nafter:  %s", answer["prompt"], answer["before"], answer["after"])
     losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
     if len(losses) > 1:
         (first, before), (last, after) = losses[0], losses[-1]
@@ -279,12 +288,12 @@ def _say_results(output: Path, state: Any, answers: list, best: str | None) -> N
     if best:
         logger.info("the exported model is that of %s, the best of the run (--load_best_model_at_end)", best)
     curve = output / LOGS / "loss.png"
-    drawn = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
-    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, drawn, output / LOGS)
+    curve_line = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
+    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, curve_line, output / LOGS)
 
 
 def _shown(parsed: Parsed) -> dict[str, Any]:
-    """The arguments as they can be compared and shown: without the token."""
+    """Return all arguments except the token, to be compared and logged."""
     model = {key: value for key, value in dataclasses.asdict(parsed.model).items() if key != "token"}
     return {**model, **dataclasses.asdict(parsed.data), **parsed.training}
 
@@ -294,5 +303,5 @@ if __name__ == "__main__":
     if status:
         from zero_sft.cluster.launcher_watch import leave
 
-        leave(status)  # the interpreter's own way out may wait for ranks that are gone
+        leave(status)  # a normal exit of the interpreter may wait for ranks that are gone
     sys.exit(status)

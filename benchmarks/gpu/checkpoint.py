@@ -1,4 +1,4 @@
-"""The checkpoint: random weights, made on the device where there is one, written file by file."""
+"""Create the checkpoint: random weights, generated on the device if there is one, and written file by file."""
 
 import json
 import time
@@ -12,7 +12,7 @@ FILE_BYTES = 2**31
 
 
 def main() -> None:
-    """Write config and weights."""
+    """Write the config, the weights and their index."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     settings = Settings.read()
@@ -29,12 +29,12 @@ def main() -> None:
     total = 0
     weight_map = {}
     for name, meta in state.items():
-        if sum(each.nbytes for each in files[-1].values()) + meta.nbytes > FILE_BYTES and files[-1]:
+        if sum(tensor.nbytes for tensor in files[-1].values()) + meta.nbytes > FILE_BYTES and files[-1]:
             _write(folder, len(files), files[-1])
             files[-1].clear()
             files.append({})
-        norm = meta.dim() == 1
-        tensor = torch.ones(meta.shape) if norm else torch.empty(meta.shape, device=device).normal_(0, 0.02)
+        is_norm = meta.dim() == 1
+        tensor = torch.ones(meta.shape) if is_norm else torch.empty(meta.shape, device=device).normal_(0, 0.02)
         files[-1][name] = tensor.to(torch.bfloat16).cpu()
         weight_map[name] = _name(len(files))
         total += files[-1][name].nbytes

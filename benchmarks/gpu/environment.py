@@ -1,7 +1,7 @@
-"""An environment on top of another Python's torch: `python benchmarks/gpu/environment.py wheels .venv-gpu`.
+"""Create an environment on top of another Python's torch: `python benchmarks/gpu/environment.py wheels .venv-gpu`.
 
-Run with the Python that has torch. It needs no network and nothing but the standard library: where that Python has no pip, the
-wheels are unpacked. What the folder holds goes before what is there; all the rest is seen through.
+Run it with the Python that has torch. It needs no network and only the standard library: if that Python has no pip, the wheels
+are unpacked. The wheels take precedence over installed packages; all other installed packages remain visible.
 """
 
 import shutil
@@ -14,19 +14,17 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Make the environment anew, and try to import what matters."""
-    wheels, target = (Path(each) for each in sys.argv[1:])
-    found = sorted(wheels.glob("*.whl"))
-    if not found:
-        sys.stderr.write(
-            f"error: {wheels} holds no wheels. Run `make wheels` where there is a network, and bring the folder.\n"
-        )
+    """Create the environment from scratch, and report the packages that are missing."""
+    wheels, target = map(Path, sys.argv[1:])
+    wheel_paths = sorted(wheels.glob("*.whl"))
+    if not wheel_paths:
+        sys.stderr.write(f"error: {wheels} holds no wheels. Run `make wheels` on a machine with network, and copy them.\n")
         return 1
     shutil.rmtree(target, ignore_errors=True)
     venv.create(target, system_site_packages=True, with_pip=False, symlinks=True)
     python = target / "bin" / "python"
     site = Path(_run(python, "import sysconfig; print(sysconfig.get_path('purelib'))"))
-    see_through(site)
+    expose_packages(site)
     pip = [
         sys.executable,
         "-m",
@@ -39,21 +37,22 @@ def main() -> int:
         "--no-deps",
         "--no-compile",
     ]
-    pip += ["--disable-pip-version-check", "--ignore-installed", *map(str, found)]
+    pip += ["--disable-pip-version-check", "--ignore-installed", *map(str, wheel_paths)]
     if subprocess.run(pip, stdin=subprocess.DEVNULL).returncode:
-        sys.stderr.write("pip did not install the wheels; unpacking them\n")
-        for wheel in found:
+        sys.stderr.write("pip can't install the wheels: unpacking them instead\n")
+        for wheel in wheel_paths:
             unpack(wheel, site, target / "bin")
     names = "torch, numpy, pyarrow, pandas, matplotlib, transformers, deepspeed, trl, datasets, pytest"
     missing = _run(python, f"import importlib.util as u; print(*[n for n in '{names}'.split(', ') if u.find_spec(n) is None])")
-    print(f"{target}: {len(found)} wheels; missing: {missing or 'nothing'}")
+    print(f"{target}: {len(wheel_paths)} wheels; missing: {missing or 'nothing'}")
     return 0
 
 
-def see_through(site: Path) -> None:
-    """Let an environment see the packages of the Python that runs this.
+def expose_packages(site: Path) -> None:
+    """Make the packages of the running Python visible in an environment.
 
-    `system_site_packages` is not enough where that Python is an environment itself: it leads to the one below.
+    `system_site_packages` is not enough if the running Python is itself a virtual environment: it shows only the packages of
+    the Python below that.
     """
     folders = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     lines = [f"import site; site.addsitedir({folder!r})" for folder in folders]
@@ -61,7 +60,7 @@ def see_through(site: Path) -> None:
 
 
 def unpack(wheel: Path, site: Path, scripts: Path) -> None:
-    """Install a wheel by hand: its packages, and the programs that it brings as files (ninja)."""
+    """Install a wheel without pip: its packages, and the programs among its files (ninja)."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             first, _, rest = name.partition("/")
@@ -71,11 +70,11 @@ def unpack(wheel: Path, site: Path, scripts: Path) -> None:
             kind, _, inner = rest.partition("/")
             if not inner or name.endswith("/") or kind not in ("purelib", "platlib", "scripts"):
                 continue
-            place = (scripts if kind == "scripts" else site) / inner
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(archive.read(name))
+            path = (scripts if kind == "scripts" else site) / inner
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.read(name))
             if kind == "scripts":
-                place.chmod(0o755)
+                path.chmod(0o755)
 
 
 def _run(python: Path, code: str) -> str:

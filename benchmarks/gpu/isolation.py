@@ -1,4 +1,4 @@
-"""A part as its own processes, with a time limit, whose failure stays its own."""
+"""Run a part in separate processes with a time limit, so that its failure does not affect the other parts."""
 
 import json
 import os
@@ -18,7 +18,13 @@ _GRACE_S = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The end of a part. `status`: "done", "failed", "out of time" or "skipped"; `result`: what it has kept, whole or not."""
+    """The outcome of a part.
+
+    Attributes:
+        status: "done", "failed", "out of time" or "skipped".
+        result: the results that the part has saved, which may be incomplete.
+        tail: the last lines of its output, or the reason why it was skipped.
+    """
 
     name: str
     status: str
@@ -28,14 +34,14 @@ class Outcome:
     tail: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """Return the outcome for the JSON file."""
         return asdict(self)
 
 
 def run_part(name: str, command: Sequence[str], limit_s: float, work: Path) -> Outcome:
-    """Run `command` for at most `limit_s` seconds. It prints to `<work>/<name>.log` and leaves results in `<name>.json`."""
-    log, found = work / f"{name}.log", work / f"{name}.json"
-    found.unlink(missing_ok=True)
+    """Run `command` for at most `limit_s` seconds. Its output goes to `<work>/<name>.log`, its results to `<name>.json`."""
+    log, results = work / f"{name}.log", work / f"{name}.json"
+    results.unlink(missing_ok=True)
     started = time.monotonic()
     if limit_s < 1:
         return Outcome(name=name, status="skipped", seconds=0, limit_s=0, result={}, tail="no time was left")
@@ -51,7 +57,7 @@ def run_part(name: str, command: Sequence[str], limit_s: float, work: Path) -> O
         finally:
             _end(process)
     try:
-        result = json.loads(found.read_text())
+        result = json.loads(results.read_text())
     except (OSError, ValueError):
         result = {}
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
@@ -62,7 +68,7 @@ def run_part(name: str, command: Sequence[str], limit_s: float, work: Path) -> O
 
 
 def environment(work: Path) -> dict[str, str]:
-    """The variables of a part: one rank, as a launcher would name it, no network, and this environment's own ninja."""
+    """Return a part's environment variables: a launcher's for one rank, no network, and the ninja of this environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,7 +81,7 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End what is left of a part: its whole process group, politely first."""
+    """End a part's process group: first with SIGTERM, then with SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

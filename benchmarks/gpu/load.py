@@ -1,7 +1,7 @@
-"""Loads of one checkpoint onto the device, in turns with what the machine can do at best: pinned copies, and bare reads.
+"""Load a checkpoint onto the device with several loaders, and compare with the machine's limits: pinned copies and bare reads.
 
-All ways take a turn in each round, in another order each time, in one process. Seconds are between two waits for the device.
-Cold rounds come last, and only where the kernel lets the page cache go.
+Each loader runs once per round, in a new random order, all in one process. The device is synchronised before the clock starts
+and before it stops. Runs with a cold page cache come last, and only if the kernel evicts the files.
 """
 
 import gc
@@ -28,7 +28,7 @@ _READ_BYTES = 2**23
 
 
 def main() -> None:
-    """Rounds until the time that this part was given is used up; what was measured is kept after each."""
+    """Run all rounds, and save the results after each run."""
     settings = Settings.read()
     ways = _ways(settings)
     notes: list[str] = []
@@ -37,7 +37,7 @@ def main() -> None:
     result: dict[str, Any] = {"bytes": _nbytes(settings), "seconds": seconds, "cold": cold, "notes": notes, "reports": {}}
     result["cores"] = len(os.sched_getaffinity(0))
     _prepare(settings.folder, True, notes)
-    for name, way in ways.items():  # imports, the device's start, page-locked memory: before anybody's turn
+    for name, way in ways.items():  # warm-up: imports, the start of the device, page-locked memory
         _timed(way, result, name)
     for number in range(settings.rounds):
         for name in random.Random(number).sample(sorted(ways), len(ways)):
@@ -70,20 +70,23 @@ def _nbytes(settings: Settings) -> int:
 
 
 def _timed(way: Callable[[], Any], result: dict[str, Any], name: str) -> float:
-    """Seconds of one turn, until the device has everything. What it held is given back, and counted where it was not."""
-    _wait()
+    """Run one load, return its seconds until all data is on the device, and free its memory.
+
+    Memory that is not freed is recorded as `left_on_device_mib`.
+    """
+    _synchronize()
     start = time.perf_counter()
-    held = way()
-    _wait()
+    loaded = way()
+    _synchronize()
     seconds = time.perf_counter() - start
-    report = getattr(held, "load_report", None)
+    report = getattr(loaded, "load_report", None)
     if report is not None:
         result["reports"][name] = {
             "stages": report.stages, "host_mib": report.peak_host_bytes / 2**20, "read_mib": report.bytes_read / 2**20,
         }  # fmt: skip
-        for param in held.parameters():
+        for param in loaded.parameters():
             param.ds_tensor.data = param.ds_tensor.data.new_empty(0)
-    del held
+    del loaded
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -91,20 +94,20 @@ def _timed(way: Callable[[], Any], result: dict[str, Any], name: str) -> float:
     return seconds
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _pinned_copies(nbytes: int) -> torch.Tensor:
-    """As many bytes to the device from one page-locked buffer."""
+    """Copy `nbytes` to the device from one page-locked buffer."""
     on_gpu = torch.cuda.is_available()
-    place = torch.empty(nbytes, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
+    target = torch.empty(nbytes, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
     source = _buffer()
     for start in range(0, nbytes, _CHUNK_BYTES):
-        part = place[start : start + _CHUNK_BYTES]
-        part.copy_(source[: part.numel()], non_blocking=True)
-    return place
+        chunk = target[start : start + _CHUNK_BYTES]
+        chunk.copy_(source[: chunk.numel()], non_blocking=True)
+    return target
 
 
 _buffers: list[torch.Tensor] = []
@@ -117,10 +120,10 @@ def _buffer() -> torch.Tensor:
 
 
 def _bare_read(folder: Path, threads: int) -> None:
-    """The files' bytes by `preadv` into a buffer for each thread: what the page cache or the disk gives at most."""
-    pieces = [(path, start) for path in weight_files(folder) for start in range(0, path.stat().st_size, _CHUNK_BYTES)]
+    """Read the files with `preadv` into one buffer per thread: the maximum speed of the page cache or the disk."""
+    chunks = [(path, start) for path in weight_files(folder) for start in range(0, path.stat().st_size, _CHUNK_BYTES)]
     handles = {path: os.open(path, os.O_RDONLY) for path in weight_files(folder)}
-    queue = iter(pieces)
+    queue = iter(chunks)
 
     def work() -> None:
         view = memoryview(bytearray(_READ_BYTES))
@@ -139,11 +142,11 @@ def _bare_read(folder: Path, threads: int) -> None:
 
 
 def _prepare(folder: Path, warm: bool, notes: list[str]) -> bool:
-    """Bring the page cache into a state; False, and a note, where the kernel does not follow."""
+    """Warm or empty the page cache. Return False and add a note if the kernel does not follow."""
     try:
         prepare_cache(folder, warm)
     except (RuntimeError, OSError) as error:
-        notes.append(f"the page cache could not be made {'warm' if warm else 'cold'}: {error}")
+        notes.append(f"the page cache can't be made {'warm' if warm else 'cold'}: {error}")
         return False
     return True
 

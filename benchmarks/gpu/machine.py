@@ -1,4 +1,4 @@
-"""The machine: card, host, versions, and two ceilings that the other parts are held against."""
+"""Record the machine: GPU, host, versions, and the datasheet and measured TFLOP/s as references for the other parts."""
 
 import importlib.metadata
 import importlib.util
@@ -17,11 +17,11 @@ _PACKAGES = ("torch", "transformers", "deepspeed", "trl", "accelerate", "dataset
              "pytest")  # fmt: skip
 
 DATASHEET_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
-"""Dense bf16, by what a card's name holds; the first that fits."""
+"""Dense bf16 TFLOP/s by a part of the GPU's name; the first match counts."""
 
 
 def main() -> None:
-    """Print nothing, keep the facts first and then what takes the device."""
+    """Save the facts that need no device first, then those that do."""
     settings = Settings.read()
     facts = {
         "python": platform.python_version(), "kernel": platform.release(), "cores": len(os.sched_getaffinity(0)),
@@ -36,7 +36,7 @@ def main() -> None:
     if torch.cuda.is_available():
         facts |= {"device": torch.cuda.get_device_name(0), "driver": _driver(),
                   "device_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)}  # fmt: skip
-        facts["datasheet_tflops"] = next((n for key, n in DATASHEET_TFLOPS.items() if key in facts["device"]), None)
+        facts["datasheet_tflops"] = next((tflops for name, tflops in DATASHEET_TFLOPS.items() if name in facts["device"]), None)
         keep("machine", facts)
         facts["matmul_tflops"] = _matmul_tflops()
     keep("machine", facts)
@@ -50,7 +50,7 @@ def _version(name: str) -> str:
 
 
 def _attentions() -> dict[str, bool]:
-    """Which kinds of attention a model can be given here."""
+    """Check which attention implementations are available."""
     from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
 
     return {
@@ -60,13 +60,13 @@ def _attentions() -> dict[str, bool]:
 
 
 def _matmul_tflops(width: int = 8192, times: int = 10) -> float:
-    """bf16 matrix products of random numbers, the median of single ones."""
-    one, other = (torch.randn(width, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    """Measure bf16 products of random matrices, and return the median."""
+    left, right = (torch.randn(width, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(3 + times):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        one @ other
+        left @ right
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * width**3 / sorted(seconds[3:])[times // 2] / 1e12
@@ -78,7 +78,7 @@ def _first(path: str, key: str) -> str:
 
 
 def _file_system(path: Path) -> str:
-    """The type of the file system that a folder lies on."""
+    """Return the type of the file system that holds a folder."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     holding = [(len(point), kind) for point, kind in mounts if path.resolve().is_relative_to(point)]
     return max(holding)[1] if holding else "?"

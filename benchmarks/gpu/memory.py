@@ -1,4 +1,4 @@
-"""What `python -m zero_sft.estimate` says of the training that `benchmarks.gpu.train` measures."""
+"""Estimate the memory of the training that `benchmarks.gpu.train` measures, as `python -m zero_sft.estimate` does."""
 
 import time
 
@@ -6,23 +6,23 @@ from benchmarks.gpu.settings import Settings, keep
 
 
 def main() -> None:
-    """Estimate, part by part."""
+    """Save the estimate of each component."""
     from zero_sft.estimate.memory_needs import RUNTIME_BYTES, MemoryModel, Run
     from zero_sft.estimate.model import find_model
     from zero_sft.hub.options import HubOptions
 
     settings = Settings.read()
     start = time.perf_counter()
-    of = find_model(str(settings.folder), HubOptions())
+    model = find_model(str(settings.folder), HubOptions())
     run = Run(
         world_size=1, ranks_per_node=1, ds_config="zero3", batch_size=1, length=settings.length, checkpointing=True,
         packing=True, device_bytes=80 * 2**30, host_bytes=128 * 2**30,
     )  # fmt: skip
-    needs = MemoryModel(of).needs(run)
+    needs = MemoryModel(model).needs(run)
     keep("memory", {
         "device": dict(needs.memory.device), "phases": {name: dict(parts) for name, parts in needs.memory.phases.items()},
         "longest_phase": needs.memory.longest_phase, "device_peak": needs.memory.device_peak, "runtime": RUNTIME_BYTES,
-        "seconds": time.perf_counter() - start, "parameters": of.numel,
+        "seconds": time.perf_counter() - start, "parameters": model.numel,
     })  # fmt: skip
 
 

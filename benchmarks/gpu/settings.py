@@ -1,4 +1,4 @@
-"""How large the parts are, and the folder through which they pass results on."""
+"""The sizes of a run, and the folder through which the parts share their results."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ _SIZES: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Sizes of a run. `length`: tokens of a packed row; a step takes `rows` of them, one at a time."""
+    """The sizes of a run. `length`: tokens of a packed row; `rows`: the packed rows of a step, each a micro-batch."""
 
     work: str
     size: str = "3B"
@@ -30,40 +30,40 @@ class Settings:
 
     @property
     def model(self) -> Mapping[str, int]:
-        """The Llama's sizes, by the names of its config."""
+        """The sizes of the Llama model, with the names of its config."""
         return _SIZES[self.size]
 
     @property
     def folder(self) -> Path:
-        """The checkpoint."""
+        """The folder of the checkpoint."""
         return Path(self.work) / f"llama-{self.size}"
 
     @property
     def parameters(self) -> int:
-        """Of the whole model: embeddings, layers, head."""
+        """The number of parameters of the whole model: embeddings, layers, head."""
         return self.matrix_parameters + self.model["vocab_size"] * self.model["hidden_size"]
 
     @property
     def matrix_parameters(self) -> int:
-        """Those that each token is multiplied with; the embedding is looked up."""
-        of = self.model
-        width, head = of["hidden_size"], of["hidden_size"] // of["num_attention_heads"]
-        attention = 2 * width * width + 2 * width * of["num_key_value_heads"] * head
-        return of["num_hidden_layers"] * (attention + 3 * width * of["intermediate_size"]) + width * of["vocab_size"]
+        """The number of parameters that each token is multiplied with, without the embedding, which is a lookup."""
+        sizes = self.model
+        width, head_dim = sizes["hidden_size"], sizes["hidden_size"] // sizes["num_attention_heads"]
+        attention = 2 * width * width + 2 * width * sizes["num_key_value_heads"] * head_dim
+        return sizes["num_hidden_layers"] * (attention + 3 * width * sizes["intermediate_size"]) + width * sizes["vocab_size"]
 
     @classmethod
     def read(cls) -> "Settings":
-        """The settings of the part that runs as this process."""
+        """Read the settings in the process of a part."""
         return cls(**json.loads((Path(os.environ["ZERO_SFT_BENCH_WORK"]) / "settings.json").read_text()))
 
     def write(self) -> None:
-        """For the parts."""
+        """Write the settings for the processes of the parts."""
         (Path(self.work) / "settings.json").write_text(json.dumps(dataclasses.asdict(self)))
 
 
 def keep(name: str, result: Mapping[str, Any]) -> None:
-    """What a part has found so far. A part that is ended later has kept it."""
+    """Save the results of a part so far, so that they remain if the part is ended."""
     path = Path(os.environ["ZERO_SFT_BENCH_WORK"]) / f"{name}.json"
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(result))
-    draft.replace(path)
+    incomplete = path.with_suffix(".part")
+    incomplete.write_text(json.dumps(result))
+    incomplete.replace(path)

@@ -1,4 +1,4 @@
-"""`zero_sft.arguments`: what is understood, what is translated, what is refused, and what the trainer gets."""
+"""Tests of `zero_sft.arguments`: parsing, translation of other names, refusals, and the trainer's arguments."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from zero_sft.arguments.parse import specifications
 from zero_sft.errors import ArgumentError
 from zero_sft.shipped import shipped
 
-# The README's command of FastChat 0.2.36, but for the two fsdp arguments and the paths.
+# The command in the README of FastChat 0.2.36, except the two fsdp arguments and the paths.
 FASTCHAT = """
     --model_name_or_path meta-llama/Llama-2-7b-hf --data_path data/dummy_conversation.json --bf16 True
     --output_dir output_vicuna --num_train_epochs 3 --per_device_train_batch_size 2 --per_device_eval_batch_size 2
@@ -27,7 +27,7 @@ FSDP = "--fsdp 'full_shard auto_wrap' --fsdp_transformer_layer_cls_to_wrap Llama
 
 
 def refused(*argv: str) -> str:
-    """The message with which `argv` is refused."""
+    """Return the message with which `argv` is refused."""
     with pytest.raises(ArgumentError) as caught:
         parse(argv)
     return str(caught.value)
@@ -189,7 +189,7 @@ def test_what_asks_for_nothing_passes(argv):
 
 
 def test_a_token_is_never_shown(tmp_path):
-    """On a command line it is refused, since the launcher logs that; in a file it is taken."""
+    """A token is refused on a command line, which the launcher logs, and accepted in a file."""
     file = tmp_path / "arguments.yaml"
     file.write_text("use_auth_token: hf_secret\n")
     parsed = parse([str(file)])
@@ -287,7 +287,7 @@ def test_tables_name_what_exists():
     ],
 )  # fmt: skip
 def test_what_trl_reads_of_the_data_and_this_job_does_not_is_refused(name, value):
-    """Trained with it, nothing would be otherwise."""
+    """Such an argument would have no effect on the training."""
     is_bool = (name, value) == ("completion_only_loss", "text")
     with raises("arguments.not_a_bool" if is_bool else "arguments.no_meaning", f"--{name}"):
         parse([f"--{name}", value])

@@ -1,4 +1,4 @@
-"""Exchanges, and failures that all ranks raise together."""
+"""Tests of collective exchanges, and of failures that all ranks raise together."""
 
 import datetime
 
@@ -65,7 +65,7 @@ def test_a_stage_whose_ranks_differ():
     with raises("cluster.ranks_disagree", "config", "a: 1 on rank 0, 2; 7 on rank 1"):
         with collective_stage(world, "reading") as stage:
             stage.must_match = ("config", {"a": 7 if world.rank == 1 else 1})
-    with raises("checkpoint.broken", "rank 2 of 3 while reading"):  # the failure says more than the difference
+    with raises("checkpoint.broken", "rank 2 of 3 while reading"):  # the failure is more informative than the difference
         with collective_stage(world, "reading") as stage:
             if world.rank == 2:
                 raise CheckpointError("broken", code="checkpoint.broken")
@@ -73,7 +73,7 @@ def test_a_stage_whose_ranks_differ():
 
 
 def test_a_dead_rank_is_told_from_a_slow_one(monkeypatch):
-    """gloo's message is the same, and names the time that it would have waited."""
+    """gloo's message is the same in both cases, and names the timeout."""
 
     def barrier(**_):
         raise RuntimeError("[Rank 0]: Ranks 1 failed to pass monitoredBarrier in 1800000 ms")

@@ -1,4 +1,4 @@
-"""Who a process is among its peers, as each launcher's variables tell."""
+"""Tests of the rank and world size that each launcher's variables define."""
 
 import pytest
 
@@ -31,7 +31,7 @@ LAUNCHERS = {
     # srun starts one torchrun, deepspeed or orted on each node, and these start the ranks
     "torchrun in srun": {**SLURM, **TORCHRUN, "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
     "mpirun in srun": {**SLURM, **OPEN_MPI, "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"},
-    # another launcher's, left in the shell
+    # variables of another launcher, left in the shell
     "deepspeed over torchrun's": {"LOCAL_WORLD_SIZE": "8", **DEEPSPEED},
     "torchrun over deepspeed's": {"LOCAL_SIZE": "1", "CROSS_RANK": "0", **TORCHRUN},
 }
@@ -50,8 +50,8 @@ def test_no_launcher_is_one_process():
 @pytest.mark.parametrize(
     "env",
     [
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script: there is no step
-        # the shell of salloc, which is a step with a reserved number, and a batch script's step
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script, which is outside of any step
+        # the shell of salloc, which is a step with a reserved number, and the step of a batch script
         {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},
         {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "4294967291"},
         # srun --pty bash in an allocation of 8 tasks
@@ -64,7 +64,7 @@ def test_what_slurm_leaves_in_a_shell_is_one_process(env):
 
 
 def test_shell_of_a_step_of_several_tasks(monkeypatch):
-    """`srun -n 8 --pty bash`: a person's program there has the terminal; a task of a step that the shell starts has not."""
+    """In `srun -n 8 --pty bash` a user's program has the terminal; the tasks of a step that the shell starts do not."""
     env = {**SLURM, "SLURM_PTY_PORT": "40000"}
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert World.detect(env) == World()
@@ -105,4 +105,4 @@ def test_groups_of_hpz_stay_inside_nodes():
     assert size(0, 0, 0) == 3
     assert size(0, 0, 0, 3) == 1  # uneven
     assert size(0, 0, 0, 0, 4, 4) == 2
-    assert size(0, 1, 0, 1) == 1  # dealt out in turn
+    assert size(0, 1, 0, 1) == 1  # assigned round-robin

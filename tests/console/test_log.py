@@ -1,4 +1,4 @@
-"""The log: where it goes, what it says of time and level, and which rank speaks."""
+"""Tests of the log: its streams, the time and level in each line, and the rank that writes it."""
 
 import logging
 import re

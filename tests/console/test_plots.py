@@ -1,4 +1,4 @@
-"""Pictures: each has a title, and nothing in it covers anything else."""
+"""Tests that every picture has a title and no overlapping parts."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture
 def saved(monkeypatch, tmp_path):
-    """The figures that are saved, which stay open to be looked at."""
+    """The list of saved figures, which stay open for inspection."""
     from matplotlib.figure import Figure
 
     figures = []

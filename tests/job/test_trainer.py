@@ -1,4 +1,4 @@
-"""`zero_sft.job.trainer`: what accelerate repeats at the end of an epoch is not trained on again, however rows are laid."""
+"""Tests of `zero_sft.job.trainer`: samples that accelerate repeats at the end of an epoch are not trained on again."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengt
 
 
 def trained(flat, indices, rank, *, rows, end=True, drop_last=False):
-    """Which rows a rank's batch trains on, of a data set of `rows` on 2 ranks, and what the batch has."""
+    """Return the rows that a rank's batch trains on, of a dataset of `rows` on 2 ranks, and the number of trained tokens."""
     trainer = SimpleNamespace(
         args=SimpleNamespace(world_size=2, process_index=rank),
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
@@ -32,7 +32,7 @@ def trained(flat, indices, rank, *, rows, end=True, drop_last=False):
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_rows_that_are_only_repeated(flat):
-    """7 rows on 2 ranks of 2: the last step's rows are 5 and 6, then 7 and, for want of another, 1."""
+    """7 rows on 2 ranks with batches of 2: the last step has rows 5 and 6, then 7 and a repeated 1."""
     assert trained(flat, [4, 5], 0, rows=7) == ([5, 6], 11)
     assert trained(flat, [6, 0], 1, rows=7) == ([7], 7)
     assert trained(flat, [0, 1], 1, rows=6) == ([], 0)
@@ -51,7 +51,7 @@ def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
     )
 
     def batches():
-        raise DataError(said)  # without its code, as torch makes it again from a worker's text
+        raise DataError(said)  # without its code, as torch rebuilds it from a worker's text
         yield
 
     with raises("data.unusable_sample") as caught:

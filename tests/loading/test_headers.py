@@ -1,4 +1,4 @@
-"""Headers read once in the cluster: the same index as read alone, and each file opened by one rank."""
+"""Tests of headers that are read once per cluster: the index equals that of a single reader, and one rank opens each file."""
 
 import json
 from unittest import mock
@@ -12,7 +12,7 @@ from tests.errors import raises
 
 @pytest.fixture(params=["safetensors", "bin"])
 def many(request, tmp_path):
-    """A checkpoint in 21 files or so, one a tensor."""
+    """A checkpoint in about 21 files, with one tensor in each."""
     import torch
 
     folder = models.save_tiny("llama", tmp_path / "many")
@@ -84,7 +84,7 @@ def test_a_damaged_header_is_one_error_on_every_rank(damaged):
 
 @pytest.fixture
 def copy(many, tmp_path):
-    """A copy of it on another node's disk, with one longer file."""
+    """A copy on another node's disk, with one longer file."""
     import shutil
 
     shutil.copytree(many, tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint that the model does not have are named."""
+"""Tests that the parts of a checkpoint that the model lacks are named."""
 
 import logging
 

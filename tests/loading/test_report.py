@@ -1,4 +1,4 @@
-"""The account of a load, for a person: every number with its unit, and whose it is."""
+"""Tests of the text of a load report: every number has its unit and its rank."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def report(rank=0, **changes):
-    """Two ranks: the second one reads twice as long."""
+    """Return the report of two ranks, of which the second reads twice as long."""
     fast = {
         "seconds": 2.5, "bytes_read": 4 * GIB, "requests": 1200, "bytes_communicated": 1536,
         "peak_host_bytes": 100 * MIB, "peak_device_bytes": 0, "stage skeleton": 0.5, "stage read": 2.0,
@@ -22,7 +22,7 @@ def report(rank=0, **changes):
 
 
 def cells(text):
-    """The table's rows: title → its cells."""
+    """Return the rows of the table: title → cells."""
     rows = [line.strip().split("  ") for line in text.splitlines()[1:]]
     return {row[0]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
 

@@ -1,4 +1,4 @@
-"""Several models in one process, of any class and by both loaders, while others are alive: each equal to plain loading."""
+"""Compare several living models in one process, of any class and from both loaders, with plain loading."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def qwen3(tmp_path):
 
 @pytest.mark.world_size(2, timeout_s=280)
 def test_one_after_the_other(llama, qwen3):
-    """A head's class makes its base model with `from_config`, which opened a `zero.Init` of its own next to a living model."""
+    """A class with a head creates its base model by `from_config`, which opened another `zero.Init` next to a living model."""
     from zero_sft import load_model
 
     references = {}
@@ -72,7 +72,7 @@ def test_next_to_a_config_that_somebody_else_holds(llama):
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("loader", ["sharded", "stock"])
 def test_each_in_its_own_engines_dtype(llama, loader):
-    """transformers' loader built every model under the config of the first that is alive."""
+    """transformers' loader used to build every model under the config of the first living one."""
     from zero_sft import load_model
     from zero_sft.zero import shards
 

@@ -1,4 +1,4 @@
-"""What a load can insist on: read back, strict, and shapes that may differ."""
+"""Tests of the load options for verification, strictness and mismatched shapes."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_read_back(folder):
 @pytest.mark.world_size(3)
 @pytest.mark.parametrize("faulty", [0, 1, 2])
 def test_one_wrong_bit_on_one_rank_is_found(folder, faulty):
-    """What a faulty memory would do, on one rank alone."""
+    """Flip a bit on one rank, as faulty memory would."""
     from unittest import mock
 
     from zero_sft.cluster.world import World
@@ -75,7 +75,7 @@ def test_strict(incomplete):
 
 @pytest.fixture
 def wider(llama):
-    """A config that wants a larger vocabulary than the weights have."""
+    """A config with a larger vocabulary than the weights have."""
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 2}))
     return llama

@@ -1,4 +1,4 @@
-"""Checkpoints of `pytorch_model.bin` files, against plain `from_pretrained`."""
+"""Compare loads of `pytorch_model.bin` checkpoints with plain `from_pretrained`."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.errors import raises
 
 @pytest.fixture(params=["one file", "many files"])
 def folder(request, tmp_path, architecture):
-    """A tiny checkpoint as `.bin`; a matrix in it is stored as the transpose of another one's memory, as old files may be."""
+    """A tiny `.bin` checkpoint with one matrix stored as a transposed view of another's memory, as in some old files."""
     source = models.save_tiny(architecture, tmp_path / "safe", max_shard_size="1GB")
     tensors = load_file(source / "model.safetensors")
     tensors = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in tensors.items()}

@@ -1,4 +1,4 @@
-"""Models that bring code of their own: loaded where it is trusted, refused where it is not."""
+"""Tests of models with custom code, which are loaded if the code is trusted and refused otherwise."""
 
 import json
 import shutil
@@ -86,8 +86,9 @@ class Block(nn.Module):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A checkpoint with a configuration, a model and a part of it in three files of code."""
-    monkeypatch.setattr(sys, "path", list(sys.path))  # a cache of code is added to it, and would go to later tests' ranks
+    """A checkpoint with three files of code: the config, the model and one of its modules."""
+    # transformers adds its cache of code to sys.path, which the ranks of later tests would inherit.
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own"
     folder.mkdir()
@@ -110,7 +111,7 @@ def test_trusted_code_is_run(folder):
     from zero_sft import load_model
 
     reference = models.plain(folder, torch.bfloat16, trust_remote_code=True)
-    # No _init_weights computes it anew, so plain loading leaves in it what was in memory.
+    # No _init_weights recomputes it, so plain loading leaves uninitialised memory in it.
     reference.body.scale = torch.linspace(0.5, 2, 30, dtype=torch.bfloat16)
     model = load_model(str(folder), ds_config=models.zero3(), trust_remote_code=True)
     models.assert_equal(model, reference)
@@ -131,7 +132,7 @@ def test_without_trust_there_is_one_refusal_and_nothing_is_run(folder):
 
 @pytest.mark.world_size(1)
 def test_an_export_brings_the_code_along(folder, tmp_path):
-    """What was exported is opened by plain transformers, with the code in the export's own folder."""
+    """Plain transformers loads the export with the code in the export's folder."""
     from zero_sft import load_model, save_pretrained
 
     save_pretrained(load_model(str(folder), ds_config=models.zero3(), trust_remote_code=True), tmp_path / "out")

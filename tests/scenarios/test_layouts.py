@@ -1,4 +1,4 @@
-"""Layouts of published checkpoints that differ from the model's own, against plain `from_pretrained`."""
+"""Compare loads of published checkpoint layouts that differ from the model's with plain `from_pretrained`."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ from tests.errors import raises
 
 
 def rewritten(folder, change):
-    """The checkpoint with `change` done to its dictionary of tensors, in one file."""
+    """Save the checkpoint in one file, after `change` was applied to its dictionary of tensors."""
     tensors = change({name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()})
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -38,7 +38,7 @@ def same_as_plain(folder, engine, **options):
 
 @pytest.fixture
 def mixed(tmp_path, architecture):
-    """Every tensor in another dtype than the one before it; whole numbers where there is one that is small."""
+    """A checkpoint in which consecutive tensors have different dtypes, integers among them."""
     dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.int64, torch.float64, torch.int8]
 
     def change(tensors):
@@ -74,7 +74,7 @@ def layout(tmp_path, kind):
             return {next((n.replace(new, then) for new, then in old.items() if new in n), n): t for n, t in tensors.items()}
 
         return rewritten(folder, change), {}
-    folder = models.save_tiny("mixtral", tmp_path / "x")  # each expert in a file of its own
+    folder = models.save_tiny("mixtral", tmp_path / "x")  # each expert in a separate file
     tensors = {name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()}
     for path in folder.glob("*.safetensors"):
         path.unlink()
@@ -105,7 +105,7 @@ def outer(tmp_path):
 
 @pytest.mark.world_size(2)
 def test_the_tokenizer_is_set_up_while_the_weights_are_read(outer):
-    """Rank 0's reads wait until the tokenizer's set-up has begun, on another thread."""
+    """Rank 0's reads wait until the set-up of the tokenizer has begun on another thread."""
     from unittest import mock
 
     from zero_sft import load_pretrained

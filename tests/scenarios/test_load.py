@@ -1,4 +1,4 @@
-"""Loaded weights equal plain `from_pretrained`, on every architecture and world size; the model is an ordinary model."""
+"""Compare loaded weights with plain `from_pretrained` on every architecture and world size, and use the model as usual."""
 
 import json
 from pathlib import Path
@@ -115,7 +115,7 @@ def hooks(model) -> int:
 
 @pytest.mark.world_size(2)
 def test_an_engine_takes_it_as_it_is(llama):
-    """Without hooks doubled, and training step for step as the stock-loaded model does."""
+    """No hook is registered twice, and each training step equals that of the stock-loaded model."""
     import deepspeed
 
     reference = models.plain(llama, torch.float32)
@@ -170,7 +170,7 @@ def test_each_byte_is_read_once_and_no_weight_is_sent(llama):
 @pytest.mark.world_size(1, 2, 3)
 @changed(lacks_two_and_has_another)
 def test_missing_weights_are_initialised_alike_everywhere(llama):
-    """The same values as plain loading draws with the same seed, whatever the world size; the report says so."""
+    """They get the values that plain loading draws with the same seed, on any world size, and the report names them."""
     torch.manual_seed(11)
     reference = models.plain(llama, torch.float32)
     torch.manual_seed(11)
@@ -182,7 +182,7 @@ def test_missing_weights_are_initialised_alike_everywhere(llama):
 
 @pytest.mark.world_size(2)
 def test_no_ties_between_values_that_differ(llama):
-    """Config says tied, the checkpoint holds both sides with different values: both stay, as in plain loading."""
+    """The config ties two tensors, but the checkpoint holds different values for them: both are kept, as in plain loading."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(llama)
@@ -220,7 +220,7 @@ def test_the_source_of_a_tie_is_missing(llama):
 @pytest.mark.world_size(2)
 @changed(of_the_base_model)
 def test_saved_from_the_base_model(llama):
-    """Names without the base model's prefix, and no head."""
+    """The checkpoint's names lack the base model's prefix, and it has no head."""
     torch.manual_seed(3)
     reference = models.plain(llama, torch.bfloat16)
     torch.manual_seed(3)
@@ -314,7 +314,7 @@ def test_code_of_the_model_needs_trust(llama):
 
 @pytest.mark.world_size(2)
 def test_a_head_whose_class_is_a_mixin(llama):
-    """`LlamaForSequenceClassification` gets its `__init__` from a class that is no module."""
+    """`LlamaForSequenceClassification` inherits its `__init__` from a class that is not a module."""
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(5)
@@ -335,7 +335,7 @@ def xlnet(tmp_path):
 
 @pytest.mark.world_size(3)
 def test_parameters_that_ignore_the_meta_device(xlnet):
-    """XLNet makes some with `torch.FloatTensor`, on the CPU whatever the device."""
+    """XLNet creates some with `torch.FloatTensor`, which ignores the device and uses the CPU."""
     reference = models.plain(xlnet, torch.float32)
     models.assert_equal(load(xlnet, bf16=False), reference)
 
@@ -349,7 +349,7 @@ def test_transformers_knows_of_zero3_as_long_as_a_model_lives(llama):
     from zero_sft import load_model
 
     for _ in range(3):
-        model = load_model(str(llama), ds_config=models.zero3())  # the former one is freed when this is there
+        model = load_model(str(llama), ds_config=models.zero3())  # the previous model is freed after this assignment
         gc.collect()
         assert is_deepspeed_zero3_enabled()
     other = load_model(str(llama), ds_config=models.zero3(), loader="stock")

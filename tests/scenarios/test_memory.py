@@ -1,4 +1,4 @@
-"""The memory of a load: a rank never holds more than its shards and a bounded buffer, whatever the size of one parameter."""
+"""Tests of the memory of a load: a rank holds only its shards and a bounded buffer, however large a parameter is."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ SIZES = {"hidden_size": 1024, "intermediate_size": 3584, "num_local_experts": 8,
 
 
 def peak_bytes() -> int:
-    """The largest resident size since it was last reset."""
+    """Return the peak resident size since the last reset."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -25,7 +25,7 @@ def reset_peak() -> None:
 
 @pytest.fixture(params=["fp32", "fp8"])
 def experts(request, tmp_path):
-    """350 MB in fp32, or 8-bit floats, of which the fused gate and up projections of all experts, one parameter, are 65 %."""
+    """A checkpoint of 350 MB in fp32 or 8-bit floats; one parameter, the fused gate and up projections, is 65 % of it."""
     config = MixtralConfig(**SIZES)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
@@ -46,11 +46,11 @@ def experts(request, tmp_path):
 @pytest.mark.world_size(2)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of peak memory")
 def test_one_parameter_of_most_of_the_model(experts):
-    """Fused from 16 tensors, cast or dequantised on the way: whole it would be 112 MiB more than the bound allows."""
+    """It is fused from 16 tensors and cast or dequantised. As a whole it would exceed the bound by 112 MiB."""
     from zero_sft import load_model
     from zero_sft.zero import shards
 
-    load_model(str(experts / "warm"), ds_config=models.zero3())  # imports, gloo's buffers
+    load_model(str(experts / "warm"), ds_config=models.zero3())  # warm-up: imports, gloo's buffers
     reset_peak()
     before = peak_bytes()
     model = load_model(str(experts), ds_config=models.zero3(), dtype="bfloat16", buffer_mib=BUFFER_BYTES // 2**20)

@@ -1,4 +1,4 @@
-"""Checkpoints that almost fit their model: the error says what is wrong with them, and names it."""
+"""Tests of checkpoints that almost fit their model: the error names the difference."""
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ def mixtral(tmp_path):
 
 
 def refusal_after(folder, change, code, *values):
-    """The message that a checkpoint is refused with, under that code, after `change` was done to its dictionary of tensors."""
+    """Apply `change` to the checkpoint's dictionary of tensors, expect a refusal with `code`, and return its message."""
     from zero_sft import load_model
 
     tensors = load_file(folder / "model.safetensors")
@@ -60,7 +60,7 @@ def test_one_expert_too_many(mixtral):
 
 
 def test_an_expert_far_beyond_the_others(mixtral):
-    """Nothing is lacking between them: one is too many."""
+    """One expert is surplus; the unused numbers before it do not count as missing experts."""
 
     def change(tensors, _):
         tensors[f"{EXPERT}.77.w2.weight"] = tensors[f"{EXPERT}.0.w2.weight"].clone()

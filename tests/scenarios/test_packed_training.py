@@ -1,4 +1,4 @@
-"""Training on packed rows is training on their samples: the same losses, step by step, whatever the attention."""
+"""Tests that packed and unpacked training give the same loss in every step, with each attention implementation."""
 
 import json
 
@@ -14,7 +14,7 @@ SAMPLES = 24
 
 @pytest.fixture
 def folder(tmp_path):
-    """A job whose conversations make one batch."""
+    """A job whose conversations fill one batch."""
     return small_job.make(tmp_path, SAMPLES)
 
 
@@ -32,7 +32,7 @@ def train(folder, out, arguments):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_and_unpacked_give_one_curve(folder, attention):
-    """Each step is one epoch, of all samples, so the batches are the same."""
+    """Each step is one epoch with all samples, so both runs have the same batches."""
     rows, curves = rows_when_packed(folder), []
     assert rows < SAMPLES // 2
     for packing, batch in (("True", rows), ("False", SAMPLES)):
@@ -48,7 +48,7 @@ def test_packed_and_unpacked_give_one_curve(folder, attention):
 
 
 def fail(folder):
-    """One rank's part of a run that ends with an error on every rank."""
+    """Run the job as one rank, and expect an error on every rank. Every rank; communicates."""
     from zero_sft.cluster import failure_report as failure
 
     said = []
@@ -58,7 +58,7 @@ def fail(folder):
 
 
 def test_a_step_in_which_nothing_is_trained_on_ends_the_run(folder):
-    """With lazy tokenising, whose samples may be cut off before their answers: all but one, which is in one step of five."""
+    """Lazily tokenised samples may be cut off before their answers: here all but one, which is in one of five steps."""
     cut = [{"from": "human", "value": "x" * 400}, {"from": "gpt", "value": "y"}]
     whole = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
     (folder / "data.json").write_text(json.dumps([{"conversations": talk} for talk in [*[cut] * 9, whole]]))

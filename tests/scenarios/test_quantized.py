@@ -1,4 +1,4 @@
-"""FP8 checkpoints against plain loading, which dequantises on a CPU; and what can't be dequantised is refused."""
+"""Compare FP8 checkpoints with plain loading, which dequantises on a CPU, and test that unusable ones are refused."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_as_plain_loading_dequantises(checkpoint, dtype):
     reference = models.plain(checkpoint, wanted)
     model = load_model(str(checkpoint), ds_config=models.zero3(bf16=dtype == "bfloat16"), dtype=dtype, verify=True)
     for param in reference.parameters():
-        param.data = param.data.to(wanted)  # plain loading leaves what is not quantised as it is stored
+        param.data = param.data.to(wanted)  # plain loading keeps the stored dtype of tensors that are not quantised
     models.assert_equal(model, reference, cast=wanted if dtype == "bfloat16" else None)
     report = model.load_report
     assert not report.missing_keys
@@ -42,8 +42,10 @@ def test_as_plain_loading_dequantises(checkpoint, dtype):
 
 @pytest.fixture(params=[(8, 16), (20, 16)])
 def ragged(request, tmp_path):
-    """Sizes that blocks do not divide, as DeepSeek-V3's own: (576, 7168) in blocks of 128 × 128. Plain loading refuses
-    it; of the latter blocks the grid happens to divide some weights, whose blocks it then takes for smaller ones."""
+    """Sizes that the blocks do not divide, like DeepSeek-V3's (576, 7168) in blocks of 128 × 128.
+
+    Plain loading refuses them. If the grid of blocks happens to divide a weight, it assumes smaller blocks instead.
+    """
     folder = models.save_tiny("llama", tmp_path / "ragged")
     plain = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     return quantised.fp8(folder, block=request.param), plain, request.param

@@ -1,4 +1,4 @@
-"""The loss is that of the trained tokens, whoever computes them: the curve does not depend on the number of ranks."""
+"""Tests that the loss is the mean over all trained tokens, so that the curve does not depend on the number of ranks."""
 
 import pytest
 
@@ -11,7 +11,7 @@ BATCH = 8
 
 @pytest.fixture
 def folder(tmp_path):
-    """A job whose conversations no step divides."""
+    """A job whose number of conversations is not a multiple of a step's."""
     return small_job.make(tmp_path, 60)
 
 
@@ -45,7 +45,7 @@ def test_one_two_and_four_ranks_give_one_curve(folder, batches):
 
 @pytest.mark.parametrize(("sampling", "checkpoint"), [("random", 5), ("group_by_length", 10)])
 def test_a_run_that_is_resumed_within_an_epoch_goes_on_alike(folder, sampling, checkpoint):
-    """Also at the epoch's end, where samples are repeated to give every rank one; they are not trained on again. 8 make one."""
+    """This includes the end of an epoch (8 steps), where repeated samples fill the batches and must not be trained on again."""
     last = checkpoint + 5
     steps = {"packing": False, "max_steps": last, "num_train_epochs": 2, "train_sampling_strategy": sampling}
     arguments = {"folder": folder, "per_device": 4, "accumulation": 1}
@@ -61,7 +61,7 @@ def test_a_run_that_is_resumed_within_an_epoch_goes_on_alike(folder, sampling, c
 
 
 def test_the_mean_of_a_run_is_that_of_its_steps_on_all_ranks(folder):
-    """Also where the last steps would not be logged."""
+    """This includes runs whose last steps would not be logged."""
     short = {"packing": False, "max_steps": 3}
     for out, logging in (("each", 1), ("seldom", 10)):
         run_ranks(2, train, {"folder": folder, "per_device": 4, "accumulation": 1, "out": out,
@@ -75,7 +75,7 @@ def test_the_mean_of_a_run_is_that_of_its_steps_on_all_ranks(folder):
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_the_loss_of_an_evaluation_depends_on_no_sizes(tmp_path, kind):
-    """Not on ranks, nor on batches, some of which hold samples that are only repeated; nor on drop_last, or routers."""
+    """It depends neither on the ranks, nor on batches with repeated samples, nor on drop_last, nor on routers."""
     folder, found = small_job.make(tmp_path, 30, kind), {}
     for ranks, size in ((1, 1), (1, 8), (2, 4), (4, 3)):
         out = f"{ranks}x{size}"

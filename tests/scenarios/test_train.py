@@ -1,4 +1,4 @@
-"""The job from its arguments to its export on CPU ranks, and bad input: one message, every rank out with a non-zero status."""
+"""Run the job from arguments to export on CPU ranks; bad input gives one message, and all ranks exit with an error status."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def model(tmp_path):
 
 
 def job(folder, **changes):
-    """The command line of a run of three steps."""
+    """Return the command line of a run of three steps."""
     arguments = {
         "model_name_or_path": folder / "model", "data_path": folder / "data.json", "output_dir": folder / "out",
         "max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1, "learning_rate": 0.01,
@@ -80,7 +80,7 @@ def test_from_arguments_to_export(model, tmp_path):
 
 
 BAD = {
-    # the arguments, the code, what the message must name
+    # the arguments, the code, a value in the message
     "no such folder": ({"model_name_or_path": "/nowhere/model"}, "hub.no_such_folder", "/nowhere/model"),
     "unknown argument": ({"learning_rat": 1}, "arguments.unknown", "learning_rate"),
     "not stage 3": ({"deepspeed": '{"zero_optimization": {"stage": 2}}'}, "ds_config.not_stage_3", "zero_optimization.stage"),
@@ -145,7 +145,7 @@ def test_bad_input_is_one_message_and_a_non_zero_status(material, fault):
 
 
 def launch(folder, *words, ranks=2, timeout_s=150):
-    """Through the real launcher; returns (status, output, seconds)."""
+    """Run the job with the real launcher; return (status, output, seconds)."""
     port = 20000 + os.getpid() % 20000
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port),
@@ -180,7 +180,7 @@ def test_eight_ranks_run_to_the_export(model, tmp_path):
 @pytest.mark.world_size(2, timeout_s=500)
 @pytest.mark.parametrize("name", ["zero3_offload", "zero3_zeropp", "zero3_nvme"])
 def test_each_shipped_config_starts(model, tmp_path, name):
-    """Trains a step and exports; NVMe's with a folder and buffers that fit a test."""
+    """The run trains one step and exports. The NVMe config gets a folder, and buffers small enough for a test."""
     from zero_sft import train
     from zero_sft.shipped import shipped
 

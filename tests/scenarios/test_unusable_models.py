@@ -1,4 +1,4 @@
-"""Values of a config.json that transformers takes and then fails on: put right with a line in the log, or one error."""
+"""Tests of config.json values that transformers accepts and then fails on: corrected with a log line, or one error."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ def folder_with(folder, **values):
 
 @pytest.mark.world_size(1)
 def test_a_padding_token_without_an_embedding_is_left_out(tmp_path):
-    """Plain transformers fails on it in the embedding's constructor."""
+    """Plain transformers fails in the constructor of the embedding."""
     folder = folder_with(tmp_path / "model", pad_token_id=99_999)
     said = []
     handler = logging.Handler()

@@ -1,4 +1,4 @@
-"""Weights under a variant's names, against plain `from_pretrained`."""
+"""Compare loads of a variant's weights with plain `from_pretrained`."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SHARD_SIZES = {"one file": "1GB", "many files": "20KB"}
 
 @pytest.fixture(params=[*SHARD_SIZES, "older names", "bin"])
 def folder(request, tmp_path):
-    """Plain weights and other ones under the variant "fp16"; the many files under the names of before 4.46 as well."""
+    """Default weights and different weights of the variant "fp16"; also sharded files with the names before 4.46."""
     kind = request.param
     folder = models.save_tiny("llama", tmp_path / "both")
     torch.manual_seed(5)

@@ -1,4 +1,4 @@
-"""The tokenizer: ids as SentencePiece's own, pad tokens, and the way from rank 0 to all the others."""
+"""Tests of the tokenizer: the same ids as SentencePiece, pad tokens, and the broadcast from rank 0."""
 
 import json
 import os
@@ -38,7 +38,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im
 
 
 def byte_level(special):
-    """A small byte-level BPE, whose special tokens come first."""
+    """Create a small byte-level BPE, whose special tokens come first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def byte_level(special):
 
 
 def chatml_folder(folder, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"), model_type="qwen3", **settings):
-    """A chat model's tokenizer without an unk token, as Qwen's."""
+    """Create a chat model's tokenizer without an unk token, like Qwen's."""
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": TEMPLATE, **settings}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(list(special)), **settings)
     tokenizer.save_pretrained(write_config(folder, model_type=model_type, vocab_size=400))
@@ -57,7 +57,7 @@ def chatml_folder(folder, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def opt_folder(folder):
-    """OPT's: a GPT-2 tokenizer in two files, whose unk, bos and eos are all `</s>`."""
+    """Create OPT's tokenizer: a GPT-2 tokenizer in two files, whose unk, bos and eos are all `</s>`."""
     byte_level(["<s>", "<pad>", "</s>"]).model.save(str(write_config(folder, model_type="opt", vocab_size=400)))
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
@@ -104,7 +104,7 @@ def test_ids_are_those_of_sentencepiece(tmp_path, real_models, version, kind):
 
 
 def test_a_conversion_to_other_ids_is_refused(tmp_path):
-    """A unigram model of a type for which transformers has no class, so leaves out the space before a text."""
+    """For a unigram model of a type without a tokenizer class, transformers leaves out the space before a text."""
     import sentencepiece
 
     with (tmp_path / "tokenizer.model").open("wb") as file:
@@ -119,7 +119,7 @@ def test_a_conversion_to_other_ids_is_refused(tmp_path):
 
 
 def test_the_one_known_difference_is_a_leading_space(tmp_path, real_models):
-    """Llama's tokenizers put a space before a text unless it has one; SentencePiece does so in any case."""
+    """Llama's tokenizers put a space before a text unless it begins with one; SentencePiece always does."""
     import sentencepiece
 
     tokenizer = ready(sentencepiece_folder(tmp_path, real_models / REAL["v1"], tokenizer_class="LlamaTokenizer"))
@@ -130,7 +130,7 @@ def test_the_one_known_difference_is_a_leading_space(tmp_path, real_models):
 
 
 def test_transformers_own_ids_still_differ(tmp_path, real_models):
-    """When this fails, transformers has mended its conversion, and `_order_merges_by_score` can go."""
+    """If this fails, transformers has fixed its conversion, and `_order_merges_by_score` can be removed."""
     folder = sentencepiece_folder(tmp_path, real_models / REAL["v1"], tokenizer_class="LlamaTokenizer")
     text = "two  spaces"
     assert AutoTokenizer.from_pretrained(folder).tokenize(text) != ready(folder).tokenize(text) == ["▁two", "▁", "▁spaces"]
@@ -138,7 +138,7 @@ def test_transformers_own_ids_still_differ(tmp_path, real_models):
 
 @pytest.mark.world_size(1)
 def test_legacy_survives(tmp_path, real_models):
-    """`legacy` decides on the space after a special token; transformers forgets it when saving."""
+    """`legacy` controls the space after a special token; transformers does not save it."""
     for legacy in (True, False):
         folder = sentencepiece_folder(tmp_path / str(legacy), real_models / REAL["v1"], tokenizer_class="LlamaTokenizer",
                                       legacy=legacy)  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_pad_token_is_no_content():
 
 
 def test_a_pad_token_has_an_embedding():
-    """Some fine-tuned models declare a pad token that their embedding has no row for."""
+    """Some fine-tuned models declare a pad token without a row in the embedding."""
     assert padding(["<e>", "<x>", "<pad>"], rows=2, pad_token="<pad>", eos_token="<e>")[0] == "<e>"
     with raises("tokenizer.nothing_to_pad_with"):
         padding(["<x>"])
@@ -243,12 +243,12 @@ def test_several_chat_templates_survive(tmp_path):
 
 
 def only_on_rank_0(folder):
-    """The folder's name on rank 0; elsewhere a name of something that doesn't exist there."""
+    """Return the folder on rank 0, and a path that does not exist on other ranks."""
     return str(folder) if World.detect().is_main else f"/nowhere/rank{World.detect().rank}/{folder.name}"
 
 
 def no_opening_below(folder):
-    """From now on, this process fails when it opens or lists anything in `folder`."""
+    """Make this process fail from now on if it opens or lists anything in `folder`."""
 
     def watch(event, arguments):
         if event in ("open", "os.listdir", "os.scandir") and str(folder) in str(arguments[0]):
@@ -301,7 +301,7 @@ def test_the_same_on_every_rank_from_files_of_rank_0(tmp_path, real_models, kind
 
 @pytest.mark.world_size(2)
 def test_only_rank_0_opens_the_files(tmp_path, real_models):
-    """Here the folder is there for all; whoever but rank 0 opens or lists it dies."""
+    """All ranks can see the folder; a rank other than 0 that opens or lists it dies."""
     folder = tmp_path / "model"
     if World.detect().is_main:
         sentencepiece_folder(folder, real_models / REAL["v1"], tokenizer_class="LlamaTokenizer")

@@ -1,1 +1,1 @@
-"""The fine-tuning job's own parts: the log of its steps, and how progress is shown."""
+"""The parts of the fine-tuning job: inputs, trainer, checkpoints, sample answers, and the log of the steps."""

@@ -1,6 +1,6 @@
-"""The checkpoints of a run, and its export: the same config and tokenizer files in both, weights without a gather.
+"""Save a run's checkpoints and export its model, with the same config and tokenizer files in both.
 
-Importing this module imports TRL.
+No rank gathers the whole model: each writes its own shards. Importing this module imports TRL.
 """
 
 import contextlib
@@ -29,9 +29,12 @@ logger = logging.getLogger("zero_sft.train")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishedModel:
-    """What is written instead of what trains: the tokenizer with the trained chat template, and values of the config.
+    """The tokenizer and config values that checkpoints and the export hold instead of those in use during training.
 
-    `record`: what checkpoints say of the run.
+    Attributes:
+        tokenizer: the tokenizer with the chat template of the run.
+        record: the description of the run that every checkpoint holds.
+        config_values: values of the text config that TRL overwrites for the training, as the model had them.
     """
 
     tokenizer: Any
@@ -39,22 +42,22 @@ class PublishedModel:
     config_values: Mapping[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def config_of(self, model: Any) -> Iterator[None]:
-        """Give the model's config these values for a while: the trainer's loss has others set."""
+    def applied_to(self, model: Any) -> Iterator[None]:
+        """Set `config_values` in the model's config while files are written, then restore the values of the training."""
         config = text_config(model.config)
-        training = {name: getattr(config, name) for name in self.config_values}
+        training_values = {name: getattr(config, name) for name in self.config_values}
         config.update(dict(self.config_values))
         try:
             yield
         finally:
-            config.update(training)
+            config.update(training_values)
 
 
 class SavingTrainer(SFTTrainer):
-    """An `SFTTrainer` that writes checkpoints and exports as this project does, and takes no step where a run is finished.
+    """An `SFTTrainer` that writes this project's checkpoints and export. A finished run that is resumed trains no step.
 
     Args:
-        published: what checkpoints and the export say about the model.
+        published: the tokenizer, config values and run record that checkpoints and the export hold.
     """
 
     def __init__(self, *args: Any, published: PublishedModel, **kwargs: Any) -> None:
@@ -64,37 +67,37 @@ class SavingTrainer(SFTTrainer):
         trainer_internals.check_trainer(self)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer has not."""
+        """Create the Trainer's scheduler. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer lacks."""
         give_defaults(self.optimizer if optimizer is None else optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The Trainer's; then the rates follow from the schedule, where the optimizer's state has those of the former one.
+        """Load both as the Trainer does, then set the learning rates from this run's schedule.
 
-        A run of 4 steps that goes on to 6 would take its fifth step with the rate of a finished schedule, 0.
+        The optimizer's state holds the rates of the previous schedule: a run of 4 steps that is extended to 6 would take its
+        fifth step with the last rate of that schedule, 0.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
         schedule: Any = self.lr_scheduler
         if checkpoint is None or not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             return
-        rates = [
-            base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        ]
+        step = schedule.last_epoch
+        rates = [base_lr * factor(step) for base_lr, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         schedule._last_lr = rates
 
     def train_to_the_end(self, checkpoint: Path | None) -> Exception | None:
-        """Train, and return the error of what follows the last step (a save, a report), which must not cost the model.
+        """Train, and return an error from after the last step (a save, a report), so that the model is still exported.
 
-        Every rank; communicates. An error before the last step's end is raised.
+        Every rank; communicates. Earlier errors are raised.
         """
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except Exception as error:
             if not 0 < self.state.max_steps <= self.state.global_step:
                 raise
-            logger.warning("the training is over; then: %s: %s. The model is written first.", type(error).__name__, error)
+            logger.warning("after the last step: %s: %s. The model is written first.", type(error).__name__, error)
             return error
         return None
 
@@ -102,16 +105,16 @@ class SavingTrainer(SFTTrainer):
         """Write the model with its config and tokenizer to `folder`. Every rank; communicates.
 
         Raises:
-            ExportError: the folder can't be written.
+            ExportError: the folder is not writable.
         """
         model: Any = self.model_wrapped
-        with self._published.config_of(self.model):
+        with self._published.applied_to(self.model):
             save_pretrained(model, folder, tokenizer=self._published.tokenizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a checkpoint's config and tokenizer, and its weights where nothing else holds them. Every rank; communicates.
+        """Write a checkpoint's config and tokenizer, and its weights if no other file holds them. Every rank; communicates.
 
-        DeepSpeed's own states, which the Trainer saves next, hold the weights; with `--save_only_model True` there are none.
+        The Trainer saves DeepSpeed's state next, which holds the weights; with `--save_only_model True` it does not.
         """
         folder = Path(output_dir or str(self.args.output_dir))
         engine: Any = self.model_wrapped
@@ -119,7 +122,7 @@ class SavingTrainer(SFTTrainer):
             self.export(folder)
             return
         world = World.detect()
-        with collective_stage(world, f"writing {folder}"), explained(folder), self._published.config_of(self.model):
+        with collective_stage(world, f"writing {folder}"), explained(folder), self._published.applied_to(self.model):
             if world.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 model: Any = self.model
@@ -127,7 +130,7 @@ class SavingTrainer(SFTTrainer):
                 write_record(folder, self._published.record)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The Trainer's, if the folder can be written now; else a warning, and the training goes on. Every rank."""
+        """Save a checkpoint if the folder is writable, else log a warning and go on training. Every rank; communicates."""
         folder, world = self.args.output_dir, World.detect()
         try:
             with collective_stage(world, f"checking {folder}"):
@@ -135,12 +138,12 @@ class SavingTrainer(SFTTrainer):
                     require_writable(str(folder))
         except ExportError as error:
             if world.is_main:
-                logger.warning("no checkpoint of step %d: %s", self.state.global_step, error)
+                logger.warning("no checkpoint is saved at step %d: %s", self.state.global_step, error)
             return
         super()._save_checkpoint(model, trial)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, unless the run that is resumed was finished: it would take one step more. Every rank."""
+        """Run an epoch, unless the resumed run is finished: the Trainer would take one more step. Every rank; communicates."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return

@@ -1,4 +1,4 @@
-"""What this job will write, against the room in its output folder; before the weights are read."""
+"""Check before the weights are read that the output folder has room for the checkpoints and the export."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: 
     """Check the room for the export and for the checkpoints that the arguments ask for. Every rank; communicates.
 
     Raises:
-        ExportError: too little room on the file system of `--output_dir`.
+        ExportError: the file system of `--output_dir` has too little room.
     """
     from zero_sft.saving.former_run import checkpoints_in
     from zero_sft.saving.room import folder_bytes, require_room
@@ -29,16 +29,16 @@ def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: 
         if not world.is_main:
             return
         try:
-            sizes = _sizes(parsed, arguments, inputs, world)
-        except Exception as error:  # noqa: BLE001 - a model that can't be built: the load says more of it
-            logger.debug("the size of the export is not known: %r", error)
+            sizes = _save_sizes(parsed, arguments, inputs, world)
+        except Exception as error:  # noqa: BLE001 - a model that can't be built: the load reports it in detail
+            logger.debug("the size of the export can't be computed: %r", error)
             return
         output = Path(arguments.output_dir)
         freed = sum(map(folder_bytes, checkpoints_in(output))) if inputs.overwrites else 0
         require_room(output, sizes, freed)
 
 
-def _sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
+def _save_sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
     from zero_sft.loading.dtype import wanted_dtype
     from zero_sft.loading.request import ModelSpec
     from zero_sft.saving import room
@@ -53,21 +53,21 @@ def _sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
     )
     export_bytes, numel = room.sizes_of(spec)
     optimizer = (ds.get("optimizer") or {}).get("type") or _value(arguments.optim)
-    states = room.checkpoint_bytes(numel, room.state_bytes_of(optimizer))
+    state_bytes = room.checkpoint_bytes(numel, room.state_bytes_of(optimizer))
     batches = len(inputs.training_data.rows) / (arguments.per_device_train_batch_size * world.world_size)
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    steps_an_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
+    epoch_steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * epoch_steps)
     return room.SaveSizes(
         export_bytes=export_bytes,
-        checkpoint_bytes=export_bytes if arguments.save_only_model else states,
+        checkpoint_bytes=export_bytes if arguments.save_only_model else state_bytes,
         checkpoints=room.checkpoints_at_once(
-            _value(arguments.save_strategy), steps, arguments.save_steps, steps / steps_an_epoch,
+            _value(arguments.save_strategy), steps, arguments.save_steps, steps / epoch_steps,
             arguments.save_total_limit, 0 if inputs.checkpoint is None else inputs.checkpoint.global_step,
         ),
     )  # fmt: skip
 
 
 def _value(option: Any) -> str:
-    """The text of an option that may be a member of an Enum."""
+    """Return the text of an option, which may be a member of an Enum."""
     return str(getattr(option, "value", option))

@@ -1,4 +1,4 @@
-"""What an export will hold next to the weights, decided and tried before the weights are read."""
+"""Prepare the export's generation settings, and check before the weights are read that all settings can be saved."""
 
 import logging
 from typing import Any
@@ -15,37 +15,38 @@ logger = logging.getLogger("zero_sft.train")
 
 
 def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World) -> Any:
-    """The generation settings of the model that the job will export; and proof that its settings can be saved at all.
+    """Return the generation config of the export, after a trial save of it, the config and the tokenizer.
 
     Every rank; communicates.
 
     Raises:
-        ExportError, ConfigError: what the export holds next to the weights can't be read or saved.
+        ExportError, ConfigError: a setting that the export needs can't be read or saved.
     """
     folder = fetch_files(source, world, CONFIG)
     with collective_stage(world, "trying to save the settings"):
-        generation, _ = read_generation_config(folder)  # the loader warns about what is refused there
-        ends, had = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation)
-        added = stop_at(generation, ends)
+        generation, _ = read_generation_config(folder)  # the loader warns about settings that are refused
+        ends, stored_ids = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation)
+        added_ids = stop_at(generation, ends)
         if world.is_main:
             rehearse_settings(config, generation, tokenizer, template.jinja(tokenizer))
     if world.is_main:
         if names := inconsistent(generation):
             logger.warning(
-                "generation_config.json of %s sets %s, which transformers calls inconsistent; they are saved as they are",
+                "generation_config.json of %s sets %s, which transformers considers inconsistent; they are saved unchanged",
                 source.name,
                 ", ".join(names),
             )
-        if added:
+        if added_ids:
+            stored = ", ".join(map(str, tokenizer.convert_ids_to_tokens(stored_ids)))
             logger.info(
                 "answers end with %s: the exported generation_config.json stops there%s",
-                ", ".join(tokenizer.convert_ids_to_tokens(added)),
-                f" as well as at {', '.join(map(str, tokenizer.convert_ids_to_tokens(had)))}" if had else "",
+                ", ".join(tokenizer.convert_ids_to_tokens(added_ids)),
+                f" as well as at {stored}" if stored_ids else "",
             )
         if ends.texts:
             logger.warning(
-                "answers end with the text %s, which is not one token, so generation_config.json can't hold it: give generate "
-                "stop_strings=%r and tokenizer=tokenizer",
+                "answers end with the text %s, which is not one token, so generation_config.json can't hold it: pass "
+                "stop_strings=%r and tokenizer=tokenizer to generate",
                 " or ".join(map(repr, ends.texts)),
                 list(ends.texts),
             )

@@ -1,4 +1,4 @@
-"""What the job works on, read and checked before the weights are: configs, tokenizer, data."""
+"""Read and check all inputs of the job except the weights: configs, tokenizer, chat template and data."""
 
 import contextlib
 import logging
@@ -30,26 +30,26 @@ logger = logging.getLogger("zero_sft.train")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the job works on. `arguments`: the Trainer's; `sampling`: those of them that follow from the data."""
+    """The checked inputs of the job."""
 
-    arguments: Any
+    arguments: Any  # TrainingArguments
     config: Any
     tokenizer: Any
     template: Template
     training_data: PreparedDataset
     evaluation_data: PreparedDataset | None
     prompts: tuple[str, ...]
-    generation: Any  # the model's generation config, which stops where the data's answers end
+    generation: Any  # the generation config of the export, which stops at the template's ends of turn
     source: ModelSource
     record: RunRecord
-    checkpoint: TrainerCheckpoint | None = None  # what the run resumes from
-    overwrites: bool = False  # a former run in the output folder
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: TrainerCheckpoint | None = None  # the run resumes from it
+    overwrites: bool = False  # whether to overwrite a previous run in the output folder
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # the `arguments` that were chosen to suit the data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sources:
-    """Sources of the data to train on and to evaluate on; None: nothing to evaluate on."""
+    """The data sources for training and for evaluation; None: no evaluation data."""
 
     training: tuple[Source, ...]
     evaluation: tuple[Source, ...] | None
@@ -57,7 +57,7 @@ class _Sources:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Preparation:
-    """How this run makes rows of sources, of those to train on and those to evaluate on."""
+    """The settings with which this run turns its training and evaluation sources into rows."""
 
     options: DataArguments
     arguments: Any
@@ -65,8 +65,8 @@ class _Preparation:
     template: Template
     embedding_rows: int | None
 
-    def prepare(self, what: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
-        """Prepare the data, `what` in the log, and tell what became of it. Every rank; communicates."""
+    def prepare(self, title: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
+        """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
         arguments = self.arguments
         spec = DatasetSpec.from_options(
             self.options,
@@ -75,7 +75,7 @@ class _Preparation:
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         )
         spec = replace(spec, pack=pack, embedding_rows=self.embedding_rows)
-        logger.info("%s: %s", what, spec.name)
+        logger.info("%s: %s", title, spec.name)
         prepared = prepare_distributed(spec, self.tokenizer, self.template, world)
         for line in prepared.lines():
             logger.info("  %s", line)
@@ -85,7 +85,11 @@ class _Preparation:
 
 
 def read_inputs(parsed: Parsed, world: World) -> Inputs:
-    """Everything but the weights: DeepSpeed config, output folder, model config, tokenizer, data. Every rank; communicates."""
+    """Read and check everything but the weights, from the DeepSpeed config to the data. Every rank; communicates.
+
+    Raises:
+        ZeroSftError: the same on every rank.
+    """
     from zero_sft.config import prepare_config_from, text_config
     from zero_sft.hub.source import locate_model
     from zero_sft.job.export_rehearsal import rehearse_export
@@ -120,7 +124,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     attention = attention_of(config, parsed.model.attn_implementation)
     packing = resolve_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
     template = _choose_template(parsed.data.chat_template, tokenizer, prompts, config, world)
-    _look_for_data(sources, world)
+    _require_data(sources, world)
     generation = rehearse_export(parsed, config, tokenizer, template, source, world)
     preparation = _Preparation(
         options=parsed.data,
@@ -152,29 +156,30 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
 
 
 def _require_other_folder(model: str, output_dir: str) -> None:
-    with contextlib.suppress(OSError):  # no such folders; rank 0 may just be trying whether one can be made
+    with contextlib.suppress(OSError):  # a folder does not exist, or rank 0 is just creating it as a trial
         if Path(model).samefile(output_dir):
             raise ArgumentError(
-                f"--output_dir {output_dir} is the model's own folder, whose weights would be replaced. Name another.",
+                f"--output_dir {output_dir} is the folder of the model, whose weights would be replaced. Name another folder.",
                 code="export.into_the_models_folder",
             )
 
 
 def _check_output_folder(parsed: Parsed, checkpoint: TrainerCheckpoint | None, world: World) -> tuple[_Sources, bool]:
-    """Parse the sources of data; and whether the output folder has a former run, which is to be overwritten. Every rank;
-    communicates.
+    """Parse the data sources, and return whether the output folder holds a previous run that is to be overwritten.
+
+    Every rank; communicates.
 
     Raises:
-        DataError: paths that name no sources, or data that what the run writes would be a part of.
-        ArgumentError: a former run that is not to be overwritten.
+        DataError: a path names no source, or the output folder lies inside the data.
+        ArgumentError: the folder holds a previous run that must not be overwritten.
     """
     from zero_sft.saving.former_run import require_no_former_run
 
-    training, held_out = parsed.training, parsed.data.eval_data_path
+    training, eval_path = parsed.training, parsed.data.eval_data_path
     with collective_stage(world, "checking the output folder") as stage:
         sources = _Sources(
             training=parse_sources(parsed.data.training_path),
-            evaluation=None if held_out is None else parse_sources(held_out),
+            evaluation=None if eval_path is None else parse_sources(eval_path),
         )
         if world.is_main:
             require_outputs_outside((*sources.training, *(sources.evaluation or ())), training["output_dir"])
@@ -188,10 +193,10 @@ def _check_output_folder(parsed: Parsed, checkpoint: TrainerCheckpoint | None, w
 
 
 def _choose_template(name: str | None, tokenizer: Any, prompts: Sequence[str], config: Any, world: World) -> Template:
-    """The run's chat template, with which all prompts can be answered. Every rank; communicates.
+    """Choose the run's chat template, and check that all prompts can be answered with it. Every rank; communicates.
 
     Raises:
-        DataError: a template that can't be used, or a prompt that can't be answered.
+        DataError: the template can't be used, or a prompt can't be answered.
     """
     from zero_sft.job.generation import require_answerable
 
@@ -203,8 +208,8 @@ def _choose_template(name: str | None, tokenizer: Any, prompts: Sequence[str], c
     return template
 
 
-def _look_for_data(sources: _Sources, world: World) -> None:
-    """Raise `DataError` where there is no such data. Every rank; communicates."""
+def _require_data(sources: _Sources, world: World) -> None:
+    """Raise `DataError` if a source does not exist. Every rank; communicates."""
     with collective_stage(world, "looking for the data"):
         if world.is_main:
             require_sources(sources.training)
@@ -213,40 +218,41 @@ def _look_for_data(sources: _Sources, world: World) -> None:
 
 
 def _training_data(
-    preparation: _Preparation, sources: tuple[Source, ...], packing: PackingDecision, given: Set[str], world: World
+    preparation: _Preparation, sources: tuple[Source, ...], packing: PackingDecision, given_options: Set[str], world: World
 ) -> tuple[PreparedDataset, dict[str, Any]]:
-    """The data to train on, and how batches are drawn from it: at random from packed rows; else, unless `--packing False` was
-    given, from samples of like length. Every rank; communicates.
+    """Prepare the training data, and choose the sampling strategy. Every rank; communicates.
+
+    Packed rows are drawn at random. Unpacked samples are grouped by length, unless `--packing` or a strategy was given.
 
     Raises:
-        DataError: too little for one batch.
+        DataError: the data does not fill one batch.
     """
-    options, batch = preparation.options, preparation.arguments.per_device_train_batch_size
-    size = {"world_size": world.world_size, "per_device_batch_size": batch}
+    options, batch_size = preparation.options, preparation.arguments.per_device_train_batch_size
+    sizes = {"world_size": world.world_size, "per_device_batch_size": batch_size}
     prepared = preparation.prepare("training data", sources, world, pack=packing.enabled)
     if prepared.is_packed:
-        packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch)
+        packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch_size)
         if packing.enabled:
-            require_one_batch(prepared, **size)
+            require_one_batch(prepared, **sizes)
             logger.info("  %s", prepared.packing_note)
             return prepared, {}
     train = prepared.unpacked()
-    require_one_batch(train, **size)
+    require_one_batch(train, **sizes)
     logger.info("  not packed: %s", packing.reason)
     if options.packing is not None:
         return train, {}
-    grouped = not options.lazy_preprocess and "train_sampling_strategy" not in given
+    grouped = not options.lazy_preprocess and "train_sampling_strategy" not in given_options
     return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
 
 
 def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | None, world: World) -> PreparedDataset | None:
-    """The data to evaluate on; None where none is given, or no evaluation is asked for. Every rank; communicates."""
+    """Prepare the evaluation data; None without such data or without an evaluation. Every rank; communicates."""
     if sources is None:
         return None
     arguments = preparation.arguments
     if arguments.eval_strategy == "no" and not arguments.eval_on_start:
         if world.is_main:
-            logger.warning("--eval_data_path is given, but no --eval_strategy: there will be no evaluation")
+            logger.warning("--eval_data_path has no effect without --eval_strategy: the run does not evaluate")
         return None
     return preparation.prepare("evaluation data", sources, world)
 
@@ -259,10 +265,10 @@ def _count_steps(
     checkpoint: TrainerCheckpoint | None,
     world: World,
 ) -> RunRecord:
-    """The record with the size of the data and the number of steps. Every rank; communicates.
+    """Add the size of the data and the number of steps to the record. Every rank; communicates.
 
     Raises:
-        ConfigError: a scheduler of the DeepSpeed config that has another number of steps.
+        ConfigError: the scheduler of the DeepSpeed config has a different number of steps.
     """
     rows, tokens = len(train.rows), sum(report.tokens or 0 for report in train.reports)
     record = replace(record, rows=rows, tokens=tokens, max_steps=count_steps(rows, arguments, world.world_size))

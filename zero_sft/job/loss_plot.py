@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture, from the trainer's log."""
+"""Plot the loss curve of a run from the trainer's log."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +8,11 @@ from zero_sft.console.plots import new_figure, save_figure
 
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
-    """Draw training and evaluation loss over steps into a PNG. Returns False where there is nothing to draw.
+    """Draw training and evaluation loss over steps into a PNG; return False if no loss was logged.
 
     Args:
-        title: what was trained, over the picture.
         history: the trainer's `state.log_history`: dicts with "step" and "loss" or "eval_loss".
+        title: the title above the plot.
     """
     curves = {
         label: [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
@@ -30,7 +30,7 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
             axes.plot(steps, losses, label=label, marker="o" if len(points) < 30 else None, markersize=3)
     axes.set_title(title, fontsize="medium", wrap=True)
     axes.set_xlabel("step")
-    axes.set_ylabel("mean loss of a trained token")
+    axes.set_ylabel("mean loss per trained token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,8 +1,8 @@
-"""Check the model against the job before data is prepared: its class, attention, precision, and the files of its weights.
+"""Check the model before the data is prepared: its class, attention, precision and weight files.
 
-Each of these would end the job when the model is built, which comes after the data (an hour, for a large set) and, for some,
-after the weights. Left out: a model on the hub, whose weights are fetched at the load; models with code of their own, whose
-class is unknown until that code runs.
+Without these checks the job would fail when the model is built, after the data is prepared (an hour for a large dataset), or
+even after the weights are read. Left out: the weights of a model on the hub, which the load fetches, and the class of a model
+with custom code, which is unknown until that code runs.
 """
 
 import logging
@@ -22,7 +22,7 @@ _FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage
 
 
 def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: ModelSource, world: World) -> None:
-    """Raise an error for whatever can be known of the model before it is built. Every rank; communicates.
+    """Raise an error if the model can't be trained with these arguments. Every rank; communicates.
 
     Raises:
         ZeroSftError: the same on every rank.
@@ -32,13 +32,13 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: Mo
 
     ds_config = arguments.hf_deepspeed_config.config
     with collective_stage(world, "checking the model"):
-        wanted = wanted_dtype(parsed.model.dtype, config)
-        dtype = engine_dtype(ds_config, wanted)
-        require_engine_dtype(parsed.model.dtype, wanted, dtype)
+        requested_dtype = wanted_dtype(parsed.model.dtype, config)
+        dtype = engine_dtype(ds_config, requested_dtype)
+        require_engine_dtype(parsed.model.dtype, requested_dtype, dtype)
         attention = attention_of(config, parsed.model.attn_implementation)
         if attention and "flash" in attention and dtype == "float32":
             raise ArgumentError(
-                f"the attention {attention} computes only in 16 bits, and this run trains in float32. "
+                f"the attention implementation {attention} works only in 16 bits, but this run trains in float32. "
                 "Give --bf16 True, or --attn_implementation sdpa.",
                 code="arguments.attention_needs_16_bits",
             )
@@ -46,7 +46,7 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: Mo
             cls, part = resolve_class(config, None, source.folder or source.name, trust_remote_code=False)
             if arguments.activation_checkpointing and not cls.supports_gradient_checkpointing:
                 raise ArgumentError(
-                    f"{cls.__name__} can't recompute activations, which --activation_checkpointing asks for (the default): "
+                    f"{cls.__name__} does not support --activation_checkpointing, which is on by default: "
                     "give --activation_checkpointing False.",
                     code="arguments.no_activation_checkpointing",
                 )
@@ -58,7 +58,7 @@ def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: Mo
 
 
 def _require_weights(folder: Any, variant: str | None) -> None:
-    """Find the weights and read every header: a missing, cut or placeholder file is found here. Rank 0."""
+    """Read the header of every weight file, which fails on a missing, truncated or placeholder file. Rank 0."""
     from zero_sft.checkpoint.index import read_index
     from zero_sft.storage import torch_zip
 
@@ -66,12 +66,12 @@ def _require_weights(folder: Any, variant: str | None) -> None:
 
 
 def _require_hidden_size(hf_config: Any, config: Any) -> None:
-    """The Trainer's own rule for three "auto" values, which it applies when the engine starts."""
-    left = [key for key in _FROM_HIDDEN_SIZE if hf_config.is_auto(f"zero_optimization.{key}")]
-    parts = [config, getattr(config, "text_config", None)]
-    if left and not any(hasattr(part, name) for part in parts for name in ("hidden_size", "hidden_sizes")):
+    """Check the Trainer's condition for three "auto" values, which it applies only when the engine starts."""
+    auto_keys = [key for key in _FROM_HIDDEN_SIZE if hf_config.is_auto(f"zero_optimization.{key}")]
+    configs = [config, getattr(config, "text_config", None)]
+    if auto_keys and not any(hasattr(part, name) for part in configs for name in ("hidden_size", "hidden_sizes")):
         raise ConfigError(
-            f'zero_optimization has "auto" for {", ".join(left)}, which the Trainer computes from the model\'s hidden_size, '
-            f"and {type(config).__name__} has none. Write numbers there: for a model of width h about h², 0.9 h² and 10 h.",
+            f'zero_optimization has "auto" for {", ".join(auto_keys)}, which the Trainer computes from the model\'s '
+            f"hidden_size; {type(config).__name__} has none. Set numbers: about h², 0.9 h² and 10 h for a model of width h.",
             code="ds_config.auto_needs_hidden_size",
         )

@@ -1,10 +1,10 @@
-"""The log of a training: one line for each logged step and evaluation, and how much is left.
+"""Log a training: one line for each logged step and each evaluation, with the time left.
 
     step 12/23  epoch 0.52  loss 2.941  lr 1.8e-05  grad 1.32  1,105 tok/s  2:41 left
     step 12/23  epoch 0.52  eval loss 2.310  10 samples in 3.1 s
 
-It takes the place of the Trainer's own callbacks that print dicts. All metrics are in `logs/history.json`; here are those
-that one follows while a run goes on. Importing this module imports transformers.
+It replaces the Trainer's callbacks that print dicts. The lines show the metrics to watch during a run; `logs/history.json`
+holds all of them. Importing this module imports transformers.
 """
 
 import contextlib
@@ -24,18 +24,17 @@ from zero_sft.console.progress import clock
 
 logger = logging.getLogger("zero_sft.train")
 
-
-_FIRST_STEP = "time left: known after two steps"
+_NO_ESTIMATE = "time left: available after two steps"
 
 
 class StepLog(TrainerCallback):
-    """Logs metrics as lines, and shows training and evaluation as tasks of `zero_sft.console.progress`.
+    """Log metrics as lines, and show training and evaluation as tasks of `zero_sft.console.progress`.
 
-    Added on every rank; rank 0 says it, and with `log_on_each_node` the first rank of every other node, too.
+    Added on every rank. Rank 0 logs; with `log_on_each_node` the first rank of every other node also prints.
 
     Args:
-        tokens: how many tokens all ranks together have computed so far, in the whole run.
-        rows: what a batch is made of: "samples", or "packed rows".
+        tokens: a function that returns the number of tokens that all ranks have computed in the whole run.
+        rows: the name of a batch's elements in the log, "samples" or "packed rows".
     """
 
     def __init__(self, tokens: Callable[[], int], rows: str) -> None:
@@ -45,45 +44,45 @@ class StepLog(TrainerCallback):
         self._evaluation_task: progress.Task | None = None
         self._pace = Pace()
         self._throughput = Throughput()
-        self._metrics = ""  # of the last step that was logged
-        self._not_finite: list[int] = []  # the logged steps whose loss is no number
+        self._metrics = ""  # the metrics of the last logged step
+        self._not_finite: list[int] = []  # the logged steps whose loss was not finite
 
     def wait_for_engine(self) -> None:
-        """Show that DeepSpeed's engine is being made, until the training begins. Called on every rank."""
+        """Show a task for the start of DeepSpeed's engine, until the training begins. Every rank; does not communicate."""
         self._training.enter_context(progress.task("starting the engine"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say how much there is to do."""
+        """Log the size of the training, and start its task."""
         self._pace, self._throughput = Pace(), Throughput()
         self._throughput.resume(time.monotonic())
         self._throughput.measured_from(self._tokens())
-        if _speaks(args, state):
-            _say(args, state, _plan(args, state, self._rows))
+        if _is_logging_rank(args, state):
+            _write_line(args, state, _plan_line(args, state, self._rows))
         self._training.close()
         if state.is_world_process_zero:
             self._task = self._training.enter_context(progress.task("training", state.max_steps, "steps"))
-            self._task.note(_FIRST_STEP)
+            self._task.note(_NO_ESTIMATE)
             self._task.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure; the Trainer logs after it, then evaluates, then saves."""
+        """Measure the step. The Trainer logs, evaluates and saves after this call."""
         now = time.monotonic()
         self._pace.step(state.global_step, now)
         self._throughput.add(now)
         if self._task is not None:
-            self._task.note("  ".join(filter(None, [self._metrics, _left(self._pace, state)])) or _FIRST_STEP)
+            self._task.note("  ".join(filter(None, [self._metrics, _time_left(self._pace, state)])) or _NO_ESTIMATE)
             self._task.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Say one line."""
+        """Log one line."""
         if logs is None:
             return
         if "loss" in logs:
             self._watch_loss(logs["loss"], args, state)
             rate = self._throughput.tokens_a_second(self._tokens())
             self._metrics = training_metrics(logs, rate)
-            where = _where(logs, state.global_step, state.max_steps)
-            line = "  ".join(filter(None, [where, self._metrics, _left(self._pace, state)]))
+            position = _position(logs, state.global_step, state.max_steps)
+            line = "  ".join(filter(None, [position, self._metrics, _time_left(self._pace, state)]))
             if self._task is not None:
                 self._task.spoken()
         elif "train_runtime" in logs:
@@ -92,17 +91,17 @@ class StepLog(TrainerCallback):
             line = evaluation_line(logs, state.global_step, state.max_steps)
         else:
             line = other_line(logs, state.global_step, state.max_steps)
-        if line and _speaks(args, state):
-            _say(args, state, line)
+        if line and _is_logging_rank(args, state):
+            _write_line(args, state, line)
 
     def _watch_loss(self, loss: Any, args: Any, state: Any) -> None:
-        """Warn at the first loss that is not finite."""
+        """Warn about the first loss that is not finite."""
         if math.isfinite(float(loss)):
             return
         if not self._not_finite and state.is_world_process_zero:
             logger.warning(
-                "the loss is %s at step %d: the run diverges, or the model or its data is broken. A lower --learning_rate, "
-                "more --warmup_steps and --max_grad_norm 1.0 are what helps most often.", loss, state.global_step,
+                "the loss is %s at step %d: the run diverges, or the model or its data is broken. Try a lower --learning_rate, "
+                "more --warmup_steps and --max_grad_norm 1.0.", loss, state.global_step,
             )  # fmt: skip
         self._not_finite.append(state.global_step)
 
@@ -118,20 +117,20 @@ class StepLog(TrainerCallback):
             self._evaluation_task.advance()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the evaluation's bar; its time is not the steps'."""
+        """End the evaluation's task, and exclude its time from the throughput."""
         self._evaluation.close()
         self._evaluation_task = None
         self._throughput.resume(time.monotonic())
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say where a checkpoint is; its time is not the steps'."""
+        """Log the checkpoint's folder, and exclude the time of the save from the throughput."""
         self._throughput.resume(time.monotonic())
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():  # the Trainer says so whatever became of it
+        if state.is_world_process_zero and folder.is_dir():  # called even if no checkpoint was saved
             logger.info("checkpoint: %s", folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the bar, and say again what the exported model is worth."""
+        """End the training's task, and warn again if losses were not finite, since that affects the exported model."""
         if self._not_finite and state.is_world_process_zero:
             count, first = len(self._not_finite), self._not_finite[0]
             logger.warning("the loss was not finite in %d of the logged steps, first at step %d", count, first)
@@ -140,7 +139,7 @@ class StepLog(TrainerCallback):
 
 
 class Pace:
-    """Time left, from the steps since the first one of this process, with the evaluations and saves between them."""
+    """Estimate the time left from this process's steps after its first, evaluations and saves included."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
@@ -148,114 +147,114 @@ class Pace:
         self.steps = 0
 
     def step(self, step: int, now: float) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         self._first = self._first or (step, now)
         self._last = (step, now)
         self.steps += 1
 
     def seconds_left(self, max_steps: int) -> float | None:
-        """Until the last step; None at it, and before the second step, since the first one warms up."""
+        """Return the seconds until the last step; None after it, and before the second step, since the first is a warm-up."""
         if self._first is None or self._last[0] == self._first[0] or self._last[0] >= max_steps:
             return None
-        done, seconds = self._last[0] - self._first[0], self._last[1] - self._first[1]
-        return seconds / done * (max_steps - self._last[0])
+        steps, seconds = self._last[0] - self._first[0], self._last[1] - self._first[1]
+        return seconds / steps * (max_steps - self._last[0])
 
 
 class Throughput:
-    """Tokens a second since the last time that somebody asked, without the time of evaluations and saves."""
+    """Measure tokens per second between two logged steps, without the time of evaluations and saves."""
 
     def __init__(self) -> None:
-        self._seconds, self._since, self._before = 0.0, 0.0, 0
+        self._seconds, self._since, self._counted_tokens = 0.0, 0.0, 0
 
     def measured_from(self, tokens: int) -> None:
-        """The tokens of the run before anything is measured: those of the run that is resumed."""
-        self._before = tokens
+        """Set the run's token count at the start of the measurement, which includes the tokens of a resumed run."""
+        self._counted_tokens = tokens
 
     def resume(self, now: float) -> None:
-        """Time runs from now on."""
+        """Start the time of the next step at `now`."""
         self._since = now
 
     def add(self, now: float) -> None:
-        """A step has ended, and the next one begins."""
+        """Add the time of a step that ends at `now`, where the next step begins."""
         self._seconds += now - self._since
         self._since = now
 
     def tokens_a_second(self, tokens: int) -> float | None:
-        """Since the last call; None where no time has passed."""
-        rate = (tokens - self._before) / self._seconds if self._seconds > 0 else None
-        self._before, self._seconds = tokens, 0.0
+        """Return the rate since the last call; None if no time has passed. `tokens` counts the whole run."""
+        rate = (tokens - self._counted_tokens) / self._seconds if self._seconds > 0 else None
+        self._counted_tokens, self._seconds = tokens, 0.0
         return rate
 
 
 def training_metrics(logs: Mapping[str, Any], tokens_a_second: float | None) -> str:
-    """The metrics of a logged step; a metric that the log does not have is left out. Pure."""
-    words = [
+    """Format the metrics of a logged step; missing metrics are left out. Pure."""
+    parts = [
         f"loss {_number(logs['loss'], '.3f')}",
         f"aux loss {_number(logs['aux_loss'], '.3f')}" if "aux_loss" in logs else "",
         f"lr {_number(logs['learning_rate'], '.1e')}" if "learning_rate" in logs else "",
         f"grad {_number(logs['grad_norm'], '.3g')}" if "grad_norm" in logs else "",
         f"{tokens_a_second:,.0f} tok/s" if tokens_a_second is not None else "",
     ]
-    return "  ".join(filter(None, words))
+    return "  ".join(filter(None, parts))
 
 
 def evaluation_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
-    """The line of an evaluation, of one set or of several by name. Pure."""
+    """Format the line of an evaluation on one dataset, or on several named ones. Pure."""
     losses = [f"{name.replace('_', ' ')} {_number(value, '.3f')}" for name, value in logs.items() if name.endswith("_loss")]
     runtime = next((value for name, value in logs.items() if name.endswith("_runtime")), None)
     rate = next((value for name, value in logs.items() if name.endswith("_samples_per_second")), None)
-    took = ""
+    duration = ""
     if runtime is not None:
         samples = f"{round(float(rate) * float(runtime)):,} samples in " if rate is not None else ""
-        took = f"{samples}{float(runtime):,.1f} s"
-    return "  ".join(filter(None, [_where(logs, step, steps), *losses, took]))
+        duration = f"{samples}{float(runtime):,.1f} s"
+    return "  ".join(filter(None, [_position(logs, step, steps), *losses, duration]))
 
 
 def finished_line(logs: Mapping[str, Any], steps: int) -> str:
-    """The last line of a training; `steps` are those of this process. Pure."""
+    """Format the last line of a training; `steps` counts the steps of this process. Pure."""
     loss = f", mean loss {_number(logs['train_loss'], '.3f')}" if "train_loss" in logs and steps else ""
     return f"trained {steps:,} step{'s' * (steps != 1)} in {clock(float(logs['train_runtime']))}{loss}"
 
 
 def other_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
-    """Metrics that somebody else's callback logs, name by name. Pure."""
+    """Format metrics that another callback logs, each with its name. Pure."""
     values = [f"{name} {_number(value, '.4g')}" for name, value in logs.items() if name not in ("epoch", "total_flos")]
-    return "  ".join([_where(logs, step, steps), *values]) if values else ""
+    return "  ".join([_position(logs, step, steps), *values]) if values else ""
 
 
-def _left(pace: Pace, state: Any) -> str:
+def _time_left(pace: Pace, state: Any) -> str:
     seconds = pace.seconds_left(state.max_steps)
     return "" if seconds is None else f"{clock(seconds)} left"
 
 
-def _where(logs: Mapping[str, Any], step: int, steps: int) -> str:
+def _position(logs: Mapping[str, Any], step: int, steps: int) -> str:
     epoch = f"  epoch {_number(logs['epoch'], '.2f')}" if "epoch" in logs else ""
     return f"step {step}/{steps}{epoch}"
 
 
-def _number(value: Any, form: str) -> str:
-    return format(float(value), form) if isinstance(value, int | float) else str(value)
+def _number(value: Any, format_spec: str) -> str:
+    return format(float(value), format_spec) if isinstance(value, int | float) else str(value)
 
 
-def _plan(args: Any, state: Any, rows: str) -> str:
-    """What a training is made of, for the log."""
+def _plan_line(args: Any, state: Any, rows: str) -> str:
+    """Format the line with the number of steps and the batch size of a training."""
     if state.global_step >= state.max_steps:
         return f"training: no step is left, the run has reached step {state.global_step:,} of {state.max_steps:,}"
-    ranks, each, accumulated = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
-    factors = [f"{ranks} rank{'s' * (ranks > 1)}", f"{each} on each"]
-    factors += [f"{accumulated} times before each update"] if accumulated > 1 else []
+    ranks, per_rank, accumulation = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
+    factors = [f"{ranks} rank{'s' * (ranks > 1)}", f"{per_rank} on each"]
+    factors += [f"{accumulation} times before each update"] if accumulation > 1 else []
     steps = f"steps {state.global_step + 1:,} to {state.max_steps:,}" if state.global_step else f"{state.max_steps:,} steps"
     return (
-        f"training: {steps}, {ranks * each * accumulated:,} {rows} a step ({' x '.join(factors)}); "
+        f"training: {steps}, {ranks * per_rank * accumulation:,} {rows} a step ({' x '.join(factors)}); "
         "tok/s counts the tokens of all ranks"
     )
 
 
-def _speaks(args: Any, state: Any) -> bool:
+def _is_logging_rank(args: Any, state: Any) -> bool:
     return state.is_world_process_zero or (args.log_on_each_node and state.is_local_process_zero)
 
 
-def _say(args: Any, state: Any, line: str) -> None:
+def _write_line(args: Any, state: Any, line: str) -> None:
     if state.is_world_process_zero:
         logger.info(line)
     else:

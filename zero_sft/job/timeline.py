@@ -1,6 +1,6 @@
-"""How long a job takes to get going: from the process's start to the end of its first step, part by part.
+"""Measure the start-up of a job: the seconds of each part from process start to the end of the first step.
 
-Source: the process's own start time, as the kernel has it; so imports count, which no clock inside the program sees.
+The clock starts at the process's start time as the kernel reports it, so that imports are included.
 """
 
 import time
@@ -11,14 +11,14 @@ import psutil
 
 
 class Timeline:
-    """Ends of the parts of a start, in order. Parts are named when they end."""
+    """The consecutive parts of a start-up. Each part is named when it ends."""
 
     def __init__(self) -> None:
         self._last = psutil.Process().create_time()
         self._seconds: dict[str, float] = {}
 
     def end(self, part: str) -> None:
-        """`part` ends now; it began where the one before ended. A part ends once: later calls change nothing."""
+        """End `part`, which began when the previous part ended. Later calls for the same part have no effect."""
         if part not in self._seconds:
             now = time.time()
             self._seconds[part] = now - self._last
@@ -26,25 +26,25 @@ class Timeline:
 
     @property
     def seconds(self) -> Mapping[str, float]:
-        """Seconds of each part that has ended."""
+        """The seconds of each part that has ended."""
         return dict(self._seconds)
 
     def summary(self) -> str:
-        """One line for a person."""
+        """Return all parts as one line of text."""
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
         return f"the first step ended {sum(self._seconds.values()):.1f} s after the program's start: {parts}"
 
 
 def trainer_callback(timeline: Timeline, say: Any) -> Any:
-    """A callback for the Trainer that ends "engine start" and "first step", and says the summary then.
+    """Make a Trainer callback that ends the parts from "engine start" to "first step", then reports the summary.
 
     Args:
-        say: takes the summary's text.
+        say: a function that takes the text of the summary.
     """
     from transformers import TrainerCallback
 
     class Marks(TrainerCallback):
-        """The Trainer makes DeepSpeed's engine just before a training begins."""
+        """Called by the Trainer, which starts DeepSpeed's engine just before `on_train_begin`."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             timeline.end("engine start")
