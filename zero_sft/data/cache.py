@@ -106,7 +106,7 @@ def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Datase
         dataset = datasets.Dataset.from_file(str(folder / ROWS))
         account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
         if account["rows"] != len(dataset):
-            raise ValueError(f"it has {len(dataset)} rows of {account['rows']}")
+            raise ValueError(f"it has {len(dataset)} of {account['rows']} rows")
         if verify and account["crc32"] != _checksum(folder / ROWS, account["account"]):
             raise ValueError("its checksum differs from the one it was written with")
         return dataset, account["account"]
@@ -129,13 +129,12 @@ def _checksum(rows: Path, account: Mapping[str, Any]) -> int:
 def keep(
     root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]], *, verify: bool = True
 ) -> "tuple[datasets.Dataset, Mapping[str, Any], bool]":
-    """Return the cached entry, creating it with `store` if it is absent, and whether it existed. Raises as these do.
+    """Return the cached entry, creating it with `store` if it is absent, and whether it existed.
 
-    Args:
-        verify: compare the checksum if the entry existed.
+    `verify`: compare the checksum of an existing entry.
 
     Raises:
-        DataError: the entry disappeared right after it was written.
+        DataError: as `find` and `store` raise it; or the entry disappeared right after it was written.
     """
     existing = find(root, key, verify=verify)
     entry = existing

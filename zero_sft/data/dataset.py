@@ -94,10 +94,7 @@ def make_pipeline(
     reader: SampleParser = PLAIN,
     embedding_rows: int | None = None,
 ) -> Pipeline:
-    """Make the pipeline from objects to rows.
-
-    Args:
-        embedding_rows: the number of rows in the model's embedding; None if unknown.
+    """Make the pipeline from objects to rows; `embedding_rows` is the size of the model's embedding, None if unknown.
 
     Raises:
         DataError: contradictory options.

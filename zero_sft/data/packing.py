@@ -64,7 +64,6 @@ def resolve_packing(wanted: bool | None, config: Any, *, attention: str | None, 
         wanted: the value of `--packing`.
         config: the config of the language model, which may be a part of the model's config.
         attention: the attention implementation; None for transformers' choice.
-        lazy: whether samples are tokenised lazily.
 
     Raises:
         ArgumentError: packing is requested but not possible.

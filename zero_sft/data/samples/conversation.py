@@ -74,8 +74,7 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> tup
     As in FastChat, a leading turn that isn't the user's is dropped. Turns of users and tools after the last answer are dropped,
     however many there are; in FastChat they can cost the whole conversation.
 
-    Args:
-        words: the data's names of roles, if they differ from ours; for messages.
+    `words` are the data's names of roles, if they differ from ours; for messages.
 
     Worked example: gpt, human, gpt, human, human → human, gpt; 1 leading, 2 unanswered.
 

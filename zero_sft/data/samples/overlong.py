@@ -10,7 +10,7 @@ from zero_sft.data.tokenize import TokenizedSample
 TRUNCATE, SPLIT, DROP = "truncate", "split", "drop"
 
 _TOLERANCE_TOKENS = 16
-"""Largest error of an expected length, in tokens, that is allowed for before a longer part is ruled out."""
+"""The largest assumed error of a predicted length: beyond it, a longer part is ruled out without tokenising it."""
 
 
 def split_rounds(
@@ -26,7 +26,6 @@ def split_rounds(
     Args:
         full: the whole conversation as tokens, with its `ends`.
         window: the largest number of tokens in a part.
-        tokenize: renders and tokenises a part.
     """
     head = tuple(turn for turn in conversation.turns[:1] if turn.role == SYSTEM)
     starts = [number for number, turn in enumerate(conversation.turns) if turn.role == USER]

@@ -23,10 +23,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>\w[\w.-]*)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One source and its weight in the mixture; without a weight, each of its samples is taken once.
-
-    `text` is the source as the user wrote it, for messages.
-    """
+    """One source and its weight in the mixture (None: every sample once); `text` is what the user wrote, for messages."""
 
     data: Data
     weight: float | None = None
@@ -45,8 +42,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     """
     if not text.strip():
         raise DataError(
-            "--data_path or --eval_data_path is empty, perhaps because of an unset shell variable. Name a file, a folder or a "
-            "dataset.",
+            "--data_path or --eval_data_path is empty (an unset variable?). Name a file, a folder or a dataset.",
             code="data.no_path",
         )
     if _exists(text):
@@ -55,8 +51,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     weighted = sum(source.weight is not None for source in sources)
     if 0 < weighted < len(sources):
         raise DataError(
-            f"{text}: only {weighted} of {len(sources)} sources have a weight. Give every source a weight (a number after a "
-            "colon), or none.",
+            f"{text}: {weighted} of {len(sources)} sources have a weight. Give all a weight (a number after a colon), or none.",
             code="data.weights_missing",
         )
     weights = [source.weight for source in sources if source.weight is not None]
@@ -104,9 +99,7 @@ def _source(part: str, text: str) -> Source:
     if _URL.match(part) and not _exists(part):
         raise _url_error(part)
     if not part:
-        raise DataError(
-            f"{text!r} contains an empty path. Write for example a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path"
-        )
+        raise DataError(f"{text!r} has an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path")
     if not colon or _exists(part):
         return Source(data=_data(part), text=part)
     try:
@@ -130,8 +123,7 @@ def _url_error(part: str) -> DataError:
     elif is_file:
         remedy = f"Write {part[len('file://') :]}."
     return DataError(
-        f"{part}: URLs are not read. Expected a file, a folder (folder:split), or a dataset on the hub (org/name:split). "
-        f"{remedy}",
+        f"{part}: URLs are not read. Expected a file, a folder (folder:split) or a hub dataset (org/name:split). {remedy}",
         code="data.address_not_read",
     )
 

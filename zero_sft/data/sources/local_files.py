@@ -42,10 +42,7 @@ _ARGUMENTS = "--data_path and --eval_data_path"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadLine:
-    """Stands for a line that is not valid JSON in a stream of objects, so that the lines after it can still be read.
-
-    It carries the error that the line causes.
-    """
+    """The error of a line that is not valid JSON; it takes the object's place, so that later lines can still be read."""
 
     message: str
     code: str
@@ -114,7 +111,7 @@ class LocalFiles:
             yield from read_objects(file)
 
     def identity(self) -> list[Any]:
-        """Return JSON-able digests of the files' contents; they do not depend on names, folders or dates.
+        """Return JSON-able digests of the files' contents; they do not depend on the folder or on dates.
 
         Raises:
             DataError: no such file, or one that can't be read.
@@ -132,7 +129,7 @@ class LocalFiles:
         return files_of(self.path, self.split).note
 
     def held_out(self) -> str | None:
-        """Return a split of the folder that is left out by default; None if the user has named a split."""
+        """Return a split of the folder that is left out although the user has not named one; None if there is none."""
         return files_of(self.path, self.split).held_out
 
     def state(self) -> list[Any]:
@@ -147,9 +144,7 @@ class LocalFiles:
             and not _is_hidden(root.resolve(), self.path.resolve())
         ):
             raise DataError(
-                f"{option} {root} is inside the data folder {self.path}, so files in it would be read as data. Name a folder "
-                "outside.",
-                code=code,
+                f"{option} {root} is inside the data folder {self.path} and would be read as data. Name another.", code=code
             )
 
 
@@ -176,17 +171,12 @@ def _visible_files(folder: Path) -> list[Path]:
 
 def _is_file(path: Path) -> bool:
     if path.is_symlink() and not path.exists():
-        raise DataError(
-            f"{path} is a broken link: {path.readlink()} does not exist. Repair or remove it.", code="data.broken_link"
-        )
+        raise DataError(f"{path} is a broken link to {path.readlink()}. Repair or remove it.", code="data.broken_link")
     return path.is_file()
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all that is not hidden in and below a folder, following links.
-
-    Each folder is visited once; a link to a parent of `folder` is not followed.
-    """
+    """Yield all that is not hidden below a folder, following links; visit each folder once, and no parent of `folder`."""
     top, visited = Path(os.path.realpath(folder)), set()
     for current, folders, files in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -225,9 +215,7 @@ def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
     with open_text(path, argument=_ARGUMENTS, errors="surrogateescape") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
-        raise DataError(
-            f"{path} is empty; expected {EXPECTED}, as one JSON list or one object per line.", code="data.empty_file"
-        )
+        raise DataError(f"{path} is empty; expected {EXPECTED}, as a JSON list or one object per line.", code="data.empty_file")
     if first == "{":
         raise DataError(
             f"{path} is one JSON object over several lines; expected one JSON list of samples, or one sample per line. Write "
@@ -275,8 +263,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
             opened = True
             if len(set(names)) < len(names):
                 raise DataError(
-                    f"{path} has several columns with the same name; its columns are {', '.join(map(on_one_line, names))}. "
-                    "Rename them.",
+                    f"{path} has duplicate names among its columns {', '.join(map(on_one_line, names))}. Rename them.",
                     code="data.duplicate_columns",
                 )
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -287,8 +274,7 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: a bad value in a column
         remedy = "Repair that column, or leave it out." if opened else "Write it again."
         raise DataError(
-            f"{path} is not a valid Parquet file: {printable(str(error), keep='').rstrip('.')}. {remedy}",
-            code="data.bad_parquet",
+            f"{path} is not valid Parquet: {printable(str(error), keep='').rstrip('.')}. {remedy}", code="data.bad_parquet"
         ) from error
 
 

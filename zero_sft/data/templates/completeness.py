@@ -14,11 +14,7 @@ from zero_sft.errors import DataError
 
 
 def require_places(shown: Sequence[int] | None, messages: Sequence[Mapping[str, str]], where: str) -> None:
-    """Check that the template has a place for every text that is not an answer, such as a tool's or the system's.
-
-    Raises:
-        DataError: a text that the template leaves out.
-    """
+    """Raise `DataError` if the template leaves out a text that is not an answer, such as a tool's or the system's."""
     if shown is None:
         return
     shown_indices = frozenset(shown)
@@ -38,13 +34,10 @@ def require_all_shown(
     spans: Mapping[int, tuple[int, int]],
     where: str,
 ) -> None:
-    """Check that every text that is not an answer appears in `text` unchanged, except for white space at its ends.
+    """Raise `DataError` if a text that is not an answer is missing in `text` or changed, except for white space at its ends.
 
     A template may depend on the text itself, for example cut a long question. So each text is searched for where the template
     shows it: after the previous text, and between the neighbouring answers, whose positions are `spans`.
-
-    Raises:
-        DataError: a text that is left out, cut or changed.
     """
     order = tuple(range(len(messages))) if shown is None else tuple(dict.fromkeys(shown))
     limits, limit = [], len(text)
@@ -62,8 +55,7 @@ def require_all_shown(
         if end is None:
             raise DataError(
                 f"{where}, message {index + 1}: the chat template leaves out, cuts or changes the text of the {role}, so the "
-                "answers would be trained on without it. Give --chat_template a template that writes message['content'] "
-                "unchanged.",
+                "answers would be trained on without it. Give --chat_template one that writes message['content'] unchanged.",
                 code="data.template_changes_texts",
             )
         position = position if is_anywhere else end

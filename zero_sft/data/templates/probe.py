@@ -70,14 +70,9 @@ def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
     unprompted = render_chat(tokenizer, source, [question], where)
     prompted = render_chat(tokenizer, source, [question], where, prompt=True)
     word = STAND_IN
-    messages = [
-        question,
-        {**answer, "content": f"{word}0"},
-        {**question, "content": f"{word}1"},
-        {**answer, "content": f"{word}2"},
-    ]
-    parts = re.split(rf"{word}\d", render_chat(tokenizer, source, messages, where))
-    if len(parts) != len(messages):
+    chat = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
+    parts = re.split(rf"{word}\d", render_chat(tokenizer, source, chat, where))
+    if len(parts) != len(chat):
         raise DataError(
             f"the chat template leaves out or changes texts (tried with {where}), so answers can't be located. It has to "
             f"write message['content'] unchanged. {VICUNA_INSTEAD}",
