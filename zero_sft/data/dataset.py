@@ -130,7 +130,7 @@ def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: 
         batches = list(make_parts(pipeline, data.objects(), processes))
         table = pyarrow.Table.from_batches([batch.rows for batch in batches], schema=pipeline.schema)
         report = _total_report(data, [batch.report for batch in batches], pipeline)
-        return _prepared(_in_memory(table), _with_source_fields(report, data), pipeline)
+        return _unpacked_dataset(_in_memory(table), _with_source_fields(report, data), pipeline)
     data.require_outside(root, option="--data_cache_dir", code="data.cache_inside_data")
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
@@ -145,8 +145,8 @@ def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: 
 
 def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline, *, verify: bool) -> PreparedDataset | None:
     """Open the rows that `prepare_source` has cached under that key; None if there are none. See `cache.find` for `verify`."""
-    found = cache.find(root, key, verify=verify)
-    return None if found is None else _from_entry(*found, root / key, data, pipeline)
+    entry = cache.find(root, key, verify=verify)
+    return None if entry is None else _from_entry(*entry, root / key, data, pipeline)
 
 
 def _from_entry(
@@ -162,7 +162,7 @@ def _from_entry(
         ) from error
     first_bad = tuple(message.replace(report.file, data.name, 1) for message in report.first_bad)  # the file may have moved
     report = replace(_with_source_fields(report, data), file=data.name, template=pipeline.template.name, first_bad=first_bad)
-    return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
+    return replace(_unpacked_dataset(dataset, report, pipeline), keys=[entry.name])
 
 
 def _with_source_fields(report: DataReport, data: Data) -> DataReport:
@@ -170,7 +170,7 @@ def _with_source_fields(report: DataReport, data: Data) -> DataReport:
     return replace(report, left_out=data.left_out(), note=data.note())
 
 
-def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> PreparedDataset:
+def _unpacked_dataset(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> PreparedDataset:
     transform = pipeline if pipeline.lazy else None
     samples = dataset.with_transform(pipeline) if transform else dataset
     return PreparedDataset(samples=samples, rows=samples, reports=(report,), transform=transform)

@@ -82,7 +82,7 @@ class SampleParser:
 
 
 def _train_on_last_answer(sample: Sample) -> Sample:
-    """Restrict training to the last answer of a conversation."""
+    """Mark only the last answer of a conversation as trained on."""
     if isinstance(sample, PromptCompletion):
         return sample
     last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)

@@ -134,12 +134,12 @@ def _texts_of(sample: Sample) -> list[str]:
 
 
 def _parse_sharegpt(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    turns, notes = _turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
+    turns, notes = _parse_turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
     return _conversation(_with_system(sample, turns, where), where, _SHAREGPT_WORDS, notes)
 
 
 def _parse_messages(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    turns, notes = _turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
+    turns, notes = _parse_turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
     return _conversation(_with_system(sample, turns, where), where, unread=notes)
 
 
@@ -190,7 +190,7 @@ def _parse_prompt_completion(sample: Mapping[str, Any], where: str) -> ParsedSam
     prompt, completion = sample["prompt"], sample["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         (prompt_turns, prompt_notes), (completion_turns, completion_notes) = (
-            _turns(sample[key], key, ("role", "content"), _MESSAGE_ROLES, where) for key in ("prompt", "completion")
+            _parse_turns(sample[key], key, ("role", "content"), _MESSAGE_ROLES, where) for key in ("prompt", "completion")
         )
         turns = [*(replace(turn, trained=False) for turn in prompt_turns), *completion_turns]
         return _conversation(turns, where, unread=tuple(dict.fromkeys((*prompt_notes, *completion_notes))))
@@ -244,7 +244,7 @@ def _conversation(
     return ParsedSample(sample=Conversation(turns=kept, where=where), dropped_turns=dropped, unread=unread)
 
 
-def _turns(
+def _parse_turns(
     raw: Any, key: str, names: tuple[str, str], roles: Mapping[str, str], where: str
 ) -> tuple[list[Turn], tuple[str, ...]]:
     """Parse a list of turns and check roles and texts; return the turns, and their keys that are not read, as `messages.id`.

@@ -47,7 +47,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
         )
     if _exists(text):
         return (Source(data=_data(text), text=text),)
-    sources = tuple(_source(part.strip(), text) for part in text.split(","))
+    sources = tuple(_parse_source(part.strip(), text) for part in text.split(","))
     weighted = sum(source.weight is not None for source in sources)
     if 0 < weighted < len(sources):
         raise DataError(
@@ -94,7 +94,7 @@ def _exists(text: str) -> bool:
     return Path(text).expanduser().exists()
 
 
-def _source(part: str, text: str) -> Source:
+def _parse_source(part: str, text: str) -> Source:
     name, colon, weight_text = part.rpartition(":")
     if _URL.match(part) and not _exists(part):
         raise _url_error(part)

@@ -46,7 +46,7 @@ def declared_in(folder: Path) -> DeclaredFiles | None:
     Raises:
         DataError: invalid YAML, or several configurations.
     """
-    source, metadata = _metadata(folder)
+    source, metadata = _read_metadata(folder)
     configs = metadata.get("configs")
     if configs is None or configs == []:
         return None
@@ -118,7 +118,7 @@ def _count_dunder_folders(path: str) -> int:
     return sum(part.startswith("__") for part in PurePosixPath(path).parent.parts)
 
 
-def _metadata(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+def _read_metadata(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     """Read the README's YAML, overridden by `.huggingface.yaml`; return the file with the configurations, and the keys."""
     import yaml
     from huggingface_hub import metadata_load

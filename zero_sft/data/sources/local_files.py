@@ -207,11 +207,11 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     is_parquet = path.suffix.lower() == _PARQUET
     require_kind(path, is_parquet=is_parquet)
     name = printable(str(path), keep="")
-    for sample, place in _parquet(path) if is_parquet else _json_objects(path):
+    for sample, place in _read_parquet(path) if is_parquet else _read_json(path):
         yield sample, f"{name}, {place}{_id_suffix(sample)}"
 
 
-def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
     with open_text(path, argument=_ARGUMENTS, errors="surrogateescape") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
@@ -222,17 +222,17 @@ def _json_objects(path: Path) -> Iterator[tuple[Any, str]]:
             "only the list, or each object on one line.",
             code="data.object_over_lines",
         )
-    yield from _list(path) if first.startswith("[") else _lines(path)
+    yield from _read_list(path) if first.startswith("[") else _read_lines(path)
 
 
-def _list(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_list(path: Path) -> Iterator[tuple[Any, str]]:
     with open_text(path, argument=_ARGUMENTS) as file:
         text = file.read()
     for number, sample in enumerate(_parse_json(text, path, first_line=1), start=1):
         yield sample, f"sample {number}"
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[Any, str]]:
     """Read line by line, since the file may be larger than memory."""
     with open_text(path, argument=_ARGUMENTS, errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
@@ -252,7 +252,7 @@ def _parse_line(line: str, path: Path, number: int) -> Any:
     return _parse_json(line.rstrip("\n"), path, first_line=number)
 
 
-def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
     import pyarrow
     from pyarrow import parquet
 

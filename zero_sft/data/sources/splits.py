@@ -47,21 +47,22 @@ class _Splits:
     source: Path | None = None
 
 
-def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> ChosenSplit:
-    """Return the files of the `wanted` split; if it is None and there are several splits, those of `train`.
+def choose_split(folder: Path, files: Sequence[Path], requested: str | None) -> ChosenSplit:
+    """Return the files of the `requested` split; if it is None and there are several splits, those of `train`.
 
     Raises:
         DataError: no such split; several splits without a `train`; several configurations; an invalid README, or one that
             declares missing files.
     """
-    by_split = _splits(folder, files)
+    by_split = _group_by_split(folder, files)
     splits = sorted(name for name in by_split.files if name is not None)
-    if wanted is not None:
-        split = wanted if wanted in splits else _keyword(wanted) or wanted
+    if requested is not None:
+        split = requested if requested in splits else _keyword(requested) or requested
         if split not in splits:
             has = f"its splits are {', '.join(splits)}" if splits else "no file or folder name in it names a split"
             raise DataError(
-                f"{folder} has no split {wanted!r}: {has}. Check --data_path and --eval_data_path.", code="data.no_such_split"
+                f"{folder} has no split {requested!r}: {has}. Check --data_path and --eval_data_path.",
+                code="data.no_such_split",
             )
         return replace(_select(folder, by_split, {split}), note="", held_out=None)
     if len(splits) > 1 and TRAIN in splits:
@@ -81,7 +82,7 @@ def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> Cho
     return chosen
 
 
-def _splits(folder: Path, files: Sequence[Path]) -> _Splits:
+def _group_by_split(folder: Path, files: Sequence[Path]) -> _Splits:
     """Group the files by split: as the README declares them, otherwise by their names."""
     declared = declared_in(folder)
     by_name = {file.relative_to(folder).as_posix(): file for file in files}
