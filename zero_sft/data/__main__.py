@@ -1,4 +1,4 @@
-"""`python -m zero_sft.data`."""
+"""Run the data command: `python -m zero_sft.data`."""
 
 import sys
 

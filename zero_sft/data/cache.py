@@ -1,8 +1,8 @@
-"""Prepared rows on disk, under a key of all that they depend on, so that they are made once and mapped by everybody.
+"""Cache prepared rows on disk, under a key of everything that they depend on, so that all ranks and later runs map them.
 
-An entry is a folder, `<root>/<key>`: `rows.arrow`, Arrow's stream format, and `account.json`. It is written beside its place
-and takes it at the end by a rename, so an entry that is there is whole; of several writers the first wins. A checksum tells
-whether it still is what was written: CRC-32, which reads 4 GB a second, and is about disks, not about attackers.
+An entry is a folder, `<root>/<key>`, with `rows.arrow` in Arrow's stream format and `account.json`. It is written to a
+temporary folder and renamed at the end, so every existing entry is complete. If several processes write the same entry, the
+first one wins. A CRC-32 checksum, at 4 GB a second, detects damage by disks; it does not protect against attackers.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 ROWS, ACCOUNT = "rows.arrow", "account.json"
 
-_MAKING = ".making-"
+_TEMPORARY = ".making-"
 _CHUNK_BYTES = 2**22
 _ABANDONED_SECONDS = 3 * 24 * 3600
 
@@ -39,7 +39,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "trl")
 
 
 def cache_root(folder: str | None) -> Path:
-    """That folder; by default beside the other prepared datasets of this user, below `HF_DATASETS_CACHE` or `HF_HOME`."""
+    """Return the cache folder; by default next to the user's other prepared datasets (`HF_DATASETS_CACHE`, `HF_HOME`)."""
     from datasets import config
 
     if folder:
@@ -48,52 +48,54 @@ def cache_root(folder: str | None) -> Path:
 
 
 def key_of(*parts: Any) -> str:
-    """A name for what depends on JSON-able `parts`, on the code of this folder and on the libraries that it calls."""
+    """Hash JSON-able `parts`, the code of this folder and the versions of the libraries that it uses into a key."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return hashlib.sha256(json.dumps([_code(), versions, *parts], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([_code_hash(), versions, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _code() -> str:
+def _code_hash() -> str:
     files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def key_of_rows(data: Data, pipeline: Pipeline) -> str:
-    """The key of what a pipeline makes of a source.
+    """Return the key of the rows that a pipeline makes from a source.
 
     Raises:
-        DataError: there is no such source.
+        DataError: the source does not exist.
     """
     return key_of(
         data.identity(),
-        _tokenizer(pipeline.tokenizer),
+        _tokenizer_identity(pipeline.tokenizer),
         [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
         [asdict(pipeline.reader), pipeline.model_max_length, pipeline.lazy, pipeline.embedding_rows],
     )
 
 
-def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """What its encodings and templates depend on; how it pads and cuts is set anew with each call."""
-    known = fingerprint(tokenizer)
+def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
+    """Collect everything that encodings and templates depend on. Padding and truncation are set by each call instead."""
+    properties = fingerprint(tokenizer)
     for name in ("backend", "chat template", "padding side", "truncation side", "model_max_length"):
-        del known[name]
+        del properties[name]
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    code = inspect.getsourcefile(type(tokenizer)) if type(tokenizer).__module__.startswith("transformers_modules.") else None
+    is_custom = type(tokenizer).__module__.startswith("transformers_modules.")
+    source_file = inspect.getsourcefile(type(tokenizer)) if is_custom else None
     return {
-        **known,
+        **properties,
         "backend": {**backend, "padding": None, "truncation": None},
         "split special tokens": tokenizer.split_special_tokens,
-        "code": Path(code).read_text(encoding="utf-8") if code else None,
+        "code": Path(source_file).read_text(encoding="utf-8") if source_file else None,
     }
 
 
 def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Dataset, Mapping[str, Any]] | None":
-    """The rows of that key, mapped, and their account; None where there is no such entry.
+    """Look up an entry; return its rows, memory-mapped, and their account, or None if there is no such entry.
 
-    `verify`: read all of it, and compare its checksum. One rank of a node does so; the others need not do it again.
+    Args:
+        verify: read the whole entry and compare its checksum. One rank per node does so; the others don't repeat it.
 
     Raises:
-        DataError: an entry that can't be read, has not all of its rows, or is not what was written.
+        DataError: an entry that can't be read, is incomplete, or has another checksum.
     """
     import datasets
 
@@ -104,18 +106,19 @@ def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Datase
         dataset = datasets.Dataset.from_file(str(folder / ROWS))
         account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
         if account["rows"] != len(dataset):
-            raise ValueError(f"{len(dataset)} rows of {account['rows']}")
+            raise ValueError(f"it has {len(dataset)} of {account['rows']} rows")
         if verify and account["crc32"] != _checksum(folder / ROWS, account["account"]):
-            raise ValueError("its checksum is not the one that it was written with")
+            raise ValueError("its checksum differs from the one it was written with")
         return dataset, account["account"]
-    except (OSError, ValueError, LookupError, TypeError) as error:  # pyarrow's errors are among them
+    except (OSError, ValueError, LookupError, TypeError) as error:  # includes pyarrow's errors
         raise DataError(
-            f"{folder} is damaged: {error}. Delete that folder; it will be made anew.", code="data.cache_entry_damaged"
+            f"{folder} is damaged: {error}. Delete that folder; the next run prepares the data again.",
+            code="data.cache_entry_damaged",
         ) from error
 
 
 def _checksum(rows: Path, account: Mapping[str, Any]) -> int:
-    """Of the rows' file and of their account."""
+    """Compute the CRC-32 of the rows' file and of their account."""
     value = zlib.crc32(json.dumps(account, sort_keys=True).encode())
     with rows.open("rb") as opened:
         while chunk := opened.read(_CHUNK_BYTES):
@@ -126,77 +129,82 @@ def _checksum(rows: Path, account: Mapping[str, Any]) -> int:
 def keep(
     root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]], *, verify: bool = True
 ) -> "tuple[datasets.Dataset, Mapping[str, Any], bool]":
-    """`find`, where there is nothing `store` first; and whether it was there. Errors as theirs.
+    """Return the cached entry, creating it with `store` if it is absent, and whether it existed.
 
-    `verify`: compare the checksum of an entry that was there.
+    `verify`: compare the checksum of an existing entry.
 
     Raises:
-        DataError: the entry was cleared away as soon as it was there.
+        DataError: as `find` and `store` raise it; or the entry disappeared right after it was written.
     """
-    found = there = find(root, key, verify=verify)
-    if found is None:
+    existing = find(root, key, verify=verify)
+    entry = existing
+    if entry is None:
         store(root, key, write)
-        found = find(root, key, verify=False)
-    if found is None:
+        entry = find(root, key, verify=False)
+    if entry is None:
         raise DataError(
-            f"{root / key} was written and is gone. Name a folder that nobody clears: --data_cache_dir.",
+            f"{root / key} disappeared right after it was written. Name a folder that no other process clears with "
+            "--data_cache_dir.",
             code="data.cache_entry_gone",
         )
-    return *found, there is not None
+    return *entry, existing is not None
 
 
 def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]]) -> None:
-    """Make an entry: `write` writes the rows to the path it is given, and returns how many, and their account.
+    """Create an entry. `write` writes the rows to a given path, and returns their number and their account.
 
     Raises:
-        DataError: the folder can't be written to; and what `write` raises. No trace is left.
+        DataError: the folder can't be written to. This error, or one that `write` raises, leaves no files behind.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(root)
-        with tempfile.TemporaryDirectory(prefix=f"{_making()}{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as top:
-            made = Path(top) / key
-            made.mkdir()
-            rows, account = write(made / ROWS)
-            told = {"rows": rows, "account": account, "crc32": _checksum(made / ROWS, account)}
-            (made / ACCOUNT).write_text(json.dumps(told), encoding="utf-8")
-            for each in made.iterdir():
-                _flush(each)
-            _take_place(made, root / key)
+        prefix = f"{_temporary_prefix()}{os.getpid()}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as temporary:
+            entry = Path(temporary) / key
+            entry.mkdir()
+            rows, account = write(entry / ROWS)
+            content = {"rows": rows, "account": account, "crc32": _checksum(entry / ROWS, account)}
+            (entry / ACCOUNT).write_text(json.dumps(content), encoding="utf-8")
+            for file in entry.iterdir():
+                _flush(file)
+            _move_into_place(entry, root / key)
     except OSError as error:
         raise DataError(
-            f"can't keep prepared data in {root}: {error.strerror or error}. Name a folder with room: --data_cache_dir.",
+            f"can't write prepared data to {root}: {error.strerror or error}. Name a writable folder with enough space with "
+            "--data_cache_dir.",
             code="data.cache_unwritable",
         ) from error
 
 
-def _take_place(made: Path, place: Path) -> None:
+def _move_into_place(entry: Path, target: Path) -> None:
     try:
-        made.rename(place)
+        entry.rename(target)
     except OSError:
-        if (place / ACCOUNT).exists():  # another was first, with the same rows
+        if (target / ACCOUNT).exists():  # another process was first, with the same rows
             return
-        shutil.rmtree(place, ignore_errors=True)  # what is left of an entry that was cleared away
-        made.rename(place)
+        shutil.rmtree(target, ignore_errors=True)  # the remains of an entry that was partly deleted
+        entry.rename(target)
 
 
-def _making() -> str:
-    """How folders begin that are being written where this process's number is known: on this machine, in this container."""
+def _temporary_prefix() -> str:
+    """Return the prefix of temporary folders whose writer's PID is valid here: the same host and PID namespace."""
     try:
-        space = Path("/proc/self/ns/pid").stat().st_ino
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
-        space = 0
-    return f"{_MAKING}{socket.gethostname()}-{space}-"
+        namespace = 0
+    return f"{_TEMPORARY}{socket.gethostname()}-{namespace}-"
 
 
 def _remove_abandoned(root: Path) -> None:
-    """What writers that were killed have left: those of this machine at once, others' when it is surely theirs."""
-    for each in root.glob(f"{_MAKING}*"):
+    """Remove the temporary folders of killed writers: at once if they ran on this machine, otherwise after some days."""
+    for folder in root.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(FileNotFoundError):
-            process = each.name.removeprefix(_making()).split("-")[0]
-            gone = each.name.startswith(_making()) and process.isdecimal() and not Path(f"/proc/{process}").exists()
-            if gone or time.time() - each.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(each, ignore_errors=True)
+            pid = folder.name.removeprefix(_temporary_prefix()).split("-")[0]
+            is_local = folder.name.startswith(_temporary_prefix()) and pid.isdecimal()
+            has_ended = is_local and not Path(f"/proc/{pid}").exists()
+            if has_ended or time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(file: Path) -> None:

@@ -1,8 +1,8 @@
-"""What the trainer takes: a dataset of token ids and labels, and an account of the data.
+"""Prepare the trainer's dataset of token ids and labels, and a report on the data. Nothing here communicates.
 
-By default all samples are tokenised at the start, and those without a trained token are left out. With `lazy` a sample is
-rendered and tokenised each time it is needed and nothing is kept: a sample cut off before its first answer stays in,
-without labels. Either way the rows are in a file that is mapped, where a cache is named; nothing here communicates.
+By default all samples are tokenised at the start, and samples without a token to train on are left out. With `lazy`, a sample
+is rendered and tokenised each time it is needed, and the result is not kept. Then a sample that is cut off before its first
+answer stays in the dataset, without labels. With a cache folder, the rows are memory-mapped from a file.
 """
 
 import logging
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MANY = 0.05
-"""A share of samples that are of no use, above which something may be wrong with the data."""
+_WARNING_SHARE = 0.05
+"""The share of unusable samples above which a warning says that something may be wrong with the data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedDataset:
-    """Datasets of samples and of the rows that are trained on, which are the samples unless these are packed.
+    """The samples, and the rows that are trained on: packed samples, or the samples themselves.
 
-    `samples` has `input_ids`, `labels` and, unless lazy, `length`; in packed `rows`, `seq_lengths` takes the place of `length`.
-    `reports` are those of the sources, and `notes` say how they were mixed. `packing_note` says how well the rows are filled;
-    it is empty where nothing is packed. `transform` is what makes ids and labels of a lazy dataset's column. `keys` are those
-    of the sources' rows in the cache.
+    `samples` has the columns `input_ids`, `labels` and, unless lazy, `length`. Packed `rows` have `seq_lengths` instead of
+    `length`. `reports` has one report per source, and `notes` describe the mixture. `packing_note` tells how full the rows are;
+    it is empty without packing. `transform` tokenises the rows of a lazy dataset. `keys` are the cache keys of the sources'
+    rows.
     """
 
     samples: "datasets.Dataset"
@@ -57,30 +57,30 @@ class PreparedDataset:
 
     @property
     def is_packed(self) -> bool:
-        """Whether a row may hold several samples."""
+        """Whether the rows are packed, so that one may hold several samples."""
         return bool(self.packing_note)
 
     def unpacked(self) -> "PreparedDataset":
-        """The same data, with the samples as the rows that are trained on."""
+        """Return the same data without packing: the rows are the samples."""
         return replace(self, rows=self.samples, packing_note="")
 
     def lines(self) -> list[str]:
-        """The account of the samples for the log."""
+        """Return the reports and notes as lines for the log."""
         return [*(line for report in self.reports for line in report.lines()), *self.notes]
 
     def warnings(self) -> list[str]:
-        """What looks wrong with the data."""
+        """Return warnings, as lines, about data that looks wrong."""
         warnings = []
-        for each in self.reports:
-            if each.bad > _MANY * each.samples:
-                warnings.append(f"{each.file}: {each.bad / each.samples:.0%} of the samples are bad and were skipped")
-            if each.untrained_share > _MANY:
-                share = f"{each.untrained_share:.0%} of the {'usable ' if each.bad else ''}samples"
-                warnings.append(f"{each.file}: nothing is trained on in {share} ({listed(each.dropped)})")
-            if each.thoughts and each.dropped_thoughts == each.thoughts:
+        for report in self.reports:
+            if report.bad > _WARNING_SHARE * report.samples:
+                warnings.append(f"{report.file}: {report.bad / report.samples:.0%} of the samples are bad and were skipped")
+            if report.untrained_share > _WARNING_SHARE:
+                share = f"{report.untrained_share:.0%} of the {'usable ' if report.bad else ''}samples"
+                warnings.append(f"{report.file}: nothing is trained on in {share} ({listed(report.dropped)})")
+            if report.thoughts and report.dropped_thoughts == report.thoughts:
                 warnings.append(
-                    f"{each.file}: the template {each.template} leaves out the thoughts of all {each.thoughts:,} answers that "
-                    "have some, so they are not trained on"
+                    f"{report.file}: the template {report.template} leaves out the thoughts of all {report.thoughts:,} answers "
+                    "that have some, so they are not trained on"
                 )
         return warnings
 
@@ -94,15 +94,15 @@ def make_pipeline(
     reader: SampleParser = PLAIN,
     embedding_rows: int | None = None,
 ) -> Pipeline:
-    """How objects of a file become rows, for a model with so many `embedding_rows`; None: not known.
+    """Make the pipeline from objects to rows; `embedding_rows` is the size of the model's embedding, None if unknown.
 
     Raises:
-        DataError: options that contradict each other.
+        DataError: contradictory options.
     """
     if lazy and reader.overlong != TRUNCATE:
         raise DataError(
-            f"--overlong {reader.overlong} takes the samples' lengths, which --lazy_preprocess does not know at the start. "
-            "Leave one out.",
+            f"--overlong {reader.overlong} needs the samples' lengths, which --lazy_preprocess does not know at the start. "
+            "Leave out one of the two options.",
             code="data.overlong_needs_lengths",
         )
     return Pipeline(
@@ -116,60 +116,61 @@ def make_pipeline(
 
 
 def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> PreparedDataset:
-    """Read, render, tokenise and label a source of samples. Any rank by itself; does not communicate.
+    """Read, render, tokenise and label a source of samples. Any rank; does not communicate.
 
     Args:
-        data: a file, a folder, or a dataset of the hub.
-        processes: how many work at it, where there is much of it.
-        root: the folder of the cache; None keeps the rows in memory.
+        data: a file, a folder, or a dataset on the hub.
+        processes: the number of worker processes, used if there is enough data.
+        root: the cache folder; None keeps the rows in memory.
 
     Raises:
-        DataError: a file that can't be used, a template that can't be masked, or nothing left to train on.
+        DataError: an unusable file, a template whose answers can't be located, or nothing left to train on.
     """
     if root is None:
-        parts = list(make_parts(pipeline, data.objects(), processes))
-        table = pyarrow.Table.from_batches([each.rows for each in parts], schema=pipeline.schema)
-        report = _report(data, [each.report for each in parts], pipeline)
-        return _prepared(_in_memory(table), _of(data, report), pipeline)
+        batches = list(make_parts(pipeline, data.objects(), processes))
+        table = pyarrow.Table.from_batches([batch.rows for batch in batches], schema=pipeline.schema)
+        report = _total_report(data, [batch.report for batch in batches], pipeline)
+        return _unpacked_dataset(_in_memory(table), _with_source_fields(report, data), pipeline)
     data.require_outside(root, option="--data_cache_dir", code="data.cache_inside_data")
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
     start = time.monotonic()
-    dataset, account, was_there = cache.keep(root, key, lambda file: _entry(file, data, state, pipeline, processes))
-    if was_there:
+    dataset, account, existed = cache.keep(root, key, lambda file: _write_entry(file, data, state, pipeline, processes))
+    if existed:
         logger.info("  prepared before, in %s", root / key)
     else:
         logger.info("  prepared in %.0f s, kept in %s", time.monotonic() - start, root / key)
-    return _opened(dataset, account, root / key, data, pipeline)
+    return _from_entry(dataset, account, root / key, data, pipeline)
 
 
 def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline, *, verify: bool) -> PreparedDataset | None:
-    """What `prepare_source` has kept under that key; None where it has not. `verify`: as `cache.find`'s."""
-    found = cache.find(root, key, verify=verify)
-    return None if found is None else _opened(*found, root / key, data, pipeline)
+    """Open the rows that `prepare_source` has cached under that key; None if there are none. See `cache.find` for `verify`."""
+    entry = cache.find(root, key, verify=verify)
+    return None if entry is None else _from_entry(*entry, root / key, data, pipeline)
 
 
-def _opened(
+def _from_entry(
     dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: Data, pipeline: Pipeline
 ) -> PreparedDataset:
-    """The rows of an entry of the cache, and their account, of this source and under this template's name."""
+    """Make the prepared dataset of a cache entry; its report gets this run's names of the source and the template."""
     try:
         report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("layouts", "first_bad")}})
     except (TypeError, LookupError) as error:
         raise DataError(
-            f"{entry} is damaged: {error}. Delete that folder; it will be made anew.", code="data.cache_entry_damaged"
+            f"{entry} is damaged: {error}. Delete that folder; the next run prepares the data again.",
+            code="data.cache_entry_damaged",
         ) from error
-    first_bad = tuple(each.replace(report.file, data.name, 1) for each in report.first_bad)  # it may have been moved
-    report = replace(_of(data, report), file=data.name, template=pipeline.template.name, first_bad=first_bad)
-    return replace(_prepared(dataset, report, pipeline), keys=[entry.name])
+    first_bad = tuple(message.replace(report.file, data.name, 1) for message in report.first_bad)  # the file may have moved
+    report = replace(_with_source_fields(report, data), file=data.name, template=pipeline.template.name, first_bad=first_bad)
+    return replace(_unpacked_dataset(dataset, report, pipeline), keys=[entry.name])
 
 
-def _of(data: Data, report: DataReport) -> DataReport:
-    """The report with what is to be said of the source itself."""
+def _with_source_fields(report: DataReport, data: Data) -> DataReport:
+    """Add the source's ignored files and its note on splits to the report."""
     return replace(report, left_out=data.left_out(), note=data.note())
 
 
-def _prepared(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> PreparedDataset:
+def _unpacked_dataset(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> PreparedDataset:
     transform = pipeline if pipeline.lazy else None
     samples = dataset.with_transform(pipeline) if transform else dataset
     return PreparedDataset(samples=samples, rows=samples, reports=(report,), transform=transform)
@@ -182,50 +183,55 @@ def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
     return datasets.Dataset(InMemoryTable(table))
 
 
-def _entry(file: Path, data: Data, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
-    """The rows to a file, how many, and their account, if the data is in the state still that its key was made in."""
-    report = _write(file, data, pipeline, processes)
+def _write_entry(file: Path, data: Data, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
+    """Write the rows of a cache entry, and return their number and their account.
+
+    Raises:
+        DataError: the data has changed since `state` was taken for the key.
+    """
+    report = _write_rows(file, data, pipeline, processes)
     if data.state() != state:
         raise DataError(
-            f"{data.name} has changed while it was read. Start again when nobody writes to it.", code="data.changed_while_read"
+            f"{data.name} changed while it was read. Start again when no other process writes to it.",
+            code="data.changed_while_read",
         )
     return report.kept, asdict(report)
 
 
-def _write(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataReport:
-    """The rows to a file, part by part."""
+def _write_rows(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataReport:
+    """Write the rows to a file, batch by batch."""
     reports = []
     with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
-        for part in _shown(make_parts(pipeline, data.objects(), processes), data.name):
-            writer.write_batch(part.rows)
-            reports.append(part.report)
-    return _report(data, reports, pipeline)
+        for batch in _with_progress(make_parts(pipeline, data.objects(), processes), data.name):
+            writer.write_batch(batch.rows)
+            reports.append(batch.report)
+    return _total_report(data, reports, pipeline)
 
 
-def _shown(parts: Iterator[RowBatch], name: str) -> Iterator[RowBatch]:
-    """The parts; the samples in them are counted where progress is shown."""
+def _with_progress(batches: Iterator[RowBatch], name: str) -> Iterator[RowBatch]:
+    """Yield the batches, and report the number of samples to the progress bar."""
     with progress.task(f"preparing {name}", unit="samples") as task:
-        for part in parts:
-            task.advance(part.report.samples)
-            yield part
+        for batch in batches:
+            task.advance(batch.report.samples)
+            yield batch
 
 
-def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataReport:
-    """The account of a whole source.
+def _total_report(data: Data, reports: list[DataReport], pipeline: Pipeline) -> DataReport:
+    """Sum the batches' reports into the report of the source.
 
     Raises:
-        DataError: no samples in it, or nothing to train on.
+        DataError: no samples, or nothing to train on.
     """
     empty = DataReport(file=data.name, template=pipeline.template.name, has_trained=False)
-    report = total([empty, *parts])
+    report = total([empty, *reports])
     if report.samples == report.bad:
         if report.bad:
             raise DataError(
-                f"{data.name} holds no samples but {report.bad:,} that can't be used, the first: {report.first_bad[0]}",
+                f"{data.name} contains no samples but {counted(report.bad, 'unusable one')}, the first: {report.first_bad[0]}",
                 code="data.all_samples_bad",
             )
-        raise DataError(f"{data.name} holds no samples. Expected {EXPECTED}.", code="data.no_samples")
-    if report.kept and not report.has_trained:  # lazily tokenised: all were looked at, and stay in
+        raise DataError(f"{data.name} contains no samples. Expected {EXPECTED}.", code="data.no_samples")
+    if report.kept and not report.has_trained:  # lazy: all samples were tokenised as a check, none has trained tokens
         report = replace(report, kept=0, dropped={**report.dropped, CUT_OFF: report.kept})
     if not report.kept:
         raise DataError(_nothing_left(report, pipeline.model_max_length), code="data.nothing_left")
@@ -233,18 +239,18 @@ def _report(data: Data, parts: list[DataReport], pipeline: Pipeline) -> DataRepo
 
 
 def _nothing_left(report: DataReport, model_max_length: int) -> str:
-    message = f"{report.file}: no sample is left in which anything is trained on ({listed(report.dropped)})."
+    message = f"{report.file}: no sample with anything to train on is left ({listed(report.dropped)})."
     if CUT_OFF in report.dropped:
         return f"{message} --model_max_length is {model_max_length}, and the shortest has {report.shortest} tokens: raise it."
     if TOO_LONG in report.dropped:
-        return f"{message} --model_max_length is {model_max_length}: raise it, or take --overlong truncate or split."
+        return f"{message} --model_max_length is {model_max_length}: raise it, or use --overlong truncate or split."
     if report.bad:
-        return f"{message} {report.bad:,} can't be used, the first: {report.first_bad[0]}"
-    return f"{message} Only answers are trained on: give samples with answers."
+        return f"{message} {counted(report.bad, 'sample')} can't be used, the first: {report.first_bad[0]}"
+    return f"{message} Only answers are trained on: provide samples with answers."
 
 
 def require_one_batch(prepared: PreparedDataset, *, world_size: int, per_device_batch_size: int) -> None:
-    """Raise unless the samples, or the rows that they are packed into, fill one batch on every rank. Pure.
+    """Check that the rows fill at least one batch on every rank. Pure.
 
     Raises:
         DataError: fewer than `world_size * per_device_batch_size`.
@@ -254,12 +260,12 @@ def require_one_batch(prepared: PreparedDataset, *, world_size: int, per_device_
     if usable < needed:
         files = ", ".join(report.file for report in prepared.reports)
         size = "" if None in tokens else f" ({counted(sum(filter(None, tokens)), 'token')})"
-        there, remedy = counted(usable, "usable sample"), "or fewer ranks"
+        available, remedy = counted(usable, "usable sample"), "or fewer ranks"
         if prepared.is_packed:
-            there = f"{counted(len(prepared.samples), 'sample')} in {counted(usable, 'packed row')}"
-            remedy = "fewer ranks, or leave --packing True out: then samples are padded"
+            available = f"{counted(len(prepared.samples), 'sample')} in {counted(usable, 'packed row')}"
+            remedy = "fewer ranks, or leave out --packing True, so that samples are padded"
         raise DataError(
-            f"{files}: {there}{size}, and one batch needs {needed}: {per_device_batch_size} on each of "
-            f"{counted(world_size, 'rank')}. Give more data, a smaller --per_device_train_batch_size, {remedy}.",
+            f"{files}: {available}{size}, but one batch needs {needed}: {per_device_batch_size} on each of "
+            f"{counted(world_size, 'rank')}. Use more data, a smaller --per_device_train_batch_size, {remedy}.",
             code="data.too_few_samples",
         )

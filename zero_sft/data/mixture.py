@@ -1,4 +1,4 @@
-"""One dataset of several sources: prepared, mixed, packed."""
+"""Make one dataset of several sources: prepare, mix and pack them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,18 +21,23 @@ from zero_sft.errors import DataError
 if TYPE_CHECKING:
     import datasets
 
-_MOST_REPEATED = 1000
-"""A mixture of so many times the rows that there are is taken for a mistake in the weights."""
+_MAX_GROWTH = 1000
+"""If a mixture would have more than this many times the samples of its sources, the weights are taken for a mistake."""
 
-_SOURCE = "source"  # a column that says which dataset a row is of, while they are mixed
+_SOURCE = "source"  # temporary column with the index of a row's source, while the sources are mixed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """All that says how data becomes a dataset, apart from the tokenizer and the chat template.
+    """All options that determine a dataset, except for the tokenizer and the chat template.
 
-    `seed`: of a mixture by weights. `pack`: into rows of `model_max_length` tokens. `root`: the folder of the cache; None keeps
-    everything in memory. `processes`: how many prepare, where there is much. `embedding_rows`: of the model; None: not known.
+    Args:
+        model_max_length: in tokens.
+        seed: for a mixture by weights.
+        pack: pack samples into rows of `model_max_length` tokens.
+        root: the cache folder; None keeps everything in memory.
+        processes: the number of worker processes, used if there is enough data.
+        embedding_rows: the number of rows in the model's embedding; None if unknown.
     """
 
     sources: tuple[Source, ...]
@@ -47,7 +52,7 @@ class DatasetSpec:
 
     @classmethod
     def from_options(cls, options: Any, *, sources: tuple[Source, ...], model_max_length: int, seed: int) -> "DatasetSpec":
-        """The dataset that arguments ask for, the job's or the data command's: `DataArguments`, or anything with its names."""
+        """Make the spec from the options of the job or of the data command: `DataArguments`, or an object with its names."""
         return cls(
             sources=sources,
             model_max_length=model_max_length,
@@ -65,28 +70,28 @@ class DatasetSpec:
 
     @property
     def name(self) -> str:
-        """The sources as they were written, for messages."""
+        """The sources as the user wrote them, for messages."""
         return ",".join(source.text for source in self.sources)
 
 
 def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> PreparedDataset:
-    """`prepare_source` for each source, one dataset of all, packed if wanted. Any rank by itself; does not communicate.
+    """Prepare each source, mix them into one dataset, and pack it if the spec says so. Any rank; does not communicate.
 
     Raises:
-        DataError: as `prepare_source`'s and `require_sources`'.
+        DataError: as `prepare_source` and `require_sources` raise it.
     """
     pipeline = _pipeline(spec, tokenizer, template)
     require_sources(spec.sources)
     parts = [prepare_source(source.data, pipeline, processes=spec.processes, root=spec.root) for source in spec.sources]
-    return _finished(parts, spec)
+    return _mix_and_pack(parts, spec)
 
 
 def open_sources(
     spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: Sequence[str], *, verify: bool = True
 ) -> PreparedDataset | None:
-    """What `prepare_sources` has made, by the keys of its parts; None where this machine's cache has not all of it.
+    """Open the dataset that `prepare_sources` has made, by its cache keys; None unless the cache has all of it.
 
-    `verify`: as `cache.find`'s.
+    Any rank; does not communicate. See `cache.find` for `verify`.
     """
     if spec.root is None or (spec.pack and cache.find(spec.root, _packed_key(spec, keys), verify=False) is None):
         return None
@@ -96,7 +101,7 @@ def open_sources(
         for key, source in zip(keys, spec.sources, strict=True)
     ]
     parts = [part for part in opened if part is not None]
-    return _finished(parts, spec, verify=verify) if len(parts) == len(spec.sources) else None
+    return _mix_and_pack(parts, spec, verify=verify) if len(parts) == len(spec.sources) else None
 
 
 def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> Pipeline:
@@ -110,8 +115,8 @@ def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: T
     )
 
 
-def _finished(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify: bool = True) -> PreparedDataset:
-    """The sources' rows in one dataset, packed if wanted; from the cache where they are there."""
+def _mix_and_pack(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify: bool = True) -> PreparedDataset:
+    """Mix the sources, and pack the samples if the spec says so; packed rows come from the cache if it has them."""
     mixed = mix(parts, [source.weight for source in spec.sources], spec.seed)
     if not spec.pack:
         return mixed
@@ -129,24 +134,25 @@ def _finished(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify: bo
 
 def _packed_key(spec: DatasetSpec, keys: Sequence[str]) -> str:
     weights = [source.weight for source in spec.sources if source.weight is not None]
-    drawn = [spec.seed, *(f"{weight / sum(weights):.9f}" for weight in weights)] if weights else []
-    return cache.key_of("packed", list(keys), drawn, spec.model_max_length)
+    mixture = [spec.seed, *(f"{weight / sum(weights):.9f}" for weight in weights)] if weights else []
+    return cache.key_of("packed", list(keys), mixture, spec.model_max_length)
 
 
 def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed: int) -> PreparedDataset:
-    """One dataset of several. Pure: the same on every rank.
+    """Mix several datasets into one. Pure, so the result is the same on every rank.
 
-    Without weights they follow each other. With weights rows are drawn by chance from one or the other until each sample has
-    been drawn, so that sources that are small for their weight are repeated.
+    Without weights, the datasets are concatenated. With weights, rows are drawn at random until every sample has been drawn, so
+    sources that are small for their weight are repeated.
     """
     import datasets
 
     if len(parts) == 1:
         return parts[0]
-    raw = [part.samples.with_format(None) for part in parts]
-    mixed, notes = datasets.concatenate_datasets(raw), ()
+    unformatted = [part.samples.with_format(None) for part in parts]
+    mixed, notes = datasets.concatenate_datasets(unformatted), ()
     if None not in weights:
-        mixed, notes = _drawn(raw, [weight or 0.0 for weight in weights], seed, [part.reports[0].file for part in parts])
+        names = [part.reports[0].file for part in parts]
+        mixed, notes = _interleave(unformatted, [weight or 0.0 for weight in weights], seed, names)
     transform = parts[0].transform
     samples = mixed if transform is None else mixed.with_transform(transform)
     return PreparedDataset(
@@ -159,23 +165,23 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
     )
 
 
-def _drawn(
+def _interleave(
     parts: Sequence["datasets.Dataset"], weights: Sequence[float], seed: int, names: Sequence[str]
 ) -> tuple["datasets.Dataset", tuple[str, ...]]:
-    """Rows drawn by weight until each has been drawn, and a line for each part.
+    """Draw rows by weight until each has been drawn; return the mixture and a line for the log on each part.
 
     Raises:
-        DataError: weights so far from the sources' sizes that the mixture would be far larger than they.
+        DataError: weights so different from the sources' sizes that the mixture would be far larger than the sources.
     """
     import datasets
 
     rows = [len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True)]
-    whole = sum(map(len, parts))
-    if max(rows) > _MOST_REPEATED * whole:
+    total = sum(map(len, parts))
+    if max(rows) > _MAX_GROWTH * total:
         name = names[rows.index(max(rows))]
         raise DataError(
-            f"to draw every sample of {name} by its weight takes {max(rows):,.0f} rows, and there are {whole:,} samples. Give "
-            "it a larger weight, or leave it out.",
+            f"the weight of {name} is too small: drawing each of its samples takes {max(rows):,.0f} rows, but there are "
+            f"{total:,} samples. Give it a larger weight, or leave it out.",
             code="data.weights_too_far_apart",
         )
     mixed = datasets.interleave_datasets(

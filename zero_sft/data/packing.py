@@ -1,9 +1,9 @@
-"""Several samples in one row, so that little is computed on padding.
+"""Pack several samples into one row, so that little is computed on padding.
 
-TRL's best-fit packing fills rows of `model_max_length` tokens; the position ids of a row begin anew with each sample, and where
-there is no attention mask, transformers takes that for the border between samples that don't see each other. Not every model
-does: those with ALiBi or learned positions of their own counting, or with a state that runs along the row, would let a sample
-see the one before. So only types that are known to keep samples apart are packed; `tests/isolation.py` finds them out.
+TRL's best-fit packing fills rows of `model_max_length` tokens. The position ids restart with each sample; without an attention
+mask, transformers takes a restart for the border between samples that must not attend to each other. Not every model does so:
+with ALiBi, with positions that the model counts itself, or with a state that runs along the row, a sample would see the
+previous one. So only model types that are known to keep samples apart are packed; `tests/isolation.py` determines them.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ PACKABLE_MODEL_TYPES = frozenset(
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper youtu
 """.split()  # noqa: SIM905 - a table
 )
-"""Types of language models (transformers' `model_type`) that keep packed samples apart, but for `LEAKING`."""
+"""Types of language models (transformers' `model_type`) that keep packed samples apart, except for `LEAKING`."""
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -39,53 +39,55 @@ LEAKING = {
         "cohere_compass_text ctrl fuyu gpt_bigcode gpt_neo gptj hrm_text moshi persimmon whisper".split()  # noqa: SIM905
     )
 }
-"""Types of `PACKABLE_MODEL_TYPES` that leak with an attention of that kind: they hand it no position ids, or refuse it.
+"""Packable types that leak with that kind of attention: they don't pass it position ids, or don't support it.
 
-Found by `tests/isolation.py` with transformers 5.23, on a CPU: with transformers' own code down to the functions of flash-attn,
-which are written out in plain torch there. `gpt_neo` and `gptj` have classes of their own for it, which were not looked at.
+Found by `tests/isolation.py` with transformers 5.23 on a CPU. It runs transformers' code, with plain torch in place of the
+functions of flash-attn. The separate flash attention classes of `gpt_neo` and `gptj` were not examined.
 """
 
-_AT_ONCE = 20_000  # samples packed together, if they are not very long
-_TOKENS_AT_ONCE = 2**30  # Arrow counts a column's in 32 bits
+_BATCH_SAMPLES = 20_000  # samples packed together, unless they are very long
+_BATCH_TOKENS = 2**30  # Arrow's offsets into a column have 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingDecision:
-    """Whether rows are packed, and if not, why."""
+    """The decision whether to pack, with the reason if not."""
 
     enabled: bool
     reason: str = ""
 
 
 def resolve_packing(wanted: bool | None, config: Any, *, attention: str | None, lazy: bool) -> PackingDecision:
-    """Pack where it is wanted, or, for None, wherever the model keeps samples apart. Pure.
+    """Decide whether to pack: as the user says, or, for None, if the model keeps samples apart. Pure.
 
     Args:
-        config: the language model's own part of the config.
-        attention: the attention implementation, None for transformers' choice.
+        wanted: the value of `--packing`.
+        config: the config of the language model, which may be a part of the model's config.
+        attention: the attention implementation; None for transformers' choice.
 
     Raises:
-        ArgumentError: it is wanted and can't be.
+        ArgumentError: packing is requested but not possible.
     """
     if wanted is False:
         return PackingDecision(enabled=False, reason="--packing False")
     reason = _obstacle(config, attention, lazy)
     if reason and wanted:
         raise ArgumentError(
-            f"--packing True: {reason}. Leave it out, and samples are padded to the longest of their batch.",
+            f"--packing True: {reason}. Leave the option out, so that samples are padded to the longest of their batch.",
             code="data.packing_impossible",
         )
     return PackingDecision(enabled=not reason, reason=reason)
 
 
 def packing_unless_too_few(packing: PackingDecision, wanted: bool | None, rows: int, needed: int) -> PackingDecision:
-    """Packing as it was chosen; off where the `rows` are fewer than one batch `needed`, unless it is wanted. Pure."""
+    """Disable packing if there are fewer packed `rows` than the `needed` rows of one batch, unless it is `wanted`. Pure."""
     if not packing.enabled or wanted or rows >= needed:
         return packing
     return PackingDecision(enabled=False, reason=f"they fill {counted(rows, 'row')}, and one batch needs {needed}")
 
 
 def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
+    """Return the reason why packing is not possible; empty if it is possible."""
     if lazy:
         return "--lazy_preprocess does not know the samples' lengths at the start"
     if config.model_type not in PACKABLE_MODEL_TYPES:
@@ -99,16 +101,18 @@ def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
 
 
 def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = None) -> "datasets.Dataset":
-    """Rows of at most `model_max_length` tokens: `input_ids`, `labels`, and `seq_lengths`, those of the samples in a row.
+    """Pack samples into rows of at most `model_max_length` tokens.
+
+    Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples.
 
     Args:
-        file: where the rows are written to; None keeps them where datasets does.
+        file: the file to write the rows to; None leaves the choice to `datasets`.
     """
     from trl import pack_dataset
 
     options = {
         "cache_file_name": file,
-        "batch_size": max(1, min(_AT_ONCE, _TOKENS_AT_ONCE // model_max_length)),
+        "batch_size": max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length)),
         "load_from_cache_file": False,
     }
     with progress.task("packing the samples"):
@@ -116,17 +120,17 @@ def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = 
 
 
 def packed_line(samples: int, packed: "datasets.Dataset", model_max_length: int) -> str:
-    """For the log: how many rows, and how full they are."""
+    """Format the number of packed rows, and the share of their tokens that is filled, for the log."""
     tokens = sum(len(chunk.values) for chunk in packed.data.column("input_ids").chunks)
-    full = tokens / (len(packed) * model_max_length)
-    there, made = counted(samples, "sample"), counted(len(packed), "row")
-    return f"{there} packed into {made} of {model_max_length:,} tokens, {full:.1%} full"
+    filled = tokens / (len(packed) * model_max_length)
+    rows = counted(len(packed), "row")
+    return f"{counted(samples, 'sample')} packed into {rows} of {model_max_length:,} tokens, {filled:.1%} full"
 
 
 def position_ids(lengths: Sequence[int], width: int) -> list[int]:
-    """Positions that begin anew with each sample, and once more with the padding up to `width`.
+    """Return positions that restart with each sample, and with the padding up to `width`.
 
     Worked example: lengths 3 and 2 in a width of 7: 0 1 2 0 1 0 1.
     """
-    rest = width - sum(lengths)
-    return [position for length in (*lengths, rest) for position in range(length)]
+    padding = width - sum(lengths)
+    return [position for length in (*lengths, padding) for position in range(length)]

@@ -1,14 +1,14 @@
-"""What a trained token costs: the tokens that are computed for it, padding included, by how batches are made. Pure."""
+"""Compute how many tokens, padding included, a job processes per trained token, for each way to make batches. Pure."""
 
 import random
 from collections.abc import Sequence
 
 PACKED, ALIKE, AT_RANDOM = "packed", "alike", "at random"
-"""How batches are made: of packed rows, of samples of like length, of samples at random."""
+"""Ways to make batches: from packed rows, from samples of similar length, from random samples."""
 
 
 def padded_tokens(lengths: Sequence[int], batch_size: int) -> int:
-    """Tokens of batches of samples in this order, each padded to the longest of its batch.
+    """Count the tokens of batches of samples in this order, each sample padded to the longest of its batch.
 
     Worked example: lengths 3, 1, 2 in batches of 2: 3 + 3 and 2 → 8.
     """
@@ -19,14 +19,15 @@ def padded_tokens(lengths: Sequence[int], batch_size: int) -> int:
 def cost_lines(
     lengths: Sequence[int], *, trained_tokens: int, window: int, packed_rows: int | None, batch_size: int, chosen: str
 ) -> list[str]:
-    """For a person: the cost of each way to make batches, and which is the job's.
+    """Format the cost of each way to make batches as lines for the user, and mark the job's way.
 
     Args:
-        lengths: of the samples, in tokens.
-        window: the longest length, in tokens, to which FastChat pads.
-        packed_rows: rows of `window` tokens that the samples are packed into; None where they are not.
-        batch_size: samples of a batch.
-        chosen: the job's way.
+        lengths: the lengths of the samples, in tokens.
+        trained_tokens: the number of tokens that are trained on.
+        window: the maximum length in tokens, to which FastChat pads.
+        packed_rows: the number of packed rows of `window` tokens; None without packing.
+        batch_size: the number of samples in a batch.
+        chosen: the job's way to make batches.
     """
     mixed = random.Random(0).sample(list(lengths), len(lengths))
     costs = {
@@ -39,5 +40,5 @@ def cost_lines(
         del costs[PACKED]
     return [
         "tokens computed for each that is trained on:",
-        *(f"{tokens / trained_tokens:9.2f}  {what}{' (the job)' * (way == chosen)}" for way, (tokens, what) in costs.items()),
+        *(f"{tokens / trained_tokens:9.2f}  {text}{' (the job)' * (way == chosen)}" for way, (tokens, text) in costs.items()),
     ]

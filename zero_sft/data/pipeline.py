@@ -1,6 +1,6 @@
-"""From objects of a file to rows of a dataset: plain data and pure functions, which travel to worker processes.
+"""Turn objects of a file into rows of a dataset, with plain data and pure functions that can be sent to worker processes.
 
-A row is a sample as tokens, `input_ids`, `labels` and `length`; or, where tokenising is put off, as JSON text, of which
+A row is a tokenised sample: `input_ids`, `labels` and `length`. With lazy tokenising it is the sample as JSON text, and
 `Pipeline.__call__` makes ids and labels when they are needed.
 """
 
@@ -34,7 +34,7 @@ TEXTS = pyarrow.schema([("sample", pyarrow.string())])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBatch:
-    """Rows made of some objects, of `Pipeline.schema`, and what became of those objects."""
+    """Rows made from a batch of objects, with `Pipeline.schema`, and the report on those objects."""
 
     rows: pyarrow.RecordBatch
     report: DataReport
@@ -42,23 +42,24 @@ class RowBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rows:
-    """Columns of rows, the samples that are in them, and why others are not: as errors, or counted by reason.
+    """Columns of rows and the samples in them; errors of bad samples, and counts of dropped samples by reason.
 
-    `account`: what else a `DataReport` says of them.
+    `statistics` are further fields of their `DataReport`.
     """
 
     columns: Mapping[str, list]
     samples: Sequence[Sample]
     bad: Sequence[str]
     dropped: Mapping[str, int] = field(default_factory=dict)
-    account: Mapping[str, Any]
+    statistics: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """How objects become rows. `model_max_length` is in tokens; `lazy` puts off the tokenising.
+    """The steps from objects to rows: parse, render, tokenise, label.
 
-    `embedding_rows`: ids from there on are refused; None where the tokenizer has no such.
+    `model_max_length` is in tokens. `lazy` postpones tokenising until a row is needed. Token ids from `embedding_rows` on are
+    refused; it is None if the tokenizer has no such ids.
     """
 
     reader: SampleParser
@@ -70,22 +71,22 @@ class Pipeline:
 
     @property
     def schema(self) -> pyarrow.Schema:
-        """Of the rows."""
+        """The Arrow schema of the rows."""
         return TEXTS if self.lazy else TOKENS
 
     def part(self, objects: Sequence[tuple[Any, str]]) -> RowBatch:
-        """Rows of some objects, each given with its place, in their order.
+        """Make the rows of a batch of objects, each with its place for messages, in order.
 
         Raises:
-            DataError: a bad sample, unless such are skipped.
+            DataError: a bad sample, unless bad samples are skipped.
         """
         parsed = self.reader.read(objects)
         answered = [sample for sample in parsed.samples if self._is_answered(sample)]
-        made = self._text_rows(answered) if self.lazy else self._token_rows(answered)
-        rows = pyarrow.RecordBatch.from_pydict(dict(made.columns), schema=self.schema)
-        bad, dropped = [*parsed.bad, *made.bad], Counter({NO_ANSWER: len(parsed.samples) - len(answered)})
-        dropped.update(made.dropped)
-        conversations = [sample for sample in made.samples if isinstance(sample, Conversation)]
+        result = self._text_rows(answered) if self.lazy else self._token_rows(answered)
+        rows = pyarrow.RecordBatch.from_pydict(dict(result.columns), schema=self.schema)
+        bad, dropped = [*parsed.bad, *result.bad], Counter({NO_ANSWER: len(parsed.samples) - len(answered)})
+        dropped.update(result.dropped)
+        conversations = [sample for sample in result.samples if isinstance(sample, Conversation)]
         report = DataReport(
             file="",
             template=self.template.name,
@@ -95,117 +96,121 @@ class Pipeline:
             turns=sum(turn.role != SYSTEM for conversation in conversations for turn in conversation.turns),
             dropped_turns=parsed.dropped_turns,
             unread=parsed.unread,
-            empty_answers=sum(sample.empty_answers(blank_counts=self.template.trains_on_blanks) for sample in made.samples),
+            empty_answers=sum(sample.empty_answers(blank_counts=self.template.trains_on_blanks) for sample in result.samples),
             bad=len(bad),
             first_bad=tuple(bad[:MOST_SHOWN]),
             dropped={reason: count for reason, count in dropped.items() if count},
-            **made.account,
+            **result.statistics,
         )
         return RowBatch(rows=rows, report=report)
 
     def _text_rows(self, samples: Sequence[Sample]) -> _Rows:
-        """Samples as they are, to be tokenised later, after a look at as few as tell that they can be used.
+        """Keep samples as text, to be tokenised later, but check now that they can be used.
 
-        What fails on every sample fails now: so one is tokenised, and the next as long as nothing is trained on in them; all,
-        where there are ids to look for.
+        An error that affects every sample should be raised now. So samples are tokenised until one has something to train on.
+        If ids must be checked, all samples are tokenised.
         """
         usable, bad = list(samples), list[str]()
         if self.embedding_rows is not None:
-            tokenised, bad = self._tokenised(samples, skip_bad=self.reader.skips_bad)
-            usable = [sample for sample, _ in tokenised]
+            tokenized, bad = self._tokenize(samples, skip_bad=self.reader.skips_bad)
+            usable = [sample for sample, _ in tokenized]
         elif self.reader.skips_bad:
-            rendered, bad = self._rendered(samples, skip_bad=True)
+            rendered, bad = self._render(samples, skip_bad=True)
             usable = [sample for sample, _ in rendered]
         return _Rows(
             columns={"sample": [json.dumps(asdict(sample)) for sample in usable]},
             samples=usable,
             bad=bad,
-            account=self._account_of_first(usable),
+            statistics=self._trained_statistics(usable),
         )
 
-    def _account_of_first(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Whether anything is trained on in one of the samples, and if not, how long the shortest is."""
+    def _trained_statistics(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Tokenise samples until one has something to train on; if none has, report the shortest length."""
         lengths = []
         for sample in samples:
-            example = self._example(sample)
-            if example.trained_tokens:
+            tokenized = self._tokenize_one(sample)
+            if tokenized.trained_tokens:
                 return {"has_trained": True}
-            lengths.append(_length(example))
+            lengths.append(_length(tokenized))
         return {"has_trained": False, "shortest": min(lengths, default=None)}
 
     def _token_rows(self, samples: Sequence[Sample]) -> _Rows:
-        """Samples as ids and labels. One that is too long is cut, split or dropped, as the reader says; one is dropped, too, if
-        nothing is trained on in it.
+        """Tokenise and label samples.
+
+        A sample longer than the window is truncated, split or dropped, as the reader's `overlong` says. A sample is also
+        dropped if nothing in it is trained on.
         """
-        tokenised, bad = self._tokenised(samples, skip_bad=self.reader.skips_bad)
+        tokenized_samples, bad = self._tokenize(samples, skip_bad=self.reader.skips_bad)
         used, kept, split = list[Sample](), list[TokenizedSample](), 0
         dropped, lost = Counter[str](), Counter[str]()
-        for sample, example in tokenised:
-            if self.reader.overlong == DROP and example.cut_tokens:
+        for sample, tokenized in tokenized_samples:
+            if self.reader.overlong == DROP and tokenized.cut_tokens:
                 dropped[TOO_LONG] += 1
                 continue
             try:
-                examples, unanswered = self._split(sample, example)
+                parts, unanswered = self._split(sample, tokenized)
             except DataError as error:
                 if not self.reader.skips_bad:
                     raise
                 bad.append(str(error))
                 continue
             lost[NO_ANSWER] += unanswered
-            trained = [part for part in examples if part.trained_tokens]
+            trained = [part for part in parts if part.trained_tokens]
             if trained:
                 used.append(sample)
                 kept += trained
-                split += trained[0] is not example
-                lost[CUT_OFF] += len(examples) - len(trained)
-            elif examples:
-                dropped[CUT_OFF if example.cut_tokens else NO_ANSWER] += 1
-        shortest = min((_length(example) for _, example in tokenised), default=None)
-        account = {"split": split, "lost": dict(lost), "shortest": shortest, **_counts(kept)}
-        return _Rows(columns=_columns(kept), samples=used, bad=bad, dropped=dropped, account=account)
+                split += trained[0] is not tokenized
+                lost[CUT_OFF] += len(parts) - len(trained)
+            elif parts:
+                dropped[CUT_OFF if tokenized.cut_tokens else NO_ANSWER] += 1
+        shortest = min((_length(tokenized) for _, tokenized in tokenized_samples), default=None)
+        statistics = {"split": split, "lost": dict(lost), "shortest": shortest, **_token_statistics(kept)}
+        return _Rows(columns=_columns(kept), samples=used, bad=bad, dropped=dropped, statistics=statistics)
 
-    def _split(self, sample: Sample, example: TokenizedSample) -> tuple[list[TokenizedSample], int]:
-        """A sample itself, or where it is too long and to be split, its parts that have an answer, and how many have none.
+    def _split(self, sample: Sample, tokenized: TokenizedSample) -> tuple[list[TokenizedSample], int]:
+        """Split a conversation longer than the window, if `overlong` asks for it; else return it whole.
+
+        Returns the parts that have an answer, and the number of parts without one.
 
         Raises:
             DataError: a part that can't be rendered.
         """
-        if self.reader.overlong != SPLIT or not example.cut_tokens or not isinstance(sample, Conversation):
-            return [example], 0
-        parts = split_rounds(sample, example, self.model_max_length, self._example)
+        if self.reader.overlong != SPLIT or not tokenized.cut_tokens or not isinstance(sample, Conversation):
+            return [tokenized], 0
+        parts = split_rounds(sample, tokenized, self.model_max_length, self._tokenize_one)
         if len(parts) == 1:
-            return [example], 0
-        examples = [of_part for part, of_part in parts if self._is_answered(part)]
-        return examples, len(parts) - len(examples)
+            return [tokenized], 0
+        answered = [tokenized_part for part, tokenized_part in parts if self._is_answered(part)]
+        return answered, len(parts) - len(answered)
 
     def _is_answered(self, sample: Sample) -> bool:
         return sample.answers(blank_counts=self.template.trains_on_blanks) > 0
 
-    def _example(self, sample: Sample) -> TokenizedSample:
-        ((_, example),), _ = self._tokenised([sample])
-        return example
+    def _tokenize_one(self, sample: Sample) -> TokenizedSample:
+        ((_, tokenized),), _ = self._tokenize([sample])
+        return tokenized
 
-    def _tokenised(
+    def _tokenize(
         self, samples: Sequence[Sample], *, skip_bad: bool = False
     ) -> tuple[list[tuple[Sample, TokenizedSample]], list[str]]:
-        """Samples as tokens, in order; with `skip_bad` also the errors of those that are left out, else the first is raised."""
-        rendered, bad = self._rendered(samples, skip_bad=skip_bad)
-        examples = tokenize_rendered([text for _, text in rendered], self.tokenizer, self.model_max_length)
+        """Tokenise samples in order. With `skip_bad`, leave bad samples out and return their errors; else raise the first."""
+        rendered, bad = self._render(samples, skip_bad=skip_bad)
+        tokenized_texts = tokenize_rendered([text for _, text in rendered], self.tokenizer, self.model_max_length)
         kept = []
-        for (sample, text), example in zip(rendered, examples, strict=True):
+        for (sample, text), tokenized in zip(rendered, tokenized_texts, strict=True):
             try:
                 if self.embedding_rows is not None:
-                    require_embedded(example.input_ids, self.tokenizer, self.embedding_rows, text.where)
+                    require_embedded(tokenized.input_ids, self.tokenizer, self.embedding_rows, text.where)
             except DataError as error:
                 if not skip_bad:
                     raise
                 bad.append(str(error))
             else:
-                kept.append((sample, example))
+                kept.append((sample, tokenized))
         return kept, bad
 
-    def _rendered(self, samples: Sequence[Sample], *, skip_bad: bool) -> tuple[list[tuple[Sample, RenderedText]], list[str]]:
-        """Samples as text; errors as `_tokenised`'s."""
+    def _render(self, samples: Sequence[Sample], *, skip_bad: bool) -> tuple[list[tuple[Sample, RenderedText]], list[str]]:
+        """Render samples as text; `skip_bad` is as in `_tokenize`."""
         kept, bad = [], []
         for sample in samples:
             try:
@@ -217,40 +222,40 @@ class Pipeline:
         return kept, bad
 
     def __call__(self, rows: Mapping[str, list]) -> dict[str, list]:
-        """Columns of ids and labels of rows of `TEXTS`, those that are needed now."""
-        tokenised, _ = self._tokenised([_sample(json.loads(text)) for text in rows["sample"]])
-        examples = [example for _, example in tokenised]
-        return {"input_ids": [each.input_ids for each in examples], "labels": [each.labels for each in examples]}
+        """Tokenise rows of `TEXTS` that are needed now; return columns of ids and labels."""
+        tokenized, _ = self._tokenize([_sample_from_fields(json.loads(text)) for text in rows["sample"]])
+        samples = [sample for _, sample in tokenized]
+        return {"input_ids": [sample.input_ids for sample in samples], "labels": [sample.labels for sample in samples]}
 
 
-def _columns(examples: Sequence[TokenizedSample]) -> dict[str, list]:
+def _columns(samples: Sequence[TokenizedSample]) -> dict[str, list]:
     return {
-        "input_ids": [each.input_ids for each in examples],
-        "labels": [each.labels for each in examples],
-        "length": [len(each.input_ids) for each in examples],
+        "input_ids": [sample.input_ids for sample in samples],
+        "labels": [sample.labels for sample in samples],
+        "length": [len(sample.input_ids) for sample in samples],
     }
 
 
-def _counts(kept: Sequence[TokenizedSample]) -> dict[str, int | None]:
+def _token_statistics(kept: Sequence[TokenizedSample]) -> dict[str, int | None]:
     return {
-        "tokens": sum(len(each.input_ids) for each in kept),
-        "trained_tokens": sum(each.trained_tokens for each in kept),
-        "thoughts": sum(each.thoughts for each in kept),
-        "dropped_thoughts": sum(each.dropped_thoughts for each in kept),
-        "cut_samples": sum(each.cut_tokens > 0 for each in kept),
-        "cut_tokens": sum(each.cut_tokens for each in kept),
-        "cut_trained_tokens": sum(each.cut_trained_tokens for each in kept),
+        "tokens": sum(len(sample.input_ids) for sample in kept),
+        "trained_tokens": sum(sample.trained_tokens for sample in kept),
+        "thoughts": sum(sample.thoughts for sample in kept),
+        "dropped_thoughts": sum(sample.dropped_thoughts for sample in kept),
+        "cut_samples": sum(sample.cut_tokens > 0 for sample in kept),
+        "cut_tokens": sum(sample.cut_tokens for sample in kept),
+        "cut_trained_tokens": sum(sample.cut_trained_tokens for sample in kept),
         "longest": max(map(_length, kept), default=None),
     }
 
 
-def _length(example: TokenizedSample) -> int:
-    """In tokens, before it was cut."""
-    return len(example.input_ids) + example.cut_tokens
+def _length(sample: TokenizedSample) -> int:
+    """Return a sample's length in tokens before truncation."""
+    return len(sample.input_ids) + sample.cut_tokens
 
 
-def _sample(fields: dict) -> Sample:
-    """A sample from what `asdict` made of it."""
+def _sample_from_fields(fields: dict) -> Sample:
+    """Restore a sample from its `asdict`."""
     if "turns" not in fields:
         return PromptCompletion(**fields)
     return Conversation(turns=tuple(Turn(**turn) for turn in fields["turns"]), where=fields["where"])

@@ -1,8 +1,11 @@
-"""Data prepared once in the cluster, and mapped by every rank.
+"""Prepare data once in the cluster, and map it on every rank.
 
-Rank 0 prepares, with processes of its own, into a folder that other nodes see or not; it says under which keys. Then the first
-rank of each node looks: where the folder is shared it finds all there, else it prepares the same for its node. Then the others
-map it. Nobody waits on the training group's clock.
+1. Rank 0 prepares the data with worker processes, stores it in the cache folder, and broadcasts the cache keys.
+2. The first rank of each node looks up the keys. If the cache folder is shared, it finds the data; otherwise it prepares the
+   same data for its node.
+3. The other ranks map the data.
+
+Waiting ranks use the control group, so the training group's timeout does not apply.
 """
 
 import json
@@ -23,34 +26,34 @@ STAGE = "preparing the data"
 def prepare_distributed(
     spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, world: World
 ) -> PreparedDataset:
-    """`prepare_sources`, once for all ranks. Every rank; communicates.
+    """Run `prepare_sources` once for all ranks. Every rank; communicates.
 
     Raises:
-        DataError: what `prepare_sources` raises, on every rank; or nodes that have other data under the same path.
+        DataError: an error of `prepare_sources`, raised on every rank; or a path with different data on different nodes.
     """
-    own = None
+    prepared = None
     with collective_stage(world, STAGE, DOWNLOAD_TIMEOUT):
         if world.is_main:
-            own = prepare_sources(spec, tokenizer, template)
-    told = None if own is None else json.dumps(own.keys).encode()
-    keys = json.loads(broadcast_bytes(world, told))
+            prepared = prepare_sources(spec, tokenizer, template)
+    encoded_keys = None if prepared is None else json.dumps(prepared.keys).encode()
+    keys = json.loads(broadcast_bytes(world, encoded_keys))
 
-    def act() -> PreparedDataset:
-        opened = own or open_sources(spec, tokenizer, template, keys, verify=world.leads_node)
-        return opened or _alone(spec, tokenizer, template, keys, world)
+    def open_or_prepare() -> PreparedDataset:
+        opened = prepared or open_sources(spec, tokenizer, template, keys, verify=world.leads_node)
+        return opened or _prepare_on_node(spec, tokenizer, template, keys, world)
 
-    return run_stage(world, STAGE, act, main_first=True, timeout=DOWNLOAD_TIMEOUT)
+    return run_stage(world, STAGE, open_or_prepare, main_first=True, timeout=DOWNLOAD_TIMEOUT)
 
 
-def _alone(
+def _prepare_on_node(
     spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: list[str], world: World
 ) -> PreparedDataset:
-    """What is not to be found on this node, prepared here."""
+    """Prepare the data that this node's cache does not have. Any rank; does not communicate."""
     prepared = prepare_sources(spec, tokenizer, template)
     if prepared.keys != keys:
         raise DataError(
-            f"{spec.name} holds other data on rank {world.rank}'s node than on rank 0's. Put the data on a file system that "
-            "all nodes share, or copy it to every node.",
+            f"{spec.name} contains different data on the node of rank {world.rank} than on the node of rank 0. Put the data on "
+            "a file system that all nodes share, or copy it to every node.",
             code="data.differs_between_nodes",
         )
     return prepared

@@ -1,16 +1,15 @@
-"""What became of the data: an account for the log."""
+"""Report on the data for the log: the samples and tokens that are kept, dropped or cut."""
 
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED
 from zero_sft.printable import on_one_line
 
 MOST_SHOWN = 3
-"""Errors of skipped samples that are shown."""
+"""The number of skipped samples whose errors are shown."""
 
 MOST_KEYS_SHOWN = 20
 
@@ -20,14 +19,15 @@ _COUNTED = ("dropped", "lost", "unread", "dropped_turns")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of a file or folder, or of a part of it. What only tokenising shows is None where that is put off, but for
-    `has_trained`: whether anything is trained on in one of the samples.
+    """The report on a file or folder, or on a batch of it. With lazy tokenising, the token counts are None.
 
-    `bad` samples were skipped, the first few with the errors `first_bad`; they count among `samples`, as does a sample that was
-    `split`, of whose parts some may be `lost`. `dropped` are samples of which nothing is kept, and `turns`, system texts apart,
-    those of the others. `shortest` is the least length of a sample, `longest` the greatest of a kept row, in tokens, before
-    they are cut. `left_out` are files of a folder that are not data, and `note` is a line on its splits. `unread` are keys that
-    were not read, and in how many samples; `dropped_turns`, how many turns were dropped, and why.
+    - `left_out`: files of a folder that are not data. `note`: a line on the folder's splits. `layouts`: names of the formats.
+    - `samples`: all samples. They include the `bad` ones, which were skipped, and those that were `split`.
+    - `first_bad`: errors of the first few bad samples. `lost`: parts of split samples that were dropped, by reason.
+    - `kept`: rows. `turns`: turns of the kept samples, without system texts. `dropped`: samples without a kept row, by reason.
+    - `unread`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
+    - `has_trained`: something is trained on in at least one sample; lazy tokenising finds this as well.
+    - `shortest` sample and `longest` kept row: in tokens, before truncation.
     """
 
     file: str
@@ -58,10 +58,10 @@ class DataReport:
     longest: int | None = None
 
     def lines(self) -> list[str]:
-        """The report for the log: what there is, then only what was left out."""
-        found = f"format {' and '.join(self.layouts)}, template {self.template}"
+        """Format the report for the log: the totals, then a line for each kind of thing that was left out, if any."""
+        source = f"format {' and '.join(self.layouts)}, template {self.template}"
         of = "from" if self.split else "of"
-        lines = [f"{self.file}: {self.kept:,} {of} {counted(self.samples, 'sample')}, {counted(self.turns, 'turn')} ({found})"]
+        lines = [f"{self.file}: {self.kept:,} {of} {counted(self.samples, 'sample')}, {counted(self.turns, 'turn')} ({source})"]
         if self.note:
             lines.append(self.note)
         if self.left_out:
@@ -81,13 +81,13 @@ class DataReport:
         else:
             lines.append(f"{counted(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
         if self.bad:
-            lines += [f"{counted(self.bad, 'bad sample')} skipped, such as", *(f"  {each}" for each in self.first_bad)]
+            lines += [f"{counted(self.bad, 'bad sample')} skipped, such as", *(f"  {message}" for message in self.first_bad)]
         if self.dropped:
             lines.append("samples dropped: " + listed(self.dropped))
         if self.cut_samples:
-            what = counted(self.cut_samples, "row" if self.split else "sample")
+            cut = counted(self.cut_samples, "row" if self.split else "sample")
             lines.append(
-                f"{what} longer than --model_max_length, the longest {self.longest:,} tokens: "
+                f"{cut} longer than --model_max_length, the longest {self.longest:,} tokens: "
                 f"{counted(self.cut_tokens or 0, 'token')} cut off, {self.cut_trained_tokens:,} of them answers"
             )
         if any(self.dropped_turns.values()):
@@ -104,50 +104,53 @@ class DataReport:
 
     @property
     def untrained_share(self) -> float:
-        """The share of the usable samples that were dropped, since nothing in them is trained on: 0 to 1."""
+        """The share of usable samples, 0 to 1, that were dropped because nothing in them is trained on."""
         usable = self.samples - self.bad
         return sum(self.dropped.values()) / usable if usable else 0.0
 
 
 def total(parts: Iterable[DataReport]) -> DataReport:
-    """One report of a source that was read in parts, at least one."""
+    """Sum the reports of all batches of a source; there must be at least one."""
     return functools.reduce(_sum, parts)
 
 
-def _sum(one: DataReport, other: DataReport) -> DataReport:
-    ends = {"shortest": min, "longest": max}
-    counts = {each.name: _added(getattr(one, each.name), getattr(other, each.name)) for each in fields(DataReport)
-              if type(getattr(one, each.name)) is int or type(getattr(other, each.name)) is int}  # fmt: skip
-    lengths = {name: [getattr(each, name) for each in (one, other) if getattr(each, name) is not None] for name in ends}
+def _sum(first: DataReport, second: DataReport) -> DataReport:
+    extremes = {"shortest": min, "longest": max}
+    pairs = {item.name: (getattr(first, item.name), getattr(second, item.name)) for item in fields(DataReport)}
+    counts = {name: (a or 0) + (b or 0) for name, (a, b) in pairs.items() if type(a) is int or type(b) is int}
+    lengths = {name: [length for length in pairs[name] if length is not None] for name in extremes}
     return replace(
-        one,
+        first,
         **counts
-        | {name: end(lengths[name], default=None) for name, end in ends.items()}
+        | {name: extreme(lengths[name], default=None) for name, extreme in extremes.items()}
         | {
-            "has_trained": one.has_trained or other.has_trained,
-            "layouts": tuple(sorted({*one.layouts, *other.layouts})),
-            "first_bad": (*one.first_bad, *other.first_bad)[:MOST_SHOWN],
-            **{name: dict(Counter(getattr(one, name)) + Counter(getattr(other, name))) for name in _COUNTED},
+            "has_trained": first.has_trained or second.has_trained,
+            "layouts": tuple(sorted({*first.layouts, *second.layouts})),
+            "first_bad": (*first.first_bad, *second.first_bad)[:MOST_SHOWN],
+            **{name: dict(Counter(pairs[name][0]) + Counter(pairs[name][1])) for name in _COUNTED},
         },
     )
 
 
 def _unread_line(unread: Mapping[str, int]) -> str:
-    """Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)"."""
+    """Format the keys that were not read, the most frequent first.
+
+    Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)".
+    """
     shown = [
         f"{on_one_line(key)} ({counted(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])
     ]
     return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
 
 
-def _added(one: Any, other: Any) -> int:
-    return (one or 0) + (other or 0)
+def counted(number: int, noun: str) -> str:
+    """Format a number with its noun, in the plural unless it is 1.
 
-
-def counted(number: int, what: str) -> str:
-    """Worked example: 1, "sample" → "1 sample"; 1200, "sample" → "1,200 samples"."""
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    Worked example: 1, "sample" → "1 sample"; 1200, "sample" → "1,200 samples".
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def listed(counts: Mapping[str, int]) -> str:
-    return "; ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    """Format counts by reason, without those that are 0."""
+    return "; ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)

@@ -1,8 +1,8 @@
-"""From text to token ids and labels: a token is trained on where its characters belong to an answer.
+"""Turn text into token ids and labels; a token is trained on if its characters belong to an answer.
 
-The whole text is tokenised once, as it will be at inference, and the tokens' character offsets say which of them overlap an
-answer. Tokenising the parts by themselves and adding up their lengths was left out: it breaks wherever a tokenizer joins
-characters across a border. Works with every fast tokenizer, which in transformers 5 is every tokenizer.
+The whole text is tokenised once, as at inference, and the character offsets show which tokens overlap an answer. Tokenising
+the parts separately and adding up their lengths was left out: it goes wrong wherever a tokenizer joins characters across a
+border. Works with every fast tokenizer; in transformers 5 all tokenizers are fast.
 """
 
 import bisect
@@ -20,11 +20,11 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedSample:
-    """One sample as tokens: `labels[i]` is `input_ids[i]`, for `trained_tokens` of them, or -100.
+    """One sample as tokens. `labels[i]` is `input_ids[i]` for the `trained_tokens` tokens to train on, else -100.
 
-    `cut_tokens` went beyond the longest length, and `cut_trained_tokens` of these would have been trained on. `thoughts` and
-    `dropped_thoughts`: as in `RenderedText`. `ends`: of a sample that was cut, the turn of each answer, and the tokens up to
-    its end.
+    `cut_tokens` counts the tokens truncated beyond `model_max_length`, and `cut_trained_tokens` those of them that would have
+    been trained on. `thoughts` and `dropped_thoughts` are as in `RenderedText`. `ends` is set only for truncated samples: for
+    each answer, the index of its turn and the number of tokens up to its end.
     """
 
     input_ids: list[int]
@@ -40,52 +40,55 @@ class TokenizedSample:
 def tokenize_rendered(
     rendered: Sequence[RenderedText], tokenizer: PreTrainedTokenizerBase, model_max_length: int
 ) -> list[TokenizedSample]:
-    """Ids and labels of each text, cut to `model_max_length` tokens at the end.
+    """Tokenise and label texts, truncated at the end to `model_max_length` tokens.
 
     Raises:
-        DataError: the tokenizer can't tell which characters its tokens come from.
+        DataError: a tokenizer without character offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
-            f"{type(tokenizer).__name__} does not tell which characters a token comes from, so the assistant's text can't be "
-            "found. Convert the model's tokenizer to a tokenizer.json.",
+            f"{type(tokenizer).__name__} does not map tokens to characters, so the assistant's text can't be located; expected "
+            "a fast tokenizer. Convert the model's tokenizer to a tokenizer.json.",
             code="data.tokenizer_without_offsets",
         )
-    added = frozenset(tokenizer.added_tokens_decoder)
-    examples: dict[int, TokenizedSample] = {}
-    for adds in (True, False):
-        places = [place for place, each in enumerate(rendered) if each.adds_special_tokens == adds]
-        if not places:
+    added_ids = frozenset(tokenizer.added_tokens_decoder)
+    samples: dict[int, TokenizedSample] = {}
+    for adds_special_tokens in (True, False):
+        indices = [index for index, text in enumerate(rendered) if text.adds_special_tokens == adds_special_tokens]
+        if not indices:
             continue
         encoded = tokenizer(
-            [rendered[place].text for place in places],
-            add_special_tokens=adds,
+            [rendered[index].text for index in indices],
+            add_special_tokens=adds_special_tokens,
             return_attention_mask=False,
-            verbose=False,  # it would warn of texts longer than the model; they are cut, and counted
+            verbose=False,  # no warnings for texts longer than the model's limit: they are truncated and counted
         )
-        for place, ids, encoding in zip(places, encoded["input_ids"], encoded.encodings or (), strict=True):
+        for index, ids, encoding in zip(indices, encoded["input_ids"], encoded.encodings or (), strict=True):
             chars_of = encoding.token_to_chars
-            while ids and chars_of(len(ids) - 1) is None:  # added at the end; the text has an end of its own
+            while ids and chars_of(len(ids) - 1) is None:  # a special token added at the end; the text already has its end
                 ids.pop()
             ranges, start = [], 0
-            for span in rendered[place].spans:
-                ranges.append(_trained_range(chars_of, ids, span, added, start))
+            for span in rendered[index].spans:
+                ranges.append(_trained_range(chars_of, ids, span, added_ids, start))
                 start = ranges[-1][1]
-            examples[place] = _example(ids, ranges, model_max_length, rendered[place])
+            samples[index] = _label(ids, ranges, model_max_length, rendered[index])
             if len(ids) > model_max_length:
-                examples[place] = replace(examples[place], ends=_token_ends(chars_of, len(ids), rendered[place].ends))
-    return [examples[place] for place in range(len(rendered))]
+                samples[index] = replace(samples[index], ends=_token_ends(chars_of, len(ids), rendered[index].ends))
+    return [samples[index] for index in range(len(rendered))]
 
 
 def token_range(
     chars_of: Callable[[int], tuple[int, int] | None], count: int, span: tuple[int, int], start: int = 0
 ) -> tuple[int, int]:
-    """The half-open range of tokens whose characters overlap a span, of `count` tokens in the order of the text.
+    """Find the half-open range of the tokens whose characters overlap a span.
 
-    `start`: a token that is known not to be past the range. The nearer it is, the fewer tokens are looked at.
+    A token with an empty range of characters (a word-start mark before a character that is split into bytes) counts by its
+    position. Special tokens added by the tokenizer have no characters (`None`); they are at the ends.
 
-    A token without characters of its own (a word-start mark before a character that is split into bytes) counts where it
-    stands. Special tokens that the tokenizer adds have no characters, `None`; they stand at the ends.
+    Args:
+        chars_of: returns a token's half-open range of characters.
+        count: the number of tokens, which are in the order of the text.
+        start: a token that is not past the range. The closer it is, the fewer tokens are examined.
 
     Worked example: characters (0,0) (0,4) (4,6) (6,6) (6,7), span [5,7) → [2, 5).
     """
@@ -108,9 +111,9 @@ def token_range(
 
 
 def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The first number from `low` on for which something holds that then holds for all; `high` if there is none below.
+    """Find the first number in [low, high) for which a monotone predicate holds; `high` if there is none.
 
-    Asked for numbers at growing distances first, so that the cost depends on how far it is, not on how many there are.
+    An exponential search, so the cost depends on the distance from `low`, not on the size of the range.
     """
     step = 1
     while low + step < high and not holds(low + step - 1):
@@ -121,40 +124,40 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
 def _token_ends(
     chars_of: Callable[[int], tuple[int, int] | None], count: int, ends: Sequence[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...]:
-    """For places of turns in the text, how many tokens there are up to them."""
-    found, start = [], 0
-    for turn, place in ends:
-        _, start = token_range(chars_of, count, (place - 1, place), start)
-        found.append((turn, start))
-    return tuple(found)
+    """Convert the ends of turns from characters to numbers of tokens."""
+    token_ends, start = [], 0
+    for turn, char_end in ends:
+        _, start = token_range(chars_of, count, (char_end - 1, char_end), start)
+        token_ends.append((turn, start))
+    return tuple(token_ends)
 
 
 def _trained_range(
     chars_of: Callable[[int], tuple[int, int] | None],
     ids: Sequence[int],
     span: tuple[int, int],
-    added: Collection[int],
+    added_ids: Collection[int],
     start: int,
 ) -> tuple[int, int]:
-    """`token_range`, without a token added to the vocabulary that begins before the span: one that takes the white
-    space behind it, as Phi-3's header does."""
-    first, last = token_range(chars_of, len(ids), span, max(0, start - 1))
-    while first < last and (chars_of(first) or span)[0] < span[0] and ids[first] in added:
+    """Find the tokens of a span, without an added token that begins before the span.
+
+    Some added tokens, such as Phi-3's header, include the white space after them and so overlap the span.
+    """
+    first, stop = token_range(chars_of, len(ids), span, max(0, start - 1))
+    while first < stop and (chars_of(first) or span)[0] < span[0] and ids[first] in added_ids:
         first += 1
-    return first, last
+    return first, stop
 
 
-def _example(
-    ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int, rendered: RenderedText
-) -> TokenizedSample:
+def _label(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int, rendered: RenderedText) -> TokenizedSample:
     labels = [IGNORE_INDEX] * len(ids)
-    trained, reached = 0, 1  # nothing comes before the first token that could tell it
-    for first, last in ranges:
-        start = max(first, reached)
-        if start < last:
-            labels[start:last] = ids[start:last]
-            trained += last - start
-            reached = last
+    trained, labelled_stop = 0, 1  # the first token has no context to be predicted from
+    for first, stop in ranges:
+        start = max(first, labelled_stop)
+        if start < stop:
+            labels[start:stop] = ids[start:stop]
+            trained += stop - start
+            labelled_stop = stop
     kept = trained if len(ids) <= model_max_length else sum(label != IGNORE_INDEX for label in labels[:model_max_length])
     return TokenizedSample(
         input_ids=ids[:model_max_length],

@@ -1,7 +1,7 @@
-"""Parts made side by side in processes of their own.
+"""Turn objects into batches of rows in parallel worker processes.
 
-The processes are started anew (spawned), not forked: who calls this may have threads and a GPU already, and a fork would
-inherit their locks. Tokenizers are told to keep to one thread in each of them. A process whose parent has died ends itself.
+The processes are spawned, not forked: the caller may already use threads and a GPU, and a fork would inherit their locks. In
+each process, tokenizers use a single thread. A process ends itself when its parent dies.
 """
 
 import collections
@@ -17,35 +17,35 @@ from zero_sft.data.pipeline import Pipeline, RowBatch
 from zero_sft.errors import DataError
 
 AT_ONCE = 500
-"""Objects of a part."""
+"""The number of objects in a batch."""
 
-_FEW_PARTS = 8
-"""So many are made sooner here than processes are started."""
+_MIN_PARALLEL_BATCHES = 8
+"""Below this number of batches, starting processes takes longer than it saves."""
 
-_MOST = 16
-"""Processes by default: one reader feeds no more."""
+_MAX_PROCESSES = 16
+"""The default limit of processes; one reader can't feed more."""
 
 _pipeline: Pipeline | None = None
-"""The pipeline of a worker process. `_start` sets it, and `TOKENIZERS_PARALLELISM`, when the process starts; both end with the
-process. Elsewhere it stays None."""
+"""The pipeline of a worker process. `_start` sets it, and `TOKENIZERS_PARALLELISM`, when the process starts; both last until
+the process ends. In other processes it stays None."""
 
 
 def usable_processes() -> int:
-    """How many processes this one may keep busy, at most `_MOST`."""
-    return min(len(os.sched_getaffinity(0)), _MOST)
+    """The number of processes that the available CPU cores can keep busy, at most `_MAX_PROCESSES`."""
+    return min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
 
 
 def make_parts(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes: int) -> Iterator[RowBatch]:
-    """The parts of a stream of objects, in their order. Any rank by itself; does not communicate.
+    """Turn a stream of objects into batches of rows, in order. Any rank; does not communicate.
 
-    Never more than a few parts a process are in memory.
+    At most a few batches per process are in memory.
 
     Raises:
-        DataError: as `Pipeline.part`, the first in the stream; or a process that has died.
+        DataError: the first error in the stream, as `Pipeline.part` raises it; or a process has died.
     """
     batches = _batches(iter(objects))
-    first = list(itertools.islice(batches, _FEW_PARTS))
-    if processes < 2 or len(first) < _FEW_PARTS:
+    first = list(itertools.islice(batches, _MIN_PARALLEL_BATCHES))
+    if processes < 2 or len(first) < _MIN_PARALLEL_BATCHES:
         return map(pipeline.part, itertools.chain(first, batches))
     return _side_by_side(pipeline, itertools.chain(first, batches), processes)
 
@@ -68,7 +68,7 @@ def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], 
             yield waiting.popleft().result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
-            f"one of {processes} processes that prepare the data has died, perhaps for lack of memory. Start fewer: "
+            f"one of the {processes} processes that prepare the data has died, perhaps for lack of memory. Start fewer with "
             "--dataset_num_proc.",
             code="data.worker_died",
         ) from error
@@ -92,5 +92,5 @@ def _end_with_parent() -> None:
 
 def _part(batch: Sequence[tuple[Any, str]]) -> RowBatch:
     if _pipeline is None:
-        raise RuntimeError("a worker process works before it was started")
+        raise RuntimeError("a worker process got a batch before `_start` set its pipeline")
     return _pipeline.part(batch)

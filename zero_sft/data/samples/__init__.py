@@ -1,1 +1,1 @@
-"""From an object in a file to a sample: formats, keys, conversations."""
+"""Parse the objects of a file into samples: formats, keys, conversations."""

@@ -1,7 +1,7 @@
-"""Token ids that a model has no embedding for: a tokenizer may have more tokens than its model has rows.
+"""Reject token ids for which the model has no embedding; a tokenizer may have more tokens than its model has rows.
 
-They end a training in the middle of a step, on a GPU in an assertion that names neither token nor sample. So they are looked
-for when the data is prepared, where the tokenizer has any.
+Such an id ends training in the middle of a step, on a GPU with an assertion that names neither the token nor the sample. So
+the ids are checked while the data is prepared, if the tokenizer has tokens beyond the embedding.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from zero_sft.errors import DataError
 
 
 def rows_to_check(tokenizer: Any, embedding_rows: int | None) -> int | None:
-    """`embedding_rows`, if the tokenizer has a token beyond them; else None: then there is nothing to look for."""
+    """Return `embedding_rows` if the tokenizer has a token beyond them; else None, since no id needs a check."""
     if embedding_rows is None or max(tokenizer.get_vocab().values(), default=0) < embedding_rows:
         return None
     return embedding_rows
 
 
 def require_embedded(ids: Sequence[int], tokenizer: Any, rows: int, where: str) -> None:
-    """Raise if one of a sample's ids has no row in the embedding.
+    """Check that every id of a sample has a row in the embedding.
 
     Raises:
-        DataError: naming the token, the sample and the remedy.
+        DataError: an id has none; the message names the token and the sample.
     """
     if max(ids, default=0) < rows:
         return
-    beyond = next(each for each in ids if each >= rows)
+    missing_id = next(token_id for token_id in ids if token_id >= rows)
     raise DataError(
-        f"{where}: the model has no embedding for the token {tokenizer.convert_ids_to_tokens(beyond)!r}: its id is {beyond}, "
-        f"and the embedding has {rows} rows (vocab_size in config.json). Take it out of the text or the chat template, or give "
-        "the tokenizer that belongs to the model.",
+        f"{where}: the model has no embedding for the token {tokenizer.convert_ids_to_tokens(missing_id)!r}: its id is "
+        f"{missing_id}, but the embedding has only {rows} rows (vocab_size in config.json). Remove the token from the text or "
+        "the chat template, or use the tokenizer that belongs to the model.",
         code="data.token_without_embedding",
     )

@@ -1,6 +1,7 @@
-"""The meaning that a key of a sample has for other tools, told by its name, and whether its value asks for anything. Pure.
+"""Infer from a key's name its meaning in other tools, and from its value whether it has any effect. Pure.
 
-A name is read by its words, in snake_case and camelCase, since no list has every `skip_train`, `tokenWeights` and `sysPrompt`.
+Names are split into words, in snake_case and camelCase, since no list could hold every `skip_train`, `tokenWeights` and
+`sysPrompt`.
 """
 
 import functools
@@ -8,14 +9,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_NOTHING_IN_WORDS = ("", "[]", "{}", "null", "none")
+_EMPTY_TEXTS = ("", "[]", "{}", "null", "none")
 _YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
 
-# What each group of keys means, as the end of "`key` is not read: it is ...".
-MASK = "a mark of what is trained on"
-RATING = "a mark of good and bad answers (KTO), and every answer is trained on here"
-TOKENS = "a column of tokenised data, and the texts are tokenised here"
-MEDIA = "something other than text, and text alone is trained on"
+# The meaning of each group of keys. Messages continue "`key` is not read in the format ...: it is " with it.
+MASK = "a mark that selects what is trained on"
+RATING = "a mark of good and bad answers (KTO), but every answer is trained on here"
+TOKENS = "a column of tokenised data, but the texts are tokenised here"
+MEDIA = "something other than text, but only text is trained on"
 SYSTEM_TEXT = "a system text"
 THOUGHTS = "the thoughts of an answer"
 TOOLS = "a part of the conversation"
@@ -23,12 +24,12 @@ OTHER_TEXT = "another text"
 
 
 def names(text: str) -> frozenset[str]:
-    """Several names or words, written as one text."""
+    """Split a text into its words, to write a set of names in one string."""
     return frozenset(text.split())
 
 
 _CLASSES = names("label kto_tag")
-"""Ratings that may be a class of a plain text."""
+"""Keys of ratings that, next to a plain text, may be its class instead."""
 _MEANING: Mapping[str, str] = {
     **dict.fromkeys(names("train_detail"), MASK),
     **dict.fromkeys((*_CLASSES, *names("accepted is_accepted approved is_approved")), RATING),
@@ -64,18 +65,18 @@ _WORDS_OF: Mapping[str, frozenset[str]] = {
 _SYSTEM = names("system sys preamble")
 _TEXT = names("prompt prompts text texts message messages msg instruction instructions content")
 _COUNTS = names("num count n id ids name names total")
-"""Words that make a key a note about a thing: `num_images`. Not about a mask, which may be a list of numbers."""
+"""Words that make a key a note, such as `num_images`. They don't do so for masks, which may be lists of numbers."""
 _ABOUT = names("model type source score length tokens level category language difficulty quality format")
-"""Words that make a key a note about an answer, thoughts or tools; not about images: an `image_source` may be the image."""
+"""Words that make a key a note about an answer, thoughts or tools. Not for images: an `image_source` may be the image."""
 _NOTES = names("skip_prompt_formatting")
-"""Notes of well-known datasets (OpenHermes 2.5) that would be taken for marks."""
+"""Notes in well-known datasets (OpenHermes 2.5) that would otherwise be taken for marks."""
 
 _AMBIGUOUS_WITH_MASK = names("loss losses train trains trained training trainable weight weights")
 _OPPOSITES = names(
     "no not non dont never mask masks masked masking untrained untrainable ignore ignored ignores skip skipped skips exclude "
     "excluded excludes omit omitted drop dropped discard discarded reject rejected rejects rejection undesirable dispreferred"
 )
-"""Words that turn the meaning of true into "do not train"."""
+"""Words with which the value true means "do not train"."""
 _PROMPTS = names("input inputs prompt prompts")
 _NEUTRAL = names(
     "is are was has do does should be to for from of in on the this use used sample example row item answer answers scale"
@@ -83,62 +84,65 @@ _NEUTRAL = names(
 
 
 def words_of(key: str) -> list[str]:
-    """Worked example: "isMasked" → is, masked; "loss_weight2" → loss, weight."""
-    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key)
-    return re.findall(r"[a-z]+", apart.lower())
+    """Split a key's name into lower-case words.
+
+    Worked example: "isMasked" → is, masked; "loss_weight2" → loss, weight.
+    """
+    snake_case = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key)
+    return re.findall(r"[a-z]+", snake_case.lower())
 
 
 @functools.lru_cache(maxsize=10_000)  # most samples have the same keys
-def meaning_of(key: str, layout: str) -> str | None:
-    """The meaning that a key has for other tools, next to a sample of that layout; None: a note."""
+def meaning_of(key: str, format_name: str) -> str | None:
+    """Return the meaning that a key has for other tools in a sample of that format; None for a note."""
     name, words = key.strip().lower(), words_of(key)
     name = "_".join(words) if "_".join(words) in _MEANING else name
-    if name in _NOTES or (layout == "text" and name in _CLASSES):
+    if name in _NOTES or (format_name == "text" and name in _CLASSES):
         return None
-    if layout in ("alpaca", "prompt_completion") and name in _TEXTS_OF_ONE_QUESTION:
+    if format_name in ("alpaca", "prompt_completion") and name in _TEXTS_OF_ONE_QUESTION:
         return OTHER_TEXT
     meaning = _MEANING.get(name) or _meaning_of_words(words)
-    # plain text is whole: it was made of them
-    return None if layout == "text" and meaning in (SYSTEM_TEXT, THOUGHTS, TOOLS) else meaning
+    # plain text already contains these: it was rendered from them
+    return None if format_name == "text" and meaning in (SYSTEM_TEXT, THOUGHTS, TOOLS) else meaning
 
 
 def _meaning_of_words(words: list[str]) -> str | None:
-    known = frozenset(words)
-    if known & _WORDS_OF[MASK]:
+    word_set = frozenset(words)
+    if word_set & _WORDS_OF[MASK]:
         return None if words[-1] in ("id", "name") else MASK
-    if known & _WORDS_OF[RATING] and not known & _ABOUT:
+    if word_set & _WORDS_OF[RATING] and not word_set & _ABOUT:
         return RATING
-    if known & _COUNTS:
+    if word_set & _COUNTS:
         return None
-    if known & _WORDS_OF[MEDIA]:
+    if word_set & _WORDS_OF[MEDIA]:
         return MEDIA
-    if known & _ABOUT:
+    if word_set & _ABOUT:
         return None
-    if (known & _SYSTEM and (known <= _SYSTEM or known & _TEXT)) or ("developer" in known and known & _TEXT):
+    if (word_set & _SYSTEM and (word_set <= _SYSTEM or word_set & _TEXT)) or ("developer" in word_set and word_set & _TEXT):
         return SYSTEM_TEXT
-    return next((meaning for meaning in (THOUGHTS, TOOLS) if known & _WORDS_OF[meaning]), None)
+    return next((meaning for meaning in (THOUGHTS, TOOLS) if word_set & _WORDS_OF[meaning]), None)
 
 
-def asks_for_nothing(value: Any) -> bool:
-    """True if a value says no more than an absent key does: it is null, empty, or holds only such values."""
+def is_empty(value: Any) -> bool:
+    """Whether a value means the same as an absent key: it is null, empty, or holds only such values."""
     if isinstance(value, str):
-        return value.strip().lower() in _NOTHING_IN_WORDS
+        return value.strip().lower() in _EMPTY_TEXTS
     if isinstance(value, Mapping):
-        return all(map(asks_for_nothing, value.values()))
-    return value is None or (isinstance(value, list | tuple) and all(map(asks_for_nothing, value)))
+        return all(map(is_empty, value.values()))
+    return value is None or (isinstance(value, list | tuple) and all(map(is_empty, value)))
 
 
 def as_flag(value: Any) -> bool | None:
-    """True or False, also where it is written as a number or as text; None for anything else."""
+    """Read a bool, also if it is written as a number or as text; None for anything else."""
     text = str(value).strip().lower() if isinstance(value, bool | int | float | str) else ""
     return True if text in _YES else False if text in _NO else None
 
 
-def asks_for_the_usual(key: str, value: Any) -> bool:
-    """True if a mark certainly says that the answers, and nothing else, are trained on.
+def selects_default(key: str, value: Any) -> bool:
+    """Whether a mark certainly selects what is trained on anyway: the answers and nothing else.
 
-    Only where every word of its name is known: `train_on_last` is not. 1 in a mask may mean that a text is trained on, or that
-    it is not; so may `loss_mask`.
+    Every word of its name must be known, which rules out `train_on_last`. A number in a mask is ambiguous: 1 may mean
+    "train on this" or "leave this out". So is a name such as `loss_mask`.
 
     Worked example: weight 1, is_train true, no_loss false, train_on_inputs false → True; no_loss true, loss_mask false → False.
     """

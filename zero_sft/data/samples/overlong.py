@@ -1,4 +1,4 @@
-"""Conversations longer than the window: cut, split between rounds, or dropped."""
+"""Options for conversations longer than the window (truncate, split, drop), and the splitting between rounds."""
 
 import bisect
 from collections.abc import Callable, Sequence
@@ -9,58 +9,63 @@ from zero_sft.data.tokenize import TokenizedSample
 
 TRUNCATE, SPLIT, DROP = "truncate", "split", "drop"
 
-_SURELY = 16
-"""Tokens that an expected length may be wrong by."""
+_TOLERANCE_TOKENS = 16
+"""The largest assumed error of a predicted length: beyond it, a longer part is ruled out without tokenising it."""
 
 
 def split_rounds(
-    conversation: Conversation, whole: TokenizedSample, window: int, tokenised: Callable[[Conversation], TokenizedSample]
+    conversation: Conversation, full: TokenizedSample, window: int, tokenize: Callable[[Conversation], TokenizedSample]
 ) -> list[tuple[Conversation, TokenizedSample]]:
-    """A conversation as several, each of as many rounds (a question and what follows it) as fit, each with the system text.
+    """Split a conversation into parts of as many rounds as fit the window, each with the system text.
 
-    No round is lost: one that does not fit by itself is a conversation by itself, for others to cut. As FastChat's
-    `split_long_conversation`, but in a time that grows with the tokens alone: where the rounds end in the whole text tells how
-    many fit, and `tokenised` is asked about twice a part.
+    A round is a question and the turns up to the next question. No round is lost: one that is longer than the window becomes a
+    part alone, and the caller truncates it. This is FastChat's `split_long_conversation` in time linear in the number of
+    tokens: the positions of the answers' ends in the full text predict how many rounds fit, so `tokenize` is called about twice
+    per part.
 
     Args:
-        whole: the conversation as tokens, with its `ends`.
-        window: the most tokens of a part.
+        full: the whole conversation as tokens, with its `ends`.
+        window: the largest number of tokens in a part.
     """
     head = tuple(turn for turn in conversation.turns[:1] if turn.role == SYSTEM)
     starts = [number for number, turn in enumerate(conversation.turns) if turn.role == USER]
     if not starts:
-        return [(conversation, whole)]
+        return [(conversation, full)]
     stops = [*starts[1:], len(conversation.turns)]
-    reached = _tokens_up_to(stops, whole.ends)
+    tokens_up_to = _tokens_up_to(stops, full.ends)
     parts: list[tuple[Conversation, TokenizedSample]] = []
-    first, extra = 0, 0  # tokens that a part has more than its rounds have in the whole
+    first, extra = 0, 0  # `extra`: tokens that a part has in addition to its rounds' tokens in the full text
     while first < len(starts):
-        before = reached[first - 1] if first else 0
-        fitting, failing = 0, len(starts) - first + 1  # rounds that fit, and that don't, or that there are not
-        kept: tuple[Conversation, TokenizedSample] | None = None
+        before = tokens_up_to[first - 1] if first else 0
+        fitting, failing = 0, len(starts) - first + 1  # counts of rounds known to fit, and known to be too many
+        best: tuple[Conversation, TokenizedSample] | None = None
         while failing - fitting > 1:
-            expected = bisect.bisect_right(reached, window - extra + before, first) - first
-            if fitting and not whole.thoughts and reached[first + fitting] - before + extra > window + _SURELY:
+            expected = bisect.bisect_right(tokens_up_to, window - extra + before, first) - first
+            next_length = tokens_up_to[first + fitting] - before + extra
+            if fitting and not full.thoughts and next_length > window + _TOLERANCE_TOKENS:
                 break
             count = min(max(expected, fitting + 1), failing - 1)
             turns = (*head, *conversation.turns[starts[first] : stops[first + count - 1]])
             part = replace(conversation, turns=turns, where=f"{conversation.where}, part {len(parts) + 1}")
-            example = tokenised(part)
-            length = len(example.input_ids) + example.cut_tokens
-            extra = length - (reached[first + count - 1] - before)
+            tokenized = tokenize(part)
+            length = len(tokenized.input_ids) + tokenized.cut_tokens
+            extra = length - (tokens_up_to[first + count - 1] - before)
             if length <= window or count == 1:
-                fitting, kept = count, (part, example)
+                fitting, best = count, (part, tokenized)
             if length > window:
                 failing = max(count, 2)
-        if kept is None:
+        if best is None:
             raise RuntimeError("no round was tokenised")
-        parts.append(kept)
+        parts.append(best)
         first += fitting
     return parts
 
 
 def _tokens_up_to(stops: Sequence[int], ends: Sequence[tuple[int, int]]) -> list[int]:
-    """For each round, which stops before a turn, the tokens up to the end of its last answer, or of the one before that."""
+    """Count, for each round, the tokens of the full text up to the end of its last answer.
+
+    A round stops before the turn in `stops`. For a round without an answer, the end of the last answer before it counts.
+    """
     turns = [turn for turn, _ in ends]
     places = [bisect.bisect_left(turns, stop) for stop in stops]
     return [ends[place - 1][1] if place else 0 for place in places]

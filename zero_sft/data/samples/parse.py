@@ -1,4 +1,4 @@
-"""From objects of a file to samples, and an account of what was dropped or skipped on the way. Pure."""
+"""Parse objects of a file into samples, and count the turns, keys and objects that are left out. Pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ from zero_sft.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedSamples:
-    """Samples in order, the layouts they were found in, and the errors of the objects that were skipped.
+    """Samples in order, the names of their formats (`layouts`), and the error messages of skipped objects (`bad`).
 
-    `dropped_turns`: how many turns were dropped, and why. `unread`: keys that were not read, and in how many samples.
+    `dropped_turns` counts dropped turns by reason; `unread` counts, for each key that was not read, the samples that have it.
     """
 
     samples: tuple[Sample, ...]
@@ -28,11 +28,13 @@ class ParsedSamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleParser:
-    """How samples are read: the layout they must have (None: found out), which answers count, what bad and long samples do.
+    """Options for reading samples.
 
-    `data_format`: see `layouts`; None finds it out, sample by sample. `train_on`: "all" answers, or the "last" of each sample.
-    `on_bad_sample`: "error", or "skip", with an account in the report. `long`: what is longer than the window is "truncate"d,
-    "split" between rounds, or "drop"ped, once it is tokenised.
+    Args:
+        data_format: the format that all samples must have, see `sample_formats`; None detects it for each sample.
+        train_on: "all" answers, or only the "last" of each sample.
+        on_bad_sample: "error", or "skip", which reports the skipped samples.
+        overlong: "truncate", "split" between rounds or "drop" samples longer than the window; applied after tokenising.
     """
 
     data_format: str | None = None
@@ -42,27 +44,26 @@ class SampleParser:
 
     @property
     def skips_bad(self) -> bool:
-        """Whether a bad sample is left out instead of ending the run."""
+        """Whether a bad sample is skipped instead of ending the run."""
         return self.on_bad_sample == "skip"
 
     def read(self, objects: Iterable[tuple[Any, str]]) -> ParsedSamples:
-        """Parse objects, each given with its place, into samples.
+        """Parse objects, each with its place for messages, into samples.
 
         Raises:
-            DataError: a line that is not JSON, or an object that is no sample, unless such are skipped; with the place and the
-                remedy.
+            DataError: a line that is not JSON, or an object that is not a valid sample, unless bad samples are skipped.
         """
         samples, layouts, bad, dropped_turns, unread = [], set[str](), [], Counter[str](), Counter[str]()
         for raw, where in objects:
             try:
-                layout, parsed = self._parsed(raw, where)
+                format_name, parsed = self._parse(raw, where)
             except DataError as error:
                 if not self.skips_bad:
                     raise
                 bad.append(str(error))
                 continue
-            samples.append(_last_answer_alone(parsed.sample) if self.train_on == "last" else parsed.sample)
-            layouts.add(layout)
+            samples.append(_train_on_last_answer(parsed.sample) if self.train_on == "last" else parsed.sample)
+            layouts.add(format_name)
             dropped_turns.update(parsed.dropped_turns)
             unread.update(parsed.unread)
         return ParsedSamples(
@@ -73,15 +74,15 @@ class SampleParser:
             unread=dict(unread),
         )
 
-    def _parsed(self, raw: Any, where: str) -> tuple[str, ParsedSample]:
-        """The name of an object's layout, and the sample that it is."""
+    def _parse(self, raw: Any, where: str) -> tuple[str, ParsedSample]:
+        """Parse one object; return the name of its format as well."""
         if isinstance(raw, BadLine):
             raise DataError(raw.message, code=raw.code)
         return read_sample(raw, where, self.data_format)
 
 
-def _last_answer_alone(sample: Sample) -> Sample:
-    """A conversation of whose answers only the last is trained on."""
+def _train_on_last_answer(sample: Sample) -> Sample:
+    """Mark only the last answer of a conversation as trained on."""
     if isinstance(sample, PromptCompletion):
         return sample
     last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)
@@ -90,4 +91,4 @@ def _last_answer_alone(sample: Sample) -> Sample:
 
 
 PLAIN = SampleParser()
-"""A reader with every option as it is by default."""
+"""A parser with all options at their defaults."""

@@ -1,1 +1,1 @@
-"""Where samples come from: paths, files, folders, datasets of the hub."""
+"""Sources of samples: the paths that the user names, local files and folders, datasets on the hub."""

@@ -1,9 +1,9 @@
-"""The files that a dataset's README.md declares, as the hub and the library `datasets` read it.
+"""Read the files that a dataset's README.md declares, as the hub and the library `datasets` do.
 
-The YAML at the beginning of a README may name the files of each split: `configs`, with `data_files` or `data_dir`. A file that
-is not declared there is not a part of the dataset. huggingface_hub reads the YAML, and fsspec translates the patterns, as
-`datasets` has them do. `datasets.data_files.resolve_pattern` itself was left out: it takes `[` in the folder's own name for a
-pattern, and follows a URL into the network.
+The YAML at the beginning of a README may name the files of each split: `configs`, with `data_files` or `data_dir`. Files that
+are not declared there are not part of the dataset. As in `datasets`, huggingface_hub reads the YAML and fsspec translates the
+patterns. `datasets.data_files.resolve_pattern` was left out: it treats `[` in the folder's name as a pattern, and it follows
+URLs into the network.
 """
 
 import posixpath
@@ -20,15 +20,15 @@ from zero_sft.printable import on_one_line
 README, _YAML = "README.md", ".huggingface.yaml"
 TRAIN = "train"
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
-_REMEDY = "Repair it, or remove the file and name the data by its path."
-_LOOKS = "a path, a list of paths, or a list of {split: ..., path: ...}"
+_REMEDY = "Repair it, or remove that file and name the data files by their paths."
+_DATA_FILES_FORMS = "a path, a list of paths, or a list of {split: ..., path: ...}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeclaredFiles:
-    """A README's one configuration: the patterns of each split, and the folder that all files are in ("": no such one).
+    """The single configuration of a README: the file patterns of each split, below `data_dir` ("": the dataset's folder).
 
-    Without `patterns` the names of the files in `data_dir` tell their splits.
+    Without `patterns`, the splits follow from the names of the files in `data_dir`.
     """
 
     source: Path
@@ -36,17 +36,17 @@ class DeclaredFiles:
     patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def files_of(self, split: str, names: Sequence[str]) -> dict[str, list[str]]:
-        """The files that each pattern of a split matches; `names` are the paths of all files inside the dataset's folder."""
+        """Match each pattern of a split with `names`, the paths of all files relative to the dataset's folder."""
         return {pattern: _matching(posixpath.join(self.data_dir, pattern), names) for pattern in self.patterns[split]}
 
 
 def declared_in(folder: Path) -> DeclaredFiles | None:
-    """The files that a folder's README declares; None where it declares none.
+    """Read the files that a folder's README declares; None if it declares none.
 
     Raises:
-        DataError: YAML that can't be understood, or several configurations.
+        DataError: invalid YAML, or several configurations.
     """
-    source, metadata = _metadata(folder)
+    source, metadata = _read_metadata(folder)
     configs = metadata.get("configs")
     if configs is None or configs == []:
         return None
@@ -55,7 +55,8 @@ def declared_in(folder: Path) -> DeclaredFiles | None:
     if len(configs) > 1:
         names = ", ".join(on_one_line(config.get("config_name")) for config in configs)
         raise DataError(
-            f"{folder} has several configurations, as its {source.name} says: {names}. Name the folder or the files of one.",
+            f"{folder} has several configurations according to its {source.name}: {names}. Name the folder or the files of "
+            "one configuration.",
             code="data.several_configurations",
         )
     (config,) = configs
@@ -70,19 +71,19 @@ def declared_in(folder: Path) -> DeclaredFiles | None:
 
 
 def _patterns(files: Any, source: Path) -> dict[str, tuple[str, ...]]:
-    """The patterns of each split; paths without a split are those of `train`."""
-    given = [files] if isinstance(files, str) else files
-    if not isinstance(given, list) or not given:
-        raise _not_understood(source, "data_files", files, _LOOKS)
-    if all(isinstance(path, str) for path in given):
-        return {TRAIN: tuple(_inside(path, source, "data_files") for path in given)}
+    """Return the patterns of each split; paths without a split belong to `train`."""
+    entries = [files] if isinstance(files, str) else files
+    if not isinstance(entries, list) or not entries:
+        raise _not_understood(source, "data_files", files, _DATA_FILES_FORMS)
+    if all(isinstance(path, str) for path in entries):
+        return {TRAIN: tuple(_inside(path, source, "data_files") for path in entries)}
     patterns: dict[str, tuple[str, ...]] = {}
-    for entry in given:
+    for entry in entries:
         if not isinstance(entry, Mapping) or set(entry) != {"split", "path"}:
-            raise _not_understood(source, "data_files", entry, _LOOKS)
+            raise _not_understood(source, "data_files", entry, _DATA_FILES_FORMS)
         split, paths = entry["split"], entry["path"]
         if not isinstance(split, str) or not _SPLIT_NAME.fullmatch(split) or split in patterns:
-            raise _not_understood(source, "split", split, "a name of letters, digits and _, once")
+            raise _not_understood(source, "split", split, "a unique name of letters, digits and _")
         paths = [paths] if isinstance(paths, str) else paths
         if not isinstance(paths, list) or not paths:
             raise _not_understood(source, "path", paths, "a path or a list of paths")
@@ -91,59 +92,59 @@ def _patterns(files: Any, source: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _inside(path: Any, source: Path, key: str) -> str:
-    """A path in its shortest form, if it is one inside the folder that can be matched."""
+    """Normalise a path or pattern; reject one that leads out of the folder or can't be matched."""
     from fsspec.utils import glob_translate
 
-    normal = posixpath.normpath(path) if isinstance(path, str) and path and "://" not in path else ".."
-    if normal == ".." or normal.startswith(("/", "../")):
+    normalised = posixpath.normpath(path) if isinstance(path, str) and path and "://" not in path else ".."
+    if normalised == ".." or normalised.startswith(("/", "../")):
         raise _not_understood(source, key, path, "a path inside the folder")
-    normal = "" if normal == "." else normal
+    normalised = "" if normalised == "." else normalised
     try:
-        re.compile(glob_translate(normal))
+        re.compile(glob_translate(normalised))
     except (ValueError, re.error) as error:
         raise _not_understood(source, key, path, "a pattern in which ** stands alone between slashes") from error
-    return normal
+    return normalised
 
 
 def _matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that a pattern matches, as in `datasets`: `*` stays within a folder; folders like `__old__` must be named."""
+    """Return the names that match, as in `datasets`: `*` stays within a folder; folders like `__old__` must be named."""
     from fsspec.utils import glob_translate
 
-    expression, special = re.compile(glob_translate(pattern)), _special_folders(pattern)
-    return [name for name in names if expression.match(name) and _special_folders(name) == special]
+    expression, dunder_folders = re.compile(glob_translate(pattern)), _count_dunder_folders(pattern)
+    return [name for name in names if expression.match(name) and _count_dunder_folders(name) == dunder_folders]
 
 
-def _special_folders(path: str) -> int:
+def _count_dunder_folders(path: str) -> int:
     return sum(part.startswith("__") for part in PurePosixPath(path).parent.parts)
 
 
-def _metadata(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The YAML of the README, with that of `.huggingface.yaml` over it, and the file that has the configurations."""
+def _read_metadata(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    """Read the README's YAML, overridden by `.huggingface.yaml`; return the file with the configurations, and the keys."""
     import yaml
     from huggingface_hub import metadata_load
 
-    readme, alone = folder / README, folder / _YAML
-    source, found = readme, {}
+    readme, override = folder / README, folder / _YAML
+    source, metadata = readme, {}
     try:
         if readme.is_file():
-            with readable(readme, argument="its rights"):
-                found = metadata_load(str(readme)) or {}
-        if alone.is_file():
-            source = alone
-            with readable(alone, argument="its rights"):
-                more = yaml.safe_load(alone.read_text(encoding="utf-8")) or {}
-            if not isinstance(more, Mapping):
-                raise _not_understood(alone, "YAML", more, "keys and values")
-            source = alone if "configs" in more else readme
-            found = {**found, **more}
+            with readable(readme, argument="its permissions"):
+                metadata = metadata_load(str(readme)) or {}
+        if override.is_file():
+            source = override
+            with readable(override, argument="its permissions"):
+                overriding = yaml.safe_load(override.read_text(encoding="utf-8")) or {}
+            if not isinstance(overriding, Mapping):
+                raise _not_understood(override, "YAML", overriding, "keys and values")
+            source = override if "configs" in overriding else readme
+            metadata = {**metadata, **overriding}
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        place = getattr(error, "problem_mark", None)
-        line = f", line {place.line + 1} of the YAML" if place else ""
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1} of the YAML" if mark else ""
         raise DataError(
-            f"{source}{line}: not usable as YAML, so it can't be told which files are for training. {_REMEDY}",
+            f"{source}{line}: invalid YAML, so the files for training are unknown. {_REMEDY}",
             code="data.readme_not_understood",
         ) from error
-    return source, found
+    return source, metadata
 
 
 def _not_understood(source: Path, key: str, value: Any, expected: str) -> DataError:

@@ -1,4 +1,4 @@
-"""Files that are not what their name says: found by their first bytes, and refused with what they are."""
+"""Reject files whose content is not of the kind that their name promises; the first bytes show the real kind."""
 
 from pathlib import Path
 
@@ -23,10 +23,10 @@ _BEGINNINGS = {
 
 
 def require_kind(path: Path, *, is_parquet: bool) -> None:
-    """Raise where a file of JSON or Parquet is something else. Files that can't be read are left for whoever reads them.
+    """Check that a file named as JSON or Parquet can be one. Skip unreadable files: reading them later raises the error.
 
     Raises:
-        DataError: a git-LFS pointer, compressed under a plain name, an archive, a web page, UTF-16.
+        DataError: a git-LFS pointer, a compressed file without the ending for it, an archive, a web page or UTF-16 text.
     """
     try:
         with path.open("rb") as file:
@@ -35,7 +35,7 @@ def require_kind(path: Path, *, is_parquet: bool) -> None:
         return
     if start.startswith(_LFS):
         raise DataError(
-            f"{path} is a git-LFS pointer, without the data. Fetch it: `git lfs pull`, or `hf download`.",
+            f"{path} is a git-LFS pointer without the data. Fetch the data with `git lfs pull` or `hf download`.",
             code="data.placeholder_file",
         )
     if is_parquet or path.suffix.lower() in COMPRESSED:

@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face hub as a source of objects; `datasets` downloads, caches and reads it."""
+"""Read a dataset on the Hugging Face hub as a source of objects; `datasets` downloads, caches and reads it."""
 
 import functools
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """One split of a dataset, in one configuration; None: its default one, or the only one.
+    """One split of a dataset in one configuration; None stands for the default or only configuration.
 
-    A gated dataset takes the token of HF_TOKEN or `hf auth login`.
+    For a gated dataset, set HF_TOKEN or run `hf auth login`.
     """
 
     id: str
@@ -26,11 +26,11 @@ class HubDataset:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name for messages."""
         return ":".join(filter(None, (self.id, self.config, self.split)))
 
     def objects(self) -> Iterator[tuple[Any, str]]:
-        """Each row with its place.
+        """Yield each row with its place for messages, "org/name:split, sample 3".
 
         Raises:
             DataError: no such dataset or split, or the hub can't provide it.
@@ -39,46 +39,47 @@ class HubDataset:
             yield row, f"{self.name}, sample {number}"
 
     def left_out(self) -> tuple[str, ...]:
-        """Nothing."""
+        """Return an empty tuple: no files are ignored."""
         return ()
 
     def note(self) -> str:
-        """Nothing: the name says the split."""
+        """Return an empty note: the name includes the split."""
         return ""
 
     def held_out(self) -> None:
-        """None: the name says the split."""
+        """Return None: the name includes the split."""
 
     def state(self) -> None:
-        """None: a commit does not change."""
+        """Return None: a commit does not change."""
 
     def require_outside(self, root: Path, *, option: str, code: str) -> None:
-        """Nothing: it is not read from a folder of the user's."""
+        """Do nothing: the dataset is not read from one of the user's folders."""
 
     def identity(self) -> list[Any]:
-        """Which rows of which commit, JSON-able; errors as `objects`'."""
+        """Return JSON-able values that identify the commit and the rows; raises as `objects` does."""
         dataset = _loaded(self)
-        folders = {Path(each["filename"]).parent.name for each in dataset.cache_files}  # named by the commit
+        folders = {Path(cache_file["filename"]).parent.name for cache_file in dataset.cache_files}  # named by the commit
         return [self.id, self.split, dataset.info.config_name, sorted(folders)]
 
 
 @functools.cache
-def _loaded(of: HubDataset) -> "datasets.Dataset":
-    """The dataset, which `identity` and `objects` share.
+def _loaded(source: HubDataset) -> "datasets.Dataset":
+    """Load the dataset once for `identity` and `objects`.
 
-    Loaded by whichever comes first and kept until the process ends, so that both see one commit; nobody clears it. The rows are
-    mapped from the cache of `datasets`, and hold no memory.
+    The first of them loads it, and it is kept until the process ends, so that both see the same commit; nobody clears it. The
+    rows are memory-mapped from the cache of `datasets`.
     """
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(of.id, of.config, split=of.split)
+        return datasets.load_dataset(source.id, source.config, split=source.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = next(iter(printable(str(error)).strip().splitlines()), type(error).__name__)
         raise DataError(
-            f"{of.id} is no file or folder, and split {of.split!r} of such a dataset of the hub can't be had: {reason}\n"
-            "Check --data_path and --eval_data_path: a path, org/name:split or org/name:configuration:split. A gated one needs "
-            "HF_TOKEN (--token is the model's); where there is no internet, download it elsewhere and name its folder.",
+            f"{source.id} is not a file or folder, and split {source.split!r} of a hub dataset of that name can't be loaded: "
+            f"{reason}\nCheck --data_path and --eval_data_path; expected a path, org/name:split or "
+            "org/name:configuration:split. A gated dataset needs HF_TOKEN (--token is for the model only). Without internet "
+            "access, download the dataset elsewhere and name its folder.",
             code="data.hub_dataset_unavailable",
         ) from error

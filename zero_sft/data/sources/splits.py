@@ -1,9 +1,8 @@
-"""The files of a folder that are for training, where it has several splits, as datasets of the hub are laid out. Pure, except
-for reading a README.
+"""Choose the files of one split in a folder that is laid out like a dataset on the hub. Pure, except for reading a README.
 
-Where a README declares files, these are the dataset (`declared`). Else `data/train-00000-of-00002.parquet` names its split, as
-do `train.jsonl`, `my_test.json`, and folders `train/` and `test/`: the rules are those of the library `datasets`. What is held
-out must not be trained on because it is in the same folder.
+If a README declares files, only these belong to the dataset (`declared_files`). Otherwise the names tell the split, by the
+rules of the library `datasets`: `data/train-00000-of-00002.parquet`, `train.jsonl`, `my_test.json`, folders `train/` and
+`test/`. Held-out data must not be trained on just because it is in the same folder.
 """
 
 import re
@@ -22,23 +21,24 @@ _KEYWORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}")
-_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
+_WORD_SEPARATORS = re.compile(r"[-._ 0-9]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenSplit:
-    """The files of a folder that are read, and a line for the log where others are not, or may not have been meant."""
+    """The files to read, and a line for the log if others are left out or if several splits are read."""
 
     files: tuple[Path, ...]
     note: str = ""
-    held_out: str | None = None  # a split that is left out, though nobody has named another
+    held_out: str | None = None  # a split that is left out by default: the user has not named one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Splits:
-    """The files of each split, those under None being of none; and how many a README leaves out.
+    """The files of each split; the key None holds files that belong to no split.
 
-    `unmatched`: patterns of a split for which there are no files.
+    `undeclared` counts the files that the README, `source`, does not declare. `unmatched` lists, for each split, the patterns
+    that match no file.
     """
 
     files: Mapping[str | None, Sequence[Path]]
@@ -47,111 +47,116 @@ class _Splits:
     source: Path | None = None
 
 
-def choose_split(folder: Path, files: Sequence[Path], wanted: str | None) -> ChosenSplit:
-    """The files of the split that is `wanted`; where none is named, `train` where there are several.
+def choose_split(folder: Path, files: Sequence[Path], requested: str | None) -> ChosenSplit:
+    """Return the files of the `requested` split; if it is None and there are several splits, those of `train`.
 
     Raises:
-        DataError: no such split; several splits without a `train`; several configurations; a README that can't be understood,
-            or declares files that are not there.
+        DataError: no such split; several splits without a `train`; several configurations; an invalid README, or one that
+            declares missing files.
     """
-    found = _splits(folder, files)
-    splits = sorted(name for name in found.files if name is not None)
-    if wanted is not None:
-        split = wanted if wanted in splits else _keyword(wanted) or wanted
+    by_split = _group_by_split(folder, files)
+    splits = sorted(name for name in by_split.files if name is not None)
+    if requested is not None:
+        split = requested if requested in splits else _keyword(requested) or requested
         if split not in splits:
-            has = f"its splits are {', '.join(splits)}" if splits else "no name of a file or folder in it tells a split"
+            has = f"its splits are {', '.join(splits)}" if splits else "no file or folder name in it names a split"
             raise DataError(
-                f"{folder} has no split {wanted!r}: {has}. Check --data_path and --eval_data_path.", code="data.no_such_split"
+                f"{folder} has no split {requested!r}: {has}. Check --data_path and --eval_data_path.",
+                code="data.no_such_split",
             )
-        return replace(_taken(folder, found, {split}), note="", held_out=None)
+        return replace(_select(folder, by_split, {split}), note="", held_out=None)
     if len(splits) > 1 and TRAIN in splits:
-        return _taken(folder, found, {TRAIN})
+        return _select(folder, by_split, {TRAIN})
     if len(splits) > 1 and any(_keyword(name) for name in splits):
         example = next((name for name in splits if _keyword(name) == TRAIN), splits[0])
         raise DataError(
-            f"{folder} has the splits {', '.join(splits)}, and none is called {TRAIN}. Name one of them: {folder}:{example}.",
+            f"{folder} has the splits {', '.join(splits)}; expected one called {TRAIN}. Name the one to read, for example "
+            f"{folder}:{example}.",
             code="data.no_train_split",
         )
-    if None in found.files and any(_keyword(name) not in (None, TRAIN) for name in splits):
-        return _taken(folder, found, {None})
-    chosen = _taken(folder, found, set(found.files))
+    if None in by_split.files and any(_keyword(name) not in (None, TRAIN) for name in splits):
+        return _select(folder, by_split, {None})
+    chosen = _select(folder, by_split, set(by_split.files))
     if len(splits) > 1:
         return replace(chosen, note=f"splits {', '.join(splits)}: all are read; name one as {folder}:{splits[0]}")
     return chosen
 
 
-def _splits(folder: Path, files: Sequence[Path]) -> _Splits:
-    """The files of each split: as a README declares them, or as their names tell."""
+def _group_by_split(folder: Path, files: Sequence[Path]) -> _Splits:
+    """Group the files by split: as the README declares them, otherwise by their names."""
     declared = declared_in(folder)
     by_name = {file.relative_to(folder).as_posix(): file for file in files}
     if declared is None or not declared.patterns:
         top = declared.data_dir if declared else ""
         inside = {name: file for name, file in by_name.items() if PurePosixPath(name).is_relative_to(top)}
-        named = defaultdict[str | None, list[Path]](list)
+        by_split = defaultdict[str | None, list[Path]](list)
         for name, file in inside.items():
-            named[split_of(PurePosixPath(name).relative_to(top).as_posix())].append(file)
+            by_split[split_of(PurePosixPath(name).relative_to(top).as_posix())].append(file)
         unmatched: dict[str | None, list[str]] = {} if inside else {None: [f"{top}/"]}
         return _Splits(
-            files=named or {None: []},
+            files=by_split or {None: []},
             undeclared=len(files) - len(inside),
             unmatched=unmatched,
             source=declared and declared.source,
         )
     matched = {split: declared.files_of(split, list(by_name)) for split in declared.patterns}
-    taken = {split: {name for names in found.values() for name in names} for split, found in matched.items()}
+    declared_names = {split: {name for names in by_pattern.values() for name in names} for split, by_pattern in matched.items()}
     return _Splits(
-        files={split: [file for name, file in by_name.items() if name in taken[split]] for split in matched},
-        undeclared=len(set(by_name).difference(*taken.values())),
-        unmatched={split: [pattern for pattern, names in found.items() if not names] for split, found in matched.items()},
+        files={split: [file for name, file in by_name.items() if name in declared_names[split]] for split in matched},
+        undeclared=len(set(by_name).difference(*declared_names.values())),
+        unmatched={
+            split: [pattern for pattern, names in by_pattern.items() if not names] for split, by_pattern in matched.items()
+        },
         source=declared.source,
     )
 
 
-def _taken(folder: Path, found: _Splits, taken: set[str | None]) -> ChosenSplit:
-    """The files of some splits, and what is left out.
+def _select(folder: Path, by_split: _Splits, selected: set[str | None]) -> ChosenSplit:
+    """Take the files of the selected splits, and note for the log what is left out.
 
     Raises:
-        DataError: a README that declares a file of these splits that is not there.
+        DataError: the README declares a file of these splits that is missing.
     """
-    missing = [pattern for split in found.files if split in taken for pattern in found.unmatched.get(split, ())]
+    missing = [pattern for split in by_split.files if split in selected for pattern in by_split.unmatched.get(split, ())]
     if missing:
         listed = ", ".join(on_one_line(repr(pattern)) for pattern in missing)
         raise DataError(
-            f"{found.source} declares {listed}, and {folder} has no .json, .jsonl or .parquet file of "
+            f"{by_split.source} declares {listed}, but {folder} has no .json, .jsonl or .parquet file of "
             "that name. Download it, or repair the README.",
             code="data.declared_files_missing",
         )
-    others = {name or "without a split's name": len(files) for name, files in found.files.items() if name not in taken}
-    if found.undeclared:
-        others[f"not declared in {found.source.name if found.source else ''}"] = found.undeclared
-    files = tuple(sorted({file for name in taken for file in found.files[name]}))
+    others = {split or "without a split's name": len(files) for split, files in by_split.files.items() if split not in selected}
+    if by_split.undeclared:
+        others[f"not declared in {by_split.source.name if by_split.source else ''}"] = by_split.undeclared
+    files = tuple(sorted({file for split in selected for file in by_split.files[split]}))
     if not others:
         return ChosenSplit(files=files)
-    left = ", ".join(f"{name} ({count} file{'s' * (count != 1)})" for name, count in sorted(others.items()))
-    names = sorted(name for name in taken if name)
-    which = f"split{'s' * (len(names) > 1)} {', '.join(names)}" if names else "files that name no split"
-    example = next((name for name in found.files if name not in taken and name), None)
-    remedy = f". Name another as {folder}:{example or TRAIN}" if len(others) > bool(found.undeclared) else ""
-    return ChosenSplit(files=files, note=f"{which} read; left out: {left}{remedy}", held_out=example)
+    left_out = ", ".join(f"{name} ({count} file{'s' * (count != 1)})" for name, count in sorted(others.items()))
+    names = sorted(name for name in selected if name)
+    what = f"split{'s' * (len(names) > 1)} {', '.join(names)}" if names else "files that name no split"
+    example = next((split for split in by_split.files if split not in selected and split), None)
+    remedy = f". Name another as {folder}:{example or TRAIN}" if len(others) > bool(by_split.undeclared) else ""
+    return ChosenSplit(files=files, note=f"{what} read; left out: {left_out}{remedy}", held_out=example)
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's path inside its folder names; None if it names none.
+    """Return the split that a file's path inside its folder names; None if it names no split.
 
     Worked example: data/train_sft-00000-of-00003.parquet → train_sft; my_dev.jsonl → validation; chats.json → None.
     """
     *folders, file = PurePosixPath(name).parts
     if shard := _SHARD.match(file):
-        return _exactly(shard["split"]) or shard["split"]
+        return _synonym(shard["split"]) or shard["split"]
     return next(filter(None, map(_keyword, (file, *reversed(folders)))), None)
 
 
-def _exactly(word: str) -> str | None:
+def _synonym(word: str) -> str | None:
+    """Return the split that a whole word is a name of: "dev" → validation."""
     return next((split for split, words in _KEYWORDS.items() if word.lower() in words), None)
 
 
 def _keyword(name: str) -> str | None:
-    """The split that is a word of a name."""
-    words = set(_BETWEEN_WORDS.split(name.lower()))
+    """Return the split that one of the words of a name stands for: "my_dev.jsonl" → validation."""
+    words = set(_WORD_SEPARATORS.split(name.lower()))
     parts = words | {part for word in words for part in word.split("_")}
-    return next((split for split, known in _KEYWORDS.items() if parts & set(known)), None)
+    return next((split for split, keywords in _KEYWORDS.items() if parts & set(keywords)), None)

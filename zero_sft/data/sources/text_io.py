@@ -1,4 +1,4 @@
-"""A text file of the user's, or one clear error."""
+"""Open the user's text files, plain or compressed, with one clear `DataError` for everything that can go wrong."""
 
 import bz2
 import contextlib
@@ -14,7 +14,7 @@ from zero_sft.errors import DataError
 
 
 def _open_zstd(path: Path, _: str, *, encoding: str, errors: str) -> TextIO:
-    """As `gzip.open`, for text; pyarrow has the decompressor, and Python before 3.14 has none."""
+    """Open as `gzip.open` does in text mode. Uses pyarrow's decompressor, since Python before 3.14 does not have one."""
     import pyarrow
 
     stream: Any = pyarrow.CompressedInputStream(path.open("rb"), "zstd")
@@ -22,16 +22,18 @@ def _open_zstd(path: Path, _: str, *, encoding: str, errors: str) -> TextIO:
 
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
-"""How compressed text is opened, by the end of its name."""
+"""The opener for each file name ending of compressed text."""
 
 
 def read_text(path: Path, *, expected: str, argument: str) -> str:
-    """The file's text, UTF-8 with or without a byte order mark. Any rank by itself; does not communicate.
+    """Read a UTF-8 text file, with or without a byte order mark. Any rank; does not communicate.
 
-    `expected` says what should be in it, `argument` which argument named it; both for the message.
+    Args:
+        expected: the expected content, for the error message.
+        argument: the option that named the file, for the error message.
 
     Raises:
-        DataError: no such file, a folder, not UTF-8, or nothing in it.
+        DataError: no such file, a folder, not UTF-8, or empty.
     """
     with open_text(path, argument=argument) as file:
         text = file.read()
@@ -42,9 +44,9 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path, *, argument: str, errors: str = "strict") -> Iterator[TextIO]:
-    """The file, to be read whole or line by line within the block; errors as `readable`'s.
+    """Open a text file for the block, decompressed if its name says so. Raises as `readable` does.
 
-    `errors`: what is done with bytes that are not UTF-8, as `open`'s.
+    `errors` is `open`'s parameter for bytes that are not UTF-8.
     """
     opener = COMPRESSED.get(path.suffix.lower(), open)
     with readable(path, argument=argument), opener(path, "rt", encoding="utf-8-sig", errors=errors) as file:
@@ -53,10 +55,10 @@ def open_text(path: Path, *, argument: str, errors: str = "strict") -> Iterator[
 
 @contextlib.contextmanager
 def readable(path: Path, *, argument: str) -> Iterator[None]:
-    """Whatever goes wrong with a file within the block, in one clear error.
+    """Turn the errors of reading a file within the block into one clear error.
 
     Raises:
-        DataError: no such file, a folder, not UTF-8 or not readable.
+        DataError: no such file, a folder, not UTF-8, damaged or not readable.
     """
     try:
         yield
@@ -69,7 +71,7 @@ def readable(path: Path, *, argument: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.", code="data.not_utf8") from error
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if getattr(error, "errno", None) is None:  # what a decompressor says
+        if getattr(error, "errno", None) is None:  # a decompressor's error
             raise DataError(f"{path} is damaged: {error}. Compress it again.", code="data.bad_compression") from error
         raise DataError(
             f"{path} can't be read: {getattr(error, 'strerror', error)}. Check {argument}.", code="data.file_unreadable"

@@ -1,1 +1,1 @@
-"""From a sample to text: chat templates, and which characters the model has to write."""
+"""Render samples as text with chat templates, and mark the characters that are trained on."""

@@ -1,4 +1,4 @@
-"""Which template, and a sample as text by it."""
+"""Choose a chat template, and render samples with it."""
 
 from pathlib import Path
 from typing import Any
@@ -17,64 +17,64 @@ Template = VicunaTemplate | ChatTemplate
 
 
 def render(sample: Sample, template: Template, tokenizer: Any) -> RenderedText:
-    """A conversation by the template; a passage as it is, with the token that ends it where it does not end so already.
+    """Render a conversation with the template; plain text stays as it is, with an end-of-sequence token if it lacks one.
 
     Raises:
-        DataError: the template can't render the conversation, or its answers can't be told surely.
+        DataError: the template can't render the conversation, or its answers can't be located reliably.
     """
     if isinstance(sample, Conversation):
         return template.render(sample)
-    return _passage(sample, tokenizer)
+    return _render_plain(sample, tokenizer)
 
 
-def _passage(sample: PromptCompletion, tokenizer: Any) -> RenderedText:
-    text, end, begin = sample.prompt + sample.completion, tokenizer.eos_token, tokenizer.bos_token
-    if end and not text.endswith(end) and not text.rstrip().endswith(end):
-        text += end
+def _render_plain(sample: PromptCompletion, tokenizer: Any) -> RenderedText:
+    text, eos, bos = sample.prompt + sample.completion, tokenizer.eos_token, tokenizer.bos_token
+    if eos and not text.endswith(eos) and not text.rstrip().endswith(eos):
+        text += eos
     stop = len(text)
-    if end and not text.endswith(end):  # white space follows it, which the model never writes
+    if eos and not text.endswith(eos):  # white space follows the token, and the model never writes it
         stop = len(text.rstrip())
     spans = ((len(sample.prompt), stop),) if sample.completion and stop > len(sample.prompt) else ()
-    has_begin = bool(begin) and text.startswith(begin)
-    return RenderedText(text=text, spans=spans, where=sample.where, adds_special_tokens=not has_begin)
+    starts_with_bos = bool(bos) and text.startswith(bos)
+    return RenderedText(text=text, spans=spans, where=sample.where, adds_special_tokens=not starts_with_bos)
 
 
 def choose_template(name: str | None, tokenizer: Any) -> Template:
-    """The template of that name, or the Jinja of that file; for None the tokenizer's own if it has one, else Vicuna's.
+    """Choose the template by name or by the path of a Jinja file; for None the tokenizer's, or Vicuna's if it has none.
 
     Raises:
-        DataError: no such template, one that can't be used, or a tokenizer that has none, or no token to end an answer with.
+        DataError: no such template, an unusable one, or a tokenizer without a template or without a token to end an answer.
     """
-    own: Any = getattr(tokenizer, "chat_template", None)
-    if name == VICUNA or (name is None and not own):
+    tokenizer_template: Any = getattr(tokenizer, "chat_template", None)
+    if name == VICUNA or (name is None and not tokenizer_template):
         return VicunaTemplate(stop=vicuna_stop(tokenizer))
     source = None
     if name in NAMED:
         source, stop = NAMED[name]
         if stop not in tokenizer.get_added_vocab():
             raise DataError(
-                f"--chat_template {name}: this model's tokenizer has no token {stop}, which ends a turn there. "
+                f"--chat_template {name}: this model's tokenizer has no token {stop}, which ends a turn in this template. "
                 "Use --chat_template vicuna, or add the token.",
                 code="data.template_token_missing",
             )
     elif name not in (None, MODEL):
         source = _from_file(Path(name).expanduser())
-    elif not own:
+    elif not tokenizer_template:
         raise DataError(
             "--chat_template model: this model's tokenizer has no chat template. Use --chat_template vicuna.",
             code="data.model_without_template",
         )
     try:
-        habits = probe_template(tokenizer, source)
+        frame = probe_template(tokenizer, source)
     except DataError as error:
         raise DataError(f"--chat_template {name or MODEL}: {error}", code=error.code) from error
-    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, habits=habits, source=source)
+    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, template_frame=frame, source=source)
 
 
 def _from_file(path: Path) -> str:
     if path.is_dir():
-        found = next(iter(sorted(path.glob("*.jinja"))), None)
-        remedy = f"give {found}" if found else "name the Jinja file itself"
+        example = next(iter(sorted(path.glob("*.jinja"))), None)
+        remedy = f"give {example}" if example else "name the Jinja file itself"
         raise DataError(
             f"--chat_template {path} is a folder; expected a Jinja file: {remedy}.", code="data.template_is_a_folder"
         )

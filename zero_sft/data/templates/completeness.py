@@ -1,9 +1,9 @@
-"""Check that a chat template shows every text other than the answers unchanged.
+"""Check that a chat template shows every text other than the answers unchanged. Pure.
 
 An answer must not be learnt without its question.
 
-`shown` are the numbers of the messages in the order in which the template shows them, found out with stand-ins; None: the
-template can't render stand-ins. Pure.
+`shown` lists the indices of the messages in the order in which the template shows them, as found with stand-ins. It is None if
+the template can't render stand-ins.
 """
 
 import json
@@ -14,15 +14,15 @@ from zero_sft.errors import DataError
 
 
 def require_places(shown: Sequence[int] | None, messages: Sequence[Mapping[str, str]], where: str) -> None:
-    """Raise where a template has no place for a text that is no answer: a tool's, or a system's."""
+    """Raise `DataError` if the template leaves out a text that is not an answer, such as a tool's or the system's."""
     if shown is None:
         return
-    places = frozenset(shown)
-    for number, each in enumerate(messages):
-        if each["content"].strip() and each["role"] != ASSISTANT and number not in places:
+    shown_indices = frozenset(shown)
+    for index, message in enumerate(messages):
+        if message["content"].strip() and message["role"] != ASSISTANT and index not in shown_indices:
             raise DataError(
-                f"{where}, message {number + 1}: the chat template leaves out the text of the {each['role']}. Give "
-                "--chat_template one that has a place for it, or take it out of the data.",
+                f"{where}, message {index + 1}: the chat template leaves out the text of the {message['role']}. Give "
+                "--chat_template a template that shows it, or remove the text from the data.",
                 code="data.template_drops_text",
             )
 
@@ -34,37 +34,37 @@ def require_all_shown(
     spans: Mapping[int, tuple[int, int]],
     where: str,
 ) -> None:
-    """Raise where a text that is no answer is left out, cut or changed, but for white space at its ends.
+    """Raise `DataError` if a text that is not an answer is missing in `text` or changed, except for white space at its ends.
 
-    A template may look at the text itself, and cut a long question. So each text is looked for where the template shows it:
-    behind the text before it, and between the answers around it, which are at `spans`.
+    A template may depend on the text itself, for example cut a long question. So each text is searched for where the template
+    shows it: after the previous text, and between the neighbouring answers, whose positions are `spans`.
     """
     order = tuple(range(len(messages))) if shown is None else tuple(dict.fromkeys(shown))
     limits, limit = [], len(text)
-    for number in reversed(order):
-        limit = spans[number][0] if number in spans else limit
+    for index in reversed(order):
+        limit = spans[index][0] if index in spans else limit
         limits.append(limit)
-    place = 0
-    for number, limit in zip(order, reversed(limits), strict=True):
-        role, content = messages[number]["role"], messages[number]["content"].strip()
+    position = 0
+    for index, limit in zip(order, reversed(limits), strict=True):
+        role, content = messages[index]["role"], messages[index]["content"].strip()
         if role == ASSISTANT:
-            place = spans[number][1] if number in spans else place
+            position = spans[index][1] if index in spans else position
             continue
-        is_anywhere = shown is None and role == SYSTEM  # some put it into a later turn
-        end = _end_of(content, text, *((0, len(text)) if is_anywhere else (place, limit)))
+        is_anywhere = shown is None and role == SYSTEM  # some templates put it into a later turn
+        end = _end_of(content, text, *((0, len(text)) if is_anywhere else (position, limit)))
         if end is None:
             raise DataError(
-                f"{where}, message {number + 1}: the chat template leaves out, cuts or changes the text of the {role}, so the "
-                "answers would be trained on without it. Give --chat_template one that writes message['content'] as it is.",
+                f"{where}, message {index + 1}: the chat template leaves out, cuts or changes the text of the {role}, so the "
+                "answers would be trained on without it. Give --chat_template one that writes message['content'] unchanged.",
                 code="data.template_changes_texts",
             )
-        place = place if is_anywhere else end
+        position = position if is_anywhere else end
 
 
-def _end_of(content: str, text: str, place: int, limit: int) -> int | None:
-    """Where a content ends in `text[place:limit]`, as it is or in JSON, as some templates write a tool's."""
-    found = text.find(content, place, limit)
-    if found < 0:
+def _end_of(content: str, text: str, start: int, limit: int) -> int | None:
+    """Find where `content` ends in `text[start:limit]`, unchanged or as JSON, which some templates write for tools."""
+    position = text.find(content, start, limit)
+    if position < 0:
         content = json.dumps(content, ensure_ascii=False)[1:-1]
-        found = text.find(content, place, limit)
-    return found + len(content) if found >= 0 else None
+        position = text.find(content, start, limit)
+    return position + len(content) if position >= 0 else None

@@ -1,14 +1,15 @@
-"""Any chat template in Jinja: the conversation as text, and where the answers are in it.
+"""Render conversations with any chat template in Jinja, and locate the answers in the text.
 
-Such templates may do anything, so nothing is assumed about them. A conversation is rendered twice, as it is and with a
-stand-in for each answer: what is around the stand-ins must be around the answers, and what is between must be the answers, but
-for white space at their ends; where it is not, the template is refused. Most templates write the same around any texts: then
-what is around the stand-ins is put together from an earlier rendering, and only checked. No `{% generation %}` markers are
-needed. What ends an answer, and what stands before it when the model begins to write, is found once a template, on a
-conversation of two questions.
+Such templates may do anything, so nothing is assumed about them. A conversation is rendered twice: as it is, and with a
+stand-in for each answer. The text around the stand-ins must also surround the answers, and the text in between must be the
+answers, except for white space at their ends; otherwise the template is refused. Most templates write the same text around all
+conversations of one shape: then that text is taken from an earlier rendering, and only checked. `{% generation %}` markers are
+not needed. The text that ends an answer, and the generation prompt before it, are found once per template, with a conversation
+of two questions.
 
-Thoughts, between `<think>` and `</think>` at the beginning of an answer, are given to the template where it takes them
-(`thoughts`), and trained on where it keeps them; most drop those of earlier answers, as the model never sees them again.
+Thoughts, between `<think>` and `</think>` at the beginning of an answer, are passed to the template in the form that it takes
+(`thoughts`). They are trained on if the template keeps them; most templates drop those of earlier answers, since the model
+never sees them again.
 """
 
 import contextlib
@@ -22,11 +23,11 @@ from zero_sft.data.samples.conversation import ASSISTANT, USER, Conversation
 from zero_sft.data.templates.completeness import require_all_shown, require_places
 from zero_sft.data.templates.probe import STAND_IN, VICUNA_INSTEAD, TemplateFrame, render_chat
 from zero_sft.data.templates.rendered import RenderedText
-from zero_sft.data.templates.thoughts import CLOSE, OPEN, Answer, has_thoughts, kept_at, nothing_left, split_answer
+from zero_sft.data.templates.thoughts import CLOSE, OPEN, Answer, empty_answer_error, find_thoughts, has_thoughts, split_answer
 from zero_sft.errors import DataError
 
 _MOST_FRAMES, _LONGEST_FRAME = 1000, 1000
-"""How many shapes of conversations are remembered, of how many messages at most: longer ones hardly come again."""
+"""The largest number of cached conversation shapes, and of messages in one; longer conversations hardly ever recur."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -39,12 +40,15 @@ LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 NAMED = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>")}
-"""Templates by name, and the token that ends a turn in each, which a tokenizer must have."""
+"""Templates by name, each with the token that ends a turn; the tokenizer must have this token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversationFrame:
-    """What a template writes `around` the texts of a conversation, and which of these it has `shown`, in its order."""
+    """The text that a template writes `around` the messages of a conversation, and the indices of the messages `shown`.
+
+    `shown` is in the template's order; `around` has one text more than `shown`.
+    """
 
     around: tuple[str, ...]
     shown: tuple[int, ...]
@@ -52,7 +56,7 @@ class ConversationFrame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPiece:
-    """A text of which the place is looked for: an answer's, or its thoughts where these have a field of the message."""
+    """A text to locate: an answer, or its thoughts if the message has a field for them."""
 
     turn: int
     text: str
@@ -61,7 +65,7 @@ class TextPiece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocatedAnswers:
-    """The spans of answers, and the rest of what `RenderedText` has of them."""
+    """The spans of the answers, and the other fields of `RenderedText` that follow from them."""
 
     spans: tuple[tuple[int, int], ...] = ()
     ends: tuple[tuple[int, int], ...] = ()
@@ -71,36 +75,36 @@ class LocatedAnswers:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class ChatTemplate:
-    """A chat template of that `name`: the tokenizer's own, or where there is a `source`, that Jinja.
+    """A chat template: the Jinja `source`, or the tokenizer's template if there is no `source`.
 
-    Compared by identity, as the key of `_frames`.
+    Compared by identity, since it is the key of `_frames`.
     """
 
     tokenizer: Any  # PreTrainedTokenizerBase, whose stub hides methods behind a catch-all attribute
     name: str
-    habits: TemplateFrame
+    template_frame: TemplateFrame
     source: str | None = None
-    adds_special_tokens = False  # chat templates write theirs themselves
-    trains_on_blanks = False  # most of them strip texts, and of white space nothing would be left
+    adds_special_tokens = False  # chat templates write special tokens themselves
+    trains_on_blanks = False  # most templates strip texts, so nothing of white space would be left
 
     @property
     def turn_ends(self) -> tuple[str, ...]:
-        """The texts that end an answer: one, or that of an answer in the middle and that of the last one."""
-        return self.habits.stops
+        """The texts that end an answer: one, or two if answers in the middle and the last answer end differently."""
+        return self.template_frame.turn_ends
 
     def render(self, conversation: Conversation) -> RenderedText:
-        """Render with the template, and find the answers.
+        """Render with the template, and locate the answers.
 
         Raises:
-            DataError: the template fails on this conversation, leaves out a text, rewrites its answers, or ends one with
-                nothing.
+            DataError: the template fails on this conversation, leaves out a text, rewrites an answer, or writes nothing that
+                ends an answer.
         """
         text, located, trained = "", LocatedAnswers(), ()
         if conversation.turns:
             answers = self._answers(conversation)
             messages = [
-                answers[number].message(turn.role) if number in answers else {"role": turn.role, "content": turn.text}
-                for number, turn in enumerate(conversation.turns)
+                answers[index].message(turn.role) if index in answers else {"role": turn.role, "content": turn.text}
+                for index, turn in enumerate(conversation.turns)
             ]
             text = self._apply(messages, conversation.where)
             frame = self._frame(messages)
@@ -109,7 +113,7 @@ class ChatTemplate:
             located = self._locate(text, frame, messages, answers, conversation.where)
             spans = dict(zip(answers, located.spans, strict=True))
             require_all_shown(text, shown, messages, spans, conversation.where)
-            trained = tuple(span for number, span in spans.items() if conversation.turns[number].trained)
+            trained = tuple(span for index, span in spans.items() if conversation.turns[index].trained)
         return RenderedText(
             text=text,
             spans=trained,
@@ -121,15 +125,15 @@ class ChatTemplate:
         )
 
     def _answers(self, conversation: Conversation) -> dict[int, Answer]:
-        """The answers that have a text, by the number of their turn."""
+        """Return the answers with a text, by the index of their turn."""
         return {
-            number: split_answer(turn.text, self.habits.thoughts, f"{conversation.where}, message {number + 1}")
-            for number, turn in enumerate(conversation.turns)
+            index: split_answer(turn.text, self.template_frame.thoughts, f"{conversation.where}, message {index + 1}")
+            for index, turn in enumerate(conversation.turns)
             if turn.role == ASSISTANT and turn.text.strip()
         }
 
     def prompt(self, question: str) -> str:
-        """The text after which the model writes its answer to one question.
+        """Render one question and the generation prompt, after which the model writes its answer.
 
         Raises:
             DataError: the template fails on it.
@@ -137,7 +141,7 @@ class ChatTemplate:
         return self._apply([{"role": USER, "content": question}], "a prompt", prompt=True)
 
     def jinja(self, tokenizer: Any) -> Any:
-        """The template itself."""
+        """Return the Jinja source of the template."""
         return self.source or tokenizer.chat_template
 
     def _apply(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False) -> str:
@@ -151,108 +155,115 @@ class ChatTemplate:
         answers: Mapping[int, Answer],
         where: str,
     ) -> LocatedAnswers:
-        """The span of each answer.
+        """Locate the span of each answer.
 
         Worked example (ChatML, one answer "Hello."): with a stand-in the text is "...assistant\n", stand-in, "<|im_end|>\n".
         The text begins with the first of these, ends with the last, and between is "Hello."; the span is "Hello.<|im_end|>".
         """
         if not answers:
             return LocatedAnswers()
-        # White space at a text's ends may be taken for the template's, or the other way round.
-        is_plain = all(each["content"] == each["content"].strip() for each in messages)
-        if is_plain and not any(each.thoughts for each in answers.values()):
-            around = _assembled(frame, messages, answers)
+        # White space at a text's ends could belong to the text or to the template.
+        is_stripped = all(message["content"] == message["content"].strip() for message in messages)
+        if is_stripped and not any(answer.thoughts for answer in answers.values()):
+            around = _around_from_frame(frame, messages, answers)
             if around:
-                pieces = [TextPiece(turn=number, text=each.text) for number, each in answers.items()]
-                with contextlib.suppress(DataError):  # a template that looks at the texts: it is asked again, with these
-                    return self._fitted(text, around, pieces, answers, where)
-        around, pieces = self._rendered(messages, answers, where)
-        return self._fitted(text, around, pieces, answers, where)
+                pieces = [TextPiece(turn=index, text=answer.text) for index, answer in answers.items()]
+                with contextlib.suppress(DataError):  # the template depends on the texts, so render these with stand-ins
+                    return self._match(text, around, pieces, answers, where)
+        around, pieces = self._render_stand_ins(messages, answers, where)
+        return self._match(text, around, pieces, answers, where)
 
-    def _rendered(
+    def _render_stand_ins(
         self, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer], where: str
     ) -> tuple[list[str], list[TextPiece]]:
-        """What is around the answers when stand-ins are in their places, one text more than there are pieces, and these.
+        """Render the messages with stand-ins for the answers; return the texts around the stand-ins, and the pieces to find.
 
-        Thoughts in a field have a stand-in, too; where the template leaves them out, they are no piece.
+        There is one text more than pieces. Thoughts in a field get a stand-in as well; if the template leaves them out, there
+        is no piece for them.
         """
-        word = _unused(messages)
+        word = _unused_word(messages)
         replaced = [dict(message) for message in messages]
-        for number, each in answers.items():
-            stand_in = f"{word}{number}{word}"
-            replaced[number]["content"] = stand_in if each.field else each.content.removesuffix(each.text) + stand_in
-            if each.field:
-                replaced[number][each.field] = f"{word}{number}t{word}"
+        for index, answer in answers.items():
+            stand_in = f"{word}{index}{word}"
+            replaced[index]["content"] = stand_in if answer.field else answer.content.removesuffix(answer.text) + stand_in
+            if answer.field:
+                replaced[index][answer.field] = f"{word}{index}t{word}"
         around = re.split(rf"{word}(\d+t?){word}", self._apply(replaced, where))
         pieces = [
-            TextPiece(turn=number, text=each.thoughts if name.endswith("t") else each.text, is_thoughts=name.endswith("t"))
+            TextPiece(turn=index, text=answer.thoughts if name.endswith("t") else answer.text, is_thoughts=name.endswith("t"))
             for name in around[1::2]
-            if (each := answers.get(number := int(name.removesuffix("t")))) is not None
+            if (answer := answers.get(index := int(name.removesuffix("t")))) is not None
         ]
-        found = [each.turn for each in pieces if not each.is_thoughts]
-        thoughts = [place for place, each in enumerate(pieces) if each.is_thoughts]
-        is_in_order = all(pieces[place + 1 : place + 2] and pieces[place + 1].turn == pieces[place].turn for place in thoughts)
-        if found != list(answers) or not is_in_order or any(pieces[place + 1].is_thoughts for place in thoughts):
-            raise _unmaskable(where, next(iter(answers)), answers)
+        shown_answers = [piece.turn for piece in pieces if not piece.is_thoughts]
+        thoughts = [i for i, piece in enumerate(pieces) if piece.is_thoughts]
+        is_in_order = all(pieces[i + 1 : i + 2] and pieces[i + 1].turn == pieces[i].turn for i in thoughts)
+        if shown_answers != list(answers) or not is_in_order or any(pieces[i + 1].is_thoughts for i in thoughts):
+            raise _rewriting_error(where, next(iter(answers)), answers)
         return around[::2], pieces
 
     def _frame(self, messages: Sequence[Mapping[str, str]]) -> ConversationFrame | None:
-        """What is around the texts of conversations of such a shape; None where the template can't render stand-ins."""
-        shape = tuple((each["role"], bool(each["content"])) for each in messages)
-        known = _frames.setdefault(self, {})
-        if shape in known:
-            return known[shape]
+        """Return the frame of all conversations of this shape, from the cache; None if the template rejects stand-ins."""
+        shape = tuple((message["role"], bool(message["content"])) for message in messages)
+        cached = _frames.setdefault(self, {})
+        if shape in cached:
+            return cached[shape]
         word, frame = STAND_IN, None
         stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
         with contextlib.suppress(DataError):
             around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
             frame = ConversationFrame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
-        if len(known) < _MOST_FRAMES and len(shape) <= _LONGEST_FRAME:
-            known[shape] = frame
+        if len(cached) < _MOST_FRAMES and len(shape) <= _LONGEST_FRAME:
+            cached[shape] = frame
         return frame
 
-    def _fitted(
+    def _match(
         self, text: str, around: Sequence[str], pieces: Sequence[TextPiece], answers: Mapping[int, Answer], where: str
     ) -> LocatedAnswers:
-        """The spans of the answers, if the whole text is what is around them and they."""
+        """Locate the answers' spans in a text that must consist of exactly the `around` texts and the pieces between them.
+
+        Raises:
+            DataError: the text is something else, or an answer is empty or without an end.
+        """
         if not text.startswith(around[0]):
-            raise _unmaskable(where, pieces[0].turn, answers)
+            raise _rewriting_error(where, pieces[0].turn, answers)
         spans, ends, kept = [], [], 0
-        end, start, opened = 0, len(around[0]), None
+        end, start, thoughts_begin = 0, len(around[0]), None
         for piece, after in zip(pieces, around[1:], strict=True):
-            length = _length_of_body(text, start, piece.text, after, is_last=piece is pieces[-1])
+            length = _match_length(text, start, piece.text, after, is_last=piece is pieces[-1])
             if length is None:
-                raise _unmaskable(where, piece.turn, answers)
+                raise _rewriting_error(where, piece.turn, answers)
             if piece.is_thoughts:
-                opened = end + _after_prompt(text[end:start], self.habits.prompt)
+                thoughts_begin = end + _after_prompt(text[end:start], self.template_frame.prompt)
                 kept += 1
                 start += length + len(after)
                 continue
-            begin = opened
+            begin = thoughts_begin
             if begin is None:
                 answer, before = answers[piece.turn], text[end:start]
                 thoughts = "" if answer.field else answer.thoughts
-                place = kept_at(before, thoughts) if thoughts else None
+                position = find_thoughts(before, thoughts) if thoughts else None
                 if OPEN in thoughts.replace(OPEN, "", 1) and thoughts.strip() not in before:
-                    raise _unmaskable(where, piece.turn, answers)  # templates take what follows the last "<think>" for them
-                kept += place is not None and has_thoughts(answer)
-                begin = end + _begin(before, len(before) if place is None else place, self.habits.prompt)
-            end, opened = start + length, None
+                    # templates take the text after the last "<think>" for the thoughts
+                    raise _rewriting_error(where, piece.turn, answers)
+                kept += position is not None and has_thoughts(answer)
+                begin = end + _begin(before, len(before) if position is None else position, self.template_frame.prompt)
+            end, thoughts_begin = start + length, None
             if not text[begin:end].strip():
-                raise nothing_left(f"{where}, message {piece.turn + 1}")
-            spans.append((begin, end + self._length_of_stop(after, where)))
+                raise empty_answer_error(f"{where}, message {piece.turn + 1}")
+            spans.append((begin, end + self._turn_end_length(after, where)))
             ends.append((piece.turn, spans[-1][1]))
             start = end + len(after)
         thoughts = sum(map(has_thoughts, answers.values()))
         return LocatedAnswers(spans=tuple(spans), ends=tuple(ends), thoughts=thoughts, dropped_thoughts=thoughts - kept)
 
-    def _length_of_stop(self, after: str, where: str) -> int:
-        for stop in self.habits.stops:
-            if after.startswith(stop):
-                return len(stop)
+    def _turn_end_length(self, after: str, where: str) -> int:
+        for turn_end in self.template_frame.turn_ends:
+            if after.startswith(turn_end):
+                return len(turn_end)
         raise DataError(
-            f"{where}: the chat template puts nothing after an answer that tells its end, so the model could not learn to stop."
-            " Write {{ eos_token }} there, and see that the tokenizer has the template's special tokens; or give another.",
+            f"{where}: the chat template writes nothing that marks the end of an answer, so the model could not learn to stop."
+            " Write {{ eos_token }} after answers and check that the tokenizer has the template's special tokens, or give"
+            " --chat_template another template.",
             code="data.template_without_turn_end",
         )
 
@@ -260,27 +271,30 @@ class ChatTemplate:
 _frames: MutableMapping[ChatTemplate, dict[tuple[tuple[str, bool], ...], ConversationFrame | None]] = (
     weakref.WeakKeyDictionary()
 )
-"""The frames that `ChatTemplate._frame` has found in this process, by shape; a template's go when the template goes."""
+"""Cache of `ChatTemplate._frame` in this process, by shape. A template's frames are freed together with the template."""
 
 
-def _assembled(
+def _around_from_frame(
     frame: ConversationFrame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer]
 ) -> list[str] | None:
-    """`ChatTemplate._rendered`, without rendering: from what the template writes around all texts of any such conversation."""
-    filled = [number for number, each in enumerate(messages) if each["content"]]
+    """Build the texts around the answers from the cached frame of the conversation's shape, without rendering.
+
+    None if there is no frame, or if the template shows the messages in another order.
+    """
+    filled = [index for index, message in enumerate(messages) if message["content"]]
     if frame is None or list(frame.shown) != filled:
         return None
     around = [[frame.around[0]]]
-    for number, literal in zip(filled, frame.around[1:], strict=True):
-        if number in answers:
+    for index, literal in zip(filled, frame.around[1:], strict=True):
+        if index in answers:
             around.append([literal])
         else:
-            around[-1] += [messages[number]["content"], literal]
-    return ["".join(each) for each in around]
+            around[-1] += [messages[index]["content"], literal]
+    return ["".join(parts) for parts in around]
 
 
-def _length_of_body(text: str, start: int, answer: str, after: str, *, is_last: bool) -> int | None:
-    """How long an answer is that stands in `text` at `start`, followed by `after`; white space at its ends may be gone."""
+def _match_length(text: str, start: int, answer: str, after: str, *, is_last: bool) -> int | None:
+    """Return the length of the answer at `start`, followed by `after`, perhaps stripped of white space; None if not there."""
     for body in dict.fromkeys((answer, answer.strip(), answer.rstrip(), answer.lstrip())):
         end = start + len(body)
         if text.startswith(body, start) and text.startswith(after, end) and (not is_last or end + len(after) == len(text)):
@@ -289,35 +303,35 @@ def _length_of_body(text: str, start: int, answer: str, after: str, *, is_last: 
 
 
 def _begin(before: str, start: int, prompt: str) -> int:
-    """Where the model begins to write, in what stands between the last answer and this one, thoughts included.
+    """Find where the model begins to write, in the text between the previous answer and this one, thoughts included.
 
-    `start`: where the thoughts begin, or the answer if there are none. White space that follows the prompt is its own: most
-    tokenizers join it with the first word.
+    `start` is where the thoughts begin, or the answer if there are none. White space after the prompt belongs to the model's
+    text, since most tokenizers join it with the first word.
     """
     if not prompt:
         return len(before[:start].rstrip())
-    place = before.rfind(prompt, 0, start + len(prompt))  # not in the thoughts
-    first = place + len(prompt)
-    return first if place >= 0 and (first > start or not before[first:start].strip()) else start
+    position = before.rfind(prompt, 0, start + len(prompt))  # not inside the thoughts
+    first = position + len(prompt)
+    return first if position >= 0 and (first > start or not before[first:start].strip()) else start
 
 
 def _after_prompt(before: str, prompt: str) -> int:
-    """Where the model begins to write thoughts for which the template has words of its own, in what stands before them."""
-    place = before.rfind(prompt) if prompt else -1
-    return place + len(prompt) if place >= 0 else len(before.rstrip())
+    """Find where the model begins to write, in the text before thoughts that the template reads from a field."""
+    position = before.rfind(prompt) if prompt else -1
+    return position + len(prompt) if position >= 0 else len(before.rstrip())
 
 
-def _unused(messages: Sequence[Mapping[str, str]]) -> str:
-    """A word that is in no message, and that no template looks for, strips or escapes."""
+def _unused_word(messages: Sequence[Mapping[str, str]]) -> str:
+    """Make a stand-in that occurs in no message, and that templates neither look for nor strip nor escape."""
     word = STAND_IN
     while any(word in value for message in messages for value in message.values()):
         word += "r"
     return word
 
 
-def _unmaskable(where: str, index: int, answers: Mapping[int, Answer]) -> DataError:
-    message = f"{where}, message {index + 1}: the chat template rewrites the turns of this conversation, so it can't be told "
-    message += "surely which part of its text is the assistant's answer. "
+def _rewriting_error(where: str, index: int, answers: Mapping[int, Answer]) -> DataError:
+    message = f"{where}, message {index + 1}: the chat template rewrites the turns of this conversation, so the assistant's "
+    message += "answer can't be located reliably in its text. "
     if index in answers and CLOSE in answers[index].content:
-        message += f"The answer has {CLOSE} in it, which the template may look for. "
+        message += f"The answer contains {CLOSE}, which the template may treat specially. "
     return DataError(message + VICUNA_INSTEAD, code="data.template_rewrites_turns")

@@ -1,4 +1,4 @@
-"""A chat template asked for text, and what it writes around answers, found out on a conversation of two questions."""
+"""Render with a chat template, and probe with a conversation of two questions what it writes around answers."""
 
 import contextlib
 import itertools
@@ -13,28 +13,28 @@ from zero_sft.errors import DataError
 from zero_sft.printable import printable
 
 STAND_IN = "zerosftanswer"
-"""A word in place of a text, that no template looks for, strips or escapes."""
+"""A placeholder for a text; templates neither look for it nor strip nor escape it."""
 
-VICUNA_INSTEAD = "Give another: --chat_template vicuna takes any conversation without tools."
+VICUNA_INSTEAD = "Use another template: --chat_template vicuna takes any conversation without tools."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateFrame:
-    """What a template writes around answers.
+    """The text that a template writes around answers.
 
-    `prompt`: what it adds when the model is to write. `stops`: what may end an answer, the usual one first; the model must
-    write it itself. `thoughts`: what it does with those of an answer.
+    `prompt` is the generation prompt. `turn_ends` are the texts that may end an answer, the usual one first; the model must
+    write them itself. `thoughts` tells how the template handles the thoughts of an answer.
     """
 
     prompt: str
-    stops: tuple[str, ...]
+    turn_ends: tuple[str, ...]
     thoughts: ThoughtsHandling
 
 
 def render_chat(
     tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False
 ) -> str:
-    """The messages as text by the tokenizer's template, or by `source`; `prompt`: and what comes before an answer.
+    """Render messages with `source`, or with the tokenizer's template if it is None; `prompt` adds the generation prompt.
 
     Raises:
         DataError: the template fails on them.
@@ -46,55 +46,55 @@ def render_chat(
             list(messages), chat_template=source, tokenize=False, add_generation_prompt=prompt
         )
     except TemplateSyntaxError as error:
-        said = str(error.message).rstrip(".")
+        reason = str(error.message).rstrip(".")
         raise DataError(
-            f"the chat template is no Jinja that can be used: line {error.lineno}: {said}. Repair it.",
+            f"the chat template is not valid Jinja: line {error.lineno}: {reason}. Repair it.",
             code="data.template_not_jinja",
         ) from error
     except Exception as error:  # a template may fail in any way: a division by zero, a recursion
-        said = printable(str(error), keep="").rstrip(".") or type(error).__name__
+        reason = printable(str(error), keep="").rstrip(".") or type(error).__name__
         raise DataError(
-            f"{where}: the chat template can't render this conversation: {said}. {VICUNA_INSTEAD}", code="data.template_fails"
+            f"{where}: the chat template can't render this conversation: {reason}. {VICUNA_INSTEAD}", code="data.template_fails"
         ) from error
     return str(rendered)
 
 
 def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
-    """Find out what a template writes around answers, on one question, and on two that are answered.
+    """Find out what a template writes around answers, from one open question and from two answered ones.
 
     Raises:
-        DataError: it can't render them, or leaves the answers out.
+        DataError: the template can't render them, or leaves the answers out.
     """
     where = "two questions and answers"
     question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
-    asked = render_chat(tokenizer, source, [question], where)
+    unprompted = render_chat(tokenizer, source, [question], where)
     prompted = render_chat(tokenizer, source, [question], where, prompt=True)
     word = STAND_IN
-    talk = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
-    parts = re.split(rf"{word}\d", render_chat(tokenizer, source, talk, where))
-    if len(parts) != len(talk):
+    chat = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
+    parts = re.split(rf"{word}\d", render_chat(tokenizer, source, chat, where))
+    if len(parts) != len(chat):
         raise DataError(
-            f"the chat template leaves out or changes texts, tried on {where}, so answers can't be found in it. It has to "
-            f"write message['content'] as it is. {VICUNA_INSTEAD}",
+            f"the chat template leaves out or changes texts (tried with {where}), so answers can't be located. It has to "
+            f"write message['content'] unchanged. {VICUNA_INSTEAD}",
             code="data.template_changes_texts",
         )
-    marks = sorted((mark for mark in tokenizer.get_added_vocab() if mark.strip()), key=len, reverse=True)
-    stops = find_turn_ends(parts[1], parts[3], marks)
-    prompt = prompted[len(_common_beginning(asked, prompted)) :]
-    if not prompt:  # some write it always: then it is behind the last answer, too
-        rest = parts[3].removeprefix(next((stop for stop in stops if parts[3].startswith(stop)), ""))
+    added_tokens = sorted((token for token in tokenizer.get_added_vocab() if token.strip()), key=len, reverse=True)
+    turn_ends = find_turn_ends(parts[1], parts[3], added_tokens)
+    prompt = prompted[len(_common_prefix(unprompted, prompted)) :]
+    if not prompt:  # some templates always write the prompt, so it follows the last answer as well
+        rest = parts[3].removeprefix(next((turn_end for turn_end in turn_ends if parts[3].startswith(turn_end)), ""))
         prompt = rest.lstrip()
-    return TemplateFrame(prompt=prompt, stops=stops, thoughts=_probe_thoughts(tokenizer, source))
+    return TemplateFrame(prompt=prompt, turn_ends=turn_ends, thoughts=_probe_thoughts(tokenizer, source))
 
 
 def _probe_thoughts(tokenizer: Any, source: str | None) -> ThoughtsHandling:
-    """Find out where a template takes thoughts from, on two answers that have some."""
+    """Find out how a template takes thoughts, from two answers with thoughts."""
     word = STAND_IN
-    inner = [f"{word}0", f"{word}1"]  # without the line ends that templates write there
+    inner = [f"{word}0", f"{word}1"]  # without the line ends that templates write around thoughts
     blocks = [f"{OPEN}{thoughts} {CLOSE}{word}" for thoughts in inner]
-    as_text = _talk(tokenizer, source, [{"content": block} for block in blocks])
+    as_text = _render_answers(tokenizer, source, [{"content": block} for block in blocks])
     for name in FIELDS:
-        from_field = _talk(tokenizer, source, [{"content": word, name: thoughts} for thoughts in inner])
+        from_field = _render_answers(tokenizer, source, [{"content": word, name: thoughts} for thoughts in inner])
         if inner[-1] in from_field:
             if "".join(from_field.split()) == "".join(as_text.split()):
                 return ThoughtsHandling(is_parsed=any(block not in as_text for block in blocks))
@@ -104,40 +104,46 @@ def _probe_thoughts(tokenizer: Any, source: str | None) -> ThoughtsHandling:
     return ThoughtsHandling(writes_block=as_text.count(CLOSE) > len(blocks))
 
 
-def _talk(tokenizer: Any, source: str | None, answers: Sequence[Mapping[str, str]]) -> str:
-    """The answers, each to a question, as text; empty where the template can't render them."""
+def _render_answers(tokenizer: Any, source: str | None, answers: Sequence[Mapping[str, str]]) -> str:
+    """Render the answers, each after a question; return an empty text if the template can't."""
     question = {"role": USER, "content": "question"}
-    messages = [message for each in answers for message in (question, {"role": ASSISTANT, **each})]
+    messages = [message for answer in answers for message in (question, {"role": ASSISTANT, **answer})]
     with contextlib.suppress(DataError):
         return render_chat(tokenizer, source, messages, "two answers with thoughts")
     return ""
 
 
 def find_turn_ends(middle: str, last: str, marks: Sequence[str]) -> tuple[str, ...]:
-    """What ends an answer, from what follows one in the middle of a conversation, and the last one; `marks`: longest first.
+    """Find the texts that end an answer.
 
-    As far as both begin alike, the first token that may end a turn, with those that follow it at once; or where they begin with
-    different ones, each; where there are none, plain text but for white space.
+    Args:
+        middle: the text after an answer in the middle of a conversation.
+        last: the text after the last answer.
+        marks: the added tokens, longest first.
+
+    Returns:
+        The first mark in the common prefix of both texts, with the marks that directly follow it. If the two texts begin with
+        different marks, both. If there are no marks, the common prefix without trailing white space.
 
     Worked example: "<|im_end|>\n<|im_start|>user\n" and "<|im_end|>\n" → "<|im_end|>".
     """
-    common = _common_beginning(middle, last)
+    common = _common_prefix(middle, last)
     end = min((common.find(mark) for mark in marks if mark in common), default=None)
     if end is not None:
         while mark := next((mark for mark in marks if common.startswith(mark, end)), ""):
             end += len(mark)
         return (common[:end],)
-    found = []
+    turn_ends = []
     for text in (middle, last):
-        skip = len(text) - len(text.lstrip())
-        mark = next((mark for mark in marks if text.startswith(mark, skip)), "")
-        found += [text[: skip + len(mark)]] if mark else []
+        blanks = len(text) - len(text.lstrip())
+        mark = next((mark for mark in marks if text.startswith(mark, blanks)), "")
+        turn_ends += [text[: blanks + len(mark)]] if mark else []
     breaks_off = all(not rest[:1].isspace() and rest for rest in (middle[len(common) :], last[len(common) :]))
-    if found or breaks_off or not common.strip():  # a part of two different words ends nothing
-        return tuple(found)
+    if turn_ends or breaks_off or not common.strip():  # a common part of two different words does not end an answer
+        return tuple(turn_ends)
     return (common.rstrip(),)
 
 
-def _common_beginning(one: str, other: str) -> str:
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return "".join(char for char, _ in same)
+def _common_prefix(text: str, other: str) -> str:
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False))
+    return "".join(char for char, _ in equal)

@@ -1,4 +1,4 @@
-"""A sample as text, and which characters of it are trained on. Plain data."""
+"""A sample as text, and the ranges of characters to train on. Plain data."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 class RenderedText:
     """A sample as text; `spans` are the half-open ranges of characters to train on, in order.
 
-    `adds_special_tokens`: whether the tokenizer is to add its own, since the text has none. `ends`: the turn of each answer
-    with a text, and where it ends. `thoughts`: how many answers have some, `dropped_thoughts`: how many of these are without
-    theirs in the text.
+    `adds_special_tokens`: the tokenizer should add its special tokens, since the text has none. `ends`: for each answer with a
+    text, the index of its turn and the character at which it ends. `thoughts` counts the answers with thoughts, and
+    `dropped_thoughts` those of them whose thoughts the template leaves out.
     """
 
     text: str

@@ -1,8 +1,8 @@
-"""Thoughts at the beginning of an answer, between `<think>` and `</think>`, and how a chat template takes them.
+"""Split the thoughts, between `<think>` and `</think>`, from the beginning of an answer, as the chat template needs them.
 
-Some templates take them for text, some find them in the text, and some take them from a field of the message alone: these
-write an empty block before the text, and thoughts in the text would be a second one. Which it is, is found out once a template
-(`habits.learn_habits`). An answer is split accordingly, or refused.
+Some templates treat thoughts as text, some look for them in the text, and some read them only from a field of the message. The
+last kind writes an empty block before the text, so thoughts in the text would be a second block. `probe.probe_template` finds
+the kind once per template. An answer is split accordingly, or refused.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 from zero_sft.errors import DataError
 
 FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""The fields of a message that templates take thoughts from."""
+"""The fields of a message from which templates read thoughts."""
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -22,9 +22,10 @@ _ONLY_CLOSED = re.compile(rf"(?!\s*{OPEN})((?:.*\n)??)[ \t]*{CLOSE}[ \t]*(?:\n\s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThoughtsHandling:
-    """How a template takes thoughts: as text like any other; `is_parsed`, it finds them in the text; or from a `field` alone.
+    """A template's way of handling thoughts; by default it treats them as ordinary text.
 
-    `writes_block`: it writes a block of thoughts, if an empty one, before any text.
+    `is_parsed`: it looks for them in the text. `field`: it reads them only from this field of the message. `writes_block`: it
+    writes a block of thoughts, perhaps an empty one, before every text.
     """
 
     field: str | None = None
@@ -33,15 +34,16 @@ class ThoughtsHandling:
 
     @property
     def as_text(self) -> bool:
-        """Whether the tags are nothing special to the template."""
+        """Whether the template treats the tags as ordinary text."""
         return not (self.field or self.is_parsed or self.writes_block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answer as a template is given it: `content`, and where `field` is named, `thoughts` in that field.
+    """An answer in the form that the template takes: `content` and, if there is a `field`, `thoughts` in that field.
 
-    `thoughts`: in `content`, with their tags and the white space around them; or the field's text. `text` is what follows them.
+    Without a `field`, `thoughts` is the part of `content` with the tags and the white space around them. `text` is the answer
+    after the thoughts.
     """
 
     content: str
@@ -50,74 +52,74 @@ class Answer:
     field: str | None = None
 
     def message(self, role: str) -> dict[str, Any]:
-        """As chat templates take it."""
+        """Return the message for the chat template."""
         return {"role": role, "content": self.content, **({self.field: self.thoughts} if self.field else {})}
 
 
-def split_answer(content: str, habit: ThoughtsHandling, where: str) -> Answer:
-    """An answer's thoughts and the rest, for a template of that habit; `where` names the message.
+def split_answer(content: str, handling: ThoughtsHandling, where: str) -> Answer:
+    """Split an answer into thoughts and text, as the template handles them; `where` names the message.
 
     Raises:
-        DataError: thoughts that the template has no place for, or tags that don't tell what is thought.
+        DataError: thoughts for which the template has no place, or tags that don't mark the thoughts clearly.
     """
     if CLOSE not in content and OPEN not in content:
         return Answer(content=content, text=content)
-    found = _BLOCK.match(content)
-    if habit.as_text:
-        thoughts, text = (content[: found.end()], content[found.end() :]) if found else ("", content)
+    block = _BLOCK.match(content)
+    if handling.as_text:
+        thoughts, text = (content[: block.end()], content[block.end() :]) if block else ("", content)
         return Answer(content=content, thoughts=thoughts, text=text)
-    if found is None and _ONLY_CLOSED.match(content):
+    if block is None and _ONLY_CLOSED.match(content):
         content = f"{OPEN}\n{content}"
-        found = _BLOCK.match(content)
-    if found is None and content.lstrip().startswith(OPEN):
+        block = _BLOCK.match(content)
+    if block is None and content.lstrip().startswith(OPEN):
         raise DataError(
-            f"{where}: the answer begins with {OPEN}, and there is no {CLOSE}. Close the thoughts, or remove them.",
+            f"{where}: the answer begins with {OPEN}, but has no {CLOSE}. Close the thoughts, or remove them.",
             code="data.thoughts_not_closed",
         )
-    thoughts, text = (content[: found.end()], content[found.end() :]) if found else ("", content)
+    thoughts, text = (content[: block.end()], content[block.end() :]) if block else ("", content)
     if CLOSE in text:
         raise DataError(
-            f"{where}: the text of the answer has {CLOSE} in it, and the chat template keeps thoughts apart from the text. Put "
-            f"them at the beginning of the answer, between {OPEN} and {CLOSE} once, or remove the tag.",
+            f"{where}: the text of the answer contains {CLOSE}, but the chat template separates thoughts from text. Put them "
+            f"once at the beginning of the answer, between {OPEN} and {CLOSE}, or remove the tag.",
             code="data.thoughts_in_text",
         )
-    if not found or habit.is_parsed:
+    if not block or handling.is_parsed:
         return Answer(content=content, thoughts=thoughts, text=text)
-    if habit.field is None:
-        if not found[1].strip():
+    if handling.field is None:
+        if not block[1].strip():
             return Answer(content=text, text=text)
         raise DataError(
-            f"{where}: the chat template writes thoughts up to {CLOSE} itself, before each answer, and takes none from data. "
-            "Give --chat_template one that does, or remove the thoughts.",
+            f"{where}: the chat template itself writes a block of thoughts up to {CLOSE} before each answer, and takes none "
+            "from the data. Give --chat_template a template that takes thoughts, or remove them.",
             code="data.template_takes_no_thoughts",
         )
     if not text.strip():
-        raise nothing_left(where)
-    inner = found[1].strip()
-    return Answer(content=text, thoughts=inner, text=text, field=habit.field if inner else None)
+        raise empty_answer_error(where)
+    inner = block[1].strip()
+    return Answer(content=text, thoughts=inner, text=text, field=handling.field if inner else None)
 
 
-def nothing_left(where: str) -> DataError:
-    """The error of an answer without a text."""
+def empty_answer_error(where: str) -> DataError:
+    """Make the error for an answer of which the template leaves no text."""
     return DataError(
-        f"{where}: the chat template leaves nothing of this answer but its end. Give it more than white space and thoughts, or "
-        "nothing.",
+        f"{where}: the chat template leaves nothing of this answer but its end token. Expected an answer with more than white "
+        "space and thoughts, or an entirely empty one.",
         code="data.nothing_left_of_answer",
     )
 
 
-def kept_at(before: str, thoughts: str) -> int | None:
-    """Where thoughts with their tags stand in what a template wrote, the last such place; None if they are left out."""
-    places = [each.start() for each in re.finditer(OPEN, before) if _same(before[each.start() :], thoughts)]
-    return places[-1] if places else None
+def find_thoughts(before: str, thoughts: str) -> int | None:
+    """Find the last position of the thoughts, with their tags, in the template's text; None if they are left out."""
+    positions = [tag.start() for tag in re.finditer(OPEN, before) if _same_thoughts(before[tag.start() :], thoughts)]
+    return positions[-1] if positions else None
 
 
-def _same(text: str, thoughts: str) -> bool:
-    """True if a text is these thoughts, but for white space."""
-    one, other = _BLOCK.fullmatch(text), _BLOCK.fullmatch(thoughts)
-    return one is not None and other is not None and one[1].strip() == other[1].strip()
+def _same_thoughts(text: str, thoughts: str) -> bool:
+    """Whether two blocks of thoughts are equal, except for white space."""
+    block, expected = _BLOCK.fullmatch(text), _BLOCK.fullmatch(thoughts)
+    return block is not None and expected is not None and block[1].strip() == expected[1].strip()
 
 
 def has_thoughts(answer: Answer) -> bool:
-    """Whether there is anything but white space in an answer's thoughts."""
+    """Whether an answer's thoughts contain anything but white space."""
     return bool(answer.thoughts.replace(OPEN, "").replace(CLOSE, "").strip())

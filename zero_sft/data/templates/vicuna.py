@@ -1,9 +1,9 @@
-"""FastChat's `vicuna_v1.1`, character for character:
+"""Render FastChat's `vicuna_v1.1` template, character for character:
 
     {system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
 
-A span begins where the model begins to write: right after "ASSISTANT:", so that it holds the space which most tokenizers join
-with the first word; FastChat's labels do the same. It ends with the token that ends the turn.
+As in FastChat's labels, a span begins where the model begins to write: right after "ASSISTANT:". So it includes the space,
+which most tokenizers join with the first word. It ends with the token that ends the turn.
 """
 
 import json
@@ -35,12 +35,12 @@ _VICUNA_JINJA = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VicunaTemplate:
-    """FastChat's `vicuna_v1.1`; `stop` ends an answer, "</s>" wherever the tokenizer has it."""
+    """FastChat's `vicuna_v1.1`; `stop` is the token that ends an answer, see `vicuna_stop`."""
 
     stop: str = VICUNA_STOP
     name = VICUNA
-    trains_on_blanks = True  # an answer of white space is one, as in FastChat
-    adds_special_tokens = True  # the text has no beginning-of-sequence token of its own
+    trains_on_blanks = True  # an answer of white space counts as an answer, as in FastChat
+    adds_special_tokens = True  # the text does not begin with a beginning-of-sequence token
 
     @property
     def turn_ends(self) -> tuple[str, ...]:
@@ -48,14 +48,14 @@ class VicunaTemplate:
         return (self.stop,)
 
     def render(self, conversation: Conversation) -> RenderedText:
-        """As FastChat does: an empty text leaves out the space before it and what separates it from the next turn.
+        """Render as FastChat does: for an empty text, the space before it and the separator after it are left out.
 
         Raises:
-            DataError: a tool's turn, for which the template has no words.
+            DataError: a tool's turn, which the template does not have.
         """
         if any(turn.role == TOOL for turn in conversation.turns):
             raise DataError(
-                f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template one that has.",
+                f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template a template that has.",
                 code="data.vicuna_without_tools",
             )
         system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
@@ -82,11 +82,11 @@ class VicunaTemplate:
         )
 
     def prompt(self, question: str) -> str:
-        """The text after which the model writes its answer to one question."""
+        """Render one question and the generation prompt, after which the model writes its answer."""
         return f"{VICUNA_SYSTEM} USER: {question} ASSISTANT:"
 
     def jinja(self, tokenizer: Any) -> str:
-        """This template as a chat template for `tokenizer`: it renders what is trained on, token for token."""
+        """Return the same template in Jinja, to save with `tokenizer`; it gives the same tokens as training."""
         first = tokenizer("a").input_ids[:1]
         bos = str(tokenizer.bos_token) if tokenizer.bos_token and first == [tokenizer.bos_token_id] else ""
         words = {"BOS": bos, "SYSTEM": VICUNA_SYSTEM, "STOP": self.stop}
@@ -94,7 +94,14 @@ class VicunaTemplate:
 
 
 def vicuna_stop(tokenizer: Any) -> str:
-    """ "</s>" where that is a special token, else the model's own end token: what spells it, or HTML's tag, stops nothing."""
+    """Return "</s>" if it is a special token of the tokenizer, otherwise its end-of-sequence token.
+
+    In some vocabularies, such as Gemma's, "</s>" is an ordinary token (HTML's tag), or several tokens. Neither would stop
+    generation.
+
+    Raises:
+        DataError: the tokenizer has no end-of-sequence token.
+    """
     added = tokenizer.get_added_vocab().get(VICUNA_STOP)
     if added is not None and (tokenizer.eos_token == VICUNA_STOP or tokenizer.added_tokens_decoder[added].special):
         return VICUNA_STOP
