@@ -22,15 +22,15 @@ from typing import Any
 from zero_sft.data.dataset import make_pipeline, prepare_source
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.templates.choose import choose_template, render
-from zero_sft.data.workers import AT_ONCE, usable_processes
-from zero_sft.shipped import shipped
+from zero_sft.data.workers import BATCH_OBJECTS, usable_processes
+from zero_sft.packaged_file import packaged_file
 
 TOKENS = 700
 
 
 def conversations(count: int, path: Path, tokenizer: Any) -> None:
     """Write `count` conversations of several exchanges, `TOKENS` tokens on average, as JSON lines."""
-    samples = json.loads(shipped("examples", "conversations.json").read_text(encoding="utf-8"))
+    samples = json.loads(packaged_file("examples", "conversations.json").read_text(encoding="utf-8"))
     exchanges = [sample["conversations"][:2] for sample in samples]
     texts = [f"{question['value']}{answer['value']}" for question, answer in exchanges]
     mean_tokens = statistics.mean(len(tokenizer(text)["input_ids"]) + 10 for text in texts)
@@ -60,7 +60,7 @@ def tokenise_alone(texts: list[str], tokenizer: Any, processes: int) -> tuple[fl
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, context, initializer=_start, initargs=(tokenizer,)) as pool:
-        batches = [texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE)]
+        batches = [texts[start : start + BATCH_OBJECTS] for start in range(0, len(texts), BATCH_OBJECTS)]
         tokens = sum(pool.map(_tokenise, batches))
     return time.monotonic() - start, tokens
 
@@ -81,7 +81,7 @@ def main() -> int:
         data = Path(top) / "data.jsonl"
         conversations(options.samples, data, tokenizer)
         pipeline = make_pipeline(tokenizer, choose_template(None, tokenizer), model_max_length=4096)
-        samples = pipeline.reader.read(LocalFiles(path=data).objects()).samples
+        samples = pipeline.parser.read(LocalFiles(path=data).objects()).samples
         texts = [render(sample, pipeline.template, tokenizer).text for sample in samples]
         del samples
         for number in range(1, options.rounds + 1):

@@ -24,9 +24,9 @@ def compile_all(context: multiprocessing.context.BaseContext, names: Sequence[st
 def _compile(names: Sequence[str]) -> None:
     from deepspeed.accelerator import get_accelerator
 
-    from zero_sft.zero.operators import keep_operators_apart
+    from zero_sft.zero.operators import install_operator_builder
 
-    keep_operators_apart()
+    install_operator_builder()
     for name in names:
         builder = get_accelerator().create_op_builder(name)
         with contextlib.suppress(Exception):

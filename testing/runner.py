@@ -42,9 +42,9 @@ def _rank_main(rank: int, size: int, port: int, store: str, target: Callable[...
         import torch.distributed as dist
         from deepspeed.accelerator import get_accelerator
 
-        from zero_sft.zero.operators import keep_operators_apart
+        from zero_sft.zero.operators import install_operator_builder
 
-        keep_operators_apart()
+        install_operator_builder()
         torch.set_num_threads(1)
         device, backend = get_accelerator(), "gloo"
         if ON_DEVICES and device.device_name() != "cpu":

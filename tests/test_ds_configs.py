@@ -11,8 +11,8 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 
 from tests.errors import raises
-from zero_sft.ds_config import concrete, engine_dtype, hpz_size, load_ds_config, require_nvme, shipped_names
-from zero_sft.shipped import shipped
+from zero_sft.ds_config import engine_dtype, hpz_size, load_ds_config, require_nvme, resolve_auto, shipped_names
+from zero_sft.packaged_file import packaged_file
 
 NAMES = ("zero3", "zero3_nvme", "zero3_offload", "zero3_zeropp")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configs.md"
@@ -51,7 +51,7 @@ def test_the_shipped_names():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_file_parses_and_loads_by_name(name):
-    written = json.loads(shipped("ds_configs", f"{name}.json").read_text(encoding="utf-8"))
+    written = json.loads(packaged_file("ds_configs", f"{name}.json").read_text(encoding="utf-8"))
     assert written["zero_optimization"]["stage"] == 3
     assert load_ds_config(name) == written
 
@@ -66,7 +66,7 @@ def test_deepspeed_knows_every_key_of_zero_optimization(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_deepspeed_accepts_the_file_without_auto(name):
-    zero = concrete(load_ds_config(name), "bfloat16", local_world_size=4, world_size=8)["zero_optimization"]
+    zero = resolve_auto(load_ds_config(name), "bfloat16", local_world_size=4, world_size=8)["zero_optimization"]
     accepted = DeepSpeedZeroConfig(**zero)
     assert accepted.stage == 3
     assert accepted.zero_hpz_partition_size == (4 if name == "zero3_zeropp" else 1)
@@ -209,7 +209,7 @@ def test_an_empty_dtype_section_is_off(section):
 def test_concrete_leaves_no_auto(name):
     config = load_ds_config(name)
     before = copy.deepcopy(config)
-    result = concrete(config, "float16", local_world_size=2, world_size=4)
+    result = resolve_auto(config, "float16", local_world_size=2, world_size=4)
     assert "auto" not in values_of(result)
     assert result["train_micro_batch_size_per_gpu"] == 1
     assert (result["bf16"], result["fp16"]) == ({"enabled": False}, {"enabled": True})
@@ -218,11 +218,11 @@ def test_concrete_leaves_no_auto(name):
 
 @pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu"])
 def test_concrete_keeps_a_batch_size(key):
-    assert concrete(STAGE3 | {key: 16}, "float32", 1, 1) == STAGE3 | {key: 16}
+    assert resolve_auto(STAGE3 | {key: 16}, "float32", 1, 1) == STAGE3 | {key: 16}
 
 
 def test_concrete_adds_no_dtype_section():
-    assert concrete(STAGE3, "float32", 1, 1) == STAGE3 | {"train_micro_batch_size_per_gpu": 1}
+    assert resolve_auto(STAGE3, "float32", 1, 1) == STAGE3 | {"train_micro_batch_size_per_gpu": 1}
 
 
 @pytest.mark.parametrize("settings", [{}, {"zero_hpz_partition_size": 1}])
@@ -248,7 +248,7 @@ def test_hpz_size_that_does_not_fit(size, local, world):
         hpz_size(config, local, world)
     assert f"(here {local})" in str(caught.value)
     with raises("ds_config.bad_hpz_size"):
-        concrete(config, "float32", local, world)
+        resolve_auto(config, "float32", local, world)
 
 
 # The NVMe folder.
@@ -301,7 +301,7 @@ def test_spellings_of_true_that_deepspeed_takes(section, enabled):
     assert config["bf16"] == {"enabled": True}
     assert "bfloat16" not in config
     assert engine_dtype(config, "float32") == "bfloat16"
-    assert concrete(config, "bfloat16", 1, 1)["bf16"]["enabled"] is True
+    assert resolve_auto(config, "bfloat16", 1, 1)["bf16"]["enabled"] is True
 
 
 @pytest.mark.parametrize("enabled", [False, 0, "false", "off"])
@@ -344,6 +344,6 @@ def test_mistakes_are_config_errors(changes, code, said, tmp_path):
 
 
 def test_absent_batch_sizes_may_be_null():
-    config = concrete({**STAGE3, "train_batch_size": None, "train_micro_batch_size_per_gpu": None}, "float32", 1, 1)
+    config = resolve_auto({**STAGE3, "train_batch_size": None, "train_micro_batch_size_per_gpu": None}, "float32", 1, 1)
     assert config["train_micro_batch_size_per_gpu"] == 1
     assert "train_batch_size" not in config

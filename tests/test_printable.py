@@ -6,7 +6,7 @@ import pytest
 
 from zero_sft.console.log import _Elapsed
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line, printable
+from zero_sft.printable import excerpt, printable
 
 TEXTS = [
     ("plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000", "plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000"),
@@ -20,7 +20,7 @@ TEXTS = [
 @pytest.mark.parametrize(("text", "expected"), TEXTS)
 def test_printable(text, expected):
     assert printable(text) == expected == printable(expected)
-    assert on_one_line(text) == expected.replace("\n", "\\n").replace("\t", "\\t")
+    assert excerpt(text) == expected.replace("\n", "\\n").replace("\t", "\\t")
     assert str(DataError(text, code="data.x")) == expected
     record = logging.LogRecord("zero_sft", logging.INFO, "", 0, "%s", (text,), None)
     _Elapsed(0).format(record).encode()
@@ -28,5 +28,5 @@ def test_printable(text, expected):
 
 
 def test_an_excerpt_ends():
-    assert len(on_one_line("x" * 1000)) == 80
-    assert on_one_line(["a\n"]) == "['a\\n']"
+    assert len(excerpt("x" * 1000)) == 80
+    assert excerpt(["a\n"]) == "['a\\n']"

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
+from zero_sft.checkpoint.folder_kind import adapter_warning, describe_folder, describe_placeholder
 from zero_sft.cluster.stages import require_identical, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
@@ -143,7 +143,7 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        kind = folder_kind(path.parent) if path.parent.is_dir() else ""
+        kind = describe_folder(path.parent) if path.parent.is_dir() else ""
         raise ConfigError(
             f"no config.json in {path.parent}.\n{kind}"
             if kind
@@ -153,8 +153,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        if placeholder(path):
-            raise ConfigError(placeholder(path), code="config.placeholder_file") from error
+        if describe_placeholder(path):
+            raise ConfigError(describe_placeholder(path), code="config.placeholder_file") from error
         raise ConfigError(
             f"{path} can't be read as JSON: {error}. Download or copy the file again.", code="config.not_json"
         ) from error

@@ -1,7 +1,7 @@
 """Read a DeepSpeed config from a dict, a path or a shipped name; check it, and replace "auto" where a value is needed.
 
 The config has two readers: the Trainer replaces "auto" by its arguments, while `zero.Init` needs values. `load_ds_config`
-returns the config as written, for the Trainer; `concrete` fills in the values on which the load depends.
+returns the config as written, for the Trainer; `resolve_auto` fills in the values on which the load depends.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 import pydantic
 
 from zero_sft.errors import ConfigError
-from zero_sft.shipped import shipped
+from zero_sft.packaged_file import packaged_file
 
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -80,12 +80,12 @@ def _plain_precision(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def shipped_names() -> list[str]:
     """List the names of the shipped configs."""
-    return sorted(path.stem for path in shipped("ds_configs").glob("*.json"))
+    return sorted(path.stem for path in packaged_file("ds_configs").glob("*.json"))
 
 
 def _path_of(source: str) -> Path:
     if source in shipped_names():
-        return shipped("ds_configs", f"{source}.json")
+        return packaged_file("ds_configs", f"{source}.json")
     path = Path(source).expanduser()
     if path.is_file():
         return path
@@ -117,7 +117,7 @@ def engine_dtype(config: Mapping[str, Any], wanted: str) -> str:
     return "float32"
 
 
-def concrete(config: Mapping[str, Any], dtype: str, local_world_size: int, world_size: int) -> dict[str, Any]:
+def resolve_auto(config: Mapping[str, Any], dtype: str, local_world_size: int, world_size: int) -> dict[str, Any]:
     """Replace or drop every "auto", so that `zero.Init` and an engine without a Trainer accept the config.
 
     Raises:

@@ -169,7 +169,7 @@ def eos_token_ids(generation: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]))
 
 
-def inconsistent(generation: GenerationConfig) -> tuple[str, ...]:
+def inconsistent_settings(generation: GenerationConfig) -> tuple[str, ...]:
     """List the settings because of which transformers would refuse a save; its message, if that has no names."""
     try:
         with _quiet():

@@ -16,7 +16,7 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
     return _UNSAFE.sub(lambda match: match[0] if match[0] in keep else match[0].encode("unicode_escape").decode(), text)
 
 
-def on_one_line(text: object) -> str:
+def excerpt(text: object) -> str:
     """Return a name or an excerpt for a message: printable, without line ends, at most 80 characters."""
     line = printable(str(text), keep="")
     return line if len(line) <= _MAX_CHARACTERS else f"{line[: _MAX_CHARACTERS - 3]}..."

@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments import Parsed, answer_help, parse, wants_help
+from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.console.log import close_console, open_console, quieten_transformers
+from zero_sft.console.log import close_console, open_console, silence_transformers
 from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_rank(job)
 
 
-def run(parsed: Parsed, world: World) -> None:
+def run(parsed: ParsedArguments, world: World) -> None:
     """Fine-tune and export. Every rank; communicates.
 
     Raises:
@@ -84,7 +84,7 @@ def run(parsed: Parsed, world: World) -> None:
     with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
         world = connect(world)
     logger.info("%s on %s", ranks, _device())
-    quieten_transformers(world)
+    silence_transformers(world)
     # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
     timeline.end("joining")
@@ -109,7 +109,7 @@ def _device() -> str:
     return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
 
 
-def _load(parsed: Parsed, arguments: Any, inputs: "Inputs", world: World) -> Any:
+def _load(parsed: ParsedArguments, arguments: Any, inputs: "Inputs", world: World) -> Any:
     """Load the model under the DeepSpeed config that the Trainer has completed. Every rank; communicates."""
     from transformers import set_seed
 
@@ -126,7 +126,9 @@ def _load(parsed: Parsed, arguments: Any, inputs: "Inputs", world: World) -> Any
     )
 
 
-def _train_and_export(parsed: Parsed, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
+def _train_and_export(
+    parsed: ParsedArguments, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline"
+) -> None:
     from transformers.trainer_utils import set_seed
 
     from zero_sft.cluster.stages import collective_stage
@@ -187,11 +189,11 @@ def _begin(output: Path, inputs: "Inputs", world: World) -> None:
     Every rank; communicates.
     """
     from zero_sft.cluster.stages import collective_stage
-    from zero_sft.saving.folder import explained
+    from zero_sft.saving.folder import explain_write_errors
     from zero_sft.saving.former_run import remove_checkpoints
 
-    with collective_stage(world, "removing the previous run's checkpoints"), explained(output):
-        if world.is_main and inputs.overwrites:
+    with collective_stage(world, "removing the previous run's checkpoints"), explain_write_errors(output):
+        if world.is_main and inputs.overwrites_run:
             remove_checkpoints(output)
     if inputs.checkpoint is not None:
         logger.info("starting the engine from the checkpoint %s, which is complete", inputs.checkpoint.folder)
@@ -199,7 +201,7 @@ def _begin(output: Path, inputs: "Inputs", world: World) -> None:
         logger.info("starting the engine")
 
 
-def _trainer(arguments: Any, model: Any, parsed: Parsed, inputs: "Inputs", timeline: "Timeline") -> Any:
+def _trainer(arguments: Any, model: Any, parsed: ParsedArguments, inputs: "Inputs", timeline: "Timeline") -> Any:
     from zero_sft.config import text_config
     from zero_sft.job.checkpoints import PublishedModel
     from zero_sft.job.steps import StepLog
@@ -292,7 +294,7 @@ def _log_results(output: Path, state: Any, answers: list, best: str | None) -> N
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, curve_line, output / LOGS)
 
 
-def _shown(parsed: Parsed) -> dict[str, Any]:
+def _shown(parsed: ParsedArguments) -> dict[str, Any]:
     """Return all arguments except the token, to be compared and logged."""
     model = {key: value for key, value in dataclasses.asdict(parsed.model).items() if key != "token"}
     return {**model, **dataclasses.asdict(parsed.data), **parsed.training}

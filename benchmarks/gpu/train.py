@@ -80,10 +80,10 @@ def plain_trl(settings: Settings, attention: str) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     from zero_sft.ds_config import load_ds_config
-    from zero_sft.zero.operators import keep_operators_apart
+    from zero_sft.zero.operators import install_operator_builder
 
     if not torch.cuda.is_available():
-        keep_operators_apart()  # a CPU rank loads an operator that was compiled there
+        install_operator_builder()  # a CPU rank loads an operator that was compiled there
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     arguments = SFTConfig(
         output_dir=str(settings.folder.parent / "out"), bf16=True, max_steps=settings.steps, per_device_train_batch_size=1,

@@ -61,7 +61,7 @@ PUBLISHED = {
 def built(config: dict, *argv: str):
     """The Trainer's arguments of a config that is taken."""
     parsed = parse([*argv, "--output_dir", "out"])
-    return build_training_arguments(parsed.training, load_ds_config(config), parsed.given)
+    return build_training_arguments(parsed.training, load_ds_config(config), parsed.given_names)
 
 
 CONFLICTS = {

@@ -13,7 +13,7 @@ from zero_sft.arguments.build import fit_to_device
 from zero_sft.arguments.names import REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS
 from zero_sft.arguments.parse import specifications
 from zero_sft.errors import ArgumentError
-from zero_sft.shipped import shipped
+from zero_sft.packaged_file import packaged_file
 
 # The command in the README of FastChat 0.2.36, except the two fsdp arguments and the paths.
 FASTCHAT = """
@@ -39,7 +39,7 @@ def test_defaults_are_fastchats():
     assert parsed.model.trust_remote_code is False
     assert parsed.model.padding_side == "right"
     assert (parsed.model.dtype, parsed.model.loader, parsed.model.cache_dir) == ("auto", "sharded", None)
-    assert parsed.data.training_path == str(shipped("examples", "conversations.json"))
+    assert parsed.data.training_path == str(packaged_file("examples", "conversations.json"))
     assert parsed.data.eval_data_path is None
     assert parsed.data.lazy_preprocess is False
     assert parsed.training == {

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.errors import raises
-from zero_sft.checkpoint.folder_kind import adapter_warning, folder_kind, placeholder
+from zero_sft.checkpoint.folder_kind import adapter_warning, describe_folder, describe_placeholder
 from zero_sft.checkpoint.header import read_header
 from zero_sft.checkpoint.index import read_index
 from zero_sft.config import load_config
@@ -57,7 +57,7 @@ def test_folders(tmp_path, kind):
 
 def test_a_folder_of_which_nothing_is_known(tmp_path):
     write(tmp_path, ["notes.txt"])
-    assert folder_kind(tmp_path) == ""
+    assert describe_folder(tmp_path) == ""
     with raises("config.missing", f"config.json in {tmp_path}"):
         load_config(tmp_path, HubOptions())
 
@@ -106,5 +106,5 @@ def test_placeholders_of_the_tokenizer(tmp_path, name):
 def test_real_content_is_no_placeholder(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    assert placeholder(tmp_path / "model.safetensors") == placeholder(tmp_path / "config.json") == ""
-    assert placeholder(tmp_path / "missing") == ""
+    assert describe_placeholder(tmp_path / "model.safetensors") == describe_placeholder(tmp_path / "config.json") == ""
+    assert describe_placeholder(tmp_path / "missing") == ""

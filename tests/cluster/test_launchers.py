@@ -6,7 +6,7 @@ import pytest
 
 from tests import models
 from tests.launching import Started, deepspeed, torchrun
-from zero_sft.shipped import shipped
+from zero_sft.packaged_file import packaged_file
 
 CONFIGS = ("zero3", "zero3_offload", "zero3_zeropp", "zero3_nvme")
 
@@ -16,7 +16,7 @@ def config(name: str, folder) -> str:
     if name != "zero3_nvme":
         return name
     models.require_async_io()
-    values = json.loads(shipped("ds_configs", f"{name}.json").read_text())
+    values = json.loads(packaged_file("ds_configs", f"{name}.json").read_text())
     for section in ("offload_param", "offload_optimizer"):
         values["zero_optimization"][section]["nvme_path"] = str(folder)
     values["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000

@@ -10,7 +10,7 @@ import pytest
 
 from tests import small_job
 from zero_sft.console import progress
-from zero_sft.console.bars import Lines, Work
+from zero_sft.console.bars import Lines, TaskState
 
 SCRIPT = """
 import logging, sys, time
@@ -122,12 +122,12 @@ def test_lines_now_and_then(caplog):
 
 def test_numbers():
     now = [0.0]
-    samples = Work("preparing", None, "samples", lambda: now[0])
+    samples = TaskState("preparing", None, "samples", lambda: now[0])
     assert not samples.numbers()
     now[0] = 2.0
     samples.advance(500)
     assert samples.numbers() == "500 samples  250 samples/s"
-    steps = Work("training", 23, "steps", lambda: now[0])
+    steps = TaskState("training", 23, "steps", lambda: now[0])
     steps.advance(12)
     steps.note("loss 2.941  2:41 left")
     assert steps.numbers() == "12 of 23 steps  loss 2.941  2:41 left"
@@ -145,7 +145,7 @@ def test_nothing_is_shown_without_a_display_and_an_error_leaves_none_behind():
 
     progress.set_display(Display())
     try:
-        assert list(progress.counted([1, 2], "counting", "things")) == [1, 2]
+        assert list(progress.iterate_with_progress([1, 2], "counting", "things")) == [1, 2]
     finally:
         progress.set_display(None)
     assert closed == [True]

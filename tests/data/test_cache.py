@@ -45,7 +45,7 @@ def entries(data):
 def test_it_is_found_again_with_the_same_rows_and_report(data, monkeypatch):
     tokenizer = byte_tokenizer(CHATML)
     made = prepare_sources(spec(data), tokenizer)
-    monkeypatch.setattr(dataset, "make_parts", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(dataset, "make_batches", lambda *_: pytest.fail("prepared again"))
     tokenizer("x", padding="max_length", max_length=5, truncation=True)  # how it pads and cuts is not how it encodes
     found = prepare_sources(spec(data), tokenizer)
     assert found.rows[:] == made.rows[:]
@@ -69,8 +69,8 @@ def test_a_moved_file_is_the_same_data(data):
         ({"model_max_length": 390}, None),
         ({}, "vicuna"),
         ({"lazy": True}, None),
-        ({"reader": SampleParser(train_on="last")}, None),
-        ({"reader": SampleParser(overlong="drop")}, None),
+        ({"parser": SampleParser(train_on="last")}, None),
+        ({"parser": SampleParser(overlong="drop")}, None),
         ({"pack": True}, None),
     ],
 )
@@ -116,13 +116,13 @@ def test_names_inside_a_folder_and_unused_options_are_not_the_data(data):
 
 
 def test_data_that_changes_while_it_is_read_is_not_kept(data, monkeypatch):
-    make = dataset.make_parts
+    make = dataset.make_batches
 
     def late(*args):
         data.write_text(data.read_text().replace("xx", "yy"))
         return make(*args)
 
-    monkeypatch.setattr(dataset, "make_parts", late)
+    monkeypatch.setattr(dataset, "make_batches", late)
     with raises("data.changed_while_read"):
         prepare_sources(spec(data), byte_tokenizer(CHATML))
     assert entries(data) == []

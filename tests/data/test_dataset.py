@@ -163,7 +163,7 @@ def test_which_answers_count(tmp_path, template):
     path = written(tmp_path, ("a", "bb", "c", "dd"))
     lead = " " if template == "vicuna" else ""
     assert trained(prepare(path, tokenizer, **options), tokenizer) == [f"{lead}bb{end}{lead}dd{end}"]
-    last = prepare(path, tokenizer, reader=SampleParser(train_on="last"), **options)
+    last = prepare(path, tokenizer, parser=SampleParser(train_on="last"), **options)
     assert trained(last, tokenizer) == [f"{lead}dd{end}"]
     flagged = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bb", "weight": 0}]
     path.write_text(
@@ -193,7 +193,7 @@ def test_a_sample_that_the_template_refuses_is_skipped_if_wished(tmp_path):
     options = {"chat_template": "vicuna", "model_max_length": 512}
     with raises("data.vicuna_without_tools", "sample 1"):
         prepare(path, byte_tokenizer(CHATML), **options)
-    report = prepare(path, byte_tokenizer(CHATML), reader=SampleParser(on_bad_sample="skip"), **options).reports[0]
+    report = prepare(path, byte_tokenizer(CHATML), parser=SampleParser(on_bad_sample="skip"), **options).reports[0]
     assert (report.samples, report.kept, report.bad) == (2, 1, 1)
     assert "1 bad sample skipped, such as" in "\n".join(report.lines())
     tokenizer = byte_tokenizer(CHATML)
@@ -206,7 +206,7 @@ def test_what_the_template_refuses_is_skipped_if_wished_lazily_too(tmp_path, laz
         CHATML.replace("{% for", "{% if messages[0].content == 'bad' %}{{ raise_exception('bad') }}{% endif %}{% for", 1)
     )
     path = written(tmp_path, ("bad", "a"), ("b", "c"), ("bad", "d"))
-    prepared = prepare(path, tokenizer, model_max_length=90, lazy=lazy, reader=SampleParser(on_bad_sample="skip"))
+    prepared = prepare(path, tokenizer, model_max_length=90, lazy=lazy, parser=SampleParser(on_bad_sample="skip"))
     assert (prepared.reports[0].bad, len(prepared.rows)) == (2, 1)
     assert prepared.rows[0]["input_ids"]
 
@@ -224,7 +224,7 @@ def test_long_conversations_are_split_between_rounds(tmp_path):
     talk = [system, *(turn for each in rounds for turn in chat(*each))]
     path.write_text(json.dumps([{"messages": talk}, {"messages": chat("x", "y")}]))
     options = {"model_max_length": 90, "chat_template": "model"}
-    prepared = prepare(path, tokenizer, reader=SampleParser(overlong="split"), **options)
+    prepared = prepare(path, tokenizer, parser=SampleParser(overlong="split"), **options)
     texts = [tokenizer.decode(each["input_ids"]) for each in prepared.rows]
     assert [text.count("<|im_start|>user") for text in texts] == [2, 1, 1, 1, 1]
     assert all(text.startswith("<|im_start|>system\nS<|im_end|>\n") for text in texts[:-1])
@@ -244,11 +244,11 @@ def test_parts_that_are_lost_are_counted_as_parts(tmp_path):
     path.write_text(
         json.dumps([{"messages": chat("x" * 100, "a", "b", "c" * 9, "d", "e" * 9)}, {"messages": chat("y" * 100, "z")}])
     )
-    (report,) = prepare(path, tokenizer, reader=SampleParser(overlong="split"), model_max_length=50).reports
+    (report,) = prepare(path, tokenizer, parser=SampleParser(overlong="split"), model_max_length=50).reports
     assert (report.split, report.kept, report.untrained_share) == (1, 2, 0.5)
     assert (report.lost, report.dropped) == ({CUT_OFF: 1}, {CUT_OFF: 1})
     assert "parts of split samples dropped: 1 cut off before the first answer" in report.lines()
-    (report,) = prepare(path, tokenizer, reader=SampleParser(overlong="split", train_on="last"), model_max_length=50).reports
+    (report,) = prepare(path, tokenizer, parser=SampleParser(overlong="split", train_on="last"), model_max_length=50).reports
     assert (report.split, report.kept) == (1, 1)
     assert report.lost == {NO_ANSWER: 2}
 
@@ -258,26 +258,26 @@ def test_a_part_that_the_template_refuses_costs_its_sample_alone(tmp_path):
     tokenizer, path = byte_tokenizer(alone + CHATML), tmp_path / "data.json"
     path.write_text(json.dumps([{"messages": chat("a", "b" * 60, "bad", "c" * 60)}, {"messages": chat("y", "z")}]))
     with raises("data.template_fails", "sample 1, part 2"):
-        prepare(path, tokenizer, reader=SampleParser(overlong="split"), model_max_length=100)
-    reader = SampleParser(overlong="split", on_bad_sample="skip")
-    (report,) = (prepared := prepare(path, tokenizer, reader=reader, model_max_length=100)).reports
+        prepare(path, tokenizer, parser=SampleParser(overlong="split"), model_max_length=100)
+    parser = SampleParser(overlong="split", on_bad_sample="skip")
+    (report,) = (prepared := prepare(path, tokenizer, parser=parser, model_max_length=100)).reports
     assert (report.bad, report.kept, report.samples) == (1, 1, 2)
     assert "50% of the samples are bad" in prepared.warnings()[0]
 
 
 def test_long_conversations_are_dropped_and_counted(tmp_path):
     path = written(tmp_path, ("a", "b"), ("a", "y" * 100))
-    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=SampleParser(overlong="drop"))
+    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, parser=SampleParser(overlong="drop"))
     assert prepared.reports[0].dropped == {"longer than --model_max_length": 1}
     with raises("data.nothing_left", "--overlong truncate"):
         prepare(
             written(tmp_path, ("a", "y" * 100)),
             byte_tokenizer(CHATML),
             model_max_length=60,
-            reader=SampleParser(overlong="drop"),
+            parser=SampleParser(overlong="drop"),
         )
     with raises("data.overlong_needs_lengths"):
-        prepare(path, byte_tokenizer(CHATML), model_max_length=60, reader=SampleParser(overlong="drop"), lazy=True)
+        prepare(path, byte_tokenizer(CHATML), model_max_length=60, parser=SampleParser(overlong="drop"), lazy=True)
 
 
 def test_what_was_not_cut_is_not_said_to_be(tmp_path):

@@ -35,7 +35,7 @@ def test_token_and_sample_are_named(tmp_path, lazy):
         prepare(path, tokenizer, embedding_rows=ROWS, **options)
     for rows in (ROWS + 2, None):
         assert len(prepare(path, tokenizer, embedding_rows=rows, **options).rows) == 3
-    skipping = prepare(path, tokenizer, embedding_rows=ROWS, reader=SampleParser(on_bad_sample="skip"), **options)
+    skipping = prepare(path, tokenizer, embedding_rows=ROWS, parser=SampleParser(on_bad_sample="skip"), **options)
     assert (len(skipping.rows), skipping.reports[0].bad) == (2, 1)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.tiny import byte_tokenizer
 from tests.errors import raises
-from zero_sft.data.samples.parse import PLAIN
+from zero_sft.data.samples.parse import DEFAULT_PARSER
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.templates.choose import choose_template
 
@@ -17,7 +17,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12
 
 def assert_refused(path, code, *values):
     with raises(f"data.{code}", *values):
-        PLAIN.read(LocalFiles(path=path).objects())
+        DEFAULT_PARSER.read(LocalFiles(path=path).objects())
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_lines_compressed_with_zstd_are_read(tmp_path):
     parts = [pyarrow.compress(part, "zstd", asbytes=True) for part in (b"\xef\xbb\xbf" + lines[:-9], lines[-9:])]
     path.write_bytes(b"".join(parts))  # two frames, as `zstd` writes them of several files, and a byte order mark
     for each in (path, tmp_path):
-        assert [sample.completion for sample in PLAIN.read(LocalFiles(path=each).objects()).samples][-1] == "你好 4999"
+        assert [sample.completion for sample in DEFAULT_PARSER.read(LocalFiles(path=each).objects()).samples][-1] == "你好 4999"
     path.write_bytes(b"".join(parts)[:-12])
     assert_refused(path, "bad_compression", str(path))
     path.write_bytes(b"no such thing" + parts[0])
@@ -64,7 +64,7 @@ def test_lines_compressed_with_zstd_are_read(tmp_path):
 
 def test_a_number_that_is_none_is_a_note_like_others(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN}\n')
-    assert len(PLAIN.read(LocalFiles(path=tmp_path / "a.jsonl").objects()).samples) == 1
+    assert len(DEFAULT_PARSER.read(LocalFiles(path=tmp_path / "a.jsonl").objects()).samples) == 1
 
 
 def test_a_template_that_is_a_folder(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from zero_sft.data import pipeline as pipeline_module
-from zero_sft.data.samples.parse import PLAIN, SampleParser
+from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
 from zero_sft.data.templates.choose import choose_template
 
 THINKING = CHATML.replace(
@@ -20,7 +20,7 @@ TOOLS = CHATML.replace("{{ m.content }}", "{{ m.content | trim if m.role == 'too
 
 def part_of(turns, *, template=CHATML, name="model", window=200, long="split"):
     tokenizer = byte_tokenizer(template)
-    pipeline = make_pipeline(tokenizer, chat_template=name, model_max_length=window, reader=SampleParser(overlong=long))
+    pipeline = make_pipeline(tokenizer, chat_template=name, model_max_length=window, parser=SampleParser(overlong=long))
     return pipeline.part([({"messages": turns}, "here")]), tokenizer
 
 
@@ -35,7 +35,7 @@ def greedy(rounds, tokenizer, name, window, system):
     template, head = choose_template(name, tokenizer), [{"role": "system", "content": system}] if system else []
 
     def length(part):
-        (sample,) = PLAIN.read([({"messages": head + talk(part)}, "here")]).samples
+        (sample,) = DEFAULT_PARSER.read([({"messages": head + talk(part)}, "here")]).samples
         rendered = template.render(sample)
         return len(tokenizer(rendered.text, add_special_tokens=rendered.adds_special_tokens).input_ids)
 

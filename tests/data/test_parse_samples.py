@@ -11,10 +11,10 @@ import pytest
 from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED, Conversation, PromptCompletion, Turn
-from zero_sft.data.samples.parse import PLAIN, SampleParser
+from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
 from zero_sft.data.sources.data_path import parse_sources
 from zero_sft.data.sources.local_files import LocalFiles
-from zero_sft.shipped import shipped
+from zero_sft.packaged_file import packaged_file
 
 ONE = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 TURNS = (Turn(role="user", text="Hi"), Turn(role="assistant", text="Hello."))
@@ -29,7 +29,7 @@ def written(tmp_path, content, name="data.json"):
 
 def assert_refused(path, code, *values):
     with raises(f"data.{code}", *values):
-        PLAIN.read(LocalFiles(path=path).objects())
+        DEFAULT_PARSER.read(LocalFiles(path=path).objects())
 
 
 @pytest.mark.parametrize("sample", [{"id": "a", "conversations": ONE}, {"id": "a", "messages": MESSAGES}])
@@ -37,7 +37,7 @@ def assert_refused(path, code, *values):
 def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
     content = "\n".join([json.dumps(sample), "", json.dumps(sample)]) + "\n" if lines else [sample, sample]
     path = written(tmp_path, content)
-    reading = PLAIN.read(LocalFiles(path=path).objects())
+    reading = DEFAULT_PARSER.read(LocalFiles(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
     assert reading.layouts == ("sharegpt" if "conversations" in sample else "messages",)
     assert [each.where for each in reading.samples] == (
@@ -50,7 +50,7 @@ def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
 def test_the_text_is_kept_as_it_is(tmp_path):
     text = " 你好 😀\u2028\r\n\ttab  "
     path = written(tmp_path, json.dumps({"messages": [{"role": "user", "content": text}, *MESSAGES[1:]]}, ensure_ascii=False))
-    assert PLAIN.read(LocalFiles(path=path).objects()).samples[0].turns[0].text == text
+    assert DEFAULT_PARSER.read(LocalFiles(path=path).objects()).samples[0].turns[0].text == text
 
 
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
@@ -58,7 +58,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     path.write_bytes(
         ("\ufeff" + json.dumps({"conversations": ONE}) + "\r\n" + json.dumps({"messages": MESSAGES}) + "\r\n").encode()
     )
-    reading = PLAIN.read(LocalFiles(path=path).objects())
+    reading = DEFAULT_PARSER.read(LocalFiles(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
     assert reading.layouts == ("messages", "sharegpt")
 
@@ -67,14 +67,14 @@ def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
     gpt, human = {"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}
     system = {"from": "system", "value": "Be brief."}
     samples = [[gpt, *ONE], [*ONE, human], [gpt, *ONE, human], [system, gpt, *ONE], [system], [gpt], [human], []]
-    reading = PLAIN.read(LocalFiles(path=written(tmp_path, [{"conversations": each} for each in samples])).objects())
+    reading = DEFAULT_PARSER.read(LocalFiles(path=written(tmp_path, [{"conversations": each} for each in samples])).objects())
     brief = Turn(role="system", text="Be brief.")
     assert [each.turns for each in reading.samples] == [TURNS, TURNS, TURNS, (brief, *TURNS), (brief,), (), (), ()]
     assert reading.dropped_turns == {LEADING: 4, UNANSWERED: 3}
 
 
 def test_the_shipped_samples_are_read():
-    reading = PLAIN.read(LocalFiles(path=shipped("examples", "conversations.json")).objects())
+    reading = DEFAULT_PARSER.read(LocalFiles(path=packaged_file("examples", "conversations.json")).objects())
     assert len(reading.samples) == 100
     assert reading.dropped_turns == {LEADING: 0, UNANSWERED: 0}
 
@@ -192,14 +192,14 @@ def talk(*texts):
 )  # fmt: skip
 def test_other_layouts(tmp_path, sample, expected):
     path = written(tmp_path, [sample])
-    (only,) = PLAIN.read(LocalFiles(path=path).objects()).samples
+    (only,) = DEFAULT_PARSER.read(LocalFiles(path=path).objects()).samples
     assert isinstance(only, Conversation)
     assert tuple(turn if turn.role == "assistant" else Turn(role=turn.role, text=turn.text) for turn in only.turns) == expected
 
 
 def test_plain_text_is_taken_as_it_is(tmp_path):
     path = written(tmp_path, [{"prompt": "2+2=", "completion": "4"}, {"text": " a\n"}])
-    first, second = PLAIN.read(LocalFiles(path=path).objects()).samples
+    first, second = DEFAULT_PARSER.read(LocalFiles(path=path).objects()).samples
     assert first == PromptCompletion(prompt="2+2=", completion="4", where=f"{path}, sample 1")
     assert second == PromptCompletion(prompt="", completion=" a\n", where=f"{path}, sample 2")
 
@@ -221,7 +221,7 @@ def test_compressed_lines(tmp_path, module):
     path = tmp_path / "data" / f"a.jsonl{ending}"
     path.parent.mkdir()
     path.write_bytes(module.compress("\n".join([json.dumps({"messages": MESSAGES})] * 50).encode()))
-    assert len(PLAIN.read(LocalFiles(path=path.parent).objects()).samples) == 50
+    assert len(DEFAULT_PARSER.read(LocalFiles(path=path.parent).objects()).samples) == 50
     whole = path.read_bytes()
     path.write_bytes(whole[:-12])
     assert_refused(path, "bad_compression")
@@ -249,7 +249,7 @@ def test_parquet_and_folders(tmp_path):
     written(folder / "inner", json.dumps({"text": "x"}), "c.jsonl")
     written(folder / ".hidden", "broken", "d.json")
     (folder / "notes.md").write_text("no data")
-    reading = PLAIN.read(LocalFiles(path=folder).objects())
+    reading = DEFAULT_PARSER.read(LocalFiles(path=folder).objects())
     assert [each.where for each in reading.samples] == [
         f"{folder}/a.json, sample 1", f"{folder}/b.parquet, sample 1 (id 'a')", f"{folder}/b.parquet, sample 2 (id 'b')",
         f"{folder}/inner/c.jsonl, line 1",
@@ -271,7 +271,7 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
             written(tmp_path, "{broken", "bad.jsonl"),
             byte_tokenizer(),
             model_max_length=64,
-            reader=SampleParser(on_bad_sample="skip"),
+            parser=SampleParser(on_bad_sample="skip"),
         )
 
 
@@ -283,7 +283,7 @@ def test_turns_that_would_be_trained_on_wrongly(tmp_path, turn):
 
 
 def only_sample(tmp_path, sample):
-    (found,) = PLAIN.read(LocalFiles(path=written(tmp_path, [sample])).objects()).samples
+    (found,) = DEFAULT_PARSER.read(LocalFiles(path=written(tmp_path, [sample])).objects()).samples
     return found
 
 
@@ -319,7 +319,7 @@ def test_a_link_upwards_is_not_followed(tmp_path):
     written(inside, [{"text": "inside"}])
     (inside / "up").symlink_to("..")
     (inside / "self").symlink_to(".")
-    assert [each.completion for each in PLAIN.read(LocalFiles(path=inside).objects()).samples] == ["inside"]
+    assert [each.completion for each in DEFAULT_PARSER.read(LocalFiles(path=inside).objects()).samples] == ["inside"]
 
 
 def test_a_folder_that_cant_be_read_is_refused(tmp_path, monkeypatch):

@@ -40,12 +40,12 @@ def prepare(spec: DatasetSpec, world: World) -> PreparedDataset:
 def prepared_by(spec: DatasetSpec, world: World) -> list[int]:
     """How often each rank has made rows itself. Every rank; communicates."""
     made = []
-    original = dataset.make_parts
-    dataset.make_parts = lambda *args: (made.append(1), original(*args))[1]
+    original = dataset.make_batches
+    dataset.make_batches = lambda *args: (made.append(1), original(*args))[1]
     try:
         rows = prepare(spec, world)
     finally:
-        dataset.make_parts = original
+        dataset.make_batches = original
     require_identical(world, "rows", {"rows": rows.rows[:], "reports": [each.lines() for each in rows.reports]})
     return all_gather_json(world, len(made))
 

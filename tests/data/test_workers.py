@@ -17,7 +17,7 @@ from zero_sft.data.sources.local_files import LocalFiles
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """Lines enough for processes, with a broken one among them."""
-    monkeypatch.setattr(workers, "AT_ONCE", 20)
+    monkeypatch.setattr(workers, "BATCH_OBJECTS", 20)
     path = tmp_path / "data.jsonl"
     lines = [json.dumps({"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "x" * (n % 90)}]})
              for n in range(400)]  # fmt: skip
@@ -28,7 +28,7 @@ def data(tmp_path, monkeypatch):
 
 def test_processes_make_what_one_makes(data, tmp_path):
     pipeline = make_pipeline(
-        byte_tokenizer(CHATML), model_max_length=80, reader=SampleParser(on_bad_sample="skip", overlong="split")
+        byte_tokenizer(CHATML), model_max_length=80, parser=SampleParser(on_bad_sample="skip", overlong="split")
     )
     one, two = (prepare_source(data, pipeline, processes=processes, root=tmp_path / f"{processes}") for processes in (1, 2))
     assert two.rows[:] == one.rows[:]
@@ -44,8 +44,8 @@ def test_the_first_error_of_the_stream_is_raised(data):
 
 
 def test_a_process_that_dies_is_an_error_with_a_remedy(data):
-    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=SampleParser(on_bad_sample="skip"))
-    parts = workers.make_parts(pipeline, data.objects(), 2)
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, parser=SampleParser(on_bad_sample="skip"))
+    parts = workers.make_batches(pipeline, data.objects(), 2)
     next(parts)
     for child in workers.multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
@@ -55,6 +55,6 @@ def test_a_process_that_dies_is_an_error_with_a_remedy(data):
 
 def test_few_objects_start_no_processes(data, monkeypatch):
     monkeypatch.setattr(workers, "_side_by_side", lambda *_: pytest.fail("started"))
-    monkeypatch.setattr(workers, "AT_ONCE", 500)
-    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, reader=SampleParser(on_bad_sample="skip"))
+    monkeypatch.setattr(workers, "BATCH_OBJECTS", 500)
+    pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, parser=SampleParser(on_bad_sample="skip"))
     assert prepare_source(data, pipeline, processes=8).reports[0].samples == 400

@@ -10,7 +10,7 @@ from tests import models
 from tests.errors import raises
 from zero_sft.estimate.activations import LiveMemory, peak_bytes
 from zero_sft.estimate.engine_memory import Sizes, training_memory, zero_settings
-from zero_sft.estimate.memory_needs import MemoryModel, Run
+from zero_sft.estimate.memory_needs import MemoryModel, TrainingRun
 from zero_sft.estimate.model import find_model
 from zero_sft.hub.options import HubOptions
 
@@ -194,7 +194,7 @@ def run(**changes):
         "world_size": 8, "ranks_per_node": 8, "ds_config": "zero3", "batch_size": 4, "length": 512, "checkpointing": False,
         "packing": False, "device_bytes": 80 * 2**30, "host_bytes": 2**40,
     }  # fmt: skip
-    return Run(**{**base, **changes})
+    return TrainingRun(**{**base, **changes})
 
 
 def test_remedies_make_it_fit(folder):

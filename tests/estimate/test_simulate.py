@@ -6,8 +6,8 @@ import torch.distributed as dist
 from tests import models
 from tests.errors import raises
 from zero_sft.estimate.model import find_model
-from zero_sft.estimate.simulate import RankLoad, seconds, simulate_load
-from zero_sft.estimate.storage_profiles import STORAGES, Storage, storage
+from zero_sft.estimate.simulate import RankLoad, load_seconds, simulate_load
+from zero_sft.estimate.storage_profiles import STORAGES, StorageProfile, parse_storage
 from zero_sft.hub.options import HubOptions
 
 
@@ -35,18 +35,18 @@ def load(nbytes, requests):
 
 
 def test_seconds_are_of_what_is_slowest():
-    at = Storage(node_gb_s=4.0, cluster_gb_s=10.0, request_ms=1.0)
-    assert seconds([load(2 * 10**9, 10)] * 8, 8, at) == 4.0  # one node's bandwidth
-    assert seconds([load(2 * 10**9, 10)] * 32, 8, at) == 6.4  # the whole storage's
-    assert seconds([load(2 * 10**9, 40_000)] * 8, 8, at) == 10.0  # requests, 4 at a time
+    at = StorageProfile(node_gb_s=4.0, cluster_gb_s=10.0, request_ms=1.0)
+    assert load_seconds([load(2 * 10**9, 10)] * 8, 8, at) == 4.0  # one node's bandwidth
+    assert load_seconds([load(2 * 10**9, 10)] * 32, 8, at) == 6.4  # the whole storage's
+    assert load_seconds([load(2 * 10**9, 40_000)] * 8, 8, at) == 10.0  # requests, 4 at a time
 
 
 def test_storages_by_name_and_by_figures():
-    assert storage("nvme") == STORAGES["nvme"]
-    assert storage("lustre, node_gb_s=10").node_gb_s == 10
-    assert storage("node_gb_s=3,request_ms=2") == Storage(node_gb_s=3.0, request_ms=2.0)
+    assert parse_storage("nvme") == STORAGES["nvme"]
+    assert parse_storage("lustre, node_gb_s=10").node_gb_s == 10
+    assert parse_storage("node_gb_s=3,request_ms=2") == StorageProfile(node_gb_s=3.0, request_ms=2.0)
     with raises("estimate.unknown_storage", "floppy"):
-        storage("floppy")
+        parse_storage("floppy")
     for bad in ("speed=3", "node_gb_s=fast", "node_gb_s=0", "request_ms=-1"):
         with raises("estimate.bad_storage_figure", bad):
-            storage(f"nvme,{bad}")
+            parse_storage(f"nvme,{bad}")

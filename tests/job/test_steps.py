@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests import small_job
-from zero_sft.console.progress import clock, size
+from zero_sft.console.progress import format_bytes, format_duration
 
 LINE = re.compile(
     r"step (?P<step>\d+)/(?P<steps>\d+)  epoch \d+\.\d\d  loss (?P<loss>\d+\.\d{3})  lr (?P<lr>\d\.\de[-+]\d\d)  grad \S+"
@@ -123,5 +123,5 @@ def test_time_left_and_throughput():
 
 
 def test_words_for_durations_and_sizes():
-    assert [clock(each) for each in (0.4, 5, 161, 3723, 90000)] == ["0:00", "0:05", "2:41", "1:02:03", "1 d 1:00:00"]
-    assert [size(each) for each in (0, 1000, 1536, 13 * 2**30)] == ["0 B", "1000 B", "1.5 KiB", "13.0 GiB"]
+    assert [format_duration(each) for each in (0.4, 5, 161, 3723, 90000)] == ["0:00", "0:05", "2:41", "1:02:03", "1 d 1:00:00"]
+    assert [format_bytes(each) for each in (0, 1000, 1536, 13 * 2**30)] == ["0 B", "1000 B", "1.5 KiB", "13.0 GiB"]

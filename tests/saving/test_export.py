@@ -207,7 +207,7 @@ def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
         raise OSError(28, "No space left on device", str(path))
 
     with raises("export.unwritable", "No space left"):
-        with mock.patch.object(export, "write_piece", full if World.detect().rank == 1 else export.write_piece):
+        with mock.patch.object(export, "write_copy", full if World.detect().rank == 1 else export.write_copy):
             save_pretrained(model, out)
     torch.distributed.barrier()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -15,7 +15,7 @@ from tests.data import tiny
 from tests.errors import raises
 from zero_sft.generation_config import (
     TurnEnds,
-    inconsistent,
+    inconsistent_settings,
     read_generation_config,
     stop_at,
     turn_ends,
@@ -60,7 +60,7 @@ def test_what_transformers_calls_inconsistent_is_kept_as_it_is(tmp_path, case):
     generation, left_out = read_generation_config(folder_with(tmp_path / "base", **settings))
     assert left_out == ()
     generation.pad_token_id = 3
-    assert set(inconsistent(generation)) & settings.keys()
+    assert set(inconsistent_settings(generation)) & settings.keys()
     with pytest.raises(ValueError, match="invalid"):  # or this test shows nothing
         generation.save_pretrained(tmp_path)
     write_generation_config(generation, tmp_path)

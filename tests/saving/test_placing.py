@@ -16,7 +16,7 @@ from tests.saving import models_on_disk as models
 from tests.saving.killed import killed_before_each_step
 from zero_sft.saving import exchange_folders as exchanging
 from zero_sft.saving import folder as folders
-from zero_sft.saving.folder import Placing, StagingFolder, kept, make_staging
+from zero_sft.saving.folder import Placing, StagingFolder, explain_not_placed, make_staging
 from zero_sft.saving.placing import put_in_place
 
 OLD, NEW = 1, 2
@@ -257,7 +257,11 @@ def test_a_failed_last_step_keeps_the_draft_and_names_it(tmp_path):
             raise OSError(30, "Read-only file system", str(self))
         return rename(self, destination)
 
-    with mock.patch.object(Path, "rename", refuse), raises("export.not_placed", "Read-only") as caught, kept(draft):
+    with (
+        mock.patch.object(Path, "rename", refuse),
+        raises("export.not_placed", "Read-only") as caught,
+        explain_not_placed(draft),
+    ):
         put_in_place(draft)
     assert refused
     assert str(draft.folder) in str(caught.value)

@@ -285,10 +285,10 @@ def test_sizes_are_known_beforehand(folder, whole):
     from transformers import AutoConfig
 
     from zero_sft.loading.request import ModelSpec
-    from zero_sft.saving.room import checkpoint_bytes, folder_bytes, sizes_of, state_bytes_of
+    from zero_sft.saving.room import checkpoint_bytes, export_sizes, folder_bytes, optimizer_state_bytes
 
     config = AutoConfig.from_pretrained(folder / "model")
-    export_bytes, numel = sizes_of(ModelSpec(folder=folder / "model", config=config, dtype=torch.float32))
+    export_bytes, numel = export_sizes(ModelSpec(folder=folder / "model", config=config, dtype=torch.float32))
     assert abs(export_bytes - (whole / "model.safetensors").stat().st_size) < 64
-    states = checkpoint_bytes(numel, state_bytes_of("adamw_torch"))
+    states = checkpoint_bytes(numel, optimizer_state_bytes("adamw_torch"))
     assert states <= folder_bytes(whole / "checkpoint-2" / "global_step2") < 1.2 * states

@@ -182,12 +182,12 @@ def test_eight_ranks_run_to_the_export(model, tmp_path):
 def test_each_shipped_config_starts(model, tmp_path, name):
     """The run trains one step and exports. The NVMe config gets a folder, and buffers small enough for a test."""
     from zero_sft import train
-    from zero_sft.shipped import shipped
+    from zero_sft.packaged_file import packaged_file
 
     config = name
     if name == "zero3_nvme":
         models.require_async_io()
-        values = json.loads(shipped("ds_configs", "zero3_nvme.json").read_text())
+        values = json.loads(packaged_file("ds_configs", "zero3_nvme.json").read_text())
         for section in ("offload_param", "offload_optimizer"):
             values["zero_optimization"][section]["nvme_path"] = str(tmp_path)
         values["zero_optimization"]["offload_param"]["buffer_size"] = 1_000_000

@@ -30,7 +30,7 @@ def test_ranks_together_write_a_permuted_tensor(tmp_path, monkeypatch, shape, ra
             flat = torch.cat([torch.full((3,), -1.0), own.reshape(-1)[span.start : span.stop]])[3:]
             target = FillTarget(source_map=SourceMap.of("own", tuple(own.shape), regions), flat_range=span)
             for piece in copy_specs(target):
-                writer.write_piece(file.fileno(), path, flat, piece, offset)
+                writer.write_copy(file.fileno(), path, flat, piece, offset)
     data = path.read_bytes()
     assert data[:offset] == b"\xff" * offset
     assert data[-8:] == b"\xff" * 8
@@ -45,6 +45,6 @@ def test_a_part_leaves_the_rest_alone(tmp_path):
     span = shard_range(24, 1, 3)
     with path.open("r+b") as file:
         for piece in copy_specs(FillTarget(source_map=SourceMap.of("own", (24,), regions), flat_range=span)):
-            writer.write_piece(file.fileno(), path, torch.ones(span.numel), piece, 0)
+            writer.write_copy(file.fileno(), path, torch.ones(span.numel), piece, 0)
     found = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
     assert found.nonzero().view(-1).tolist() == list(range(span.start, span.stop))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from zero_sft.zero import operators
-from zero_sft.zero.operators import operators_folder, prefer_own_ninja
+from zero_sft.zero.operators import operators_folder, prefer_environment_ninja
 
 SOURCE = """
 #include <Python.h>
@@ -27,15 +27,15 @@ exec c++ "$@"
 USER = """
 import sys
 from deepspeed.ops.op_builder.builder import OpBuilder
-from zero_sft.zero.operators import keep_operators_apart
+from zero_sft.zero.operators import install_operator_builder
 
 class TinyBuilder(OpBuilder):
     def __init__(self): super().__init__(name="tiny")
     def absolute_name(self): return "tiny"
     def sources(self): return [sys.argv[1]]
 
-keep_operators_apart()
-keep_operators_apart()
+install_operator_builder()
+install_operator_builder()
 print(TinyBuilder().load(verbose=False).__file__)
 """
 
@@ -166,9 +166,9 @@ def test_this_environments_ninja_comes_first(tmp_path, monkeypatch):
     """Once: a second call changes nothing."""
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", "/usr/bin")
-    prefer_own_ninja()
+    prefer_environment_ninja()
     assert os.environ["PATH"] == "/usr/bin", "it has none"
     (tmp_path / "ninja").touch()
     for _ in range(2):
-        prefer_own_ninja()
+        prefer_environment_ninja()
         assert os.environ["PATH"] == f"{tmp_path}:/usr/bin"

@@ -10,7 +10,7 @@ from zero_sft.zero import process_group
 @pytest.mark.parametrize("absent", [("MASTER_ADDR",), ("MASTER_PORT",), ("MASTER_ADDR", "MASTER_PORT")])
 def test_a_master_address_without_its_port(monkeypatch, absent):
     monkeypatch.setattr(process_group, "require_own_device", lambda world: None)
-    monkeypatch.setattr(process_group, "keep_operators_apart", lambda: None)
+    monkeypatch.setattr(process_group, "install_operator_builder", lambda: None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):

@@ -8,13 +8,13 @@ config. The second step runs after the process group is initialized and before a
 from zero_sft.arguments.build import build_training_arguments
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.help import answer_help, help_text
-from zero_sft.arguments.parse import Parsed, parse
+from zero_sft.arguments.parse import ParsedArguments, parse
 from zero_sft.options.help import wants_help
 
 __all__ = [
     "DataArguments",
     "ModelArguments",
-    "Parsed",
+    "ParsedArguments",
     "answer_help",
     "build_training_arguments",
     "help_text",

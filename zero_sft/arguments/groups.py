@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
-from zero_sft.shipped import shipped
+from zero_sft.packaged_file import packaged_file
 
 SAMPLE_CONVERSATIONS = "conversations.json"
 
@@ -97,4 +97,4 @@ class DataArguments:
     @property
     def training_path(self) -> str:
         """`data_path`, or by default the path of the shipped conversations."""
-        return str(shipped("examples", SAMPLE_CONVERSATIONS)) if self.data_path is None else self.data_path
+        return str(packaged_file("examples", SAMPLE_CONVERSATIONS)) if self.data_path is None else self.data_path

@@ -22,7 +22,7 @@ from zero_sft.arguments.names import (
 )
 from zero_sft.errors import ArgumentError
 from zero_sft.options.names import OptionNames
-from zero_sft.options.spec import OptionSpec, not_positive, specs_of
+from zero_sft.options.spec import OptionSpec, positivity_errors, specs_of
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -34,22 +34,22 @@ _ALWAYS_SET = ("output_dir", "model_max_length", "optim", "deepspeed", "resume_f
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parsed:
+class ParsedArguments:
     """The arguments as plain values.
 
     `training` is the input of `build_training_arguments`: the arguments that the user gave, and always `output_dir`,
     `model_max_length`, `optim`, `deepspeed` and `resume_from_checkpoint`. `notes` are log lines, one per translated name.
-    `given` has the current names of the arguments that the user gave.
+    `given_names` has the current names of the arguments that the user gave.
     """
 
     model: ModelArguments
     data: DataArguments
     training: Mapping[str, Any]
     notes: tuple[str, ...] = field(default=())
-    given: frozenset[str] = field(default=frozenset())
+    given_names: frozenset[str] = field(default=frozenset())
 
 
-def parse(argv: Sequence[str]) -> Parsed:
+def parse(argv: Sequence[str]) -> ParsedArguments:
     """Read a command line (without the program's name) and the arguments file that it may name. Does not communicate.
 
     Raises:
@@ -65,12 +65,12 @@ def parse(argv: Sequence[str]) -> Parsed:
         groups[specs[name].group][name] = value
     model = ModelArguments(**groups[MODEL])
     groups[TRAINING]["trust_remote_code"] = model.trust_remote_code
-    return Parsed(
+    return ParsedArguments(
         model=model,
         data=DataArguments(**groups[DATA]),
         training=MappingProxyType(groups[TRAINING]),
         notes=tuple(dict.fromkeys(read.notes)),
-        given=frozenset(values),
+        given_names=frozenset(values),
     )
 
 
@@ -144,7 +144,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
 
 def _out_of_range(values: Mapping[str, Any]) -> list[ArgumentError]:
     """Return an error for each number out of range and each empty name."""
-    problems = not_positive(values, _POSITIVE)
+    problems = positivity_errors(values, _POSITIVE)
     if values.get("max_steps", -1) < -1 or values.get("max_steps") == 0:
         problems.append(
             ArgumentError(

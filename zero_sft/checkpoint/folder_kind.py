@@ -46,7 +46,7 @@ _FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def folder_kind(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
     """Describe a folder without a usable model and the remedy; "" if the folder is not recognised."""
     if (folder / ADAPTER_CONFIG).is_file():
         base = adapter_base(folder)
@@ -87,7 +87,7 @@ def adapter_warning(folder: Path) -> str:
     )
 
 
-def placeholder(path: Path) -> str:
+def describe_placeholder(path: Path) -> str:
     """Describe a file that holds a placeholder, and the remedy; "" if its first bytes look like real content."""
     try:
         with path.open("rb") as file:
@@ -108,7 +108,7 @@ def placeholder(path: Path) -> str:
 
 def first_placeholder(paths: Sequence[Path]) -> str:
     """Return the description of the first file that is a placeholder, or ""."""
-    return next(filter(None, map(placeholder, paths)), "")
+    return next(filter(None, map(describe_placeholder, paths)), "")
 
 
 def _checkpoints(folder: Path) -> list[str]:

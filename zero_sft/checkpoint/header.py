@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zero_sft.checkpoint.folder_kind import placeholder
+from zero_sft.checkpoint.folder_kind import describe_placeholder
 from zero_sft.errors import CheckpointError
 
 ITEM_BITS = {
@@ -87,8 +87,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         with Path(path).open("rb") as file:
             prefix = file.read(_LENGTH.size)
             header_nbytes = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
-            if placeholder(Path(path)):
-                raise CheckpointError(placeholder(Path(path)), code="checkpoint.placeholder_file")
+            if describe_placeholder(Path(path)):
+                raise CheckpointError(describe_placeholder(Path(path)), code="checkpoint.placeholder_file")
             if not 2 <= header_nbytes <= min(MAX_HEADER_BYTES, size_bytes - _LENGTH.size):
                 raise CheckpointError(
                     _damaged(path, f"a header of {header_nbytes} bytes in a file of {size_bytes} bytes"),

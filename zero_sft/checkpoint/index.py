@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
-from zero_sft.checkpoint.folder_kind import folder_kind, placeholder
+from zero_sft.checkpoint.folder_kind import describe_folder, describe_placeholder
 from zero_sft.checkpoint.header import StoredTensor, read_header
 from zero_sft.errors import CheckpointError
 
@@ -189,9 +189,9 @@ def read_weight_map(path: Path) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}.", code="checkpoint.file_unreadable") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if placeholder(path):
+        if describe_placeholder(path):
             raise CheckpointError(
-                f"{path} is not an index of weights: {placeholder(path)}", code="checkpoint.placeholder_file"
+                f"{path} is not an index of weights: {describe_placeholder(path)}", code="checkpoint.placeholder_file"
             ) from error
         raise CheckpointError(
             f"{path} is not an index of weights ({error!r}). Download it again.", code="checkpoint.index_malformed"
@@ -210,7 +210,7 @@ def _no_weights(folder: Path, variant: str | None) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     expected = f"{of_variant(SINGLE_FILE, variant)}, {of_variant(BIN_FILE, variant)}"
     message = f"no weights in {folder}: expected {expected} or an index of them"
-    kind = folder_kind(folder) if folder.is_dir() else ""
+    kind = describe_folder(folder) if folder.is_dir() else ""
     if kind:
         return f"{message}.\n{kind}"
     shards = [name for name in names if name.endswith((".safetensors", ".bin"))]

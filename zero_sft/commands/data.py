@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments.shared import shared_options, shared_translations
 from zero_sft.cluster.world import World
-from zero_sft.console.log import open_console, quieten_transformers
+from zero_sft.console.log import open_console, silence_transformers
 from zero_sft.console.plots import new_figure, save_figure
 from zero_sft.errors import ZeroSftError
 from zero_sft.options.command import Command
@@ -86,7 +86,7 @@ def _report(options: Any) -> None:
     from zero_sft.data.sources.data_path import parse_sources
     from zero_sft.data.templates.choose import choose_template
 
-    quieten_transformers(World())
+    silence_transformers(World())
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     options.lazy_preprocess = False  # the report needs the lengths
     source = _source(options)

@@ -20,7 +20,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from zero_sft.console.progress import BYTES, Display, clock, size
+from zero_sft.console.progress import BYTES, Display, format_bytes, format_duration
 
 logger = logging.getLogger("zero_sft.console.progress")
 
@@ -38,7 +38,7 @@ def display_for(stream: Any) -> Display:
     return Bars(console) if stream.isatty() and not console.is_dumb_terminal else Lines()
 
 
-class Work:
+class TaskState:
     """State of a task: its title, the amount done, and its start time.
 
     Any thread may call `advance`, which takes a lock for one addition.
@@ -72,16 +72,16 @@ class Work:
         done, total = min(self.done, self.total or self.done), self.total
         is_bytes = self.unit == BYTES
         if total is not None:
-            amount = f"{size(done)} of {size(total)}" if is_bytes else f"{done:,} of {total:,} {self.unit}"
+            amount = f"{format_bytes(done)} of {format_bytes(total)}" if is_bytes else f"{done:,} of {total:,} {self.unit}"
         elif done:
-            amount = size(done) if is_bytes else f"{done:,} {self.unit}"
+            amount = format_bytes(done) if is_bytes else f"{done:,} {self.unit}"
         else:
             return ""
         if self.text or not done or self.seconds <= 0:
             return f"{amount}  {self.text}".rstrip()
         rate = done / self.seconds
-        speed = f"{size(rate)}/s" if is_bytes else f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
-        left = "" if total is None else f"  {clock((total - done) / rate)} left"
+        speed = f"{format_bytes(rate)}/s" if is_bytes else f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
+        left = "" if total is None else f"  {format_duration((total - done) / rate)} left"
         return f"{amount}  {speed}{left}"
 
 
@@ -90,13 +90,13 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._works: dict[Work, Spinner] = {}
+        self._works: dict[TaskState, Spinner] = {}
         self._live: Live | None = None
 
     @contextlib.contextmanager
-    def task(self, title: str, total: int | None, unit: str) -> Iterator[Work]:
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[TaskState]:
         """Show a bar for a task until the context ends."""
-        work = Work(title, total, unit)
+        work = TaskState(title, total, unit)
         self._works[work] = Spinner("dots")
         if self._live is None:
             self._live = Live(
@@ -133,7 +133,7 @@ class Bars:
         for work, spinner in list(self._works.items()):
             if work.total is None:
                 indicator: Any = spinner
-                numbers = work.numbers() or clock(work.seconds)
+                numbers = work.numbers() or format_duration(work.seconds)
             else:
                 indicator = ProgressBar(total=max(work.total, 1), completed=min(work.done, work.total), width=_BAR_WIDTH)
                 numbers = work.numbers()
@@ -151,12 +151,12 @@ class Lines:
         """Do nothing: log lines leave nothing to remove."""
 
     @contextlib.contextmanager
-    def task(self, title: str, total: int | None, unit: str) -> Iterator[Work]:
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[TaskState]:
         """Log the progress of a task occasionally until the context ends."""
         yield _LoggedWork(title, total, unit, self._every)
 
 
-class _LoggedWork(Work):
+class _LoggedWork(TaskState):
     """A task that logs its progress as it advances, once enough time and work have passed since the last line."""
 
     def __init__(self, title: str, total: int | None, unit: str, every: float) -> None:

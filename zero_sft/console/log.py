@@ -32,7 +32,7 @@ class _Elapsed(logging.Formatter):
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         lines = printable(super().format(record)).splitlines() or [""]
         seconds = time.time() - self._start
-        elapsed = f"{seconds:7.1f} s" if seconds < 1000 else f"{progress.clock(seconds):>9}"
+        elapsed = f"{seconds:7.1f} s" if seconds < 1000 else f"{progress.format_duration(seconds):>9}"
         first = f"{elapsed}  {self._prefix}{level}{lines[0]}"
         return "\n".join([first, *("           " + line for line in lines[1:])])
 
@@ -111,7 +111,7 @@ def _is_not_redundant(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(_REDUNDANT_WARNING)
 
 
-def quieten_transformers(world: World) -> None:
+def silence_transformers(world: World) -> None:
     """Switch off transformers' warnings and its progress bars, which count files instead of the job's work.
 
     Download bars of the hub stay on rank 0 if stderr is a terminal.

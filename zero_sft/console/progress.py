@@ -85,7 +85,7 @@ def task(title: str, total: int | None = None, unit: str = "") -> Iterator[Task]
         yield shown
 
 
-def counted(items: Sequence[T], title: str, unit: str) -> Iterator[T]:
+def iterate_with_progress(items: Sequence[T], title: str, unit: str) -> Iterator[T]:
     """Yield the items, and show a task that advances by one whenever the next item is requested."""
     with task(title, len(items), unit) as work:
         for item in items:
@@ -93,7 +93,7 @@ def counted(items: Sequence[T], title: str, unit: str) -> Iterator[T]:
             work.advance()
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration. Worked example: 5 → "0:05", 161 → "2:41", 3723 → "1:02:03", 90000 → "1 d 1:00:00"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -103,7 +103,7 @@ def clock(seconds: float) -> str:
     return f"{days} d " * bool(days) + f"{hour}:{minute:02}:{second:02}"
 
 
-def size(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """Format a number of bytes. Worked example: 1536 → "1.5 KiB", 13 * 2**30 → "13.0 GiB"."""
     if nbytes < 2**10:
         return f"{nbytes:.0f} B"

@@ -90,7 +90,7 @@ def needs_stored_dtype(converter: Any) -> bool:
     return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
 
 
-def configured_blocks(quantizer: Any) -> tuple[int, int] | None:
+def configured_block_shape(quantizer: Any) -> tuple[int, int] | None:
     """Return the rows and columns of a block according to the checkpoint's config; None if it does not set them."""
     size = getattr(getattr(quantizer, "quantization_config", None), "weight_block_size", None)
     return (int(size[0]), int(size[1])) if size else None
@@ -101,7 +101,7 @@ class DequantTracer:
 
     def __init__(self, stored: Mapping[str, StoredTensor], quantizer: Any) -> None:
         self._stored = stored
-        self._configured = configured_blocks(quantizer)
+        self._configured = configured_block_shape(quantizer)
         self.scaled: dict[str, ScaledTensor] = {}
 
     def install(self, converter: Any) -> None:
@@ -146,7 +146,7 @@ def _set_arithmetic(converter: Any, make: Callable[[Any], Callable[..., torch.Te
 
 def _on_complete_blocks(operation: Any) -> Callable[..., torch.Tensor]:
     """Return transformers' arithmetic on complete blocks: a weight with incomplete ones is padded, and the result is cut."""
-    original, configured = dequantize_function(operation), configured_blocks(operation.hf_quantizer)
+    original, configured = dequantize_function(operation), configured_block_shape(operation.hf_quantizer)
 
     def dequantize(quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
         is_matrix = quantized.dim() == 2 and quantized.is_floating_point() and quantized.itemsize == 1

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.sources.data_path import Data
+from zero_sft.data.sources.data_path import DataSource
 from zero_sft.errors import DataError
 from zero_sft.tokenizer.fingerprint import fingerprint
 
@@ -58,7 +58,7 @@ def _code_hash() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def key_of_rows(data: Data, pipeline: Pipeline) -> str:
+def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
     """Return the key of the rows that a pipeline makes from a source.
 
     Raises:
@@ -68,7 +68,7 @@ def key_of_rows(data: Data, pipeline: Pipeline) -> str:
         data.identity(),
         _tokenizer_identity(pipeline.tokenizer),
         [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
-        [asdict(pipeline.reader), pipeline.model_max_length, pipeline.lazy, pipeline.embedding_rows],
+        [asdict(pipeline.parser), pipeline.model_max_length, pipeline.lazy, pipeline.embedding_rows],
     )
 
 
@@ -126,7 +126,7 @@ def _checksum(rows: Path, account: Mapping[str, Any]) -> int:
     return value
 
 
-def keep(
+def find_or_store(
     root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]], *, verify: bool = True
 ) -> "tuple[datasets.Dataset, Mapping[str, Any], bool]":
     """Return the cached entry, creating it with `store` if it is absent, and whether it existed.

@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft.console import progress
 from zero_sft.data import cache
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Pipeline, RowBatch
-from zero_sft.data.report import DataReport, counted, listed, total
+from zero_sft.data.report import DataReport, list_counts, total, with_count
 from zero_sft.data.samples.embedded_tokens import rows_to_check
 from zero_sft.data.samples.overlong import TRUNCATE
-from zero_sft.data.samples.parse import PLAIN, SampleParser
+from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
 from zero_sft.data.samples.sample_formats import EXPECTED
-from zero_sft.data.sources.data_path import Data
+from zero_sft.data.sources.data_path import DataSource
 from zero_sft.data.templates.choose import Template
-from zero_sft.data.workers import make_parts
+from zero_sft.data.workers import make_batches
 from zero_sft.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class PreparedDataset:
                 warnings.append(f"{report.file}: {report.bad / report.samples:.0%} of the samples are bad and were skipped")
             if report.untrained_share > _WARNING_SHARE:
                 share = f"{report.untrained_share:.0%} of the {'usable ' if report.bad else ''}samples"
-                warnings.append(f"{report.file}: nothing is trained on in {share} ({listed(report.dropped)})")
+                warnings.append(f"{report.file}: nothing is trained on in {share} ({list_counts(report.dropped)})")
             if report.thoughts and report.dropped_thoughts == report.thoughts:
                 warnings.append(
                     f"{report.file}: the template {report.template} leaves out the thoughts of all {report.thoughts:,} answers "
@@ -91,7 +91,7 @@ def make_pipeline(
     *,
     model_max_length: int,
     lazy: bool = False,
-    reader: SampleParser = PLAIN,
+    parser: SampleParser = DEFAULT_PARSER,
     embedding_rows: int | None = None,
 ) -> Pipeline:
     """Make the pipeline from objects to rows; `embedding_rows` is the size of the model's embedding, None if unknown.
@@ -99,14 +99,14 @@ def make_pipeline(
     Raises:
         DataError: contradictory options.
     """
-    if lazy and reader.overlong != TRUNCATE:
+    if lazy and parser.overlong != TRUNCATE:
         raise DataError(
-            f"--overlong {reader.overlong} needs the samples' lengths, which --lazy_preprocess does not know at the start. "
+            f"--overlong {parser.overlong} needs the samples' lengths, which --lazy_preprocess does not know at the start. "
             "Leave out one of the two options.",
             code="data.overlong_needs_lengths",
         )
     return Pipeline(
-        reader=reader,
+        parser=parser,
         tokenizer=tokenizer,
         template=template,
         model_max_length=model_max_length,
@@ -115,7 +115,7 @@ def make_pipeline(
     )
 
 
-def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> PreparedDataset:
+def prepare_source(data: DataSource, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> PreparedDataset:
     """Read, render, tokenise and label a source of samples. Any rank; does not communicate.
 
     Args:
@@ -127,7 +127,7 @@ def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: 
         DataError: an unusable file, a template whose answers can't be located, or nothing left to train on.
     """
     if root is None:
-        batches = list(make_parts(pipeline, data.objects(), processes))
+        batches = list(make_batches(pipeline, data.objects(), processes))
         table = pyarrow.Table.from_batches([batch.rows for batch in batches], schema=pipeline.schema)
         report = _total_report(data, [batch.report for batch in batches], pipeline)
         return _unpacked_dataset(_in_memory(table), _with_source_fields(report, data), pipeline)
@@ -135,7 +135,9 @@ def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: 
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
     start = time.monotonic()
-    dataset, account, existed = cache.keep(root, key, lambda file: _write_entry(file, data, state, pipeline, processes))
+    dataset, account, existed = cache.find_or_store(
+        root, key, lambda file: _write_entry(file, data, state, pipeline, processes)
+    )
     if existed:
         logger.info("  prepared before, in %s", root / key)
     else:
@@ -143,14 +145,14 @@ def prepare_source(data: Data, pipeline: Pipeline, *, processes: int = 1, root: 
     return _from_entry(dataset, account, root / key, data, pipeline)
 
 
-def open_prepared(root: Path, key: str, data: Data, pipeline: Pipeline, *, verify: bool) -> PreparedDataset | None:
+def open_cached_source(root: Path, key: str, data: DataSource, pipeline: Pipeline, *, verify: bool) -> PreparedDataset | None:
     """Open the rows that `prepare_source` has cached under that key; None if there are none. See `cache.find` for `verify`."""
     entry = cache.find(root, key, verify=verify)
     return None if entry is None else _from_entry(*entry, root / key, data, pipeline)
 
 
 def _from_entry(
-    dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: Data, pipeline: Pipeline
+    dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: DataSource, pipeline: Pipeline
 ) -> PreparedDataset:
     """Make the prepared dataset of a cache entry; its report gets this run's names of the source and the template."""
     try:
@@ -165,7 +167,7 @@ def _from_entry(
     return replace(_unpacked_dataset(dataset, report, pipeline), keys=[entry.name])
 
 
-def _with_source_fields(report: DataReport, data: Data) -> DataReport:
+def _with_source_fields(report: DataReport, data: DataSource) -> DataReport:
     """Add the source's ignored files and its note on splits to the report."""
     return replace(report, left_out=data.left_out(), note=data.note())
 
@@ -183,7 +185,7 @@ def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
     return datasets.Dataset(InMemoryTable(table))
 
 
-def _write_entry(file: Path, data: Data, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
+def _write_entry(file: Path, data: DataSource, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
     """Write the rows of a cache entry, and return their number and their account.
 
     Raises:
@@ -198,11 +200,11 @@ def _write_entry(file: Path, data: Data, state: Any, pipeline: Pipeline, process
     return report.kept, asdict(report)
 
 
-def _write_rows(file: Path, data: Data, pipeline: Pipeline, processes: int) -> DataReport:
+def _write_rows(file: Path, data: DataSource, pipeline: Pipeline, processes: int) -> DataReport:
     """Write the rows to a file, batch by batch."""
     reports = []
     with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
-        for batch in _with_progress(make_parts(pipeline, data.objects(), processes), data.name):
+        for batch in _with_progress(make_batches(pipeline, data.objects(), processes), data.name):
             writer.write_batch(batch.rows)
             reports.append(batch.report)
     return _total_report(data, reports, pipeline)
@@ -216,7 +218,7 @@ def _with_progress(batches: Iterator[RowBatch], name: str) -> Iterator[RowBatch]
             yield batch
 
 
-def _total_report(data: Data, reports: list[DataReport], pipeline: Pipeline) -> DataReport:
+def _total_report(data: DataSource, reports: list[DataReport], pipeline: Pipeline) -> DataReport:
     """Sum the batches' reports into the report of the source.
 
     Raises:
@@ -227,7 +229,8 @@ def _total_report(data: Data, reports: list[DataReport], pipeline: Pipeline) -> 
     if report.samples == report.bad:
         if report.bad:
             raise DataError(
-                f"{data.name} contains no samples but {counted(report.bad, 'unusable one')}, the first: {report.first_bad[0]}",
+                f"{data.name} contains no samples but {with_count(report.bad, 'unusable one')}, "
+                f"the first: {report.first_bad[0]}",
                 code="data.all_samples_bad",
             )
         raise DataError(f"{data.name} contains no samples. Expected {EXPECTED}.", code="data.no_samples")
@@ -239,13 +242,13 @@ def _total_report(data: Data, reports: list[DataReport], pipeline: Pipeline) -> 
 
 
 def _nothing_left(report: DataReport, model_max_length: int) -> str:
-    message = f"{report.file}: no sample with anything to train on is left ({listed(report.dropped)})."
+    message = f"{report.file}: no sample with anything to train on is left ({list_counts(report.dropped)})."
     if CUT_OFF in report.dropped:
         return f"{message} --model_max_length is {model_max_length}, and the shortest has {report.shortest} tokens: raise it."
     if TOO_LONG in report.dropped:
         return f"{message} --model_max_length is {model_max_length}: raise it, or use --overlong truncate or split."
     if report.bad:
-        return f"{message} {counted(report.bad, 'sample')} can't be used, the first: {report.first_bad[0]}"
+        return f"{message} {with_count(report.bad, 'sample')} can't be used, the first: {report.first_bad[0]}"
     return f"{message} Only answers are trained on: provide samples with answers."
 
 
@@ -259,13 +262,13 @@ def require_one_batch(prepared: PreparedDataset, *, world_size: int, per_device_
     usable, tokens = len(prepared.rows), [report.tokens for report in prepared.reports]
     if usable < needed:
         files = ", ".join(report.file for report in prepared.reports)
-        size = "" if None in tokens else f" ({counted(sum(filter(None, tokens)), 'token')})"
-        available, remedy = counted(usable, "usable sample"), "or fewer ranks"
+        size = "" if None in tokens else f" ({with_count(sum(filter(None, tokens)), 'token')})"
+        available, remedy = with_count(usable, "usable sample"), "or fewer ranks"
         if prepared.is_packed:
-            available = f"{counted(len(prepared.samples), 'sample')} in {counted(usable, 'packed row')}"
+            available = f"{with_count(len(prepared.samples), 'sample')} in {with_count(usable, 'packed row')}"
             remedy = "fewer ranks, or leave out --packing True, so that samples are padded"
         raise DataError(
             f"{files}: {available}{size}, but one batch needs {needed}: {per_device_batch_size} on each of "
-            f"{counted(world_size, 'rank')}. Use more data, a smaller --per_device_train_batch_size, {remedy}.",
+            f"{with_count(world_size, 'rank')}. Use more data, a smaller --per_device_train_batch_size, {remedy}.",
             code="data.too_few_samples",
         )

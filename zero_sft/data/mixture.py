@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data import cache
-from zero_sft.data.dataset import PreparedDataset, make_pipeline, open_prepared, prepare_source
+from zero_sft.data.dataset import PreparedDataset, make_pipeline, open_cached_source, prepare_source
 from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.pipeline import Pipeline
-from zero_sft.data.samples.parse import PLAIN, SampleParser
+from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
 from zero_sft.data.sources.data_path import Source, require_sources
 from zero_sft.data.templates.choose import Template
 from zero_sft.data.workers import usable_processes
@@ -42,7 +42,7 @@ class DatasetSpec:
 
     sources: tuple[Source, ...]
     model_max_length: int
-    reader: SampleParser = PLAIN
+    parser: SampleParser = DEFAULT_PARSER
     lazy: bool = False
     seed: int = 0
     pack: bool = False
@@ -56,7 +56,7 @@ class DatasetSpec:
         return cls(
             sources=sources,
             model_max_length=model_max_length,
-            reader=SampleParser(
+            parser=SampleParser(
                 data_format=options.data_format,
                 train_on=options.train_on,
                 on_bad_sample=options.on_bad_sample,
@@ -97,7 +97,7 @@ def open_sources(
         return None
     pipeline = _pipeline(spec, tokenizer, template)
     opened = [
-        open_prepared(spec.root, key, source.data, pipeline, verify=verify)
+        open_cached_source(spec.root, key, source.data, pipeline, verify=verify)
         for key, source in zip(keys, spec.sources, strict=True)
     ]
     parts = [part for part in opened if part is not None]
@@ -110,7 +110,7 @@ def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: T
         template,
         model_max_length=spec.model_max_length,
         lazy=spec.lazy,
-        reader=spec.reader,
+        parser=spec.parser,
         embedding_rows=spec.embedding_rows,
     )
 
@@ -128,7 +128,7 @@ def _mix_and_pack(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify
         def write(file: Path) -> tuple[int, dict[str, Any]]:
             return len(pack(mixed.samples, length, str(file))), {}
 
-        rows, *_ = cache.keep(spec.root, key, write, verify=verify)
+        rows, *_ = cache.find_or_store(spec.root, key, write, verify=verify)
     return replace(mixed, rows=rows, packing_note=packed_line(len(mixed.samples), rows, spec.model_max_length))
 
 

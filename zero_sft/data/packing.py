@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.console import progress
-from zero_sft.data.report import counted
+from zero_sft.data.report import with_count
 from zero_sft.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def packing_unless_too_few(packing: PackingDecision, wanted: bool | None, rows: 
     """Disable packing if there are fewer packed `rows` than the `needed` rows of one batch, unless it is `wanted`. Pure."""
     if not packing.enabled or wanted or rows >= needed:
         return packing
-    return PackingDecision(enabled=False, reason=f"they fill {counted(rows, 'row')}, and one batch needs {needed}")
+    return PackingDecision(enabled=False, reason=f"they fill {with_count(rows, 'row')}, and one batch needs {needed}")
 
 
 def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
@@ -123,8 +123,8 @@ def packed_line(samples: int, packed: "datasets.Dataset", model_max_length: int)
     """Format the number of packed rows, and the share of their tokens that is filled, for the log."""
     tokens = sum(len(chunk.values) for chunk in packed.data.column("input_ids").chunks)
     filled = tokens / (len(packed) * model_max_length)
-    rows = counted(len(packed), "row")
-    return f"{counted(samples, 'sample')} packed into {rows} of {model_max_length:,} tokens, {filled:.1%} full"
+    rows = with_count(len(packed), "row")
+    return f"{with_count(samples, 'sample')} packed into {rows} of {model_max_length:,} tokens, {filled:.1%} full"
 
 
 def position_ids(lengths: Sequence[int], width: int) -> list[int]:

@@ -62,7 +62,7 @@ class Pipeline:
     refused; it is None if the tokenizer has no such ids.
     """
 
-    reader: SampleParser
+    parser: SampleParser
     tokenizer: PreTrainedTokenizerBase
     template: Template
     model_max_length: int
@@ -80,7 +80,7 @@ class Pipeline:
         Raises:
             DataError: a bad sample, unless bad samples are skipped.
         """
-        parsed = self.reader.read(objects)
+        parsed = self.parser.read(objects)
         answered = [sample for sample in parsed.samples if self._is_answered(sample)]
         result = self._text_rows(answered) if self.lazy else self._token_rows(answered)
         rows = pyarrow.RecordBatch.from_pydict(dict(result.columns), schema=self.schema)
@@ -112,9 +112,9 @@ class Pipeline:
         """
         usable, bad = list(samples), list[str]()
         if self.embedding_rows is not None:
-            tokenized, bad = self._tokenize(samples, skip_bad=self.reader.skips_bad)
+            tokenized, bad = self._tokenize(samples, skip_bad=self.parser.skips_bad)
             usable = [sample for sample, _ in tokenized]
-        elif self.reader.skips_bad:
+        elif self.parser.skips_bad:
             rendered, bad = self._render(samples, skip_bad=True)
             usable = [sample for sample, _ in rendered]
         return _Rows(
@@ -137,20 +137,20 @@ class Pipeline:
     def _token_rows(self, samples: Sequence[Sample]) -> _Rows:
         """Tokenise and label samples.
 
-        A sample longer than the window is truncated, split or dropped, as the reader's `overlong` says. A sample is also
+        A sample longer than the window is truncated, split or dropped, as the parser's `overlong` says. A sample is also
         dropped if nothing in it is trained on.
         """
-        tokenized_samples, bad = self._tokenize(samples, skip_bad=self.reader.skips_bad)
+        tokenized_samples, bad = self._tokenize(samples, skip_bad=self.parser.skips_bad)
         used, kept, split = list[Sample](), list[TokenizedSample](), 0
         dropped, lost = Counter[str](), Counter[str]()
         for sample, tokenized in tokenized_samples:
-            if self.reader.overlong == DROP and tokenized.cut_tokens:
+            if self.parser.overlong == DROP and tokenized.cut_tokens:
                 dropped[TOO_LONG] += 1
                 continue
             try:
                 parts, unanswered = self._split(sample, tokenized)
             except DataError as error:
-                if not self.reader.skips_bad:
+                if not self.parser.skips_bad:
                     raise
                 bad.append(str(error))
                 continue
@@ -175,7 +175,7 @@ class Pipeline:
         Raises:
             DataError: a part that can't be rendered.
         """
-        if self.reader.overlong != SPLIT or not tokenized.cut_tokens or not isinstance(sample, Conversation):
+        if self.parser.overlong != SPLIT or not tokenized.cut_tokens or not isinstance(sample, Conversation):
             return [tokenized], 0
         parts = split_rounds(sample, tokenized, self.model_max_length, self._tokenize_one)
         if len(parts) == 1:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED
-from zero_sft.printable import on_one_line
+from zero_sft.printable import excerpt
 
 MOST_SHOWN = 3
 """The number of skipped samples whose errors are shown."""
@@ -61,45 +61,47 @@ class DataReport:
         """Format the report for the log: the totals, then a line for each kind of thing that was left out, if any."""
         source = f"format {' and '.join(self.layouts)}, template {self.template}"
         of = "from" if self.split else "of"
-        lines = [f"{self.file}: {self.kept:,} {of} {counted(self.samples, 'sample')}, {counted(self.turns, 'turn')} ({source})"]
+        lines = [
+            f"{self.file}: {self.kept:,} {of} {with_count(self.samples, 'sample')}, {with_count(self.turns, 'turn')} ({source})"
+        ]
         if self.note:
             lines.append(self.note)
         if self.left_out:
-            shown = ", ".join(map(on_one_line, self.left_out[:3])) + ", ..." * (len(self.left_out) > 3)
-            lines.append(f"{counted(len(self.left_out), 'other file')} in it left out: {shown}")
+            shown = ", ".join(map(excerpt, self.left_out[:3])) + ", ..." * (len(self.left_out) > 3)
+            lines.append(f"{with_count(len(self.left_out), 'other file')} in it left out: {shown}")
         if self.unread:
             lines.append(_unread_line(self.unread))
         if self.split:
-            lines.append(f"{counted(self.split, 'sample')} longer than --model_max_length, split between rounds")
+            lines.append(f"{with_count(self.split, 'sample')} longer than --model_max_length, split between rounds")
         if any(self.lost.values()):
-            lines.append("parts of split samples dropped: " + listed(self.lost))
+            lines.append("parts of split samples dropped: " + list_counts(self.lost))
         if self.tokens is None:
             lines.append(
                 "tokenised when they are needed: how many tokens they have, which are cut off, and which thoughts the template "
                 "leaves out, is not known"
             )
         else:
-            lines.append(f"{counted(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
+            lines.append(f"{with_count(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
         if self.bad:
-            lines += [f"{counted(self.bad, 'bad sample')} skipped, such as", *(f"  {message}" for message in self.first_bad)]
+            lines += [f"{with_count(self.bad, 'bad sample')} skipped, such as", *(f"  {message}" for message in self.first_bad)]
         if self.dropped:
-            lines.append("samples dropped: " + listed(self.dropped))
+            lines.append("samples dropped: " + list_counts(self.dropped))
         if self.cut_samples:
-            cut = counted(self.cut_samples, "row" if self.split else "sample")
+            cut = with_count(self.cut_samples, "row" if self.split else "sample")
             lines.append(
                 f"{cut} longer than --model_max_length, the longest {self.longest:,} tokens: "
-                f"{counted(self.cut_tokens or 0, 'token')} cut off, {self.cut_trained_tokens:,} of them answers"
+                f"{with_count(self.cut_tokens or 0, 'token')} cut off, {self.cut_trained_tokens:,} of them answers"
             )
         if any(self.dropped_turns.values()):
             turns = {reason: self.dropped_turns.get(reason, 0) for reason in (LEADING, UNANSWERED)}
-            lines.append("turns dropped: " + listed(turns))
+            lines.append("turns dropped: " + list_counts(turns))
         if self.dropped_thoughts:
             lines.append(
-                f"the template leaves out the thoughts of {counted(self.dropped_thoughts, 'answer')}, of {self.thoughts:,} "
+                f"the template leaves out the thoughts of {with_count(self.dropped_thoughts, 'answer')}, of {self.thoughts:,} "
                 "that have some"
             )
         if self.empty_answers:
-            lines.append(f"{counted(self.empty_answers, 'empty answer')}, not trained on")
+            lines.append(f"{with_count(self.empty_answers, 'empty answer')}, not trained on")
         return lines
 
     @property
@@ -138,12 +140,12 @@ def _unread_line(unread: Mapping[str, int]) -> str:
     Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)".
     """
     shown = [
-        f"{on_one_line(key)} ({counted(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])
+        f"{excerpt(key)} ({with_count(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])
     ]
     return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
 
 
-def counted(number: int, noun: str) -> str:
+def with_count(number: int, noun: str) -> str:
     """Format a number with its noun, in the plural unless it is 1.
 
     Worked example: 1, "sample" → "1 sample"; 1200, "sample" → "1,200 samples".
@@ -151,6 +153,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def listed(counts: Mapping[str, int]) -> str:
+def list_counts(counts: Mapping[str, int]) -> str:
     """Format counts by reason, without those that are 0."""
     return "; ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)

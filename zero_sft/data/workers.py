@@ -16,7 +16,7 @@ from typing import Any
 from zero_sft.data.pipeline import Pipeline, RowBatch
 from zero_sft.errors import DataError
 
-AT_ONCE = 500
+BATCH_OBJECTS = 500
 """The number of objects in a batch."""
 
 _MIN_PARALLEL_BATCHES = 8
@@ -35,7 +35,7 @@ def usable_processes() -> int:
     return min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
 
 
-def make_parts(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes: int) -> Iterator[RowBatch]:
+def make_batches(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes: int) -> Iterator[RowBatch]:
     """Turn a stream of objects into batches of rows, in order. Any rank; does not communicate.
 
     At most a few batches per process are in memory.
@@ -51,7 +51,7 @@ def make_parts(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes
 
 
 def _batches(objects: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
-    while batch := list(itertools.islice(objects, AT_ONCE)):
+    while batch := list(itertools.islice(objects, BATCH_OBJECTS)):
         yield batch
 
 

@@ -23,7 +23,7 @@ LARGEST_WORLD = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class TrainingRun:
     """Settings of a training run; memory sizes in bytes, of one device and of the host of one node."""
 
     world_size: int
@@ -54,7 +54,7 @@ class MemoryModel:
         self._model = model
         self._activation_bytes: dict[tuple[int, int, bool], int] = {}
 
-    def activation_bytes(self, run: Run) -> int:
+    def activation_bytes(self, run: TrainingRun) -> int:
         """Return a rank's activation bytes of one pass. Packed rows add a mask of (length, length) that separates samples."""
         mask = 3 * run.batch_size * run.length**2 if run.packing else 0  # 1 byte as booleans, 2 bytes added to the scores
         key = (run.batch_size, run.length, run.checkpointing)
@@ -64,7 +64,7 @@ class MemoryModel:
             )
         return mask + self._activation_bytes[key]
 
-    def needs(self, run: Run) -> MemoryNeeds:
+    def needs(self, run: TrainingRun) -> MemoryNeeds:
         """Estimate the memory of a run.
 
         Raises:
@@ -84,7 +84,7 @@ class MemoryModel:
         fits = device <= run.device_bytes and host <= run.host_bytes
         return MemoryNeeds(memory=memory, device=device, host=host, fits=fits)
 
-    def remedies(self, run: Run) -> Iterator[str]:
+    def remedies(self, run: TrainingRun) -> Iterator[str]:
         """Yield changes that would make a run fit, the cheapest first, as arguments of the job or a number of GPUs."""
         changes: list[tuple[str, dict[str, Any]]] = []
         if not run.checkpointing:

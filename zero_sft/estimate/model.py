@@ -20,14 +20,14 @@ from zero_sft.checkpoint.index import read_index
 from zero_sft.cluster.world import World
 from zero_sft.config import load_config
 from zero_sft.conversion.convert import Resolution, original_format, resolve
-from zero_sft.conversion.quantized import configured_blocks, quantizer_for
+from zero_sft.conversion.quantized import configured_block_shape, quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.remote_headers import fetch_headers
 from zero_sft.estimate.storage_profiles import MODELS, shipped_models
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model_alone
 from zero_sft.loading import skeleton
-from zero_sft.loading.dtype import wanted_dtype
+from zero_sft.loading.dtype import requested_dtype
 from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
 from zero_sft.storage import torch_zip
@@ -72,7 +72,7 @@ def find_model(name: str, options: HubOptions, load_options: LoadOptions | None 
     spec = ModelSpec(
         folder=folder,
         config=config,
-        dtype=getattr(torch, wanted_dtype(load_options.dtype, config)),
+        dtype=getattr(torch, requested_dtype(load_options.dtype, config)),
         attn_implementation=load_options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
@@ -85,7 +85,7 @@ def find_model(name: str, options: HubOptions, load_options: LoadOptions | None 
     elif headers == "read":
         stored = read_index(folder, torch_zip.read_header, options.variant).tensors
     if stored is None:
-        headers, stored = "derived", derive(model, state, configured_blocks(quantizer))
+        headers, stored = "derived", derive_headers(model, state, configured_block_shape(quantizer))
     return EstimatedModel(
         name=name,
         config=config,
@@ -129,7 +129,9 @@ def _from_file(path: Path) -> PreTrainedConfig:
         ) from error
 
 
-def derive(model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tuple[int, int] | None) -> dict[str, StoredTensor]:
+def derive_headers(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], block: tuple[int, int] | None
+) -> dict[str, StoredTensor]:
     """Derive the headers of a published checkpoint of this model, except for the order of its tensors.
 
     With `block` (rows, columns), the checkpoint stores matrices of linear layers and experts as 8-bit floats with one scale per

@@ -8,10 +8,10 @@ from typing import Any
 
 from zero_sft.config import text_config
 from zero_sft.data.packing import resolve_packing
-from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, MemoryModel, MemoryNeeds, Run
+from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, MemoryModel, MemoryNeeds, TrainingRun
 from zero_sft.estimate.model import EstimatedModel, find_model
-from zero_sft.estimate.simulate import RankLoad, seconds, simulate_load
-from zero_sft.estimate.storage_profiles import storage
+from zero_sft.estimate.simulate import RankLoad, load_seconds, simulate_load
+from zero_sft.estimate.storage_profiles import parse_storage
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
 
@@ -23,7 +23,7 @@ class Result:
     """Estimate of one model with one world size."""
 
     model: EstimatedModel
-    run: Run
+    run: TrainingRun
     loads: Sequence[RankLoad]
     load_seconds: Mapping[str, float]
     needs: MemoryNeeds
@@ -75,7 +75,7 @@ class Result:
             numbers = (min(values), statistics.median(values), max(values))
             yield f"    {title:26}" + "".join(f"{number / unit:12,.{digits}f}" for number in numbers)
         for name, value in self.load_seconds.items():
-            yield f"    {'seconds, ' + name:26}{value:36,.1f}"
+            yield f"    {'load_seconds, ' + name:26}{value:36,.1f}"
         yield f"    planned for all ranks in {self.planning_seconds:.1f} s"
         yield ""
         checkpointing = "with" if run.checkpointing else "without"
@@ -105,12 +105,12 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
         ZeroSftError: the model, a config or an argument can't be used.
     """
     hub = HubOptions(**{option.name: getattr(options, option.name) for option in dataclasses.fields(HubOptions)})
-    profile = storage(options.storage)
+    profile = parse_storage(options.storage)
     model = find_model(name, hub, LoadOptions(dtype=options.dtype, attn_implementation=options.attn_implementation))
     memory_model = MemoryModel(model)
     packing = resolve_packing(options.packing, text_config(model.config), attention=options.attn_implementation, lazy=False)
     for world_size in options.world_size:
-        run = Run(
+        run = TrainingRun(
             world_size=world_size,
             ranks_per_node=min(options.ranks_per_node, world_size),
             ds_config=options.deepspeed,
@@ -129,7 +129,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             model=model,
             run=run,
             loads=loads,
-            load_seconds={options.storage: seconds(loads, run.ranks_per_node, profile)},
+            load_seconds={options.storage: load_seconds(loads, run.ranks_per_node, profile)},
             needs=needs,
             other_activations=memory_model.activation_bytes(dataclasses.replace(run, checkpointing=not run.checkpointing)),
             remedies=[] if needs.fits else list(memory_model.remedies(run)),
@@ -139,7 +139,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
 
 def document(results: Sequence[Result], options: Any, command: str) -> str:
     """Return the results as a Markdown document with one table of loads and one of memory; it shows the `command` line."""
-    profile = storage(options.storage)
+    profile = parse_storage(options.storage)
     in_total = f" and {profile.cluster_gb_s:g} GB/s in total" if profile.cluster_gb_s else ""
     headers = " or ".join(sorted({result.model.headers for result in results}))
     lines = [

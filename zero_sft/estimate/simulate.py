@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zero_sft.estimate.model import EstimatedModel
-from zero_sft.estimate.storage_profiles import Storage
+from zero_sft.estimate.storage_profiles import StorageProfile
 from zero_sft.plan.partition import shard_range
 from zero_sft.plan.plan import FillTarget, plan_reads
 
@@ -50,7 +50,7 @@ def simulate_load(model: EstimatedModel, world_size: int, ranks: Sequence[int] |
     return loads
 
 
-def seconds(loads: Sequence[RankLoad], ranks_per_node: int, profile: Storage) -> float:
+def load_seconds(loads: Sequence[RankLoad], ranks_per_node: int, profile: StorageProfile) -> float:
     """Return the seconds for all reads, limited by the busiest node's bandwidth, the storage's bandwidth, or the requests.
 
     The slowest of the three hides the others, because requests overlap. Worked example: 8 ranks of 2 GB on a node

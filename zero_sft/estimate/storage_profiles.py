@@ -15,7 +15,7 @@ def shipped_models() -> list[str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Storage:
+class StorageProfile:
     """Storage profile: GB/s (10^9 bytes) of one node, GB/s of the whole storage (0: unlimited), milliseconds per request."""
 
     node_gb_s: float = field(metadata={"least": 1e-6})
@@ -24,15 +24,15 @@ class Storage:
 
 
 STORAGES = {
-    "memory": Storage(node_gb_s=20.0, request_ms=0.01),
-    "nvme": Storage(node_gb_s=6.0, request_ms=0.1),
-    "lustre": Storage(node_gb_s=5.0, cluster_gb_s=100.0, request_ms=1.0),
-    "nfs": Storage(node_gb_s=1.0, cluster_gb_s=2.5, request_ms=1.5),
+    "memory": StorageProfile(node_gb_s=20.0, request_ms=0.01),
+    "nvme": StorageProfile(node_gb_s=6.0, request_ms=0.1),
+    "lustre": StorageProfile(node_gb_s=5.0, cluster_gb_s=100.0, request_ms=1.0),
+    "nfs": StorageProfile(node_gb_s=1.0, cluster_gb_s=2.5, request_ms=1.5),
 }
 """Approximate figures for the page cache, a local disk, a parallel file system and a single file server."""
 
 
-def storage(text: str) -> Storage:
+def parse_storage(text: str) -> StorageProfile:
     """Parse a storage profile: "nvme", "lustre,cluster_gb_s=40" or "node_gb_s=3,request_ms=2".
 
     Raises:
@@ -43,7 +43,7 @@ def storage(text: str) -> Storage:
         name, settings = "nvme", [name, *settings]
     if name not in STORAGES:
         raise ArgumentError(f"unknown storage {name!r}; known: {', '.join(STORAGES)}", code="estimate.unknown_storage")
-    least = {field.name: field.metadata["least"] for field in fields(Storage)}
+    least = {field.name: field.metadata["least"] for field in fields(StorageProfile)}
     changes = {}
     for setting in settings:
         key, _, value = setting.partition("=")

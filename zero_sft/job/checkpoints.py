@@ -19,10 +19,10 @@ from zero_sft.config import text_config
 from zero_sft.errors import ExportError
 from zero_sft.job import trainer_internals
 from zero_sft.saving.export import save_pretrained
-from zero_sft.saving.folder import explained, require_writable
+from zero_sft.saving.folder import explain_write_errors, require_writable
 from zero_sft.saving.run_record import RunRecord, write_record
 from zero_sft.saving.settings import write_settings
-from zero_sft.zero.internals import give_defaults
+from zero_sft.zero.internals import set_optimizer_defaults
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -68,7 +68,7 @@ class SavingTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the Trainer's scheduler. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer lacks."""
-        give_defaults(self.optimizer if optimizer is None else optimizer)
+        set_optimizer_defaults(self.optimizer if optimizer is None else optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -122,7 +122,7 @@ class SavingTrainer(SFTTrainer):
             self.export(folder)
             return
         world = World.detect()
-        with collective_stage(world, f"writing {folder}"), explained(folder), self._published.applied_to(self.model):
+        with collective_stage(world, f"writing {folder}"), explain_write_errors(folder), self._published.applied_to(self.model):
             if world.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 model: Any = self.model

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zero_sft.arguments import Parsed
+from zero_sft.arguments import ParsedArguments
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
@@ -16,7 +16,7 @@ from zero_sft.job.inputs import Inputs
 logger = logging.getLogger("zero_sft.train")
 
 
-def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> None:
+def require_room_for_run(parsed: ParsedArguments, arguments: Any, inputs: Inputs, world: World) -> None:
     """Check the room for the export and for the checkpoints that the arguments ask for. Every rank; communicates.
 
     Raises:
@@ -34,12 +34,12 @@ def require_room_for_run(parsed: Parsed, arguments: Any, inputs: Inputs, world: 
             logger.debug("the size of the export can't be computed: %r", error)
             return
         output = Path(arguments.output_dir)
-        freed = sum(map(folder_bytes, checkpoints_in(output))) if inputs.overwrites else 0
+        freed = sum(map(folder_bytes, checkpoints_in(output))) if inputs.overwrites_run else 0
         require_room(output, sizes, freed)
 
 
-def _save_sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) -> Any:
-    from zero_sft.loading.dtype import wanted_dtype
+def _save_sizes(parsed: ParsedArguments, arguments: Any, inputs: Inputs, world: World) -> Any:
+    from zero_sft.loading.dtype import requested_dtype
     from zero_sft.loading.request import ModelSpec
     from zero_sft.saving import room
 
@@ -47,13 +47,13 @@ def _save_sizes(parsed: Parsed, arguments: Any, inputs: Inputs, world: World) ->
     spec = ModelSpec(
         folder=inputs.source.folder or Path(inputs.source.name),
         config=inputs.config,
-        dtype=getattr(torch, engine_dtype(ds, wanted_dtype(parsed.model.dtype, inputs.config))),
+        dtype=getattr(torch, engine_dtype(ds, requested_dtype(parsed.model.dtype, inputs.config))),
         attn_implementation=parsed.model.attn_implementation,
         trust_remote_code=parsed.model.trust_remote_code,
     )
-    export_bytes, numel = room.sizes_of(spec)
+    export_bytes, numel = room.export_sizes(spec)
     optimizer = (ds.get("optimizer") or {}).get("type") or _value(arguments.optim)
-    state_bytes = room.checkpoint_bytes(numel, room.state_bytes_of(optimizer))
+    state_bytes = room.checkpoint_bytes(numel, room.optimizer_state_bytes(optimizer))
     batches = len(inputs.training_data.rows) / (arguments.per_device_train_batch_size * world.world_size)
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     epoch_steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft import ds_config as ds_configs
-from zero_sft.arguments import DataArguments, Parsed, build_training_arguments
+from zero_sft.arguments import DataArguments, ParsedArguments, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.cluster.stages import collective_stage
@@ -43,7 +43,7 @@ class Inputs:
     source: ModelSource
     record: RunRecord
     checkpoint: TrainerCheckpoint | None = None  # the run resumes from it
-    overwrites: bool = False  # whether to overwrite a previous run in the output folder
+    overwrites_run: bool = False  # whether to overwrite a previous run in the output folder
     sampling: Mapping[str, Any] = field(default_factory=dict)  # the `arguments` that were chosen to suit the data
 
 
@@ -84,7 +84,7 @@ class _Preparation:
         return prepared
 
 
-def read_inputs(parsed: Parsed, world: World) -> Inputs:
+def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     """Read and check everything but the weights, from the DeepSpeed config to the data. Every rank; communicates.
 
     Raises:
@@ -92,11 +92,11 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     """
     from zero_sft.config import prepare_config_from, text_config
     from zero_sft.hub.source import locate_model
-    from zero_sft.job.export_rehearsal import rehearse_export
+    from zero_sft.job.export_check import check_export_settings
     from zero_sft.job.generation import read_prompts
     from zero_sft.loading.skeleton import attention_of
-    from zero_sft.saving.rehearsal import rehearse_writing
     from zero_sft.saving.resume import agree_on_checkpoint
+    from zero_sft.saving.write_check import check_writing
     from zero_sft.tokenizer import load_tokenizer_from
 
     training = parsed.training
@@ -104,13 +104,13 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         ds = ds_configs.load_ds_config(training["deepspeed"])
         ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
-        arguments = build_training_arguments(training, ds, parsed.given)
+        arguments = build_training_arguments(training, ds, parsed.given_names)
         prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
     in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
     checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
     sources, overwrites = _check_output_folder(parsed, checkpoint, world)
-    rehearse_writing(training["output_dir"], world)
+    check_writing(training["output_dir"], world)
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
     logger.info("reading the config of %s", name)
     source = locate_model(name, parsed.model.hub_options(), world)
@@ -125,7 +125,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
     packing = resolve_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
     template = _choose_template(parsed.data.chat_template, tokenizer, prompts, config, world)
     _require_data(sources, world)
-    generation = rehearse_export(parsed, config, tokenizer, template, source, world)
+    generation = check_export_settings(parsed, config, tokenizer, template, source, world)
     preparation = _Preparation(
         options=parsed.data,
         arguments=arguments,
@@ -133,7 +133,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         template=template,
         embedding_rows=getattr(text_config(config), "vocab_size", None),
     )
-    train, sampling = _training_data(preparation, sources.training, packing, parsed.given, world)
+    train, sampling = _training_data(preparation, sources.training, packing, parsed.given_names, world)
     for option, value in sampling.items():
         setattr(arguments, option, value)
     record = _count_steps(record, train, parsed, arguments, checkpoint, world)
@@ -150,7 +150,7 @@ def read_inputs(parsed: Parsed, world: World) -> Inputs:
         source=source,
         checkpoint=checkpoint,
         record=record,
-        overwrites=overwrites,
+        overwrites_run=overwrites,
         sampling=sampling,
     )
 
@@ -164,7 +164,7 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
-def _check_output_folder(parsed: Parsed, checkpoint: TrainerCheckpoint | None, world: World) -> tuple[_Sources, bool]:
+def _check_output_folder(parsed: ParsedArguments, checkpoint: TrainerCheckpoint | None, world: World) -> tuple[_Sources, bool]:
     """Parse the data sources, and return whether the output folder holds a previous run that is to be overwritten.
 
     Every rank; communicates.
@@ -260,7 +260,7 @@ def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | No
 def _count_steps(
     record: RunRecord,
     train: PreparedDataset,
-    parsed: Parsed,
+    parsed: ParsedArguments,
     arguments: Any,
     checkpoint: TrainerCheckpoint | None,
     world: World,
@@ -275,5 +275,5 @@ def _count_steps(
     if world.is_main and checkpoint is not None:
         warn_of_other_data(checkpoint.folder, record)
     with collective_stage(world, "counting the steps"):
-        require_matching_schedule(arguments, ds_config_name(parsed.training), rows, world.world_size, parsed.given)
+        require_matching_schedule(arguments, ds_config_name(parsed.training), rows, world.world_size, parsed.given_names)
     return record

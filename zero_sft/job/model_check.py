@@ -8,7 +8,7 @@ with custom code, which is unknown until that code runs.
 import logging
 from typing import Any
 
-from zero_sft.arguments import Parsed
+from zero_sft.arguments import ParsedArguments
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
@@ -21,18 +21,18 @@ _FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage
 """Keys of `zero_optimization` whose "auto" the Trainer computes from the model's hidden size."""
 
 
-def require_usable_model(parsed: Parsed, arguments: Any, config: Any, source: ModelSource, world: World) -> None:
+def require_usable_model(parsed: ParsedArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> None:
     """Raise an error if the model can't be trained with these arguments. Every rank; communicates.
 
     Raises:
         ZeroSftError: the same on every rank.
     """
-    from zero_sft.loading.dtype import require_engine_dtype, wanted_dtype
+    from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
     from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
 
     ds_config = arguments.hf_deepspeed_config.config
     with collective_stage(world, "checking the model"):
-        requested_dtype = wanted_dtype(parsed.model.dtype, config)
+        requested_dtype = requested_dtype(parsed.model.dtype, config)
         dtype = engine_dtype(ds_config, requested_dtype)
         require_engine_dtype(parsed.model.dtype, requested_dtype, dtype)
         attention = attention_of(config, parsed.model.attn_implementation)

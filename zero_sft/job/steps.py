@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zero_sft.console import progress
-from zero_sft.console.progress import clock
+from zero_sft.console.progress import format_duration
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -213,7 +213,7 @@ def evaluation_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
 def finished_line(logs: Mapping[str, Any], steps: int) -> str:
     """Format the last line of a training; `steps` counts the steps of this process. Pure."""
     loss = f", mean loss {_number(logs['train_loss'], '.3f')}" if "train_loss" in logs and steps else ""
-    return f"trained {steps:,} step{'s' * (steps != 1)} in {clock(float(logs['train_runtime']))}{loss}"
+    return f"trained {steps:,} step{'s' * (steps != 1)} in {format_duration(float(logs['train_runtime']))}{loss}"
 
 
 def other_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
@@ -224,7 +224,7 @@ def other_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
 
 def _time_left(pace: Pace, state: Any) -> str:
     seconds = pace.seconds_left(state.max_steps)
-    return "" if seconds is None else f"{clock(seconds)} left"
+    return "" if seconds is None else f"{format_duration(seconds)} left"
 
 
 def _position(logs: Mapping[str, Any], step: int, steps: int) -> str:

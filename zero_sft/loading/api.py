@@ -23,7 +23,7 @@ from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, fetch_weights, locate_model
-from zero_sft.loading.dtype import require_engine_dtype, wanted_dtype
+from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
 from zero_sft.loading.options import LoadOptions, without_removed_options
 from zero_sft.loading.report import Loaded, LoadReport
 from zero_sft.loading.request import LoadRequest, ModelSpec
@@ -182,10 +182,10 @@ def _engine(
     with collective_stage(world, "reading the DeepSpeed config") as stage:
         stage.local = torch.initial_seed()
         ds = ds_configs.load_ds_config(ds_config)
-        requested = wanted_dtype(dtype, config)
+        requested = requested_dtype(dtype, config)
         dtype_name = ds_configs.engine_dtype(ds, requested)
         require_engine_dtype(dtype, requested, dtype_name)
-        ds = ds_configs.concrete(ds, dtype_name, world.node_group_size, world.world_size)
+        ds = ds_configs.resolve_auto(ds, dtype_name, world.node_group_size, world.world_size)
     return ds, dtype_name, stage.gathered[0]
 
 

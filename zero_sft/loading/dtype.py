@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from zero_sft.errors import ArgumentError
 
 
-def wanted_dtype(dtype: object, config: PreTrainedConfig) -> str:
+def requested_dtype(dtype: object, config: PreTrainedConfig) -> str:
     """Return the name of the requested dtype; "auto" means the config's dtype, as in `from_pretrained`."""
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from zero_sft.console.progress import size
+from zero_sft.console.progress import format_bytes
 
 Numbers = Mapping[str, float]
 """The numbers of one rank, as `LoadStats.numbers` returns them."""
@@ -189,7 +189,7 @@ def _count(value: float) -> str:
 
 
 def _speed(value: float) -> str:
-    return f"{size(value)}/s"
+    return f"{format_bytes(value)}/s"
 
 
 def _read_speed(rank: Numbers) -> float:
@@ -247,12 +247,12 @@ _STAGE_TITLES = {
 
 _ROWS = (
     _Row(title="time", value=lambda rank: rank["seconds"], form=_seconds),
-    _summed("read from the checkpoint", "bytes_read", size),
+    _summed("read from the checkpoint", "bytes_read", format_bytes),
     _summed("  in how many reads", "requests", _count),
     _Row(title="  speed", value=_read_speed, form=_speed, total=_speed_of_all),
-    _summed("messages between ranks, none with weights", "bytes_communicated", size),
-    _Row(title="host memory, highest above the start", value=lambda rank: rank["peak_host_bytes"], form=size),
-    _Row(title="device memory, highest above the start", value=lambda rank: rank["peak_device_bytes"], form=size),
+    _summed("messages between ranks, none with weights", "bytes_communicated", format_bytes),
+    _Row(title="host memory, highest above the start", value=lambda rank: rank["peak_host_bytes"], form=format_bytes),
+    _Row(title="device memory, highest above the start", value=lambda rank: rank["peak_device_bytes"], form=format_bytes),
 )
 
 

@@ -73,7 +73,7 @@ def fill_untraceable(match: CheckpointMatch, tensors: Mapping[str, Any], initial
     """
     read_bytes, held_bytes = 0, {}
     groups = list(match.resolution.by_group())
-    for group, names in progress.counted(groups, "computing tensors, once per node", "groups"):
+    for group, names in progress.iterate_with_progress(groups, "computing tensors, once per node", "groups"):
         to_fill = [name for name in names if name not in initialised and shards.is_sharded(tensors[name])]
         if not to_fill:
             continue

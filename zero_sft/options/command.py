@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from zero_sft.errors import ArgumentError
 from zero_sft.options.help import in_full
 from zero_sft.options.names import OptionNames, Translation
-from zero_sft.options.spec import OptionSpec, not_positive
+from zero_sft.options.spec import OptionSpec, positivity_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Command:
             for name in self.required
             if name not in read.values
         ]
-        read.require_usable([*missing, *not_positive(read.values, self.positive)])
+        read.require_usable([*missing, *positivity_errors(read.values, self.positive)])
         return SimpleNamespace(**{name: read.values.get(name, spec.default) for name, spec in specs.items()}), read.notes
 
     def help_text(self, topic: str | None = None) -> str | None:

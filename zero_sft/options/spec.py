@@ -179,7 +179,7 @@ def _kinds(hint: Any) -> tuple[set[str], tuple[str, ...]]:
     return {_PLAIN[origin or hint]} if (origin or hint) in _PLAIN else set(), ()
 
 
-def not_positive(values: Mapping[str, Any], names: Iterable[str]) -> list[ArgumentError]:
+def positivity_errors(values: Mapping[str, Any], names: Iterable[str]) -> list[ArgumentError]:
     """Return an error for each number under these `names` that is not above 0 and below 2**31."""
     numbers = [(name, number) for name in names for number in _as_list(values.get(name))]
     return [

@@ -33,12 +33,12 @@ from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.plan.partition import full_range
 from zero_sft.plan.plan import FillTarget, SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions
-from zero_sft.saving.folder import StagingFolder, explained, find_staging, kept, make_staging
+from zero_sft.saving.folder import StagingFolder, explain_not_placed, explain_write_errors, find_staging, make_staging
 from zero_sft.saving.placing import put_in_place
 from zero_sft.saving.readable import require_readable, unwrapped
 from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
-from zero_sft.storage.writer import write_piece
+from zero_sft.storage.writer import write_copy
 from zero_sft.transformers_internals import names_not_saved, tied_names
 from zero_sft.zero import shards
 from zero_sft.zero.process_group import connect
@@ -71,19 +71,19 @@ def save_pretrained(
     staging: StagingFolder | None = None
     is_complete = False
     try:
-        with collective_stage(world, f"preparing {target}") as stage, explained(target):
+        with collective_stage(world, f"preparing {target}") as stage, explain_write_errors(target):
             stage.must_match = ("files of the export", {"layout": layout.digest()})
             if world.is_main:
                 staging = make_staging(target)
                 stage.local = staging.reference
         staging = staging or find_staging(target, stage.gathered[0])
-        with collective_stage(world, f"preparing {target}"), explained(target):
+        with collective_stage(world, f"preparing {target}"), explain_write_errors(target):
             if world.is_main:
                 _prepare(staging.folder, layout.files, inner, tokenizer)
-        with collective_stage(world, f"writing {target}"), explained(target):
+        with collective_stage(world, f"writing {target}"), explain_write_errors(target):
             _write_shards(staging.folder, layout, tensors, world)
         is_complete = True
-        with collective_stage(world, f"finishing {target}"), kept(staging):
+        with collective_stage(world, f"finishing {target}"), explain_not_placed(staging):
             if world.is_main:
                 put_in_place(staging)
     finally:
@@ -226,7 +226,7 @@ def _write_shards(folder: Path, layout: ExportLayout, tensors: Mapping[str, Any]
                 flat = values.to(tensor.dtype)  # a shard keeps its dtype when a partitioned model is cast
                 for copy in copy_specs(FillTarget(source_map=layout.sources[name], flat_range=flat_range)):
                     stored = layout.stored[copy.source]
-                    write_piece(handles[stored.file], folder / stored.file, flat, copy, stored.offset_bytes)
+                    write_copy(handles[stored.file], folder / stored.file, flat, copy, stored.offset_bytes)
             task.advance(_local_bytes(tensor, world))
         for handle in handles.values():
             os.fsync(handle)

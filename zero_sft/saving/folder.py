@@ -141,10 +141,10 @@ def writable_staging(path: str | Path) -> Iterator[StagingFolder]:
         ExportError: the folder can't be made or written.
     """
     target = resolved(path)
-    with explained(path):
+    with explain_write_errors(path):
         staging = make_staging(path)
     try:
-        with explained(path):
+        with explain_write_errors(path):
             (staging.folder / "probe").write_bytes(b"0")
             if staging.placing is Placing.RENAME:
                 staging.folder.rename(target)
@@ -167,7 +167,7 @@ def leftover_stagings(path: str | Path) -> list[Path]:
     return sorted(folder for parent in (target.parent, target) if parent.is_dir() for folder in parent.glob(pattern))
 
 
-class explained:
+class explain_write_errors:
     """Turn an OSError into an ExportError that names the folder and the remedy."""
 
     def __init__(self, target: str | Path) -> None:
@@ -185,7 +185,7 @@ class explained:
             ) from error
 
 
-class kept:
+class explain_not_placed:
     """Turn an OSError of the last step into a NotPlacedError that names the finished staging folder."""
 
     def __init__(self, staging: StagingFolder) -> None:

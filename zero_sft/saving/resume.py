@@ -10,7 +10,7 @@ from typing import Any
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
-from zero_sft.saving.trainer_checkpoint import WEIGHTS_ALONE, NotWholeError, TrainerCheckpoint, inspect
+from zero_sft.saving.trainer_checkpoint import WEIGHTS_ALONE, IncompleteCheckpointError, TrainerCheckpoint, inspect_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def find_checkpoint(
     """Return the checkpoint in the folder `wanted`, or for True the newest complete one in `output_dir`. Rank 0.
 
     Args:
-        ds_config: this run's DeepSpeed config; `inspect` explains its use.
+        ds_config: this run's DeepSpeed config; `inspect_checkpoint` explains its use.
         bf16: whether this run's engine trains in bf16; None if that is not known.
 
     Raises:
@@ -106,12 +106,12 @@ def _named(asked: str, folder: Path, ds_config: Mapping[str, Any] | None) -> Tra
             f"{asked}: no folder {folder}. Leave the option out to start from scratch.", code="resume.no_such_folder"
         )
     try:
-        return inspect(folder, ds_config)
-    except NotWholeError as error:
+        return inspect_checkpoint(folder, ds_config)
+    except IncompleteCheckpointError as error:
         raise ArgumentError(f"{asked}: {_unusable(folder, error)}", code=error.code) from error
 
 
-def _unusable(folder: Path, error: NotWholeError) -> str:
+def _unusable(folder: Path, error: IncompleteCheckpointError) -> str:
     if error.code == WEIGHTS_ALONE:
         return (
             f"{folder} can't be resumed from: {error}. Continue from these weights with a new optimizer: --model_name_or_path "
@@ -123,19 +123,19 @@ def _unusable(folder: Path, error: NotWholeError) -> str:
 
 
 def _is_complete(folder: Path) -> bool:
-    with contextlib.suppress(NotWholeError, OSError):
-        inspect(folder)
+    with contextlib.suppress(IncompleteCheckpointError, OSError):
+        inspect_checkpoint(folder)
         return True
     return False
 
 
 def _newest(asked: str, output_dir: Path, ds_config: Mapping[str, Any] | None) -> TrainerCheckpoint:
     """Return the newest complete checkpoint; log a warning for each newer one that is passed over."""
-    problems: list[tuple[Path, NotWholeError]] = []
+    problems: list[tuple[Path, IncompleteCheckpointError]] = []
     for folder in _newest_first(output_dir):
         try:
-            checkpoint = inspect(folder, ds_config)
-        except NotWholeError as error:
+            checkpoint = inspect_checkpoint(folder, ds_config)
+        except IncompleteCheckpointError as error:
             problems.append((folder, error))
             continue
         for path, error in problems:

@@ -35,7 +35,7 @@ class SaveSizes:
         return self.export_bytes + self.checkpoints * self.checkpoint_bytes
 
 
-def sizes_of(spec: ModelSpec) -> tuple[int, int]:
+def export_sizes(spec: ModelSpec) -> tuple[int, int]:
     """Return the bytes of the exported weights and the number of parameter elements. Any rank; does not communicate."""
     model, state = skeleton.build_on_meta(spec)
     tied = tied_names(model)
@@ -114,7 +114,7 @@ def _size(nbytes: int) -> str:
     return f"{nbytes:,} bytes"
 
 
-def state_bytes_of(optimizer: str) -> int:
+def optimizer_state_bytes(optimizer: str) -> int:
     """Return the least bytes of optimizer state per element: two fp32 moments for Adam variants, 0 for unknown optimizers."""
     name = optimizer.lower().replace("_", "")
     return 8 if name in ("adam", "adamw", "adamwtorch", "adamwtorchfused", "fusedadam", "deepspeedcpuadam") else 0

@@ -41,7 +41,7 @@ WEIGHTS_ALONE = "resume.weights_alone"
 """Error code of a checkpoint that was saved without the optimizer's state."""
 
 
-class NotWholeError(ArgumentError):
+class IncompleteCheckpointError(ArgumentError):
     """A folder is not a complete checkpoint; the message gives the reason."""
 
 
@@ -65,7 +65,7 @@ class TrainerCheckpoint:
         )
 
 
-def inspect(folder: Path, ds_config: Mapping[str, Any] | None = None) -> TrainerCheckpoint:
+def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None) -> TrainerCheckpoint:
     """Check every file of a checkpoint. `ds_config` decides which files this run needs in addition to those of every run.
 
     Raises:
@@ -78,7 +78,7 @@ def inspect(folder: Path, ds_config: Mapping[str, Any] | None = None) -> Trainer
     model_ranks = {int(match[1]) for name in names if (match := _MODEL_STATES.fullmatch(name))}
     optimizer_is_bf16 = {int(match[2]): bool(match[1]) for name in names if (match := _OPTIM_STATES.fullmatch(name))}
     if not model_ranks | optimizer_is_bf16.keys():
-        raise NotWholeError(f"{states.name} holds no states of DeepSpeed", code="resume.no_deepspeed_state")
+        raise IncompleteCheckpointError(f"{states.name} holds no states of DeepSpeed", code="resume.no_deepspeed_state")
     rng_ranks = {int(match[1]) for path in folder.iterdir() if (match := _RNG_STATE.fullmatch(path.name))}
     world_size = _recorded_world_size(states, folder) or 1 + max(model_ranks | optimizer_is_bf16.keys() | rng_ranks)
     bf16 = optimizer_is_bf16.get(0, any(optimizer_is_bf16.values()))
@@ -92,19 +92,21 @@ def inspect(folder: Path, ds_config: Mapping[str, Any] | None = None) -> Trainer
     if ((sections.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device") == "nvme":
         for rank in range(checkpoint.world_size):
             if not (states / "offloaded_tensors" / f"rank{rank:02d}").is_dir():
-                raise NotWholeError(f"{states.name}/offloaded_tensors/rank{rank:02d} is missing", code="resume.file_missing")
+                raise IncompleteCheckpointError(
+                    f"{states.name}/offloaded_tensors/rank{rank:02d} is missing", code="resume.file_missing"
+                )
     return checkpoint
 
 
 def _require_not_weights_alone(folder: Path) -> None:
     has_states = (folder / "latest").exists() or any(folder.glob("global_step*"))
     if not has_states and any((folder / name).exists() for name in _WEIGHTS):
-        raise NotWholeError(
+        raise IncompleteCheckpointError(
             "it holds weights without the optimizer's state (--save_only_model)",
             code=WEIGHTS_ALONE,
         )
     if not has_states:
-        raise NotWholeError("it holds no state of DeepSpeed's", code="resume.no_deepspeed_state")
+        raise IncompleteCheckpointError("it holds no state of DeepSpeed's", code="resume.no_deepspeed_state")
 
 
 def _global_step(folder: Path) -> int:
@@ -112,11 +114,13 @@ def _global_step(folder: Path) -> int:
     try:
         step = json.loads(path.read_bytes())["global_step"]
     except FileNotFoundError as error:
-        raise NotWholeError("trainer_state.json is missing", code="resume.file_missing") from error
+        raise IncompleteCheckpointError("trainer_state.json is missing", code="resume.file_missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotWholeError(f"trainer_state.json can't be read ({error!r:.100})", code="resume.bad_trainer_state") from error
+        raise IncompleteCheckpointError(
+            f"trainer_state.json can't be read ({error!r:.100})", code="resume.bad_trainer_state"
+        ) from error
     if type(step) is not int:
-        raise NotWholeError(
+        raise IncompleteCheckpointError(
             f"trainer_state.json has the global_step {step!r}, expected a number", code="resume.bad_trainer_state"
         )
     return step
@@ -128,16 +132,18 @@ def _latest(folder: Path, step: int) -> Path:
     try:
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
     except FileNotFoundError as error:
-        raise NotWholeError("the file `latest` is missing", code="resume.file_missing") from error
+        raise IncompleteCheckpointError("the file `latest` is missing", code="resume.file_missing") from error
     except (OSError, ValueError) as error:
-        raise NotWholeError(f"the file `latest` can't be read ({error!r:.100})", code="resume.file_unreadable") from error
+        raise IncompleteCheckpointError(
+            f"the file `latest` can't be read ({error!r:.100})", code="resume.file_unreadable"
+        ) from error
     if tag != expected:
-        raise NotWholeError(
+        raise IncompleteCheckpointError(
             f"the file `latest` names {tag!r:.60}, and trainer_state.json is of step {step}",
             code="resume.latest_is_of_another_step",
         )
     if not (folder / tag).is_dir():
-        raise NotWholeError(f"the folder {tag} is missing", code="resume.file_missing")
+        raise IncompleteCheckpointError(f"the folder {tag} is missing", code="resume.file_missing")
     return folder / tag
 
 
@@ -159,10 +165,12 @@ def _require_archive(path: Path, folder: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             archive.namelist()
     except FileNotFoundError as error:
-        raise NotWholeError(f"{name} is missing", code="resume.file_missing") from error
+        raise IncompleteCheckpointError(f"{name} is missing", code="resume.file_missing") from error
     except zipfile.BadZipFile as error:
-        raise NotWholeError(
+        raise IncompleteCheckpointError(
             f"{name} is empty" if size == 0 else f"{name} is truncated or damaged ({size:,} bytes)", code="resume.file_damaged"
         ) from error
     except OSError as error:
-        raise NotWholeError(f"{name} can't be read ({error.strerror or error})", code="resume.file_unreadable") from error
+        raise IncompleteCheckpointError(
+            f"{name} can't be read ({error.strerror or error})", code="resume.file_unreadable"
+        ) from error

@@ -37,7 +37,7 @@ def fill(
     destinations: Mapping[str, torch.Tensor],
     threads: int = 1,
     identities: Mapping[str, FileIdentity] | None = None,
-    dequantise: Dequantize | None = None,
+    dequantize: Dequantize | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> int:
     """Read all `reads` into `destinations` (flat tensors by target name). Returns the number of bytes read.
@@ -46,7 +46,7 @@ def fill(
 
     Args:
         identities: the files' identities, by path, when the reads were planned.
-        dequantise: the arithmetic for reads with scales.
+        dequantize: the arithmetic for reads with scales.
         advance: called with the number of bytes after each read of at most 32 MiB, from several threads.
 
     Raises:
@@ -56,7 +56,7 @@ def fill(
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for read in reads for path in _files(read))
         handles = {path: stack.enter_context(opened(path, identities.get(path))) for path in paths}
-        job = _Job(handles=handles, destinations=destinations, dequantize=dequantise, advance=advance)
+        job = _Job(handles=handles, destinations=destinations, dequantize=dequantize, advance=advance)
         pieces = [piece for read in reads for piece in _pieces(read)]
         if threads <= 1:
             _work(job, iter(pieces))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zero_sft.checkpoint.folder_kind import placeholder
+from zero_sft.checkpoint.folder_kind import describe_placeholder
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.errors import CheckpointError
 from zero_sft.storage.dtypes import STORED_DTYPES
@@ -69,8 +69,8 @@ def _size_of_zip(path: str) -> int:
             f"  import torch; torch.save(torch.load({path!r}, weights_only=True), {path!r})",
             code="checkpoint.compressed",
         )
-    if not is_zip and placeholder(Path(path)):
-        raise CheckpointError(placeholder(Path(path)), code="checkpoint.placeholder_file")
+    if not is_zip and describe_placeholder(Path(path)):
+        raise CheckpointError(describe_placeholder(Path(path)), code="checkpoint.placeholder_file")
     if not is_zip:
         raise CheckpointError(
             f"{path} is not a zip file: it is truncated, or was saved by a torch before 1.6. If it is complete, convert it "

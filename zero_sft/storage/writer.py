@@ -33,7 +33,7 @@ def write_at(handle: int, path: Path, flat: torch.Tensor, offset_bytes: int) -> 
                 raise
 
 
-def write_piece(handle: int, path: Path, flat: torch.Tensor, piece: CopySpec, offset_bytes: int) -> None:
+def write_copy(handle: int, path: Path, flat: torch.Tensor, piece: CopySpec, offset_bytes: int) -> None:
     """Write the elements of `flat` that a load would read with `piece` into the stored tensor at `offset_bytes`.
 
     Each contiguous run is written separately, because the bytes between runs belong to other ranks.

@@ -52,7 +52,7 @@ def operator_builder() -> Any:
     return OpBuilder
 
 
-def give_defaults(optimizer: Any) -> None:
+def set_optimizer_defaults(optimizer: Any) -> None:
     """Copy `defaults` from the inner optimizer to DeepSpeed's ZeRO optimizer, which accelerate may have wrapped."""
     outer = getattr(optimizer, "optimizer", optimizer)
     inner: Any = getattr(outer, "optimizer", None)

@@ -41,7 +41,7 @@ _LOCAL_FILE_SYSTEMS = frozenset([
 _COMPILERS = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDA_HOME", "ROCM_HOME", "DS_ENABLE_NINJA")
 
 
-def prefer_own_ninja() -> None:
+def prefer_environment_ninja() -> None:
     """Put this environment's folder of programs first on PATH, if it has ninja. Does not communicate.
 
     torch uses the first `ninja` on PATH.
@@ -52,7 +52,7 @@ def prefer_own_ninja() -> None:
         os.environ["PATH"] = os.pathsep.join(filter(None, (programs, path)))
 
 
-def keep_operators_apart() -> None:
+def install_operator_builder() -> None:
     """Patch DeepSpeed, for the rest of the process, to build its operators as this module describes. Does not communicate.
 
     Call this before DeepSpeed joins the ranks, because its CPU backend loads an operator then. Further calls change nothing.
@@ -70,7 +70,7 @@ def keep_operators_apart() -> None:
 
     setattr(jit_load, "builds_in_own_folder", True)  # noqa: B010 - function attributes have no type stub
     builder.jit_load = jit_load
-    prefer_own_ninja()
+    prefer_environment_ninja()
 
 
 def operators_folder() -> Path:

@@ -18,8 +18,8 @@ from zero_sft import errors
 from zero_sft.cluster.control_group import init_control_group
 from zero_sft.cluster.world import World
 from zero_sft.zero.devices import require_own_device
-from zero_sft.zero.operators import keep_operators_apart
-from zero_sft.zero.shared_memory import unlink_own
+from zero_sft.zero.operators import install_operator_builder
+from zero_sft.zero.shared_memory import unlink_shared_memory
 
 
 def connect(world: World) -> World:
@@ -50,7 +50,7 @@ def _devices() -> str:
 
 def _start_default_group(world: World) -> None:
     require_own_device(world)
-    keep_operators_apart()
+    install_operator_builder()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     if world.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -69,7 +69,7 @@ def _start_default_group(world: World) -> None:
             raise
         raise _port_is_taken(int(os.environ["MASTER_PORT"])) from error
     dist.barrier()
-    unlink_own(world.rank)
+    unlink_shared_memory(world.rank)
 
 
 def _port_is_taken(port: int) -> errors.ConfigError:

@@ -12,7 +12,7 @@ from pathlib import Path
 _FOLDER = Path("/dev/shm")
 
 
-def unlink_own(rank: int) -> None:
+def unlink_shared_memory(rank: int) -> None:
     """Remove this rank's file. Every rank; does not communicate. Call it after a barrier that follows the backend's start."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     with contextlib.suppress(FileNotFoundError, PermissionError):

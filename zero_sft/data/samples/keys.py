@@ -27,7 +27,7 @@ from zero_sft.data.samples.key_meanings import (
     selects_default,
 )
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line
+from zero_sft.printable import excerpt
 
 _REMEDY = {
     MASK: 'Mark turns with "train": false instead, or remove the key.',
@@ -81,7 +81,7 @@ def unread_keys(
                 f"Give --data_format {format_name} to train on the other texts alone, or remove the key."
             )
             raise DataError(
-                f"{where}: `{on_one_line(key)}` is not read in the format {format_name}: it is {meaning}. {remedy}",
+                f"{where}: `{excerpt(key)}` is not read in the format {format_name}: it is {meaning}. {remedy}",
                 code="data.key_of_another_format",
             )
         unread.append(key)
@@ -124,13 +124,13 @@ def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
         for key in ("train", "loss", "loss_scale"):
             if verdicts.get(key):
                 raise DataError(
-                    f'{place}: "{key}": {on_one_line(repr(turn[key]))} asks to train on this turn, but only answers are '
+                    f'{place}: "{key}": {excerpt(repr(turn[key]))} asks to train on this turn, but only answers are '
                     "trained on. Remove the key.",
                     code="data.only_answers_are_trained_on",
                 )
         return False
     if len(set(verdicts.values())) > 1:
-        marks = " and ".join(f'"{key}": {on_one_line(repr(turn[key]))}' for key in verdicts)
+        marks = " and ".join(f'"{key}": {excerpt(repr(turn[key]))}' for key in verdicts)
         raise DataError(f"{place}: {marks} contradict each other. Keep one of them.", code="data.contradicting_keys")
     return all(verdicts.values())
 
@@ -145,8 +145,7 @@ def _verdict(key: str, value: Any, place: str) -> bool:
     if flag is None or (key == "mask" and is_number):  # a number is ambiguous: 1 may mean "train" or "leave out"
         expected = "0 or 1" if key in ("weight", "loss_scale") else "true or false"
         raise DataError(
-            f'{place}: "{key}": {on_one_line(repr(value))}; expected {expected}. "train": false leaves '
-            "an answer out of the loss.",
+            f'{place}: "{key}": {excerpt(repr(value))}; expected {expected}. "train": false leaves an answer out of the loss.',
             code="data.bad_value_of_key",
         )
     return flag != (key == "mask")
@@ -167,7 +166,7 @@ def require_known_turn(turn: Mapping[str, Any], place: str, *, names: Collection
         if key in HARMLESS_OF_TURNS:
             notes.append(key)
             continue
-        raise DataError(f"{place}: {_why_refused(on_one_line(key), meaning_of(key, 'messages'))}", code="data.key_refused")
+        raise DataError(f"{place}: {_why_refused(excerpt(key), meaning_of(key, 'messages'))}", code="data.key_refused")
     return tuple(notes)
 
 

@@ -90,5 +90,5 @@ def _train_on_last_answer(sample: Sample) -> Sample:
     return replace(sample, turns=tuple(turns))
 
 
-PLAIN = SampleParser()
+DEFAULT_PARSER = SampleParser()
 """A parser with all options at their defaults."""

@@ -35,7 +35,7 @@ from zero_sft.data.samples.conversation import (
 from zero_sft.data.samples.key_meanings import is_empty
 from zero_sft.data.samples.keys import is_trained, renders, require_known_turn, unread_keys
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line
+from zero_sft.printable import excerpt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         texts, chosen = _texts_of(parsed.sample), data_format is not None
         unread = unread_keys(sample, where, format_name=name, read=read, chosen=chosen, texts=texts)
         return name, replace(parsed, unread=(*parsed.unread, *unread)) if unread else parsed
-    keys = ", ".join([f"{on_one_line(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
+    keys = ", ".join([f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     expected = f"expected {EXPECTED}"
     if data_format:
         expected = f"--data_format {data_format}: expected {SAMPLE_FORMATS[data_format].example}"
@@ -115,7 +115,7 @@ def _hint(sample: Mapping[str, Any]) -> str:
             and isinstance(value[0], Mapping)
             and any(_has_keys(value[0], name) for name in SAMPLE_FORMATS)
         ):
-            return f" The samples seem to be in `{on_one_line(key)}`: write only that list."
+            return f" The samples seem to be in `{excerpt(key)}`: write only that list."
     if all(sample.get(key) is not None for key in ("chosen", "rejected")):
         return " Answers to compare (`chosen`, `rejected`) are not read: write the chosen one as `completion`."
     return ""
@@ -161,13 +161,13 @@ def _history(sample: Mapping[str, Any], where: str) -> list:
         return []
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise DataError(
-            f"{where}: `history` must be a list of pairs of a question and an answer; got {on_one_line(pairs)}.",
+            f"{where}: `history` must be a list of pairs of a question and an answer; got {excerpt(pairs)}.",
             code="data.bad_history",
         )
     for number, pair in enumerate(pairs, start=1):
         for text, part in zip(pair, ("first text, the question,", "second text, the answer,"), strict=True):
             if not isinstance(text, str):
-                fault = "is missing (null)" if text is None else f"must be a text; got {on_one_line(text)}"
+                fault = "is missing (null)" if text is None else f"must be a text; got {excerpt(text)}"
                 raise DataError(
                     f'{where}, pair {number} of `history`: its {part} {fault}. Write a text, "" for none, or remove the pair.',
                     code="data.bad_history",
@@ -261,10 +261,10 @@ def _parse_turns(
         role, text = (turn.get(name) for name in names) if isinstance(turn, Mapping) else (None, None)
         if not isinstance(role, str) or not isinstance(text, str):
             example = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
-            raise _bad_turn(f"{place}: expected {example} with texts; got {on_one_line(turn)}.", role, text, names[1])
+            raise _bad_turn(f"{place}: expected {example} with texts; got {excerpt(turn)}.", role, text, names[1])
         if role not in roles:
             raise DataError(
-                f"{place}: unknown role {on_one_line(repr(role))}; expected one of {', '.join(roles)}.",
+                f"{place}: unknown role {excerpt(repr(role))}; expected one of {', '.join(roles)}.",
                 code="data.unknown_role",
             )
         trained = is_trained(turn, place, is_answer=roles[role] == ASSISTANT)
@@ -298,7 +298,7 @@ def _text_or_empty(sample: Mapping[str, Any], key: str, where: str) -> str:
 
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: `{key}` must be a text; got {on_one_line(value)}.", code="data.not_a_text")
+        raise DataError(f"{where}: `{key}` must be a text; got {excerpt(value)}.", code="data.not_a_text")
     return _unicode(value, where)
 
 

@@ -13,7 +13,7 @@ from zero_sft.data.sources.hub_dataset import HubDataset
 from zero_sft.data.sources.local_files import LocalFiles, is_named_as_data
 from zero_sft.errors import DataError
 
-Data = LocalFiles | HubDataset
+DataSource = LocalFiles | HubDataset
 
 _MIN_WEIGHT_RATIO = 1e-6
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -25,7 +25,7 @@ _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>\w[\w.-]*)
 class Source:
     """One source and its weight in the mixture (None: every sample once); `text` is what the user wrote, for messages."""
 
-    data: Data
+    data: DataSource
     weight: float | None = None
     text: str = field(default="", compare=False)
 
@@ -128,7 +128,7 @@ def _url_error(part: str) -> DataError:
     )
 
 
-def _data(name: str) -> Data:
+def _data(name: str) -> DataSource:
     """Return the local file or folder of that name; if there is none, the hub dataset that the name may stand for."""
     path, match = Path(name).expanduser(), _HUB_ID.fullmatch(name)
     folder, _, split = name.rpartition(":")

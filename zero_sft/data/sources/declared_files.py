@@ -15,7 +15,7 @@ from typing import Any
 
 from zero_sft.data.sources.text_io import readable
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line
+from zero_sft.printable import excerpt
 
 README, _YAML = "README.md", ".huggingface.yaml"
 TRAIN = "train"
@@ -53,7 +53,7 @@ def declared_in(folder: Path) -> DeclaredFiles | None:
     if not isinstance(configs, list) or not all(isinstance(config, Mapping) for config in configs):
         raise _not_understood(source, "configs", configs, "a list of configurations, with config_name and data_files")
     if len(configs) > 1:
-        names = ", ".join(on_one_line(config.get("config_name")) for config in configs)
+        names = ", ".join(excerpt(config.get("config_name")) for config in configs)
         raise DataError(
             f"{folder} has several configurations according to its {source.name}: {names}. Name the folder or the files of "
             "one configuration.",
@@ -149,5 +149,5 @@ def _read_metadata(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 def _not_understood(source: Path, key: str, value: Any, expected: str) -> DataError:
     return DataError(
-        f"{source}: `{key}` must be {expected}; got {on_one_line(repr(value))}. {_REMEDY}", code="data.readme_not_understood"
+        f"{source}: `{key}` must be {expected}; got {excerpt(repr(value))}. {_REMEDY}", code="data.readme_not_understood"
     )

@@ -18,7 +18,7 @@ from zero_sft.data.sources.file_kinds import require_kind
 from zero_sft.data.sources.splits import ChosenSplit, choose_split
 from zero_sft.data.sources.text_io import COMPRESSED, open_text, readable
 from zero_sft.errors import CheckpointError, DataError
-from zero_sft.printable import on_one_line, printable
+from zero_sft.printable import excerpt, printable
 
 _TEXTS = (".json", ".jsonl")
 _PARQUET = ".parquet"
@@ -263,7 +263,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
             opened = True
             if len(set(names)) < len(names):
                 raise DataError(
-                    f"{path} has duplicate names among its columns {', '.join(map(on_one_line, names))}. Rename them.",
+                    f"{path} has duplicate names among its columns {', '.join(map(excerpt, names))}. Rename them.",
                     code="data.duplicate_columns",
                 )
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -302,7 +302,7 @@ def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {on_one_line(repr(next(key for key in keys if keys.count(key) > 1)))}")
+        raise ValueError(f"duplicate key {excerpt(repr(next(key for key in keys if keys.count(key) > 1)))}")
     return fields
 
 
@@ -312,4 +312,4 @@ def _excerpt(text: str, position: int) -> str:
 
 def _id_suffix(sample: Any) -> str:
     sample_id = sample.get("id") if isinstance(sample, Mapping) else None
-    return f" (id {on_one_line(repr(sample_id))})" if isinstance(sample_id, str | int) else ""
+    return f" (id {excerpt(repr(sample_id))})" if isinstance(sample_id, str | int) else ""

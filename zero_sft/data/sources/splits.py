@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from zero_sft.data.sources.declared_files import TRAIN, declared_in
 from zero_sft.errors import DataError
-from zero_sft.printable import on_one_line
+from zero_sft.printable import excerpt
 
 _KEYWORDS = {
     TRAIN: ("train", "training"),
@@ -119,7 +119,7 @@ def _select(folder: Path, by_split: _Splits, selected: set[str | None]) -> Chose
     """
     missing = [pattern for split in by_split.files if split in selected for pattern in by_split.unmatched.get(split, ())]
     if missing:
-        listed = ", ".join(on_one_line(repr(pattern)) for pattern in missing)
+        listed = ", ".join(excerpt(repr(pattern)) for pattern in missing)
         raise DataError(
             f"{by_split.source} declares {listed}, but {folder} has no .json, .jsonl or .parquet file of "
             "that name. Download it, or repair the README.",

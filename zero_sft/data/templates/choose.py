@@ -8,7 +8,7 @@ from zero_sft.data.sources.text_io import read_text
 from zero_sft.data.templates.jinja import NAMED, ChatTemplate
 from zero_sft.data.templates.probe import probe_template
 from zero_sft.data.templates.rendered import RenderedText
-from zero_sft.data.templates.vicuna import VICUNA, VicunaTemplate, vicuna_stop
+from zero_sft.data.templates.vicuna import VICUNA, VicunaTemplate, vicuna_turn_end
 from zero_sft.errors import DataError
 
 MODEL = "model"
@@ -47,7 +47,7 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
     """
     tokenizer_template: Any = getattr(tokenizer, "chat_template", None)
     if name == VICUNA or (name is None and not tokenizer_template):
-        return VicunaTemplate(stop=vicuna_stop(tokenizer))
+        return VicunaTemplate(stop=vicuna_turn_end(tokenizer))
     source = None
     if name in NAMED:
         source, stop = NAMED[name]

@@ -35,7 +35,7 @@ _VICUNA_JINJA = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VicunaTemplate:
-    """FastChat's `vicuna_v1.1`; `stop` is the token that ends an answer, see `vicuna_stop`."""
+    """FastChat's `vicuna_v1.1`; `stop` is the token that ends an answer, see `vicuna_turn_end`."""
 
     stop: str = VICUNA_STOP
     name = VICUNA
@@ -93,7 +93,7 @@ class VicunaTemplate:
         return _VICUNA_JINJA.format(**{name: json.dumps(word, ensure_ascii=False) for name, word in words.items()})
 
 
-def vicuna_stop(tokenizer: Any) -> str:
+def vicuna_turn_end(tokenizer: Any) -> str:
     """Return "</s>" if it is a special token of the tokenizer, otherwise its end-of-sequence token.
 
     In some vocabularies, such as Gemma's, "</s>" is an ordinary token (HTML's tag), or several tokens. Neither would stop

@@ -7,12 +7,12 @@ from pathlib import Path
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError
-from zero_sft.saving.folder import explained, find_staging, leftover_stagings, writable_staging
+from zero_sft.saving.folder import explain_write_errors, find_staging, leftover_stagings, writable_staging
 
 logger = logging.getLogger(__name__)
 
 
-def rehearse_writing(path: str | Path, world: World) -> None:
+def check_writing(path: str | Path, world: World) -> None:
     """Make a staging folder for `path`, let one rank of each node write to it, and remove it. Every rank.
 
     Communicates. Leaves nothing behind except parent folders of `path`.
@@ -27,7 +27,7 @@ def rehearse_writing(path: str | Path, world: World) -> None:
                     logger.warning("%s was left by a run that did not end well: move what you need, and remove it", leftover)
                 stage.local = stack.enter_context(writable_staging(path)).reference
         staging = find_staging(path, stage.gathered[0])
-        with collective_stage(world, "writing to the output folder"), explained(path):
+        with collective_stage(world, "writing to the output folder"), explain_write_errors(path):
             if world.leads_node:
                 if not staging.folder.is_dir():
                     raise ExportError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def shipped(kind: str, name: str = "") -> Path:
+def packaged_file(kind: str, name: str = "") -> Path:
     """Return the path of a shipped file in the folder `kind` ("ds_configs" or "examples"), or of that folder without `name`."""
     package = Path(__file__).resolve().parent
     folder = package / kind

@@ -3,18 +3,20 @@
 import logging
 from typing import Any
 
-from zero_sft.arguments import Parsed
+from zero_sft.arguments import ParsedArguments
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.templates.choose import Template
-from zero_sft.generation_config import eos_token_ids, inconsistent, read_generation_config, stop_at, turn_ends
+from zero_sft.generation_config import eos_token_ids, inconsistent_settings, read_generation_config, stop_at, turn_ends
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
 from zero_sft.saving.settings import rehearse_settings
 
 logger = logging.getLogger("zero_sft.train")
 
 
-def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World) -> Any:
+def check_export_settings(
+    parsed: ParsedArguments, config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World
+) -> Any:
     """Return the generation config of the export, after a trial save of it, the config and the tokenizer.
 
     Every rank; communicates.
@@ -30,7 +32,7 @@ def rehearse_export(parsed: Parsed, config: Any, tokenizer: Any, template: Templ
         if world.is_main:
             rehearse_settings(config, generation, tokenizer, template.jinja(tokenizer))
     if world.is_main:
-        if names := inconsistent(generation):
+        if names := inconsistent_settings(generation):
             logger.warning(
                 "generation_config.json of %s sets %s, which transformers considers inconsistent; they are saved unchanged",
                 source.name,
