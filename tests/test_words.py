@@ -44,7 +44,7 @@ def texts(source: str) -> Iterator[tuple[int, str]]:
     """Lines and texts of all comments and strings, docstrings among them, without what stands in backticks."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type in (tokenize.COMMENT, tokenize.STRING):
-            yield token.start[0], re.sub(r"`[^`]*`", "", token.string)
+            yield token.start[0], " ".join(re.sub(r"`[^`]*`", "", token.string).split())
 
 
 def openings(source: str) -> list[tuple[int, str]]:
