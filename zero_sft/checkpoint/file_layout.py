@@ -68,7 +68,7 @@ def _file(file: str, group: list[tuple[str, str, tuple[int, ...]]]) -> FileLayou
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     offset_bytes = 8 + len(text)
-    stored = []
+    stored: list[StoredTensor] = []
     for name, dtype, shape in group:
         nbytes = _nbytes(dtype, shape)
         stored.append(StoredTensor(name=name, file=file, dtype=dtype, shape=shape, offset_bytes=offset_bytes, nbytes=nbytes))

@@ -108,7 +108,7 @@ def describe_placeholder(path: Path) -> str:
 
 def first_placeholder(paths: Sequence[Path]) -> str:
     """Return the description of the first file that is a placeholder, or ""."""
-    return next(filter(None, map(describe_placeholder, paths)), "")
+    return next((text for text in map(describe_placeholder, paths) if text), "")
 
 
 def _checkpoints(folder: Path) -> list[str]:

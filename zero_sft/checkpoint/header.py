@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from zero_sft.checkpoint.folder_kind import describe_placeholder
 from zero_sft.errors import CheckpointError
@@ -107,14 +107,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
 
 def _parse(path: str, text: bytes, data_start_bytes: int) -> list[StoredTensor]:
     try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
+        header: Any = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             _damaged(path, f"a header that is not JSON ({error})"), code="checkpoint.header_not_json"
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(_damaged(path, "a header that is not a JSON object"), code="checkpoint.header_not_an_object")
-    return [_entry(path, name, raw, data_start_bytes) for name, raw in header.items() if name != "__metadata__"]
+    entries = cast("dict[str, Any]", header)
+    return [_entry(path, name, raw, data_start_bytes) for name, raw in entries.items() if name != "__metadata__"]
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class CheckpointFiles:
     identities: tuple[FileIdentity, ...]
     read: ReadHeader
     index: Path | None = None
-    weight_map: Mapping[str, str] = field(default_factory=dict)
+    weight_map: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file by name."""

@@ -65,7 +65,7 @@ def concatenate(parts: Iterable[tuple[Shape, Regions]], dim: int) -> Regions:
 
 def narrow(regions: Regions, dim: int, start: int, stop: int, step: int = 1) -> Regions:
     """Select the indices `start, start + step, ... < stop` of dimension `dim`; they become `0, 1, ...`."""
-    result = []
+    result: list[Region] = []
     for region in regions:
         low, size, stride = region.start[dim], region.sizes[dim], region.strides[dim]
         first = max(start, low + (start - low) % step if low > start else start)  # the first selected index in the box
@@ -122,7 +122,7 @@ def permute(regions: Regions, order: Sequence[int]) -> Regions:
 def expand(regions: Regions, shape: Shape, new_shape: Shape) -> Regions:
     """Expand dimensions of size 1 to `new_shape`, which has the same number of dimensions."""
     repeated = [d for d in range(len(shape)) if shape[d] == 1 != new_shape[d]]
-    result = []
+    result: list[Region] = []
     for region in regions:
         sizes, strides = region.sizes, region.strides
         for d in repeated:
@@ -141,8 +141,8 @@ def reshape(regions: Regions, shape: Shape, new_shape: Shape) -> Regions:
         return ()
     for dim in [d for d in reversed(range(len(shape))) if shape[d] == 1]:
         regions = drop_dim(regions, dim)
-    old = tuple(size for size in shape if size != 1)
-    new = tuple(size for size in new_shape if size != 1)
+    old: Shape = tuple(size for size in shape if size != 1)
+    new: Shape = tuple(size for size in new_shape if size != 1)
     dim = 0
     for old_group, new_group in _groups(old, new):
         if old_group != new_group:
@@ -183,7 +183,7 @@ def _merge(regions: Regions, dim: int, inner: int) -> Regions:
 
     A box stays one box if its rows are complete and consecutive in the source. Otherwise each row becomes a box.
     """
-    result = []
+    result: list[Region] = []
     for region in regions:
         (low, start), (rows, size) = region.start[dim : dim + 2], region.sizes[dim : dim + 2]
         (row_stride, stride) = region.strides[dim : dim + 2]
@@ -201,7 +201,7 @@ def _split(regions: Regions, dim: int, inner: int) -> Regions:
 
     A box becomes up to three: the end of its first row, its complete rows, and the beginning of its last row.
     """
-    result = []
+    result: list[Region] = []
     for region in regions:
         low, stop, stride = region.start[dim], region.start[dim] + region.sizes[dim], region.strides[dim]
         first_row, stop_row = -(-low // inner), stop // inner  # complete rows

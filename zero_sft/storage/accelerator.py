@@ -1,5 +1,6 @@
 """DeepSpeed's accelerator, for the device-specific parts of this folder. It is imported only when a function needs it."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,8 @@ import torch
 
 def accelerator() -> Any:
     """Return DeepSpeed's accelerator object (CUDA, CPU, XPU, ...)."""
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator()
+    module: Any = importlib.import_module("deepspeed.accelerator")
+    return module.get_accelerator()
 
 
 def pinned_zeros(numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -29,13 +29,14 @@ class ArenaSlot:
 
 def allocate(slots: Sequence[ArenaSlot]) -> Mapping[str, torch.Tensor]:
     """Allocate a zeroed flat tensor for every slot, in one arena per (dtype, device, pinned)."""
-    groups: dict[tuple, list[ArenaSlot]] = {}
+    groups: dict[tuple[torch.dtype, torch.device, bool], list[ArenaSlot]] = {}
     for slot in slots:
         groups.setdefault((slot.dtype, slot.device, slot.pinned), []).append(slot)
     tensors: dict[str, torch.Tensor] = {}
     for (dtype, device, pinned), members in groups.items():
         step = max(1, ALIGNMENT_BYTES // dtype.itemsize)
-        starts, total = [], 0
+        starts: list[int] = []
+        total = 0
         for slot in members:
             starts.append(total)
             total += -(-slot.numel // step) * step

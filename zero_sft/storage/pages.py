@@ -32,7 +32,7 @@ class Pages:
     def __init__(self) -> None:
         self._madvise = getattr(ctypes.CDLL(None, use_errno=True), "madvise", None)
         self._present: set[int] = set()
-        self._seconds = {
+        self._seconds: dict[int, collections.deque[float]] = {
             advice: collections.deque(maxlen=2) for advice in (_MADV_NOHUGEPAGE, _MADV_HUGEPAGE)
         }  # seconds of the last blocks, by page size
         self._trials = 0

@@ -10,8 +10,9 @@ Reads happen in file order, in several threads if the rank has spare cores.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -100,7 +101,7 @@ def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
 
 
 @contextlib.contextmanager
-def opened(path: str, expected: FileIdentity | None) -> Iterator[int]:
+def opened(path: str, expected: FileIdentity | None) -> Generator[int]:
     """Open a file for reading, and check before and after the body that it is the `expected` one. Yields the descriptor.
 
     Raises:
@@ -147,7 +148,7 @@ class _Worker:
         self._job = job
         self._staging: list[torch.Tensor] = []
         self._queue: CopyQueue | None = None
-        self._copied: list = [None, None]  # for each buffer, the event after which it may be overwritten
+        self._copied: list[Any] = [None, None]  # for each buffer, the event after which it may be overwritten
         self._turn = 0
 
     def run(self, read: ReadItem) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import zipfile
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +31,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     size_bytes = _size_of_zip(path)
     try:
         with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged files
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(
@@ -38,13 +39,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             "Download it again, or use the model's safetensors files.",
             code="checkpoint.unsafe_or_damaged",
         ) from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    kind = type(content).__name__
+    values: dict[Any, Any] = cast("dict[Any, Any]", content) if isinstance(content, dict) else {None: content}
+    if not all(isinstance(name, str) for name in values):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, expected a mapping from names to tensors.",
+            f"{path} holds a {kind}, expected a mapping from names to tensors.",
             code="checkpoint.not_a_mapping",
         )
-    tensors = {name: _stored(path, name, value, size_bytes) for name, value in content.items() if torch.is_tensor(value)}
-    nested = [name for name, value in content.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))]
+    tensors = {name: _stored(path, name, value, size_bytes) for name, value in values.items() if torch.is_tensor(value)}
+    nested = [name for name, value in values.items() if _holds_tensors(value)]
     if nested and not tensors:
         raise CheckpointError(
             f"{path} holds no tensors, but a mapping of tensors under {nested[0]!r}. Save only that mapping, once, in Python:\n"
@@ -52,6 +55,11 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             code="checkpoint.nested_mapping",
         )
     return tensors
+
+
+def _holds_tensors(value: Any) -> bool:
+    """True if `value` is a mapping with a tensor in it."""
+    return isinstance(value, dict) and any(map(torch.is_tensor, cast("dict[Any, Any]", value).values()))
 
 
 def _size_of_zip(path: str) -> int:
