@@ -33,6 +33,7 @@ PACKABLE_MODEL_TYPES = frozenset(
 """Types of language models (transformers' `model_type`) that keep packed samples apart, except for `LEAKING`."""
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""The attentions that rows are packed for; `tests/isolation.py` and `tests/gpu` test each of them."""
 
 LEAKING = {
     "flash": frozenset(
