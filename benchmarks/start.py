@@ -1,4 +1,4 @@
-"""Measure the seconds from process start to a loaded model and to an engine, for this loader and for plain transformers.
+"""Measure the seconds from process start to a loaded model, an engine and its first step, with this loader and transformers.
 
 python -m benchmarks.start zero_sft FOLDER     # one rank, with a launcher's variables
 """
@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 from benchmarks.ways import DS_CONFIG, OURS
 
 _TIMEOUT_S = 300
+_STEP_TOKENS = 8  # few, so that the step costs what its start costs
 _LIBRARIES = "import deepspeed, torch, transformers.models.llama.modeling_llama"  # brought into the page cache beforehand
 
 
 class Seconds(NamedTuple):
-    """Seconds of the slowest rank from process start until its model is loaded, and until DeepSpeed's engine is ready."""
+    """Seconds of the slowest rank from process start: until the model is loaded, the engine is ready, a step is done."""
 
     loaded: float
     engine: float
+    step: float
 
 
 def run(way: str, folder: Path, ranks: int) -> Seconds:
@@ -56,7 +58,7 @@ def run(way: str, folder: Path, ranks: int) -> Seconds:
 
 
 def main() -> None:
-    """Load and start the engine as one rank, and print the time after each."""
+    """Load, start the engine and train one step as one rank, and print the time after each."""
     way, folder = sys.argv[1:]
     model = _load(way, folder)
     assert next(model.parameters()).ds_tensor.numel()
@@ -66,7 +68,12 @@ def main() -> None:
 
     ds_config = DS_CONFIG | {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
-    deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    sys.stdout.write(f"at {time.time()}\n")
+    tokens = torch.arange(_STEP_TOKENS)[None]
+    engine.train()
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
     sys.stdout.write(f"at {time.time()}\n")
     sys.stdout.flush()
     os._exit(0)
