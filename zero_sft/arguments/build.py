@@ -29,7 +29,7 @@ logger = logging.getLogger("zero_sft.train")
 def build_training_arguments(
     values: Mapping[str, Any], ds_config: Mapping[str, Any], given: Set[str] = frozenset()
 ) -> "TrainingArguments":
-    """Create the Trainer's arguments from `Parsed.training` and the DeepSpeed config. Every rank; does not communicate.
+    """Create the Trainer's arguments from those of the command line and the DeepSpeed config. Every rank; does not communicate.
 
     The process group must be initialized. On a machine without an accelerator, this sets `use_cpu`, with which bf16 works, and
     drops `tf32`, which only GPUs support, with a line in the log. In the DeepSpeed config of the result

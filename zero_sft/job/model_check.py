@@ -32,9 +32,9 @@ def require_usable_model(parsed: ParsedArguments, arguments: Any, config: Any, s
 
     ds_config = arguments.hf_deepspeed_config.config
     with collective_stage(world, "checking the model"):
-        requested_dtype = requested_dtype(parsed.model.dtype, config)
-        dtype = engine_dtype(ds_config, requested_dtype)
-        require_engine_dtype(parsed.model.dtype, requested_dtype, dtype)
+        requested = requested_dtype(parsed.model.dtype, config)
+        dtype = engine_dtype(ds_config, requested)
+        require_engine_dtype(parsed.model.dtype, requested, dtype)
         attention = attention_of(config, parsed.model.attn_implementation)
         if attention and "flash" in attention and dtype == "float32":
             raise ArgumentError(

@@ -69,7 +69,7 @@ def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None)
     """Check every file of a checkpoint. `ds_config` decides which files this run needs in addition to those of every run.
 
     Raises:
-        NotWholeError: a file is missing, damaged or of another step; the message names the first one.
+        IncompleteCheckpointError: a file is missing, damaged or of another step; the message names the first one.
     """
     _require_not_weights_alone(folder)
     step = _global_step(folder)
