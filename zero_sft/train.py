@@ -114,6 +114,8 @@ def _load(parsed: ParsedArguments, arguments: Any, inputs: "Inputs", world: Worl
     from transformers import set_seed
 
     from zero_sft.loading.api import load_model_from
+    from zero_sft.loading.options import LoadOptions
+    from zero_sft.options.keywords import pick_options
 
     set_seed(arguments.seed)
     logger.info("loading the model")
@@ -122,7 +124,7 @@ def _load(parsed: ParsedArguments, arguments: Any, inputs: "Inputs", world: Worl
         world,
         ds_config=arguments.hf_deepspeed_config.config,
         config=inputs.config,
-        options=parsed.model.load_options(),
+        options=pick_options(LoadOptions, parsed.model),
     )
 
 

@@ -74,3 +74,13 @@ def test_options_are_the_jobs(capsys):
     for name, spec in command().specs.items():
         if name not in own and name != "model_name_or_path":
             assert spec == specifications()[name]
+
+
+def test_a_document_names_the_command_that_writes_it(tmp_path):
+    """A flag that is off by choice is one of the options, and a default is not."""
+    table = tmp_path / "t.md"
+    assert main([*SMALL, "8", "--activation_checkpointing", "False", "--markdown", str(table)]) == 0
+    written = next(line for line in table.read_text().splitlines() if line.startswith("    python -m"))
+    assert "--activation_checkpointing False" in written
+    assert "--deepspeed" not in written, "the default"
+    assert main([*written.split()[3:], "--json"]) == 0

@@ -7,7 +7,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +113,9 @@ def _report(options: Any) -> None:
 def _source(options: Any) -> "ModelSource":
     from zero_sft.hub.options import HubOptions
     from zero_sft.hub.source import locate_model_alone
+    from zero_sft.options.keywords import pick_options
 
-    hub = HubOptions(**{option.name: getattr(options, option.name) for option in fields(HubOptions) if option.name in _HUB})
-    return locate_model_alone(options.model_name_or_path, hub)
+    return locate_model_alone(options.model_name_or_path, pick_options(HubOptions, options))
 
 
 def _tokenizer(source: "ModelSource", options: Any) -> Any:

@@ -20,8 +20,7 @@ from zero_sft.options.spec import specs_of
 if TYPE_CHECKING:
     from zero_sft.estimate.result import Result
 
-_MODEL = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder", "variant", "dtype",
-          "attn_implementation")  # fmt: skip
+_MODEL = ("trust_remote_code", "revision", "token", "cache_dir", "variant", "dtype", "attn_implementation")
 _TRAINING = ("deepspeed", "per_device_train_batch_size", "model_max_length", "activation_checkpointing", "packing")
 
 
@@ -87,21 +86,21 @@ def _estimate(options: Any) -> "list[Result]":
 def _write(options: Any, results: "Sequence[Result]") -> None:
     from zero_sft.estimate.result import document
 
-    values = {spec.name: getattr(options, spec.name) for spec in command().specs.values() if spec.name not in ("json", "plot")}
     path = Path(options.markdown)
     try:
-        path.write_text(document(results, options, _as_words(values)), encoding="utf-8")
+        path.write_text(document(results, options, _as_words(options)), encoding="utf-8")
     except OSError as error:
         raise ArgumentError(
             f"--markdown {path} can't be written: {error.strerror or error}", code="estimate.markdown_unwritable"
         ) from error
 
 
-def _as_words(values: dict[str, Any]) -> str:
-    """Return the command line that gives these values, without unset options and without the token."""
+def _as_words(options: Any) -> str:
+    """Return the command line of a document: every option that differs from its default, but not the token."""
     words = ["python -m zero_sft.estimate"]
-    for name, value in values.items():
-        if value not in (None, False, "") and name != "token":
+    for name, spec in command().specs.items():
+        value = getattr(options, name)
+        if value != spec.default and name not in ("json", "plot", "token"):
             words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
     return " ".join(words)
 

@@ -14,6 +14,7 @@ from zero_sft.estimate.simulate import RankLoad, load_seconds, simulate_load
 from zero_sft.estimate.storage_profiles import parse_storage
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
+from zero_sft.options.keywords import pick_options
 
 GIB = 2**30
 
@@ -104,9 +105,9 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
     Raises:
         ZeroSftError: the model, a config or an argument can't be used.
     """
-    hub = HubOptions(**{option.name: getattr(options, option.name) for option in dataclasses.fields(HubOptions)})
+    hub = pick_options(HubOptions, options)
     profile = parse_storage(options.storage)
-    model = find_model(name, hub, LoadOptions(dtype=options.dtype, attn_implementation=options.attn_implementation))
+    model = find_model(name, hub, pick_options(LoadOptions, options))
     memory_model = MemoryModel(model)
     packing = resolve_packing(options.packing, text_config(model.config), attention=options.attn_implementation, lazy=False)
     for world_size in options.world_size:

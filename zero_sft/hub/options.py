@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from zero_sft.errors import ArgumentError
 from zero_sft.options.keywords import require_types
@@ -47,7 +47,3 @@ class HubOptions:
             raise ArgumentError(
                 f"variant {self.variant!r} can't be part of a file name; expected one like fp16.", code="hub.bad_variant"
             )
-
-    def hub_options(self) -> "HubOptions":
-        """Return these options alone, without those that a subclass adds."""
-        return HubOptions(**{option.name: getattr(self, option.name) for option in fields(HubOptions)})

@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Inputs:
     record: RunRecord
     checkpoint: TrainerCheckpoint | None = None  # the run resumes from it
     overwrites_run: bool = False  # whether to overwrite a previous run in the output folder
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # the `arguments` that were chosen to suit the data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +90,12 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         ZeroSftError: the same on every rank.
     """
     from zero_sft.config import prepare_config_from, text_config
+    from zero_sft.hub.options import HubOptions
     from zero_sft.hub.source import locate_model
     from zero_sft.job.export_check import check_export_settings
     from zero_sft.job.generation import read_prompts
     from zero_sft.loading.skeleton import attention_of
+    from zero_sft.options.keywords import pick_options
     from zero_sft.saving.resume import agree_on_checkpoint
     from zero_sft.saving.write_check import check_writing
     from zero_sft.tokenizer import load_tokenizer_from
@@ -113,7 +114,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     check_writing(training["output_dir"], world)
     name, length = parsed.model.model_name_or_path, training["model_max_length"]
     logger.info("reading the config of %s", name)
-    source = locate_model(name, parsed.model.hub_options(), world)
+    source = locate_model(name, pick_options(HubOptions, parsed.model), world)
     config = prepare_config_from(source, world, model_max_length=length, rope_parameters=parsed.model.rope_parameters)
     require_usable_model(parsed, arguments, config, source, world)
     record = RunRecord.of(text_config(config), arguments)
@@ -151,7 +152,6 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         checkpoint=checkpoint,
         record=record,
         overwrites_run=overwrites,
-        sampling=sampling,
     )
 
 

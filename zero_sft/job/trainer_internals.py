@@ -28,9 +28,7 @@ def check() -> None:
     Raises:
         UnsupportedVersionError: a method is missing; the message names the first.
     """
-    for name in OVERRIDDEN:
-        if not hasattr(SFTTrainer, name):
-            raise _moved(f"Trainer.{name}")
+    _require(SFTTrainer, OVERRIDDEN)
 
 
 def check_trainer(trainer: SFTTrainer) -> None:
@@ -39,9 +37,7 @@ def check_trainer(trainer: SFTTrainer) -> None:
     Raises:
         UnsupportedVersionError: an attribute is missing; the message names the first.
     """
-    for name in _SET:
-        if not hasattr(trainer, name):
-            raise _moved(f"SFTTrainer.{name}")
+    _require(trainer, _SET)
 
 
 def computed_tokens(trainer: Any) -> int:
@@ -57,6 +53,12 @@ def set_computed_tokens(trainer: Any, tokens: int) -> None:
 def set_logged_tokens(trainer: Any, tokens: int) -> None:
     """Set the token count that TRL logs next."""
     trainer._metrics["train"]["num_tokens"] = [tokens]
+
+
+def _require(trainer: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not hasattr(trainer, name):
+            raise _moved(f"SFTTrainer.{name}")
 
 
 def _moved(name: str) -> UnsupportedVersionError:

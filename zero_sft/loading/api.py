@@ -55,9 +55,7 @@ def load_pretrained(
     """
     from zero_sft.tokenizer import TokenizerSpec, broadcast_tokenizer  # a model alone needs no tokenizer libraries
 
-    load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_pretrained)
-    world = connect(World.detect())
-    source = locate_model(model_name_or_path, hub, world)
+    load, source, world = _begin(model_name_or_path, options, load_pretrained)
     config = prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
     spec = TokenizerSpec.of(source, model_max_length, padding_side)
 
@@ -116,9 +114,7 @@ def load_model(
     Raises:
         ZeroSftError: the same one on every rank; its class and `code` identify the problem.
     """
-    load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=load_model)
-    world = connect(World.detect())
-    source = locate_model(model_name_or_path, hub, world)
+    load, source, world = _begin(model_name_or_path, options, load_model)
     return load_model_from(
         source,
         world,
@@ -128,6 +124,13 @@ def load_model(
         model_class=model_class,
         while_reading=while_reading,
     )
+
+
+def _begin(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> tuple[LoadOptions, ModelSource, World]:
+    """Check the options of a public function, join the ranks and locate the model. Every rank; communicates."""
+    load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=function)
+    world = connect(World.detect())
+    return load, locate_model(name, hub, world), world
 
 
 def load_model_from(

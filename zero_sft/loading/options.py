@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from zero_sft.errors import ArgumentError
@@ -58,10 +58,6 @@ class LoadOptions:
                 f"buffer_mib must be a whole number, at least {READER_MIB}; got {self.buffer_mib!r}",
                 code="arguments.wrong_value",
             )
-
-    def load_options(self) -> "LoadOptions":
-        """Return these options alone, without those that a subclass adds."""
-        return LoadOptions(**{option.name: getattr(self, option.name) for option in fields(LoadOptions)})
 
     def reading_threads(self, cpu_cores: int) -> int:
         """Return the number of threads that read at the same time."""

@@ -5,10 +5,12 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from zero_sft.errors import ArgumentError
 from zero_sft.options.spec import SECRETS, OptionSpec, specs_of
+
+Options = TypeVar("Options")
 
 
 def read_keywords(keywords: Mapping[str, Any], *groups: type, function: Callable[..., Any]) -> list[Any]:
@@ -29,6 +31,12 @@ def read_keywords(keywords: Mapping[str, Any], *groups: type, function: Callable
                 f"unknown argument {name!r}.{hint} Known: {', '.join(named | known)}.", code="arguments.unknown"
             )
     return [group(**{name: keywords[name] for name in names if name in keywords}) for group, names in names_of.items()]
+
+
+def pick_options(group: type[Options], source: object) -> Options:
+    """Make an object of the dataclass `group` from those of its fields that `source` has as attributes."""
+    names = [field.name for field in dataclasses.fields(group) if hasattr(source, field.name)]  # type: ignore[arg-type]
+    return group(**{name: getattr(source, name) for name in names})
 
 
 def takes_options(*groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

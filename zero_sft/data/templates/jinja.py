@@ -1,11 +1,15 @@
 """Render conversations with any chat template in Jinja, and locate the answers in the text.
 
-Such templates may do anything, so nothing is assumed about them. A conversation is rendered twice: as it is, and with a
-stand-in for each answer. The text around the stand-ins must also surround the answers, and the text in between must be the
-answers, except for white space at their ends; otherwise the template is refused. Most templates write the same text around all
-conversations of one shape: then that text is taken from an earlier rendering, and only checked. `{% generation %}` markers are
-not needed. The text that ends an answer, and the generation prompt before it, are found once per template, with a conversation
-of two questions.
+Such templates may do anything, so nothing is assumed about them. A conversation is rendered as it is, and compared with a
+rendering in which stand-ins replace the answers. The text around the stand-ins must also surround the answers, and the text in
+between must be the answers, except for white space at their ends; otherwise the template is refused.
+
+Most templates write the same text around all conversations of one shape. So the first comparison is with a rendering of that
+shape in which stand-ins replace all messages; it is kept, and made once per shape. Only if that text does not match, the
+conversation itself is rendered with stand-ins for its answers.
+
+`{% generation %}` markers are not needed. The text that ends an answer, and the generation prompt before it, are found once
+per template, with a conversation of two questions.
 
 Thoughts, between `<think>` and `</think>` at the beginning of an answer, are passed to the template in the form that it takes
 (`thoughts`). They are trained on if the template keeps them; most templates drop those of earlier answers, since the model
