@@ -58,8 +58,8 @@ class _Rows:
 class Pipeline:
     """The steps from objects to rows: parse, render, tokenise, label.
 
-    `model_max_length` is in tokens. `lazy` postpones tokenising until a row is needed. Token ids from `embedding_rows` on are
-    refused; it is None if the tokenizer has no such ids.
+    `model_max_length` is in tokens. `lazy` postpones tokenising until a row is needed. A token id of `embedding_rows` or
+    more is refused, since the model has no embedding for it. None: the tokenizer has no such ids, so none is checked.
     """
 
     parser: SampleParser
