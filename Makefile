@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench scaling clean
+.PHONY: help setup demo test test-slow test-all test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -27,11 +27,13 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: setup ## fine-tune a real chat model on the sample conversations
 	$(BIN)/python examples/demo.py
 
-test: setup ## the tests, some minutes
+test: setup ## the tests that a contributor runs: under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: setup older-readers ## with those that take long, and transformers 4 to open exports
-	$(BIN)/python -m pytest -m "not gpu"
+test-slow: setup older-readers ## the tests that `make test` omits: whole jobs, all cases of a table, exports opened in transformers 4
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-all: older-readers test test-slow ## every test that needs no GPU
 
 # transformers 4 in an environment of its own, which finds all that is not in it (torch) in .venv.
 .PHONY: older-readers

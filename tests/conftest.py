@@ -1,4 +1,5 @@
 """Run tests with `@pytest.mark.world_size(n)` on n CPU ranks (gloo); several sizes make several tests.
+`slow=(8,)` marks some of them as slow.
 
 A `world_size` test gets its arguments from fixtures as usual, if they can be pickled. `world` is detected on each rank.
 """
@@ -10,6 +11,7 @@ import tempfile
 import pytest
 
 from tests.real_tokenizers import real_models
+from tests.slow import slow_except
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _prepared_data = tempfile.TemporaryDirectory(prefix="zero_sft_tests_")  # removed when this process ends
@@ -22,8 +24,9 @@ __all__ = ["real_models"]  # a fixture for all tests
 def pytest_generate_tests(metafunc):
     marker = metafunc.definition.get_closest_marker("world_size")
     if marker and len(marker.args) > 1:
+        quick = set(marker.args) - set(marker.kwargs.get("slow", ()))
         metafunc.fixturenames.append("_world_size")
-        metafunc.parametrize("_world_size", marker.args, ids=[f"{size}ranks" for size in marker.args])
+        metafunc.parametrize("_world_size", slow_except(quick, marker.args), ids=[f"{size}ranks" for size in marker.args])
 
 
 def pytest_runtestloop(session):

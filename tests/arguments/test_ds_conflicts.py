@@ -213,6 +213,7 @@ def test_each_optimizer_stays_what_it_is_under_offload():
         assert "zero_force_ds_cpu_optimizer" not in complete_config(ZERO, optim.value)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(1, timeout_s=280)
 def test_losses_are_equal_with_and_without_offload(tmp_path):
     """sgd, rmsprop and adafactor trained as Adam, or failed at the first step."""

@@ -15,6 +15,7 @@ from benchmarks.gpu.document import document
 from benchmarks.gpu.isolation import Outcome, run_part
 from benchmarks.gpu.parts import parts
 from benchmarks.gpu.settings import Settings
+from tests.slow import slow
 
 ON_A_CPU = ("machine", "checkpoint", "tests", "load", "train-sdpa", "train-trl", "memory")
 
@@ -52,8 +53,8 @@ KEEPS = "from benchmarks.gpu.settings import keep; keep('part', {'found': 1}); "
 
 @pytest.mark.parametrize(
     ("code", "status"),
-    [("sys.exit(0)", "done"), ("sys.exit(3)", "failed"), ("1 / 0", "failed"), ("time.sleep(60)", "out of time"),
-     ("os.fork() and time.sleep(60) or time.sleep(60)", "out of time")],
+    [("sys.exit(0)", "done"), ("sys.exit(3)", "failed"), ("1 / 0", "failed"), slow("time.sleep(60)", "out of time"),
+     slow("os.fork() and time.sleep(60) or time.sleep(60)", "out of time")],
 )  # fmt: skip
 def test_a_part_ends_in_its_time_and_what_it_has_kept_is_there(tmp_path, code, status):
     started = time.monotonic()

@@ -11,6 +11,7 @@ import pytest
 
 from tests.errors import error_codes
 from tests.launching import ROOT, Started, deepspeed, free_port, shimmed, torchrun
+from tests.slow import slow
 from zero_sft import launcher
 
 FAULTY = "tests.cluster.faulty"
@@ -36,14 +37,14 @@ def start(tmp_path):
         run.kill()
 
 
-@pytest.fixture(params=["exchanges", pytest.param("training", marks=pytest.mark.slow)])
+@pytest.fixture(params=["exchanges", slow("training")])
 def words(request, job, tmp_path, monkeypatch):
     """The words of the job: one that exchanges numbers, or one that trains."""
     monkeypatch.setenv("LOGS", str(tmp_path / "out" / "logs"))
     return job() if request.param == "training" else []
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "SIGHUP", "SIGTERM with the shim"])
+@pytest.mark.parametrize("how", ["SIGTERM", *map(slow, ["SIGKILL", "SIGHUP", "SIGTERM with the shim"])])
 def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     """A signal to the `deepspeed` process alone, in the middle of the job."""
     name, _, shim = how.partition(" ")
@@ -60,7 +61,7 @@ def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     assert "Traceback" not in run.output
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", pytest.param("SIGKILL", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["SIGTERM", slow("SIGINT"), slow("SIGKILL")])
 def test_launch_sh_passes_signals_on_and_waits(start, tmp_path, name):
     """With DeepSpeed's own script, which passes nothing on."""
     script = shimmed(tmp_path)
@@ -77,7 +78,7 @@ def test_launch_sh_passes_signals_on_and_waits(start, tmp_path, name):
     assert len(error_codes(run.output)) == run.output.count("error: ") == 1, run.output[-3000:]
 
 
-@pytest.mark.parametrize(("dead", "launch"), [(0, deepspeed), (1, deepspeed), (1, torchrun)])
+@pytest.mark.parametrize(("dead", "launch"), [slow(0, deepspeed), slow(1, deepspeed), (1, torchrun)])
 def test_a_killed_rank_is_named(words, start, dead, launch):
     run = start(launch(2, *words, module=FAULTY))
     run.wait_for(lambda: "loss" in run.output)
@@ -95,9 +96,9 @@ def test_a_killed_rank_is_named(words, start, dead, launch):
     ("fault", "ranks", "code", "value"),
     [
         ("raise", "1", "cluster.rank_failed", "while training, in step 2"),
-        ("raise", "0,1", "cluster.rank_failed", "RuntimeError: the fault of this test"),
-        ("memory", "0", "cluster.device_memory", "--per_device_train_batch_size"),
-        ("data", "1", "data.faulty", "(rank 1 alone)"),
+        slow("raise", "0,1", "cluster.rank_failed", "RuntimeError: the fault of this test"),
+        slow("memory", "0", "cluster.device_memory", "--per_device_train_batch_size"),
+        slow("data", "1", "data.faulty", "(rank 1 alone)"),
     ],
 )
 def test_an_error_in_a_step_is_one_message(words, start, tmp_path, fault, ranks, code, value):
@@ -111,6 +112,7 @@ def test_an_error_in_a_step_is_one_message(words, start, tmp_path, fault, ranks,
         assert "the fault of this test" in (tmp_path / "out" / "logs" / "error_rank_1.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_named(start):
     with socket.socket() as taken:
         taken.bind(("", 0))
@@ -142,6 +144,7 @@ def seen(tmp_path: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted((tmp_path / "seen").iterdir())]
 
 
+@pytest.mark.slow
 def test_two_jobs_take_different_ports(start, tmp_path, probe):
     """The README's command twice, and one with a port that is taken."""
     command = [str(shimmed(tmp_path)), "--num_gpus", "1"]
@@ -157,6 +160,7 @@ def test_two_jobs_take_different_ports(start, tmp_path, probe):
     assert "is taken, so this job takes" in runs[2].output
 
 
+@pytest.mark.slow
 def test_a_port_that_is_given_is_taken(start, tmp_path, probe):
     port = str(free_port())
     run = start([str(shimmed(tmp_path)), "--num_gpus", "1", "--master_port", port, "-m", "probe"], **probe)

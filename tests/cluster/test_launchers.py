@@ -35,6 +35,7 @@ def runs(command, folder) -> None:
         run.kill()
 
 
+@pytest.mark.slow
 def test_hpz_under_deepspeeds_launcher(job, tmp_path):
     """It sets LOCAL_SIZE, not LOCAL_WORLD_SIZE: each rank took another number for its node's ranks, and the load hung."""
     runs(deepspeed(2, *job(deepspeed="zero3_zeropp", max_steps=1)), tmp_path)

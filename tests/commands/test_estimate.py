@@ -12,6 +12,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_text_json_markdown_and_picture(tmp_path, capsys):
     picture, table = tmp_path / "p.png", tmp_path / "t.md"
     assert main([*SMALL, "64", "--plot", str(picture)]) == 0

@@ -9,6 +9,7 @@ from tests.attentions import FLASH, give, kernels_of
 from tests.data.test_dataset import written
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
+from tests.slow import slow_except
 from zero_sft.data.collator import Collator
 from zero_sft.data.packing import PACKABLE_MODEL_TYPES, pack, packed_line, position_ids, resolve_packing
 from zero_sft.data.tokenize import IGNORE_INDEX
@@ -17,7 +18,7 @@ NAMED = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "mixtral", "gp
 LEAKY = ("opt", "bloom", "falcon", "mamba")
 
 
-@pytest.mark.parametrize("model_type", sorted(PACKABLE_MODEL_TYPES | set(NAMED)))
+@pytest.mark.parametrize("model_type", slow_except(NAMED, sorted(PACKABLE_MODEL_TYPES | set(NAMED))))
 def test_they_keep_packed_samples_apart(model_type):
     """With each attention that it is packed for; flash and flex without their kernels."""
     assert model_type in PACKABLE_MODEL_TYPES

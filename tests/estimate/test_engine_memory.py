@@ -93,6 +93,7 @@ def estimated(folder, zero, batch_size, length, checkpointing):
     return training_memory(sizes, zero_settings({"zero_optimization": {"stage": 3, **zero}}, WIDTH), 2, on_cpu=True)
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize(
     ("buckets", "batch_size", "length", "checkpointing"),
@@ -109,6 +110,7 @@ def test_within_a_tenth_of_a_measured_run(folder, buckets, batch_size, length, c
     assert abs(expected / found - 1) < 0.1, (os.environ["RANK"], expected / 2**20, found / 2**20)
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("where", OFFLOADED)
 def test_offloaded_within_a_tenth_of_a_measured_run(folder, tmp_path, where):

@@ -47,6 +47,7 @@ def test_shipped_models_have_their_published_size(name):
     assert of.resolution.loaded == set(of.state)
 
 
+@pytest.mark.slow
 def test_deepseek_is_stored_in_eight_bits_as_published():
     """Some 90,000 tensors: attention, experts and dense layers in FP8 with scales; norms, embeddings, head and routers not."""
     of = find_model("DeepSeek-V3", HubOptions())

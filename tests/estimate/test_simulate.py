@@ -16,7 +16,7 @@ def folder(request, tmp_path):
     return models.save_tiny(request.param, tmp_path / request.param)
 
 
-@pytest.mark.world_size(1, 2, 3, 8)
+@pytest.mark.world_size(1, 2, 3, 8, slow=(2, 8))
 def test_the_bytes_and_requests_of_a_real_load(folder):
     from zero_sft import load_model
 

@@ -75,6 +75,7 @@ def load(hub: standin.Hub, homes: list[Path], repo: str = REPO, nodes: int = 1, 
     return results, "\n".join(outputs)
 
 
+@pytest.mark.slow
 def test_one_download_a_file_system(folder, tmp_path):
     """Three ranks on two nodes that share a cache: every file comes once, the weights only where they are wanted."""
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]})) as hub:
@@ -109,6 +110,7 @@ def test_one_commit_for_all_stages(folder, tmp_path):
     assert snapshots == {standin.commit_hash("1")}
 
 
+@pytest.mark.slow
 def test_revision_is_taken(folder, tmp_path):
     newer = models.save_tiny("llama", tmp_path / "newer", vocab_size=97)
     first, second = standin.commit_hash("1"), standin.commit_hash("2")
@@ -121,6 +123,7 @@ def test_revision_is_taken(folder, tmp_path):
     assert "--revision" in results[0]["message"]
 
 
+@pytest.mark.slow
 def test_gated_model_and_its_token(folder, tmp_path):
     """Without the token: one error that says what to do. With it: loaded, and the token in no output."""
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]}, token=TOKEN)) as hub:
@@ -143,6 +146,7 @@ def bin_repository(folder, target):
     return target
 
 
+@pytest.mark.slow
 def test_bin_files_where_there_is_nothing_better(folder, tmp_path):
     """Without safetensors `pytorch_model.bin` is fetched, once; beside safetensors it never is."""
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]})) as hub:
@@ -171,6 +175,7 @@ def test_a_variants_files_alone_are_fetched(folder, tmp_path):
     assert results[0]["missing"] == []
 
 
+@pytest.mark.slow
 def test_a_folder_inside_and_a_cache_of_its_own(folder, tmp_path):
     """Of a repository with the model in a folder that folder alone is fetched, into `cache_dir` and nowhere else."""
     repository = tmp_path / "outer"
@@ -202,6 +207,7 @@ def estimate(model: str, hub: standin.Hub, home: Path, *options: str) -> dict:
     return result
 
 
+@pytest.mark.slow
 def test_an_estimate_takes_headers_alone(folder, tmp_path):
     """Of one file or many, of a variant, and derived where there is only a `.bin`: what the local folder's headers give."""
     variant = tmp_path / "variant"

@@ -42,6 +42,7 @@ def prepared(hub, folder, data, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_split_is_downloaded_once_and_found_again(repo):
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), repo / "repo")]})) as hub:
         status, shown = prepared(hub, repo, REPO)
@@ -69,6 +70,7 @@ def test_another_commit_is_other_data(repo):
         assert "uno" in prepared(hub, repo, REPO)[1]
 
 
+@pytest.mark.slow
 def test_what_the_hub_has_not(repo):
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), repo / "repo")]})) as hub:
         for data, value in (("someone/nothing", "someone/nothing"), (f"{REPO}:valid", "'valid'")):

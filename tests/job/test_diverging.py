@@ -23,6 +23,7 @@ def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
     assert f"the loss was not finite in {bad} of the logged steps, first at step {5 - bad}" in said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2, timeout_s=200)
 def test_schedules_that_read_the_optimizers_defaults(tmp_path):
     """Three of transformers' schedules, against their formulas."""

@@ -70,6 +70,7 @@ def test_the_log_of_a_job_and_its_tokens_over_a_resume(tmp_path):
     assert 0 < tokens["whole"][2] < tokens["whole"][4] < tokens["whole"][6]
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(1, timeout_s=200)
 def test_a_checkpoint_without_the_count_goes_on_from_the_last_that_was_logged(tmp_path):
     small_job.make(tmp_path, 8)

@@ -30,7 +30,7 @@ def many(request, tmp_path):
     return folder
 
 
-@pytest.mark.world_size(1, 2, 3, 8)
+@pytest.mark.world_size(1, 2, 3, 8, slow=(2, 8))
 def test_each_header_is_read_once(many):
     from zero_sft import load_model
     from zero_sft.checkpoint import index

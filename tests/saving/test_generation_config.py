@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests import models, small_job
 from tests.data import tiny
 from tests.errors import raises
+from tests.slow import slow
 from zero_sft.generation_config import (
     TurnEnds,
     inconsistent_settings,
@@ -148,9 +149,7 @@ def base_model(folder, template, **generation):
 
 
 @pytest.mark.world_size(2, timeout_s=300)
-@pytest.mark.parametrize(
-    "template", ["chatml", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jinja", "model", "vicuna"))]
-)
+@pytest.mark.parametrize("template", [slow(name) for name in ("chatml", "jinja", "model", "vicuna")])
 def test_a_learnt_answer_ends_in_the_job_and_in_plain_transformers(tmp_path, template):
     """The job of a base model whose settings transformers would not save: it is exported, and the answer is said once."""
     from zero_sft.cluster.world import World
@@ -193,7 +192,7 @@ print(json.dumps([tokenizer.decode(said[:-1]).strip(), said[-1]]))
 
 
 @pytest.mark.world_size(2, timeout_s=200)
-@pytest.mark.parametrize("case", ["num_return_sequences", pytest.param("cache_implementation", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["num_return_sequences", slow("cache_implementation")])
 def test_a_run_goes_on_without_what_transformers_refuses(tmp_path, case):
     from zero_sft.cluster.world import World
 

@@ -14,6 +14,7 @@ import pytest
 from tests.errors import raises
 from tests.saving import models_on_disk as models
 from tests.saving.killed import killed_before_each_step
+from tests.slow import slow, slow_except
 from zero_sft.saving import exchange_folders as exchanging
 from zero_sft.saving import folder as folders
 from zero_sft.saving.folder import Placing, StagingFolder, explain_not_placed, make_staging
@@ -35,11 +36,11 @@ def drafted(
     return draft
 
 
-FORMER = [(1, "safetensors"), (3, "safetensors"), (1, "bin"), (2, "bin")]
+FORMER = slow_except([(3, "safetensors")], [(1, "safetensors"), (3, "safetensors"), (1, "bin"), (2, "bin")])
 
 
 @pytest.mark.parametrize(("files", "kind"), FORMER)
-@pytest.mark.parametrize("fresh", [1, 3])
+@pytest.mark.parametrize("fresh", [slow(1), 3])
 def test_killed_at_any_step_of_an_exchange(tmp_path, files, kind, fresh):
     out, rest = tmp_path / "out", {}
 
@@ -63,8 +64,7 @@ def test_killed_at_any_step_of_an_exchange(tmp_path, files, kind, fresh):
 
 
 @pytest.mark.parametrize(("files", "kind"), FORMER)
-@pytest.mark.parametrize("fresh", [1, 3])
-@pytest.mark.parametrize("settings", [OLD, NEW])
+@pytest.mark.parametrize(("fresh", "settings"), slow_except([(3, NEW)], [(1, OLD), (1, NEW), (3, OLD), (3, NEW)]))
 def test_killed_at_any_step_in_place(tmp_path, files, kind, fresh, settings):
     """Weights are never mixed; where the settings change with them, there are none for a moment instead."""
     out, rest = tmp_path / "out", {}

@@ -120,6 +120,7 @@ def test_a_folder_with_another_run(folder, whole):
     assert not equal(weights(out), weights(whole))
 
 
+@pytest.mark.slow
 def test_the_remedy_for_another_number_of_ranks(folder, whole):
     """The command of the message, as it stands there: the weights of the checkpoint, which a run of any size starts from."""
     out = copied(whole, "elsewhere")
@@ -162,6 +163,7 @@ def test_the_best_model_is_exported(folder, whole):
     assert equal(weights(out), weights(out / "checkpoint-2"))
 
 
+@pytest.mark.slow
 def test_the_remedy_for_a_model_with_tied_embeddings(folder, tmp_path):
     """DeepSpeed's script refuses to write such a model's weights as safetensors."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", tie_word_embeddings=True)
@@ -175,6 +177,7 @@ def test_the_remedy_for_a_model_with_tied_embeddings(folder, tmp_path):
     assert equal(weights(out / "checkpoint-2"), weights(out))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_made_longer_goes_on_with_the_rate_of_its_schedule(folder):
     """The optimizer's state has the rate of the schedule's end, 0, with which the next step would be taken."""
     common = {"lr_scheduler_type": "linear", "packing": False}
@@ -235,6 +238,7 @@ def lost(folder: Path, out: str) -> None:
         assert f"{folder / 'lost-rescued-'}" in said.getvalue()
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_is_lost_during_the_run(folder, whole):
     run_ranks(2, lost, {"folder": folder, "out": "lost"}, 400)
     (rescued,) = folder.glob("lost-rescued-*")
@@ -266,11 +270,13 @@ def test_an_error_after_the_last_step(folder, whole):
     assert equal(weights(folder / "late"), weights(whole))
 
 
+@pytest.mark.slow
 def test_a_mount_point_as_the_output_folder(tmp_path):
     done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "50m", timeout_s=900)
     assert "trained" in done.stdout, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small(tmp_path):
     """Two checkpoints of 0.4 MB and a model of 0.1 MB: found before the weights are read."""
     done = unshared(sys.executable, "-m", "tests.saving.mounted_job", tmp_path / "top", "600k", timeout_s=900)

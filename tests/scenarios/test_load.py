@@ -76,7 +76,7 @@ def checkpoint(tmp_path, architecture):
     return models.save_tiny(architecture, tmp_path / architecture)
 
 
-@pytest.mark.world_size(1, 2, 3, 8)
+@pytest.mark.world_size(1, 2, 3, 8, slow=(2, 8))
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
 def test_bit_for_bit_in_the_checkpoints_dtype(checkpoint):
     reference = models.plain(checkpoint, torch.bfloat16)

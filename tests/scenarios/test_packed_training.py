@@ -7,6 +7,7 @@ import pytest
 from testing.runner import run_ranks
 from tests import small_job
 from tests.data import tiny
+from tests.slow import slow
 
 STEPS = 4
 SAMPLES = 24
@@ -30,7 +31,7 @@ def train(folder, out, arguments):
     small_job.train(folder, out, **{**common, **arguments})
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", slow("eager")])
 def test_packed_and_unpacked_give_one_curve(folder, attention):
     """Each step is one epoch with all samples, so both runs have the same batches."""
     rows, curves = rows_when_packed(folder), []

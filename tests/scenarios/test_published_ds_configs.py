@@ -6,9 +6,9 @@ import pytest
 
 from tests import small_job
 from tests.published.ds_configs import DS_CONFIGS
+from tests.slow import slow_except
 
-QUICK = ("transformers' documentation, offloaded", "a decaying scheduler and stage-2 keys")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DS_CONFIGS if name not in QUICK]
+QUICK = ("a decaying scheduler and stage-2 keys",)
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def job_folder(tmp_path):
 
 
 @pytest.mark.world_size(2, timeout_s=240)
-@pytest.mark.parametrize("name", [*QUICK, *SLOW])
+@pytest.mark.parametrize("name", slow_except(QUICK, DS_CONFIGS))
 def test_runs_as_published(job_folder, name):
     # An argument that names another schedule than the config's section is refused.
     schedules = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear"}

@@ -18,8 +18,6 @@ READER = str(Path(reader.__file__))
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris, of course."
 STEPS = 40
-QUICK = ("vicuna-7b-v1.5", "Llama-3.1-8B")
-"""The models that `make test` trains; `make test-all` trains all of them."""
 
 
 @pytest.fixture
@@ -61,11 +59,9 @@ def _answers_elsewhere(name):
     return "deepseek_r1" in template or "gptoss" in template
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in models.MODELS if name not in QUICK]
-
-
+@pytest.mark.slow
 @pytest.mark.world_size(2, timeout_s=280)
-@pytest.mark.parametrize("folder", [*QUICK, *SLOW], indirect=True)
+@pytest.mark.parametrize("folder", models.MODELS, indirect=True)
 def test_trained_exported_answers_and_stops(folder):
     import torch.distributed as dist
 

@@ -4,6 +4,7 @@ import pytest
 
 from testing.runner import run_ranks
 from tests import small_job
+from tests.slow import slow
 
 STEPS = 20
 BATCH = 8
@@ -28,6 +29,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", BATCHES)
 def test_one_two_and_four_ranks_give_one_curve(folder, batches):
     curves = {}
@@ -43,7 +45,7 @@ def test_one_two_and_four_ranks_give_one_curve(folder, batches):
         assert curve == pytest.approx(reference, rel=1e-5), out
 
 
-@pytest.mark.parametrize(("sampling", "checkpoint"), [("random", 5), ("group_by_length", 10)])
+@pytest.mark.parametrize(("sampling", "checkpoint"), [("random", 5), slow("group_by_length", 10)])
 def test_a_run_that_is_resumed_within_an_epoch_goes_on_alike(folder, sampling, checkpoint):
     """This includes the end of an epoch (8 steps), where repeated samples fill the batches and must not be trained on again."""
     last = checkpoint + 5
@@ -73,6 +75,7 @@ def test_the_mean_of_a_run_is_that_of_its_steps_on_all_ranks(folder):
     assert [entry["step"] for entry in histories[1] if "loss" in entry] == [3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_the_loss_of_an_evaluation_depends_on_no_sizes(tmp_path, kind):
     """It depends neither on the ranks, nor on batches with repeated samples, nor on drop_last, nor on routers."""

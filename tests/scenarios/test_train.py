@@ -15,6 +15,7 @@ import pytest
 from tests import models
 from tests.data import tiny
 from tests.errors import error_codes
+from tests.slow import slow
 
 CHAT = [
     {
@@ -178,7 +179,7 @@ def test_eight_ranks_run_to_the_export(model, tmp_path):
 
 
 @pytest.mark.world_size(2, timeout_s=500)
-@pytest.mark.parametrize("name", ["zero3_offload", "zero3_zeropp", "zero3_nvme"])
+@pytest.mark.parametrize("name", ["zero3_offload", slow("zero3_zeropp"), slow("zero3_nvme")])
 def test_each_shipped_config_starts(model, tmp_path, name):
     """The run trains one step and exports. The NVMe config gets a folder, and buffers small enough for a test."""
     from zero_sft import train

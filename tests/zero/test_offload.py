@@ -51,7 +51,7 @@ def test_cpu(llama):
     assert train(llama, ds, "sharded") == train(llama, ds, "stock")
 
 
-@pytest.mark.world_size(2, 4)
+@pytest.mark.world_size(2, 4, slow=(4,))
 def test_hpz(llama):
     """The copy inside the node is made at the first release; both groups of ranks see the same weights."""
     size = max(2, torch.distributed.get_world_size() // 2)

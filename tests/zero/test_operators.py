@@ -77,6 +77,7 @@ def finish(process: subprocess.Popen) -> Path:
     return Path(output.split()[-1])
 
 
+@pytest.mark.slow
 def test_one_process_compiles_and_the_others_import(workshop):
     files = {finish(process) for process in [workshop.start() for _ in range(2)]}
     files.add(finish(workshop.start()))
@@ -85,6 +86,7 @@ def test_one_process_compiles_and_the_others_import(workshop):
     assert workshop.compilations() == 1
 
 
+@pytest.mark.slow
 def test_a_killed_build_costs_another_build(workshop):
     """kill -9 of the process that compiles: not of its compiler, which goes on, as after an out-of-memory kill."""
     workshop.slow.touch()
@@ -114,6 +116,7 @@ def test_locks_of_torch_are_not_waited_for(workshop):
     assert finish(workshop.start()).is_file()
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_compiled_again(workshop):
     first = finish(workshop.start())
     (workshop.folder / "tiny.cpp").write_text(SOURCE + "\n")
