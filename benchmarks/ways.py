@@ -34,7 +34,7 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())
-    action = _action(way)
+    action = loader_function(way)
     if world.rank == 0:
         settle_memory(3 * sum(path.stat().st_size for path in weight_files(folder)) // 2)
     dist.barrier()
@@ -59,7 +59,7 @@ def rank_main(way: str, folder: Path, out: Path) -> None:
     (out / f"{world.rank}.json").write_text(json.dumps(result))
 
 
-def _action(way: str) -> Any:
+def loader_function(way: str) -> Any:
     """Return the function of a way, after its imports and transformers' work once per process, which are not measured."""
     from benchmarks.rivals import RIVALS, available
 
