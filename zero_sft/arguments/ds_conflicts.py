@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from zero_sft.errors import ConfigError
+from zero_sft.printable import with_count
 
 ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
 """Values of --optim that DeepSpeed's CPU Adam implements."""
@@ -150,7 +151,7 @@ def _comparable_values(config: Mapping[str, Any], args: Any, world_size: int) ->
     optimizer = (config.get("optimizer") or {}).get("params") or {}
     scheduler = (config.get("scheduler") or {}).get("params") or {}
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    ranks = with_count(world_size, "rank")
     batch_product = f"{ranks} × --per_device_train_batch_size {micro} × --gradient_accumulation_steps {accumulation}"
     precision = {name: bool(getattr(args, name) or getattr(args, f"{name}_full_eval")) for name in ("bf16", "fp16")}
     return [

@@ -15,6 +15,7 @@ from zero_sft.estimate.storage_profiles import parse_storage
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
 from zero_sft.options.keywords import pick_options
+from zero_sft.printable import with_count
 
 GIB = 2**30
 
@@ -60,8 +61,8 @@ class Result:
         model, run, loads = self.model, self.run, self.loads
         stored = sum(load.nbytes for load in loads)
         yield (
-            f"{model.name}: {model.numel / 1e9:,.1f} B parameters, {model.tensors:,} tensors in {model.files:,} "
-            f"file{'s' * (model.files > 1)} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
+            f"{model.name}: {model.numel / 1e9:,.1f} B parameters, {model.tensors:,} tensors in "
+            f"{with_count(model.files, 'file')} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
         )
         yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} a node"
         yield ""
