@@ -133,9 +133,7 @@ def resolve_auto(config: Mapping[str, Any], dtype: str, local_world_size: int, w
         if size is None:
             result.pop(key, None)
         elif type(size) is not int or size < 1:
-            raise ConfigError(
-                f'{key} is {size!r}. Set it to a positive integer or to "auto".', code="ds_config.bad_bucket_size"
-            )
+            raise ConfigError(f'{key} is {size!r}. Set it to a positive integer or to "auto".', code="ds_config.bad_batch_size")
     if not any(key in result for key in _BATCH_SIZES[:2]):
         result["train_micro_batch_size_per_gpu"] = 1
     return result
