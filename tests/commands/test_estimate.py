@@ -66,7 +66,7 @@ def test_former_names_are_understood(capsys):
 
 
 def test_options_are_the_jobs(capsys):
-    from zero_sft.arguments.parse import specifications
+    from zero_sft.arguments.inherited import specifications
     from zero_sft.commands.estimate import command
     from zero_sft.estimate.options import EstimateArguments
 

@@ -17,7 +17,6 @@ from zero_sft.arguments.ds_conflicts import (
     find_schedule_conflicts,
     schema_error,
 )
-from zero_sft.arguments.names import refused_accelerator_key
 from zero_sft.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
@@ -61,10 +60,7 @@ def build_training_arguments(
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
         raise ArgumentError(f"the Trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
-    refused = refused_accelerator_key(vars(arguments.accelerator_config))  # the settings may come from a file
-    if refused:
-        raise ArgumentError(refused, code="arguments.accelerator_key")
-    problems = find_conflicts(config, arguments, given, arguments.world_size)
+    problems = find_conflicts(config, arguments, given)
     if arguments.max_steps > 0:
         problems += find_schedule_conflicts(config, arguments, arguments.max_steps, given)
     if problems:

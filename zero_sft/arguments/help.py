@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.options.help import in_brief, in_full, wrap_lines, write_help
-from zero_sft.options.names import Translation
+from zero_sft.options.format_help import in_brief, in_full, wrap_lines, write_help
+from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import OptionSpec
 
 ALL = "all"

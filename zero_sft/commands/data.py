@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.shared import shared_options, shared_translations
+from zero_sft.arguments.inherited import shared_options, shared_translations
 from zero_sft.cluster.world import World
 from zero_sft.console.log import open_console, silence_transformers
 from zero_sft.console.plots import new_figure, save_figure
 from zero_sft.errors import ZeroSftError
 from zero_sft.options.command import Command
-from zero_sft.options.help import wants_help, write_help
+from zero_sft.options.format_help import wants_help, write_help
 from zero_sft.options.spec import specs_of
 from zero_sft.printable import printable
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.shared import shared_options, shared_translations
+from zero_sft.arguments.inherited import shared_options, shared_translations
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.estimate.options import EstimateArguments
 from zero_sft.estimate.storage_profiles import shipped_models
 from zero_sft.options.command import Command
-from zero_sft.options.help import wants_help, write_help
-from zero_sft.options.names import Translation
+from zero_sft.options.format_help import wants_help, write_help
+from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import specs_of
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.help import in_full
-from zero_sft.options.names import OptionNames, Translation
+from zero_sft.options.format_help import in_full
+from zero_sft.options.resolve import OptionNames, Translation
 from zero_sft.options.spec import OptionSpec, positivity_errors
 
 

@@ -1,10 +1,11 @@
 """Split a command line into names and raw values, for all commands of this package.
 
-Later steps resolve names and convert values, in the same way for a command line and a file. Left out: argparse. It reads
+Later steps resolve names and convert values, in the same way for a command line and a file. This is not argparse, which reads
 `-1e-5` as an option, an arguments file after a flag as the flag's value, and the value of an unknown name as the file. With
 workarounds for all of these, nothing would remain for it to do.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.spec import FALSE_WORDS, TRUE_WORDS, OptionSpec
+from zero_sft.options.spec import FALSE_WORDS, NONE_WORDS, TRUE_WORDS, OptionSpec
 
 COMMAND_LINE = "the command line"
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -58,16 +59,12 @@ def read_command_line(argv: Sequence[str], specs: Mapping[str, OptionSpec]) -> t
 
 def _values_of(rest: Sequence[str], spec: OptionSpec | None, name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
     """Return the words after `--name` that are its values."""
-    values = []
-    for word in rest:
-        if _OPTION.match(word):
-            break
-        values.append(word)
+    values = list(itertools.takewhile(lambda word: not _OPTION.match(word), rest))
     if spec is None:
         return values[: 0 if _negated(name, specs) else 1]
     if spec.kinds & {"list", "integers"}:
         return values
-    if spec.kinds <= {"boolean", "none"} and values and values[0].lower() not in TRUE_WORDS + FALSE_WORDS + ("none", "null"):
+    if spec.kinds <= {"boolean", "none"} and values and values[0].lower() not in TRUE_WORDS + FALSE_WORDS + NONE_WORDS:
         return []
     return values[:1]
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 import difflib
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.spec import SECRETS, OptionSpec, specs_of
+from zero_sft.options.spec import SECRETS, specs_of
 
 Options = TypeVar("Options")
 
@@ -61,13 +60,8 @@ def require_types(options: object, group: type) -> None:
 
     Values are not converted: the text "False" would count as True.
     """
-    for name, spec in _cached_specs(group).items():
+    for name, spec in specs_of(group).items():
         value = getattr(options, name)
         if not spec.accepts(value):
             shown = "another value (not shown)" if name in SECRETS else f"{value!r:.80}"
             raise ArgumentError(f"{name} must be {spec.expected}, got {shown}", code="arguments.wrong_value")
-
-
-@functools.cache
-def _cached_specs(group: type) -> dict[str, OptionSpec]:
-    return specs_of(group, "")

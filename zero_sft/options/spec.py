@@ -11,6 +11,7 @@ YAML 1.1 reads `2e-5` as text, so text is converted where a number is expected. 
 import dataclasses
 import difflib
 import enum
+import functools
 import json
 import math
 import re
@@ -141,7 +142,8 @@ class OptionSpec:
         return f". Did you mean {near[0]}?" if near else ""
 
 
-def specs_of(group: type, name: str) -> dict[str, OptionSpec]:
+@functools.cache
+def specs_of(group: type, name: str = "") -> Mapping[str, OptionSpec]:
     """Return the options that the dataclass `group` declares, in its order; `name` becomes their group name."""
     hints = typing.get_type_hints(group)
     return {field.name: _spec(field, hints[field.name], name) for field in dataclasses.fields(group) if field.init}
