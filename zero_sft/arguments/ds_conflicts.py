@@ -14,11 +14,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
+from zero_sft.ds_config import ADAMW_OPTIMS
 from zero_sft.errors import ConfigError
 from zero_sft.printable import with_count
-
-ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
-"""Values of --optim that DeepSpeed's CPU Adam implements."""
 
 _DECIDED_BY_ARGUMENTS = (
     "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -28,7 +26,7 @@ _OPTIMIZER_PARAMS = {
     "lion": ("lr", "betas", "weight_decay"),
 }
 """Parameters of an optimizer that arguments set, by its type in the config; others have `lr` and `weight_decay`."""
-_EQUIVALENT_OPTIMS: dict[str, Set[str]] = {"adam": ADAMW, "adamw": ADAMW, "lion": {"lion_32bit"}}
+_EQUIVALENT_OPTIMS: dict[str, Set[str]] = {"adam": ADAMW_OPTIMS, "adamw": ADAMW_OPTIMS, "lion": {"lion_32bit"}}
 """Values of --optim by the type in the config, where the names differ."""
 _SCHEDULER_PARAMS = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
 _EQUIVALENT_SCHEDULES = {
@@ -81,9 +79,9 @@ def _prevent_replacement(config: dict[str, Any], optim: str) -> list[str]:
     """Stop accelerate from replacing the optimizer with DeepSpeed's CPU Adam under offload; return log lines."""
     if not offloads_optimizer(config):
         return []
-    if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW:
+    if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW_OPTIMS:
         config["zero_force_ds_cpu_optimizer"] = False
-    if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW:
+    if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW_OPTIMS:
         return [f"--optim {optim} runs as DeepSpeed's CPU Adam (AdamW): zero_force_ds_cpu_optimizer is on in the config"]
     if optim == "adamw_torch":
         return ["the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there"]
@@ -129,12 +127,6 @@ def conflict_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
     heading = f"the DeepSpeed config {where} and the arguments contradict each other:"
     remedy = 'Write "auto" for a value that an argument sets, or change one of the two; docs/configs.md explains the keys.'
     return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.contradictions")
-
-
-def schema_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
-    """Make one error that lists everything in a config that DeepSpeed refuses or would ignore."""
-    heading, remedy = f"the DeepSpeed config {where} can't be used:", "See docs/configs.md for the shipped configs."
-    return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.unusable")
 
 
 def count_steps(rows: int, arguments: Any, world_size: int) -> int:
@@ -191,7 +183,7 @@ def _other_optimizer(kind: str, optim: str) -> Iterator[ConfigError]:
 
 
 def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> Iterator[ConfigError]:
-    if optim in ADAMW or not offloads_optimizer(config):
+    if optim in ADAMW_OPTIMS or not offloads_optimizer(config):
         return
     zero = config["zero_optimization"]
     if config.get("zero_force_ds_cpu_optimizer", True):
