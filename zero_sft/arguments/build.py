@@ -6,7 +6,7 @@ later. The object must exist before the model is built, because it tells transfo
 """
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments.ds_conflicts import (
@@ -15,7 +15,6 @@ from zero_sft.arguments.ds_conflicts import (
     count_steps,
     find_conflicts,
     find_schedule_conflicts,
-    schema_error,
 )
 from zero_sft.errors import ArgumentError, ConfigError
 
@@ -55,7 +54,8 @@ def build_training_arguments(
     config, notes = complete_config(ds_config, optim, scheduler_settings(ds_config.get("scheduler")))
     problems = [*schema_problems(without_auto(config)), *_unsupported_precision(config, accelerator)]
     if problems:
-        raise schema_error(problems, where)
+        heading, remedy = f"the DeepSpeed config {where} can't be used:", "See docs/configs.md for the shipped configs."
+        raise ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.unusable")
     try:
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
@@ -86,17 +86,14 @@ def ds_config_name(values: Mapping[str, Any]) -> str:
     return str(source) if isinstance(source, str) else "given with --deepspeed"
 
 
-def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> list[ConfigError]:
-    """Return an error for each precision that the config enables and the device does not support."""
-    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
-    return [
-        ConfigError(
-            f"{name}.enabled is true, but DeepSpeed does not support {name} on this machine ({accelerator.device_name()}).",
-            code="ds_config.unsupported_precision",
-        )
-        for name, is_supported in supported.items()
-        if config[name].get("enabled") is True and not is_supported()
-    ]
+def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> Iterator[ConfigError]:
+    """Yield an error for each precision that the config enables and the device does not support."""
+    for name, is_supported in (("fp16", accelerator.is_fp16_supported), ("bf16", accelerator.is_bf16_supported)):
+        if config[name].get("enabled") is True and not is_supported():
+            yield ConfigError(
+                f"{name}.enabled is true, but DeepSpeed does not support {name} on this machine ({accelerator.device_name()}).",
+                code="ds_config.unsupported_precision",
+            )
 
 
 def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:

@@ -4,21 +4,14 @@ This touches no device, no process group and no file except the one that the com
 result. One error lists all problems.
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, specifications
-from zero_sft.arguments.names import (
-    IGNORED,
-    REFUSALS,
-    REFUSED_OPTIMIZERS,
-    TRANSLATIONS,
-    refused_accelerator_keys,
-)
+from zero_sft.arguments.names import IGNORED, REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS, refused_accelerator_keys
 from zero_sft.errors import ArgumentError
 from zero_sft.loading.options import REMOVED_OPTIONS
 from zero_sft.options.resolve import OptionNames
@@ -45,8 +38,8 @@ class ParsedArguments:
     model: ModelArguments
     data: DataArguments
     training: Mapping[str, Any]
-    notes: tuple[str, ...] = field(default=())
-    given_names: frozenset[str] = field(default=frozenset())
+    notes: tuple[str, ...] = ()
+    given_names: frozenset[str] = frozenset()
 
 
 def parse(argv: Sequence[str]) -> ParsedArguments:
@@ -57,7 +50,8 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
             the nearest known names and with replacements.
     """
     specs = specifications()
-    read = option_names().read(argv)
+    names = OptionNames(specs=specs, translations=TRANSLATIONS, refusals=REFUSALS, removed=REMOVED_OPTIONS, ignored=IGNORED)
+    read = names.read(argv)
     values = read.values
     read.require_usable(_contradictions(values))
     groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in _ALWAYS_SET}}
@@ -74,25 +68,9 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
     )
 
 
-@functools.cache
-def option_names() -> OptionNames:
-    """Return all names that the job understands: current, translated, refused and ignored ones."""
-    return OptionNames(
-        specs=specifications(), translations=TRANSLATIONS, refusals=REFUSALS, removed=REMOVED_OPTIONS, ignored=IGNORED
-    )
-
-
 def _contradictions(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
-    """Yield an error for each number out of range, each empty name, and each combination of values that can't be used."""
-    yield from positivity_errors(values, _POSITIVE)
-    max_steps, optim = values.get("max_steps", -1), values.get("optim", "")
-    if max_steps < -1 or max_steps == 0:
-        yield ArgumentError(
-            f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {max_steps}", code="arguments.out_of_range"
-        )
-    for name in _NEVER_EMPTY:
-        if values.get(name) == "":
-            yield ArgumentError(f"--{name} is empty: check that its variable is set", code="arguments.empty")
+    """Yield an error for each combination of values that can't be used, and for values out of range."""
+    yield from _out_of_range(values)
     for name in _NEED_EVALUATION_DATA if values.get("eval_data_path") is None else ():
         if values.get(name, "no") not in (None, False, "no"):
             yield ArgumentError(
@@ -115,6 +93,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
         yield ArgumentError(
             "--save_strategy best needs a metric: give --metric_for_best_model loss", code="arguments.needs_metric"
         )
+    optim = values.get("optim", "")
     if optim in REFUSED_OPTIMIZERS:
         yield ArgumentError(
             f"--optim {optim} can't be used: {REFUSED_OPTIMIZERS[optim]}; see adamw_torch", code="arguments.optimizer_refused"
@@ -127,6 +106,19 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
     yield from _evaluation_precision(values)
     if isinstance(values.get("accelerator_config"), Mapping):
         yield from refused_accelerator_keys(values["accelerator_config"])
+
+
+def _out_of_range(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each number out of range and each empty name."""
+    yield from positivity_errors(values, _POSITIVE)
+    max_steps = values.get("max_steps", -1)
+    if max_steps < -1 or max_steps == 0:
+        yield ArgumentError(
+            f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {max_steps}", code="arguments.out_of_range"
+        )
+    for name in _NEVER_EMPTY:
+        if values.get(name) == "":
+            yield ArgumentError(f"--{name} is empty: check that its variable is set", code="arguments.empty")
 
 
 def _evaluation_precision(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
