@@ -3,6 +3,7 @@
 python -m zero_sft.data --model_name_or_path /models/Llama-3.1-8B --data_path my.json --show 3
 """
 
+import itertools
 import logging
 import statistics
 from collections.abc import Sequence
@@ -170,14 +171,9 @@ def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") 
     from zero_sft.data.tokenize import IGNORE_INDEX
 
     text = Text(f"\nsample {number + 1}, {len(sample['input_ids']):,} tokens\n", style="bold")
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-        is_trained = label != IGNORE_INDEX
-        if not runs or runs[-1][0] != is_trained:
-            runs.append((is_trained, []))
-        runs[-1][1].append(token)
-    for is_trained, tokens in runs:
-        words = printable(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+    labelled = zip(sample["input_ids"], sample["labels"], strict=True)
+    for is_trained, run in itertools.groupby(labelled, key=lambda pair: pair[1] != IGNORE_INDEX):
+        words = printable(tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False))
         if is_trained and not console.is_terminal:
             words = f"⟦{words}⟧"
         text.append(words, style="not bold black on green" if is_trained else "not bold")

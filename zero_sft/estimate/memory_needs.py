@@ -1,6 +1,7 @@
 """Estimate the memory of one run, whether it fits, and which changes would make it fit."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,17 +53,12 @@ class MemoryModel:
 
     def __init__(self, model: EstimatedModel) -> None:
         self._model = model
-        self._activation_bytes: dict[tuple[int, int, bool], int] = {}
+        self._peak_bytes = functools.cache(functools.partial(peak_bytes, model.spec))
 
     def activation_bytes(self, run: TrainingRun) -> int:
         """Return a rank's activation bytes of one pass. Packed rows add a mask of (length, length) that separates samples."""
         mask = 3 * run.batch_size * run.length**2 if run.packing else 0  # 1 byte as booleans, 2 bytes added to the scores
-        key = (run.batch_size, run.length, run.checkpointing)
-        if key not in self._activation_bytes:
-            self._activation_bytes[key] = peak_bytes(
-                self._model.spec, batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing
-            )
-        return mask + self._activation_bytes[key]
+        return mask + self._peak_bytes(batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing)
 
     def needs(self, run: TrainingRun) -> MemoryNeeds:
         """Estimate the memory of a run.
