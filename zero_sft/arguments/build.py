@@ -110,14 +110,11 @@ def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
                 code="arguments.cpu_on_accelerator",
             )
         return fitted
-    for name, instead in (
-        ("fp16", "use --bf16 True"),
-        ("fp16_full_eval", "leave it out"),
-        ("activation_offloading", "leave it out"),
-    ):
+    remedies = {"fp16": "use --bf16 True", "fp16_full_eval": "leave it out", "activation_offloading": "leave it out"}
+    for name, remedy in remedies.items():
         if fitted.get(name):
             raise ArgumentError(
-                f"--{name} needs an accelerator, and this machine has none: {instead}.", code="arguments.needs_accelerator"
+                f"--{name} needs an accelerator, and this machine has none: {remedy}.", code="arguments.needs_accelerator"
             )
     if fitted.pop("tf32", None):
         logger.info("--tf32 is put aside: it only affects NVIDIA GPUs, and this machine has none")

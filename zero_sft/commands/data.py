@@ -31,7 +31,6 @@ logger = logging.getLogger("zero_sft.data")
 BINS = 12
 _BAR = 40  # characters of the longest bar
 
-
 _HUB = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 _DATA = ("data_path", "chat_template", "data_format", "train_on", "on_bad_sample", "overlong", "packing", "dataset_num_proc",
          "data_cache_dir")  # fmt: skip

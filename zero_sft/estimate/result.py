@@ -49,9 +49,9 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers, in bytes and seconds."""
-        run = dataclasses.asdict(self.run)
         return {
-            "model": self.model.name, "parameters": self.model.numel, "headers": self.model.headers, **run,
+            "model": self.model.name, "parameters": self.model.numel, "headers": self.model.headers,
+            **dataclasses.asdict(self.run),
             "ranks": [dataclasses.asdict(load) for load in self.loads], "load_seconds": {self.storage: self.load_seconds},
             "device": self.device, "host": dict(self.needs.memory.host), "device_peak": self.needs.device,
             "node_host_peak": self.needs.host, "fits": self.needs.fits, "remedies": list(self.remedies),
@@ -80,7 +80,7 @@ class Result:
         yield f"    {'load_seconds, ' + self.storage:26}{self.load_seconds:36,.1f}"
         yield f"    planned for all ranks in {self.planning_seconds:.1f} s"
         yield ""
-        checkpointing = "with" if run.checkpointing else "without"
+        checkpointing, other = ("with", "without") if run.checkpointing else ("without", "with")
         yield (
             f"  training with {run.ds_config}, {run.batch_size} x {run.length} tokens per GPU{', packed' * run.packing}, "
             f"{checkpointing} checkpointing: GiB of one GPU at its peak ({self.needs.memory.longest_phase})"
@@ -88,8 +88,7 @@ class Result:
         for name, value in self.device.items():
             yield f"    {name:26}{value / GIB:36,.2f}"
         yield f"    {'total':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
-        without = "without" if run.checkpointing else "with"
-        yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {without} checkpointing"
+        yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {other} checkpointing"
         rounded = "; torch rounds each block that it page-locks up to a power of two" if self.needs.memory.host else ""
         yield f"  GiB of one node's host: {self.needs.host / GIB:,.1f} of {run.host_bytes / GIB:,.0f}{rounded}"
         for name, value in {**self.needs.memory.host, "interpreter and libraries": INTERPRETER_BYTES}.items():

@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zero_sft.errors import ArgumentError
@@ -58,9 +58,8 @@ class OptionNames:
         """All names, with the values that each may take."""
         specs = dict(self.specs)
         for name, translation in self.translations.items():
-            kinds = frozenset({"boolean"}) if translation.values else self.specs[translation.name].kinds
-            choices = () if translation.values else self.specs[translation.name].choices
-            specs[name] = OptionSpec(name=name, kinds=kinds, choices=choices)
+            switch = OptionSpec(name=name, kinds=frozenset({"boolean"}))
+            specs[name] = switch if translation.values else replace(self.specs[translation.name], name=name)
         for name in self.ignored | self.removed.keys() | {name for name in self.refusals if name not in specs}:
             specs[name] = OptionSpec(name=name)
         return specs
