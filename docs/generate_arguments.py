@@ -14,7 +14,7 @@ from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
 from zero_sft.commands import data as data_command
 from zero_sft.commands import estimate as estimate_command
 from zero_sft.options.command import Command
-from zero_sft.options.help import in_brief, wrap_lines
+from zero_sft.options.format_help import in_brief, wrap_lines
 from zero_sft.options.spec import OptionSpec
 
 PAGE = Path(__file__).with_name("arguments.md")

@@ -326,8 +326,8 @@ def test_both_precisions():
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"train_batch_size": "4"}, "bad_bucket_size", "train_batch_size is '4'"),
-        ({"train_micro_batch_size_per_gpu": 0}, "bad_bucket_size", "train_micro_batch_size_per_gpu is 0"),
+        ({"train_batch_size": "4"}, "bad_batch_size", "train_batch_size is '4'"),
+        ({"train_micro_batch_size_per_gpu": 0}, "bad_batch_size", "train_micro_batch_size_per_gpu is 0"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "2"}}, "bad_hpz_size", "'2'"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "refused_by_deepspeed", "offload_param"),
         ({"zero_optimization": {"stage": 3, "no_such_key": 1}}, "refused_by_deepspeed", "no_such_key"),

@@ -196,7 +196,7 @@ def test_main_says_the_state(scripts, monkeypatch, capsys):
         ("status", "not enabled"),
     ):
         assert launcher.main([action]) == 0
-        assert capsys.readouterr().out == said + "\n"
+        assert capsys.readouterr().out == f"deepspeed -m: {said}\n"
     with pytest.raises(SystemExit, match="2"):
         launcher.main(["on"])
 

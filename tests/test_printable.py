@@ -6,7 +6,7 @@ import pytest
 
 from zero_sft.console.log import _Elapsed
 from zero_sft.errors import DataError
-from zero_sft.printable import excerpt, printable
+from zero_sft.printable import excerpt, printable, with_count
 
 TEXTS = [
     ("plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000", "plain, über 你好 👩‍👩‍👧‍👦\u00a0\u3000"),
@@ -30,3 +30,7 @@ def test_printable(text, expected):
 def test_an_excerpt_ends():
     assert len(excerpt("x" * 1000)) == 80
     assert excerpt(["a\n"]) == "['a\\n']"
+
+
+def test_a_count_agrees_with_its_noun():
+    assert [with_count(number, "sample") for number in (0, 1, 1200)] == ["0 samples", "1 sample", "1,200 samples"]

@@ -88,15 +88,17 @@ def _with_usable_padding(config: PreTrainedConfig) -> PreTrainedConfig:
         ConfigError: the config states no usable number of embeddings.
     """
     rows = getattr(text_config(config), "vocab_size", None)
-    if rows is not None and (type(rows) is not int or rows < 1):
+    if rows is None:
+        return config
+    if type(rows) is not int or rows < 1:
         raise ConfigError(
             f"{config.name_or_path}: vocab_size in config.json is {rows!r}, expected a whole number, at least 1. Compare it "
             "with the original.",
             code="config.bad_vocab_size",
         )
-    for part in {id(part): part for part in (config, text_config(config))}.values():
+    for part in (config, text_config(config)):
         padding = getattr(part, "pad_token_id", None)
-        if rows is not None and padding is not None and not -rows <= padding < rows:
+        if padding is not None and not -rows <= padding < rows:
             part.pad_token_id = None
     return config
 
@@ -144,12 +146,8 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         kind = describe_folder(path.parent) if path.parent.is_dir() else ""
-        raise ConfigError(
-            f"no config.json in {path.parent}.\n{kind}"
-            if kind
-            else f"no config.json in {path.parent}. Name the folder that holds it next to the weights.",
-            code="config.missing",
-        )
+        remedy = f"\n{kind}" if kind else " Name the folder that holds it next to the weights."
+        raise ConfigError(f"no config.json in {path.parent}.{remedy}", code="config.missing")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:

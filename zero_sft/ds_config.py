@@ -19,6 +19,9 @@ from zero_sft.packaged_file import packaged_file
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 
+ADAMW_OPTIMS = frozenset({"adamw_torch", "adamw_torch_fused"})
+"""Values of --optim that DeepSpeed's CPU Adam implements."""
+
 
 def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read and check a DeepSpeed config.
@@ -133,9 +136,7 @@ def resolve_auto(config: Mapping[str, Any], dtype: str, local_world_size: int, w
         if size is None:
             result.pop(key, None)
         elif type(size) is not int or size < 1:
-            raise ConfigError(
-                f'{key} is {size!r}. Set it to a positive integer or to "auto".', code="ds_config.bad_bucket_size"
-            )
+            raise ConfigError(f'{key} is {size!r}. Set it to a positive integer or to "auto".', code="ds_config.bad_batch_size")
     if not any(key in result for key in _BATCH_SIZES[:2]):
         result["train_micro_batch_size_per_gpu"] = 1
     return result
@@ -154,7 +155,9 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
     if size == 1:
         return {}
     size = local_world_size if size == "auto" else size
-    if type(size) is not int or not 1 <= size <= world_size or world_size % size or _across_nodes(size, local_world_size):
+    is_divisor = type(size) is int and 1 <= size <= world_size and world_size % size == 0
+    # A node must not hold parts of two groups, as it would with 3 ranks per group and 8 per node.
+    if not is_divisor or (size % local_world_size and local_world_size % size):
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size is {size!r}, but must be an integer that divides {world_size} "
             f"ranks and fits {local_world_size} ranks per node. Set it to the ranks per node (here {local_world_size}) or to "
@@ -162,11 +165,6 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
             code="ds_config.bad_hpz_size",
         )
     return {"zero_hpz_partition_size": size}
-
-
-def _across_nodes(size: int, local_world_size: int) -> bool:
-    """Return whether some node would hold parts of two groups, as with 3 ranks per group and 8 per node."""
-    return bool(size % local_world_size and local_world_size % size)
 
 
 def require_nvme(config: Mapping[str, Any]) -> None:

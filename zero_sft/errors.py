@@ -51,15 +51,10 @@ class ZeroSftError(Exception):
     def listing(cls, problems: Sequence["ZeroSftError"], heading: str, *, remedy: str = "", code: str) -> Self:
         """Make one error that lists several problems. A single problem keeps its code and, without a `remedy`, its message."""
         if len(problems) == 1:
-            code = problems[0].code
-        if len(problems) == 1 and not remedy:
-            return cls(str(problems[0]), code=code)
-        lines = [
-            heading,
-            *(f"- {problem.with_code if len(problems) > 1 else problem}" for problem in problems),
-            *([remedy] if remedy else []),
-        ]
-        return cls("\n".join(lines), code=code, listed=[problem.code for problem in problems] if len(problems) > 1 else ())
+            (problem,) = problems
+            return cls(f"{heading}\n- {problem}\n{remedy}" if remedy else str(problem), code=problem.code)
+        lines = [heading, *(f"- {problem.with_code}" for problem in problems), *filter(None, [remedy])]
+        return cls("\n".join(lines), code=code, listed=[problem.code for problem in problems])
 
 
 def without_tokens(text: str) -> str:

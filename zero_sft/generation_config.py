@@ -25,6 +25,9 @@ GENERATION_CONFIG = "generation_config.json"
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
+_Make = Callable[[dict[str, Any]], Any]
+"""Make a GenerationConfig from the settings in a file, which it may change."""
+
 _READER = logging.getLogger("transformers.generation.configuration_utils")
 
 
@@ -49,7 +52,7 @@ def read_generation_config(folder: Path) -> tuple[GenerationConfig, tuple[str, .
     has_file = path.is_file()
     path = path if has_file else folder / "config.json"
     raw = _read_json(path) if path.is_file() else {}
-    make: Callable[[Mapping[str, Any]], GenerationConfig] = _from_generation_config if has_file else _from_model_config
+    make: _Make = GenerationConfig.from_dict if has_file else GenerationConfig.from_model_config
     with _quiet():
         refused = {name: f"expected token ids, got {raw[name]!r}" for name in _TOKENS if not _are_tokens(raw.get(name))}
         kept = {name: value for name, value in raw.items() if name not in refused}
@@ -78,21 +81,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _from_generation_config(settings: Mapping[str, Any]) -> GenerationConfig:
-    generation: Any = GenerationConfig.from_dict(dict(settings))
-    return generation
-
-
-def _from_model_config(settings: Mapping[str, Any]) -> GenerationConfig:
-    return GenerationConfig.from_model_config(dict(settings))
-
-
 def _are_tokens(value: Any) -> bool:
     tokens = value if isinstance(value, list) else [value]
     return value is None or all(isinstance(token, int) and not isinstance(token, bool) for token in tokens)
 
 
-def _refused(raw: Mapping[str, Any], make: Callable[[Mapping[str, Any]], GenerationConfig]) -> dict[str, str]:
+def _refused(raw: Mapping[str, Any], make: _Make) -> dict[str, str]:
     """Find settings that must be left out for transformers to accept the others, with reasons: one setting if that suffices."""
     reason = _complaint(raw, make)
     if reason is None:
@@ -110,10 +104,10 @@ def _refused(raw: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Generat
     return refused
 
 
-def _complaint(settings: Mapping[str, Any], make: Callable[[Mapping[str, Any]], GenerationConfig]) -> str | None:
+def _complaint(settings: Mapping[str, Any], make: _Make) -> str | None:
     """Say why transformers can't read these settings or write them again; None if both work."""
     try:
-        generation = make(settings)
+        generation = make(dict(settings))
         generation.validate()
         generation.to_json_string(keys_to_pop=["compile_config"])
     except Exception as error:  # noqa: BLE001 - values of any type can raise any error

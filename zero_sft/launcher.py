@@ -163,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         sys.stderr.write(f"zero_sft.launcher: {error.with_code if isinstance(error, ConfigError) else error}\n")
         return 2
-    sys.stdout.write(f"{message}\n")
+    sys.stdout.write(f"deepspeed -m: {message}\n")
     return 0
 
 

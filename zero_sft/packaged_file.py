@@ -9,4 +9,4 @@ def packaged_file(kind: str, name: str = "") -> Path:
     folder = package / kind
     if not folder.is_dir():
         folder = package.parent / kind
-    return folder / name if name else folder
+    return folder / name

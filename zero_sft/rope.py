@@ -5,8 +5,8 @@ FastChat (https://arxiv.org/abs/2306.15595): with `factor` 2.0, positions 0..819
 ..., 4095.5. Models with another kind of scaling are left unchanged: their authors chose it, and nobody has trained the model
 that a second scaling would make.
 
-Positions are derived from a config's attributes, not from a list of models, so that future models are covered. Left out:
-choosing a kind of scaling (to use yarn, give `rope_parameters`), and extending learned position tables, which would need new
+Positions are derived from a config's attributes, not from a list of models, so that future models are covered. The kind of
+scaling is not chosen (to use yarn, give `rope_parameters`), and learned position tables are not extended, which would need new
 weights.
 """
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.options.spec import NUMBER
 
 _COUNTS = ("max_position_embeddings", "max_target_positions", "max_seq_len", "n_positions", "n_ctx")
 """Names under which configs state the number of positions."""
@@ -36,6 +37,17 @@ _SCALING = {
 }  # fmt: skip
 """Keys that belong to one kind of scaling and are removed when the kind changes. Others (`rope_theta`, ...) stay."""
 
+_NUMBERS = frozenset({
+    "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast",
+    "attention_factor", "partial_rotary_factor",
+})  # fmt: skip
+_NEED_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+_TYPES_OF_MODELS = ("mrope",)
+"""Types that some models' config classes replace by another."""
+
+_VALIDATION = re.compile(r"_validate_(\w+)_rope_parameters")
+"""Names of the methods with which a config's class checks the types that it supports."""
+
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the part of `config` that describes the language model: itself, its `text_config` or its `decoder`."""
@@ -47,23 +59,11 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         ) from error
 
 
-_NUMBERS = frozenset({
-    "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast",
-    "attention_factor", "partial_rotary_factor",
-})  # fmt: skip
-_NEED_FACTOR = ("linear", "dynamic", "yarn", "llama3")
-_TYPES_OF_MODELS = ("mrope",)
-"""Types that some models' config classes replace by another."""
-
-_VALIDATION = re.compile(r"_validate_(\w+)_rope_parameters")
-
-
 def with_context(
     config: PreTrainedConfig, *, model_max_length: int | None = None, rope_parameters: dict | None = None
 ) -> PreTrainedConfig:
     """Return a copy of `config` for training on up to `model_max_length` tokens. Pure; raises `prepare_config`'s errors."""
-    is_integer = isinstance(model_max_length, int) and not isinstance(model_max_length, bool)
-    if model_max_length is not None and (not is_integer or not 1 <= model_max_length < 2**31):
+    if model_max_length is not None and (type(model_max_length) is not int or not 1 <= model_max_length < 2**31):
         raise ConfigError(
             f"--model_max_length must be a whole number, at least 1 and below 2**31; got {model_max_length!r}.",
             code="arguments.wrong_value",
@@ -208,31 +208,19 @@ def _merge_parameters(text: PreTrainedConfig, new: dict, name: str) -> None:
 def _unusable(rope: Mapping[str, Any], text: PreTrainedConfig) -> str:
     """Say why one dict of RoPE parameters is unusable, or return "". The model's code would raise a less clear error."""
     kind = _kind(rope)
-    kinds = _kinds(text)
+    validated = {match.group(1) for match in map(_VALIDATION.fullmatch, dir(type(text))) if match}
+    kinds = sorted({"default", *ROPE_INIT_FUNCTIONS, *validated, *_TYPES_OF_MODELS})
     if kind not in kinds:
         return f"the rope_type {kind!r} is unknown; known: {', '.join(kinds)}"
     for key in sorted(_NUMBERS & rope.keys()):
         value = rope[key]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (is_number and math.isfinite(value) and value > 0):
-            hint = f" Write it without quotes: {value}" if isinstance(value, str) and _is_numeric_text(value) else ""
+            hint = f" Write it without quotes: {value}" if isinstance(value, str) and NUMBER.fullmatch(value) else ""
             return f"{key!r} must be a number above 0, got {value!r}.{hint}".rstrip(".")
     if kind in _NEED_FACTOR and rope.get("factor") is None:
         return f"the rope_type {kind!r} needs a 'factor', which is missing in {dict(rope)!r:.200}"
     return ""
-
-
-def _kinds(text: PreTrainedConfig) -> list[str]:
-    """List the rope_types that this config's class or transformers supports."""
-    validated = {match.group(1) for match in map(_VALIDATION.fullmatch, dir(type(text))) if match}
-    return sorted({"default", *ROPE_INIT_FUNCTIONS, *validated, *_TYPES_OF_MODELS})
-
-
-def _is_numeric_text(value: str) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except ValueError:
-        return False
 
 
 def _require_reach(text: PreTrainedConfig, length: int) -> None:

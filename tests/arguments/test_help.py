@@ -8,9 +8,9 @@ import pytest
 
 from zero_sft.arguments import inherited
 from zero_sft.arguments.help import answer_help, help_text
+from zero_sft.arguments.inherited import specifications
 from zero_sft.arguments.names import REFUSALS, TRANSLATIONS
-from zero_sft.arguments.parse import specifications
-from zero_sft.options.help import wants_help
+from zero_sft.options.format_help import wants_help
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "deepspeed", "accelerate", "pyarrow"}
 

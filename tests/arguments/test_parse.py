@@ -10,8 +10,8 @@ import pytest
 from tests.errors import raises
 from zero_sft.arguments import build_training_arguments, help_text, parse, wants_help
 from zero_sft.arguments.build import fit_to_device
+from zero_sft.arguments.inherited import specifications
 from zero_sft.arguments.names import REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS
-from zero_sft.arguments.parse import specifications
 from zero_sft.errors import ArgumentError
 from zero_sft.packaged_file import packaged_file
 
@@ -162,6 +162,8 @@ def test_command_line(argv, name, value):
         (["--save_strategy", "best"], "needs_metric", ["--metric_for_best_model"]),
         (["--label_smoothing_factor", "0.1", "--eval_strategy", "steps", "--eval_data_path", "a"], "contradiction",
          ["--label_smoothing_factor", "--eval_strategy"]),
+        (["--save_only_model", "--load_best_model_at_end", "--eval_data_path", "a"], "needs_whole_checkpoints",
+         ["--save_only_model"]),
         (["--optim", "lomo"], "optimizer_refused", ["--optim lomo", "adamw_torch"]),
         (["--deepspeed", ""], "deepspeed_empty", ["--deepspeed"]),
         (["--accelerator_config", '{"split_batches": true}'], "accelerator_key",

@@ -10,7 +10,7 @@ import pytest
 
 from tests import small_job
 from zero_sft.console import progress
-from zero_sft.console.bars import Lines, TaskState
+from zero_sft.console.bars import Lines
 
 SCRIPT = """
 import logging, sys, time
@@ -122,12 +122,12 @@ def test_lines_now_and_then(caplog):
 
 def test_numbers():
     now = [0.0]
-    samples = TaskState("preparing", None, "samples", lambda: now[0])
+    samples = progress.Task("preparing", None, "samples", lambda: now[0])
     assert not samples.numbers()
     now[0] = 2.0
     samples.advance(500)
     assert samples.numbers() == "500 samples  250 samples/s"
-    steps = TaskState("training", 23, "steps", lambda: now[0])
+    steps = progress.Task("training", 23, "steps", lambda: now[0])
     steps.advance(12)
     steps.note("loss 2.941  2:41 left")
     assert steps.numbers() == "12 of 23 steps  loss 2.941  2:41 left"

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 RANK = """
@@ -47,7 +48,7 @@ def test_what_a_rank_says(rank):
 def test_a_long_run_has_hours(monkeypatch):
     from zero_sft.console import log as console
 
-    monkeypatch.setattr(console, "_process_start", lambda: 0.0)
-    monkeypatch.setattr(console.time, "time", lambda: 93_784.0)
+    start = psutil.Process().create_time()
+    monkeypatch.setattr(console.time, "time", lambda: start + 93_784.0)
     record = logging.LogRecord("zero_sft", logging.INFO, "", 0, "said", None, None)
     assert console._Elapsed(0).format(record) == "1 d 2:03:04  said"

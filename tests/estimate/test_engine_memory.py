@@ -208,9 +208,18 @@ def test_remedies_make_it_fit(folder):
     assert trainer.activation_bytes(run(packing=True)) > trainer.activation_bytes(run())
 
 
+def test_each_remedy_is_enough_alone(folder):
+    """Where no number of GPUs makes room for the activations, checkpointing does, and a number of GPUs is not named."""
+    trainer = MemoryModel(find_model(str(folder), HubOptions()))
+    tight = run(device_bytes=trainer.needs(run(world_size=8192)).device - 1)
+    remedies = list(trainer.remedies(tight))
+    assert remedies[0] == "--activation_checkpointing True"
+    assert not [remedy for remedy in remedies if "GPUs" in remedy]
+
+
 def test_a_tied_tensor_counts_once(tmp_path):
     of = find_model(str(models.save_tiny("qwen2", tmp_path / "qwen2")), HubOptions())
-    assert of.config.tie_word_embeddings
+    assert of.spec.config.tie_word_embeddings
     assert of.numel == models.plain(tmp_path / "qwen2", torch.bfloat16).num_parameters()
 
 

@@ -9,7 +9,7 @@ from zero_sft.arguments.build import build_training_arguments
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.help import answer_help, help_text
 from zero_sft.arguments.parse import ParsedArguments, parse
-from zero_sft.options.help import wants_help
+from zero_sft.options.format_help import wants_help
 
 __all__ = [
     "DataArguments",

@@ -6,7 +6,7 @@ later. The object must exist before the model is built, because it tells transfo
 """
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments.ds_conflicts import (
@@ -15,9 +15,7 @@ from zero_sft.arguments.ds_conflicts import (
     count_steps,
     find_conflicts,
     find_schedule_conflicts,
-    schema_error,
 )
-from zero_sft.arguments.names import refused_accelerator_key
 from zero_sft.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
@@ -56,15 +54,13 @@ def build_training_arguments(
     config, notes = complete_config(ds_config, optim, scheduler_settings(ds_config.get("scheduler")))
     problems = [*schema_problems(without_auto(config)), *_unsupported_precision(config, accelerator)]
     if problems:
-        raise schema_error(problems, where)
+        heading, remedy = f"the DeepSpeed config {where} can't be used:", "See docs/configs.md for the shipped configs."
+        raise ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.unusable")
     try:
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
         raise ArgumentError(f"the Trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
-    refused = refused_accelerator_key(vars(arguments.accelerator_config))  # the settings may come from a file
-    if refused:
-        raise ArgumentError(refused, code="arguments.accelerator_key")
-    problems = find_conflicts(config, arguments, given, arguments.world_size)
+    problems = find_conflicts(config, arguments, given)
     if arguments.max_steps > 0:
         problems += find_schedule_conflicts(config, arguments, arguments.max_steps, given)
     if problems:
@@ -90,17 +86,14 @@ def ds_config_name(values: Mapping[str, Any]) -> str:
     return str(source) if isinstance(source, str) else "given with --deepspeed"
 
 
-def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> list[ConfigError]:
-    """Return an error for each precision that the config enables and the device does not support."""
-    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
-    return [
-        ConfigError(
-            f"{name}.enabled is true, but DeepSpeed does not support {name} on this machine ({accelerator.device_name()}).",
-            code="ds_config.unsupported_precision",
-        )
-        for name, is_supported in supported.items()
-        if config[name].get("enabled") is True and not is_supported()
-    ]
+def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> Iterator[ConfigError]:
+    """Yield an error for each precision that the config enables and the device does not support."""
+    for name, is_supported in (("fp16", accelerator.is_fp16_supported), ("bf16", accelerator.is_bf16_supported)):
+        if config[name].get("enabled") is True and not is_supported():
+            yield ConfigError(
+                f"{name}.enabled is true, but DeepSpeed does not support {name} on this machine ({accelerator.device_name()}).",
+                code="ds_config.unsupported_precision",
+            )
 
 
 def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -117,14 +110,11 @@ def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
                 code="arguments.cpu_on_accelerator",
             )
         return fitted
-    for name, instead in (
-        ("fp16", "use --bf16 True"),
-        ("fp16_full_eval", "leave it out"),
-        ("activation_offloading", "leave it out"),
-    ):
+    remedies = {"fp16": "use --bf16 True", "fp16_full_eval": "leave it out", "activation_offloading": "leave it out"}
+    for name, remedy in remedies.items():
         if fitted.get(name):
             raise ArgumentError(
-                f"--{name} needs an accelerator, and this machine has none: {instead}.", code="arguments.needs_accelerator"
+                f"--{name} needs an accelerator, and this machine has none: {remedy}.", code="arguments.needs_accelerator"
             )
     if fitted.pop("tf32", None):
         logger.info("--tf32 is put aside: it only affects NVIDIA GPUs, and this machine has none")

@@ -5,31 +5,29 @@ keys that the config has. If a key is absent (`gradient_clipping`, `optimizer.pa
 argument has no effect. So this module sets absent keys to "auto", which the Trainer fills from the arguments, and compares
 everything else at the start.
 
-All functions are pure. Left out: keys of DeepSpeed without a corresponding argument (`zero/ds_schema.py` checks those).
+All functions are pure. Not checked here: keys of DeepSpeed without a corresponding argument (see `zero/ds_schema.py`).
 """
 
 import copy
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
+from zero_sft.ds_config import ADAMW_OPTIMS
 from zero_sft.errors import ConfigError
-
-ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
-"""Values of --optim that DeepSpeed's CPU Adam implements."""
+from zero_sft.printable import with_count
 
 _DECIDED_BY_ARGUMENTS = (
     "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
 )  # fmt: skip
 _OPTIMIZER_PARAMS = {
-    "adam": ("lr", "betas", "eps", "weight_decay"),
-    "adamw": ("lr", "betas", "eps", "weight_decay"),
-    "lamb": ("lr", "betas", "eps", "weight_decay"),
+    **dict.fromkeys(("adam", "adamw", "lamb"), ("lr", "betas", "eps", "weight_decay")),
     "lion": ("lr", "betas", "weight_decay"),
-    "muon": ("lr", "weight_decay"),
-    "adagrad": ("lr", "weight_decay"),
 }
+"""Parameters of an optimizer that arguments set, by its type in the config; others have `lr` and `weight_decay`."""
+_EQUIVALENT_OPTIMS: dict[str, Set[str]] = {"adam": ADAMW_OPTIMS, "adamw": ADAMW_OPTIMS, "lion": {"lion_32bit"}}
+"""Values of --optim by the type in the config, where the names differ."""
 _SCHEDULER_PARAMS = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")
 _EQUIVALENT_SCHEDULES = {
     "WarmupLR": ("constant_with_warmup",),
@@ -58,28 +56,32 @@ def complete_config(
     for section in ("bf16", "fp16"):
         result.setdefault(section, {"enabled": "auto"})
     optimizer, scheduler = result.get("optimizer"), result.get("scheduler")
-    if isinstance(optimizer, dict) and isinstance(optimizer.get("params") or {}, dict):
-        optimizer["params"] = dict(optimizer.get("params") or {})
-        for name in _OPTIMIZER_PARAMS.get(str(optimizer.get("type")).lower(), ("lr", "weight_decay")):
-            optimizer["params"].setdefault(name, "auto")
-        notes.append(f"the optimizer is {optimizer.get('type')}, from the DeepSpeed config's section; --optim has no effect")
+    if isinstance(optimizer, dict):
+        kind = optimizer.get("type")
+        _leave_params_open(optimizer, _OPTIMIZER_PARAMS.get(str(kind).lower(), ("lr", "weight_decay")))
+        notes.append(f"the optimizer is {kind}, from the DeepSpeed config's section; --optim has no effect")
     elif optimizer is None:
         notes += _prevent_replacement(result, optim)
-    if isinstance(scheduler, dict) and isinstance(scheduler.get("params") or {}, dict):
-        scheduler["params"] = dict(scheduler.get("params") or {})
-        for name in set(_SCHEDULER_PARAMS) & set(scheduler_params):
-            scheduler["params"].setdefault(name, "auto")
+    if isinstance(scheduler, dict):
+        _leave_params_open(scheduler, set(_SCHEDULER_PARAMS) & set(scheduler_params))
         notes.append(f"the schedule is {scheduler.get('type')}, from the DeepSpeed config; --lr_scheduler_type has no effect")
     return result, notes
+
+
+def _leave_params_open(section: dict[str, Any], names: Iterable[str]) -> None:
+    """Set absent parameters of a section to "auto", in place; `zero/ds_schema.py` refuses `params` that are not a mapping."""
+    params = section.get("params") or {}
+    if isinstance(params, dict):
+        section["params"] = dict.fromkeys(names, "auto") | params
 
 
 def _prevent_replacement(config: dict[str, Any], optim: str) -> list[str]:
     """Stop accelerate from replacing the optimizer with DeepSpeed's CPU Adam under offload; return log lines."""
     if not offloads_optimizer(config):
         return []
-    if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW:
+    if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW_OPTIMS:
         config["zero_force_ds_cpu_optimizer"] = False
-    if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW:
+    if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW_OPTIMS:
         return [f"--optim {optim} runs as DeepSpeed's CPU Adam (AdamW): zero_force_ds_cpu_optimizer is on in the config"]
     if optim == "adamw_torch":
         return ["the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there"]
@@ -92,7 +94,7 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return isinstance(offload, Mapping) and offload.get("device", "none") != "none"
 
 
-def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], world_size: int) -> list[ConfigError]:
+def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str]) -> list[ConfigError]:
     """Return an error for each value of a completed config that the arguments contradict.
 
     Args:
@@ -101,7 +103,7 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], w
         given: the names of the arguments that the user gave.
     """
     optimizer, scheduler = config.get("optimizer"), config.get("scheduler")
-    problems = _contradictions(_comparable_values(config, arguments, world_size), given)
+    problems = [*_contradictions(config, _comparable_values(arguments), given)]
     if isinstance(optimizer, Mapping) and "optim" in given:
         problems += _other_optimizer(str(optimizer.get("type")), str(arguments.optim.value))
     elif optimizer is None:
@@ -113,13 +115,11 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str], w
 
 def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int, given: Set[str]) -> list[ConfigError]:
     """Return conflicts that depend on the number of optimizer steps, which is known once the data is prepared."""
-    params = (config.get("scheduler") or {}).get("params") or {}
-    warmup = max(1, arguments.get_warmup_steps(steps))
-    pairs = (
-        ("scheduler.params.total_num_steps", params.get("total_num_steps"), steps, "this run's number of optimizer steps"),
-        ("scheduler.params.warmup_num_steps", params.get("warmup_num_steps"), warmup, "--warmup_steps"),
-    )
-    return _contradictions(pairs, given)
+    values = {
+        "scheduler.params.total_num_steps": (steps, "this run's number of optimizer steps"),
+        "scheduler.params.warmup_num_steps": (max(1, arguments.get_warmup_steps(steps)), "--warmup_steps"),
+    }
+    return [*_contradictions(config, values, given)]
 
 
 def conflict_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
@@ -127,12 +127,6 @@ def conflict_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
     heading = f"the DeepSpeed config {where} and the arguments contradict each other:"
     remedy = 'Write "auto" for a value that an argument sets, or change one of the two; docs/configs.md explains the keys.'
     return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.contradictions")
-
-
-def schema_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
-    """Make one error that lists everything in a config that DeepSpeed refuses or would ignore."""
-    heading, remedy = f"the DeepSpeed config {where} can't be used:", "See docs/configs.md for the shipped configs."
-    return ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.unusable")
 
 
 def count_steps(rows: int, arguments: Any, world_size: int) -> int:
@@ -145,101 +139,80 @@ def count_steps(rows: int, arguments: Any, world_size: int) -> int:
     return math.ceil(arguments.num_train_epochs * steps)
 
 
-def _comparable_values(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[str, Any, Any, str]]:
-    """Return (key, value in the config, value of the argument, argument) for everything that both set."""
-    optimizer = (config.get("optimizer") or {}).get("params") or {}
-    scheduler = (config.get("scheduler") or {}).get("params") or {}
+def _comparable_values(args: Any) -> dict[str, tuple[Any, str]]:
+    """Return (value, arguments that set it) by the key of the config that sets the same."""
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    ranks = with_count(args.world_size, "rank")
     batch_product = f"{ranks} × --per_device_train_batch_size {micro} × --gradient_accumulation_steps {accumulation}"
-    precision = {name: bool(getattr(args, name) or getattr(args, f"{name}_full_eval")) for name in ("bf16", "fp16")}
-    return [
-        (
-            "train_micro_batch_size_per_gpu",
-            config.get("train_micro_batch_size_per_gpu"),
-            micro,
-            "--per_device_train_batch_size",
-        ),
-        (
-            "gradient_accumulation_steps",
-            config.get("gradient_accumulation_steps"),
-            accumulation,
-            "--gradient_accumulation_steps",
-        ),
-        ("train_batch_size", config.get("train_batch_size"), world_size * micro * accumulation, batch_product),
-        ("gradient_clipping", config.get("gradient_clipping"), args.max_grad_norm, "--max_grad_norm"),
-        *((f"{name}.enabled", config[name].get("enabled"), on, f"--{name}") for name, on in precision.items()),
-        ("optimizer.params.lr", optimizer.get("lr"), args.learning_rate, "--learning_rate"),
-        ("optimizer.params.betas", optimizer.get("betas"), [args.adam_beta1, args.adam_beta2], "--adam_beta1, --adam_beta2"),
-        ("optimizer.params.eps", optimizer.get("eps"), args.adam_epsilon, "--adam_epsilon"),
-        ("optimizer.params.weight_decay", optimizer.get("weight_decay"), args.weight_decay, "--weight_decay"),
-        ("scheduler.params.warmup_max_lr", scheduler.get("warmup_max_lr"), args.learning_rate, "--learning_rate"),
-    ]
+    return {
+        "train_micro_batch_size_per_gpu": (micro, "--per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "--gradient_accumulation_steps"),
+        "train_batch_size": (args.world_size * micro * accumulation, batch_product),
+        "gradient_clipping": (args.max_grad_norm, "--max_grad_norm"),
+        "bf16.enabled": (bool(args.bf16 or args.bf16_full_eval), "--bf16"),
+        "fp16.enabled": (bool(args.fp16 or args.fp16_full_eval), "--fp16"),
+        "optimizer.params.lr": (args.learning_rate, "--learning_rate"),
+        "optimizer.params.betas": ([args.adam_beta1, args.adam_beta2], "--adam_beta1, --adam_beta2"),
+        "optimizer.params.eps": (args.adam_epsilon, "--adam_epsilon"),
+        "optimizer.params.weight_decay": (args.weight_decay, "--weight_decay"),
+        "scheduler.params.warmup_max_lr": (args.learning_rate, "--learning_rate"),
+    }
 
 
-def _contradictions(pairs: Iterable[tuple[str, Any, Any, str]], given: Set[str]) -> list[ConfigError]:
-    def describe(argument: str) -> str:
-        names = re.findall(r"--(\w+)", argument)
-        return argument if any(name in given for name in names) else f"{argument}, by default"
-
-    return [
-        ConfigError(
-            f"{key} is {config_value!r}, but the arguments say {expected!r} ({describe(argument)}).",
+def _contradictions(config: Mapping[str, Any], values: Mapping[str, tuple[Any, str]], given: Set[str]) -> Iterator[ConfigError]:
+    for key, (expected, argument) in values.items():
+        found: Any = config
+        for name in key.split("."):
+            found = (found or {}).get(name)
+        if found in (None, "auto") or (found == expected and isinstance(found, bool) == isinstance(expected, bool)):
+            continue
+        by_default = "" if any(name in given for name in re.findall(r"--(\w+)", argument)) else ", by default"
+        yield ConfigError(
+            f"{key} is {found!r}, but the arguments say {expected!r} ({argument}{by_default}).",
             code="ds_config.contradicts_argument",
         )
-        for key, config_value, expected, argument in pairs
-        if config_value not in (None, "auto")
-        and (config_value != expected or isinstance(config_value, bool) != isinstance(expected, bool))
-    ]
 
 
-def _other_optimizer(kind: str, optim: str) -> list[ConfigError]:
-    equivalent_optims = {
-        "adam": ADAMW,
-        "adamw": ADAMW,
-        "lion": {"lion_32bit"},
-        "sgd": {"sgd"},
-        "rmsprop": {"rmsprop"},
-        "adagrad": {"adagrad"},
-    }
-    if optim in equivalent_optims.get(kind.lower(), {kind.lower()}):
-        return []
-    return [
-        ConfigError(
+def _other_optimizer(kind: str, optim: str) -> Iterator[ConfigError]:
+    if optim not in _EQUIVALENT_OPTIMS.get(kind.lower(), {kind.lower()}):
+        yield ConfigError(
             f"optimizer.type is {kind!r}, but --optim is {optim!r}. Remove the section `optimizer` from the config, or leave "
             "--optim out.",
             code="ds_config.other_optimizer",
         )
-    ]
 
 
-def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> list[ConfigError]:
-    if optim in ADAMW or not offloads_optimizer(config):
-        return []
-    offload = config["zero_optimization"]["offload_optimizer"]
-    problems = []
+def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> Iterator[ConfigError]:
+    if optim in ADAMW_OPTIMS or not offloads_optimizer(config):
+        return
+    zero = config["zero_optimization"]
     if config.get("zero_force_ds_cpu_optimizer", True):
-        problems.append(
-            f"zero_force_ds_cpu_optimizer is true, so DeepSpeed's CPU Adam would run instead of --optim {optim}. Set false."
+        yield ConfigError(
+            f"zero_force_ds_cpu_optimizer is true, so DeepSpeed's CPU Adam would run instead of --optim {optim}. Set false.",
+            code="ds_config.other_optimizer",
         )
-    if offload.get("super_offload"):
-        problems.append(f"zero_optimization.offload_optimizer.super_offload supports only Adam, but --optim is {optim!r}.")
-    if config["zero_optimization"].get("zenflow"):
-        problems.append(f"zero_optimization.zenflow supports only Adam, but --optim is {optim!r}.")
-    return [ConfigError(problem, code="ds_config.other_optimizer") for problem in problems]
+    for key, is_on in (
+        ("offload_optimizer.super_offload", zero["offload_optimizer"].get("super_offload")),
+        ("zenflow", zero.get("zenflow")),
+    ):
+        if is_on:
+            yield ConfigError(
+                f"zero_optimization.{key} supports only Adam, but --optim is {optim!r}.", code="ds_config.other_optimizer"
+            )
 
 
-def _other_schedule(kind: str, schedule: str, given: Set[str]) -> list[ConfigError]:
-    problems = []
+def _other_schedule(kind: str, schedule: str, given: Set[str]) -> Iterator[ConfigError]:
     if "lr_scheduler_type" in given and schedule not in _EQUIVALENT_SCHEDULES.get(kind, ()):
-        problems.append(
+        yield ConfigError(
             f"scheduler.type is {kind!r}, but --lr_scheduler_type is {schedule!r}. "
-            "Remove the section `scheduler` from the config, or leave --lr_scheduler_type out."
+            "Remove the section `scheduler` from the config, or leave --lr_scheduler_type out.",
+            code="ds_config.other_schedule",
         )
-    ignored = [name for name in ("warmup_steps", "lr_scheduler_kwargs") if name in given]
-    ignored = [name for name in ignored if name == "lr_scheduler_kwargs" or kind not in _EQUIVALENT_SCHEDULES]
-    problems += [
-        f"scheduler.type is {kind!r}, which ignores --{name}. Remove the section `scheduler` from the config, or the argument."
-        for name in ignored
-    ]
-    return [ConfigError(problem, code="ds_config.other_schedule") for problem in problems]
+    ignored = ("lr_scheduler_kwargs",) if kind in _EQUIVALENT_SCHEDULES else ("warmup_steps", "lr_scheduler_kwargs")
+    for name in ignored:
+        if name in given:
+            yield ConfigError(
+                f"scheduler.type is {kind!r}, which ignores --{name}. Remove the section `scheduler` from the config, or the "
+                "argument.",
+                code="ds_config.other_schedule",
+            )

@@ -88,7 +88,6 @@ class DataArguments:
             "help": "vicuna, chatml, llama3, model or a Jinja file; by default the model's template if it has one, else vicuna."
         },
     )
-
     sample_prompts: str | None = field(
         default=None,
         metadata={"help": "A file of prompts (a JSON list, or one per line) that the model answers before and after training."},

@@ -11,20 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.options.help import in_brief, in_full, wrap_lines, write_help
-from zero_sft.options.names import Translation
+from zero_sft.options.format_help import in_brief, in_full, wrap_lines, write_help
+from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import OptionSpec
 
 ALL = "all"
 
-OWN_FIELDS = (
-    "output_dir",
-    "overwrite_output_dir",
-    "model_max_length",
-    "optim",
-    "deepspeed",
-    "resume_from_checkpoint",
-)
+OWN_FIELDS = ("output_dir", "overwrite_output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
 """Arguments of the training group that the overview shows in full."""
 
 _HEAD = """\
@@ -52,7 +45,8 @@ def answer_help(argv: Sequence[str]) -> int:
 
 def help_text(topic: str | None = None) -> str | None:
     """Return the overview, everything for "all", else the help for a name or word; None if nothing matches."""
-    specs = {name: spec for name, spec in listed_specifications().items() if name not in _hidden()}
+    unusable = REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED
+    specs = {name: spec for name, spec in listed_specifications().items() if name not in unusable}
     if topic is None:
         return _overview(specs)
     if topic.lower() == ALL:
@@ -60,11 +54,6 @@ def help_text(topic: str | None = None) -> str | None:
     name = topic.replace("-", "_").lower()
     exact = _about(name, specs)
     return "\n".join([*exact, ""]) if exact else _search(name, specs)
-
-
-def _hidden() -> frozenset[str]:
-    """Return the names of Trainer arguments that can't be used."""
-    return frozenset(REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED)
 
 
 def _overview(specs: Mapping[str, OptionSpec]) -> str:

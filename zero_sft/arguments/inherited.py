@@ -1,18 +1,22 @@
-"""Shipped table of the training group's arguments, so that `--help` does not import TRL, transformers and torch.
+"""All arguments of the job, and a shipped table of those that it inherits, so that `--help` imports no heavy library.
 
 `make arguments` writes the table for the installed versions. The table is used only with the versions that it was written for;
-a test compares it with the libraries. Left out: parsing the libraries' source without importing it, because inheritance and
-decorators also declare fields.
+a test compares it with the libraries. Parsing the libraries' source instead of importing it would miss fields that inheritance
+and decorators declare.
 """
 
+import functools
 import importlib.metadata
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from zero_sft.arguments.groups import DataArguments, ModelArguments
+from zero_sft.arguments.names import TRANSLATIONS
+from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import OptionSpec, specs_of
 
 TABLE = Path(__file__).with_name("inherited.json")
@@ -21,21 +25,32 @@ LIBRARIES = ("transformers", "trl")
 MODEL, DATA, TRAINING = "model", "data", "training"
 
 
+@functools.cache
+def specifications() -> Mapping[str, OptionSpec]:
+    """Return all arguments of the three groups by name, in the order of `--help`. Imports TRL."""
+    from zero_sft.arguments.training import TrainingArguments
+
+    return _all_groups(specs_of(TrainingArguments, TRAINING))
+
+
 def listed_specifications() -> Mapping[str, OptionSpec]:
-    """Return the same as `parse.specifications`, from the table if it matches the installed versions. For `--help`."""
+    """Return the same as `specifications`, from the table if it matches the installed versions. For `--help`."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if table["versions"] != installed_versions():
-        from zero_sft.arguments.parse import specifications
-
         return specifications()
-    own = own_specifications()
-    inherited = {row["name"]: _spec(row) for row in table["arguments"]}
-    return {**own, **{name: spec for name, spec in inherited.items() if name not in own}}
+    return _all_groups({row["name"]: _spec(row) for row in table["arguments"]})
 
 
-def own_specifications() -> dict[str, OptionSpec]:
-    """Return the arguments of the groups Model and Data."""
-    return {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA)}
+def shared_options(names: Sequence[str], **changes: Any) -> list[OptionSpec]:
+    """Return the job's options with these names for another command, and apply `changes` (such as another help text)."""
+    specs = listed_specifications()
+    return [replace(specs[name], **changes) for name in names]
+
+
+def shared_translations(specs: Sequence[OptionSpec]) -> dict[str, Translation]:
+    """Return the former names of these options that the job accepts, except those that were switches."""
+    names = {spec.name for spec in specs}
+    return {old: new for old, new in TRANSLATIONS.items() if new.name in names and not new.values}
 
 
 def installed_versions() -> dict[str, str]:
@@ -47,18 +62,21 @@ def table_text() -> str:
     """Return the table for the installed versions. Imports TRL."""
     from zero_sft.arguments.training import TrainingArguments
 
-    rows = [_row(spec) for spec in specs_of(TrainingArguments, TRAINING).values()]
-    return json.dumps({"versions": installed_versions(), "arguments": rows}, indent=1, ensure_ascii=False) + "\n"
+    rows = [asdict(spec) for spec in specs_of(TrainingArguments, TRAINING).values()]
+    table = {"versions": installed_versions(), "arguments": rows}
+    return json.dumps(table, indent=1, ensure_ascii=False, default=sorted) + "\n"  # sorted: JSON has no sets
 
 
-def _row(spec: OptionSpec) -> dict[str, Any]:
-    return {**asdict(spec), "kinds": sorted(spec.kinds), "choices": list(spec.choices)}
+def write_table() -> None:
+    """Write the table for the installed versions. Called by `make arguments`."""
+    TABLE.write_text(table_text(), encoding="utf-8")
 
 
 def _spec(row: Mapping[str, Any]) -> OptionSpec:
     return OptionSpec(**{**row, "kinds": frozenset(row["kinds"]), "choices": tuple(row["choices"])})
 
 
-def write_table() -> None:
-    """Write the table for the installed versions. Called by `make arguments`."""
-    TABLE.write_text(table_text(), encoding="utf-8")
+def _all_groups(inherited: Mapping[str, OptionSpec]) -> Mapping[str, OptionSpec]:
+    """Put the groups Model and Data first. SFTConfig also has `trust_remote_code`, which the group Model owns."""
+    own = {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA)}
+    return MappingProxyType({**own, **inherited, **own})

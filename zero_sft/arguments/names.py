@@ -5,11 +5,11 @@ line in the log. Old or current names that have no meaning under ZeRO-3 are refu
 value of a refused name that asks for nothing (`--q_lora False`) passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from zero_sft.loading.options import REMOVED_OPTIONS
-from zero_sft.options.names import Refusal, Translation
+from zero_sft.errors import ArgumentError
+from zero_sft.options.resolve import Refusal, Translation
 
 TRANSLATIONS: dict[str, Translation] = {
     # transformers 4
@@ -38,10 +38,6 @@ TRANSLATIONS: dict[str, Translation] = {
 
 IGNORED = frozenset({"local_rank"})
 """Arguments that old launchers add; all launchers also pass the rank in the environment."""
-
-REMOVED = REMOVED_OPTIONS
-"""Arguments of former releases that no longer have an effect, with the reason; accepted for one release, and logged."""
-
 
 _ZERO3 = "DeepSpeed ZeRO-3 shards the model; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"
 _LORA = "this release trains all parameters, sharded over the ranks, without LoRA or quantised weights; leave it out"
@@ -106,10 +102,12 @@ REFUSALS: dict[str, Refusal] = {
                   "include_inputs_for_metrics include_tokens_per_second use_legacy_prediction_loop"),
 }  # fmt: skip
 
+_WHOLE_MATRICES = (
+    "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw", "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo",
+)  # fmt: skip
 REFUSED_OPTIMIZERS: dict[str, str] = {
-    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor", "apollo_adamw"), _SHAPES),
-    **dict.fromkeys(("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"), _SHAPES),
-    **dict.fromkeys(("apollo_adamw_layerwise", "lomo", "adalomo"), _SHAPES),
+    **dict.fromkeys(_WHOLE_MATRICES, _SHAPES),
     "adagrad": "it fails at its first step under ZeRO-3 (DeepSpeed 0.19)",
 }
 
@@ -122,10 +120,9 @@ REFUSED_ACCELERATOR_KEYS: dict[str, str] = {
 """Keys that must keep accelerate's default, which is true only for `even_batches`."""
 
 
-def refused_accelerator_key(settings: Mapping[str, Any]) -> str | None:
-    """Return an error message for the first accelerate setting that can't be used, or None."""
+def refused_accelerator_keys(settings: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each of accelerate's settings that can't be used."""
     for key, reason in REFUSED_ACCELERATOR_KEYS.items():
         value = settings.get(key)
         if value is not None and bool(value) != (key == "even_batches"):
-            return f"--accelerator_config {key} can't be used: {reason}"
-    return None
+            yield ArgumentError(f"--accelerator_config {key} can't be used: {reason}", code="arguments.accelerator_key")

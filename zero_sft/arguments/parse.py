@@ -4,31 +4,24 @@ This touches no device, no process group and no file except the one that the com
 result. One error lists all problems.
 """
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from zero_sft.arguments.groups import DataArguments, ModelArguments
-from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, own_specifications
-from zero_sft.arguments.names import (
-    IGNORED,
-    REFUSALS,
-    REFUSED_OPTIMIZERS,
-    REMOVED,
-    TRANSLATIONS,
-    refused_accelerator_key,
-)
+from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, specifications
+from zero_sft.arguments.names import IGNORED, REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS, refused_accelerator_keys
 from zero_sft.errors import ArgumentError
-from zero_sft.options.names import OptionNames
-from zero_sft.options.spec import OptionSpec, positivity_errors, specs_of
+from zero_sft.loading.options import REMOVED_OPTIONS
+from zero_sft.options.resolve import OptionNames
+from zero_sft.options.spec import positivity_errors
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "save_total_limit", "dataset_num_proc",
 )  # fmt: skip
-_NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end")
+_NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end", "eval_strategy")
 _NEVER_EMPTY = ("output_dir", "model_name_or_path", "sample_prompts", "data_cache_dir", "cache_dir", "chat_template")
 _ALWAYS_SET = ("output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
 
@@ -45,8 +38,8 @@ class ParsedArguments:
     model: ModelArguments
     data: DataArguments
     training: Mapping[str, Any]
-    notes: tuple[str, ...] = field(default=())
-    given_names: frozenset[str] = field(default=frozenset())
+    notes: tuple[str, ...] = ()
+    given_names: frozenset[str] = frozenset()
 
 
 def parse(argv: Sequence[str]) -> ParsedArguments:
@@ -57,7 +50,8 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
             the nearest known names and with replacements.
     """
     specs = specifications()
-    read = option_names().read(argv)
+    names = OptionNames(specs=specs, translations=TRANSLATIONS, refusals=REFUSALS, removed=REMOVED_OPTIONS, ignored=IGNORED)
+    read = names.read(argv)
     values = read.values
     read.require_usable(_contradictions(values))
     groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in _ALWAYS_SET}}
@@ -74,114 +68,65 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
     )
 
 
-@functools.cache
-def specifications() -> Mapping[str, OptionSpec]:
-    """Return all arguments of the three groups by name, in the order of `--help`."""
-    from zero_sft.arguments.training import TrainingArguments
-
-    own = own_specifications()
-    inherited = specs_of(TrainingArguments, TRAINING)  # SFTConfig also has `trust_remote_code`; the group Model owns it
-    return MappingProxyType({**own, **{name: spec for name, spec in inherited.items() if name not in own}})
-
-
-@functools.cache
-def option_names() -> OptionNames:
-    """Return all names that the job understands: current, translated, refused and ignored ones."""
-    return OptionNames(specs=specifications(), translations=TRANSLATIONS, refusals=REFUSALS, removed=REMOVED, ignored=IGNORED)
-
-
-def _contradictions(values: Mapping[str, Any]) -> list[ArgumentError]:
-    """Return an error for each combination of values that can't be used, and for values out of range."""
-    evaluates = values.get("eval_strategy", "no") != "no"
-    optim = values.get("optim", "")
-    checks = (
-        (
-            values.get("bf16") and values.get("fp16"),
-            ArgumentError("--bf16 True and --fp16 True exclude each other: give only one", code="arguments.contradiction"),
-        ),
-        (
-            values.get("label_smoothing_factor") and evaluates,
-            ArgumentError(
-                "--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out",
-                code="arguments.contradiction",
-            ),
-        ),
-        (
-            values.get("save_only_model") and values.get("load_best_model_at_end"),
-            ArgumentError(
-                "--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out",
-                code="arguments.needs_whole_checkpoints",
-            ),
-        ),
-        (
-            values.get("save_strategy") == "best" and not values.get("metric_for_best_model"),
-            ArgumentError(
-                "--save_strategy best needs a metric: give --metric_for_best_model loss", code="arguments.needs_metric"
-            ),
-        ),
-        (
-            optim in REFUSED_OPTIMIZERS,
-            ArgumentError(
-                f"--optim {optim} can't be used: {REFUSED_OPTIMIZERS.get(optim)}; see adamw_torch",
-                code="arguments.optimizer_refused",
-            ),
-        ),
-        (
-            not values.get("deepspeed", "zero3"),
-            ArgumentError(
-                "--deepspeed is empty, but this job shards the model with DeepSpeed ZeRO-3: give zero3 or a file",
-                code="arguments.deepspeed_empty",
-            ),
-        ),
-    )
-    problems = [*_out_of_range(values), *_without_evaluation_data(values, evaluates=evaluates)]
-    problems += [error for is_wrong, error in checks if is_wrong]
-    problems += _evaluation_precision(values)
-    accelerator = values.get("accelerator_config")
-    refused = refused_accelerator_key(accelerator) if isinstance(accelerator, Mapping) else None
-    return [*problems, ArgumentError(refused, code="arguments.accelerator_key")] if refused else problems
-
-
-def _out_of_range(values: Mapping[str, Any]) -> list[ArgumentError]:
-    """Return an error for each number out of range and each empty name."""
-    problems = positivity_errors(values, _POSITIVE)
-    if values.get("max_steps", -1) < -1 or values.get("max_steps") == 0:
-        problems.append(
-            ArgumentError(
-                f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {values['max_steps']}",
-                code="arguments.out_of_range",
+def _contradictions(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each combination of values that can't be used, and for values out of range."""
+    yield from _out_of_range(values)
+    for name in _NEED_EVALUATION_DATA if values.get("eval_data_path") is None else ():
+        if values.get(name, "no") not in (None, False, "no"):
+            yield ArgumentError(
+                f"--{name} {values[name]} needs conversations to evaluate on: give --eval_data_path",
+                code="arguments.needs_evaluation_data",
             )
+    if values.get("bf16") and values.get("fp16"):
+        yield ArgumentError("--bf16 True and --fp16 True exclude each other: give only one", code="arguments.contradiction")
+    if values.get("label_smoothing_factor") and values.get("eval_strategy", "no") != "no":
+        yield ArgumentError(
+            "--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out",
+            code="arguments.contradiction",
         )
-    return problems + [
-        ArgumentError(f"--{name} is empty: check that its variable is set", code="arguments.empty")
-        for name in _NEVER_EMPTY
-        if values.get(name) == ""
-    ]
-
-
-def _without_evaluation_data(values: Mapping[str, Any], *, evaluates: bool) -> list[ArgumentError]:
-    """Return an error for each argument that asks for an evaluation without data for it."""
-    if values.get("eval_data_path") is not None:
-        return []
-    requests = [f"--{name} {values[name]}" for name in _NEED_EVALUATION_DATA if values.get(name)]
-    requests += [f"--eval_strategy {values['eval_strategy']}"] if evaluates else []
-    return [
-        ArgumentError(
-            f"{argument} needs conversations to evaluate on: give --eval_data_path", code="arguments.needs_evaluation_data"
+    if values.get("save_only_model") and values.get("load_best_model_at_end"):
+        yield ArgumentError(
+            "--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out",
+            code="arguments.needs_whole_checkpoints",
         )
-        for argument in requests
-    ]
+    if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
+        yield ArgumentError(
+            "--save_strategy best needs a metric: give --metric_for_best_model loss", code="arguments.needs_metric"
+        )
+    optim = values.get("optim", "")
+    if optim in REFUSED_OPTIMIZERS:
+        yield ArgumentError(
+            f"--optim {optim} can't be used: {REFUSED_OPTIMIZERS[optim]}; see adamw_torch", code="arguments.optimizer_refused"
+        )
+    if not values.get("deepspeed", "zero3"):
+        yield ArgumentError(
+            "--deepspeed is empty, but this job shards the model with DeepSpeed ZeRO-3: give zero3 or a file",
+            code="arguments.deepspeed_empty",
+        )
+    yield from _evaluation_precision(values)
+    if isinstance(values.get("accelerator_config"), Mapping):
+        yield from refused_accelerator_keys(values["accelerator_config"])
 
 
-def _evaluation_precision(values: Mapping[str, Any]) -> list[ArgumentError]:
-    """Return an error if evaluation and training differ in precision: DeepSpeed's "auto" would use one for both."""
+def _out_of_range(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each number out of range and each empty name."""
+    yield from positivity_errors(values, _POSITIVE)
+    max_steps = values.get("max_steps", -1)
+    if max_steps < -1 or max_steps == 0:
+        yield ArgumentError(
+            f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {max_steps}", code="arguments.out_of_range"
+        )
+    for name in _NEVER_EMPTY:
+        if values.get(name) == "":
+            yield ArgumentError(f"--{name} is empty: check that its variable is set", code="arguments.empty")
+
+
+def _evaluation_precision(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error if evaluation and training differ in precision: DeepSpeed's "auto" would use one for both."""
     bf16, fp16 = values.get("bf16"), values.get("fp16", False)
-    is_trained_in = {"bf16": not fp16 if bf16 is None else bf16, "fp16": fp16}
-    return [
-        ArgumentError(
-            f"--{name}_full_eval needs --{name} True as well: under DeepSpeed training and evaluation have one precision",
-            code="arguments.evaluation_precision",
-        )
-        for name, is_on in is_trained_in.items()
-        if values.get(f"{name}_full_eval") and not is_on
-    ]
+    for name, is_trained_in in (("bf16", not fp16 if bf16 is None else bf16), ("fp16", fp16)):
+        if values.get(f"{name}_full_eval") and not is_trained_in:
+            yield ArgumentError(
+                f"--{name}_full_eval needs --{name} True as well: under DeepSpeed training and evaluation have one precision",
+                code="arguments.evaluation_precision",
+            )

@@ -3,21 +3,20 @@
 python -m zero_sft.data --model_name_or_path /models/Llama-3.1-8B --data_path my.json --show 3
 """
 
+import itertools
 import logging
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.shared import shared_options, shared_translations
+from zero_sft.arguments.inherited import shared_options, shared_translations
 from zero_sft.cluster.world import World
 from zero_sft.console.log import open_console, silence_transformers
 from zero_sft.console.plots import new_figure, save_figure
-from zero_sft.errors import ZeroSftError
 from zero_sft.options.command import Command
-from zero_sft.options.help import wants_help, write_help
+from zero_sft.options.keywords import pick_options
 from zero_sft.options.spec import specs_of
 from zero_sft.printable import printable
 
@@ -26,13 +25,11 @@ if TYPE_CHECKING:
 
     from zero_sft.data.dataset import PreparedDataset
     from zero_sft.data.packing import PackingDecision
-    from zero_sft.hub.source import ModelSource
 
 logger = logging.getLogger("zero_sft.data")
 
 BINS = 12
 _BAR = 40  # characters of the longest bar
-
 
 _HUB = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 _DATA = ("data_path", "chat_template", "data_format", "train_on", "on_bad_sample", "overlong", "packing", "dataset_num_proc",
@@ -55,7 +52,7 @@ def command() -> Command:
     return Command(
         program="python -m zero_sft.data",
         description="Report on training data before a run: counts, lengths, and samples with the trained tokens marked.",
-        groups={"Model": model, "Data": data, "Training": training, "Output": list(specs_of(ReportArguments, "").values())},
+        groups={"Model": model, "Data": data, "Training": training, "Output": list(specs_of(ReportArguments).values())},
         required=("model_name_or_path", "data_path"),
         positive=("model_max_length", "per_device_train_batch_size", "dataset_num_proc"),
         translations=shared_translations([*model, *data, *training]),
@@ -64,34 +61,34 @@ def command() -> Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    if wants_help(argv):
-        return write_help(argv, command().help_text)
-    open_console(World())
-    try:
-        options, notes = command().read(argv)
-        for note in notes:
-            logger.info(note)
-        _report(options)
-    except ZeroSftError as error:
-        sys.stderr.write(f"error: {error.with_code}\n")
-        return 2
-    return 0
+    return command().run(argv, _report)
 
 
-def _report(options: Any) -> None:
+def _report(options: Any, notes: Sequence[str]) -> None:
     from rich.console import Console
 
+    from zero_sft.config import prepare_config_from, text_config
     from zero_sft.data.mixture import DatasetSpec, prepare_sources
+    from zero_sft.data.packing import resolve_packing
     from zero_sft.data.sources.data_path import parse_sources
     from zero_sft.data.templates.choose import choose_template
+    from zero_sft.hub.options import HubOptions
+    from zero_sft.hub.source import locate_model_alone
+    from zero_sft.tokenizer import TokenizerSpec
 
+    open_console(World())
     silence_transformers(World())
+    for note in notes:
+        logger.info(note)
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     options.lazy_preprocess = False  # the report needs the lengths
-    source = _source(options)
-    tokenizer, config = _tokenizer(source, options), _config(source, options)
-    packing = _packing(options, config)
+    source = locate_model_alone(options.model_name_or_path, pick_options(HubOptions, options))
+    tokenizer_spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
+    tokenizer_spec.check()
+    tokenizer, _ = tokenizer_spec.prepare(source)
+    config = text_config(prepare_config_from(source, World(), model_max_length=options.model_max_length))
+    # The job's decision, unless it is given --attn_implementation, which the report does not take.
+    packing = resolve_packing(options.packing, config, attention=None, lazy=False)
     template = choose_template(options.chat_template, tokenizer)
     seed = options.seed if options.data_seed is None else options.data_seed
     spec = DatasetSpec.from_options(
@@ -108,37 +105,6 @@ def _report(options: Any) -> None:
     if options.plot:
         _draw(lengths, Path(options.plot), f"{len(lengths):,} samples of {options.data_path}")
         console.print(f"lengths drawn in {options.plot}", markup=False)
-
-
-def _source(options: Any) -> "ModelSource":
-    from zero_sft.hub.options import HubOptions
-    from zero_sft.hub.source import locate_model_alone
-    from zero_sft.options.keywords import pick_options
-
-    return locate_model_alone(options.model_name_or_path, pick_options(HubOptions, options))
-
-
-def _tokenizer(source: "ModelSource", options: Any) -> Any:
-    from zero_sft.tokenizer import TokenizerSpec
-
-    spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
-    spec.check()
-    tokenizer, _ = spec.prepare(source)
-    return tokenizer
-
-
-def _config(source: "ModelSource", options: Any) -> Any:
-    """Return the config of the language model."""
-    from zero_sft.config import prepare_config_from, text_config
-
-    return text_config(prepare_config_from(source, World(), model_max_length=options.model_max_length))
-
-
-def _packing(options: Any, config: Any) -> "PackingDecision":
-    """Return the job's decision on packing."""
-    from zero_sft.data.packing import resolve_packing
-
-    return resolve_packing(options.packing, config, attention=None, lazy=options.lazy_preprocess)
 
 
 def _notes(packing: "PackingDecision", prepared: "PreparedDataset", options: Any) -> list[str]:
@@ -204,14 +170,9 @@ def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") 
     from zero_sft.data.tokenize import IGNORE_INDEX
 
     text = Text(f"\nsample {number + 1}, {len(sample['input_ids']):,} tokens\n", style="bold")
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(sample["input_ids"], sample["labels"], strict=True):
-        is_trained = label != IGNORE_INDEX
-        if not runs or runs[-1][0] != is_trained:
-            runs.append((is_trained, []))
-        runs[-1][1].append(token)
-    for is_trained, tokens in runs:
-        words = printable(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+    labelled = zip(sample["input_ids"], sample["labels"], strict=True)
+    for is_trained, run in itertools.groupby(labelled, key=lambda pair: pair[1] != IGNORE_INDEX):
+        words = printable(tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False))
         if is_trained and not console.is_terminal:
             words = f"⟦{words}⟧"
         text.append(words, style="not bold black on green" if is_trained else "not bold")

@@ -5,16 +5,15 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.shared import shared_options, shared_translations
-from zero_sft.errors import ArgumentError, ZeroSftError
-from zero_sft.estimate.options import EstimateArguments
-from zero_sft.estimate.storage_profiles import shipped_models
+from zero_sft.arguments.inherited import shared_options, shared_translations
+from zero_sft.errors import ArgumentError
+from zero_sft.estimate.storage_profiles import STORAGES, shipped_models
 from zero_sft.options.command import Command
-from zero_sft.options.help import wants_help, write_help
-from zero_sft.options.names import Translation
+from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import specs_of
 
 if TYPE_CHECKING:
@@ -22,6 +21,23 @@ if TYPE_CHECKING:
 
 _MODEL = ("trust_remote_code", "revision", "token", "cache_dir", "variant", "dtype", "attn_implementation")
 _TRAINING = ("deepspeed", "per_device_train_batch_size", "model_max_length", "activation_checkpointing", "packing")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateArguments:
+    """Options of the cluster and of the output."""
+
+    world_size: list[int] = field(metadata={"help": "Total number of GPUs; several numbers give several estimates."})
+    ranks_per_node: int = field(default=8, metadata={"help": "GPUs per node."})
+    gpu_memory_gib: float = field(default=80.0, metadata={"help": "Memory of each GPU in GiB."})
+    host_memory_gib: float = field(default=1024.0, metadata={"help": "Host memory of each node in GiB."})
+    storage: str = field(
+        default="lustre",
+        metadata={"help": f"{', '.join(STORAGES)}; or your own figures: lustre,node_gb_s=10,request_ms=0.5"},
+    )
+    plot: str | None = field(default=None, metadata={"help": "File for a plot of one model with one world size."})
+    markdown: str | None = field(default=None, metadata={"help": "Markdown file for the results."})
+    json: bool = field(default=False, metadata={"help": "Print the results as JSON."})
 
 
 def command() -> Command:
@@ -34,11 +50,10 @@ def command() -> Command:
         help=f"Models: folders, config.json files, hub ids, names out of {models}, or `shipped` for all of these names.",
     )
     model, training = [*names, *shared_options(_MODEL)], shared_options(_TRAINING)
-    estimate_only = list(specs_of(EstimateArguments, "").values())
     return Command(
         program="python -m zero_sft.estimate",
         description="Estimate what loading and training with ZeRO-3 need on every rank, from headers or only a config.",
-        groups={"Model": model, "Training": training, "Cluster and output": estimate_only},
+        groups={"Model": model, "Training": training, "Cluster and output": list(specs_of(EstimateArguments).values())},
         required=("model_name_or_path", "world_size"),
         positive=("world_size", "ranks_per_node", "per_device_train_batch_size", "model_max_length", "gpu_memory_gib",
                   "host_memory_gib"),
@@ -52,25 +67,21 @@ def command() -> Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
-    if wants_help(argv):
-        return write_help(argv, command().help_text)
-    try:
-        options, notes = command().read(argv)
-        for note in notes:
-            sys.stderr.write(f"{note}\n")
-        results = _estimate(options)
-        if options.markdown:
-            _write(options, results)
-        if options.plot:
-            _plot(options, results)
-    except ZeroSftError as error:
-        sys.stderr.write(f"error: {error.with_code}\n")
-        return 2
-    sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n" if options.json else "")
-    for result in [] if options.json else results:
-        sys.stdout.write("\n".join(result.lines()) + "\n\n")
-    return 0
+    return command().run(argv, _report)
+
+
+def _report(options: Any, notes: Sequence[str]) -> None:
+    for note in notes:
+        sys.stderr.write(f"{note}\n")
+    results = _estimate(options)
+    if options.markdown:
+        _write(options, results)
+    if options.plot:
+        _plot(options, results)
+    if options.json:
+        sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
+    else:
+        sys.stdout.writelines("\n".join(result.lines()) + "\n\n" for result in results)
 
 
 def _estimate(options: Any) -> "list[Result]":

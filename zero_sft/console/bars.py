@@ -1,16 +1,15 @@
 """Show progress: one bar per task on a terminal (rich), otherwise occasional log lines.
 
-Only rank 0 shows progress. For loading and export it counts its own bytes, since every rank has about as many. Left out: the
-tqdm bars of transformers, datasets and TRL. Each covers one loop only, collides with log lines, and adds a line to a log file
-at every refresh.
+Only rank 0 shows progress. For loading and export it counts its own bytes, since every rank has about as many. The
+tqdm bars of transformers, datasets and TRL are off: each covers one loop only, collides with log lines, and adds a line to a
+log file at every refresh.
 """
 
 import contextlib
 import logging
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from zero_sft.console.progress import BYTES, Display, format_bytes, format_duration
+from zero_sft.console.progress import Display, Task, format_duration
 
 logger = logging.getLogger("zero_sft.console.progress")
 
@@ -38,66 +37,19 @@ def display_for(stream: Any) -> Display:
     return Bars(console) if stream.isatty() and not console.is_dumb_terminal else Lines()
 
 
-class TaskState:
-    """State of a task: its title, the amount done, and its start time.
-
-    Any thread may call `advance`, which takes a lock for one addition.
-    """
-
-    def __init__(self, title: str, total: int | None, unit: str, now: Callable[[], float] = time.monotonic) -> None:
-        self.title, self.total, self.unit = title, total, unit
-        self.done, self.text = 0, ""
-        self._now, self._lock = now, threading.Lock()
-        self.start = now()
-
-    def advance(self, amount: int = 1) -> None:
-        """Add `amount` to the amount done."""
-        with self._lock:
-            self.done += amount
-
-    def note(self, text: str) -> None:
-        """Show `text` next to the amount, in place of the rate and the time left."""
-        self.text = text
-
-    def spoken(self) -> None:
-        """Do nothing: log lines do not move the bars."""
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start of the task."""
-        return self._now() - self.start
-
-    def numbers(self) -> str:
-        """Return the amount done, the rate and the time left as text; empty if nothing is counted."""
-        done, total = min(self.done, self.total or self.done), self.total
-        is_bytes = self.unit == BYTES
-        if total is not None:
-            amount = f"{format_bytes(done)} of {format_bytes(total)}" if is_bytes else f"{done:,} of {total:,} {self.unit}"
-        elif done:
-            amount = format_bytes(done) if is_bytes else f"{done:,} {self.unit}"
-        else:
-            return ""
-        if self.text or not done or self.seconds <= 0:
-            return f"{amount}  {self.text}".rstrip()
-        rate = done / self.seconds
-        speed = f"{format_bytes(rate)}/s" if is_bytes else f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
-        left = "" if total is None else f"  {format_duration((total - done) / rate)} left"
-        return f"{amount}  {speed}{left}"
-
-
 class Bars:
     """Progress bars at the bottom of a terminal, with log lines above them."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._works: dict[TaskState, Spinner] = {}
+        self._tasks: dict[Task, Spinner] = {}
         self._live: Live | None = None
 
     @contextlib.contextmanager
-    def task(self, title: str, total: int | None, unit: str) -> Iterator[TaskState]:
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Task]:
         """Show a bar for a task until the context ends."""
-        work = TaskState(title, total, unit)
-        self._works[work] = Spinner("dots")
+        task = Task(title, total, unit)
+        self._tasks[task] = Spinner("dots")
         if self._live is None:
             self._live = Live(
                 get_renderable=self._table,
@@ -108,15 +60,15 @@ class Bars:
             )
             self._live.start()
         try:
-            yield work
+            yield task
         finally:
-            self._works.pop(work, None)
-            if not self._works:
+            self._tasks.pop(task, None)
+            if not self._tasks:
                 self.close()
 
     def close(self) -> None:
         """Remove all bars, including those that an error has left behind."""
-        self._works.clear()
+        self._tasks.clear()
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -130,49 +82,45 @@ class Bars:
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 1))
-        for work, spinner in list(self._works.items()):
-            if work.total is None:
+        for task, spinner in list(self._tasks.items()):
+            if task.total is None:
                 indicator: Any = spinner
-                numbers = work.numbers() or format_duration(work.seconds)
+                numbers = task.numbers() or format_duration(task.seconds)
             else:
-                indicator = ProgressBar(total=max(work.total, 1), completed=min(work.done, work.total), width=_BAR_WIDTH)
-                numbers = work.numbers()
-            table.add_row(Text(work.title), indicator, Text(numbers))
+                indicator = ProgressBar(total=max(task.total, 1), completed=min(task.done, task.total), width=_BAR_WIDTH)
+                numbers = task.numbers()
+            table.add_row(Text(task.title), indicator, Text(numbers))
         return table
 
 
 class Lines:
     """Log lines for an output that is not a terminal; a task of less than half a minute logs nothing."""
 
-    def __init__(self, say_every_seconds: float = SAY_EVERY_SECONDS) -> None:
-        self._every = say_every_seconds
-
     def close(self) -> None:
         """Do nothing: log lines leave nothing to remove."""
 
-    @contextlib.contextmanager
-    def task(self, title: str, total: int | None, unit: str) -> Iterator[TaskState]:
+    def task(self, title: str, total: int | None, unit: str) -> AbstractContextManager[Task]:
         """Log the progress of a task occasionally until the context ends."""
-        yield _LoggedWork(title, total, unit, self._every)
+        return contextlib.nullcontext(_LoggedTask(title, total, unit))
 
 
-class _LoggedWork(TaskState):
+class _LoggedTask(Task):
     """A task that logs its progress as it advances, once enough time and work have passed since the last line."""
 
-    def __init__(self, title: str, total: int | None, unit: str, every: float) -> None:
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
         super().__init__(title, total, unit)
-        self._every, self._said_at, self._said_done = every, self.start, 0
+        self._said_at, self._said_done = self.start, 0
 
     def advance(self, amount: int = 1) -> None:
         """Add `amount` to the amount done, and log the progress if a line is due."""
         super().advance(amount)
         silent_seconds = self._now() - self._said_at
-        if silent_seconds < self._every:
+        if silent_seconds < SAY_EVERY_SECONDS:
             return
         with self._lock:
             has_advanced = self.total is None or self.done - self._said_done >= 0.1 * self.total
             has_ended = self.total is not None and self.done >= self.total  # the next log line shows it
-            has_waited = self._now() - self._said_at >= self._every  # again: another thread may have logged a line
+            has_waited = self._now() - self._said_at >= SAY_EVERY_SECONDS  # again: another thread may have logged a line
             is_due = has_waited and not has_ended and (has_advanced or silent_seconds >= _SAY_AT_LEAST_SECONDS)
             if is_due:
                 self._said_at, self._said_done = self._now(), self.done

@@ -11,6 +11,8 @@ import time
 import warnings
 from typing import Any
 
+import psutil
+
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.printable import printable
@@ -26,7 +28,7 @@ class _Elapsed(logging.Formatter):
     def __init__(self, rank: int) -> None:
         super().__init__()
         self._prefix = "" if rank == 0 else f"[rank {rank}] "
-        self._start = _process_start()
+        self._start = psutil.Process().create_time()  # before any import
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
@@ -35,16 +37,6 @@ class _Elapsed(logging.Formatter):
         elapsed = f"{seconds:7.1f} s" if seconds < 1000 else f"{progress.format_duration(seconds):>9}"
         first = f"{elapsed}  {self._prefix}{level}{lines[0]}"
         return "\n".join([first, *("           " + line for line in lines[1:])])
-
-
-def _process_start() -> float:
-    """Return the start time of this process, before any import, in seconds of `time.time`."""
-    try:
-        import psutil
-
-        return psutil.Process().create_time()
-    except ImportError:
-        return time.time()
 
 
 class _Handler(logging.Handler):

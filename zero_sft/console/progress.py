@@ -1,12 +1,13 @@
 """Report the progress of long tasks to the display that the program has set, if any.
 
 It works like `logging`: the library reports, the program decides how to show it (`console/bars.py`). So the loader needs no
-library for it, and without a display a call costs one comparison. Left out: events from other threads or processes. A reading
-thread adds to a counter, which the display reads.
+library for it, and without a display a task is only a counter. Reading threads add to the counter, and the display reads it.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
@@ -16,20 +17,48 @@ BYTES = "bytes"
 """Unit that a display shows as KiB, MiB or GiB."""
 
 
-class Task(Protocol):
-    """A task in progress. Any thread may call its methods."""
+class Task:
+    """A task in progress: its title, the amount done, and its start time. Any thread may call its methods."""
+
+    def __init__(self, title: str, total: int | None, unit: str, now: Callable[[], float] = time.monotonic) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self.text = 0, ""
+        self._now, self._lock = now, threading.Lock()
+        self.start = now()
 
     def advance(self, amount: int = 1) -> None:
         """Add `amount` units to the amount done."""
-        ...
+        with self._lock:
+            self.done += amount
 
     def note(self, text: str) -> None:
         """Show a short text next to the amount, in place of the rate and the time left."""
-        ...
+        self.text = text
 
     def spoken(self) -> None:
-        """Report that the caller has just logged a line about this task."""
-        ...
+        """Report that the caller has just logged a line about this task; only log lines of progress depend on it."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of the task."""
+        return self._now() - self.start
+
+    def numbers(self) -> str:
+        """Return the amount done, the rate and the time left as text; empty if nothing is counted."""
+        done, total = min(self.done, self.total or self.done), self.total
+        is_bytes = self.unit == BYTES
+        if total is not None:
+            amount = f"{format_bytes(done)} of {format_bytes(total)}" if is_bytes else f"{done:,} of {total:,} {self.unit}"
+        elif done:
+            amount = format_bytes(done) if is_bytes else f"{done:,} {self.unit}"
+        else:
+            return ""
+        if self.text or not done or self.seconds <= 0:
+            return f"{amount}  {self.text}".rstrip()
+        rate = done / self.seconds
+        speed = f"{format_bytes(rate)}/s" if is_bytes else f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"
+        left = "" if total is None else f"  {format_duration((total - done) / rate)} left"
+        return f"{amount}  {speed}{left}"
 
 
 class Display(Protocol):
@@ -44,20 +73,6 @@ class Display(Protocol):
         ...
 
 
-class _HiddenTask:
-    """A task without a display."""
-
-    def advance(self, amount: int = 1) -> None:
-        return None
-
-    def note(self, text: str) -> None:
-        return None
-
-    def spoken(self) -> None:
-        return None
-
-
-_HIDDEN_TASK = _HiddenTask()
 _display: Display | None = None  # only `set_display` sets it
 
 
@@ -69,20 +84,15 @@ def set_display(display: Display | None) -> None:
     _display = display
 
 
-@contextlib.contextmanager
-def task(title: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """Show a task while the body runs. Any rank; does not communicate.
+def task(title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Task]:
+    """Show a task until the context ends. Any rank; does not communicate.
 
     Args:
         title: a description in the words of the log, such as "reading the weights".
         total: the number of units; None if unknown.
         unit: `BYTES`, or a plural noun ("samples"); empty if nothing is counted.
     """
-    if _display is None:
-        yield _HIDDEN_TASK
-        return
-    with _display.task(title, total, unit) as shown:
-        yield shown
+    return contextlib.nullcontext(Task(title, total, unit)) if _display is None else _display.task(title, total, unit)
 
 
 def iterate_with_progress(items: Sequence[T], title: str, unit: str) -> Iterator[T]:

@@ -2,8 +2,9 @@
 
 Sources: the allocations of DeepSpeed 0.19's stage 3 optimizer, and ZeRO (https://arxiv.org/abs/1910.02054), section 3.
 DeepSpeed's published estimators (https://deepspeed.readthedocs.io/en/stable/memory.html) count the same model states, but not
-the needs of a step. torch rounds every page-locked block up to a power of two (`CachingHostAllocator`). Left out: fragmentation
-of the device's allocator, the second copy of hpZ, and the Trainer's separate sub-groups with and without weight decay.
+the needs of a step. torch rounds every page-locked block up to a power of two (`CachingHostAllocator`). Not counted:
+fragmentation of the device's allocator, the second copy of hpZ, and the Trainer's separate sub-groups with and without weight
+decay.
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,10 +95,10 @@ def training_memory(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int, *,
     width, model_bytes = sizes.itemsize, sizes.numel * sizes.itemsize
     bucket = int(zero.reduce_bucket_size) * width
     filled = min(bucket, model_bytes)
-    params_offloaded, states_offloaded = _device(zero.offload_param) != "none", _device(zero.offload_optimizer) != "none"
-    params, states = _param_bytes(zero, groups, width, on_cpu), _state_bytes(zero, groups, width, on_cpu)
-    host = {**(params if params_offloaded else {}), **(states if states_offloaded else {})}
-    device = {**({} if params_offloaded else params), **({} if states_offloaded else states)}
+    device: dict[str, int] = {}
+    host: dict[str, int] = {}
+    (device if _device(zero.offload_param) == "none" else host).update(_param_bytes(zero, groups, width, on_cpu))
+    (device if _device(zero.offload_optimizer) == "none" else host).update(_state_bytes(zero, groups, width, on_cpu))
     device["reduction bucket"] = filled if on_cpu else bucket
     gathered = min(model_bytes, (int(zero.max_live_parameters) + max(sizes.numels)) * width)
     forward_and_backward = {"gathered parameters": gathered, "activations": sizes.activation_bytes}
@@ -105,7 +106,7 @@ def training_memory(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int, *,
     phases = {"forward and backward": forward_and_backward, "last reduction": {"gradients being reduced": reduced}}
     if filled < model_bytes:  # the bucket is also reduced during the backward pass
         forward_and_backward["gradients being reduced"] = reduced
-    if not states_offloaded:
+    if "optimizer" in device:
         phases["optimizer's step"] = {"gradients of a group": (4 + width) * max(groups)}
     return Memory(device=device, host=host, phases=phases)
 

@@ -1,6 +1,7 @@
 """Estimate the memory of one run, whether it fits, and which changes would make it fit."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,17 +53,12 @@ class MemoryModel:
 
     def __init__(self, model: EstimatedModel) -> None:
         self._model = model
-        self._activation_bytes: dict[tuple[int, int, bool], int] = {}
+        self._peak_bytes = functools.cache(functools.partial(peak_bytes, model.spec))
 
     def activation_bytes(self, run: TrainingRun) -> int:
         """Return a rank's activation bytes of one pass. Packed rows add a mask of (length, length) that separates samples."""
         mask = 3 * run.batch_size * run.length**2 if run.packing else 0  # 1 byte as booleans, 2 bytes added to the scores
-        key = (run.batch_size, run.length, run.checkpointing)
-        if key not in self._activation_bytes:
-            self._activation_bytes[key] = peak_bytes(
-                self._model.spec, batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing
-            )
-        return mask + self._activation_bytes[key]
+        return mask + self._peak_bytes(batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing)
 
     def needs(self, run: TrainingRun) -> MemoryNeeds:
         """Estimate the memory of a run.
@@ -77,7 +73,7 @@ class MemoryModel:
             itemsize=getattr(torch, dtype).itemsize,
             activation_bytes=self.activation_bytes(run),
         )
-        zero = zero_settings(ds, text_config(self._model.config).hidden_size)
+        zero = zero_settings(ds, text_config(self._model.spec.config).hidden_size)
         memory = training_memory(sizes, zero, run.world_size)
         device = memory.device_peak + RUNTIME_BYTES
         host = min(run.ranks_per_node, run.world_size) * (memory.host_peak + INTERPRETER_BYTES)
@@ -86,28 +82,29 @@ class MemoryModel:
 
     def remedies(self, run: TrainingRun) -> Iterator[str]:
         """Yield changes that would make a run fit, the cheapest first, as arguments of the job or a number of GPUs."""
-        changes: list[tuple[str, dict[str, Any]]] = []
+        cuts: dict[str, dict[str, Any]] = {}
         if not run.checkpointing:
-            changes.append(("--activation_checkpointing True", {"checkpointing": True}))
+            cuts["--activation_checkpointing True"] = {"checkpointing": True}
         if run.batch_size > 1:
-            changes.append(("--per_device_train_batch_size 1", {"batch_size": 1}))
-        all_changes = {key: value for _, change in changes for key, value in change.items()}
-        if len(changes) > 1:
-            changes.append((" ".join(text for text, _ in changes), all_changes))
-        fits = False
-        for text, change in changes:
-            if not fits and self.needs(dataclasses.replace(run, **change)).fits:
-                fits = True
-                yield text
-        smallest = dataclasses.replace(run, **all_changes)
-        words = " ".join(text for text, _ in changes[:2]) + " " if changes and not fits else ""
-        size = run.world_size * 2
-        while size <= LARGEST_WORLD:
-            if self.needs(dataclasses.replace(smallest, world_size=size)).fits:
-                yield f"{words}{size} GPUs"
-                break
-            size *= 2
-        for name in ("zero3_offload", "zero3_nvme"):
-            if name != run.ds_config and self.needs(dataclasses.replace(smallest, ds_config=name)).fits:
-                yield f"{words}--deepspeed {name}"
-                break
+            cuts["--per_device_train_batch_size 1"] = {"batch_size": 1}
+        prefix = ""
+        if cuts:
+            all_words, all_cuts = " ".join(cuts), {key: value for cut in cuts.values() for key, value in cut.items()}
+            enough = self._first_that_fits(run, {**cuts, all_words: all_cuts})
+            if enough:
+                yield enough
+            else:
+                run, prefix = dataclasses.replace(run, **all_cuts), f"{all_words} "
+        doubled = [run.world_size << doublings for doublings in range(1, LARGEST_WORLD.bit_length())]
+        worlds = {f"{size} GPUs": {"world_size": size} for size in doubled if size <= LARGEST_WORLD}
+        configs = {
+            f"--deepspeed {name}": {"ds_config": name} for name in ("zero3_offload", "zero3_nvme") if name != run.ds_config
+        }
+        for changes in (worlds, configs):
+            enough = self._first_that_fits(run, changes)
+            if enough:
+                yield f"{prefix}{enough}"
+
+    def _first_that_fits(self, run: TrainingRun, changes: Mapping[str, Mapping[str, Any]]) -> str | None:
+        """Return the words of the first change with which the run fits."""
+        return next((words for words, change in changes.items() if self.needs(dataclasses.replace(run, **change)).fits), None)

@@ -25,7 +25,7 @@ from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.remote_headers import fetch_headers
 from zero_sft.estimate.storage_profiles import MODELS, shipped_models
 from zero_sft.hub.options import HubOptions
-from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model_alone
+from zero_sft.hub.source import CONFIG, fetch_files, locate_model_alone
 from zero_sft.loading import skeleton
 from zero_sft.loading.dtype import requested_dtype
 from zero_sft.loading.options import LoadOptions
@@ -40,7 +40,6 @@ class EstimatedModel:
     """A model, the sources of its tensors, and the origin of the headers ("read", "fetched" or "derived")."""
 
     name: str
-    config: PreTrainedConfig
     spec: ModelSpec
     model: PreTrainedModel
     state: Mapping[str, torch.Tensor]
@@ -68,7 +67,7 @@ def find_model(name: str, options: HubOptions, load_options: LoadOptions | None 
         CheckpointError: the headers are damaged, or the checkpoint does not fit the model.
     """
     load_options = load_options or LoadOptions()
-    folder, config, header_source = _find(name, options)
+    folder, config, headers, stored = _find(name, options)
     spec = ModelSpec(
         folder=folder,
         config=config,
@@ -78,17 +77,10 @@ def find_model(name: str, options: HubOptions, load_options: LoadOptions | None 
     )
     quantizer = quantizer_for(config, name)
     model, state = skeleton.build_on_meta(spec)
-    stored: Mapping[str, StoredTensor] | None = None
-    headers = header_source if isinstance(header_source, str) else "fetched"
-    if isinstance(header_source, ModelSource):
-        stored = fetch_headers(header_source)
-    elif headers == "read":
-        stored = read_index(folder, torch_zip.read_header, options.variant).tensors
     if stored is None:
         headers, stored = "derived", derive_headers(model, state, configured_block_shape(quantizer))
     return EstimatedModel(
         name=name,
-        config=config,
         spec=spec,
         model=model,
         state=state,
@@ -99,16 +91,17 @@ def find_model(name: str, options: HubOptions, load_options: LoadOptions | None 
     )
 
 
-def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str | ModelSource]:
-    """Return the config's folder, the config, and how to get the headers: "read", "derived", or the source to fetch from."""
+def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str, Mapping[str, StoredTensor] | None]:
+    """Return the config's folder, the config, the origin of the headers, and the headers, if there are any."""
     path = Path(name).expanduser()
     if name in shipped_models():
         path = MODELS / f"{name}.json"
     if path.is_file():
-        return path.parent, _from_file(path), "derived"
+        return path.parent, _from_file(path), "derived", None
     if path.is_dir():
         has_weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
-        return path, load_config(path, options), "read" if has_weights else "derived"
+        config = load_config(path, options)
+        return path, config, "read", read_index(path, torch_zip.read_header, options.variant).tensors if has_weights else None
     try:
         source = locate_model_alone(name, options)
         folder = fetch_files(source, World(), CONFIG)
@@ -116,7 +109,7 @@ def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str |
         raise ConfigError(
             f"{error}\nModels that ship as configs: {', '.join(shipped_models())}.", code="estimate.no_such_model"
         ) from error
-    return folder, load_config(folder, options), source
+    return folder, load_config(folder, options), "fetched", fetch_headers(source)
 
 
 def _from_file(path: Path) -> PreTrainedConfig:

@@ -1,9 +1,7 @@
 """Fetch the headers of a checkpoint on the hub: its index file and the first bytes of each file, without the data."""
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE, of_variant, read_weight_map
@@ -42,20 +40,15 @@ def fetch_headers(source: ModelSource) -> dict[str, StoredTensor] | None:
             f"the headers of {repo} can't be fetched: {error}. Try again, or name a local folder.",
             code="estimate.headers_not_fetched",
         ) from error
-    stored = (tensor for file, header in zip(files, headers, strict=True) for tensor in _tensors(file, header.tensors))
-    return {tensor.name: tensor for tensor in stored}
-
-
-def _tensors(file: str, tensors: Mapping[str, Any]) -> list[StoredTensor]:
-    """Return the tensors of a file with offsets from the start of its data, which is enough to plan requests."""
-    return [
-        StoredTensor(
+    return {
+        name: StoredTensor(
             name=name,
             file=file,
             dtype=info.dtype,
             shape=tuple(info.shape),
-            offset_bytes=info.data_offsets[0],
+            offset_bytes=info.data_offsets[0],  # from the start of the file's data, which is enough to plan requests
             nbytes=info.data_offsets[1] - info.data_offsets[0],
         )
-        for name, info in tensors.items()
-    ]
+        for file, header in zip(files, headers, strict=True)
+        for name, info in header.tensors.items()
+    }

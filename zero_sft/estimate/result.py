@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zero_sft.config import text_config
@@ -15,6 +15,7 @@ from zero_sft.estimate.storage_profiles import parse_storage
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
 from zero_sft.options.keywords import pick_options
+from zero_sft.printable import with_count
 
 GIB = 2**30
 
@@ -26,7 +27,8 @@ class Result:
     model: EstimatedModel
     run: TrainingRun
     loads: Sequence[RankLoad]
-    load_seconds: Mapping[str, float]
+    storage: str
+    load_seconds: float
     needs: MemoryNeeds
     other_activations: int
     remedies: Sequence[str]
@@ -47,10 +49,10 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers, in bytes and seconds."""
-        run = dataclasses.asdict(self.run)
         return {
-            "model": self.model.name, "parameters": self.model.numel, "headers": self.model.headers, **run,
-            "ranks": [dataclasses.asdict(load) for load in self.loads], "load_seconds": dict(self.load_seconds),
+            "model": self.model.name, "parameters": self.model.numel, "headers": self.model.headers,
+            **dataclasses.asdict(self.run),
+            "ranks": [dataclasses.asdict(load) for load in self.loads], "load_seconds": {self.storage: self.load_seconds},
             "device": self.device, "host": dict(self.needs.memory.host), "device_peak": self.needs.device,
             "node_host_peak": self.needs.host, "fits": self.needs.fits, "remedies": list(self.remedies),
         }  # fmt: skip
@@ -60,8 +62,8 @@ class Result:
         model, run, loads = self.model, self.run, self.loads
         stored = sum(load.nbytes for load in loads)
         yield (
-            f"{model.name}: {model.numel / 1e9:,.1f} B parameters, {model.tensors:,} tensors in {model.files:,} "
-            f"file{'s' * (model.files > 1)} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
+            f"{model.name}: {model.numel / 1e9:,.1f} B parameters, {model.tensors:,} tensors in "
+            f"{with_count(model.files, 'file')} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
         )
         yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} a node"
         yield ""
@@ -75,11 +77,10 @@ class Result:
             digits = 0 if unit == 1 else 2
             numbers = (min(values), statistics.median(values), max(values))
             yield f"    {title:26}" + "".join(f"{number / unit:12,.{digits}f}" for number in numbers)
-        for name, value in self.load_seconds.items():
-            yield f"    {'load_seconds, ' + name:26}{value:36,.1f}"
+        yield f"    {'load_seconds, ' + self.storage:26}{self.load_seconds:36,.1f}"
         yield f"    planned for all ranks in {self.planning_seconds:.1f} s"
         yield ""
-        checkpointing = "with" if run.checkpointing else "without"
+        checkpointing, other = ("with", "without") if run.checkpointing else ("without", "with")
         yield (
             f"  training with {run.ds_config}, {run.batch_size} x {run.length} tokens per GPU{', packed' * run.packing}, "
             f"{checkpointing} checkpointing: GiB of one GPU at its peak ({self.needs.memory.longest_phase})"
@@ -87,8 +88,7 @@ class Result:
         for name, value in self.device.items():
             yield f"    {name:26}{value / GIB:36,.2f}"
         yield f"    {'total':26}{self.needs.device / GIB:36,.2f}  of {run.device_bytes / GIB:,.0f}"
-        without = "without" if run.checkpointing else "with"
-        yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {without} checkpointing"
+        yield f"    activations would be {self.other_activations / GIB:,.2f} GiB {other} checkpointing"
         rounded = "; torch rounds each block that it page-locks up to a power of two" if self.needs.memory.host else ""
         yield f"  GiB of one node's host: {self.needs.host / GIB:,.1f} of {run.host_bytes / GIB:,.0f}{rounded}"
         for name, value in {**self.needs.memory.host, "interpreter and libraries": INTERPRETER_BYTES}.items():
@@ -109,7 +109,9 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
     profile = parse_storage(options.storage)
     model = find_model(name, hub, pick_options(LoadOptions, options))
     memory_model = MemoryModel(model)
-    packing = resolve_packing(options.packing, text_config(model.config), attention=options.attn_implementation, lazy=False)
+    packing = resolve_packing(
+        options.packing, text_config(model.spec.config), attention=options.attn_implementation, lazy=False
+    )
     for world_size in options.world_size:
         run = TrainingRun(
             world_size=world_size,
@@ -130,7 +132,8 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             model=model,
             run=run,
             loads=loads,
-            load_seconds={options.storage: load_seconds(loads, run.ranks_per_node, profile)},
+            storage=options.storage,
+            load_seconds=load_seconds(loads, run.ranks_per_node, profile),
             needs=needs,
             other_activations=memory_model.activation_bytes(dataclasses.replace(run, checkpointing=not run.checkpointing)),
             remedies=[] if needs.fits else list(memory_model.remedies(run)),
@@ -158,21 +161,22 @@ def document(results: Sequence[Result], options: Any, command: str) -> str:
             f"| {model.name} ({model.numel / 1e9:,.0f} B) | {result.run.world_size:,} "
             f"| {max(load.nbytes for load in loads) / 1e9:,.2f} | {statistics.median(requests):,.0f} ({max(requests):,}) "
             f"| {statistics.median(load.median_bytes for load in loads) / 1024:,.0f} "
-            f"| {max(result.load_seconds.values()):,.1f} |"
+            f"| {result.load_seconds:,.1f} |"
         )
     run = results[0].run
     lines += [
         "", "## Training", "",
         f"{run.batch_size} x {run.length:,} tokens per GPU, {'with' if run.checkpointing else 'without'} checkpointing, "
         f"{run.ds_config}; GPUs of {run.device_bytes / GIB:,.0f} GiB, hosts of {run.host_bytes / GIB:,.0f} GiB, "
-        f"{options.ranks_per_node} GPUs per node. GiB of one GPU.", "",
+        f"{options.ranks_per_node} GPUs per node. GiB of one GPU. The total is the peak of a step, to which activations belong "
+        "unless the optimizer's step is the peak.", "",
         "| model | GPUs | states | activations | other | total | |", "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
     for result in results:
         device = result.device
         states = sum(device.get(key, 0) for key in ("parameters", "gradients", "optimizer"))
-        activations = device.get("activations", 0)
-        other = result.needs.device - states - activations
+        activations = result.needs.memory.phases["forward and backward"]["activations"]
+        other = result.needs.device - states - device.get("activations", 0)
         lines.append(
             f"| {result.model.name} | {result.run.world_size:,} "
             f"| {states / GIB:,.1f} | {activations / GIB:,.1f} | {other / GIB:,.1f} "

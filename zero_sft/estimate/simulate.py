@@ -23,8 +23,8 @@ class RankLoad:
     median_bytes: int
 
 
-def simulate_load(model: EstimatedModel, world_size: int, ranks: Sequence[int] | None = None) -> list[RankLoad]:
-    """Plan the load for every rank of a world (or only for `ranks`), with the planner of the loader.
+def simulate_load(model: EstimatedModel, world_size: int) -> list[RankLoad]:
+    """Plan the load for every rank of a world, with the planner of the loader.
 
     Raises:
         CheckpointError: the checkpoint does not fill the model.
@@ -34,7 +34,7 @@ def simulate_load(model: EstimatedModel, world_size: int, ranks: Sequence[int] |
         (source_map, parameters[name].numel()) for name, source_map in model.resolution.sources.items() if name in parameters
     ]
     loads = []
-    for rank in range(world_size) if ranks is None else ranks:
+    for rank in range(world_size):
         targets = (
             FillTarget(source_map=source_map, flat_range=shard_range(numel, rank, world_size)) for source_map, numel in filled
         )

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, all_gather_json, broadcast_bytes
+from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, of_variant
+from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, all_gather_json
 from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
@@ -22,8 +23,8 @@ TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", 
              "*.tiktoken", "chat_template*", "*.jinja")  # fmt: skip
 
 _CODE = ("*.py",)
-_WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-_BIN_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
+_WEIGHTS = (SINGLE_FILE, "model-*.safetensors", INDEX_FILE)
+_BIN_WEIGHTS = (BIN_FILE, "pytorch_model-*.bin", BIN_INDEX_FILE)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -50,10 +51,10 @@ def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
     Raises:
         CheckpointError: the folder does not exist, only some ranks see it, or the hub can't provide the model.
     """
-    with collective_stage(world, f"looking for {name}") as stage:
+    with collective_stage(world, f"looking for {name}") as exchange:
         folder = local_folder(name, options)
-        stage.local = folder is not None
-    sees_folder = stage.gathered
+        exchange.local = folder is not None
+    sees_folder = exchange.gathered
     if any(sees_folder) and not all(sees_folder):
         blind_ranks = [rank for rank, sees in enumerate(sees_folder) if not sees]
         raise CheckpointError(
@@ -73,11 +74,10 @@ def _pin_revision(name: str, options: HubOptions, world: World) -> HubOptions:
     """Return the options with their revision resolved to a commit. Every rank; communicates."""
     if _COMMIT.fullmatch(options.revision or ""):
         return options
-    commit = ""
-    with collective_stage(world, f"fetching {name}", DOWNLOAD_TIMEOUT):
+    with collective_stage(world, f"fetching {name}", DOWNLOAD_TIMEOUT) as exchange:
         if world.is_main:
-            commit = download_snapshot(name, options, CONFIG, local_only=False).name
-    commit = broadcast_bytes(world, commit.encode() if world.is_main else None).decode()
+            exchange.local = download_snapshot(name, options, CONFIG, local_only=False).name
+    commit = exchange.gathered[0]
     return dataclasses.replace(options, revision=commit) if _COMMIT.fullmatch(commit) else options
 
 
@@ -125,13 +125,8 @@ def with_variant(names: tuple[str, ...], variant: str | None) -> tuple[str, ...]
     """Return the file names under a variant: `model.fp16.safetensors`; numbered files have it before or after the number."""
     if variant is None:
         return names
-    variant_names = []
-    for name in names:
-        stem, suffix = name.rsplit(".", 1)
-        variant_names.append(f"{stem}.{variant}.{suffix}")
-        if "*" in name:
-            variant_names.append(f"{stem.replace('-*', '')}.{variant}-*.{suffix}")
-    return tuple(variant_names)
+    after_number = [of_variant(name, variant) for name in names]
+    return (*after_number, *(name.replace("-*", f".{variant}-*") for name in names if "*" in name))
 
 
 def local_folder(name: str, options: HubOptions) -> Path | None:
@@ -143,16 +138,13 @@ def local_folder(name: str, options: HubOptions) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return _inside(path, options.subfolder)
-    if _looks_like_a_path(name):
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or not name
+    if looks_like_a_path or path.exists():
         raise CheckpointError(
             f"no such folder: {name}. Name an existing folder, or a hub id such as 'org/model'.",
             code="hub.no_such_folder",
         )
     return None
-
-
-def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or Path(name).exists() or not name
 
 
 def _inside(folder: Path, subfolder: str | None) -> Path:

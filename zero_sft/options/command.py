@@ -1,12 +1,13 @@
 """A command that reads its options from a command line and an arguments file, and prints their help."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from zero_sft.errors import ArgumentError
-from zero_sft.options.help import in_full
-from zero_sft.options.names import OptionNames, Translation
+from zero_sft.errors import ArgumentError, ZeroSftError
+from zero_sft.options.format_help import in_full, wants_help, write_help
+from zero_sft.options.resolve import OptionNames, Translation
 from zero_sft.options.spec import OptionSpec, positivity_errors
 
 
@@ -49,6 +50,18 @@ class Command:
         ]
         read.require_usable([*missing, *positivity_errors(read.values, self.positive)])
         return SimpleNamespace(**{name: read.values.get(name, spec.default) for name, spec in specs.items()}), read.notes
+
+    def run(self, argv: Sequence[str] | None, action: Callable[[SimpleNamespace, list[str]], None]) -> int:
+        """Answer `--help`, or pass what `read` returns to `action`. Return the exit status: 2 for an error, in one line."""
+        argv = sys.argv[1:] if argv is None else argv
+        if wants_help(argv):
+            return write_help(argv, self.help_text)
+        try:
+            action(*self.read(argv))
+        except ZeroSftError as error:
+            sys.stderr.write(f"error: {error.with_code}\n")
+            return 2
+        return 0
 
     def help_text(self, topic: str | None = None) -> str | None:
         """Return the help of all options, or of those whose names contain `topic`; None if there are none."""

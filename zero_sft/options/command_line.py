@@ -1,10 +1,11 @@
 """Split a command line into names and raw values, for all commands of this package.
 
-Later steps resolve names and convert values, in the same way for a command line and a file. Left out: argparse. It reads
+Later steps resolve names and convert values, in the same way for a command line and a file. This is not argparse, which reads
 `-1e-5` as an option, an arguments file after a flag as the flag's value, and the value of an unknown name as the file. With
 workarounds for all of these, nothing would remain for it to do.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.spec import FALSE_WORDS, TRUE_WORDS, OptionSpec
+from zero_sft.options.spec import FALSE_WORDS, NONE_WORDS, TRUE_WORDS, OptionSpec
 
 COMMAND_LINE = "the command line"
 FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -46,47 +47,30 @@ def read_command_line(argv: Sequence[str], specs: Mapping[str, OptionSpec]) -> t
             file = _as_file(word, file, arguments)
             continue
         name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if equals:
-            arguments.append(RawArgument(name=name, value=text, origin=COMMAND_LINE))
-            continue
-        values = _values_of(argv[position:], specs.get(name), name, specs)
-        position += len(values)
-        arguments.append(_raw_argument(name, values, specs))
+        name, value = name.replace("-", "_"), text
+        flag = name.removeprefix("no_")
+        if not equals and name not in specs and flag in specs and "boolean" in specs[flag].kinds:
+            name, value = flag, False
+        elif not equals:
+            values = _values_of(argv[position:], name, specs.get(name))
+            position += len(values)
+            value = values[0] if len(values) == 1 else values or True
+        arguments.append(RawArgument(name=name, value=value, origin=COMMAND_LINE))
     return arguments, file
 
 
-def _values_of(rest: Sequence[str], spec: OptionSpec | None, name: str, specs: Mapping[str, OptionSpec]) -> list[str]:
-    """Return the words after `--name` that are its values."""
-    values = []
-    for word in rest:
-        if _OPTION.match(word):
-            break
-        values.append(word)
+def _values_of(rest: Sequence[str], name: str, spec: OptionSpec | None) -> Sequence[str]:
+    """Return the words after `--name` that are its values; none for a flag."""
+    words = list(itertools.takewhile(lambda word: not _OPTION.match(word), rest))
+    if spec is None or not spec.kinds & {"list", "integers"}:
+        words = words[:1]
     if spec is None:
-        return values[: 0 if _negated(name, specs) else 1]
-    if spec.kinds & {"list", "integers"}:
-        return values
-    if spec.kinds <= {"boolean", "none"} and values and values[0].lower() not in TRUE_WORDS + FALSE_WORDS + ("none", "null"):
+        return words
+    if spec.kinds <= {"boolean", "none"} and words and words[0].lower() not in TRUE_WORDS + FALSE_WORDS + NONE_WORDS:
         return []
-    return values[:1]
-
-
-def _raw_argument(name: str, values: list[str], specs: Mapping[str, OptionSpec]) -> RawArgument:
-    spec = specs.get(name)
-    if spec is None and not values and _negated(name, specs):
-        return RawArgument(name=_negated(name, specs), value=False, origin=COMMAND_LINE)
-    if not values:
-        if spec is not None and "boolean" not in spec.kinds:
-            raise ArgumentError(f"--{name} needs a value: {spec.expected}", code="arguments.value_missing")
-        return RawArgument(name=name, value=True, origin=COMMAND_LINE)
-    return RawArgument(name=name, value=values[0] if len(values) == 1 else values, origin=COMMAND_LINE)
-
-
-def _negated(name: str, specs: Mapping[str, OptionSpec]) -> str:
-    """Return the flag that `no_flag` switches off, or "" if there is none."""
-    flag = name.removeprefix("no_")
-    return flag if flag != name and flag in specs and "boolean" in specs[flag].kinds else ""
+    if not words and "boolean" not in spec.kinds:
+        raise ArgumentError(f"--{name} needs a value: {spec.expected}", code="arguments.value_missing")
+    return words
 
 
 def _as_file(word: str, file: Path | None, arguments: list[RawArgument]) -> Path:

@@ -2,35 +2,31 @@
 
 import dataclasses
 import difflib
-import functools
 import inspect
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from zero_sft.errors import ArgumentError
-from zero_sft.options.spec import SECRETS, OptionSpec, specs_of
+from zero_sft.options.spec import SECRETS, specs_of
 
 Options = TypeVar("Options")
 
 
 def read_keywords(keywords: Mapping[str, Any], *groups: type, function: Callable[..., Any]) -> list[Any]:
-    """Sort the keyword arguments of `function` into one object for each dataclass in `groups`, in the order of `groups`.
+    """Sort the keyword arguments of a `function` that `takes_options` of `groups` into one object for each group.
 
     Raises:
         ArgumentError: a name that no group has, with the nearest known name; a value of a wrong type.
     """
-    names_of = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
-    known = {name: None for names in names_of.values() for name in names}
     parameters = inspect.signature(function).parameters.values()
-    named = dict.fromkeys(param.name for param in parameters if param.kind is inspect.Parameter.KEYWORD_ONLY)
+    known = [param.name for param in parameters if param.kind is inspect.Parameter.KEYWORD_ONLY]
     for name in keywords:
         if name not in known:
-            near = difflib.get_close_matches(name, named | known, n=1)
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise ArgumentError(
-                f"unknown argument {name!r}.{hint} Known: {', '.join(named | known)}.", code="arguments.unknown"
-            )
-    return [group(**{name: keywords[name] for name in names if name in keywords}) for group, names in names_of.items()]
+            raise ArgumentError(f"unknown argument {name!r}.{hint} Known: {', '.join(known)}.", code="arguments.unknown")
+    return [pick_options(group, SimpleNamespace(**keywords)) for group in groups]
 
 
 def pick_options(group: type[Options], source: object) -> Options:
@@ -61,13 +57,8 @@ def require_types(options: object, group: type) -> None:
 
     Values are not converted: the text "False" would count as True.
     """
-    for name, spec in _cached_specs(group).items():
+    for name, spec in specs_of(group).items():
         value = getattr(options, name)
         if not spec.accepts(value):
             shown = "another value (not shown)" if name in SECRETS else f"{value!r:.80}"
             raise ArgumentError(f"{name} must be {spec.expected}, got {shown}", code="arguments.wrong_value")
-
-
-@functools.cache
-def _cached_specs(group: type) -> dict[str, OptionSpec]:
-    return specs_of(group, "")

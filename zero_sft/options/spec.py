@@ -11,12 +11,13 @@ YAML 1.1 reads `2e-5` as text, so text is converted where a number is expected. 
 import dataclasses
 import difflib
 import enum
+import functools
 import json
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ _IN_WORDS = {
     "none": "none",
 }
 _INTEGER = re.compile(r"[+-]?\d+")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _MISFIT = object()
 
 SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
@@ -100,7 +101,7 @@ class OptionSpec:
             return word in TRUE_WORDS
         if "integer" in self.kinds and _INTEGER.fullmatch(text):
             return int(text)
-        if "number" in self.kinds and _NUMBER.fullmatch(text) and math.isfinite(float(text)):
+        if "number" in self.kinds and NUMBER.fullmatch(text) and math.isfinite(float(text)):
             return float(text)
         if ("mapping" in self.kinds and text.startswith("{")) or ("list" in self.kinds and text.startswith("[")):
             return self._from_json(text)
@@ -141,7 +142,8 @@ class OptionSpec:
         return f". Did you mean {near[0]}?" if near else ""
 
 
-def specs_of(group: type, name: str) -> dict[str, OptionSpec]:
+@functools.cache
+def specs_of(group: type, name: str = "") -> Mapping[str, OptionSpec]:
     """Return the options that the dataclass `group` declares, in its order; `name` becomes their group name."""
     hints = typing.get_type_hints(group)
     return {field.name: _spec(field, hints[field.name], name) for field in dataclasses.fields(group) if field.init}
@@ -179,15 +181,12 @@ def _kinds(hint: Any) -> tuple[set[str], tuple[str, ...]]:
     return {_PLAIN[origin or hint]} if (origin or hint) in _PLAIN else set(), ()
 
 
-def positivity_errors(values: Mapping[str, Any], names: Iterable[str]) -> list[ArgumentError]:
-    """Return an error for each number under these `names` that is not above 0 and below 2**31."""
-    numbers = [(name, number) for name in names for number in _as_list(values.get(name))]
-    return [
-        ArgumentError(f"--{name} must be more than 0 and below 2**31; got {number}", code="arguments.out_of_range")
-        for name, number in numbers
-        if not 0 < number < 2**31
-    ]
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def positivity_errors(values: Mapping[str, Any], names: Iterable[str]) -> Iterator[ArgumentError]:
+    """Yield an error for each number under these `names` that is not above 0 and below 2**31."""
+    for name in names:
+        value = values.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not 0 < number < 2**31:
+                yield ArgumentError(
+                    f"--{name} must be more than 0 and below 2**31; got {number}", code="arguments.out_of_range"
+                )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zero_sft.ds_config import ADAMW_OPTIMS
 from zero_sft.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class RunRecord:
 def _family(name: str) -> str:
     """Return one name for all optimizers whose states have the same format."""
     name = name.lower()
-    return "adamw" if name in ("adam", "adamw", "adamw_torch", "adamw_torch_fused") else name
+    return "adamw" if name in {"adam", "adamw", *ADAMW_OPTIMS} else name
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

@@ -1,6 +1,7 @@
 """Help of a command: find the requested topic and format options as text."""
 
 import contextlib
+import itertools
 import re
 import sys
 import textwrap
@@ -43,12 +44,7 @@ def _topics(argv: Sequence[str]) -> list[str]:
         return [word.removeprefix("--help=")]
     if len(after) == 1:
         return [after[0].lstrip("-")]
-    names = []
-    for name in after:
-        if name.startswith("-"):
-            break
-        names.append(name)
-    return names
+    return list(itertools.takewhile(lambda name: not name.startswith("-"), after))
 
 
 def in_full(specs: Iterable[OptionSpec]) -> list[str]:

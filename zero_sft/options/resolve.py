@@ -3,7 +3,7 @@
 import difflib
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zero_sft.errors import ArgumentError
@@ -58,9 +58,8 @@ class OptionNames:
         """All names, with the values that each may take."""
         specs = dict(self.specs)
         for name, translation in self.translations.items():
-            kinds = frozenset({"boolean"}) if translation.values else self.specs[translation.name].kinds
-            choices = () if translation.values else self.specs[translation.name].choices
-            specs[name] = OptionSpec(name=name, kinds=kinds, choices=choices)
+            switch = OptionSpec(name=name, kinds=frozenset({"boolean"}))
+            specs[name] = switch if translation.values else replace(self.specs[translation.name], name=name)
         for name in self.ignored | self.removed.keys() | {name for name in self.refusals if name not in specs}:
             specs[name] = OptionSpec(name=name)
         return specs
@@ -72,14 +71,17 @@ class OptionNames:
             ArgumentError: a command line or a file that can't be split into names and values.
         """
         raw, file = read_command_line(list(argv), self.readable)
-        result = ReadValues()
-        for source in (read_file(file) if file else [], raw):  # the command line comes last and wins
-            self._resolve(source, result)
-        return result
+        from_file, from_command_line = self._resolve(read_file(file) if file else []), self._resolve(raw)
+        return ReadValues(
+            values={**from_file.values, **from_command_line.values},
+            problems=[*from_file.problems, *from_command_line.problems],
+            notes=[*from_file.notes, *from_command_line.notes],
+        )
 
-    def _resolve(self, source: Iterable[RawArgument], result: "ReadValues") -> None:
-        """Add the values of one source to `result` under current names."""
-        used_names: dict[str, str] = {}  # current name → the name that the user gave
+    def _resolve(self, source: Iterable[RawArgument]) -> "ReadValues":
+        """Convert the arguments of a file or a command line to values under current names."""
+        result = ReadValues(values={}, problems=[], notes=[])
+        given_names: dict[str, str] = {}  # current name → the name that the user gave
         for raw in source:
             if raw.name in self.removed:
                 result.notes.append(f"--{raw.name} has no effect any more: {self.removed[raw.name]}. Leave it out.")
@@ -92,11 +94,11 @@ class OptionNames:
             if resolved is None:
                 continue
             name, value = resolved
-            used = used_names.setdefault(name, raw.name)
-            if used != raw.name and result.values[name] != value:
+            given = given_names.setdefault(name, raw.name)
+            if given != raw.name and result.values[name] != value:
                 result.problems.append(
                     ArgumentError(
-                        f"--{used}{_shown(name, result.values[name])} and --{raw.name}{_shown(name, value)} contradict each "
+                        f"--{given}{_shown(name, result.values[name])} and --{raw.name}{_shown(name, value)} contradict each "
                         f"other: both set {name}. Give one (from {raw.origin})",
                         code="arguments.contradiction",
                     )
@@ -104,6 +106,7 @@ class OptionNames:
             if name != raw.name:
                 result.notes.append(f"--{raw.name} is --{name} today: taken as --{name}{_shown(name, value)}")
             result.values[name] = value
+        return result
 
     def _resolve_argument(self, raw: RawArgument) -> tuple[str, Any] | None:
         """Return the current name and the converted value of one argument, or None if it asks for nothing."""
@@ -145,9 +148,9 @@ class ReadValues:
         notes: lines for the log, such as one per translated name.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
-    problems: list[ArgumentError] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    values: dict[str, Any]
+    problems: list[ArgumentError]
+    notes: list[str]
 
     def require_usable(self, problems: Iterable[ArgumentError] = ()) -> None:
         """Raise one `ArgumentError` that lists all errors in the arguments, including `problems`."""
