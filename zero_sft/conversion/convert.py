@@ -28,12 +28,12 @@ from zero_sft.transformers_internals import internal, loading_info
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeMismatch:
-    """A tensor whose shape after conversion differs from the model's. `absent` are names missing from its parts' numbering."""
+    """A tensor whose converted shape differs from the model's. `missing_parts` are names that its parts' numbering lacks."""
 
     name: str
     expected: Shape
     got: Shape
-    absent: tuple[str, ...] = ()
+    missing_parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +42,20 @@ class Resolution:
 
     sources: Mapping[str, SourceMap]
     stored: Mapping[str, StoredTensor]  # the sources that regions name: the checkpoint's tensors, and scaled ones
-    computed: Mapping[str, TensorGroup]  # tensors that must be computed from whole stored tensors
+    untraceable: Mapping[str, TensorGroup]  # tensors that must be computed from whole stored tensors
     unexpected: frozenset[str]
     mismatched: tuple[ShapeMismatch, ...]
     groups: tuple[TensorGroup, ...]
     rules_used: tuple[Any, ...]  # transformers' rules that matched; save_pretrained reverts them
 
     @property
-    def loaded(self) -> frozenset[str]:
+    def stored_names(self) -> frozenset[str]:
         """The names of the model's tensors that the checkpoint fills."""
-        return frozenset(self.sources) | frozenset(self.computed)
+        return frozenset(self.sources) | frozenset(self.untraceable)
 
     def by_group(self) -> Iterator[tuple[TensorGroup, list[str]]]:
         """Iterate over the groups of computed tensors, each with the names of the tensors that it makes."""
-        for _, items in itertools.groupby(self.computed.items(), key=lambda item: id(item[1])):
+        for _, items in itertools.groupby(self.untraceable.items(), key=lambda item: id(item[1])):
             names, groups = zip(*items, strict=True)
             yield groups[0], list(names)
 
@@ -83,7 +83,7 @@ class FullShapeModel:
 
 def resolve(
     model: PreTrainedModel,
-    wanted: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
     stored: Mapping[str, StoredTensor],
     quantizer: Any = None,
 ) -> Resolution:
@@ -91,7 +91,7 @@ def resolve(
 
     Args:
         model: partitioned or not.
-        wanted: the model's full state dict, on the meta device.
+        state: the model's full state dict, on the meta device.
         stored: the checkpoint's tensors by name.
         quantizer: transformers' quantizer, if the checkpoint is quantised. It adds operations that dequantise.
 
@@ -99,25 +99,25 @@ def resolve(
         CheckpointError: parts of a tensor are missing or contradict each other, or a dtype can't be read.
     """
     rules = internal("get_model_conversion_mapping")(model, hf_quantizer=quantizer)
-    names = match(model, rules, wanted, stored)
+    names = match(model, rules, state, stored)
     dequant_tracer = DequantTracer(stored, quantizer)
-    tracer = _GroupTracer(model=FullShapeModel(model, wanted), state=wanted, stored=stored, dequant_tracer=dequant_tracer)
+    tracer = _GroupTracer(model=FullShapeModel(model, state), state=state, stored=stored, dequant_tracer=dequant_tracer)
     sources: dict[str, SourceMap] = {}
-    computed: dict[str, TensorGroup] = {}
+    untraceable: dict[str, TensorGroup] = {}
     unexpected = set(names.unexpected)
     mismatched: list[ShapeMismatch] = []
     for group in names.groups:
         for name, (shape, parts) in tracer.trace(group).items():
-            if name not in wanted:
+            if name not in state:
                 unexpected.add(name)
                 continue
-            expected_shape = tuple(wanted[name].shape)
+            expected_shape = tuple(state[name].shape)
             if expected_shape != shape:
                 too_large = any(got > expected for got, expected in zip(shape, expected_shape, strict=False))
-                absent = () if too_large else tuple(group.missing_members())
-                mismatched.append(ShapeMismatch(name=name, expected=expected_shape, got=shape, absent=absent))
+                missing_parts = () if too_large else tuple(group.missing_members())
+                mismatched.append(ShapeMismatch(name=name, expected=expected_shape, got=shape, missing_parts=missing_parts))
             elif parts is None:
-                computed[name] = group
+                untraceable[name] = group
             else:
                 sources[name] = SourceMap.of(name, shape, parts)
     all_stored = {**stored, **dequant_tracer.scaled}
@@ -126,7 +126,7 @@ def resolve(
     return Resolution(
         sources=sources,
         stored=all_stored,
-        computed=computed,
+        untraceable=untraceable,
         unexpected=frozenset(unexpected),
         mismatched=tuple(mismatched),
         groups=names.groups,
@@ -162,7 +162,7 @@ class _GroupTracer:
             return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
 
         try:
-            result = run(group, self.model, traced, loading_info(), self.dequant_tracer.install)
+            result = convert_group(group, self.model, traced, loading_info(), self.dequant_tracer.install)
             for name, tensor in result.items():
                 if not isinstance(tensor, tracing.TracedTensor):
                     raise tracing.NotTraceable(f"{name} became a {type(tensor).__name__}")
@@ -189,14 +189,14 @@ class _GroupTracer:
             return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
 
         try:
-            result = run(group, self.model, meta_tensor, loading_info())
+            result = convert_group(group, self.model, meta_tensor, loading_info())
         except (internal("SkipParameters"), RuntimeError) as error:
             cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
             raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause
         return {name: (tuple(tensor.shape), None) for name, tensor in result.items()}
 
 
-def run(
+def convert_group(
     group: TensorGroup,
     model: FullShapeModel,
     source: Callable[[str], torch.Tensor],

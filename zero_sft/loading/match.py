@@ -5,12 +5,12 @@ Every name of the model's state dict is in exactly one of these groups:
 | names | source of their values |
 | --- | --- |
 | `resolution.sources` | read from the checkpoint, byte range by byte range |
-| `resolution.computed` | computed from whole stored tensors (`untraceable.py`) |
+| `resolution.untraceable` | computed from whole stored tensors (`untraceable.py`) |
 | `tied_to` | shared with another name of the model |
 | `missing_keys()` | initialised by the model |
 
-`resolution.loaded` is the union of the first two. The model's initialisation may change some of these tensors; such
-tensors are complete before the reads begin, and `sharded.py` calls them `initialised`.
+`resolution.stored_names` is the union of the first two. The model's initialisation may change some of these tensors; such
+tensors are complete before the reads begin, and `sharded.py` calls them `rewritten_by_init`.
 """
 
 import re
@@ -65,11 +65,11 @@ class CheckpointMatch:
 
     def missing_keys(self) -> list[str]:
         """Names that neither the checkpoint nor a tie fills."""
-        return [name for name in self.state if name not in self.resolution.loaded and name not in self.tied_to]
+        return [name for name in self.state if name not in self.resolution.stored_names and name not in self.tied_to]
 
     def ties_with_both_stored(self) -> list[tuple[str, str]]:
         """Tied pairs (target, source) for which the checkpoint stores both tensors."""
-        loaded = self.resolution.loaded
+        loaded = self.resolution.stored_names
         ties = tied_names(self.model)
         return [(target, source) for target, source in ties.items() if target in loaded and source in loaded]
 
@@ -90,7 +90,7 @@ def match_checkpoint(
     resolution = resolve(model, skeleton.state, index.tensors, quantizer)
     if quantizer is None:  # a dequantised model is saved without its quantizer's conversions
         set_weight_conversions(model, resolution.rules_used)
-    tied_to = init_weights.resolve_ties(tied_names(model), resolution.loaded)
+    tied_to = init_weights.resolve_ties(tied_names(model), resolution.stored_names)
     match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
     _require_fit(match, ignore_mismatched_sizes)
     return match
@@ -127,7 +127,7 @@ def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
     if mismatched and not ignore_mismatched_sizes:
         raise CheckpointError(_mismatch_message(match.index.folder, mismatched), code="checkpoint.shapes_differ")
     numels = {name: tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to}
-    present = sum(numel for name, numel in numels.items() if name in match.resolution.loaded)
+    present = sum(numel for name, numel in numels.items() if name in match.resolution.stored_names)
     if 2 * present < sum(numels.values()):
         missing = ", ".join(sorted(match.missing_keys())[:3])
         stored = ", ".join(sorted(match.index.tensors)[:3])
@@ -143,7 +143,7 @@ def _mismatch_message(folder: str, mismatched: Sequence[ShapeMismatch]) -> str:
     more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
     count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
     message = f"{folder}: {count} another shape than the model's: {shown}{more}."
-    missing = [name for mismatch in mismatched for name in mismatch.absent]
+    missing = [name for mismatch in mismatched for name in mismatch.missing_parts]
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         return f"{message} The files lack {missing[0]!r}{others}, a part of it: fetch the checkpoint again."

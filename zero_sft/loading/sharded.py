@@ -28,7 +28,7 @@ from zero_sft.loading.headers import read_headers_together
 from zero_sft.loading.match import CheckpointMatch, left_out_parts, match_checkpoint
 from zero_sft.loading.report import KeyReport, Loaded, LoadStats
 from zero_sft.loading.request import LoadRequest
-from zero_sft.loading.untraceable import Materialized, fill_untraceable, materialize
+from zero_sft.loading.untraceable import ComputeCosts, fill_untraceable, materialize
 from zero_sft.loading.verify import ShardDigest, digest, verify
 from zero_sft.plan.partition import FlatRange, full_range
 from zero_sft.plan.plan import FillTarget, Plan, ReadItem, plan_reads
@@ -73,19 +73,21 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
     threads = options.reading_threads(world.cpu_cores)
     with collective_stage(world, "reading the weights") as stage:
         with watch.stage("initialise"):
-            initialised = _initialise(match, request, threads)
+            rewritten_by_init = _initialize(match, request, threads)
         tensors = match.collect_tensors()
         with watch.stage("read"):
-            traced = [name for name in match.resolution.sources if name not in initialised and shards.is_sharded(tensors[name])]
+            traced = [
+                name for name in match.resolution.sources if name not in rewritten_by_init and shards.is_sharded(tensors[name])
+            ]
             plan = plan_rank(match, {name: tensors[name] for name in traced})
             if request.while_reading is not None:
                 request.while_reading()
             _read({name: tensors[name] for name in traced}, plan, match, threads)
-        stage.local = [] if match.resolution.computed else _equal_ties(match, tensors)
-    equal_ties, computed = stage.gathered, Materialized(read_bytes=0, held_bytes={})
-    if match.resolution.computed:
+        stage.local = [] if match.resolution.untraceable else _equal_ties(match, tensors)
+    equal_ties, computed = stage.gathered, ComputeCosts(read_bytes=0, held_bytes={})
+    if match.resolution.untraceable:
         with watch.stage("compute"):
-            computed = fill_untraceable(match, tensors, initialised, world)
+            computed = fill_untraceable(match, tensors, rewritten_by_init, world)
             equal_ties = all_gather_json(world, _equal_ties(match, tensors))
     with watch.stage("finish"):
         missing, unexpected = _finish(match, request, world, equal_ties)
@@ -95,7 +97,7 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
     verified = None
     if options.verify:
         with watch.stage("verify"):
-            verified = _verify(match, world, initialised)
+            verified = _verify(match, world, rewritten_by_init)
     return Loaded(
         model=match.model,
         keys=_key_report(match, missing, unexpected, computed, verified),
@@ -112,12 +114,12 @@ def _match_summary(match: CheckpointMatch) -> dict[str, Any]:
     """Summarise what all ranks must agree on before they read: stored tensors, the names that they fill, conversion rules."""
     return {
         "index": match.index.digest(),
-        "names": sorted(match.resolution.loaded),
+        "names": sorted(match.resolution.stored_names),
         "transformers": transformers.__version__,
     }
 
 
-def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> set[str]:
+def _initialize(match: CheckpointMatch, request: LoadRequest, threads: int) -> set[str]:
     """Compute buffers, initialise missing weights, partition the model. Return the loaded names that are then complete."""
     resolution = match.resolution
 
@@ -126,12 +128,12 @@ def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
         targets = [_target(match, name, full_range(match.state[name].numel())) for name in traced]
         _fill(plan_reads(targets, resolution.stored).reads, memory, match, threads)
         for name in memory.keys() - resolution.sources.keys():
-            computed, _ = materialize(resolution.computed[name], match.full_shape_model, match.index)
+            computed, _ = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
             memory[name].copy_(computed[name].reshape(-1))
 
-    initialised = init_weights.initialize_missing(
+    rewritten_by_init = init_weights.initialize_missing(
         match.model,
-        loaded={name: match.state[name].dtype for name in resolution.loaded},
+        loaded={name: match.state[name].dtype for name in resolution.stored_names},
         tied=match.tied_to,
         load=load,
         build_buffers=lambda: skeleton.constructor_buffers(request.model),
@@ -140,7 +142,7 @@ def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
         seed=request.seed,
     )
     match.skeleton.shard()
-    return initialised
+    return rewritten_by_init
 
 
 def _target(match: CheckpointMatch, name: str, flat_range: FlatRange) -> FillTarget:
@@ -189,7 +191,7 @@ def _finish(
         equal_ties: the result of `_equal_ties` on every rank.
     """
     model, resolution = match.model, match.resolution
-    not_loaded = set(match.state) - resolution.loaded - {mismatch.name for mismatch in resolution.mismatched}
+    not_loaded = set(match.state) - resolution.stored_names - {mismatch.name for mismatch in resolution.mismatched}
     with collective_stage(world, "tying weights"):
         for (target, _), *equal in zip(match.ties_with_both_stored(), *equal_ties, strict=True):
             if all(equal):
@@ -225,7 +227,7 @@ def _warn_of_parts_left_out(match: CheckpointMatch, world: World) -> None:
 
 
 def _key_report(
-    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: Materialized, verified: int | None
+    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: ComputeCosts, verified: int | None
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
     cast, dequantized = [], []
@@ -258,11 +260,11 @@ def _strict_message(request: LoadRequest, missing: Sequence[str], unexpected: Se
     return "\n".join([*lines, "Take the checkpoint of exactly this model, or leave strict off."])
 
 
-def _verify(match: CheckpointMatch, world: World, initialised: Set[str]) -> int:
+def _verify(match: CheckpointMatch, world: World, rewritten_by_init: Set[str]) -> int:
     """Compare this rank's shards with the files. Leave out names that the model's initialisation changed. Communicates."""
     tensors = match.collect_tensors()
     with collective_stage(world, "hashing the shards"):
-        held = {name: _shard_digest(tensors[name]) for name in match.resolution.loaded if name not in initialised}
+        held = {name: _shard_digest(tensors[name]) for name in match.resolution.stored_names if name not in rewritten_by_init}
     return verify(match.model, match.state, match.resolution.groups, match.index, held, world)
 
 

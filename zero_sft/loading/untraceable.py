@@ -22,7 +22,7 @@ from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.conversion.convert import FullShapeModel, run
+from zero_sft.conversion.convert import FullShapeModel, convert_group
 from zero_sft.conversion.keys import TensorGroup
 from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import full_range
@@ -53,28 +53,30 @@ def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointInde
         )
         return tensor
 
-    return run(group, model, source), read_bytes
+    return convert_group(group, model, source), read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Materialized:
+class ComputeCosts:
     """Costs of `fill_untraceable`: the bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
 
     read_bytes: int
     held_bytes: Mapping[str, int]
 
 
-def fill_untraceable(match: CheckpointMatch, tensors: Mapping[str, Any], initialised: Set[str], world: World) -> Materialized:
+def fill_untraceable(
+    match: CheckpointMatch, tensors: Mapping[str, Any], rewritten_by_init: Set[str], world: World
+) -> ComputeCosts:
     """Fill the shards of the tensors that can't be traced, group by group. Every rank; communicates.
 
     Args:
         tensors: the model's sharded parameters by name.
-        initialised: names that are complete already; they are skipped.
+        rewritten_by_init: names that are complete already; they are skipped.
     """
     read_bytes, held_bytes = 0, {}
     groups = list(match.resolution.by_group())
     for group, names in progress.iterate_with_progress(groups, "computing tensors, once per node", "groups"):
-        to_fill = [name for name in names if name not in initialised and shards.is_sharded(tensors[name])]
+        to_fill = [name for name in names if name not in rewritten_by_init and shards.is_sharded(tensors[name])]
         if not to_fill:
             continue
         results: dict[str, torch.Tensor] | None = None
@@ -95,7 +97,7 @@ def fill_untraceable(match: CheckpointMatch, tensors: Mapping[str, Any], initial
         source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored)
         result_bytes = sum(match.state[name].numel() * match.state[name].itemsize for name in to_fill)
         held_bytes |= dict.fromkeys(to_fill, source_bytes + result_bytes)
-    return Materialized(read_bytes=read_bytes, held_bytes=held_bytes)
+    return ComputeCosts(read_bytes=read_bytes, held_bytes=held_bytes)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.conversion.convert import FullShapeModel, run
+from zero_sft.conversion.convert import FullShapeModel, convert_group
 from zero_sft.conversion.keys import TensorGroup
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import shard_range
@@ -99,7 +99,7 @@ def _convert(group: TensorGroup, model: FullShapeModel, files: "_Files") -> Iter
     if group.converter is None:
         yield group.name, files.tensor(next(iter(group.members)))
         return
-    yield from run(group, model, files.tensor).items()
+    yield from convert_group(group, model, files.tensor).items()
 
 
 class _Files:
