@@ -30,8 +30,8 @@ from zero_sft.loading.report import KeyReport, Loaded, LoadStats
 from zero_sft.loading.request import LoadRequest
 from zero_sft.loading.untraceable import ComputeCosts, fill_untraceable, materialize
 from zero_sft.loading.verify import ShardDigest, digest, verify
-from zero_sft.plan.partition import FlatRange, full_range
-from zero_sft.plan.plan import FillTarget, Plan, ReadItem, plan_reads
+from zero_sft.plan.partition import full_range
+from zero_sft.plan.plan import ReadItem, plan_reads
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather_hooks as gather
@@ -79,10 +79,10 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
             traced = [
                 name for name in match.resolution.sources if name not in rewritten_by_init and shards.is_sharded(tensors[name])
             ]
-            plan = plan_rank(match, {name: tensors[name] for name in traced})
+            reads = plan_rank(match, {name: tensors[name] for name in traced})
             if request.while_reading is not None:
                 request.while_reading()
-            _read({name: tensors[name] for name in traced}, plan, match, threads)
+            _read({name: tensors[name] for name in traced}, reads, match, threads)
         stage.local = [] if match.resolution.untraceable else _equal_ties(match, tensors)
     equal_ties, computed = stage.gathered, ComputeCosts(read_bytes=0, held_bytes={})
     if match.resolution.untraceable:
@@ -102,8 +102,8 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
         model=match.model,
         keys=_key_report(match, missing, unexpected, computed, verified),
         stats=LoadStats(
-            requests=len(plan.reads),
-            bytes_read=plan.nbytes + computed.read_bytes,
+            requests=len(reads),
+            bytes_read=sum(read.total_nbytes for read in reads) + computed.read_bytes,
             seconds=watch.seconds,
             stages=watch.stages,
         ),
@@ -125,8 +125,8 @@ def _initialize(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
         traced = [name for name in memory if name in resolution.sources]
-        targets = [_target(match, name, full_range(match.state[name].numel())) for name in traced]
-        _fill(plan_reads(targets, resolution.stored).reads, memory, match, threads)
+        targets = [(resolution.sources[name], full_range(match.state[name].numel())) for name in traced]
+        _fill(plan_reads(targets, resolution.stored), memory, match, threads)
         for name in memory.keys() - resolution.sources.keys():
             computed, _ = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
             memory[name].copy_(computed[name].reshape(-1))
@@ -145,28 +145,24 @@ def _initialize(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
     return rewritten_by_init
 
 
-def _target(match: CheckpointMatch, name: str, flat_range: FlatRange) -> FillTarget:
-    return FillTarget(source_map=match.resolution.sources[name], flat_range=flat_range)
-
-
-def plan_rank(match: CheckpointMatch, params: Mapping[str, Any]) -> Plan:
+def plan_rank(match: CheckpointMatch, params: Mapping[str, Any]) -> tuple[ReadItem, ...]:
     """Plan the reads of this rank: its flat range of every parameter. Any rank; does not communicate."""
-    targets = [_target(match, name, shards.local_range(param)) for name, param in params.items()]
+    targets = [(match.resolution.sources[name], shards.local_range(param)) for name, param in params.items()]
     return plan_reads(targets, match.resolution.stored)
 
 
-def _read(params: Mapping[str, Any], plan: Plan, match: CheckpointMatch, threads: int) -> None:
+def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: CheckpointMatch, threads: int) -> None:
     """Allocate the shard of every parameter and fill it from the files."""
     by_target: dict[str, list] = {}
-    for read in plan.reads:
+    for read in reads:
         by_target.setdefault(read.target, []).append(read)
 
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
-        reads = [read for name in memory for read in by_target.get(name, ())]
-        reads.sort(key=lambda read: (read.file, read.offset_bytes))
-        _fill(reads, memory, match, threads, task.advance)
+        in_memory = [read for name in memory for read in by_target.get(name, ())]
+        in_memory.sort(key=lambda read: (read.file, read.offset_bytes))
+        _fill(in_memory, memory, match, threads, task.advance)
 
-    with progress.task("reading the weights", sum(read.total_nbytes for read in plan.reads), progress.BYTES) as task:
+    with progress.task("reading the weights", sum(read.total_nbytes for read in reads), progress.BYTES) as task:
         shards.fill_shards(params, fill)
 
 

@@ -26,7 +26,7 @@ from zero_sft.conversion.convert import FullShapeModel, convert_group
 from zero_sft.conversion.keys import TensorGroup
 from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import full_range
-from zero_sft.plan.plan import FillTarget, SourceMap, plan_reads
+from zero_sft.plan.plan import SourceMap, plan_reads
 from zero_sft.plan.regions import identity_regions
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
@@ -47,10 +47,8 @@ def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointInde
         stored = index.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
         source_map = SourceMap.of(name, stored.shape, identity_regions(name, stored.shape, strides=stored.strides))
-        target = FillTarget(source_map=source_map, flat_range=full_range(stored.numel))
-        read_bytes += reader.fill(
-            plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, identities=index.identities
-        )
+        reads = plan_reads([(source_map, full_range(stored.numel))], index.tensors)
+        read_bytes += reader.fill(reads, {name: tensor.view(-1)}, identities=index.identities)
         return tensor
 
     return convert_group(group, model, source), read_bytes

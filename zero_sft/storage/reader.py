@@ -19,7 +19,7 @@ import torch
 from zero_sft.checkpoint.file_identity import FileIdentity, require_unchanged
 from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.errors import CheckpointError
-from zero_sft.plan.plan import ReadItem
+from zero_sft.plan.plan import SCATTER_BYTES, ReadItem
 from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import Pages
@@ -27,8 +27,8 @@ from zero_sft.storage.pages import Pages
 Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 """(rows, cols) of quantised numbers, a grid of scales with one element per block, a dtype → (rows, cols) of that dtype."""
 
-STAGING_BYTES = 8 * 2**20
-"""Bytes of a staging buffer, at least the plan's `SCATTER_BYTES`. A thread that stages reads has one or two buffers."""
+STAGING_BYTES = SCATTER_BYTES
+"""Bytes of a staging buffer: the longest scattered read fits. A thread that stages reads has one or two buffers."""
 
 _CHUNK_BYTES = 32 * 2**20  # bytes per read: large enough to stream, small enough for threads to share a large tensor
 
