@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from zero_sft.checkpoint.index import CheckpointIndex
-from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
@@ -109,11 +108,12 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
     """
     path: Path | None = None
     try:
-        with collective_stage(world, "sharing what was computed"):
+        with collective_stage(world, "sharing what was computed") as exchange:
             if tensors is not None:
                 path = _new_file(sum(tensors[name].nbytes for name in names))
                 save_file({name: tensors[name].contiguous() for name in names}, path)
-        shared_path = all_gather_json(world, str(path or ""))[world.node_leader]
+                exchange.local = str(path)
+        shared_path = exchange.gathered[world.node_leader]
         with collective_stage(world, "mapping what was computed"), safe_open(shared_path, framework="pt") as file:
             mapped = {name: file.get_tensor(name) for name in names}
         yield mapped

@@ -243,8 +243,11 @@ def _reads(spec: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadIt
     # One read covers the dimensions `inner`, and a part of the first one of `outer`.
     starts = [range(0, dim.size, part_size if position == 0 else 1) for position, dim in enumerate(outer)]
     for index in itertools.product(*starts):
-        part = [outer[0]._replace(size=min(part_size, outer[0].size - index[0]))] if outer else []
-        box = [dim for dim in (*part, *reversed(inner)) if dim.size > 1] or [CopyDim(1, 1, 1)]
+        box = inner[::-1]
+        if outer:
+            stride, size, target_stride = outer[0]
+            box.insert(0, CopyDim(stride, min(part_size, size - index[0]), target_stride))
+        box = [dim for dim in box if dim.size > 1] or [CopyDim(1, 1, 1)]
         start = spec.source_start + sum(i * dim.source_stride for i, dim in zip(index, outer, strict=True))
         length = 1 + sum((dim.size - 1) * dim.source_stride for dim in box)
         yield ReadItem(

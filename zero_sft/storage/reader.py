@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zero_sft.checkpoint.file_identity import FileIdentity, require_unchanged
+from zero_sft.checkpoint.file_identity import FileIdentity, explain_read_errors, require_unchanged
 from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import SCATTER_BYTES, ReadItem
@@ -107,13 +107,8 @@ def opened(path: str, expected: FileIdentity | None) -> Generator[int]:
     Raises:
         CheckpointError: the file can't be opened, or has changed.
     """
-    try:
+    with explain_read_errors(path):
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be opened: {error.strerror}. Check that the file exists and that you may read it.",
-            code="checkpoint.file_unreadable",
-        ) from error
     try:
         require_unchanged(path, handle, expected)
         if hasattr(os, "posix_fadvise"):  # longer read-ahead: a fifth faster on a local disk with a cold cache
