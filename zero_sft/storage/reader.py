@@ -7,6 +7,7 @@ so that the copy from one overlaps the read into the other.
 Reads happen in file order, in several threads if the rank has spare cores.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -91,12 +92,16 @@ def _work_in_threads(job: _Job, pieces: Sequence[ReadItem], threads: int) -> Non
 
 
 def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
-    """Do one thread's work: take reads from the queue until it is empty."""
+    """Do one thread's work: take reads from the queue until it is empty. A failure empties it, so that all threads stop."""
     worker = _Worker(job)
-    for piece in queue:
-        worker.run(piece)
-        if job.advance is not None:
-            job.advance(piece.total_nbytes)
+    try:
+        for piece in queue:
+            worker.run(piece)
+            if job.advance is not None:
+                job.advance(piece.total_nbytes)
+    except BaseException:
+        collections.deque(queue, maxlen=0)
+        raise
     worker.finish()
 
 
