@@ -107,15 +107,15 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is not JSON: {error}.", code="ds_config.not_json") from error
 
 
-def engine_dtype(config: Mapping[str, Any], wanted: str) -> str:
+def engine_dtype(config: Mapping[str, Any], requested: str) -> str:
     """Return the dtype of the parameters under this engine: "bfloat16", "float16" or "float32".
 
-    DeepSpeed trains parameters only in the engine's dtype, so the engine decides. If it says "auto", the `wanted` dtype is
-    used. Worked example: bf16.enabled "auto" and wanted "bfloat16" → "bfloat16"; bf16 absent and wanted "bfloat16" → "float32".
+    DeepSpeed trains parameters only in the engine's dtype, so the engine decides. If it says "auto", the `requested` dtype is
+    used. Worked example: bf16.enabled "auto" and requested "bfloat16" → "bfloat16"; without bf16 → "float32".
     """
     for section, name in DTYPE_NAMES.items():
         enabled = (config.get(section) or {}).get("enabled", False)
-        if enabled is True or (enabled == "auto" and wanted == name):
+        if enabled is True or (enabled == "auto" and requested == name):
             return name
     return "float32"
 

@@ -27,7 +27,6 @@ _MODULES = {
     "dot_natural_key": "transformers.core_model_loading",
     "WeightRenaming": "transformers.core_model_loading",
     "WeightConverter": "transformers.core_model_loading",
-    "SkipParameters": "transformers.core_model_loading",
     "AutoHfQuantizer": "transformers.quantizers.auto",
     "AutoQuantizationConfig": "transformers.quantizers.auto",
     "Fp8Dequantize": "transformers.integrations.finegrained_fp8",
@@ -57,6 +56,9 @@ NAME_KEY = "_name_or_path"
 _INITIALIZED = "_is_hf_initialized"
 """The attribute by which transformers marks tensors and modules as initialised."""
 
+_ZERO3_CONFIG = "_hf_deepspeed_config_weak_ref"
+"""The global of `transformers.integrations.deepspeed` that refers weakly to the active DeepSpeed config."""
+
 
 def internal(name: str) -> Any:
     """Return the internal `name` of transformers.
@@ -78,16 +80,15 @@ def check() -> None:
     """
     for name in _MODULES:
         internal(name)
-    for name in _METHODS:
-        if not hasattr(transformers.PreTrainedModel, name):
-            raise UnsupportedVersionError(_moved(f"PreTrainedModel.{name}"), code="version.transformers_moved")
-    if not hasattr(transformers.GenerationMixin, "adjust_generation_fn"):
-        raise UnsupportedVersionError(_moved("GenerationMixin.adjust_generation_fn"), code="version.transformers_moved")
+    methods = [(transformers.PreTrainedModel, name) for name in _METHODS]
+    for cls, name in (*methods, (transformers.GenerationMixin, "adjust_generation_fn")):
+        if not hasattr(cls, name):
+            raise UnsupportedVersionError(_moved(f"{cls.__name__}.{name}"), code="version.transformers_moved")
 
 
-def loading_info(missing: Iterable[str] = (), unexpected: Iterable[str] = ()) -> Any:
-    """Return transformers' record of missing and unexpected names, which its methods read and refine."""
-    return internal("LoadStateDictInfo")(
+def tie_weights(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Tie a model's weights; return the missing and unexpected names that remain by the model's rules."""
+    info = internal("LoadStateDictInfo")(
         missing_keys=set(missing),
         unexpected_keys=set(unexpected),
         mismatched_keys=set(),
@@ -95,20 +96,19 @@ def loading_info(missing: Iterable[str] = (), unexpected: Iterable[str] = ()) ->
         conversion_errors={},
         skipped_pp_keys=set(),
     )
-
-
-def tie_weights(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Tie a model's weights; return the missing and unexpected names that remain by the model's rules."""
-    info = loading_info(missing, unexpected)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     return sorted(info.missing_keys), sorted(info.unexpected_keys)
 
 
 def tied_names(model: Any) -> dict[str, str]:
-    """Return the model's ties as `{target: source}`: its own dict, which callers may change, or an empty one."""
-    ties = getattr(model, "all_tied_weights_keys", None)
-    return {} if ties is None else ties
+    """Return the model's ties as `{target: source}`."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def drop_tie(model: Any, target: str) -> None:
+    """Keep `target` as a separate tensor, as plain `from_pretrained` does if the checkpoint has different values for both."""
+    del model.all_tied_weights_keys[target]
 
 
 def names_not_saved(model: Any) -> set[str]:
@@ -206,48 +206,40 @@ def set_tokenizer_backend(tokenizer: Any, backend: Any) -> None:
     tokenizer._tokenizer = backend
 
 
-def zero3_config(ds_config: Mapping[str, Any]) -> Any:
-    """Return the object that makes transformers consider ZeRO-3 enabled while it is alive: the active one, or a new one.
+def keep_zero3_enabled(model: Any, ds_config: Mapping[str, Any]) -> None:
+    """Make transformers consider ZeRO-3 enabled for as long as the model lives.
 
-    transformers keeps only a weak reference to the most recent object. All models therefore hold the same one, so that ZeRO-3
-    stays enabled when the first model is deleted.
+    `generate` then keeps the ranks in step, and `resize_token_embeddings` gathers the embeddings that it changes. transformers
+    keeps only a weak reference to the most recent config object. All models therefore hold the same one, so that ZeRO-3 stays
+    enabled when the first model is deleted.
     """
-    module = importlib.import_module("transformers.integrations.deepspeed")
-    reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
+    reference = getattr(_deepspeed_integration(), _ZERO3_CONFIG, None)
     active = reference() if reference is not None and internal("is_deepspeed_zero3_enabled")() else None
-    return active or internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
+    model._zero_sft_hf_ds_config = active or internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
 
 
 @contextlib.contextmanager
-def zero3_under(ds_config: Mapping[str, Any]) -> Iterator[None]:
-    """Make `from_pretrained` use this DeepSpeed config, whatever config other models were loaded with.
-
-    Afterwards the config that was active before, if any, is active again.
-    """
-    module: Any = importlib.import_module("transformers.integrations.deepspeed")
-    former = getattr(module, "_hf_deepspeed_config_weak_ref", None)
-    active = internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))
-    try:
-        yield
-    finally:
-        module._hf_deepspeed_config_weak_ref = former
-        del active
-
-
-@contextlib.contextmanager
-def without_zero3() -> Iterator[None]:
-    """Make transformers consider ZeRO-3 disabled.
+def zero3_under(ds_config: Mapping[str, Any] | None) -> Iterator[None]:
+    """Make transformers use this DeepSpeed config, whatever config other models were loaded with; None disables ZeRO-3.
 
     Some constructors build another model inside (`AutoModel.from_config`, as classification heads do). They would open a
     `zero.Init` there while any other model or `HfDeepSpeedConfig` is alive, and fail on the meta device.
+    Afterwards the config that was active before, if any, is active again.
     """
-    module: Any = importlib.import_module("transformers.integrations.deepspeed")
-    reference = getattr(module, "_hf_deepspeed_config_weak_ref", None)
-    module._hf_deepspeed_config_weak_ref = None
+    module = _deepspeed_integration()
+    former = getattr(module, _ZERO3_CONFIG, None)
+    active = None if ds_config is None else internal("HfDeepSpeedConfig")(copy.deepcopy(dict(ds_config)))  # is active from now
+    if active is None:
+        setattr(module, _ZERO3_CONFIG, None)
     try:
         yield
     finally:
-        module._hf_deepspeed_config_weak_ref = reference
+        setattr(module, _ZERO3_CONFIG, former)
+        del active
+
+
+def _deepspeed_integration() -> Any:
+    return importlib.import_module("transformers.integrations.deepspeed")
 
 
 def kept_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:

@@ -43,8 +43,8 @@ def test_shipped_models_have_their_published_size(name):
     of = find_model(name, HubOptions())
     assert sum(each.numel() for each in of.state.values()) == PUBLISHED[name]
     assert not of.resolution.unexpected
-    assert not of.resolution.computed
-    assert of.resolution.loaded == set(of.state)
+    assert not of.resolution.untraceable
+    assert of.resolution.stored_names == set(of.state)
 
 
 @pytest.mark.slow

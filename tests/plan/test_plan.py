@@ -12,7 +12,7 @@ from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.plan import plan as planning
 from zero_sft.plan import regions
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import FillTarget, SourceMap, check_cover, plan_reads
+from zero_sft.plan.plan import SourceMap, check_cover, plan_reads
 
 
 def stored(name, numel, offset, dtype="BF16"):
@@ -22,12 +22,12 @@ def stored(name, numel, offset, dtype="BF16"):
 
 def target(shape, rank, world_size, parts):
     span = shard_range(math.prod(shape), rank, world_size)
-    return FillTarget(source_map=SourceMap.of("t", shape, tuple(parts)), flat_range=span)
+    return SourceMap.of("t", shape, tuple(parts)), span
 
 
-def deliver(plan, local, offset_bytes=0, itemsize=2):
-    """Carry out a plan on a "file" whose element number is its contents, into the list `local`."""
-    for read in plan.reads:
+def deliver(reads, local, offset_bytes=0, itemsize=2):
+    """Carry out reads on a "file" whose element number is its contents, into the list `local`."""
+    for read in reads:
         first = (read.offset_bytes - offset_bytes) // itemsize
         for flat in range(math.prod(read.sizes)):
             index, rest = [], flat
@@ -41,11 +41,12 @@ def deliver(plan, local, offset_bytes=0, itemsize=2):
 
 def test_exact_offsets():
     parts = regions.identity_regions("s", (10,))
-    (read,) = plan_reads([target((10,), 1, 4, parts)], {"s": stored("s", 10, 100)}).reads
+    (read,) = plan_reads([target((10,), 1, 4, parts)], {"s": stored("s", 10, 100)})
     assert (read.offset_bytes, read.nbytes, read.start, read.is_contiguous) == (106, 6, 0, True)
-    assert plan_reads([target((10,), 3, 4, parts)], {"s": stored("s", 10, 100)}).nbytes == 2
-    assert plan_reads([target((2,), 3, 4, regions.identity_regions("s", (2,)))], {"s": stored("s", 2, 0)}).reads == ()
-    (read,) = plan_reads([target((), 0, 2, regions.identity_regions("s", ()))], {"s": stored("s", 1, 6)}).reads
+    (read,) = plan_reads([target((10,), 3, 4, parts)], {"s": stored("s", 10, 100)})
+    assert read.total_nbytes == 2
+    assert plan_reads([target((2,), 3, 4, regions.identity_regions("s", (2,)))], {"s": stored("s", 2, 0)}) == ()
+    (read,) = plan_reads([target((), 0, 2, regions.identity_regions("s", ()))], {"s": stored("s", 1, 6)})
     assert (read.offset_bytes, read.nbytes, read.start, read.is_contiguous) == (6, 2, 0, True)
 
 
@@ -54,26 +55,26 @@ def test_pieces_of_one_parameter_from_several_tensors():
     a, b = regions.narrow(regions.identity_regions("a", (6,)), 0, 2, 6), regions.identity_regions("b", (5,))
     parts = regions.concatenate([((4,), a), ((5,), b)], 0)
     sources = {"a": stored("a", 6, 0), "b": stored("b", 5, 12)}
-    (read,) = plan_reads([target((9,), 1, 2, parts)], sources).reads
+    (read,) = plan_reads([target((9,), 1, 2, parts)], sources)
     assert (read.offset_bytes, read.nbytes, read.start) == (14, 8, 0)
-    first, second = plan_reads([target((9,), 0, 2, parts)], {**sources, "b": stored("b", 5, 14)}).reads
+    first, second = plan_reads([target((9,), 0, 2, parts)], {**sources, "b": stored("b", 5, 14)})
     assert (first.offset_bytes, first.nbytes, first.start) == (4, 8, 0)
     assert (second.offset_bytes, second.nbytes, second.start) == (14, 2, 4)
 
 
 def test_what_goes_on_here_and_there_is_one_read():
     """Of a 5 × 3 matrix rank 1 of 2 keeps elements 8 to 14, the last of row 2 and two rows: one run."""
-    (read,) = plan_reads([target((5, 3), 1, 2, regions.identity_regions("s", (5, 3)))], {"s": stored("s", 15, 100)}).reads
+    (read,) = plan_reads([target((5, 3), 1, 2, regions.identity_regions("s", (5, 3)))], {"s": stored("s", 15, 100)})
     assert (read.offset_bytes, read.nbytes, read.start, read.sizes) == (116, 14, 0, (7,))
     swapped = regions.concatenate([((2,), regions.identity_regions("b", (2,))), ((2,), regions.identity_regions("a", (2,)))], 0)
-    reads = plan_reads([target((4,), 0, 1, swapped)], {"a": stored("a", 2, 0), "b": stored("b", 2, 4)}).reads
+    reads = plan_reads([target((4,), 0, 1, swapped)], {"a": stored("a", 2, 0), "b": stored("b", 2, 4)})
     assert [(read.offset_bytes, read.start) for read in reads] == [(0, 2), (4, 0)], "neighbours in the file alone"
 
 
 def test_a_transposed_matrix_is_read_row_by_row():
     """Rank 0 of 2 keeps the first 2 of 4 columns of a 3 × 4 matrix as it is stored."""
     parts = regions.permute(regions.identity_regions("s", (3, 4)), (1, 0))
-    (read,) = plan_reads([target((4, 3), 0, 2, parts)], {"s": stored("s", 12, 0)}).reads
+    (read,) = plan_reads([target((4, 3), 0, 2, parts)], {"s": stored("s", 12, 0)})
     assert (read.nbytes, read.sizes, read.source_strides, read.target_strides) == (20, (3, 2), (4, 1), (1, 3))
 
 
@@ -100,12 +101,11 @@ def test_every_rank_gets_its_elements(monkeypatch, seed, gap, limit):
     result = []
     for rank in range(world_size):
         mine = target(shape, rank, world_size, parts)
-        local = [-1] * mine.flat_range.padded_numel
-        plan = plan_reads([mine], {"s": source})
-        assert all(read.is_contiguous or read.nbytes <= max(limit, 2) for read in plan.reads)
-        deliver(plan, local, offset_bytes=10)
-        assert all(each == -1 for each in local[mine.flat_range.numel :])
-        result += local[: mine.flat_range.numel]
+        local = [-1] * mine[1].numel
+        reads = plan_reads([mine], {"s": source})
+        assert all(read.is_contiguous or read.nbytes <= max(limit, 2) for read in reads)
+        deliver(reads, local, offset_bytes=10)
+        result += local
     assert torch.equal(torch.tensor(result), tensor.reshape(-1)), numel
 
 
@@ -120,13 +120,10 @@ def test_over_all_ranks_every_byte_is_read_once(world_size):
         wanted.append((f"t{i}", (numel,), regions.identity_regions(f"s{i}", (numel,))))
     covered = []
     for rank in range(world_size):
-        mine = [
-            FillTarget(source_map=SourceMap.of(name, shape, parts), flat_range=shard_range(shape[0], rank, world_size))
-            for name, shape, parts in wanted
-        ]
-        plan = plan_reads(mine, sources)
-        assert plan == plan_reads(mine, sources)
-        covered += [(read.offset_bytes, read.offset_bytes + read.nbytes) for read in plan.reads]
+        mine = [(SourceMap.of(name, shape, parts), shard_range(shape[0], rank, world_size)) for name, shape, parts in wanted]
+        reads = plan_reads(mine, sources)
+        assert reads == plan_reads(mine, sources)
+        covered += [(read.offset_bytes, read.offset_bytes + read.nbytes) for read in reads]
     position = 0
     for start, stop in sorted(covered):
         assert start == position
@@ -147,6 +144,6 @@ def test_merged_experts_are_read_once(world_size):
         parts.append(((1, 2 * rows, width), regions.add_dim(regions.concatenate(pair, 0), 0)))
     shape = (experts, 2 * rows, width)
     merged = regions.concatenate(parts, 0)
-    plans = [plan_reads([target(shape, rank, world_size, merged)], sources) for rank in range(world_size)]
-    assert sum(plan.nbytes for plan in plans) == math.prod(shape) * 2
-    assert all(read.is_contiguous for plan in plans for read in plan.reads)
+    reads = [read for rank in range(world_size) for read in plan_reads([target(shape, rank, world_size, merged)], sources)]
+    assert sum(read.total_nbytes for read in reads) == math.prod(shape) * 2
+    assert all(read.is_contiguous for read in reads)

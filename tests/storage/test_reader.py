@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 from unittest import mock
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from tests.errors import raises
 from zero_sft.checkpoint.file_identity import stat_identity
 from zero_sft.checkpoint.header import read_header
+from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import ReadItem
 from zero_sft.storage import reader
 from zero_sft.storage.arena import ALIGNMENT_BYTES, ArenaSlot, allocate
@@ -75,6 +77,24 @@ def test_a_file_cut_after_its_header_was_read(file):
     os.truncate(path, header["a"].offset_bytes + 10)
     with raises("checkpoint.truncated_while_read", "x.safetensors"):
         reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_no_thread_reads_on_when_one_has_failed(file, monkeypatch, threads):
+    monkeypatch.setattr(reader, "_CHUNK_BYTES", 4)
+    done = []
+
+    def run(worker, piece):
+        if piece.start == 20:
+            raise CheckpointError("x.safetensors can't be read", code="checkpoint.read_failed")
+        time.sleep(0.01)
+        done.append(piece)
+
+    monkeypatch.setattr(reader._Worker, "run", run)
+    header = read_header(file[0])
+    with raises("checkpoint.read_failed"):
+        reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)}, threads)
+    assert 10 <= len(done) <= 10 + threads, "of 500 pieces"
 
 
 def test_a_file_that_went_away(file):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import FillTarget, SourceMap, copy_specs
+from zero_sft.plan.plan import SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions, permute, reshape
 from zero_sft.storage import writer
 
@@ -28,8 +28,7 @@ def test_ranks_together_write_a_permuted_tensor(tmp_path, monkeypatch, shape, ra
         for rank in reversed(range(ranks)):
             span = shard_range(own.numel(), rank, ranks)
             flat = torch.cat([torch.full((3,), -1.0), own.reshape(-1)[span.start : span.stop]])[3:]
-            target = FillTarget(source_map=SourceMap.of("own", tuple(own.shape), regions), flat_range=span)
-            for piece in copy_specs(target):
+            for piece in copy_specs(SourceMap.of("own", tuple(own.shape), regions), span):
                 writer.write_copy(file.fileno(), path, flat, piece, offset)
     data = path.read_bytes()
     assert data[:offset] == b"\xff" * offset
@@ -44,7 +43,7 @@ def test_a_part_leaves_the_rest_alone(tmp_path):
     regions = reshape(identity_regions("stored", (4, 6)), (4, 6), (24,))
     span = shard_range(24, 1, 3)
     with path.open("r+b") as file:
-        for piece in copy_specs(FillTarget(source_map=SourceMap.of("own", (24,), regions), flat_range=span)):
+        for piece in copy_specs(SourceMap.of("own", (24,), regions), span):
             writer.write_copy(file.fileno(), path, torch.ones(span.numel), piece, 0)
     found = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
     assert found.nonzero().view(-1).tolist() == list(range(span.start, span.stop))

@@ -3,7 +3,9 @@
 The offsets in a header are wrong for any other file, so the identity is stored with the header and compared later.
 """
 
+import contextlib
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from zero_sft.errors import CheckpointError
@@ -23,29 +25,27 @@ class FileIdentity:
     mtime_ns: int
 
 
+@contextlib.contextmanager
+def explain_read_errors(file: str | os.PathLike[str] | int) -> Generator[None]:
+    """Raise `CheckpointError` in place of an `OSError` of the body, which opens or reads `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} can't be read: {error.strerror or error}. Check that the file exists and that you may read it.",
+            code="checkpoint.file_unreadable",
+        ) from error
+
+
 def stat_identity(file: str | os.PathLike[str] | int) -> FileIdentity:
     """Return the identity of a path or of an open file.
 
     Raises:
         CheckpointError: the file does not exist or can't be accessed.
     """
-    try:
+    with explain_read_errors(file):
         status = os.stat(file)  # noqa: PTH116 - Path.stat takes no file descriptor
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} can't be accessed: {error.strerror}. Check that the file exists and that you may read it.",
-            code="checkpoint.file_unreadable",
-        ) from error
     return FileIdentity(device=status.st_dev, inode=status.st_ino, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns)
-
-
-def is_same_file(path: str, expected: FileIdentity) -> bool:
-    """True if `path` still names the `expected` file, even if its contents have changed."""
-    try:
-        current = stat_identity(path)
-    except CheckpointError:
-        return False
-    return (current.device, current.inode) == (expected.device, expected.inode)
 
 
 def require_unchanged(path: str, file: str | os.PathLike[str] | int, expected: FileIdentity | None) -> None:

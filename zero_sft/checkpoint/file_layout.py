@@ -5,16 +5,17 @@ Headers follow the safetensors format. They are padded with spaces to a multiple
 """
 
 import json
-import math
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from zero_sft.checkpoint.header import ITEM_BITS, StoredTensor
+from zero_sft.checkpoint.header import StoredTensor, tensor_nbytes
 from zero_sft.checkpoint.index import SINGLE_FILE
 
 MAX_FILE_BYTES = 5 * 10**9
-_METADATA = {"format": "pt"}
+
+TensorRow = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +28,12 @@ class FileLayout:
     nbytes: int
 
 
-def lay_out(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_file_bytes: int = MAX_FILE_BYTES
-) -> tuple[FileLayout, ...]:
-    """Assign tensors, each a tuple (name, dtype, shape), to files."""
-    groups: list[list[tuple[str, str, tuple[int, ...]]]] = []
+def lay_out(tensors: Iterable[TensorRow], max_file_bytes: int = MAX_FILE_BYTES) -> tuple[FileLayout, ...]:
+    """Assign tensors to files."""
+    groups: list[list[TensorRow]] = []
     filled_bytes = 0
     for tensor in tensors:
-        nbytes = _nbytes(tensor[1], tensor[2])
+        nbytes = tensor_nbytes(*tensor[1:])
         if not groups or (groups[-1] and filled_bytes + nbytes > max_file_bytes):
             groups.append([])
             filled_bytes = 0
@@ -48,29 +47,24 @@ def lay_out(
 
 def index_json(files: Iterable[FileLayout]) -> str:
     """Return the text of `model.safetensors.index.json` for several files."""
-    files = tuple(files)
-    metadata: Mapping[str, int] = {"total_size": sum(tensor.nbytes for file in files for tensor in file.tensors)}
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+    placed = [(tensor, file.name) for file in files for tensor in file.tensors]
+    metadata = {"total_size": sum(tensor.nbytes for tensor, _ in placed)}
+    return json.dumps({"metadata": metadata, "weight_map": {tensor.name: file for tensor, file in placed}}, indent=2) + "\n"
 
 
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * ITEM_BITS[dtype] // 8
-
-
-def _file(file: str, group: list[tuple[str, str, tuple[int, ...]]]) -> FileLayout:
-    header: dict[str, object] = {"__metadata__": _METADATA}
-    begin = 0
-    for name, dtype, shape in group:
-        end = begin + _nbytes(dtype, shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
+def _file(file: str, rows: Sequence[TensorRow]) -> FileLayout:
+    tensors: list[StoredTensor] = []  # with offsets from the start of the data
+    data_bytes = 0
+    for name, dtype, shape in rows:
+        nbytes = tensor_nbytes(dtype, shape)
+        tensors.append(StoredTensor(name=name, file=file, dtype=dtype, shape=shape, offset_bytes=data_bytes, nbytes=nbytes))
+        data_bytes += nbytes
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for tensor in tensors:
+        offsets = [tensor.offset_bytes, tensor.offset_bytes + tensor.nbytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    offset_bytes = 8 + len(text)
-    stored: list[StoredTensor] = []
-    for name, dtype, shape in group:
-        nbytes = _nbytes(dtype, shape)
-        stored.append(StoredTensor(name=name, file=file, dtype=dtype, shape=shape, offset_bytes=offset_bytes, nbytes=nbytes))
-        offset_bytes += nbytes
-    return FileLayout(name=file, header=struct.pack("<Q", len(text)) + text, tensors=tuple(stored), nbytes=offset_bytes)
+    start = 8 + len(text)
+    placed = tuple(replace(tensor, offset_bytes=start + tensor.offset_bytes) for tensor in tensors)
+    return FileLayout(name=file, header=struct.pack("<Q", len(text)) + text, tensors=placed, nbytes=start + data_bytes)

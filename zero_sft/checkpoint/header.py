@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from zero_sft.checkpoint.file_identity import explain_read_errors
 from zero_sft.checkpoint.folder_kind import describe_placeholder
 from zero_sft.errors import CheckpointError
 
@@ -29,6 +30,11 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit that the format sets. It prevents a huge allocation if the length field is garbage."""
 
 _LENGTH = struct.Struct("<Q")
+
+
+def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Return the bytes of a tensor without gaps."""
+    return math.prod(shape) * ITEM_BITS[dtype] // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,24 +88,18 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         CheckpointError: the file is not a safetensors file, is truncated, or has offsets that contradict its shapes or size.
     """
     path = str(path)
-    try:
-        size_bytes = Path(path).stat().st_size
-        with Path(path).open("rb") as file:
-            prefix = file.read(_LENGTH.size)
-            header_nbytes = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
-            if describe_placeholder(Path(path)):
-                raise CheckpointError(describe_placeholder(Path(path)), code="checkpoint.placeholder_file")
-            if not 2 <= header_nbytes <= min(MAX_HEADER_BYTES, size_bytes - _LENGTH.size):
-                raise CheckpointError(
-                    _damaged(path, f"a header of {header_nbytes} bytes in a file of {size_bytes} bytes"),
-                    code="checkpoint.header_too_long",
-                )
-            text = file.read(header_nbytes)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Check that the file exists and that you may read it.",
-            code="checkpoint.file_unreadable",
-        ) from error
+    with explain_read_errors(path), Path(path).open("rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(_LENGTH.size)
+        header_nbytes = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
+        if placeholder := describe_placeholder(Path(path)):
+            raise CheckpointError(placeholder, code="checkpoint.placeholder_file")
+        if not 2 <= header_nbytes <= min(MAX_HEADER_BYTES, size_bytes - _LENGTH.size):
+            raise CheckpointError(
+                _damaged(path, f"a header of {header_nbytes} bytes in a file of {size_bytes} bytes"),
+                code="checkpoint.header_too_long",
+            )
+        text = file.read(header_nbytes)
     tensors = _parse(path, text, data_start_bytes=_LENGTH.size + header_nbytes)
     _check_layout(path, tensors, data_start_bytes=_LENGTH.size + header_nbytes, size_bytes=size_bytes)
     return {tensor.name: tensor for tensor in tensors}
@@ -141,7 +141,7 @@ def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTenso
             f"{path}: tensor {name!r} has the unknown dtype {dtype!r}, expected one of {', '.join(ITEM_BITS)}.",
             code="checkpoint.unknown_dtype",
         )
-    expected_nbytes = math.prod(shape) * ITEM_BITS[dtype] // 8
+    expected_nbytes = tensor_nbytes(dtype, shape)
     if end - begin != expected_nbytes:
         problem = f"{end - begin} bytes for {name!r}, but {dtype} {list(shape)} takes {expected_nbytes}"
         raise CheckpointError(_damaged(path, problem), code="checkpoint.wrong_size_of_tensor")

@@ -3,16 +3,16 @@
 The files of a checkpoint are found as in transformers: `model.safetensors`, else the files that `model.safetensors.index.json`
 lists, else `pytorch_model.bin` or the files of its index. A variant such as "fp16" changes the names to
 `model.fp16.safetensors`, `model.safetensors.index.fp16.json` and so on.
-The index file's `weight_map` is compared with the headers, which detects a shard of another revision.
+The index file's `weight_map` is compared with the headers, which detects a file of another revision.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
+from zero_sft.checkpoint.file_identity import FileIdentity, explain_read_errors, stat_identity
 from zero_sft.checkpoint.folder_kind import describe_folder, describe_placeholder
 from zero_sft.checkpoint.header import StoredTensor, read_header
 from zero_sft.errors import CheckpointError
@@ -22,7 +22,7 @@ INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 
-ReadHeader = Callable[[str | Path], dict[str, StoredTensor]]
+ReadHeader = Callable[[str], dict[str, StoredTensor]]
 """Read the header of one file: its tensors by name."""
 
 
@@ -38,11 +38,6 @@ class CheckpointIndex:
     tensors: Mapping[str, StoredTensor]
     duplicate_keys: tuple[str, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     def digest(self) -> str:
         """Hash all names, dtypes, shapes and offsets: equal on ranks that see the same files, even under different paths."""
         rows = sorted((name, Path(t.file).name, t.dtype, t.shape, t.offset_bytes) for name, t in self.tensors.items())
@@ -53,19 +48,19 @@ class CheckpointIndex:
 class CheckpointFiles:
     """The files of a checkpoint, before their headers are read.
 
-    `read` reads the header of one file. `index` is the path of the index file, `weight_map` its mapping of tensors to files.
+    `identities` are those of the files, by path. `read` reads the header of one file. `index` is the path of the index file,
+    `weight_map` its mapping of tensors to files.
     """
 
     folder: Path
-    paths: tuple[Path, ...]
-    identities: tuple[FileIdentity, ...]
+    identities: Mapping[str, FileIdentity]
     read: ReadHeader
     index: Path | None = None
     weight_map: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file by name."""
-        return {path.name: identity.size_bytes for path, identity in zip(self.paths, self.identities, strict=True)}
+        return {Path(path).name: identity.size_bytes for path, identity in self.identities.items()}
 
 
 def find_checkpoint_files(
@@ -80,10 +75,10 @@ def find_checkpoint_files(
         CheckpointError: the folder has no weights, or its index names a file that is missing or outside of the folder.
     """
     folder = Path(folder)
-    layouts: list[tuple[str, str, ReadHeader]] = [(SINGLE_FILE, INDEX_FILE, read_header)]
+    formats: list[tuple[str, str, ReadHeader]] = [(SINGLE_FILE, INDEX_FILE, read_header)]
     if read_bin is not None:
-        layouts.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
-    for plain_single, plain_index, read in layouts:
+        formats.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
+    for plain_single, plain_index, read in formats:
         single, index = folder / of_variant(plain_single, variant), folder / of_variant(plain_index, variant)
         if single.is_dir():
             raise CheckpointError(
@@ -91,28 +86,16 @@ def find_checkpoint_files(
                 code="checkpoint.folder_in_place_of_file",
             )
         if single.is_file():
-            return CheckpointFiles(folder=folder, paths=(single,), identities=(stat_identity(single),), read=read)
+            return CheckpointFiles(folder=folder, identities={str(single): stat_identity(single)}, read=read)
         if index.is_file():
             weight_map = read_weight_map(index)
-            paths = _shard_paths(index, weight_map)
-            identities = tuple(map(stat_identity, paths))
-            return CheckpointFiles(
-                folder=folder, paths=paths, identities=identities, read=read, index=index, weight_map=weight_map
-            )
+            identities = {str(path): stat_identity(path) for path in _weight_files(index, weight_map)}
+            return CheckpointFiles(folder=folder, identities=identities, read=read, index=index, weight_map=weight_map)
     raise CheckpointError(_no_weights(folder, variant), code="checkpoint.no_weights")
 
 
-def read_headers(files: CheckpointFiles) -> Sequence[Mapping[str, StoredTensor]]:
-    """Read the headers of all files, in the order of `files.paths`.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    return [files.read(path) for path in files.paths]
-
-
-def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTensor]]) -> CheckpointIndex:
-    """Merge the headers of all files into one index. Pure.
+def build_index(files: CheckpointFiles, headers: Iterable[Mapping[str, StoredTensor]]) -> CheckpointIndex:
+    """Merge the headers of all files, in the order of `files.identities`, into one index. Pure.
 
     If a name occurs in several files, the last file wins, as in plain `from_pretrained`.
 
@@ -126,7 +109,8 @@ def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTen
         tensors |= header
     if not tensors:
         raise CheckpointError(
-            f"{files.paths[0]} holds no tensors, only a header. Download it again, or name the folder that holds the weights.",
+            f"{next(iter(files.identities))} holds no tensors, only a header. Download it again, or name the folder that holds "
+            "the weights.",
             code="checkpoint.no_tensors",
         )
     misplaced = sorted(
@@ -141,9 +125,11 @@ def build_index(files: CheckpointFiles, headers: Sequence[Mapping[str, StoredTen
             "The files are of different versions: download the checkpoint again.",
             code="checkpoint.index_promises_other_tensors",
         )
-    identities = {str(path): identity for path, identity in zip(files.paths, files.identities, strict=True)}
     return CheckpointIndex(
-        folder=str(files.folder), identities=identities, tensors=tensors, duplicate_keys=tuple(sorted(duplicate_keys))
+        folder=str(files.folder),
+        identities=files.identities,
+        tensors=tensors,
+        duplicate_keys=tuple(sorted(duplicate_keys)),
     )
 
 
@@ -151,10 +137,10 @@ def read_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: 
     """Find a checkpoint's files, read their headers and build the index. Does not communicate.
 
     Raises:
-        CheckpointError: the same as in `find_checkpoint_files`, `read_headers` and `build_index`.
+        CheckpointError: as `find_checkpoint_files` and `build_index` do, or a file is damaged.
     """
     files = find_checkpoint_files(folder, read_bin, variant)
-    return build_index(files, read_headers(files))
+    return build_index(files, map(files.read, files.identities))
 
 
 def of_variant(name: str, variant: str | None) -> str:
@@ -163,8 +149,8 @@ def of_variant(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
-def _shard_paths(index: Path, weight_map: Mapping[str, str]) -> tuple[Path, ...]:
-    paths = tuple(index.parent / name for name in sorted(set(weight_map.values())))
+def _weight_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    paths = [index.parent / name for name in sorted(set(weight_map.values()))]
     for path in paths:
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else f"is not in {index.parent}"
@@ -182,12 +168,11 @@ def read_weight_map(path: Path) -> dict[str, str]:
         CheckpointError: the file can't be read, is not an index, or names a file outside of its folder.
     """
     try:
-        content = json.loads(path.read_bytes())
+        with explain_read_errors(path):
+            content = json.loads(path.read_bytes())
         weight_map = content["weight_map"]
         if not weight_map or not all(isinstance(k, str) and v and isinstance(v, str) for k, v in weight_map.items()):
             raise TypeError("weight_map is empty or maps to something other than file names")
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or error}.", code="checkpoint.file_unreadable") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if describe_placeholder(path):
             raise CheckpointError(
@@ -207,16 +192,15 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path, variant: str | None) -> str:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.glob("*"))
     expected = f"{of_variant(SINGLE_FILE, variant)}, {of_variant(BIN_FILE, variant)}"
     message = f"no weights in {folder}: expected {expected} or an index of them"
-    kind = describe_folder(folder) if folder.is_dir() else ""
-    if kind:
+    if kind := describe_folder(folder):
         return f"{message}.\n{kind}"
-    shards = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    if shards and variant is None:
+    weight_files = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    if weight_files and variant is None:
         return (
-            f"{message}, found {', '.join(shards[:4])}. If these are shards of one model, its index file "
+            f"{message}, found {', '.join(weight_files[:4])}. If these are the weights of one model, its index file "
             f"({INDEX_FILE}) is missing: download it as well. If they belong to a variant, set --variant."
         )
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

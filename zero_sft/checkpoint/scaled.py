@@ -6,8 +6,7 @@ A range of the weight needs only its own bytes and the rows of scales that cover
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 from zero_sft.checkpoint.header import StoredTensor
 
@@ -43,9 +42,7 @@ class ScaledTensor(StoredTensor):
     @classmethod
     def join(cls, name: str, weight: StoredTensor, scales: StoredTensor, block: tuple[int, int]) -> "ScaledTensor":
         """Combine `weight` and `scales` into one source called `name`."""
-        values: dict[str, Any] = {field.name: getattr(weight, field.name) for field in fields(weight)}
-        values["name"] = name
-        return cls(**values, scales=scales, block_rows=block[0], block_cols=block[1])
+        return cls(**asdict(replace(weight, name=name)), scales=scales, block_rows=block[0], block_cols=block[1])
 
     def scale_rows(self, start: int, count: int) -> ScaleRows:
         """Return the scales that cover elements `[start, start + count)` of the flat weight."""

@@ -7,7 +7,7 @@ nothing has been read.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,19 @@ from zero_sft.conversion.quantized import DequantTracer, apply_block_scales, nee
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
 from zero_sft.plan.plan import SourceMap, check_cover
-from zero_sft.plan.regions import Regions, Shape
+from zero_sft.plan.regions import Shape
 from zero_sft.storage.dtypes import TORCH_DTYPES
-from zero_sft.transformers_internals import internal, loading_info
+from zero_sft.transformers_internals import internal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeMismatch:
-    """A tensor whose shape after conversion differs from the model's. `absent` are names missing from its parts' numbering."""
+    """A tensor whose converted shape differs from the model's. `missing_parts` are names that its parts' numbering lacks."""
 
     name: str
     expected: Shape
     got: Shape
-    absent: tuple[str, ...] = ()
+    missing_parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +42,20 @@ class Resolution:
 
     sources: Mapping[str, SourceMap]
     stored: Mapping[str, StoredTensor]  # the sources that regions name: the checkpoint's tensors, and scaled ones
-    computed: Mapping[str, TensorGroup]  # tensors that must be computed from whole stored tensors
+    untraceable: Mapping[str, TensorGroup]  # tensors that must be computed from whole stored tensors
     unexpected: frozenset[str]
     mismatched: tuple[ShapeMismatch, ...]
     groups: tuple[TensorGroup, ...]
     rules_used: tuple[Any, ...]  # transformers' rules that matched; save_pretrained reverts them
 
     @property
-    def loaded(self) -> frozenset[str]:
+    def stored_names(self) -> frozenset[str]:
         """The names of the model's tensors that the checkpoint fills."""
-        return frozenset(self.sources) | frozenset(self.computed)
+        return frozenset(self.sources) | frozenset(self.untraceable)
 
     def by_group(self) -> Iterator[tuple[TensorGroup, list[str]]]:
         """Iterate over the groups of computed tensors, each with the names of the tensors that it makes."""
-        for _, items in itertools.groupby(self.computed.items(), key=lambda item: id(item[1])):
+        for _, items in itertools.groupby(self.untraceable.items(), key=lambda item: id(item[1])):
             names, groups = zip(*items, strict=True)
             yield groups[0], list(names)
 
@@ -83,7 +83,7 @@ class FullShapeModel:
 
 def resolve(
     model: PreTrainedModel,
-    wanted: Mapping[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
     stored: Mapping[str, StoredTensor],
     quantizer: Any = None,
 ) -> Resolution:
@@ -91,7 +91,7 @@ def resolve(
 
     Args:
         model: partitioned or not.
-        wanted: the model's full state dict, on the meta device.
+        state: the model's full state dict, on the meta device.
         stored: the checkpoint's tensors by name.
         quantizer: transformers' quantizer, if the checkpoint is quantised. It adds operations that dequantise.
 
@@ -99,39 +99,40 @@ def resolve(
         CheckpointError: parts of a tensor are missing or contradict each other, or a dtype can't be read.
     """
     rules = internal("get_model_conversion_mapping")(model, hf_quantizer=quantizer)
-    names = match(model, rules, wanted, stored)
+    groups, unexpected = match(model, rules, state, stored)
     dequant_tracer = DequantTracer(stored, quantizer)
-    tracer = _GroupTracer(model=FullShapeModel(model, wanted), state=wanted, stored=stored, dequant_tracer=dequant_tracer)
+    tracer = _GroupTracer(model=FullShapeModel(model, state), stored=stored, dequant_tracer=dequant_tracer)
     sources: dict[str, SourceMap] = {}
-    computed: dict[str, TensorGroup] = {}
-    unexpected = set(names.unexpected)
+    untraceable: dict[str, TensorGroup] = {}
     mismatched: list[ShapeMismatch] = []
-    for group in names.groups:
-        for name, (shape, parts) in tracer.trace(group).items():
-            if name not in wanted:
+    for group in groups:
+        for name, tensor in tracer.trace(group).items():
+            if name not in state:
                 unexpected.add(name)
-                continue
-            expected_shape = tuple(wanted[name].shape)
-            if expected_shape != shape:
-                too_large = any(got > expected for got, expected in zip(shape, expected_shape, strict=False))
-                absent = () if too_large else tuple(group.missing_members())
-                mismatched.append(ShapeMismatch(name=name, expected=expected_shape, got=shape, absent=absent))
-            elif parts is None:
-                computed[name] = group
+            elif tensor.shape != state[name].shape:
+                mismatched.append(_mismatch(group, name, tuple(state[name].shape), tuple(tensor.shape)))
+            elif isinstance(tensor, tracing.TracedTensor):
+                sources[name] = SourceMap.of(name, tuple(tensor.shape), tensor.regions)
             else:
-                sources[name] = SourceMap.of(name, shape, parts)
+                untraceable[name] = group
     all_stored = {**stored, **dequant_tracer.scaled}
     for source_map in sources.values():
         check_cover(source_map, all_stored)
     return Resolution(
         sources=sources,
         stored=all_stored,
-        computed=computed,
+        untraceable=untraceable,
         unexpected=frozenset(unexpected),
         mismatched=tuple(mismatched),
-        groups=names.groups,
+        groups=groups,
         rules_used=tuple(rule for rule in rules if rule.was_used()),
     )
+
+
+def _mismatch(group: TensorGroup, name: str, expected: Shape, got: Shape) -> ShapeMismatch:
+    too_large = any(size > expected_size for size, expected_size in zip(got, expected, strict=False))
+    missing_parts = () if too_large else tuple(group.missing_members())
+    return ShapeMismatch(name=name, expected=expected, got=got, missing_parts=missing_parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +140,11 @@ class _GroupTracer:
     """Trace the conversion of groups of stored tensors to regions."""
 
     model: FullShapeModel
-    state: Mapping[str, torch.Tensor]
     stored: Mapping[str, StoredTensor]
     dequant_tracer: DequantTracer
 
-    def trace(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
-        """Return the shape and the regions of each tensor that a group makes; None for regions that can't be traced."""
+    def trace(self, group: TensorGroup) -> dict[str, torch.Tensor]:
+        """Return the tensors that a group makes, without data: `TracedTensor`s, or on the meta device if it can't be traced."""
         if group.rivals:
             rival, member = group.rivals[0], group.stored[0]
             raise CheckpointError(
@@ -152,55 +152,54 @@ class _GroupTracer:
                 "checkpoint has it merged and in parts. Remove one of the two from the checkpoint, or download it again.",
                 code="checkpoint.whole_and_in_parts",
             )
-        if group.converter is None:
-            first = self.stored[next(iter(group.members))]
-            _check_dtype(first)
-            return {group.name: (first.shape, regions.identity_regions(first.name, first.shape, strides=first.strides))}
-        dtype = self.state[group.name].dtype
+        dtype = self.model.get_parameter(group.name).dtype
 
         def traced(name: str) -> torch.Tensor:
             return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
 
+        if group.converter is None:
+            _check_dtype(self.stored[group.stored[0]])
+            return {group.name: traced(group.stored[0])}
         try:
-            result = run(group, self.model, traced, loading_info(), self.dequant_tracer.install)
-            for name, tensor in result.items():
-                if not isinstance(tensor, tracing.TracedTensor):
-                    raise tracing.NotTraceable(f"{name} became a {type(tensor).__name__}")
-                for source in {region.source for region in tensor.regions} & self.stored.keys():
-                    _check_dtype(self.stored[source])
-        except (internal("SkipParameters"), tracing.NotTraceable, regions.TooManyRegions) as error:
-            cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
-            if isinstance(cause, (tracing.NotTraceable, regions.TooManyRegions)):
-                return self._shapes(group)
-            raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause
-        return {name: (tuple(tensor.shape), tensor.regions) for name, tensor in result.items()}
+            result = self._convert(group, traced, self.dequant_tracer.install)
+            if not all(isinstance(tensor, tracing.TracedTensor) for tensor in result.values()):
+                raise tracing.NotTraceable("the result does not come from stored tensors alone")
+        except (tracing.NotTraceable, regions.TooManyRegions):
+            return self._convert_on_meta(group)
+        for source in {region.source for tensor in result.values() for region in tensor.regions} & self.stored.keys():
+            _check_dtype(self.stored[source])
+        return result
 
-    def _shapes(self, group: TensorGroup) -> dict[str, tuple[Shape, Regions | None]]:
-        """Find the shapes that a group's untraceable operations produce, by running them on the meta device."""
-
-        def meta_tensor(name: str) -> torch.Tensor:
-            stored = self.stored[name]
+    def _convert_on_meta(self, group: TensorGroup) -> dict[str, torch.Tensor]:
+        for stored in (self.stored[name] for name in group.stored):
             if stored.dtype not in TORCH_DTYPES:
                 raise CheckpointError(
-                    f"{stored.file}: {name!r} is stored as {stored.dtype}, which torch can't read. "
+                    f"{stored.file}: {stored.name!r} is stored as {stored.dtype}, which torch can't read. "
                     "Use a checkpoint in another dtype.",
                     code="checkpoint.unsupported_dtype",
                 )
-            return torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
 
+        def meta_tensor(name: str) -> torch.Tensor:
+            return torch.empty(self.stored[name].shape, dtype=TORCH_DTYPES[self.stored[name].dtype], device="meta")
+
+        return self._convert(group, meta_tensor, apply_block_scales)
+
+    def _convert(
+        self, group: TensorGroup, source: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
+    ) -> dict[str, Any]:
+        """Run a group's converter, and name the checkpoint's files in the error of an operation."""
         try:
-            result = run(group, self.model, meta_tensor, loading_info())
-        except (internal("SkipParameters"), RuntimeError) as error:
-            cause = error.__context__ if isinstance(error, internal("SkipParameters")) else error
-            raise CheckpointError(_not_converted(group, self.stored, cause), code="checkpoint.not_convertible") from cause
-        return {name: (tuple(tensor.shape), None) for name, tensor in result.items()}
+            return convert_group(group, self.model, source, prepare)
+        except (tracing.NotTraceable, regions.TooManyRegions):
+            raise
+        except Exception as error:  # transformers' operations raise many types
+            raise CheckpointError(_not_converted(group, self.stored, error), code="checkpoint.not_convertible") from error
 
 
-def run(
+def convert_group(
     group: TensorGroup,
     model: FullShapeModel,
     source: Callable[[str], torch.Tensor],
-    info: Any = None,
     prepare: Callable[[Any], None] = apply_block_scales,
 ) -> dict[str, Any]:
     """Run a group's converter on the tensor `source(name)` of each stored name. Returns its results by the model's names.
@@ -208,8 +207,6 @@ def run(
     As in transformers, all tensors are cast to the model's dtype before they are merged, except those for a quantizer.
 
     Args:
-        info: transformers' loading record. With it, an error in an operation is raised as transformers' `SkipParameters`;
-            without it, unchanged.
         prepare: may change the converter, which is a copy.
     """
     converter = copy.deepcopy(group.converter)
@@ -218,23 +215,20 @@ def run(
     for pattern, names in group.members.items():
         for name in names:
             converter.add_tensor(group.name, name, pattern, source(name).to(dtype=dtype))
-    raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None, loading_info=info)
+    raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None)
     return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
 
 
-def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause: BaseException | None) -> str:
+def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause: Exception) -> str:
     names, missing = group.stored, group.missing_members()
     where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
     reason = f"there is no {cause}" if isinstance(cause, KeyError) else cause
     operations = ", ".join(map(repr, group.converter.operations))
     message = f"{where} can't be converted to {group.name!r} by {operations}: {reason}."
     if missing:
-        return f"{message} The checkpoint lacks {_quoted(missing)}: download it again."
+        shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} others" if len(missing) > 3 else "")
+        return f"{message} The checkpoint lacks {shown}: download it again."
     return f"{message} The files are incomplete, or belong to another model than the config: take both from the same source."
-
-
-def _quoted(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} others" if len(names) > limit else "")
 
 
 def _check_dtype(tensor: StoredTensor) -> None:

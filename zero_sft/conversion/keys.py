@@ -5,8 +5,9 @@ model's prefix is added or removed. If the result is not a key of the model but 
 transformers' ZeRO-3 path omits this last step. As in transformers, names are visited in natural order: experts by number.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,9 +24,9 @@ class TensorGroup:
     """
 
     name: str
-    converter: Any = None
-    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    rivals: tuple[str, ...] = ()
+    converter: Any
+    members: Mapping[str, Sequence[str]]
+    rivals: Sequence[str]
 
     @property
     def stored(self) -> list[str]:
@@ -57,29 +58,10 @@ def _numbered(names: Sequence[str]) -> tuple[str, set[int], str] | None:
     return "".join(f"{part}." for part in first[:position]), numbers, "".join(f".{part}" for part in first[position + 1 :])
 
 
-@dataclass(slots=True, kw_only=True)
-class _GroupBuilder:
-    """A group whose names are still being collected."""
-
-    converter: Any
-    members: dict[str, list[str]] = field(default_factory=dict)
-    rivals: list[str] = field(default_factory=list)
-
-    def group(self, name: str) -> TensorGroup:
-        members = {pattern: tuple(names) for pattern, names in self.members.items()}
-        return TensorGroup(name=name, converter=self.converter, members=members, rivals=tuple(self.rivals))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Names:
-    """The result of matching names: the groups, and the (renamed) names that are not keys of the model."""
-
-    groups: tuple[TensorGroup, ...]
-    unexpected: frozenset[str]
-
-
-def match(model: PreTrainedModel, rules: Sequence[Any], state: Mapping[str, Any], stored: Iterable[str]) -> Names:
-    """Find the tensor of the model that each stored name belongs to.
+def match(
+    model: PreTrainedModel, rules: Sequence[Any], state: Mapping[str, Any], stored: Iterable[str]
+) -> tuple[tuple[TensorGroup, ...], set[str]]:
+    """Find the tensor of the model that each stored name belongs to: the groups, and the names that are not in the model.
 
     Args:
         rules: transformers' renamings and converters for this model.
@@ -91,7 +73,9 @@ def match(model: PreTrainedModel, rules: Sequence[Any], state: Mapping[str, Any]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = model.base_model_prefix
     rename = internal("rename_source_key")
-    builders: dict[str, _GroupBuilder] = {}
+    used: dict[str, Any] = {}  # the converter of each group
+    members: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    rivals: dict[str, list[str]] = defaultdict(list)
     unexpected: set[str] = set()
     for name in sorted(stored, key=internal("dot_natural_key")):
         renamed, pattern = rename(name, renamings, converters, prefix, state)
@@ -99,14 +83,16 @@ def match(model: PreTrainedModel, rules: Sequence[Any], state: Mapping[str, Any]
             renamed, pattern = rename(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
         converter = None if pattern is None else by_pattern.get(pattern)
         if renamed in state:
-            builder = builders.setdefault(renamed, _GroupBuilder(converter=converter))
-            if (converter is None) != (builder.converter is None):
-                builder.rivals.append(name)
-                continue
-            builder.members.setdefault(name if converter is None else str(pattern), []).append(name)
+            if (converter is None) != (used.setdefault(renamed, converter) is None):
+                rivals[renamed].append(name)
+            else:
+                members[renamed][name if converter is None else str(pattern)].append(name)
         elif converter is not None:
             unexpected |= {renamed.replace(converter.target_patterns[0], target) for target in converter.target_patterns}
         else:
             unexpected.add(renamed)
-    groups = tuple(builder.group(name) for name, builder in builders.items())
-    return Names(groups=groups, unexpected=frozenset(unexpected))
+    groups = tuple(
+        TensorGroup(name=name, converter=converter, members=members[name], rivals=rivals[name])
+        for name, converter in used.items()
+    )
+    return groups, unexpected

@@ -78,11 +78,16 @@ def _quantization_config(config: PreTrainedConfig) -> Any:
 
 def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
     """Remove `quantization_config` from a config and its sub-configs, in place."""
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    for part in parts:
-        if part is not None and hasattr(part, "quantization_config"):
+    for part in config_parts(config):
+        if hasattr(part, "quantization_config"):
             del part.quantization_config
     return config
+
+
+def config_parts(config: PreTrainedConfig) -> list[Any]:
+    """Return a config and its sub-configs."""
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(part for part in parts if part is not None)]
 
 
 def needs_stored_dtype(converter: Any) -> bool:

@@ -78,10 +78,6 @@ def _transpose(tensor: TracedTensor, dim0: int = 0, dim1: int = 1) -> TracedTens
     return _permute(tensor, order)
 
 
-def _t(tensor: TracedTensor) -> TracedTensor:
-    return _transpose(tensor) if tensor.dim() == 2 else tensor
-
-
 def _slice(
     tensor: TracedTensor, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1
 ) -> TracedTensor:
@@ -168,7 +164,7 @@ def _traced(tensor: torch.Tensor) -> TracedTensor:
 
 _RULES: dict[Any, Callable[..., Any]] = {
     aten.view: _reshape, aten._unsafe_view: _reshape, aten.reshape: _reshape,
-    aten.permute: _permute, aten.transpose: _transpose, aten.t: _t,
+    aten.permute: _permute, aten.transpose: _transpose, aten.t: _transpose,
     aten.slice: _slice, aten.select: _select, aten.unbind: _unbind, aten.split: _split, aten.split_with_sizes: _split,
     aten.cat: _cat, aten.stack: _stack, aten.unsqueeze: _unsqueeze, aten.squeeze: _squeeze, aten.expand: _expand,
     aten.clone: _same, aten.detach: _same, aten.alias: _same, aten.lift_fresh: _same, aten._to_copy: _to_copy,

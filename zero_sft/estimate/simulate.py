@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from zero_sft.estimate.model import EstimatedModel
 from zero_sft.estimate.storage_profiles import StorageProfile
 from zero_sft.plan.partition import shard_range
-from zero_sft.plan.plan import FillTarget, plan_reads
+from zero_sft.plan.plan import plan_reads
 
 THREADS = 4
 """Concurrent requests of one rank: the number of reading threads of a load with default buffers."""
@@ -35,10 +35,8 @@ def simulate_load(model: EstimatedModel, world_size: int) -> list[RankLoad]:
     ]
     loads = []
     for rank in range(world_size):
-        targets = (
-            FillTarget(source_map=source_map, flat_range=shard_range(numel, rank, world_size)) for source_map, numel in filled
-        )
-        sizes = [read.total_nbytes for read in plan_reads(targets, model.resolution.stored).reads]
+        targets = ((source_map, shard_range(numel, rank, world_size)) for source_map, numel in filled)
+        sizes = [read.total_nbytes for read in plan_reads(targets, model.resolution.stored)]
         loads.append(
             RankLoad(
                 nbytes=sum(sizes),

@@ -1,11 +1,12 @@
 """Public functions that load a model, or a model and its tokenizer, directly into ZeRO-3 shards.
 
-The steps of `load_model`, in order: source → class and dtype → skeleton → index → names → plan → arena → reads → ties, buffers
-and missing weights → report. Every rank runs all of them. Each stage that can fail is a `collective_stage`: at its end either
+The steps of `load_model`, in order: source → class and dtype → skeleton → index → names → buffers and missing weights → plan →
+reads → ties → report. Every rank runs all of them. Each stage that can fail is a `collective_stage`: at its end either
 all ranks go on or all raise the same error.
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, fetch_weights, locate_model
 from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
 from zero_sft.loading.options import LoadOptions, without_removed_options
-from zero_sft.loading.report import Loaded, LoadReport
+from zero_sft.loading.report import KeyReport, LoadReport, LoadStats
 from zero_sft.loading.request import LoadRequest, ModelSpec
 from zero_sft.loading.sharded import load_sharded
 from zero_sft.loading.stock import load_stock
@@ -58,10 +59,7 @@ def load_pretrained(
     load, source, world = _begin(model_name_or_path, options, load_pretrained)
     config = prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
     spec = TokenizerSpec.of(source, model_max_length, padding_side)
-
-    def prepare() -> Any:
-        return spec.prepare(source)
-
+    prepare = functools.partial(spec.prepare, source)
     futures: list[Future] = []
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
         model = load_model_from(
@@ -167,34 +165,34 @@ def load_model_from(
         while_reading=while_reading,
     )
     start = MemorySnapshot.now()
-    loaded = (load_stock if options.loader == "stock" else load_sharded)(request, world)
+    model, keys, stats = (load_stock if options.loader == "stock" else load_sharded)(request, world)
     peak_host, peak_device = MemorySnapshot.now().growth_since(start)
     stats = dataclasses.replace(
-        loaded.stats,
+        stats,
         bytes_communicated=bytes_communicated() - sent_before,
         peak_host_bytes=peak_host,
         peak_device_bytes=peak_device,
     )
-    return _attach_report(request, dataclasses.replace(loaded, stats=stats), world)
+    _attach_report(model, request, keys, stats, world)
+    return model
 
 
 def _engine(
     ds_config: str | Path | Mapping[str, Any], dtype: object, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
     """Return the DeepSpeed config without "auto", its engine's dtype name and rank 0's seed. Every rank; communicates."""
-    with collective_stage(world, "reading the DeepSpeed config") as stage:
-        stage.local = torch.initial_seed()
+    with collective_stage(world, "reading the DeepSpeed config") as exchange:
+        exchange.local = torch.initial_seed()
         ds = ds_configs.load_ds_config(ds_config)
         requested = requested_dtype(dtype, config)
         dtype_name = ds_configs.engine_dtype(ds, requested)
         require_engine_dtype(dtype, requested, dtype_name)
         ds = ds_configs.resolve_auto(ds, dtype_name, world.node_group_size, world.world_size)
-    return ds, dtype_name, stage.gathered[0]
+    return ds, dtype_name, exchange.gathered[0]
 
 
-def _attach_report(request: LoadRequest, loaded: Loaded, world: World) -> PreTrainedModel:
+def _attach_report(model: PreTrainedModel, request: LoadRequest, keys: KeyReport, stats: LoadStats, world: World) -> None:
     """Attach the report to the model and log it on rank 0. Every rank; communicates."""
-    model = loaded.model
     model.name_or_path = model.config.name_or_path = request.name
     report = LoadReport(
         loader=request.options.loader,
@@ -202,14 +200,13 @@ def _attach_report(request: LoadRequest, loaded: Loaded, world: World) -> PreTra
         dtype=str(request.model.dtype).removeprefix("torch."),
         rank=world.rank,
         world_size=world.world_size,
-        ranks=all_gather_json(world, loaded.stats.numbers()),
-        **vars(loaded.keys),
-        **vars(loaded.stats),
+        ranks=all_gather_json(world, stats.numbers()),
+        **vars(keys),
+        **vars(stats),
     )
     setattr(model, "load_report", report)  # noqa: B010 - nn.Module's type stub does not declare it
     if world.is_main:
         logger.info(report.summary())
-    return model
 
 
 def _warn_if_untested(world: World) -> None:

@@ -16,23 +16,24 @@ FEW_FILES = 8
 """If the checkpoint has at most this many files, every rank reads all headers."""
 
 
-def read_headers_together(files: CheckpointFiles, world: World) -> Sequence[Mapping[str, StoredTensor]] | None:
-    """Read all headers together, as `index.read_headers` returns them; None if every rank should read them alone.
-
-    Every rank, with the same file names; communicates unless it returns None.
+def read_headers_together(files: CheckpointFiles, world: World) -> Sequence[Mapping[str, StoredTensor]]:
+    """Read the headers of all files, in the order of `files.identities`. Every rank, with the same file names; communicates.
 
     Raises:
         ZeroSftError: the same on every rank.
     """
-    if world.world_size == 1 or len(files.paths) <= FEW_FILES:
-        return None
-    with collective_stage(world, "reading the checkpoint's headers") as stage:
-        numbers = range(world.rank, len(files.paths), world.world_size)
-        local_headers = {number: files.read(files.paths[number]) for number in numbers}
-        stage.local = [[number, [tensor.to_row() for tensor in header.values()]] for number, header in local_headers.items()]
-    headers = dict(local_headers)
-    for rank_headers in stage.gathered:
-        for number, rows in rank_headers:
-            tensors = [StoredTensor.from_row(str(files.paths[number]), row) for row in rows]
-            headers[number] = {tensor.name: tensor for tensor in tensors}
-    return [headers[number] for number in range(len(files.paths))]
+    title, paths = "reading the checkpoint's headers", list(files.identities)
+    if world.world_size == 1 or len(paths) <= FEW_FILES:
+        with collective_stage(world, title):
+            headers = [files.read(path) for path in paths]
+        return headers
+    with collective_stage(world, title) as exchange:
+        exchange.local = [
+            [tensor.to_row() for tensor in files.read(path).values()] for path in paths[world.rank :: world.world_size]
+        ]
+    merged: list[Mapping[str, StoredTensor]] = []
+    for number, path in enumerate(paths):
+        rows = exchange.gathered[number % world.world_size][number // world.world_size]
+        tensors = [StoredTensor.from_row(path, row) for row in rows]
+        merged.append({tensor.name: tensor for tensor in tensors})
+    return merged

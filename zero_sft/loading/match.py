@@ -5,12 +5,12 @@ Every name of the model's state dict is in exactly one of these groups:
 | names | source of their values |
 | --- | --- |
 | `resolution.sources` | read from the checkpoint, byte range by byte range |
-| `resolution.computed` | computed from whole stored tensors (`untraceable.py`) |
+| `resolution.untraceable` | computed from whole stored tensors (`untraceable.py`) |
 | `tied_to` | shared with another name of the model |
 | `missing_keys()` | initialised by the model |
 
-`resolution.loaded` is the union of the first two. The model's initialisation may change some of these tensors; such
-tensors are complete before the reads begin, and `sharded.py` calls them `initialised`.
+`resolution.stored_names` is the union of the first two. The model's initialisation may change some of these tensors; such
+tensors are complete before the reads begin, and `sharded.py` calls them `rewritten_by_init`.
 """
 
 import re
@@ -28,6 +28,10 @@ from zero_sft.errors import CheckpointError
 from zero_sft.loading.skeleton import Skeleton
 from zero_sft.transformers_internals import set_weight_conversions, tied_names
 from zero_sft.zero import init_weights
+from zero_sft.zero.init import ShardedInit
+
+_BUFFERS = re.compile(r"inv_freq$|rotary_emb\.|masked_bias$|\.attn\.bias$|\.attention\.bias$")
+"""Buffers that older checkpoints store and that models compute today."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,23 +39,17 @@ class CheckpointMatch:
     """A model without weights, and the checkpoint's tensors that fill it.
 
     Attributes:
+        state: the model's state dict in full shapes, on the meta device.
+        init: partitions the model's parameters.
         tied_to: for each name that shares the tensor of another name, that other name.
     """
 
-    skeleton: Skeleton
+    model: PreTrainedModel
+    state: Mapping[str, torch.Tensor]
+    init: ShardedInit
     index: CheckpointIndex
     resolution: Resolution
     tied_to: Mapping[str, str]
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model without weights."""
-        return self.skeleton.model
-
-    @property
-    def state(self) -> Mapping[str, torch.Tensor]:
-        """The model's state dict in full shapes, on the meta device."""
-        return self.skeleton.state
 
     @property
     def full_shape_model(self) -> FullShapeModel:
@@ -65,13 +63,13 @@ class CheckpointMatch:
 
     def missing_keys(self) -> list[str]:
         """Names that neither the checkpoint nor a tie fills."""
-        return [name for name in self.state if name not in self.resolution.loaded and name not in self.tied_to]
+        filled = self.resolution.stored_names | self.tied_to.keys()
+        return [name for name in self.state if name not in filled]
 
     def ties_with_both_stored(self) -> list[tuple[str, str]]:
         """Tied pairs (target, source) for which the checkpoint stores both tensors."""
-        loaded = self.resolution.loaded
-        ties = tied_names(self.model)
-        return [(target, source) for target, source in ties.items() if target in loaded and source in loaded]
+        stored = self.resolution.stored_names
+        return [(target, source) for target, source in tied_names(self.model).items() if {target, source} <= stored]
 
 
 def match_checkpoint(
@@ -90,14 +88,12 @@ def match_checkpoint(
     resolution = resolve(model, skeleton.state, index.tensors, quantizer)
     if quantizer is None:  # a dequantised model is saved without its quantizer's conversions
         set_weight_conversions(model, resolution.rules_used)
-    tied_to = init_weights.resolve_ties(tied_names(model), resolution.loaded)
-    match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
+    tied_to = init_weights.resolve_ties(tied_names(model), resolution.stored_names)
+    match = CheckpointMatch(
+        model=model, state=skeleton.state, init=skeleton.init, index=index, resolution=resolution, tied_to=tied_to
+    )
     _require_fit(match, ignore_mismatched_sizes)
     return match
-
-
-_BUFFERS = re.compile(r"inv_freq$|rotary_emb\.|masked_bias$|\.attn\.bias$|\.attention\.bias$")
-"""Buffers that older checkpoints store and that models compute today."""
 
 
 def left_out_parts(unexpected: Iterable[str], names: Iterable[str]) -> dict[str, int]:
@@ -127,7 +123,7 @@ def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
     if mismatched and not ignore_mismatched_sizes:
         raise CheckpointError(_mismatch_message(match.index.folder, mismatched), code="checkpoint.shapes_differ")
     numels = {name: tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to}
-    present = sum(numel for name, numel in numels.items() if name in match.resolution.loaded)
+    present = sum(numels[name] for name in match.resolution.stored_names & numels.keys())
     if 2 * present < sum(numels.values()):
         missing = ", ".join(sorted(match.missing_keys())[:3])
         stored = ", ".join(sorted(match.index.tensors)[:3])
@@ -143,7 +139,7 @@ def _mismatch_message(folder: str, mismatched: Sequence[ShapeMismatch]) -> str:
     more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
     count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
     message = f"{folder}: {count} another shape than the model's: {shown}{more}."
-    missing = [name for mismatch in mismatched for name in mismatch.absent]
+    missing = [name for mismatch in mismatched for name in mismatch.missing_parts]
     if missing:
         others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
         return f"{message} The files lack {missing[0]!r}{others}, a part of it: fetch the checkpoint again."

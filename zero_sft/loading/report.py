@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from zero_sft.console.progress import format_bytes
 
 Numbers = Mapping[str, float]
@@ -69,11 +67,9 @@ class LoadStats:
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers as one flat dictionary, to send to the other ranks."""
-        numbers = {name: value for name, value in vars(self).items() if name in _NUMBER_NAMES}
-        return numbers | {f"stage {stage}": seconds for stage, seconds in self.stages.items()}
-
-
-_NUMBER_NAMES = tuple(number.name for number in dataclasses.fields(LoadStats) if number.name != "stages")
+        names = [field.name for field in dataclasses.fields(LoadStats) if field.name != "stages"]
+        stages = {f"stage {stage}": seconds for stage, seconds in self.stages.items()}
+        return {name: getattr(self, name) for name in names} | stages
 
 
 FORMER_FIELDS = {
@@ -87,15 +83,6 @@ FORMER_FIELDS = {
     "untraced": "untraceable_keys",
 }
 """Names that fields of `LoadReport` had in release 0.1. They work for one more release, with a warning."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """The result of a loader: the model, and the parts of its report."""
-
-    model: PreTrainedModel
-    keys: KeyReport
-    stats: LoadStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,25 +167,12 @@ class LoadReport(LoadStats, KeyReport):
         return [(title, names) for title, names in rows if names]
 
 
-def _seconds(value: float) -> str:
-    return f"{value:,.2f} s"
-
-
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
 def _speed(value: float) -> str:
     return f"{format_bytes(value)}/s"
 
 
-def _read_speed(rank: Numbers) -> float:
-    """Return the bytes per second of the stage that reads."""
-    seconds = rank.get("stage read", 0.0)
-    return rank["bytes_read"] / seconds if seconds else 0.0
-
-
-def _speed_of_all(ranks: Sequence[Numbers]) -> float:
+def _read_speed(ranks: Sequence[Numbers]) -> float:
+    """Return the bytes per second of the stage that reads, on all these ranks together."""
     slowest = max(rank.get("stage read", 0.0) for rank in ranks)
     return sum(rank["bytes_read"] for rank in ranks) / slowest if slowest else 0.0
 
@@ -220,24 +194,23 @@ class _Row:
 
 
 def _summed(title: str, name: str, form: Callable[[float], str]) -> _Row:
-    def total(ranks: Sequence[Numbers]) -> float:
-        return sum(rank[name] for rank in ranks)
-
-    return _Row(title=title, value=lambda rank: rank[name], form=form, total=total)
+    return _Row(title=title, value=lambda rank: rank[name], form=form, total=lambda ranks: sum(rank[name] for rank in ranks))
 
 
 def _stage_row(stage: str) -> _Row:
     title = f"  {_STAGE_TITLES.get(stage, stage)}"
-    return _Row(title=title, value=lambda rank: rank.get(f"stage {stage}", 0.0), form=_seconds)
+    return _Row(title=title, value=lambda rank: rank.get(f"stage {stage}", 0.0), form=_SECONDS)
 
 
 _TITLE_WIDTH, _WIDTH = 44, 17
+_SECONDS = "{:,.2f} s".format
 
 _STAGE_TITLES = {
     "skeleton": "build the model without weights",
     "headers": "read the files' headers",
-    "plan": "plan the reads",
+    "match": "match the checkpoint to the model",
     "initialise": "initialise what the checkpoint lacks",
+    "plan": "plan the reads",
     "read": "read the weights",
     "compute": "compute what can't be read in place",
     "finish": "tie weights, finish the model",
@@ -246,10 +219,10 @@ _STAGE_TITLES = {
 """Titles of `LoadReport.stages`."""
 
 _ROWS = (
-    _Row(title="time", value=lambda rank: rank["seconds"], form=_seconds),
+    _Row(title="time", value=lambda rank: rank["seconds"], form=_SECONDS),
     _summed("read from the checkpoint", "bytes_read", format_bytes),
-    _summed("  in how many reads", "requests", _count),
-    _Row(title="  speed", value=_read_speed, form=_speed, total=_speed_of_all),
+    _summed("  in how many reads", "requests", "{:,.0f}".format),
+    _Row(title="  speed", value=lambda rank: _read_speed([rank]), form=_speed, total=_read_speed),
     _summed("messages between ranks, none with weights", "bytes_communicated", format_bytes),
     _Row(title="host memory, highest above the start", value=lambda rank: rank["peak_host_bytes"], form=format_bytes),
     _Row(title="device memory, highest above the start", value=lambda rank: rank["peak_device_bytes"], form=format_bytes),

@@ -1,24 +1,25 @@
-"""The sharded load: build the model, match the checkpoint, plan and read, initialise what the checkpoint lacks.
+"""The sharded load: build the model, match the checkpoint, initialise what it lacks, plan and read, finish the model.
 
-`api.py` has the public functions; this module does the work, one function per stage. Every rank runs all of it. Nothing
-communicates inside a `collective_stage`, so a rank that fails never leaves the others waiting in a collective. Stages return
+`api.py` has the public functions; this module does the work, one function per phase. Every rank runs all of it. Nothing
+communicates inside a `collective_stage`, so a rank that fails never leaves the others waiting in a collective. Phases return
 their results; `load_sharded` assembles the report at the end.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from zero_sft import transformers_internals
-from zero_sft.checkpoint.index import build_index, find_checkpoint_files, read_headers
+from zero_sft.checkpoint.index import build_index, find_checkpoint_files
 from zero_sft.checkpoint.scaled import ScaledTensor
-from zero_sft.cluster.control_group import all_gather_json
-from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.stages import StageResult, collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.quantized import dequantize, quantizer_for
@@ -26,193 +27,163 @@ from zero_sft.errors import CheckpointError
 from zero_sft.loading import skeleton
 from zero_sft.loading.headers import read_headers_together
 from zero_sft.loading.match import CheckpointMatch, left_out_parts, match_checkpoint
-from zero_sft.loading.report import KeyReport, Loaded, LoadStats
+from zero_sft.loading.report import KeyReport, LoadStats
 from zero_sft.loading.request import LoadRequest
-from zero_sft.loading.untraceable import Materialized, fill_untraceable, materialize
-from zero_sft.loading.verify import ShardDigest, digest, verify
-from zero_sft.plan.partition import FlatRange, full_range
-from zero_sft.plan.plan import FillTarget, Plan, ReadItem, plan_reads
+from zero_sft.loading.untraceable import ComputeCosts, fill_untraceable, materialize
+from zero_sft.loading.verify import verify
+from zero_sft.plan.partition import full_range
+from zero_sft.plan.plan import ReadItem, plan_reads
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather_hooks as gather
 from zero_sft.zero import init_weights, internals, shards
 
-_PROGRESS_TITLES = {
-    "skeleton": "building the model",
-    "headers": "reading the checkpoint's headers",
-    "plan": "planning the reads",
-    "initialise": "initialising what the checkpoint lacks",
-    "verify": "verifying the shards",
-}
-"""Titles of the stages in progress bars."""
-
 logger = logging.getLogger(__name__)
 
 
-def load_sharded(request: LoadRequest, world: World) -> Loaded:
+def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, KeyReport, LoadStats]:
     """Load the model; every rank reads only the bytes of its shards. Every rank; communicates, but no weights.
 
     Raises:
         ZeroSftError: the same on every rank.
     """
-    watch = Stopwatch()
-    options = request.options
-    with collective_stage(world, "building the model") as stage, watch.stage("skeleton"):
+    watch, options = Stopwatch(world), request.options
+    threads = options.reading_threads(world.cpu_cores)
+    match = _match(request, world, watch)
+    with watch.collective("initialise", "initialising what the checkpoint lacks"):
+        rewritten_by_init = _initialize(match, request, threads)
+        tensors = match.collect_tensors()
+    with watch.collective("plan", "planning the reads"):
+        params = {
+            name: tensors[name]
+            for name in match.resolution.sources
+            if name not in rewritten_by_init and shards.is_sharded(tensors[name])
+        }
+        targets = [(match.resolution.sources[name], shards.local_range(param)) for name, param in params.items()]
+        reads = plan_reads(targets, match.resolution.stored)
+    with collective_stage(world, "reading the weights"), watch.phase("read"):
+        if request.while_reading is not None:
+            request.while_reading()
+        _read(params, reads, match, threads)
+    computed = ComputeCosts(read_bytes=0, held_bytes={})
+    if match.resolution.untraceable:
+        with watch.phase("compute"):
+            computed = fill_untraceable(match, tensors, rewritten_by_init, world)
+    with watch.phase("finish"):
+        _drop_unequal_ties(match, tensors, world)
+        missing, unexpected = _finish(match, request, world)
+    verified = None
+    if options.verify:
+        with watch.phase("verify"), progress.task("verifying the shards"):
+            verified = verify(match, match.resolution.stored_names - rewritten_by_init, world)
+    bytes_read = sum(read.total_nbytes for read in reads) + computed.read_bytes
+    stats = LoadStats(requests=len(reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
+    return match.model, _key_report(match, missing, unexpected, computed, verified), stats
+
+
+def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> CheckpointMatch:
+    """Build the model without weights, read the checkpoint's headers and match the two. Every rank; communicates."""
+    with watch.collective("skeleton", "building the model") as exchange:
         internals.check()
         transformers_internals.check()
         quantizer = quantizer_for(request.model.config, str(request.model.folder))
         model_skeleton = skeleton.build_sharded(request.model, request.ds_config)
         files = find_checkpoint_files(request.model.folder, torch_zip.read_header, request.variant)
-        stage.must_match = ("checkpoint's files", files.sizes())
-    with watch.stage("headers"):
+        exchange.must_match = ("checkpoint's files", files.sizes())
+    with watch.phase("headers"), progress.task("reading the checkpoint's headers"):
         headers = read_headers_together(files, world)
-    with collective_stage(world, "planning the reads") as stage, watch.stage("plan"):
-        index = build_index(files, headers or read_headers(files))
-        match = match_checkpoint(model_skeleton, index, quantizer, options.ignore_mismatched_sizes)
-        stage.must_match = ("checkpoint", _match_summary(match))
-    threads = options.reading_threads(world.cpu_cores)
-    with collective_stage(world, "reading the weights") as stage:
-        with watch.stage("initialise"):
-            initialised = _initialise(match, request, threads)
-        tensors = match.collect_tensors()
-        with watch.stage("read"):
-            traced = [name for name in match.resolution.sources if name not in initialised and shards.is_sharded(tensors[name])]
-            plan = plan_rank(match, {name: tensors[name] for name in traced})
-            if request.while_reading is not None:
-                request.while_reading()
-            _read({name: tensors[name] for name in traced}, plan, match, threads)
-        stage.local = [] if match.resolution.computed else _equal_ties(match, tensors)
-    equal_ties, computed = stage.gathered, Materialized(read_bytes=0, held_bytes={})
-    if match.resolution.computed:
-        with watch.stage("compute"):
-            computed = fill_untraceable(match, tensors, initialised, world)
-            equal_ties = all_gather_json(world, _equal_ties(match, tensors))
-    with watch.stage("finish"):
-        missing, unexpected = _finish(match, request, world, equal_ties)
-    _warn_of_parts_left_out(match, world)
-    if options.strict and (missing or unexpected):
-        raise CheckpointError(_strict_message(request, missing, unexpected), code="checkpoint.not_strict")
-    verified = None
-    if options.verify:
-        with watch.stage("verify"):
-            verified = _verify(match, world, initialised)
-    return Loaded(
-        model=match.model,
-        keys=_key_report(match, missing, unexpected, computed, verified),
-        stats=LoadStats(
-            requests=len(plan.reads),
-            bytes_read=plan.nbytes + computed.read_bytes,
-            seconds=watch.seconds,
-            stages=watch.stages,
-        ),
-    )
+    with watch.collective("match", "matching the checkpoint to the model") as exchange:
+        index = build_index(files, headers)
+        match = match_checkpoint(model_skeleton, index, quantizer, request.options.ignore_mismatched_sizes)
+        summary = {
+            "index": index.digest(),
+            "names": sorted(match.resolution.stored_names),
+            "transformers": transformers.__version__,
+        }
+        exchange.must_match = ("checkpoint", summary)
+    return match
 
 
-def _match_summary(match: CheckpointMatch) -> dict[str, Any]:
-    """Summarise what all ranks must agree on before they read: stored tensors, the names that they fill, conversion rules."""
-    return {
-        "index": match.index.digest(),
-        "names": sorted(match.resolution.loaded),
-        "transformers": transformers.__version__,
-    }
-
-
-def _initialise(match: CheckpointMatch, request: LoadRequest, threads: int) -> set[str]:
+def _initialize(match: CheckpointMatch, request: LoadRequest, threads: int) -> set[str]:
     """Compute buffers, initialise missing weights, partition the model. Return the loaded names that are then complete."""
     resolution = match.resolution
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
         traced = [name for name in memory if name in resolution.sources]
-        targets = [_target(match, name, full_range(match.state[name].numel())) for name in traced]
-        _fill(plan_reads(targets, resolution.stored).reads, memory, match, threads)
+        targets = [(resolution.sources[name], full_range(match.state[name].numel())) for name in traced]
+        reader.fill(plan_reads(targets, resolution.stored), memory, threads, match.index.identities, dequantize)
         for name in memory.keys() - resolution.sources.keys():
-            computed, _ = materialize(resolution.computed[name], match.full_shape_model, match.index)
+            computed, _ = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
             memory[name].copy_(computed[name].reshape(-1))
 
-    initialised = init_weights.initialize_missing(
+    rewritten_by_init = init_weights.initialize_missing(
         match.model,
-        loaded={name: match.state[name].dtype for name in resolution.loaded},
+        loaded={name: match.state[name].dtype for name in resolution.stored_names},
         tied=match.tied_to,
         load=load,
         build_buffers=lambda: skeleton.constructor_buffers(request.model),
-        shard=match.skeleton.init.shard_parameter,
-        device=match.skeleton.init.local_device,
+        shard=match.init.shard_parameter,
+        device=match.init.local_device,
         seed=request.seed,
     )
-    match.skeleton.shard()
-    return initialised
+    match.init.shard(match.model)
+    return rewritten_by_init
 
 
-def _target(match: CheckpointMatch, name: str, flat_range: FlatRange) -> FillTarget:
-    return FillTarget(source_map=match.resolution.sources[name], flat_range=flat_range)
-
-
-def plan_rank(match: CheckpointMatch, params: Mapping[str, Any]) -> Plan:
-    """Plan the reads of this rank: its flat range of every parameter. Any rank; does not communicate."""
-    targets = [_target(match, name, shards.local_range(param)) for name, param in params.items()]
-    return plan_reads(targets, match.resolution.stored)
-
-
-def _read(params: Mapping[str, Any], plan: Plan, match: CheckpointMatch, threads: int) -> None:
+def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: CheckpointMatch, threads: int) -> None:
     """Allocate the shard of every parameter and fill it from the files."""
-    by_target: dict[str, list] = {}
-    for read in plan.reads:
-        by_target.setdefault(read.target, []).append(read)
+    by_target: dict[str, list[ReadItem]] = defaultdict(list)
+    for read in reads:
+        by_target[read.target].append(read)
 
     def fill(memory: Mapping[str, torch.Tensor]) -> None:
-        reads = [read for name in memory for read in by_target.get(name, ())]
-        reads.sort(key=lambda read: (read.file, read.offset_bytes))
-        _fill(reads, memory, match, threads, task.advance)
+        in_memory = [read for name in memory for read in by_target[name]]
+        in_memory.sort(key=lambda read: (read.file, read.offset_bytes))
+        reader.fill(in_memory, memory, threads, match.index.identities, dequantize, task.advance)
 
-    with progress.task("reading the weights", sum(read.total_nbytes for read in plan.reads), progress.BYTES) as task:
+    with progress.task("reading the weights", sum(read.total_nbytes for read in reads), progress.BYTES) as task:
         shards.fill_shards(params, fill)
 
 
-def _fill(
-    reads: Sequence[ReadItem],
-    memory: Mapping[str, torch.Tensor],
-    match: CheckpointMatch,
-    threads: int,
-    advance: Callable[[int], None] | None = None,
-) -> None:
-    reader.fill(reads, memory, threads, match.index.identities, dequantize, advance)
+def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world: World) -> None:
+    """Drop the ties whose two sides are stored and differ on a rank: both tensors stay, as in plain `from_pretrained`.
+
+    Every rank; communicates.
+    """
+    ties = match.ties_with_both_stored()
+    if ties:
+        with collective_stage(world, "comparing tied weights") as exchange:
+            exchange.local = [name for name, source in ties if not shards.shards_equal(tensors[name], tensors[source])]
+        for name in set().union(*exchange.gathered):
+            transformers_internals.drop_tie(match.model, name)
 
 
-def _finish(
-    match: CheckpointMatch, request: LoadRequest, world: World, equal_ties: Sequence[Sequence[bool]]
-) -> tuple[list[str], list[str]]:
+def _finish(match: CheckpointMatch, request: LoadRequest, world: World) -> tuple[list[str], list[str]]:
     """Tie weights, then take the last steps of `from_pretrained`. Return missing and unexpected names.
 
     Every rank; communicates.
-
-    Args:
-        equal_ties: the result of `_equal_ties` on every rank.
     """
     model, resolution = match.model, match.resolution
-    not_loaded = set(match.state) - resolution.loaded - {mismatch.name for mismatch in resolution.mismatched}
-    with collective_stage(world, "tying weights"):
-        for (target, _), *equal in zip(match.ties_with_both_stored(), *equal_ties, strict=True):
-            if all(equal):
-                not_loaded.add(target)
-            else:  # both tensors stay, and the tie is dropped, as in plain `from_pretrained`
-                del transformers_internals.tied_names(model)[target]
+    loaded = resolution.stored_names | {mismatch.name for mismatch in resolution.mismatched}
+    to_tie = {target for target, _ in match.ties_with_both_stored()}
+    with collective_stage(world, "finishing the model"):
+        not_loaded = (match.state.keys() - loaded) | to_tie
         missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
         left_out = skeleton.give_generation_config(model, request.model)
         for sentence in left_out if world.is_main else ():
             logger.warning(sentence)
         gather.install_gather_hooks(model)
-        skeleton.keep_zero3_enabled(model, request.ds_config)
+        transformers_internals.keep_zero3_enabled(model, request.ds_config)
+    if world.is_main:
+        _warn_of_parts_left_out(match)
+    if request.options.strict and (missing or unexpected):
+        raise CheckpointError(_strict_message(request, missing, unexpected), code="checkpoint.not_strict")
     return missing, unexpected
 
 
-def _equal_ties(match: CheckpointMatch, tensors: Mapping[str, Any]) -> list[bool]:
-    """For each tie with both sides stored, compare this rank's shards of target and source. Does not communicate."""
-    return [shards.shards_equal(tensors[target], tensors[source]) for target, source in match.ties_with_both_stored()]
-
-
-def _warn_of_parts_left_out(match: CheckpointMatch, world: World) -> None:
-    parts = left_out_parts(match.resolution.unexpected, match.state) if world.is_main else {}
+def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
+    parts = left_out_parts(match.resolution.unexpected, match.state)
     if parts:
         shown = ", ".join(f"{part} ({count} tensor{'s' * (count != 1)})" for part, count in list(parts.items())[:8])
         more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
@@ -225,7 +196,7 @@ def _warn_of_parts_left_out(match: CheckpointMatch, world: World) -> None:
 
 
 def _key_report(
-    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: Materialized, verified: int | None
+    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: ComputeCosts, verified: int | None
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
     cast, dequantized = [], []
@@ -258,38 +229,25 @@ def _strict_message(request: LoadRequest, missing: Sequence[str], unexpected: Se
     return "\n".join([*lines, "Take the checkpoint of exactly this model, or leave strict off."])
 
 
-def _verify(match: CheckpointMatch, world: World, initialised: Set[str]) -> int:
-    """Compare this rank's shards with the files. Leave out names that the model's initialisation changed. Communicates."""
-    tensors = match.collect_tensors()
-    with collective_stage(world, "hashing the shards"):
-        held = {name: _shard_digest(tensors[name]) for name in match.resolution.loaded if name not in initialised}
-    return verify(match.model, match.state, match.resolution.groups, match.index, held, world)
-
-
-def _shard_digest(tensor: torch.Tensor) -> ShardDigest:
-    """Hash this rank's part of a tensor. A shard on NVMe is in memory only during this call."""
-    if not shards.is_sharded(tensor):
-        return ShardDigest(digest=digest(tensor), dtype=tensor.dtype, parts=1)
-    param: Any = tensor
-    shard = shards.local_shard(param)
-    shard_digest = ShardDigest(digest=digest(shard), dtype=shard.dtype, parts=shards.num_partitions(param))
-    shards.release_shard(param)
-    return shard_digest
-
-
 class Stopwatch:
-    """Wall time of a load in seconds, by stage."""
+    """Wall time of a load in seconds, in all and by phase: the names are those of `LoadReport.stages`."""
 
-    def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
+    def __init__(self, world: World) -> None:
+        self.phases: dict[str, float] = {}
         self.seconds = 0.0
+        self._world = world
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the body under `name` and show its progress. The reads show a byte counter themselves."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the body under `name`."""
         start = time.perf_counter()
-        with progress.task(_PROGRESS_TITLES[name]) if name in _PROGRESS_TITLES else contextlib.nullcontext():
-            yield
-        self.stages[name] = time.perf_counter() - start
+        yield
+        self.phases[name] = time.perf_counter() - start
         self.seconds = time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def collective(self, name: str, title: str) -> Iterator[StageResult]:
+        """Time the body, a `collective_stage`, and show its progress under `title`. Every rank; communicates at the end."""
+        with collective_stage(self._world, title) as exchange, progress.task(title), self.phase(name):
+            yield exchange

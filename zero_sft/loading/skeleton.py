@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from zero_sft.conversion.quantized import unquantized
+from zero_sft.conversion.quantized import config_parts, unquantized
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading.request import ModelSpec
@@ -29,8 +30,7 @@ from zero_sft.transformers_internals import (
     model_mapping,
     set_attention,
     supported_attentions,
-    without_zero3,
-    zero3_config,
+    zero3_under,
 )
 from zero_sft.zero.init import ShardedInit
 
@@ -85,33 +85,25 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
         check_attention(cls, config, name)
     except Exception as error:  # ValueError, ImportError, or any error of a kernel download
         names = ", ".join(supported_attentions(cls))
+        reason = str(error).strip().splitlines()[0].partition(" The only possible arguments")[0]  # without the alternatives
         raise ArgumentError(
-            f"attn_implementation {name!r} can't be used with {cls.__name__}: {_first_sentence(error)}\n"
+            f"attn_implementation {name!r} can't be used with {cls.__name__}: {reason}\n"
             f"{cls.__name__} takes {names}. Give one as --attn_implementation; without it the model's config.json or "
             "transformers chooses.",
             code="arguments.attention_unusable",
         ) from error
 
 
-def _first_sentence(error: Exception) -> str:
-    """Return transformers' reason without its list of the alternatives."""
-    return str(error).strip().splitlines()[0].partition(" The only possible arguments")[0]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model without weights: in full shapes on the meta device, until `shard` makes its parameters ZeRO parameters.
+    """A model without weights: in full shapes on the meta device, until `init.shard` makes its parameters ZeRO parameters.
 
-    `state` is its full state dict on meta: names, shapes, dtypes.
+    `state` is its full state dict on meta: names, shapes, dtypes. `init` partitions its parameters.
     """
 
     model: PreTrainedModel
     state: Mapping[str, torch.Tensor]
     init: ShardedInit
-
-    def shard(self) -> None:
-        """Partition every parameter, without allocating its shard yet. Every rank; does not communicate."""
-        self.init.shard(self.model)
 
 
 def build_sharded(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
@@ -137,7 +129,7 @@ def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[
 
     Any rank; does not communicate.
     """
-    model = instantiate(spec, *around, torch.device("meta"), internal("meta_device_safe_creation_ops")(), _skip_init_on_meta())
+    model = instantiate(spec, *around, _on_meta())
     internal("patch_output_recorders")(model)
     kept = kept_dtypes(model, spec.dtype)
     state = {
@@ -161,17 +153,9 @@ def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
     if attention:
         require_attention(cls, config, attention)
         set_attention(config, attention)
-    set_dtype(config, spec.dtype)
-    contexts = (
-        without_zero3(),
-        internal("local_torch_dtype")(spec.dtype, cls.__name__),
-        internal("no_tie_weights")(),
-        internal("apply_patches")(),
-        *around,
-    )
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+    for part in config_parts(config):
+        part.dtype = spec.dtype
+    with _as_from_pretrained(internal("local_torch_dtype")(spec.dtype, cls.__name__), *around):
         try:
             return cls(config)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
@@ -184,17 +168,23 @@ def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
 
 def build_untied_on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """Construct a model of the class on the meta device, without ties. Any rank; does not communicate."""
-    with contextlib.ExitStack() as stack:
-        for context in (
-            internal("no_tie_weights")(),
-            internal("apply_patches")(),
-            torch.device("meta"),
-            internal("meta_device_safe_creation_ops")(),
-            _skip_init_on_meta(),
-            without_zero3(),
-        ):
-            stack.enter_context(context)
+    with _as_from_pretrained(_on_meta()):
         return cls(copy.deepcopy(config))
+
+
+@contextlib.contextmanager
+def _as_from_pretrained(*around: Any) -> Iterator[None]:
+    """Construct models as plain `from_pretrained` does: without ties and without ZeRO-3, inside the contexts `around`."""
+    with contextlib.ExitStack() as stack:
+        for context in (zero3_under(None), internal("no_tie_weights")(), internal("apply_patches")(), *around):
+            stack.enter_context(context)
+        yield
+
+
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"), internal("meta_device_safe_creation_ops")(), _skip_init_on_meta():
+        yield
 
 
 @contextlib.contextmanager
@@ -221,27 +211,12 @@ def _skip_init_on_meta() -> Iterator[None]:
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Move each parameter to the meta device when it is registered, before it is initialised. Buffers stay where they are."""
-    register = nn.Module.register_parameter
 
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter) -> Any:
+        return None if param.is_meta else nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
-    nn.Module.register_parameter = register_on_meta
-    try:
+    with register_module_parameter_registration_hook(on_meta):
         yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def set_dtype(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Write the dtype of the weights into a config and its sub-configs, as `from_pretrained` does."""
-    config.dtype = dtype
-    for name in config.sub_configs:
-        sub_config = getattr(config, name, None)
-        if sub_config is not None:
-            sub_config.dtype = dtype
 
 
 def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str, ...]:
@@ -254,11 +229,3 @@ def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str
         return left_out
     adjust_generation_config(model, str(spec.folder), spec.trust_remote_code)
     return ()
-
-
-def keep_zero3_enabled(model: PreTrainedModel, ds_config: Mapping[str, Any]) -> None:
-    """Make transformers consider ZeRO-3 enabled for as long as the model lives.
-
-    `generate` then keeps the ranks in step, and `resize_token_embeddings` gathers the embeddings that it changes.
-    """
-    model._zero_sft_hf_ds_config = zero3_config(ds_config)

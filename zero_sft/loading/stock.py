@@ -9,22 +9,23 @@ import time
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading import skeleton
-from zero_sft.loading.report import KeyReport, Loaded, LoadStats
+from zero_sft.loading.report import KeyReport, LoadStats
 from zero_sft.loading.request import LoadRequest
-from zero_sft.transformers_internals import zero3_config, zero3_under
+from zero_sft.transformers_internals import keep_zero3_enabled, zero3_under
 from zero_sft.zero import gather_hooks as gather
 from zero_sft.zero import shards
 
 logger = logging.getLogger(__name__)
 
 
-def load_stock(request: LoadRequest, world: World) -> Loaded:
+def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, KeyReport, LoadStats]:
     """Load through `from_pretrained` under `zero.Init`. Every rank; communicates all the weights.
 
     Raises:
@@ -42,7 +43,6 @@ def load_stock(request: LoadRequest, world: World) -> Loaded:
             optional["generation_config"] = generation  # otherwise transformers refuses the whole model
         for sentence in left_out if world.is_main else ():
             logger.warning(sentence)
-    hf_config = zero3_config(request.ds_config)
     start = time.perf_counter()
     with progress.task("loading as transformers does"), zero3_under(request.ds_config):
         loaded: Any = cls.from_pretrained(
@@ -56,8 +56,8 @@ def load_stock(request: LoadRequest, world: World) -> Loaded:
         )
     model, info = loaded
     seconds = time.perf_counter() - start
-    model._zero_sft_hf_ds_config = hf_config
+    keep_zero3_enabled(model, request.ds_config)
     gather.install_gather_hooks(model)
     parameters = sum(torch.Size(shards.full_shape(param)).numel() for param in model.parameters())
     keys = KeyReport(parameters=parameters, missing_keys=sorted(info["missing_keys"]))
-    return Loaded(model=model, keys=keys, stats=LoadStats(seconds=seconds))
+    return model, keys, LoadStats(seconds=seconds)

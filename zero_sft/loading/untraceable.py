@@ -18,15 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from zero_sft.checkpoint.index import CheckpointIndex
-from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.conversion.convert import FullShapeModel, run
+from zero_sft.conversion.convert import FullShapeModel, convert_group
 from zero_sft.conversion.keys import TensorGroup
 from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import full_range
-from zero_sft.plan.plan import FillTarget, SourceMap, plan_reads
+from zero_sft.plan.plan import SourceMap, plan_reads
 from zero_sft.plan.regions import identity_regions
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
@@ -47,34 +46,34 @@ def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointInde
         stored = index.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
         source_map = SourceMap.of(name, stored.shape, identity_regions(name, stored.shape, strides=stored.strides))
-        target = FillTarget(source_map=source_map, flat_range=full_range(stored.numel))
-        read_bytes += reader.fill(
-            plan_reads([target], index.tensors).reads, {name: tensor.view(-1)}, identities=index.identities
-        )
+        reads = plan_reads([(source_map, full_range(stored.numel))], index.tensors)
+        read_bytes += reader.fill(reads, {name: tensor.view(-1)}, identities=index.identities)
         return tensor
 
-    return run(group, model, source), read_bytes
+    return convert_group(group, model, source), read_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Materialized:
+class ComputeCosts:
     """Costs of `fill_untraceable`: the bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
 
     read_bytes: int
     held_bytes: Mapping[str, int]
 
 
-def fill_untraceable(match: CheckpointMatch, tensors: Mapping[str, Any], initialised: Set[str], world: World) -> Materialized:
+def fill_untraceable(
+    match: CheckpointMatch, tensors: Mapping[str, Any], rewritten_by_init: Set[str], world: World
+) -> ComputeCosts:
     """Fill the shards of the tensors that can't be traced, group by group. Every rank; communicates.
 
     Args:
         tensors: the model's sharded parameters by name.
-        initialised: names that are complete already; they are skipped.
+        rewritten_by_init: names that are complete already; they are skipped.
     """
     read_bytes, held_bytes = 0, {}
     groups = list(match.resolution.by_group())
     for group, names in progress.iterate_with_progress(groups, "computing tensors, once per node", "groups"):
-        to_fill = [name for name in names if name not in initialised and shards.is_sharded(tensors[name])]
+        to_fill = [name for name in names if name not in rewritten_by_init and shards.is_sharded(tensors[name])]
         if not to_fill:
             continue
         results: dict[str, torch.Tensor] | None = None
@@ -95,7 +94,7 @@ def fill_untraceable(match: CheckpointMatch, tensors: Mapping[str, Any], initial
         source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored)
         result_bytes = sum(match.state[name].numel() * match.state[name].itemsize for name in to_fill)
         held_bytes |= dict.fromkeys(to_fill, source_bytes + result_bytes)
-    return Materialized(read_bytes=read_bytes, held_bytes=held_bytes)
+    return ComputeCosts(read_bytes=read_bytes, held_bytes=held_bytes)
 
 
 @contextlib.contextmanager
@@ -109,11 +108,12 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
     """
     path: Path | None = None
     try:
-        with collective_stage(world, "sharing what was computed"):
+        with collective_stage(world, "sharing what was computed") as exchange:
             if tensors is not None:
                 path = _new_file(sum(tensors[name].nbytes for name in names))
                 save_file({name: tensors[name].contiguous() for name in names}, path)
-        shared_path = all_gather_json(world, str(path or ""))[world.node_leader]
+                exchange.local = str(path)
+        shared_path = exchange.gathered[world.node_leader]
         with collective_stage(world, "mapping what was computed"), safe_open(shared_path, framework="pt") as file:
             mapped = {name: file.get_tensor(name) for name in names}
         yield mapped

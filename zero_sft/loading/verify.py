@@ -6,32 +6,24 @@ shards that it holds, and the hashes must be equal. Each rank checks a part of t
 byte once more, and a rank holds the sources of one tensor at a time.
 """
 
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from safetensors import safe_open
 
 from zero_sft.checkpoint.file_identity import require_unchanged
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.cluster.control_group import all_gather_json
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.conversion.convert import FullShapeModel, run
-from zero_sft.conversion.keys import TensorGroup
+from zero_sft.conversion.convert import convert_group
 from zero_sft.errors import CheckpointError
+from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import shard_range
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardDigest:
-    """This rank's shard of a tensor: the digest of its elements without padding, their dtype, and the number of partitions."""
-
-    digest: str
-    dtype: torch.dtype
-    parts: int
+from zero_sft.zero import shards
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -40,20 +32,11 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-def verify(
-    model: PreTrainedModel,
-    state: Mapping[str, torch.Tensor],
-    groups: Sequence[TensorGroup],
-    index: CheckpointIndex,
-    held: Mapping[str, ShardDigest],
-    world: World,
-) -> int:
-    """Compare every loaded tensor with the files. Every rank; communicates hashes.
+def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
+    """Compare loaded tensors with the files. Every rank; communicates hashes.
 
     Args:
-        state: the tensors of `model` in full shapes, on the meta device.
-        groups: the groups of stored tensors from which the model's tensors are made.
-        held: the digest of this rank's shard, for each tensor to check.
+        names: the tensors to check.
 
     Returns:
         The number of tensors checked.
@@ -61,27 +44,21 @@ def verify(
     Raises:
         CheckpointError: on every rank, naming the tensors and ranks that differ.
     """
-    local_digests: dict[str, list[str]] = {}
-    with collective_stage(world, "reading the checkpoint back"):
-        files = _Files(index)
-        for group in groups[world.rank :: world.world_size]:
-            for name, tensor in _convert(group, FullShapeModel(model, state), files):
-                if name in held:
-                    flat, parts = tensor.to(held[name].dtype).reshape(-1), held[name].parts
-                    ranges = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
-                    local_digests[name] = [digest(flat[part.start : part.stop]) for part in ranges]
+    tensors = {name: tensor for name, tensor in match.collect_tensors().items() if name in names}
+    with collective_stage(world, "hashing the shards"):
+        held = {name: _shard_digest(tensor) for name, tensor in tensors.items()}
+    with collective_stage(world, "reading the checkpoint back") as exchange:
+        exchange.local = _digests_of_files(match, tensors, world)
     expected: dict[str, list[str]] = {}
-    for rank_digests in all_gather_json(world, local_digests):
+    for rank_digests in exchange.gathered:
         expected |= rank_digests
-    different = [
-        name for name, shard in held.items() if name in expected and expected[name][world.rank % shard.parts] != shard.digest
-    ]
+    different = [name for name, digests in expected.items() if digests[world.rank % len(digests)] != held[name]]
     different_by_rank = all_gather_json(world, different)
     if any(different_by_rank):
-        rank = next(rank for rank, names in enumerate(different_by_rank) if names)
-        names = sorted(set().union(*different_by_rank))
+        rank = next(rank for rank, rank_names in enumerate(different_by_rank) if rank_names)
+        wrong = sorted(set().union(*different_by_rank))
         raise CheckpointError(
-            f"the loaded weights differ from the files: {', '.join(names[:5])} ({len(names)} in all, first on rank {rank}). "
+            f"the loaded weights differ from the files: {', '.join(wrong[:5])} ({len(wrong)} in all, first on rank {rank}). "
             "The files changed while they were read, or storage or memory is faulty. Load again, and compare file checksums.",
             code="checkpoint.verification_failed",
         )
@@ -94,35 +71,46 @@ def verify(
     return len(held)
 
 
-def _convert(group: TensorGroup, model: FullShapeModel, files: "_Files") -> Iterator[tuple[str, torch.Tensor]]:
-    """Convert a group's stored tensors, with their real data, to the model's tensors."""
-    if group.converter is None:
-        yield group.name, files.tensor(next(iter(group.members)))
-        return
-    yield from run(group, model, files.tensor).items()
+def _shard_digest(tensor: Any) -> str:
+    """Hash this rank's part of a tensor. A shard on NVMe is in memory only during this call."""
+    if not shards.is_sharded(tensor):
+        return digest(tensor)
+    try:
+        return digest(shards.local_shard(tensor))
+    finally:
+        shards.release_shard(tensor)
 
 
-class _Files:
-    """The checkpoint's files, each opened once by its library."""
+def _digests_of_files(match: CheckpointMatch, tensors: Mapping[str, Any], world: World) -> dict[str, list[str]]:
+    """Convert a part of the stored tensors, with their real data, and hash the shard of every rank. Does not communicate."""
+    read = _stored_reader(match.index)
+    digests: dict[str, list[str]] = {}
+    for group in match.resolution.groups[world.rank :: world.world_size]:
+        if group.converter is None:
+            converted = {group.name: read(group.stored[0])}
+        else:
+            converted = convert_group(group, match.full_shape_model, read)
+        for name in converted.keys() & tensors.keys():
+            flat = converted[name].to(tensors[name].dtype).reshape(-1)
+            parts = shards.num_partitions(tensors[name]) if shards.is_sharded(tensors[name]) else 1
+            ranges = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
+            digests[name] = [digest(flat[part.start : part.stop]) for part in ranges]
+    return digests
 
-    def __init__(self, index: CheckpointIndex) -> None:
-        self._index = index
-        self._mapped: dict[str, Any] = {}
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return one stored tensor, whole."""
-        path = self._index.tensors[name].file
-        is_safetensors = path.endswith(".safetensors")
-        if path not in self._mapped:
-            require_unchanged(path, path, self._index.identities.get(path))
-            self._mapped[path] = self._open(path, is_safetensors)
-        file = self._mapped[path]
-        return file.get_tensor(name) if is_safetensors else file[name].detach()
+def _stored_reader(index: CheckpointIndex) -> Callable[[str], torch.Tensor]:
+    """Return a function that reads one stored tensor whole. It opens each file once, with the library of its format."""
 
-    @staticmethod
-    def _open(path: str, is_safetensors: bool) -> Any:
-        if is_safetensors:
-            from safetensors import safe_open
-
+    @functools.cache
+    def open_file(path: str) -> Any:
+        require_unchanged(path, path, index.identities.get(path))
+        if path.endswith(".safetensors"):
             return safe_open(path, framework="pt")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(name: str) -> torch.Tensor:
+        path = index.tensors[name].file
+        file = open_file(path)
+        return file.get_tensor(name) if path.endswith(".safetensors") else file[name].detach()
+
+    return read

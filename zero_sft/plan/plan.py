@@ -1,8 +1,8 @@
 """The plan of one rank: the targets to fill × the stored tensors → reads.
 
-A target is a shard or a whole tensor that the rank must fill. Its `SourceMap`, the same on every rank, maps regions of the
-tensor to stored elements. The planner clips the regions to the target's flat range and turns them into reads. Each read is one
-range of a file whose elements are copied to their positions in the target.
+A target is a flat range of a tensor that the rank must fill: its shard, or all of it. The tensor's `SourceMap`, the same on
+every rank, maps regions of it to stored elements. The planner clips the regions to the target's flat range and turns them into
+reads. Each read is one range of a file whose elements are copied to their positions in the target.
 Nothing here reads, allocates or communicates, so the plan of any rank of any world can be computed in one process.
 """
 
@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.scaled import ScaledTensor, ScaleRows
@@ -74,14 +75,6 @@ def _flat_span(region: Region, strides: Shape) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FillTarget:
-    """A flat range of a tensor, which a rank must fill."""
-
-    source_map: SourceMap
-    flat_range: FlatRange
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadItem:
     """One range of a file, and the positions of its elements in a target.
 
@@ -123,55 +116,46 @@ class ReadItem:
         return self.nbytes + (self.scales.nbytes if self.scales else 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """All reads of one rank, in file order."""
+class CopyDim(NamedTuple):
+    """One dimension of a strided copy: the steps between its elements in source and target, in elements, and their number."""
 
-    reads: tuple[ReadItem, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the rank reads."""
-        return sum(read.total_nbytes for read in self.reads)
+    source_stride: int
+    size: int
+    target_stride: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopySpec:
-    """A strided copy over a box of `sizes`, from the flat `source` to a target's local part. All values are in elements."""
+    """A strided copy from the flat `source` to a target's local part. All values are in elements."""
 
     source: str
     source_start: int
     target_start: int
-    sizes: Shape
-    source_strides: Shape
-    target_strides: Shape
+    dims: tuple[CopyDim, ...]
 
 
-def plan_reads(targets: Iterable[FillTarget], stored: Mapping[str, StoredTensor]) -> Plan:
+def plan_reads(targets: Iterable[tuple[SourceMap, FlatRange]], stored: Mapping[str, StoredTensor]) -> tuple[ReadItem, ...]:
     """Plan the reads that fill a rank's targets, sorted by file and offset."""
     reads: list[ReadItem] = []
-    for target in targets:
-        for spec in copy_specs(target):
-            reads += _reads(spec, target.source_map.name, stored[spec.source])
-    return Plan(reads=tuple(_merged(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target)))))
+    for source_map, flat_range in targets:
+        for spec in copy_specs(source_map, flat_range):
+            reads += _reads(spec, source_map.name, stored[spec.source])
+    return _merged(sorted(reads, key=lambda read: (read.file, read.offset_bytes, read.target)))
 
 
-def _merged(reads: Iterable[ReadItem]) -> Iterator[ReadItem]:
+def _merged(reads: Iterable[ReadItem]) -> tuple[ReadItem, ...]:
     """Merge sorted reads that are contiguous both in the file and in the target.
 
     Such reads occur where a flat range begins within a row.
     """
-    last: ReadItem | None = None
+    merged: list[ReadItem] = []
     for read in reads:
-        if last is None:
-            last = read
-        elif last.continues_in(read):
-            last = dataclasses.replace(last, nbytes=last.nbytes + read.nbytes, sizes=(last.sizes[0] + read.sizes[0],))
+        if merged and merged[-1].continues_in(read):
+            last = merged[-1]
+            merged[-1] = dataclasses.replace(last, nbytes=last.nbytes + read.nbytes, sizes=(last.sizes[0] + read.sizes[0],))
         else:
-            yield last
-            last = read
-    if last is not None:
-        yield last
+            merged.append(read)
+    return tuple(merged)
 
 
 def check_cover(source_map: SourceMap, stored: Mapping[str, StoredTensor]) -> None:
@@ -197,14 +181,11 @@ def check_cover(source_map: SourceMap, stored: Mapping[str, StoredTensor]) -> No
             )
 
 
-def copy_specs(target: FillTarget) -> Iterator[CopySpec]:
-    """Iterate over the strided copies that fill a target."""
-    flat_range, shape = target.flat_range, target.source_map.shape
-    if flat_range.start >= flat_range.stop:
-        return
-    strides = row_major(shape)
-    boxes = list(_boxes(shape, flat_range.start, flat_range.stop))
-    for region in target.source_map.overlapping(flat_range):
+def copy_specs(source_map: SourceMap, flat_range: FlatRange) -> Iterator[CopySpec]:
+    """Iterate over the strided copies that fill a flat range of a tensor."""
+    strides = row_major(source_map.shape)
+    boxes = list(_boxes(source_map.shape, flat_range.start, flat_range.stop))
+    for region in source_map.overlapping(flat_range):
         for start, sizes in boxes:
             spec = _intersection(region, start, sizes, strides, flat_range.start)
             if spec is not None:
@@ -236,89 +217,64 @@ def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]
 def _intersection(region: Region, start: Shape, sizes: Shape, strides: Shape, flat_start: int) -> CopySpec | None:
     """Return the part of a region inside a box of the target, as a copy with as few dimensions as possible."""
     source_start, target_start = region.offset, -flat_start
-    dims: list[list[int]] = []  # [size, source stride, target stride]
-    for d, stride in enumerate(strides):
+    dims: list[CopyDim] = []
+    for d, target_stride in enumerate(strides):
         low = max(region.start[d], start[d])
         high = min(region.start[d] + region.sizes[d], start[d] + sizes[d])
         if low >= high:
             return None
-        source_start += (low - region.start[d]) * region.strides[d]
-        target_start += low * stride
         size, source_stride = high - low, region.strides[d]
+        source_start += (low - region.start[d]) * source_stride
+        target_start += low * target_stride
         if size == 1:
             continue
-        if dims and dims[-1][1] == size * source_stride and dims[-1][2] == size * stride:
-            dims[-1] = [dims[-1][0] * size, source_stride, stride]
-        else:
-            dims.append([size, source_stride, stride])
-    dims = dims or [[1, 1, 1]]
-    return CopySpec(
-        source=region.source,
-        source_start=source_start,
-        target_start=target_start,
-        sizes=tuple(size for size, _, _ in dims),
-        source_strides=tuple(source_stride for _, source_stride, _ in dims),
-        target_strides=tuple(target_stride for _, _, target_stride in dims),
-    )
+        if dims and dims[-1].source_stride == size * source_stride and dims[-1].target_stride == size * target_stride:
+            size *= dims.pop().size
+        dims.append(CopyDim(source_stride, size, target_stride))
+    dims = dims or [CopyDim(1, 1, 1)]
+    return CopySpec(source=region.source, source_start=source_start, target_start=target_start, dims=tuple(dims))
 
 
 def _reads(spec: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadItem]:
-    """Iterate over the reads that carry out a copy: as few as possible without reading more than small gaps.
-
-    A read includes dimensions from the finest source stride upwards, as long as their gaps are small and the read stays within
-    the limit. It is repeated for every index of the remaining dimensions.
-    """
-    dims = sorted(zip(spec.source_strides, spec.sizes, spec.target_strides, strict=True))
-    is_contiguous = spec.source_strides == spec.target_strides == (1,)
+    """Iterate over the reads that carry out a copy: as few as possible without reading more than small gaps."""
+    is_contiguous = len(spec.dims) == 1 and spec.dims[0].source_stride == spec.dims[0].target_stride == 1
     limit = SCALED_BYTES if isinstance(source, ScaledTensor) else source.nbytes if is_contiguous else SCATTER_BYTES
-    included, length = 0, 1  # dimensions in a read, elements from its first to its last
-    for stride, size, _ in dims:
-        longer = length + (size - 1) * stride
-        if (stride - length) * source.itemsize > GAP_BYTES or longer * source.itemsize > limit:
-            break
-        included, length = included + 1, longer
-    inner, outer = dims[:included], dims[included:]
-    if outer and (outer[0][0] - length) * source.itemsize <= GAP_BYTES:  # the gaps are small, but the dimension is too long
-        stride, size, target_stride = outer[0]
-        part_size = max(1, 1 + (limit // source.itemsize - length) // stride)
-        for first in range(0, size, part_size):
-            part = (stride, min(part_size, size - first), target_stride)
-            yield from _repeated(spec, target, source, [*inner, part], outer[1:], first * stride, first * target_stride)
-        return
-    yield from _repeated(spec, target, source, inner, outer, 0, 0)
+    inner, outer, part_size = _split_dims(sorted(spec.dims), GAP_BYTES // source.itemsize, limit // source.itemsize)
+    # One read covers the dimensions `inner`, and a part of the first one of `outer`.
+    starts = [range(0, dim.size, part_size if position == 0 else 1) for position, dim in enumerate(outer)]
+    for index in itertools.product(*starts):
+        box = inner[::-1]
+        if outer:
+            stride, size, target_stride = outer[0]
+            box.insert(0, CopyDim(stride, min(part_size, size - index[0]), target_stride))
+        box = [dim for dim in box if dim.size > 1] or [CopyDim(1, 1, 1)]
+        start = spec.source_start + sum(i * dim.source_stride for i, dim in zip(index, outer, strict=True))
+        length = 1 + sum((dim.size - 1) * dim.source_stride for dim in box)
+        yield ReadItem(
+            file=source.file,
+            offset_bytes=source.offset_bytes + start * source.itemsize,
+            nbytes=length * source.itemsize,
+            dtype=source.dtype,
+            target=target,
+            start=spec.target_start + sum(i * dim.target_stride for i, dim in zip(index, outer, strict=True)),
+            sizes=tuple(dim.size for dim in box),
+            source_strides=tuple(dim.source_stride for dim in box),
+            target_strides=tuple(dim.target_stride for dim in box),
+            scales=source.scale_rows(start, length) if isinstance(source, ScaledTensor) else None,
+        )
 
 
-def _repeated(
-    spec: CopySpec,
-    target: str,
-    source: StoredTensor,
-    inner: list[tuple[int, int, int]],
-    outer: list[tuple[int, int, int]],
-    source_skip: int,
-    target_skip: int,
-) -> Iterator[ReadItem]:
-    """Iterate over the reads, one for every index of the `outer` dimensions. Each covers the `inner` dimensions.
+def _split_dims(dims: list[CopyDim], gap: int, limit: int) -> tuple[list[CopyDim], list[CopyDim], int]:
+    """Split the dimensions of a copy, finest source stride first, into those within one read and those over which it repeats.
 
-    A dimension is a tuple (source stride, size, target stride).
+    A read includes dimensions as long as their gaps have at most `gap` elements and the read at most `limit`. Of the next one
+    it includes as many elements as fit: the third value, which is 1 if the gaps are too large.
     """
-    if outer:
-        stride, size, target_stride = outer[-1]
-        for i in range(size):
-            skips = (source_skip + i * stride, target_skip + i * target_stride)
-            yield from _repeated(spec, target, source, inner, outer[:-1], *skips)
-        return
-    box = [dim for dim in reversed(inner) if dim[1] > 1] or [(1, 1, 1)]
-    length = 1 + sum((size - 1) * stride for stride, size, _ in box)
-    start = spec.source_start + source_skip
-    yield ReadItem(
-        file=source.file,
-        offset_bytes=source.offset_bytes + start * source.itemsize,
-        nbytes=length * source.itemsize,
-        dtype=source.dtype,
-        target=target,
-        start=spec.target_start + target_skip,
-        sizes=tuple(size for _, size, _ in box),
-        source_strides=tuple(stride for stride, _, _ in box),
-        target_strides=tuple(target_stride for _, _, target_stride in box),
-        scales=source.scale_rows(start, length) if isinstance(source, ScaledTensor) else None,
-    )
+    length = 1  # elements from the first to the last one of a read
+    for count, dim in enumerate(dims):
+        if dim.source_stride - length > gap:
+            return dims[:count], dims[count:], 1
+        if length + (dim.size - 1) * dim.source_stride > limit:
+            return dims[:count], dims[count:], max(1, 1 + (limit - length) // dim.source_stride)
+        length += (dim.size - 1) * dim.source_stride
+    return dims, [], 1

@@ -58,7 +58,9 @@ def concatenate(parts: Iterable[tuple[Shape, Regions]], dim: int) -> Regions:
     result: list[Region] = []
     position = 0
     for shape, regions in parts:
-        result += [replace(region, start=_set(region.start, dim, region.start[dim] + position)) for region in regions]
+        for region in regions:
+            start, size, stride = _dim_of(region, dim)
+            result.append(_replace_dims(region, dim, 1, [(position + start, size, stride)]))
         position += shape[dim]
     return _checked(result)
 
@@ -67,43 +69,23 @@ def narrow(regions: Regions, dim: int, start: int, stop: int, step: int = 1) -> 
     """Select the indices `start, start + step, ... < stop` of dimension `dim`; they become `0, 1, ...`."""
     result: list[Region] = []
     for region in regions:
-        low, size, stride = region.start[dim], region.sizes[dim], region.strides[dim]
+        low, size, stride = _dim_of(region, dim)
         first = max(start, low + (start - low) % step if low > start else start)  # the first selected index in the box
         last = min(stop, low + size)
-        if first >= last:
-            continue
-        count = -(-(last - first) // step)
-        result.append(
-            replace(
-                region,
-                start=_set(region.start, dim, (first - start) // step),
-                sizes=_set(region.sizes, dim, count),
-                offset=region.offset + (first - low) * stride,
-                strides=_set(region.strides, dim, stride * step),
-            )
-        )
+        if first < last:
+            box = ((first - start) // step, -(-(last - first) // step), stride * step)
+            result.append(_replace_dims(region, dim, 1, [box], (first - low) * stride))
     return tuple(result)
 
 
 def drop_dim(regions: Regions, dim: int) -> Regions:
     """Remove dimension `dim`, whose size is 1."""
-    return tuple(
-        replace(region, start=_cut(region.start, dim), sizes=_cut(region.sizes, dim), strides=_cut(region.strides, dim))
-        for region in regions
-    )
+    return tuple(_replace_dims(region, dim, 1, []) for region in regions)
 
 
 def add_dim(regions: Regions, dim: int) -> Regions:
     """Insert a dimension of size 1 at position `dim`."""
-    return tuple(
-        replace(
-            region,
-            start=_insert(region.start, dim, 0),
-            sizes=_insert(region.sizes, dim, 1),
-            strides=_insert(region.strides, dim, 0),
-        )
-        for region in regions
-    )
+    return tuple(_replace_dims(region, dim, 0, [(0, 1, 0)]) for region in regions)
 
 
 def permute(regions: Regions, order: Sequence[int]) -> Regions:
@@ -121,14 +103,9 @@ def permute(regions: Regions, order: Sequence[int]) -> Regions:
 
 def expand(regions: Regions, shape: Shape, new_shape: Shape) -> Regions:
     """Expand dimensions of size 1 to `new_shape`, which has the same number of dimensions."""
-    repeated = [d for d in range(len(shape)) if shape[d] == 1 != new_shape[d]]
-    result: list[Region] = []
-    for region in regions:
-        sizes, strides = region.sizes, region.strides
-        for d in repeated:
-            sizes, strides = _set(sizes, d, new_shape[d]), _set(strides, d, 0)
-        result.append(replace(region, sizes=sizes, strides=strides))
-    return tuple(result)
+    for dim in [d for d in range(len(shape)) if shape[d] == 1 != new_shape[d]]:
+        regions = tuple(_replace_dims(region, dim, 1, [(0, new_shape[dim], 0)]) for region in regions)
+    return regions
 
 
 def reshape(regions: Regions, shape: Shape, new_shape: Shape) -> Regions:
@@ -185,13 +162,12 @@ def _merge(regions: Regions, dim: int, inner: int) -> Regions:
     """
     result: list[Region] = []
     for region in regions:
-        (low, start), (rows, size) = region.start[dim : dim + 2], region.sizes[dim : dim + 2]
-        (row_stride, stride) = region.strides[dim : dim + 2]
+        (low, rows, row_stride), (start, size, stride) = _dim_of(region, dim), _dim_of(region, dim + 1)
         if rows == 1 or (size == inner and row_stride == stride * inner):
-            result.append(_with(region, dim, 2, [(low * inner + start, rows * size, stride)], 0))
+            result.append(_replace_dims(region, dim, 2, [(low * inner + start, rows * size, stride)]))
             continue
         for row in range(rows):
-            result.append(_with(region, dim, 2, [((low + row) * inner + start, size, stride)], row * row_stride))
+            result.append(_replace_dims(region, dim, 2, [((low + row) * inner + start, size, stride)], row * row_stride))
         _checked(result)
     return tuple(result)
 
@@ -203,7 +179,8 @@ def _split(regions: Regions, dim: int, inner: int) -> Regions:
     """
     result: list[Region] = []
     for region in regions:
-        low, stop, stride = region.start[dim], region.start[dim] + region.sizes[dim], region.strides[dim]
+        low, size, stride = _dim_of(region, dim)
+        stop = low + size
         first_row, stop_row = -(-low // inner), stop // inner  # complete rows
         parts = [(low, min(stop, first_row * inner))] if low % inner else []
         if first_row < stop_row:
@@ -213,18 +190,22 @@ def _split(regions: Regions, dim: int, inner: int) -> Regions:
         for begin, end in parts:
             rows = max(1, (end - begin) // inner)
             box = [(begin // inner, rows, stride * inner), (begin % inner, (end - begin) // rows, stride)]
-            result.append(_with(region, dim, 1, box, (begin - low) * stride))
+            result.append(_replace_dims(region, dim, 1, box, (begin - low) * stride))
     return _checked(result)
 
 
-def _with(region: Region, dim: int, count: int, box: Sequence[tuple[int, int, int]], skip: int) -> Region:
-    """Replace `count` dimensions of a region, from `dim` on, by those of `box`, each a tuple (start, size, stride)."""
-    starts, sizes, strides = zip(*box, strict=True)
+def _dim_of(region: Region, dim: int) -> tuple[int, int, int]:
+    """Return start, size and stride of one dimension."""
+    return region.start[dim], region.sizes[dim], region.strides[dim]
+
+
+def _replace_dims(region: Region, dim: int, count: int, box: Sequence[tuple[int, int, int]], skip: int = 0) -> Region:
+    """Replace `count` dimensions from `dim` on by `box`, tuples (start, size, stride). `skip` moves the offset."""
     return replace(
         region,
-        start=(*region.start[:dim], *starts, *region.start[dim + count :]),
-        sizes=(*region.sizes[:dim], *sizes, *region.sizes[dim + count :]),
-        strides=(*region.strides[:dim], *strides, *region.strides[dim + count :]),
+        start=(*region.start[:dim], *(start for start, _, _ in box), *region.start[dim + count :]),
+        sizes=(*region.sizes[:dim], *(size for _, size, _ in box), *region.sizes[dim + count :]),
+        strides=(*region.strides[:dim], *(stride for _, _, stride in box), *region.strides[dim + count :]),
         offset=region.offset + skip,
     )
 
@@ -234,15 +215,3 @@ def _checked(regions: Iterable[Region]) -> Regions:
     if len(result) > MAX_REGIONS:
         raise TooManyRegions(f"more than {MAX_REGIONS} regions")
     return result
-
-
-def _set(values: Shape, dim: int, value: int) -> Shape:
-    return (*values[:dim], value, *values[dim + 1 :])
-
-
-def _cut(values: Shape, dim: int) -> Shape:
-    return (*values[:dim], *values[dim + 1 :])
-
-
-def _insert(values: Shape, dim: int, value: int) -> Shape:
-    return (*values[:dim], value, *values[dim:])

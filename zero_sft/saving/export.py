@@ -31,7 +31,7 @@ from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.convert import Resolution, original_format, resolve
 from zero_sft.plan.partition import full_range
-from zero_sft.plan.plan import FillTarget, SourceMap, copy_specs
+from zero_sft.plan.plan import SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions
 from zero_sft.saving.folder import StagingFolder, explain_not_placed, explain_write_errors, find_staging, make_staging
 from zero_sft.saving.placing import put_in_place
@@ -224,7 +224,7 @@ def _write_shards(folder: Path, layout: ExportLayout, tensors: Mapping[str, Any]
             flat_range = shards.current_range(tensor) if is_sharded else full_range(tensor.numel())
             with shards.current_values(tensor) if is_sharded else _full_values(tensor) as values:
                 flat = values.to(tensor.dtype)  # a shard keeps its dtype when a partitioned model is cast
-                for copy in copy_specs(FillTarget(source_map=layout.sources[name], flat_range=flat_range)):
+                for copy in copy_specs(layout.sources[name], flat_range):
                     stored = layout.stored[copy.source]
                     write_copy(handles[stored.file], folder / stored.file, flat, copy, stored.offset_bytes)
             task.advance(_local_bytes(tensor, world))

@@ -7,6 +7,7 @@ so that the copy from one overlaps the read into the other.
 Reads happen in file order, in several threads if the rank has spare cores.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -16,10 +17,10 @@ from typing import Any
 
 import torch
 
-from zero_sft.checkpoint.file_identity import FileIdentity, require_unchanged
+from zero_sft.checkpoint.file_identity import FileIdentity, explain_read_errors, require_unchanged
 from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.errors import CheckpointError
-from zero_sft.plan.plan import ReadItem
+from zero_sft.plan.plan import SCATTER_BYTES, ReadItem
 from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import Pages
@@ -27,8 +28,8 @@ from zero_sft.storage.pages import Pages
 Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 """(rows, cols) of quantised numbers, a grid of scales with one element per block, a dtype → (rows, cols) of that dtype."""
 
-STAGING_BYTES = 8 * 2**20
-"""Bytes of a staging buffer, at least the plan's `SCATTER_BYTES`. A thread that stages reads has one or two buffers."""
+STAGING_BYTES = SCATTER_BYTES
+"""Bytes of a staging buffer: the longest scattered read fits. A thread that stages reads has one or two buffers."""
 
 _CHUNK_BYTES = 32 * 2**20  # bytes per read: large enough to stream, small enough for threads to share a large tensor
 
@@ -91,12 +92,16 @@ def _work_in_threads(job: _Job, pieces: Sequence[ReadItem], threads: int) -> Non
 
 
 def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
-    """Do one thread's work: take reads from the queue until it is empty."""
+    """Do one thread's work: take reads from the queue until it is empty. A failure empties it, so that all threads stop."""
     worker = _Worker(job)
-    for piece in queue:
-        worker.run(piece)
-        if job.advance is not None:
-            job.advance(piece.total_nbytes)
+    try:
+        for piece in queue:
+            worker.run(piece)
+            if job.advance is not None:
+                job.advance(piece.total_nbytes)
+    except BaseException:
+        collections.deque(queue, maxlen=0)
+        raise
     worker.finish()
 
 
@@ -107,13 +112,8 @@ def opened(path: str, expected: FileIdentity | None) -> Generator[int]:
     Raises:
         CheckpointError: the file can't be opened, or has changed.
     """
-    try:
+    with explain_read_errors(path):
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be opened: {error.strerror}. Check that the file exists and that you may read it.",
-            code="checkpoint.file_unreadable",
-        ) from error
     try:
         require_unchanged(path, handle, expected)
         if hasattr(os, "posix_fadvise"):  # longer read-ahead: a fifth faster on a local disk with a cold cache

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from zero_sft.checkpoint.file_identity import explain_read_errors
 from zero_sft.checkpoint.folder_kind import describe_placeholder
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.errors import CheckpointError
@@ -63,14 +64,9 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _size_of_zip(path: str) -> int:
-    try:
+    with explain_read_errors(path):
         size_bytes = Path(path).stat().st_size
         is_zip = bool(size_bytes) and zipfile.is_zipfile(path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error.strerror or error}. Check that the file exists and that you may read it.",
-            code="checkpoint.file_unreadable",
-        ) from error
     if is_zip and _is_compressed(path):
         raise CheckpointError(
             f"{path} is compressed, so its tensors can't be read in place. Save it uncompressed, once, in Python:\n"

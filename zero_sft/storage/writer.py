@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from zero_sft.plan.plan import CopySpec
+from zero_sft.plan.plan import CopyDim, CopySpec
 from zero_sft.storage.accelerator import bytes_view
 
 STAGING_BYTES = 16 * 2**20
@@ -41,14 +41,14 @@ def write_copy(handle: int, path: Path, flat: torch.Tensor, piece: CopySpec, off
     Raises:
         OSError: a write failed; the error names the file.
     """
-    dims = sorted(zip(piece.source_strides, piece.sizes, piece.target_strides, strict=True), reverse=True)
+    dims = sorted(piece.dims, reverse=True)
     for stored_offset, local_offset, sizes, strides in _runs(dims, STAGING_BYTES // flat.element_size()):
         start = flat.storage_offset() + piece.target_start + local_offset
         run = flat.as_strided(sizes, strides, start).reshape(-1)
         write_at(handle, path, run, offset_bytes + (piece.source_start + stored_offset) * flat.element_size())
 
 
-def _runs(dims: list[tuple[int, int, int]], limit: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
+def _runs(dims: list[CopyDim], limit: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
     """Split a copy into runs that are stored without gaps. Yields (stored offset, local offset, local sizes, local strides).
 
     A dimension is a tuple (stored stride, size, local stride); the coarsest comes first. A run that is not contiguous in local
@@ -71,5 +71,5 @@ def _runs(dims: list[tuple[int, int, int]], limit: int) -> Iterator[tuple[int, i
         yield stored_offset, local_offset, sizes, strides
 
 
-def _is_contiguous(dims: list[tuple[int, int, int]]) -> bool:
+def _is_contiguous(dims: list[CopyDim]) -> bool:
     return all(stored_stride == local_stride for stored_stride, size, local_stride in dims if size > 1)
