@@ -208,13 +208,13 @@ def _trainer(arguments: Any, model: Any, parsed: ParsedArguments, inputs: "Input
     from zero_sft.job.checkpoints import PublishedModel
     from zero_sft.job.steps import StepLog
     from zero_sft.job.timeline import trainer_callback
-    from zero_sft.job.trainer import LogLastStep, Trainer, collator_for
+    from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
 
     text = text_config(model.config)
     router_values = {name: getattr(text, name) for name in _ROUTER_KEYS if hasattr(text, name)}
     published = PublishedModel(tokenizer=_with_trained_template(inputs), config_values=router_values, record=inputs.record)
     try:
-        trainer = Trainer(
+        trainer = JobTrainer(
             model=model,
             args=arguments,
             published=published,

@@ -48,7 +48,7 @@ def ours(settings: Settings, attention: str) -> Any:
     from zero_sft.cluster.world import World
     from zero_sft.ds_config import load_ds_config
     from zero_sft.job.checkpoints import PublishedModel
-    from zero_sft.job.trainer import Trainer, collator_for
+    from zero_sft.job.trainer import JobTrainer, collator_for
     from zero_sft.saving.run_record import RunRecord
     from zero_sft.zero.process_group import connect
 
@@ -65,7 +65,7 @@ def ours(settings: Settings, attention: str) -> Any:
     set_seed(arguments.seed)
     model = load_model(str(settings.folder), ds_config=arguments.hf_deepspeed_config.config, attn_implementation=attention)
     tokenizer = _tokenizer()
-    return Trainer(
+    return JobTrainer(
         model=model, args=arguments,
         published=PublishedModel(tokenizer=tokenizer, record=RunRecord.of(model.config, arguments)),
         train_dataset=rows(settings),

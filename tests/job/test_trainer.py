@@ -12,7 +12,7 @@ from zero_sft.cluster.world import World
 from zero_sft.data.collator import Collator
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
-from zero_sft.job.trainer import Trainer
+from zero_sft.job.trainer import JobTrainer
 
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
 
@@ -24,7 +24,7 @@ def trained(flat, indices, rank, *, rows, end=True, drop_last=False):
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
     )
     batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
-    batch = Trainer._mask_padding_samples(trainer, batch, rows, len(indices), drop_last)  # pyright: ignore[reportArgumentType]
+    batch = JobTrainer._mask_padding_samples(trainer, batch, rows, len(indices), drop_last)  # pyright: ignore[reportArgumentType]
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
     labels = batch["labels"][batch["labels"] != IGNORE_INDEX]
     return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
@@ -55,7 +55,7 @@ def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
         yield
 
     with raises("data.unusable_sample") as caught:
-        next(Trainer._local_batches(trainer, batches()))
+        next(JobTrainer._local_batches(trainer, batches()))
     failure.begin_job(World(rank=1, world_size=2))
     assert failure.report_failure(caught.value) == 1
     assert capsys.readouterr().err == "\nerror: a.json, sample 6: no (rank 1 alone) [data.unusable_sample]\n"

@@ -216,7 +216,7 @@ def lost(folder: Path, out: str) -> None:
     from zero_sft.job import trainer
 
     os.chdir(folder)
-    train = trainer.Trainer.train
+    train = trainer.JobTrainer.train
 
     def train_and_lose(self, *args, **kwargs):
         train(self, *args, **kwargs)
@@ -226,7 +226,7 @@ def lost(folder: Path, out: str) -> None:
         torch.distributed.barrier()
 
     said = io.StringIO()
-    with mock.patch.object(trainer.Trainer, "train", train_and_lose), contextlib.redirect_stderr(said):
+    with mock.patch.object(trainer.JobTrainer, "train", train_and_lose), contextlib.redirect_stderr(said):
         with pytest.raises(AssertionError):
             small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
     if torch.distributed.get_rank() == 0:

@@ -59,7 +59,7 @@ class TaskState:
         """Show `text` next to the amount, in place of the rate and the time left."""
         self.text = text
 
-    def spoken(self) -> None:
+    def line_logged(self) -> None:
         """Do nothing: log lines do not move the bars."""
 
     @property
@@ -179,7 +179,7 @@ class _LoggedWork(TaskState):
         if is_due:
             logger.info("%s: %s", self.title, self.numbers())
 
-    def spoken(self) -> None:
+    def line_logged(self) -> None:
         """Count a line that the caller has logged as a line of this task."""
         with self._lock:
             self._said_at, self._said_done = self._now(), self.done

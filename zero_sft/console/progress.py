@@ -27,7 +27,7 @@ class Task(Protocol):
         """Show a short text next to the amount, in place of the rate and the time left."""
         ...
 
-    def spoken(self) -> None:
+    def line_logged(self) -> None:
         """Report that the caller has just logged a line about this task."""
         ...
 
@@ -53,7 +53,7 @@ class _HiddenTask:
     def note(self, text: str) -> None:
         return None
 
-    def spoken(self) -> None:
+    def line_logged(self) -> None:
         return None
 
 

@@ -84,7 +84,7 @@ class StepLog(TrainerCallback):
             position = _position(logs, state.global_step, state.max_steps)
             line = "  ".join(filter(None, [position, self._metrics, _time_left(self._pace, state)]))
             if self._task is not None:
-                self._task.spoken()
+                self._task.line_logged()
         elif "train_runtime" in logs:
             line = finished_line(logs, self._pace.steps)
         elif any(name.startswith("eval_") for name in logs):

@@ -26,7 +26,7 @@ LENGTHS = "length"
 """The column with the samples' lengths, in tokens."""
 
 
-class Trainer(SavingTrainer):
+class JobTrainer(SavingTrainer):
     """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once.
 
     Args:

@@ -34,7 +34,7 @@ from zero_sft.plan.partition import full_range
 from zero_sft.plan.plan import FillTarget, SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions
 from zero_sft.saving.folder import StagingFolder, explain_not_placed, explain_write_errors, find_staging, make_staging
-from zero_sft.saving.placing import put_in_place
+from zero_sft.saving.placing import publish
 from zero_sft.saving.readable import require_readable, unwrapped
 from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
@@ -85,7 +85,7 @@ def save_pretrained(
         is_complete = True
         with collective_stage(world, f"finishing {target}"), explain_not_placed(staging):
             if world.is_main:
-                put_in_place(staging)
+                publish(staging)
     finally:
         if world.is_main and staging is not None and not is_complete:
             shutil.rmtree(staging.folder, ignore_errors=True)

@@ -33,7 +33,7 @@ class Placing(StrEnum):
 
     RENAME = "rename"
     EXCHANGE = "exchange"
-    IN_PLACE = "in place"
+    FILE_BY_FILE = "file by file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def make_staging(path: str | Path) -> StagingFolder:
     exchangeable = None if _holds_the_working_directory(target) else _new_exchangeable_folder(target)
     if exchangeable is not None:
         return StagingFolder(folder=exchangeable, target=target, placing=Placing.EXCHANGE)
-    return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.IN_PLACE)
+    return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.FILE_BY_FILE)
 
 
 def _require_usable(target: Path) -> None:

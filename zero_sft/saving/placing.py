@@ -55,7 +55,7 @@ _MOST_LINKS = 20_000
 """With more files than this, the target is written in place: it is a home or data folder, not a run's."""
 
 
-def put_in_place(staging: StagingFolder) -> None:
+def publish(staging: StagingFolder) -> None:
     """Put a finished staging folder in the place of its target, and remove what is left of it. Rank 0.
 
     Raises:
@@ -66,7 +66,7 @@ def put_in_place(staging: StagingFolder) -> None:
         if path.is_file() and not WEIGHTS.fullmatch(path.name):  # the ranks have synced the weights
             _sync(path)
     _sync(folder)
-    if staging.placing is not Placing.IN_PLACE and not (target.is_dir() and any(target.iterdir())):
+    if staging.placing is not Placing.FILE_BY_FILE and not (target.is_dir() and any(target.iterdir())):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             _copy_attributes(target, folder)
@@ -74,7 +74,7 @@ def put_in_place(staging: StagingFolder) -> None:
             folder.rename(target)
             _sync(target.parent)
             return
-    if staging.placing is Placing.IN_PLACE or not _try_exchange(folder, target):
+    if staging.placing is Placing.FILE_BY_FILE or not _try_exchange(folder, target):
         _replace_files(folder, target)
 
 
