@@ -202,6 +202,8 @@ def test_where_a_folder_cannot_be_exchanged_files_are_replaced(tmp_path, how):
     assert models.others(out) == rest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    publish(drafted(out, 1))
+    assert not list(out.glob("model-0*")), "weight files under names that a later export does not know"
 
 
 @pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.FILE_BY_FILE])
