@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from zero_sft.errors import ExportError, NotPlacedError
 from zero_sft.saving.exchange_folders import is_supported
@@ -47,14 +46,14 @@ class StagingFolder:
     @property
     def reference(self) -> list[str]:
         """The values by which other ranks find this folder. No full path: links may resolve differently on their machines."""
-        return [self.folder.name, self.placing, "inside" if self.folder.parent == self.target else "next to"]
+        return [self.folder.name, self.placing]
 
 
 def find_staging(path: str | Path, reference: list[str]) -> StagingFolder:
     """Find the staging folder that rank 0 made for the folder `path`, under its path on this machine."""
-    name, placing, position = reference
+    name, placing = reference
     target = resolved(path)
-    parent = target if position == "inside" else target.parent
+    parent = target if placing == Placing.FILE_BY_FILE else target.parent
     return StagingFolder(folder=parent / name, target=target, placing=Placing(placing))
 
 
@@ -111,14 +110,12 @@ def _new_exchangeable_folder(target: Path) -> Path | None:
     try:
         folder.rename(inside)
         inside.rename(folder)
-        supported = is_supported(folder)
+        if is_supported(folder):
+            return folder
     except OSError as error:
-        supported = False
         if error.errno != errno.EXDEV and not os.access(target, os.W_OK | os.X_OK):
             folder.rmdir()
             raise
-    if supported:
-        return folder
     folder.rmdir()
     return None
 
@@ -134,8 +131,7 @@ def _holds_the_working_directory(target: Path) -> bool:
 def writable_staging(path: str | Path) -> Iterator[StagingFolder]:
     """Make a staging folder for `path` as the end of the run will, and remove it afterwards. Rank 0.
 
-    If the target does not exist, the rename of the staging folder to it is tried as well and undone. Nothing is left behind
-    except parent folders.
+    If the target does not exist, the rename to it is tried as well and undone. Nothing is left except parent folders.
 
     Raises:
         ExportError: the folder can't be made or written.
@@ -167,37 +163,27 @@ def leftover_stagings(path: str | Path) -> list[Path]:
     return sorted(folder for parent in (target.parent, target) if parent.is_dir() for folder in parent.glob(pattern))
 
 
-class explain_write_errors:
+@contextlib.contextmanager
+def explain_write_errors(target: str | Path) -> Iterator[None]:
     """Turn an OSError into an ExportError that names the folder and the remedy."""
-
-    def __init__(self, target: str | Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise ExportError(
-                f"{self._target} can't be written: {error.strerror or error} ({error.filename}). Name another --output_dir, "
-                "with room for the model, that all ranks share.",
-                code="export.unwritable",
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{target} can't be written: {error.strerror or error} ({error.filename}). Name another --output_dir, "
+            "with room for the model, that all ranks share.",
+            code="export.unwritable",
+        ) from error
 
 
-class explain_not_placed:
+@contextlib.contextmanager
+def explain_not_placed(staging: StagingFolder) -> Iterator[None]:
     """Turn an OSError of the last step into a NotPlacedError that names the finished staging folder."""
-
-    def __init__(self, staging: StagingFolder) -> None:
-        self._staging = staging
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise NotPlacedError(
-                f"the model is complete in {self._staging.folder}, but could not take its place in {self._staging.target}: "
-                f"{error.strerror or error} ({error.filename}). Move it there by hand, or load it from where it is.",
-                code="export.not_placed",
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise NotPlacedError(
+            f"the model is complete in {staging.folder}, but could not take its place in {staging.target}: "
+            f"{error.strerror or error} ({error.filename}). Move it there by hand, or load it from where it is.",
+            code="export.not_placed",
+        ) from error
