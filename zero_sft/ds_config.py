@@ -19,6 +19,9 @@ from zero_sft.packaged_file import packaged_file
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 
+ADAMW_OPTIMS = frozenset({"adamw_torch", "adamw_torch_fused"})
+"""Values of --optim that DeepSpeed's CPU Adam implements."""
+
 
 def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read and check a DeepSpeed config.

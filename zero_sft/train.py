@@ -9,7 +9,6 @@ training, on the Hugging Face Trainer and DeepSpeed.
 Functions import the modules that need torch, so that `--help` answers at once.
 """
 
-import copy
 import dataclasses
 import json
 import logging
@@ -27,6 +26,7 @@ from zero_sft.console import progress
 from zero_sft.console.log import close_console, open_console, silence_transformers
 from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
+from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     from zero_sft.job.inputs import Inputs
@@ -39,9 +39,6 @@ LOGS = "logs"
 
 ANSWER_TOKENS = 256
 """The maximum length of an answer to a sample prompt, in tokens; most answers are shorter."""
-
-_ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
-"""Keys of a mixture-of-experts config that TRL overwrites for the training."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +76,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
             logger.info(note)
     timeline = Timeline()
     timeline.end("imports")
-    ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
+    ranks = with_count(world.world_size, "rank")
     logger.info("starting %s", ranks)
     with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
         world = connect(world)
@@ -92,12 +89,11 @@ def run(parsed: ParsedArguments, world: World) -> None:
     inputs = read_inputs(parsed, world)
     failure.set_log_folder(Path(parsed.training["output_dir"]) / LOGS)
     timeline.end("inputs")
-    require_room_for_run(parsed, inputs.arguments, inputs, world)
+    require_room_for_run(inputs, world)
     failure.set_stage("loading the model")
-    model = _load(parsed, inputs.arguments, inputs, world)
-    model.generation_config = inputs.generation
+    model = _load(parsed, inputs, world)
     timeline.end("load")
-    _train_and_export(parsed, inputs.arguments, model, inputs, world, timeline)
+    _train_and_export(parsed, model, inputs, world, timeline)
 
 
 def _device() -> str:
@@ -109,7 +105,7 @@ def _device() -> str:
     return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
 
 
-def _load(parsed: ParsedArguments, arguments: Any, inputs: "Inputs", world: World) -> Any:
+def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
     """Load the model under the DeepSpeed config that the Trainer has completed. Every rank; communicates."""
     from transformers import set_seed
 
@@ -117,36 +113,32 @@ def _load(parsed: ParsedArguments, arguments: Any, inputs: "Inputs", world: Worl
     from zero_sft.loading.options import LoadOptions
     from zero_sft.options.keywords import pick_options
 
-    set_seed(arguments.seed)
+    set_seed(inputs.arguments.seed)
     logger.info("loading the model")
-    return load_model_from(
+    model = load_model_from(
         inputs.source,
         world,
-        ds_config=arguments.hf_deepspeed_config.config,
-        config=inputs.config,
+        ds_config=inputs.arguments.hf_deepspeed_config.config,
+        config=inputs.spec.config,
         options=pick_options(LoadOptions, parsed.model),
     )
+    model.generation_config = inputs.generation_config
+    return model
 
 
-def _train_and_export(
-    parsed: ParsedArguments, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline"
-) -> None:
+def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
     from zero_sft.cluster.stages import collective_stage
     from zero_sft.saving.rescue import export_or_rescue
-    from zero_sft.zero import gather_hooks as gather
 
-    report = model.load_report
+    arguments, output, report = inputs.arguments, Path(inputs.arguments.output_dir), model.load_report
     failure.set_stage("answering prompts")
-    before = []
+    before = _answers_before(model, inputs)
     if inputs.prompts:
-        with gather.summon_full_params(model):
-            before = _answers(model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
-    trainer = _trainer(arguments, model, parsed, inputs, timeline)
-    output = Path(arguments.output_dir)
+    trainer = _trainer(model, inputs, world, timeline)
     _begin(output, inputs, world)
     failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
     late_error = trainer.train_to_the_end(inputs.checkpoint and inputs.checkpoint.folder)
@@ -154,7 +146,7 @@ def _train_and_export(
     failure.set_stage("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
     failure.set_stage("answering prompts")
-    after = _answers_of_engine(trainer, inputs)
+    after = _answers_after(trainer, inputs)
     answers = [
         {"prompt": prompt, "before": answer_before, "after": answer_after}
         for prompt, answer_before, answer_after in zip(inputs.prompts, before, after, strict=True)
@@ -181,8 +173,7 @@ def _train_and_export(
                 f"as it was after the last step, in {output}.",
                 code="cluster.failed_after_last_step",
             ) from late_error
-    trained: Any = trainer.model_wrapped
-    trained.destroy()  # end DeepSpeed's threads before the interpreter exits
+    trainer.model_wrapped.destroy()  # end DeepSpeed's threads before the interpreter exits
 
 
 def _begin(output: Path, inputs: "Inputs", world: World) -> None:
@@ -197,32 +188,26 @@ def _begin(output: Path, inputs: "Inputs", world: World) -> None:
     with collective_stage(world, "removing the previous run's checkpoints"), explain_write_errors(output):
         if world.is_main and inputs.overwrites_run:
             remove_checkpoints(output)
-    if inputs.checkpoint is not None:
-        logger.info("starting the engine from the checkpoint %s, which is complete", inputs.checkpoint.folder)
-    else:
-        logger.info("starting the engine")
+    origin = f" from the checkpoint {inputs.checkpoint.folder}, which is complete" if inputs.checkpoint else ""
+    logger.info("starting the engine%s", origin)
 
 
-def _trainer(arguments: Any, model: Any, parsed: ParsedArguments, inputs: "Inputs", timeline: "Timeline") -> Any:
-    from zero_sft.config import text_config
-    from zero_sft.job.checkpoints import PublishedModel
-    from zero_sft.job.steps import StepLog
-    from zero_sft.job.timeline import trainer_callback
+def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> Any:
+    from zero_sft.job.steps import StartUpMarks, StepLog
     from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
 
-    text = text_config(model.config)
-    router_values = {name: getattr(text, name) for name in _ROUTER_KEYS if hasattr(text, name)}
-    published = PublishedModel(tokenizer=_with_trained_template(inputs), config_values=router_values, record=inputs.record)
     try:
         trainer = JobTrainer(
             model=model,
-            args=arguments,
-            published=published,
+            args=inputs.arguments,
+            saved_tokenizer=inputs.saved_tokenizer,
+            record=inputs.record,
+            world=world,
             train_dataset=inputs.training_data.rows,
             eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
-            data_collator=collator_for(model, inputs.tokenizer, arguments.pad_to_multiple_of),
-            callbacks=[trainer_callback(timeline, logger.info), LogLastStep()],
+            data_collator=collator_for(model, inputs.tokenizer, inputs.arguments.pad_to_multiple_of),
+            callbacks=[StartUpMarks(timeline), LogLastStep()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
@@ -233,23 +218,25 @@ def _trainer(arguments: Any, model: Any, parsed: ParsedArguments, inputs: "Input
     return trainer
 
 
-def _with_trained_template(inputs: "Inputs") -> Any:
-    """Copy the tokenizer for checkpoints and the export, with the chat template of the training."""
-    published = copy.deepcopy(inputs.tokenizer)
-    published.chat_template = inputs.template.jinja(inputs.tokenizer)
-    return published
-
-
 def _answers(model: Any, inputs: "Inputs") -> list[str]:
     from zero_sft.job.generation import answer
 
-    count = len(inputs.prompts)
-    logger.info("answering %d prompt%s", count, "s" * (count != 1))
+    logger.info("answering %s", with_count(len(inputs.prompts), "prompt"))
     with progress.task("answering prompts"):
         return answer(model, inputs.tokenizer, inputs.prompts, template=inputs.template, max_new_tokens=ANSWER_TOKENS)
 
 
-def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
+def _answers_before(model: Any, inputs: "Inputs") -> list[str]:
+    """Answer the prompts before the engine starts. Every rank; communicates."""
+    from zero_sft.zero import gather_hooks as gather
+
+    if not inputs.prompts:
+        return []
+    with gather.summon_full_params(model):
+        return _answers(model, inputs)
+
+
+def _answers_after(trainer: Any, inputs: "Inputs") -> list[str]:
     """Answer the prompts after the training. Every rank; communicates.
 
     A small model is gathered once for all tokens, a large model module by module for each token.

@@ -14,10 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
+from zero_sft.ds_config import ADAMW_OPTIMS
 from zero_sft.errors import ConfigError
-
-ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
-"""Values of --optim that DeepSpeed's CPU Adam implements."""
 
 _DECIDED_BY_ARGUMENTS = (
     "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -77,9 +75,9 @@ def _prevent_replacement(config: dict[str, Any], optim: str) -> list[str]:
     """Stop accelerate from replacing the optimizer with DeepSpeed's CPU Adam under offload; return log lines."""
     if not offloads_optimizer(config):
         return []
-    if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW:
+    if config.get("zero_force_ds_cpu_optimizer") is None and optim not in ADAMW_OPTIMS:
         config["zero_force_ds_cpu_optimizer"] = False
-    if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW:
+    if config.get("zero_force_ds_cpu_optimizer", True) and optim in ADAMW_OPTIMS:
         return [f"--optim {optim} runs as DeepSpeed's CPU Adam (AdamW): zero_force_ds_cpu_optimizer is on in the config"]
     if optim == "adamw_torch":
         return ["the optimizer runs on the host: --optim adamw_torch_fused is several times as fast there"]
@@ -139,10 +137,14 @@ def count_steps(rows: int, arguments: Any, world_size: int) -> int:
     """Return the number of optimizer steps of a run on `rows` rows, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * steps_in_epoch(rows, arguments, world_size))
+
+
+def steps_in_epoch(rows: int, arguments: Any, world_size: int) -> int:
+    """Return the number of optimizer steps of an epoch on `rows` rows, as the Trainer counts them."""
     round_batches = math.floor if arguments.dataloader_drop_last else math.ceil
     batches = round_batches(round_batches(rows / arguments.per_device_train_batch_size) / world_size)
-    steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(arguments.num_train_epochs * steps)
+    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
 
 
 def _comparable_values(config: Mapping[str, Any], args: Any, world_size: int) -> list[tuple[str, Any, Any, str]]:
@@ -195,8 +197,8 @@ def _contradictions(pairs: Iterable[tuple[str, Any, Any, str]], given: Set[str])
 
 def _other_optimizer(kind: str, optim: str) -> list[ConfigError]:
     equivalent_optims = {
-        "adam": ADAMW,
-        "adamw": ADAMW,
+        "adam": ADAMW_OPTIMS,
+        "adamw": ADAMW_OPTIMS,
         "lion": {"lion_32bit"},
         "sgd": {"sgd"},
         "rmsprop": {"rmsprop"},
@@ -214,7 +216,7 @@ def _other_optimizer(kind: str, optim: str) -> list[ConfigError]:
 
 
 def _replaced_optimizer(config: Mapping[str, Any], optim: str) -> list[ConfigError]:
-    if optim in ADAMW or not offloads_optimizer(config):
+    if optim in ADAMW_OPTIMS or not offloads_optimizer(config):
         return []
     offload = config["zero_optimization"]["offload_optimizer"]
     problems = []

@@ -1,9 +1,11 @@
 """Prepare the export's generation settings, and check before the weights are read that all settings can be saved."""
 
+import copy
 import logging
 from typing import Any
 
-from zero_sft.arguments import ParsedArguments
+from transformers import GenerationConfig
+
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.templates.choose import Template
@@ -15,24 +17,24 @@ logger = logging.getLogger("zero_sft.train")
 
 
 def check_export_settings(
-    parsed: ParsedArguments, config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World
-) -> Any:
-    """Return the generation config of the export, after a trial save of it, the config and the tokenizer.
-
-    Every rank; communicates.
+    config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World
+) -> tuple[GenerationConfig, Any]:
+    """Return the generation config and the tokenizer of the export, after a trial save. Every rank; communicates.
 
     Raises:
         ExportError, ConfigError: a setting that the export needs can't be read or saved.
     """
     folder = fetch_files(source, world, CONFIG)
     with collective_stage(world, "trying to save the settings"):
-        generation, _ = read_generation_config(folder)  # the loader warns about settings that are refused
-        ends, stored_ids = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation)
-        added_ids = stop_at(generation, ends)
+        generation_config, _ = read_generation_config(folder)  # the loader warns about settings that are refused
+        ends, stored_ids = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation_config)
+        added_ids = stop_at(generation_config, ends)
+        saved_tokenizer = copy.deepcopy(tokenizer)
+        saved_tokenizer.chat_template = template.jinja(tokenizer)
         if world.is_main:
-            rehearse_settings(config, generation, tokenizer, template.jinja(tokenizer))
+            rehearse_settings(config, generation_config, saved_tokenizer)
     if world.is_main:
-        if names := inconsistent_settings(generation):
+        if names := inconsistent_settings(generation_config):
             logger.warning(
                 "generation_config.json of %s sets %s, which transformers considers inconsistent; they are saved unchanged",
                 source.name,
@@ -52,4 +54,4 @@ def check_export_settings(
                 " or ".join(map(repr, ends.texts)),
                 list(ends.texts),
             )
-    return generation
+    return generation_config, saved_tokenizer

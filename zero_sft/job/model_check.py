@@ -5,37 +5,38 @@ even after the weights are read. Left out: the weights of a model on the hub, wh
 with custom code, which is unknown until that code runs.
 """
 
-import logging
+from pathlib import Path
 from typing import Any
 
-from zero_sft.arguments import ParsedArguments
+import torch
+
+from zero_sft.arguments import ModelArguments
+from zero_sft.checkpoint.index import read_index
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.hub.source import ModelSource
-
-logger = logging.getLogger("zero_sft.train")
+from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
+from zero_sft.loading.request import ModelSpec
+from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
+from zero_sft.storage import torch_zip
 
 _FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """Keys of `zero_optimization` whose "auto" the Trainer computes from the model's hidden size."""
 
 
-def require_usable_model(parsed: ParsedArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> None:
-    """Raise an error if the model can't be trained with these arguments. Every rank; communicates.
+def require_usable_model(options: ModelArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> ModelSpec:
+    """Return the model's dtype, attention and config, checked against these arguments. Every rank; communicates.
 
     Raises:
-        ZeroSftError: the same on every rank.
+        ZeroSftError: the same on every rank; the model can't be trained with these arguments.
     """
-    from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
-    from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
-
-    ds_config = arguments.hf_deepspeed_config.config
     with collective_stage(world, "checking the model"):
-        requested = requested_dtype(parsed.model.dtype, config)
-        dtype = engine_dtype(ds_config, requested)
-        require_engine_dtype(parsed.model.dtype, requested, dtype)
-        attention = attention_of(config, parsed.model.attn_implementation)
+        requested = requested_dtype(options.dtype, config)
+        dtype = engine_dtype(arguments.hf_deepspeed_config.config, requested)
+        require_engine_dtype(options.dtype, requested, dtype)
+        attention = attention_of(config, options.attn_implementation)
         if attention and "flash" in attention and dtype == "float32":
             raise ArgumentError(
                 f"the attention implementation {attention} works only in 16 bits, but this run trains in float32. "
@@ -54,15 +55,15 @@ def require_usable_model(parsed: ParsedArguments, arguments: Any, config: Any, s
                 require_attention(cls, part, attention)
         _require_hidden_size(arguments.hf_deepspeed_config, config)
         if source.folder is not None and world.is_main:
-            _require_weights(source.folder, source.options.variant)
-
-
-def _require_weights(folder: Any, variant: str | None) -> None:
-    """Read the header of every weight file, which fails on a missing, truncated or placeholder file. Rank 0."""
-    from zero_sft.checkpoint.index import read_index
-    from zero_sft.storage import torch_zip
-
-    read_index(folder, torch_zip.read_header, variant)
+            # Every weight file's header: a missing, truncated or placeholder file is an error.
+            read_index(source.folder, torch_zip.read_header, source.options.variant)
+    return ModelSpec(
+        folder=source.folder or Path(source.name),
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _require_hidden_size(hf_config: Any, config: Any) -> None:

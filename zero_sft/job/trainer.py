@@ -27,16 +27,12 @@ LENGTHS = "length"
 
 
 class JobTrainer(SavingTrainer):
-    """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once.
-
-    Args:
-        published: the tokenizer, config values and run record that checkpoints and the export hold.
-    """
+    """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once."""
 
     _evaluated: dict[str, Any]  # the current evaluation: the dataset's rows, and this rank's summed loss and tokens so far
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
         self.remove_callback(ProgressCallback)
         self.add_callback(TokenCount())

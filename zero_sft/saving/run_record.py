@@ -12,11 +12,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zero_sft.ds_config import ADAMW_OPTIMS
 from zero_sft.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
 FILE = "zero_sft_run.json"
+
+ADAMW = "adamw"
+"""The record's name of every Adam and AdamW optimizer."""
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -72,7 +76,7 @@ class RunRecord:
 def _family(name: str) -> str:
     """Return one name for all optimizers whose states have the same format."""
     name = name.lower()
-    return "adamw" if name in ("adam", "adamw", "adamw_torch", "adamw_torch_fused") else name
+    return ADAMW if name in {"adam", "adamw", *ADAMW_OPTIMS} else name
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

@@ -11,7 +11,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +27,6 @@ from zero_sft.transformers_internals import internal
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """A model's settings next to its weights.
-
-    Attributes:
-        architecture: the name of the model's class, if the model exists.
-        tied: whether input and output embeddings share their weights; None if that is not known.
-    """
-
-    config: PreTrainedConfig
-    generation: GenerationConfig | None
-    tokenizer: PreTrainedTokenizerBase | None
-    architecture: str | None = None
-    tied: bool | None = None
-
-    @staticmethod
-    def of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> "Settings":
-        """Return the settings of a model as it is now."""
-        generation = getattr(model, "generation_config", None) if model.can_generate() else None
-        return Settings(
-            config=model.config,
-            generation=generation,
-            tokenizer=tokenizer,
-            architecture=type(model).__name__,
-            tied=heads_are_tied(model),
-        )
-
-
 def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Write config, generation config, tokenizer and, for a model with custom code, this code to the folder. Rank 0.
 
@@ -65,7 +36,8 @@ def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
     with _explained(f"the code of {type(model).__name__}"):
         if type(model).__module__.startswith("transformers_modules."):
             internal("custom_object_save")(model, folder)
-    _write(folder, Settings.of(model, tokenizer))
+    generation_config = getattr(model, "generation_config", None) if model.can_generate() else None
+    _write(folder, model.config, generation_config, tokenizer, model)
     _copy_processor(folder, model.config)
 
 
@@ -87,82 +59,65 @@ def _copy_processor(folder: Path, config: PreTrainedConfig) -> None:
         )  # fmt: skip
 
 
-def rehearse_settings(
-    config: PreTrainedConfig, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None, chat_template: Any
-) -> None:
-    """Write an export's settings, with this chat template, to a temporary folder for a test. Rank 0.
-
-    Log a warning if the tokenizer encodes in another way after it is read back.
+def rehearse_settings(config: PreTrainedConfig, generation_config: GenerationConfig, tokenizer: Any) -> None:
+    """Write an export's settings to a temporary folder, and warn if the tokenizer read back from it encodes otherwise. Rank 0.
 
     Raises:
         ExportError: one of them can't be saved.
     """
-    with tempfile.TemporaryDirectory(prefix="zero_sft_") as folder, _with_chat_template(tokenizer, chat_template):
-        _write(Path(folder), Settings(config=config, generation=generation, tokenizer=tokenizer))
-        warning = None if tokenizer is None else changed_encoding(Path(folder), tokenizer)
+    with tempfile.TemporaryDirectory(prefix="zero_sft_") as folder:
+        _write(Path(folder), config, generation_config, tokenizer)
+        warning = changed_encoding(Path(folder), tokenizer)
         if warning:
             logger.warning(warning)
 
 
-@contextlib.contextmanager
-def _with_chat_template(tokenizer: Any, chat_template: Any) -> Iterator[None]:
-    if tokenizer is None:
-        yield
-        return
-    own_template, tokenizer.chat_template = tokenizer.chat_template, chat_template
-    try:
-        yield
-    finally:
-        tokenizer.chat_template = own_template
-
-
-def _write(folder: Path, settings: Settings) -> None:
-    config, generation = _completed(settings)
+def _write(
+    folder: Path,
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Write copies that are consistent with each other and, if there is a model, with its class and weights."""
+    config, generation_config = copy.deepcopy(config), copy.deepcopy(generation_config)
+    parts = (config, text_config(config))
+    tied = None if model is None else heads_are_tied(model)
+    for part in parts:
+        if getattr(part, "use_cache", None) is False:
+            part.use_cache = True  # off only while training, as in FastChat
+        if tied is not None and hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = tied
+    if model is not None:
+        config.architectures = [type(model).__name__]
+    if tokenizer is not None and tokenizer.pad_token_id is not None:
+        for part in (*parts, *([] if generation_config is None else [generation_config])):
+            part.pad_token_id = tokenizer.pad_token_id
     with _explained("the model's config"):
         config.save_pretrained(folder)
         path = folder / "config.json"
         _write_json(path, with_older_keys(json.loads(path.read_text(encoding="utf-8"))))
-    if generation is not None:
+    if generation_config is not None:
         with _explained("the generation settings"):
-            write_generation_config(generation, folder)
-    if settings.tokenizer is not None:
+            write_generation_config(generation_config, folder)
+    if tokenizer is not None:
         with _explained("the tokenizer"):
-            _write_tokenizer(folder, settings.tokenizer, config)
+            _write_tokenizer(folder, tokenizer, config)
 
 
-class _explained:
+@contextlib.contextmanager
+def _explained(subject: str) -> Iterator[None]:
     """Turn an error of transformers into an ExportError that names the object which can't be saved."""
-
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, OSError | ZeroSftError):
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise ExportError(
-                f"{self._subject} can't be saved: {reason}. Correct it in the model's files, or where your code has set it.",
-                code="export.settings_unsavable",
-            ) from error
-
-
-def _completed(settings: Settings) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Copy config and generation config, and make them consistent with each other and with the weights."""
-    config, generation = copy.deepcopy(settings.config), copy.deepcopy(settings.generation)
-    parts = (config, text_config(config))
-    for part in parts:
-        if getattr(part, "use_cache", None) is False:
-            part.use_cache = True  # off only while training, as in FastChat
-        if settings.tied is not None and hasattr(part, "tie_word_embeddings"):
-            part.tie_word_embeddings = settings.tied
-    if settings.architecture is not None:
-        config.architectures = [settings.architecture]
-    if settings.tokenizer is not None and settings.tokenizer.pad_token_id is not None:
-        for part in (*parts, *([] if generation is None else [generation])):
-            part.pad_token_id = settings.tokenizer.pad_token_id
-    return config, generation
+    try:
+        yield
+    except (OSError, ZeroSftError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ExportError(
+            f"{subject} can't be saved: {reason}. Correct it in the model's files, or where your code has set it.",
+            code="export.settings_unsavable",
+        ) from error
 
 
 def heads_are_tied(model: PreTrainedModel) -> bool | None:
