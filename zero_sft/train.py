@@ -64,8 +64,8 @@ def run(parsed: ParsedArguments, world: World) -> None:
         ZeroSftError: the same on every rank.
     """
     from zero_sft.cluster.stages import require_identical
-    from zero_sft.job.disk_room import require_room_for_run
     from zero_sft.job.inputs import read_inputs
+    from zero_sft.job.start_checks import require_room_for_run
     from zero_sft.job.timeline import Timeline
     from zero_sft.zero.process_group import connect
 
@@ -130,12 +130,15 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     from transformers.trainer_utils import set_seed
 
     from zero_sft.cluster.stages import collective_stage
-    from zero_sft.saving.rescue import export_or_rescue
+    from zero_sft.saving.export import export_or_rescue
+    from zero_sft.zero import gather_hooks as gather
 
     arguments, output, report = inputs.arguments, Path(inputs.arguments.output_dir), model.load_report
     failure.set_stage("answering prompts")
-    before = _answers_before(model, inputs)
+    before = []
     if inputs.prompts:
+        with gather.summon_full_params(model):
+            before = _answers(model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
     trainer = _trainer(model, inputs, world, timeline)
@@ -146,7 +149,7 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     failure.set_stage("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
     failure.set_stage("answering prompts")
-    after = _answers_after(trainer, inputs)
+    after = _answers_of_engine(trainer, inputs)
     answers = [
         {"prompt": prompt, "before": answer_before, "after": answer_after}
         for prompt, answer_before, answer_after in zip(inputs.prompts, before, after, strict=True)
@@ -177,10 +180,7 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
 
 
 def _begin(output: Path, inputs: "Inputs", world: World) -> None:
-    """Remove the checkpoints of a previous run that is overwritten, and log the checkpoint that is resumed.
-
-    Every rank; communicates.
-    """
+    """Remove the checkpoints of a run that is overwritten, and log what the engine starts from. Every rank; communicates."""
     from zero_sft.cluster.stages import collective_stage
     from zero_sft.saving.folder import explain_write_errors
     from zero_sft.saving.former_run import remove_checkpoints
@@ -193,7 +193,7 @@ def _begin(output: Path, inputs: "Inputs", world: World) -> None:
 
 
 def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> Any:
-    from zero_sft.job.steps import StartUpMarks, StepLog
+    from zero_sft.job.steps import StepLog
     from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
 
     try:
@@ -207,12 +207,12 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
             eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
             data_collator=collator_for(model, inputs.tokenizer, inputs.arguments.pad_to_multiple_of),
-            callbacks=[StartUpMarks(timeline), LogLastStep()],
+            callbacks=[LogLastStep()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     rows = "packed rows" if inputs.training_data.is_packed else "samples"
-    log = StepLog(lambda: trainer.tokens, rows)
+    log = StepLog(lambda: trainer.tokens, rows, timeline)
     trainer.add_callback(log)
     log.wait_for_engine()
     return trainer
@@ -226,17 +226,7 @@ def _answers(model: Any, inputs: "Inputs") -> list[str]:
         return answer(model, inputs.tokenizer, inputs.prompts, template=inputs.template, max_new_tokens=ANSWER_TOKENS)
 
 
-def _answers_before(model: Any, inputs: "Inputs") -> list[str]:
-    """Answer the prompts before the engine starts. Every rank; communicates."""
-    from zero_sft.zero import gather_hooks as gather
-
-    if not inputs.prompts:
-        return []
-    with gather.summon_full_params(model):
-        return _answers(model, inputs)
-
-
-def _answers_after(trainer: Any, inputs: "Inputs") -> list[str]:
+def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
     """Answer the prompts after the training. Every rank; communicates.
 
     A small model is gathered once for all tokens, a large model module by module for each token.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft import ds_config as ds_configs
-from zero_sft.arguments import DataArguments, ParsedArguments, build_training_arguments
+from zero_sft.arguments import ParsedArguments, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.cluster.stages import collective_stage
@@ -22,16 +22,15 @@ from zero_sft.data.templates.choose import Template, choose_template
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, locate_model
-from zero_sft.job.export_check import check_export_settings
 from zero_sft.job.generation import read_prompts, require_answerable
-from zero_sft.job.model_check import require_usable_model
+from zero_sft.job.start_checks import check_export_settings, require_usable_model
 from zero_sft.loading.request import ModelSpec
 from zero_sft.options.keywords import pick_options
+from zero_sft.saving.folder import check_writing
 from zero_sft.saving.former_run import require_no_former_run
 from zero_sft.saving.resume import agree_on_checkpoint
 from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
-from zero_sft.saving.write_check import check_writing
 from zero_sft.tokenizer import load_tokenizer_from
 
 logger = logging.getLogger("zero_sft.train")
@@ -78,7 +77,7 @@ class _Sources:
 class _Preparation:
     """The settings with which this run turns its training and evaluation sources into rows."""
 
-    options: DataArguments
+    parsed: ParsedArguments
     arguments: Any
     tokenizer: Any
     template: Template
@@ -88,7 +87,7 @@ class _Preparation:
         """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
         arguments = self.arguments
         spec = DatasetSpec.from_options(
-            self.options,
+            self.parsed.data,
             sources=sources,
             model_max_length=arguments.model_max_length,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
@@ -123,7 +122,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         if world.is_main:
             require_answerable(prompts, tokenizer, template, spec.config)
     generation_config, saved_tokenizer = check_export_settings(spec.config, tokenizer, template, source, world)
-    preparation = _Preparation(options=parsed.data, arguments=arguments, tokenizer=tokenizer, template=template, spec=spec)
+    preparation = _Preparation(parsed=parsed, arguments=arguments, tokenizer=tokenizer, template=template, spec=spec)
     training_data = _training_data(preparation, sources.training, world)
     if _groups_by_length(parsed, training_data):
         arguments.train_sampling_strategy = "group_by_length"
@@ -138,7 +137,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         evaluation_data=_evaluation_data(preparation, sources.evaluation, world),
         prompts=prompts,
         generation_config=generation_config,
-        record=_count_steps(record, training_data, parsed, arguments, checkpoint, world),
+        record=_with_size(record, training_data, preparation, checkpoint, world),
         checkpoint=checkpoint,
         overwrites_run=overwrites_run,
     )
@@ -221,8 +220,8 @@ def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world
         ArgumentError: packing is requested but not possible.
         DataError: the data does not fill one batch.
     """
-    options, batch_size = preparation.options, preparation.arguments.per_device_train_batch_size
-    spec = preparation.spec
+    options, spec = preparation.parsed.data, preparation.spec
+    batch_size = preparation.arguments.per_device_train_batch_size
     packing = resolve_packing(
         options.packing, text_config(spec.config), attention=spec.attn_implementation, lazy=options.lazy_preprocess
     )
@@ -253,20 +252,16 @@ def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | No
     return preparation.prepare("evaluation data", sources, world)
 
 
-def _count_steps(
-    record: RunRecord,
-    train: PreparedDataset,
-    parsed: ParsedArguments,
-    arguments: Any,
-    checkpoint: TrainerCheckpoint | None,
-    world: World,
+def _with_size(
+    record: RunRecord, data: PreparedDataset, preparation: _Preparation, checkpoint: TrainerCheckpoint | None, world: World
 ) -> RunRecord:
     """Add the size of the data and the number of steps to the record. Every rank; communicates.
 
     Raises:
         ConfigError: the scheduler of the DeepSpeed config has a different number of steps.
     """
-    rows, tokens = len(train.rows), sum(report.tokens or 0 for report in train.reports)
+    parsed, arguments = preparation.parsed, preparation.arguments
+    rows, tokens = len(data.rows), sum(report.tokens or 0 for report in data.reports)
     record = replace(record, rows=rows, tokens=tokens, max_steps=count_steps(rows, arguments, world.world_size))
     if world.is_main and checkpoint is not None:
         warn_of_other_data(checkpoint.folder, record)

@@ -42,10 +42,11 @@ class StepLog(TrainerCallback):
     Args:
         tokens: a function that returns the number of tokens that all ranks have computed in the whole run.
         rows: the name of a batch's elements in the log, "samples" or "packed rows".
+        timeline: ends with the first step, when its summary is logged.
     """
 
-    def __init__(self, tokens: Callable[[], int], rows: str) -> None:
-        self._tokens, self._rows = tokens, rows
+    def __init__(self, tokens: Callable[[], int], rows: str, timeline: Timeline) -> None:
+        self._tokens, self._rows, self._timeline = tokens, rows, timeline
         self._training, self._evaluation = contextlib.ExitStack(), contextlib.ExitStack()
         self._task: progress.Task | None = None
         self._evaluation_task: progress.Task | None = None
@@ -59,7 +60,8 @@ class StepLog(TrainerCallback):
         self._training.enter_context(progress.task("starting the engine"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log the size of the training, and start its task."""
+        """Log the size of the training, and start its task. The Trainer has just started DeepSpeed's engine."""
+        self._timeline.end("engine start")
         self._pace, self._throughput = Pace(), Throughput(self._tokens(), time.monotonic())
         _log_line(args, state, _plan_line(args, state, self._rows))
         self._training.close()
@@ -73,6 +75,9 @@ class StepLog(TrainerCallback):
         now = time.monotonic()
         self._pace.step(state.global_step, now)
         self._throughput.add(now)
+        if self._pace.steps == 1:
+            self._timeline.end("first step")
+            logger.info(self._timeline.summary())
         if self._task is not None:
             self._task.note(_joined(self._metrics, _time_left(self._pace, state)) or _NO_ESTIMATE)
             self._task.advance()
@@ -123,6 +128,8 @@ class StepLog(TrainerCallback):
         self._evaluation.close()
         self._evaluation_task = None
         self._throughput.resume(time.monotonic())
+        if not self._pace.steps:
+            self._timeline.end("evaluation before")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log the checkpoint's folder, and exclude the time of the save from the throughput."""
@@ -138,31 +145,6 @@ class StepLog(TrainerCallback):
             logger.warning("the loss was not finite in %d of the logged steps, first at step %d", count, first)
         self._training.close()
         self._task = None
-
-
-class StartUpMarks(TrainerCallback):
-    """End the parts of the timeline from "engine start" to "first step", and log its summary.
-
-    The Trainer starts DeepSpeed's engine just before `on_train_begin`.
-    """
-
-    def __init__(self, timeline: Timeline) -> None:
-        self._timeline = timeline
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """End the start of the engine."""
-        self._timeline.end("engine start")
-
-    def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """End the evaluation before the first step."""
-        if "first step" not in self._timeline.seconds:
-            self._timeline.end("evaluation before")
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """End the first step."""
-        if "first step" not in self._timeline.seconds:
-            self._timeline.end("first step")
-            logger.info(self._timeline.summary())
 
 
 class Pace:

@@ -11,9 +11,10 @@ import hashlib
 import logging
 import math
 import os
+import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
+from zero_sft.cluster.control_group import broadcast_bytes
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.convert import Resolution, original_format, resolve
+from zero_sft.errors import ExportError, NotPlacedError, ZeroSftError
 from zero_sft.plan.partition import FlatRange, full_range
 from zero_sft.plan.plan import FillTarget, SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions
@@ -232,3 +235,28 @@ def _local_values(tensor: Any) -> contextlib.AbstractContextManager[torch.Tensor
     if shards.is_sharded(tensor):
         return shards.current_values(tensor)
     return contextlib.nullcontext(tensor.detach().contiguous().reshape(-1))
+
+
+def export_or_rescue(export: Callable[[Path], None], output: Path, world: World) -> None:
+    """Export to `output`; if that fails, to a new folder in the working directory. Every rank; communicates.
+
+    Args:
+        export: writes the model to a folder; called on every rank.
+
+    Raises:
+        ExportError: `output` can't be written; the message names the folder that holds the model, if one does.
+    """
+    try:
+        export(output)
+    except NotPlacedError:
+        raise
+    except ExportError as error:
+        token = broadcast_bytes(world, secrets.token_hex(4).encode() if world.is_main else None).decode()
+        rescue = Path.cwd() / f"{output.name}-rescued-{token}"
+        logger.error("%s\nwriting the model to %s instead", error, rescue)
+        try:
+            export(rescue)
+        except ZeroSftError as rescue_error:
+            logger.error("%s", rescue_error)
+            raise error from None
+        raise ExportError(f"{error}\nThe trained model is complete in {rescue}.", code=error.code) from error

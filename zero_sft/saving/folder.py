@@ -8,11 +8,12 @@ A staging folder is always on the file system of its target:
 | folder | next to the target | the two folders are exchanged in one step |
 | mount point, working directory, or folder that can't be exchanged | inside the target | file by file |
 
-Links are resolved first. Everything here runs on one rank and does not communicate.
+Links are resolved first. All but `check_writing` runs on one rank and does not communicate.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import shutil
@@ -21,8 +22,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError
 from zero_sft.saving.exchange_folders import is_supported
+
+logger = logging.getLogger(__name__)
 
 STAGING_SUFFIX = ".part"
 
@@ -70,17 +75,6 @@ def make_staging(path: str | Path) -> StagingFolder:
         OSError: this user may not write there, or the disk is full.
     """
     target = resolved(path)
-    _require_usable(target)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return StagingFolder(folder=_new_folder(target.parent, target), target=target, placing=Placing.RENAME)
-    exchangeable = None if _holds_the_working_directory(target) else _new_exchangeable_folder(target)
-    if exchangeable is not None:
-        return StagingFolder(folder=exchangeable, target=target, placing=Placing.EXCHANGE)
-    return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.FILE_BY_FILE)
-
-
-def _require_usable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file. Name a folder for the model.", code="export.target_is_a_file")
     if (target / "adapter_config.json").exists():
@@ -89,6 +83,13 @@ def _require_usable(target: Path) -> None:
             "written next to it. Name another folder.",
             code="export.target_holds_adapter",
         )
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return StagingFolder(folder=_new_folder(target.parent, target), target=target, placing=Placing.RENAME)
+    exchangeable = None if _holds_the_working_directory(target) else _new_exchangeable_folder(target)
+    if exchangeable is not None:
+        return StagingFolder(folder=exchangeable, target=target, placing=Placing.EXCHANGE)
+    return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.FILE_BY_FILE)
 
 
 def _new_folder(parent: Path, target: Path) -> Path:
@@ -156,11 +157,37 @@ def require_writable(path: str | Path) -> None:
         pass
 
 
-def leftover_stagings(path: str | Path) -> list[Path]:
+def _leftover_stagings(path: str | Path) -> list[Path]:
     """Find staging folders for `path` that were left by killed runs or whose last step failed. Rank 0."""
     target = resolved(path)
     pattern = f".{target.name}.????????{STAGING_SUFFIX}"
     return sorted(folder for parent in (target.parent, target) if parent.is_dir() for folder in parent.glob(pattern))
+
+
+def check_writing(path: str | Path, world: World) -> None:
+    """Make a staging folder for `path`, let one rank of each node write to it, and remove it. Every rank.
+
+    Communicates. Leaves nothing behind except parent folders of `path`.
+
+    Raises:
+        ExportError: the folder can't be made or written, or is not visible on every node.
+    """
+    with contextlib.ExitStack() as stack:
+        with collective_stage(world, "checking the output folder") as stage:
+            if world.is_main:
+                for leftover in _leftover_stagings(path):
+                    logger.warning("%s was left by a run that did not end well: move what you need, and remove it", leftover)
+                stage.local = stack.enter_context(writable_staging(path)).reference
+        staging = find_staging(path, stage.gathered[0])
+        with collective_stage(world, "writing to the output folder"), explain_write_errors(path):
+            if world.leads_node:
+                if not staging.folder.is_dir():
+                    raise ExportError(
+                        f"--output_dir {path} is not the same folder on all nodes: rank {world.rank} does not see what rank 0 "
+                        "wrote there. Name a folder on a file system that all nodes share.",
+                        code="export.folder_not_shared",
+                    )
+                (staging.folder / f"rank-{world.rank}").write_bytes(b"0")
 
 
 @contextlib.contextmanager

@@ -82,9 +82,10 @@ def find_checkpoint(
     if checkpoint.world_size != world_size:
         raise ArgumentError(
             f"{asked}: {checkpoint.folder} was saved with {checkpoint.world_size} ranks, and this run has {world_size}. "
-            "DeepSpeed's optimizer state can't be resharded. Start "
-            f"{checkpoint.world_size} ranks, or continue from the weights with a new optimizer: "
-            + _how_to_start_from_weights(checkpoint.folder),
+            f"DeepSpeed's optimizer state can't be resharded. Start {checkpoint.world_size} ranks, or continue from the "
+            f"weights with a new optimizer: `python -m deepspeed.utils.zero_to_fp32 {checkpoint.folder} {checkpoint.folder}` "
+            f"adds them to the folder, then give --model_name_or_path {checkpoint.folder} and another --output_dir instead of "
+            "--resume_from_checkpoint.",
             code="resume.other_world_size",
         )
     if bf16 is not None and bf16 is not checkpoint.bf16:
@@ -95,14 +96,6 @@ def find_checkpoint(
             code="resume.other_dtype",
         )
     return checkpoint
-
-
-def _how_to_start_from_weights(folder: Path) -> str:
-    """Give the commands that add weights to a checkpoint, so that a new run can start from it as from a model."""
-    return (
-        f"`python -m deepspeed.utils.zero_to_fp32 {folder} {folder}` adds them to the folder, then give "
-        f"--model_name_or_path {folder} and another --output_dir instead of --resume_from_checkpoint."
-    )
 
 
 def _first_complete(asked: str, folders: Sequence[Path], ds_config: Mapping[str, Any] | None) -> TrainerCheckpoint:

@@ -14,17 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.generation_config import write_generation_config
 from zero_sft.rope import readable_tokens, text_config
 from zero_sft.saving.older_readers import older_tokenizer_config, with_older_keys
-from zero_sft.saving.reopened import changed_encoding
 from zero_sft.tokenizer.base_config import base_config
+from zero_sft.tokenizer.fingerprint import encodings
 from zero_sft.transformers_internals import internal
 
 logger = logging.getLogger(__name__)
+
+_UNSTATED = 10**20
+"""transformers gives tokenizers that state no length a length above this."""
 
 
 def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -150,9 +153,37 @@ def _adds_special_tokens(tokenizer: Any) -> dict[str, bool]:
     return {name: token is not None and end_ids == [token] for name, (token, end_ids) in ends.items()}
 
 
-_UNSTATED = 10**20
-"""transformers gives tokenizers that state no length a length above this."""
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def changed_encoding(folder: Path, tokenizer: Any) -> str | None:
+    """Describe the first text that plain transformers encodes with the tokenizer in `folder` to other ids than `tokenizer`.
+
+    A round trip through transformers loses settings of some tokenizers, such as `legacy` of Llama's, and then silently encodes
+    the same text to other ids. `_write_tokenizer` restores the settings that it knows; this check finds all others. Left out:
+    tokenizers with custom code, which is not run again here.
+    """
+    if type(tokenizer).__module__.startswith("transformers_modules."):
+        return None
+    try:
+        reopened = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception
+        return f"plain transformers can't open the exported tokenizer: {str(error).strip() or type(error).__name__}."
+    trained_encodings, reopened_encodings = encodings(tokenizer), encodings(reopened)
+    for text, ids in trained_encodings.items():
+        reopened_ids = reopened_encodings.get(text)
+        if ids != reopened_ids:
+            return (
+                f"plain transformers encodes {text} with the exported tokenizer to other ids ({_around(reopened_ids, ids)}) "
+                f"than this run trains on ({_around(ids, reopened_ids)}). Open the export with the base model's tokenizer "
+                "files, or report this."
+            )
+    return None
+
+
+def _around(ids: Any, others: Any) -> str:
+    """Format the ids from just before the first difference."""
+    ids, others = list(ids or ()), list(others or ())
+    first = next((index for index, (id_, other) in enumerate(zip(ids, others, strict=False)) if id_ != other), 0)
+    return ", ".join(map(str, ids[max(0, first - 1) : first + 3])) + ", ..."

@@ -78,7 +78,7 @@ def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None)
     Raises:
         IncompleteCheckpointError: a file is missing, damaged or of another step; the message names the first one.
     """
-    _require_not_weights_alone(folder)
+    _require_states(folder)
     step = _global_step(folder)
     states = _latest(folder, step)
     names = [path.name for path in states.iterdir()]
@@ -105,14 +105,14 @@ def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None)
     return checkpoint
 
 
-def _require_not_weights_alone(folder: Path) -> None:
-    has_states = (folder / "latest").exists() or any(folder.glob("global_step*"))
-    if not has_states and any((folder / name).exists() for name in _WEIGHTS):
+def _require_states(folder: Path) -> None:
+    if (folder / "latest").exists() or any(folder.glob("global_step*")):
+        return
+    if any((folder / name).exists() for name in _WEIGHTS):
         raise IncompleteCheckpointError(
             "it holds weights without the optimizer's state (--save_only_model)", code=WEIGHTS_ALONE
         )
-    if not has_states:
-        raise IncompleteCheckpointError("it holds no state of DeepSpeed's", code="resume.no_deepspeed_state")
+    raise IncompleteCheckpointError("it holds no state of DeepSpeed's", code="resume.no_deepspeed_state")
 
 
 @contextlib.contextmanager
