@@ -163,12 +163,9 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     }
     with collective_stage(world, "writing the logs"):
         if world.is_main:
-            try:
-                _write_logs(output, logs)
-            except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
-                logger.warning("the logs can't be written to %s: %s. The model is complete.", output / LOGS, error)
+            _write_logs(output, logs)
             best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
-            _log_results(output, trainer.state, answers, best and Path(best).name)
+            _log_results(output, trainer.state.log_history, answers, best and Path(best).name)
     with collective_stage(world, "ending the training"):
         if late_error is not None:
             raise DistributedError(
@@ -243,21 +240,24 @@ def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
 
 
 def _write_logs(output: Path, logs: Mapping[str, Any]) -> None:
-    """Write each of `logs` to a JSON file, and the loss curve. Rank 0."""
+    """Write each of `logs` to a JSON file, and the loss curve; log a warning if that fails. Rank 0."""
     from zero_sft.job.loss_plot import plot_loss
 
     folder = output / LOGS
-    folder.mkdir(exist_ok=True)
-    for name, content in logs.items():
-        path = folder / f"{name}.json"
-        path.unlink(missing_ok=True)  # from a previous run
-        if content:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
-    plot_loss(logs["history"], folder / "loss.png", f"Loss of {Path(logs['arguments']['model_name_or_path']).name}, {output}")
+    title = f"Loss of {Path(logs['arguments']['model_name_or_path']).name}, {output}"
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in logs.items():
+            path = folder / f"{name}.json"
+            path.unlink(missing_ok=True)  # from a previous run
+            if content:
+                path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        plot_loss(logs["history"], folder / "loss.png", title)
+    except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
+        logger.warning("the logs can't be written to %s: %s. The model is complete.", folder, error)
 
 
-def _log_results(output: Path, state: Any, answers: list, best: str | None) -> None:
-    history = state.log_history
+def _log_results(output: Path, history: Sequence[Mapping[str, Any]], answers: list, best: str | None) -> None:
     for answer in answers:
         logger.info("prompt: %s\nbefore: %s\nafter:  %s", answer["prompt"], answer["before"], answer["after"])
     losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]

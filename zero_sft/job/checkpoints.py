@@ -94,11 +94,7 @@ class SavingTrainer(SFTTrainer):
         return None
 
     def export(self, folder: Path) -> None:
-        """Write the model with its config and tokenizer to `folder`. Every rank; communicates.
-
-        Raises:
-            ExportError: the folder is not writable.
-        """
+        """Write the model with its config and tokenizer to `folder`, as `save_pretrained` does. Every rank; communicates."""
         model: Any = self.model_wrapped
         with self._without_trl_changes():
             save_pretrained(model, folder, tokenizer=self._saved_tokenizer)

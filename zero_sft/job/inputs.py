@@ -110,11 +110,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     """
     arguments, prompts, sources = _build_arguments(parsed, world)
     checkpoint, overwrites_run = _check_output_folder(parsed, arguments, sources, world)
-    source, spec = _read_config(parsed, arguments, world)
-    record = RunRecord.of(text_config(spec.config), arguments)
-    with collective_stage(world, "comparing the run with the checkpoint"):
-        if world.is_main and checkpoint is not None:
-            require_same_run(checkpoint.folder, record)
+    source, spec, record = _read_config(parsed, arguments, checkpoint, world)
     length = arguments.model_max_length
     tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     with collective_stage(world, "choosing the chat template"):
@@ -126,6 +122,8 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     training_data = _training_data(preparation, sources.training, world)
     if _groups_by_length(parsed, training_data):
         arguments.train_sampling_strategy = "group_by_length"
+    record = _with_size(record, training_data, preparation, checkpoint, world)
+    evaluation_data = _evaluation_data(preparation, sources.evaluation, world)
     return Inputs(
         arguments=arguments,
         source=source,
@@ -134,10 +132,10 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         saved_tokenizer=saved_tokenizer,
         template=template,
         training_data=training_data,
-        evaluation_data=_evaluation_data(preparation, sources.evaluation, world),
+        evaluation_data=evaluation_data,
         prompts=prompts,
         generation_config=generation_config,
-        record=_with_size(record, training_data, preparation, checkpoint, world),
+        record=record,
         checkpoint=checkpoint,
         overwrites_run=overwrites_run,
     )
@@ -203,14 +201,21 @@ def _check_output_folder(
     return checkpoint, stage.gathered[0]
 
 
-def _read_config(parsed: ParsedArguments, arguments: Any, world: World) -> tuple[ModelSource, ModelSpec]:
-    """Locate the model, prepare its config, and check that it can be trained. Every rank; communicates."""
+def _read_config(
+    parsed: ParsedArguments, arguments: Any, checkpoint: TrainerCheckpoint | None, world: World
+) -> tuple[ModelSource, ModelSpec, RunRecord]:
+    """Locate the model, prepare its config, and check that it can be trained and resumed. Every rank; communicates."""
     model = parsed.model
     logger.info("reading the config of %s", model.model_name_or_path)
     source = locate_model(model.model_name_or_path, pick_options(HubOptions, model), world)
     length, rope_parameters = arguments.model_max_length, model.rope_parameters
     config = prepare_config_from(source, world, model_max_length=length, rope_parameters=rope_parameters)
-    return source, require_usable_model(model, arguments, config, source, world)
+    spec = require_usable_model(model, arguments, config, source, world)
+    record = RunRecord.of(text_config(config), arguments)
+    with collective_stage(world, "comparing the run with the checkpoint"):
+        if world.is_main and checkpoint is not None:
+            require_same_run(checkpoint.folder, record)
+    return source, spec, record
 
 
 def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:

@@ -57,7 +57,9 @@ class JobTrainer(SavingTrainer):
         """
         batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
         # Samples tokenised in advance always hold a trained token. Skip the check for them: `int(trained)` syncs the device.
-        if batches and trained is not None and _is_lazy(self.train_dataset) and int(trained) == 0:
+        dataset: Any = self.train_dataset
+        is_lazy = "input_ids" not in dataset.column_names
+        if batches and trained is not None and is_lazy and int(trained) == 0:
             raise DataError(
                 f"the batches of step {self.state.global_step + 1} hold no trained token: all samples were cut off before "
                 "their first answer. Raise --model_max_length, or leave out --lazy_preprocess to drop such samples.",
@@ -232,10 +234,6 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return super().__iter__()
-
-
-def _is_lazy(dataset: Any) -> bool:
-    return "input_ids" not in dataset.column_names
 
 
 def collator_for(model: Any, tokenizer: Any, multiple_of: int | None) -> Collator:

@@ -67,18 +67,7 @@ def find_checkpoint(
         ArgumentError: there is no checkpoint, or it is incomplete, or of another number of ranks or another precision.
     """
     asked = f"--resume_from_checkpoint {wanted}"
-    folder = Path(output_dir if wanted is True else str(wanted)).expanduser()
-    folders = checkpoints_in(folder) if wanted is True else [folder]
-    if not folders:
-        raise ArgumentError(
-            f"{asked}: no checkpoint-* folder in {folder}. Leave the option out to start from scratch.",
-            code="resume.no_checkpoint",
-        )
-    if not folders[0].is_dir():
-        raise ArgumentError(
-            f"{asked}: no folder {folder}. Leave the option out to start from scratch.", code="resume.no_such_folder"
-        )
-    checkpoint = _first_complete(asked, folders, ds_config)
+    checkpoint = _first_complete(asked, _candidates(asked, wanted, output_dir), ds_config)
     if checkpoint.world_size != world_size:
         raise ArgumentError(
             f"{asked}: {checkpoint.folder} was saved with {checkpoint.world_size} ranks, and this run has {world_size}. "
@@ -96,6 +85,22 @@ def find_checkpoint(
             code="resume.other_dtype",
         )
     return checkpoint
+
+
+def _candidates(asked: str, wanted: str | bool, output_dir: str | Path) -> Sequence[Path]:
+    """Return the folder `wanted`, or for True all checkpoints in `output_dir`, the newest first."""
+    folder = Path(output_dir if wanted is True else str(wanted)).expanduser()
+    if wanted is not True and not folder.is_dir():
+        raise ArgumentError(
+            f"{asked}: no folder {folder}. Leave the option out to start from scratch.", code="resume.no_such_folder"
+        )
+    folders = checkpoints_in(folder) if wanted is True else [folder]
+    if not folders:
+        raise ArgumentError(
+            f"{asked}: no checkpoint-* folder in {folder}. Leave the option out to start from scratch.",
+            code="resume.no_checkpoint",
+        )
+    return folders
 
 
 def _first_complete(asked: str, folders: Sequence[Path], ds_config: Mapping[str, Any] | None) -> TrainerCheckpoint:

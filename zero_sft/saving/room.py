@@ -44,11 +44,7 @@ def export_sizes(spec: ModelSpec) -> tuple[int, int]:
 
 
 def checkpoint_bytes(numel: int, optimizer: str) -> int:
-    """Return the least bytes of DeepSpeed's states: fp32 weights and, for AdamW, two fp32 moments of each element.
-
-    Args:
-        optimizer: the optimizer of a `RunRecord`.
-    """
+    """Return the least bytes of DeepSpeed's states: fp32 weights and, for a `RunRecord`'s AdamW, two fp32 moments."""
     return numel * (12 if optimizer == ADAMW else 4)
 
 
