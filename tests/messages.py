@@ -16,7 +16,7 @@ SENTENCES = Path(__file__).with_name("sentences.txt")
 
 ROOT = Path(zero_sft.__file__).parent
 CLASSES = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
-CLASSES |= {"NotWholeError"}
+CLASSES |= {"IncompleteCheckpointError"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,10 +98,10 @@ def test_a_moved_trainer_internal_is_named(monkeypatch):
 
     from tests.errors import raises
 
-    trainer_internals.check()
+    trainer_internals.require(SFTTrainer, trainer_internals.OVERRIDDEN)
     monkeypatch.delattr(SFTTrainer, "prediction_step")
     monkeypatch.delattr(SFTTrainer.__mro__[2], "prediction_step", raising=False)
     with raises("version.trainer_moved", "prediction_step"):
-        trainer_internals.check()
+        trainer_internals.require(SFTTrainer, trainer_internals.OVERRIDDEN)
     with raises("version.trainer_moved", "_metrics"):
-        trainer_internals.check_trainer(object())
+        trainer_internals.require(object(), trainer_internals.SET)

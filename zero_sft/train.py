@@ -9,7 +9,6 @@ training, on the Hugging Face Trainer and DeepSpeed.
 Functions import the modules that need torch, so that `--help` answers at once.
 """
 
-import copy
 import dataclasses
 import json
 import logging
@@ -27,6 +26,7 @@ from zero_sft.console import progress
 from zero_sft.console.log import close_console, open_console, silence_transformers
 from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
+from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     from zero_sft.job.inputs import Inputs
@@ -39,9 +39,6 @@ LOGS = "logs"
 
 ANSWER_TOKENS = 256
 """The maximum length of an answer to a sample prompt, in tokens; most answers are shorter."""
-
-_ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
-"""Keys of a mixture-of-experts config that TRL overwrites for the training."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +64,8 @@ def run(parsed: ParsedArguments, world: World) -> None:
         ZeroSftError: the same on every rank.
     """
     from zero_sft.cluster.stages import require_identical
-    from zero_sft.job.disk_room import require_room_for_run
     from zero_sft.job.inputs import read_inputs
+    from zero_sft.job.start_checks import require_room_for_run
     from zero_sft.job.timeline import Timeline
     from zero_sft.zero.process_group import connect
 
@@ -79,7 +76,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
             logger.info(note)
     timeline = Timeline()
     timeline.end("imports")
-    ranks = f"{world.world_size} rank{'s' * (world.world_size > 1)}"
+    ranks = with_count(world.world_size, "rank")
     logger.info("starting %s", ranks)
     with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
         world = connect(world)
@@ -92,12 +89,11 @@ def run(parsed: ParsedArguments, world: World) -> None:
     inputs = read_inputs(parsed, world)
     failure.set_log_folder(Path(parsed.training["output_dir"]) / LOGS)
     timeline.end("inputs")
-    require_room_for_run(parsed, inputs.arguments, inputs, world)
+    require_room_for_run(inputs, world)
     failure.set_stage("loading the model")
-    model = _load(parsed, inputs.arguments, inputs, world)
-    model.generation_config = inputs.generation
+    model = _load(parsed, inputs, world)
     timeline.end("load")
-    _train_and_export(parsed, inputs.arguments, model, inputs, world, timeline)
+    _train_and_export(parsed, model, inputs, world, timeline)
 
 
 def _device() -> str:
@@ -109,7 +105,7 @@ def _device() -> str:
     return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
 
 
-def _load(parsed: ParsedArguments, arguments: Any, inputs: "Inputs", world: World) -> Any:
+def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
     """Load the model under the DeepSpeed config that the Trainer has completed. Every rank; communicates."""
     from transformers import set_seed
 
@@ -117,27 +113,27 @@ def _load(parsed: ParsedArguments, arguments: Any, inputs: "Inputs", world: Worl
     from zero_sft.loading.options import LoadOptions
     from zero_sft.options.keywords import pick_options
 
-    set_seed(arguments.seed)
+    set_seed(inputs.arguments.seed)
     logger.info("loading the model")
-    return load_model_from(
+    model = load_model_from(
         inputs.source,
         world,
-        ds_config=arguments.hf_deepspeed_config.config,
-        config=inputs.config,
+        ds_config=inputs.arguments.hf_deepspeed_config.config,
+        config=inputs.spec.config,
         options=pick_options(LoadOptions, parsed.model),
     )
+    model.generation_config = inputs.generation_config
+    return model
 
 
-def _train_and_export(
-    parsed: ParsedArguments, arguments: Any, model: Any, inputs: "Inputs", world: World, timeline: "Timeline"
-) -> None:
+def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
     from zero_sft.cluster.stages import collective_stage
-    from zero_sft.saving.rescue import export_or_rescue
+    from zero_sft.saving.export import export_or_rescue
     from zero_sft.zero import gather_hooks as gather
 
-    report = model.load_report
+    arguments, output, report = inputs.arguments, Path(inputs.arguments.output_dir), model.load_report
     failure.set_stage("answering prompts")
     before = []
     if inputs.prompts:
@@ -145,8 +141,7 @@ def _train_and_export(
             before = _answers(model, inputs)
         timeline.end("answers before")
     set_seed(arguments.seed)
-    trainer = _trainer(arguments, model, parsed, inputs, timeline)
-    output = Path(arguments.output_dir)
+    trainer = _trainer(model, inputs, world, timeline)
     _begin(output, inputs, world)
     failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
     late_error = trainer.train_to_the_end(inputs.checkpoint and inputs.checkpoint.folder)
@@ -168,12 +163,9 @@ def _train_and_export(
     }
     with collective_stage(world, "writing the logs"):
         if world.is_main:
-            try:
-                _write_logs(output, logs)
-            except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
-                logger.warning("the logs can't be written to %s: %s. The model is complete.", output / LOGS, error)
+            _write_logs(output, logs)
             best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
-            _log_results(output, trainer.state, answers, best and Path(best).name)
+            _log_results(output, trainer.state.log_history, answers, best and Path(best).name)
     with collective_stage(world, "ending the training"):
         if late_error is not None:
             raise DistributedError(
@@ -181,15 +173,11 @@ def _train_and_export(
                 f"as it was after the last step, in {output}.",
                 code="cluster.failed_after_last_step",
             ) from late_error
-    trained: Any = trainer.model_wrapped
-    trained.destroy()  # end DeepSpeed's threads before the interpreter exits
+    trainer.model_wrapped.destroy()  # end DeepSpeed's threads before the interpreter exits
 
 
 def _begin(output: Path, inputs: "Inputs", world: World) -> None:
-    """Remove the checkpoints of a previous run that is overwritten, and log the checkpoint that is resumed.
-
-    Every rank; communicates.
-    """
+    """Remove the checkpoints of a run that is overwritten, and log what the engine starts from. Every rank; communicates."""
     from zero_sft.cluster.stages import collective_stage
     from zero_sft.saving.folder import explain_write_errors
     from zero_sft.saving.former_run import remove_checkpoints
@@ -197,54 +185,40 @@ def _begin(output: Path, inputs: "Inputs", world: World) -> None:
     with collective_stage(world, "removing the previous run's checkpoints"), explain_write_errors(output):
         if world.is_main and inputs.overwrites_run:
             remove_checkpoints(output)
-    if inputs.checkpoint is not None:
-        logger.info("starting the engine from the checkpoint %s, which is complete", inputs.checkpoint.folder)
-    else:
-        logger.info("starting the engine")
+    origin = f" from the checkpoint {inputs.checkpoint.folder}, which is complete" if inputs.checkpoint else ""
+    logger.info("starting the engine%s", origin)
 
 
-def _trainer(arguments: Any, model: Any, parsed: ParsedArguments, inputs: "Inputs", timeline: "Timeline") -> Any:
-    from zero_sft.config import text_config
-    from zero_sft.job.checkpoints import PublishedModel
+def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> Any:
     from zero_sft.job.steps import StepLog
-    from zero_sft.job.timeline import trainer_callback
-    from zero_sft.job.trainer import LogLastStep, Trainer, collator_for
+    from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
 
-    text = text_config(model.config)
-    router_values = {name: getattr(text, name) for name in _ROUTER_KEYS if hasattr(text, name)}
-    published = PublishedModel(tokenizer=_with_trained_template(inputs), config_values=router_values, record=inputs.record)
     try:
-        trainer = Trainer(
+        trainer = JobTrainer(
             model=model,
-            args=arguments,
-            published=published,
+            args=inputs.arguments,
+            saved_tokenizer=inputs.saved_tokenizer,
+            record=inputs.record,
+            world=world,
             train_dataset=inputs.training_data.rows,
             eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
-            data_collator=collator_for(model, inputs.tokenizer, arguments.pad_to_multiple_of),
-            callbacks=[trainer_callback(timeline, logger.info), LogLastStep()],
+            data_collator=collator_for(model, inputs.tokenizer, inputs.arguments.pad_to_multiple_of),
+            callbacks=[LogLastStep()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     rows = "packed rows" if inputs.training_data.is_packed else "samples"
-    log = StepLog(lambda: trainer.tokens, rows)
+    log = StepLog(lambda: trainer.tokens, rows, timeline)
     trainer.add_callback(log)
     log.wait_for_engine()
     return trainer
 
 
-def _with_trained_template(inputs: "Inputs") -> Any:
-    """Copy the tokenizer for checkpoints and the export, with the chat template of the training."""
-    published = copy.deepcopy(inputs.tokenizer)
-    published.chat_template = inputs.template.jinja(inputs.tokenizer)
-    return published
-
-
 def _answers(model: Any, inputs: "Inputs") -> list[str]:
     from zero_sft.job.generation import answer
 
-    count = len(inputs.prompts)
-    logger.info("answering %d prompt%s", count, "s" * (count != 1))
+    logger.info("answering %s", with_count(len(inputs.prompts), "prompt"))
     with progress.task("answering prompts"):
         return answer(model, inputs.tokenizer, inputs.prompts, template=inputs.template, max_new_tokens=ANSWER_TOKENS)
 
@@ -266,21 +240,24 @@ def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
 
 
 def _write_logs(output: Path, logs: Mapping[str, Any]) -> None:
-    """Write each of `logs` to a JSON file, and the loss curve. Rank 0."""
+    """Write each of `logs` to a JSON file, and the loss curve; log a warning if that fails. Rank 0."""
     from zero_sft.job.loss_plot import plot_loss
 
     folder = output / LOGS
-    folder.mkdir(exist_ok=True)
-    for name, content in logs.items():
-        path = folder / f"{name}.json"
-        path.unlink(missing_ok=True)  # from a previous run
-        if content:
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
-    plot_loss(logs["history"], folder / "loss.png", f"Loss of {Path(logs['arguments']['model_name_or_path']).name}, {output}")
+    title = f"Loss of {Path(logs['arguments']['model_name_or_path']).name}, {output}"
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in logs.items():
+            path = folder / f"{name}.json"
+            path.unlink(missing_ok=True)  # from a previous run
+            if content:
+                path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        plot_loss(logs["history"], folder / "loss.png", title)
+    except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
+        logger.warning("the logs can't be written to %s: %s. The model is complete.", folder, error)
 
 
-def _log_results(output: Path, state: Any, answers: list, best: str | None) -> None:
-    history = state.log_history
+def _log_results(output: Path, history: Sequence[Mapping[str, Any]], answers: list, best: str | None) -> None:
     for answer in answers:
         logger.info("prompt: %s\nbefore: %s\nafter:  %s", answer["prompt"], answer["before"], answer["after"])
     losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]

@@ -47,8 +47,7 @@ def ours(settings: Settings, attention: str) -> Any:
     from zero_sft.arguments import build_training_arguments, parse
     from zero_sft.cluster.world import World
     from zero_sft.ds_config import load_ds_config
-    from zero_sft.job.checkpoints import PublishedModel
-    from zero_sft.job.trainer import Trainer, collator_for
+    from zero_sft.job.trainer import JobTrainer, collator_for
     from zero_sft.saving.run_record import RunRecord
     from zero_sft.zero.process_group import connect
 
@@ -60,15 +59,14 @@ def ours(settings: Settings, attention: str) -> Any:
         "disable_tqdm": True,
     }  # fmt: skip
     parsed = parse([word for key, value in options.items() for word in (f"--{key}", str(value))])
-    connect(World.detect())
+    world = connect(World.detect())
     arguments = build_training_arguments(parsed.training, load_ds_config("zero3"))
     set_seed(arguments.seed)
     model = load_model(str(settings.folder), ds_config=arguments.hf_deepspeed_config.config, attn_implementation=attention)
     tokenizer = _tokenizer()
-    return Trainer(
+    return JobTrainer(
         model=model, args=arguments,
-        published=PublishedModel(tokenizer=tokenizer, record=RunRecord.of(model.config, arguments)),
-        train_dataset=rows(settings),
+        saved_tokenizer=tokenizer, record=RunRecord.of(model.config, arguments), world=world, train_dataset=rows(settings),
         processing_class=tokenizer, data_collator=collator_for(model, tokenizer, None),
     )  # fmt: skip
 

@@ -49,16 +49,16 @@ def _exchange_for_ever(world: World) -> None:
 
 def _train() -> int:
     from zero_sft import train
-    from zero_sft.job.trainer import Trainer
+    from zero_sft.job.trainer import JobTrainer
 
-    original = Trainer.training_step
+    original = JobTrainer.training_step
 
-    def training_step(self: Trainer, *args: object, **kwargs: object) -> object:
+    def training_step(self: JobTrainer, *args: object, **kwargs: object) -> object:
         if self.state.global_step >= 1:
             _fault()
         return original(self, *args, **kwargs)
 
-    Trainer.training_step = training_step
+    JobTrainer.training_step = training_step
     return train.main()
 
 

@@ -112,7 +112,7 @@ def test_lines_now_and_then(caplog):
             now[0] = float(second)
             work.advance(10 * 2**20)
             if second == 91:
-                work.spoken()
+                work.line_logged()
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [
         f"reading the weights: {done}.0 MiB of 1,000.0 MiB  10.0 MiB/s  {left} left"

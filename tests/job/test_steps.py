@@ -112,9 +112,7 @@ def test_time_left_and_throughput():
     pace.step(7, 104.0)
     assert pace.seconds_left(11) == 8.0
     assert pace.seconds_left(7) is None
-    speed = Throughput()
-    speed.measured_from(1000)
-    speed.resume(10.0)
+    speed = Throughput(1000, 10.0)
     speed.add(12.0)
     assert speed.tokens_a_second(1600) == 300.0
     speed.resume(50.0)  # after an evaluation

@@ -12,19 +12,15 @@ from zero_sft.cluster.world import World
 from zero_sft.data.collator import Collator
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
-from zero_sft.job.trainer import Trainer
+from zero_sft.job.trainer import JobTrainer, mask_padding_samples
 
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
 
 
-def trained(flat, indices, rank, *, rows, end=True, drop_last=False):
+def trained(flat, indices, rank, *, rows):
     """Return the rows that a rank's batch trains on, of a dataset of `rows` on 2 ranks, and the number of trained tokens."""
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(world_size=2, process_index=rank),
-        accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
-    )
     batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
-    batch = Trainer._mask_padding_samples(trainer, batch, rows, len(indices), drop_last)  # pyright: ignore[reportArgumentType]
+    batch = mask_padding_samples(batch, rows, size=2, rank=rank, ranks=2)
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
     labels = batch["labels"][batch["labels"] != IGNORE_INDEX]
     return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
@@ -37,8 +33,17 @@ def test_rows_that_are_only_repeated(flat):
     assert trained(flat, [6, 0], 1, rows=7) == ([7], 7)
     assert trained(flat, [0, 1], 1, rows=6) == ([], 0)
     assert trained(flat, [6, 0], 1, rows=8) == ([1, 7], 8)
-    assert trained(flat, [6, 0], 1, rows=7, end=False) == ([1, 7], 8)
-    assert trained(flat, [6, 0], 1, rows=7, drop_last=True) == ([1, 7], 8)
+    assert trained(flat, [6, 0], 1, rows=0) == ([1, 7], 8), "not the last batch"
+
+
+@pytest.mark.parametrize(("end", "drop_last", "labels"), [(True, False, [0]), (False, False, [0, 1]), (True, True, [0, 1])])
+def test_only_the_last_batches_of_an_epoch_are_filled_up(end, drop_last, labels):
+    trainer: Any = SimpleNamespace(
+        args=SimpleNamespace(world_size=2, process_index=1),
+        accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
+    )
+    batch = JobTrainer._without_padding_samples(trainer, {"labels": torch.arange(2)}, 7, 2, drop_last)
+    assert batch["labels"][batch["labels"] != IGNORE_INDEX].tolist() == labels
 
 
 @pytest.mark.parametrize(
@@ -55,7 +60,7 @@ def test_what_one_rank_alone_can_not_read_it_says_itself(said, capsys):
         yield
 
     with raises("data.unusable_sample") as caught:
-        next(Trainer._local_batches(trainer, batches()))
+        next(JobTrainer._local_batches(trainer, batches()))
     failure.begin_job(World(rank=1, world_size=2))
     assert failure.report_failure(caught.value) == 1
     assert capsys.readouterr().err == "\nerror: a.json, sample 6: no (rank 1 alone) [data.unusable_sample]\n"

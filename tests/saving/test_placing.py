@@ -18,7 +18,7 @@ from tests.slow import slow, slow_except
 from zero_sft.saving import exchange_folders as exchanging
 from zero_sft.saving import folder as folders
 from zero_sft.saving.folder import Placing, StagingFolder, explain_not_placed, make_staging
-from zero_sft.saving.placing import put_in_place
+from zero_sft.saving.placing import publish
 
 OLD, NEW = 1, 2
 
@@ -28,7 +28,7 @@ def drafted(
 ) -> StagingFolder:
     """A finished draft of the new model."""
     draft = make_staging(target)
-    if placing is Placing.IN_PLACE and draft.placing is not placing:
+    if placing is Placing.FILE_BY_FILE and draft.placing is not placing:
         inside = target / draft.folder.name
         draft.folder.rename(inside)
         draft = StagingFolder(folder=inside, target=draft.target, placing=placing)
@@ -50,7 +50,7 @@ def test_killed_at_any_step_of_an_exchange(tmp_path, files, kind, fresh):
         rest.update(models.write_others(out))
         draft = drafted(out, fresh)
         assert draft.placing is Placing.EXCHANGE
-        return lambda: put_in_place(draft)
+        return lambda: publish(draft)
 
     seen = []
     for _ in killed_before_each_step(prepare):
@@ -73,8 +73,8 @@ def test_killed_at_any_step_in_place(tmp_path, files, kind, fresh, settings):
         models.cleared(tmp_path)
         models.write(out, OLD, files, kind)
         rest.update(models.write_others(out))
-        draft = drafted(out, fresh, settings, Placing.IN_PLACE)
-        return lambda: put_in_place(draft)
+        draft = drafted(out, fresh, settings, Placing.FILE_BY_FILE)
+        return lambda: publish(draft)
 
     seen, without = [], 0
     for _ in killed_before_each_step(prepare):
@@ -94,7 +94,7 @@ def test_killed_at_any_step_in_place(tmp_path, files, kind, fresh, settings):
     assert len(names) == (2 if fresh == 1 else 5)  # and the user's model-backup.bin
 
 
-@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
+@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.FILE_BY_FILE])
 def test_readers_meanwhile(tmp_path, placing):
     """A reader in a loop over 200 exports: weights that it opens by path are of one model; so is all that it reads of a folder
     that it holds open, where folders are exchanged."""
@@ -106,7 +106,7 @@ def test_readers_meanwhile(tmp_path, placing):
     if child == 0:
         os._exit(_read_until(stop, out, exchanges))
     for number in range(1, 201):
-        put_in_place(drafted(out, 3 if number % 2 else 1, number if exchanges else 0, placing, number))
+        publish(drafted(out, 3 if number % 2 else 1, number if exchanges else 0, placing, number))
     stop.touch()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -138,26 +138,26 @@ def test_a_folder_held_open_is_one_model(tmp_path):
     handle = os.open(out, os.O_RDONLY)
     before = Path(f"/proc/self/fd/{handle}")
     with mock.patch("zero_sft.saving.placing.shutil.rmtree"):
-        put_in_place(drafted(out))
+        publish(drafted(out))
     assert models.read(before) == ({OLD}, {OLD})
     assert models.read(out) == ({NEW}, {NEW})
     os.close(handle)
 
 
-@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
+@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.FILE_BY_FILE])
 def test_files_of_two_models_never_share_a_name(tmp_path, placing):
     """A reader that has an index finds that model's files or none, however many exports are between."""
     out = models.write(tmp_path / "out", OLD, 3)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     for files in (3, 1, 3):
-        put_in_place(drafted(out, files, placing=placing))
+        publish(drafted(out, files, placing=placing))
         assert models.read(out) == ({NEW}, {NEW})
         assert not [name for name in index.values() if (out / name).exists()]
 
 
 def test_a_new_folder_appears_at_once(tmp_path):
     out = tmp_path / "far" / "away" / "out"
-    put_in_place(drafted(out, 3))
+    publish(drafted(out, 3))
     assert models.read(out) == ({NEW}, {NEW})
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -176,7 +176,7 @@ def test_what_others_write_during_an_exchange_is_kept(tmp_path):
         exchanging.exchange(one, other)
 
     with mock.patch("zero_sft.saving.placing.exchange", late):
-        put_in_place(draft)
+        publish(draft)
     assert models.read(out) == ({NEW}, {NEW})
     found = models.others(out)
     assert (found["logs/late.txt"], found["fresh.txt"], found["notes.txt"]) == ("late", "fresh", "changed")
@@ -192,19 +192,21 @@ def test_where_a_folder_cannot_be_exchanged_files_are_replaced(tmp_path, how):
     if how == "no exchange":
         with mock.patch.object(exchanging, "exchange", refuse):
             draft = drafted(out, 3)
-            assert (draft.placing, draft.folder.parent) == (Placing.IN_PLACE, out)
-            put_in_place(draft)
+            assert (draft.placing, draft.folder.parent) == (Placing.FILE_BY_FILE, out)
+            publish(draft)
     else:
         draft = drafted(out, 3)
         with mock.patch("os.link", refuse):
-            put_in_place(draft)
+            publish(draft)
     assert models.read(out) == ({NEW}, {NEW})
     assert models.others(out) == rest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    publish(drafted(out, 1))
+    assert not list(out.glob("model-0*")), "weight files under names that a later export does not know"
 
 
-@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.IN_PLACE])
+@pytest.mark.parametrize("placing", [Placing.EXCHANGE, Placing.FILE_BY_FILE])
 def test_settings_are_on_disk_before_they_are_placed(tmp_path, placing):
     """Weights are synced by the ranks that write them."""
     out = models.write(tmp_path / "out", OLD)
@@ -214,7 +216,7 @@ def test_settings_are_on_disk_before_they_are_placed(tmp_path, placing):
         synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
 
     with mock.patch("os.fsync", fsync):
-        put_in_place(draft)
+        publish(draft)
     before = synced[: synced.index(draft.folder) + 1]
     assert {path.name for path in before} == {"config.json", "tokenizer.json", "tokenizer_config.json", draft.folder.name}
     assert synced[-1] == (tmp_path if placing is Placing.EXCHANGE else out)
@@ -223,14 +225,14 @@ def test_settings_are_on_disk_before_they_are_placed(tmp_path, placing):
 def test_rights_of_the_folder_stay(tmp_path):
     out = models.write(tmp_path / "out", OLD)
     out.chmod(0o2770)
-    put_in_place(drafted(out))
+    publish(drafted(out))
     assert out.stat().st_mode & 0o7777 == 0o2770
 
 
 def test_the_working_directory_is_not_exchanged(tmp_path, monkeypatch):
     out = models.write(tmp_path / "out", OLD)
     monkeypatch.chdir(out)
-    put_in_place(drafted(Path()))
+    publish(drafted(Path()))
     assert models.read(Path()) == ({NEW}, {NEW})
 
 
@@ -238,7 +240,7 @@ def test_a_former_tokenizer_goes_with_its_model(tmp_path):
     out = models.write(tmp_path / "out", OLD)
     for name in ("chat_template.jinja", "merges.txt", "generation_config.json"):
         (out / name).write_text("1")
-    put_in_place(drafted(out))
+    publish(drafted(out))
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
@@ -248,7 +250,7 @@ def test_a_failed_last_step_keeps_the_draft_and_names_it(tmp_path):
     """Some file is refused in the middle: all is as it was, and the finished model is where the error says."""
     out = models.write(tmp_path / "out", OLD, 3)
     rest = models.write_others(out)
-    draft = drafted(out, 3, placing=Placing.IN_PLACE)
+    draft = drafted(out, 3, placing=Placing.FILE_BY_FILE)
     rename, refused = Path.rename, []
 
     def refuse(self, destination):
@@ -262,7 +264,7 @@ def test_a_failed_last_step_keeps_the_draft_and_names_it(tmp_path):
         raises("export.not_placed", "Read-only") as caught,
         explain_not_placed(draft),
     ):
-        put_in_place(draft)
+        publish(draft)
     assert refused
     assert str(draft.folder) in str(caught.value)
     assert models.read(out) == ({OLD}, {OLD})

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from tests.data import tiny
 from tests.real_tokenizers import published_tokenizer
-from zero_sft.saving.reopened import changed_encoding
+from zero_sft.saving.settings import changed_encoding
 
 
 def test_one_that_reads_back(tmp_path):

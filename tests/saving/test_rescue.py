@@ -7,7 +7,7 @@ import pytest
 from tests.errors import raises
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError
-from zero_sft.saving.rescue import export_or_rescue
+from zero_sft.saving.export import export_or_rescue
 
 
 class Writer:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.errors import error_codes, raises
-from zero_sft.saving.resume import find_checkpoint, require_resumable
+from zero_sft.cluster.world import World
+from zero_sft.saving.resume import agree_on_checkpoint, find_checkpoint
 
 
 def checkpoint(folder: Path, ranks: int, bf16: bool = True) -> Path:
@@ -32,7 +33,7 @@ def write_states(states: Path, ranks: int, bf16: bool = True) -> None:
 
 @pytest.mark.parametrize("wanted", [None, False])
 def test_a_new_run(tmp_path, wanted):
-    require_resumable(wanted, tmp_path / "nowhere", 2)
+    assert agree_on_checkpoint(wanted, tmp_path / "nowhere", World(), {}) is None
 
 
 def test_the_last_one_or_the_named_one(tmp_path):
@@ -46,7 +47,7 @@ def test_the_last_one_or_the_named_one(tmp_path):
 def test_another_number_of_ranks(tmp_path):
     folder = checkpoint(tmp_path / "checkpoint-3", 2)
     with raises("resume.other_world_size", "2 ranks", " 3", f"zero_to_fp32 {folder} {folder}`"):
-        require_resumable(True, tmp_path, 3)
+        find_checkpoint(True, tmp_path, 3)
 
 
 def test_another_precision(tmp_path):
@@ -59,13 +60,13 @@ def test_another_precision(tmp_path):
 @pytest.mark.parametrize(("wanted", "code"), [(True, "resume.no_checkpoint"), ("elsewhere", "resume.no_such_folder")])
 def test_nothing_there(tmp_path, wanted, code):
     with raises(code, f"--resume_from_checkpoint {wanted}"):
-        require_resumable(wanted, tmp_path, 1)
+        find_checkpoint(wanted, tmp_path, 1)
 
 
 def test_nothing_of_deepspeed(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with raises("resume.no_deepspeed_state"):
-        require_resumable(True, tmp_path, 1)
+        find_checkpoint(True, tmp_path, 1)
 
 
 def test_weights_alone(tmp_path):
@@ -74,7 +75,7 @@ def test_weights_alone(tmp_path):
     (folder / "model.safetensors").touch()
     for wanted in (True, str(folder)):
         with raises("resume.weights_alone", f"--model_name_or_path {folder}"):
-            require_resumable(wanted, tmp_path, 1)
+            find_checkpoint(wanted, tmp_path, 1)
 
 
 def _cut(path: Path) -> None:

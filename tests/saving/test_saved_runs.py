@@ -16,7 +16,7 @@ from testing.runner import run_ranks
 from tests import small_job
 from tests.errors import error_codes, raises
 from tests.saving.test_placing import unshared
-from zero_sft.saving.resume import require_resumable
+from zero_sft.saving.resume import find_checkpoint
 
 STEPS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
@@ -125,7 +125,7 @@ def test_the_remedy_for_another_number_of_ranks(folder, whole):
     """The command of the message, as it stands there: the weights of the checkpoint, which a run of any size starts from."""
     out = copied(whole, "elsewhere")
     with raises("resume.other_world_size") as caught:
-        require_resumable(True, out, 3)
+        find_checkpoint(True, out, 3)
     _, command, rest = str(caught.value).split("`")
     words = command.split()
     assert words[0] == "python"
@@ -171,7 +171,7 @@ def test_the_remedy_for_a_model_with_tied_embeddings(folder, tmp_path):
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "tied")
     out = run(folder, "tied_out", model_name_or_path=folder / "tied", max_steps=2)
     with raises("resume.other_world_size") as caught:
-        require_resumable(True, out, 3)
+        find_checkpoint(True, out, 3)
     command = str(caught.value).split("`")[1].split()
     subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, timeout=300)
     assert equal(weights(out / "checkpoint-2"), weights(out))
@@ -219,7 +219,7 @@ def lost(folder: Path, out: str) -> None:
     from zero_sft.job import trainer
 
     os.chdir(folder)
-    train = trainer.Trainer.train
+    train = trainer.JobTrainer.train
 
     def train_and_lose(self, *args, **kwargs):
         train(self, *args, **kwargs)
@@ -229,7 +229,7 @@ def lost(folder: Path, out: str) -> None:
         torch.distributed.barrier()
 
     said = io.StringIO()
-    with mock.patch.object(trainer.Trainer, "train", train_and_lose), contextlib.redirect_stderr(said):
+    with mock.patch.object(trainer.JobTrainer, "train", train_and_lose), contextlib.redirect_stderr(said):
         with pytest.raises(AssertionError):
             small_job.train(folder, out, max_steps=4, per_device_train_batch_size=2, chat_template="vicuna")
     if torch.distributed.get_rank() == 0:
@@ -291,10 +291,10 @@ def test_sizes_are_known_beforehand(folder, whole):
     from transformers import AutoConfig
 
     from zero_sft.loading.request import ModelSpec
-    from zero_sft.saving.room import checkpoint_bytes, export_sizes, folder_bytes, optimizer_state_bytes
+    from zero_sft.saving.room import checkpoint_bytes, export_sizes, folder_bytes
 
     config = AutoConfig.from_pretrained(folder / "model")
     export_bytes, numel = export_sizes(ModelSpec(folder=folder / "model", config=config, dtype=torch.float32))
     assert abs(export_bytes - (whole / "model.safetensors").stat().st_size) < 64
-    states = checkpoint_bytes(numel, optimizer_state_bytes("adamw_torch"))
+    states = checkpoint_bytes(numel, "adamw")
     assert states <= folder_bytes(whole / "checkpoint-2" / "global_step2") < 1.2 * states

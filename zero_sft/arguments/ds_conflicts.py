@@ -133,10 +133,14 @@ def count_steps(rows: int, arguments: Any, world_size: int) -> int:
     """Return the number of optimizer steps of a run on `rows` rows, as the Trainer counts them."""
     if arguments.max_steps > 0:
         return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * steps_in_epoch(rows, arguments, world_size))
+
+
+def steps_in_epoch(rows: int, arguments: Any, world_size: int) -> int:
+    """Return the number of optimizer steps of an epoch on `rows` rows, as the Trainer counts them."""
     round_batches = math.floor if arguments.dataloader_drop_last else math.ceil
     batches = round_batches(round_batches(rows / arguments.per_device_train_batch_size) / world_size)
-    steps = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(arguments.num_train_epochs * steps)
+    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
 
 
 def _comparable_values(args: Any) -> dict[str, tuple[Any, str]]:

@@ -127,7 +127,7 @@ class _LoggedTask(Task):
         if is_due:
             logger.info("%s: %s", self.title, self.numbers())
 
-    def spoken(self) -> None:
+    def line_logged(self) -> None:
         """Count a line that the caller has logged as a line of this task."""
         with self._lock:
             self._said_at, self._said_done = self._now(), self.done

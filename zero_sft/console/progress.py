@@ -35,7 +35,7 @@ class Task:
         """Show a short text next to the amount, in place of the rate and the time left."""
         self.text = text
 
-    def spoken(self) -> None:
+    def line_logged(self) -> None:
         """Report that the caller has just logged a line about this task; only log lines of progress depend on it."""
 
     @property

@@ -5,8 +5,7 @@ No rank gathers the whole model: each writes its own shards. Importing this modu
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +26,37 @@ from zero_sft.zero.internals import set_optimizer_defaults
 logger = logging.getLogger("zero_sft.train")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedModel:
-    """The tokenizer and config values that checkpoints and the export hold instead of those in use during training.
-
-    Attributes:
-        tokenizer: the tokenizer with the chat template of the run.
-        record: the description of the run that every checkpoint holds.
-        config_values: values of the text config that TRL overwrites for the training, as the model had them.
-    """
-
-    tokenizer: Any
-    record: RunRecord
-    config_values: Mapping[str, Any] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def applied_to(self, model: Any) -> Iterator[None]:
-        """Set `config_values` in the model's config while files are written, then restore the values of the training."""
-        config = text_config(model.config)
-        training_values = {name: getattr(config, name) for name in self.config_values}
-        config.update(dict(self.config_values))
-        try:
-            yield
-        finally:
-            config.update(training_values)
+_ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
+"""Keys of a mixture-of-experts config that TRL overwrites for the training."""
 
 
 class SavingTrainer(SFTTrainer):
     """An `SFTTrainer` that writes this project's checkpoints and export. A finished run that is resumed trains no step.
 
     Args:
-        published: the tokenizer, config values and run record that checkpoints and the export hold.
+        saved_tokenizer: the tokenizer that checkpoints and the export hold, with the chat template of the run.
+        record: describes the run in every checkpoint that holds the optimizer's state.
     """
 
-    def __init__(self, *args: Any, published: PublishedModel, **kwargs: Any) -> None:
-        trainer_internals.check()
-        self._published = published
-        super().__init__(*args, **kwargs)
-        trainer_internals.check_trainer(self)
+    def __init__(self, *, model: Any, saved_tokenizer: Any, record: RunRecord, world: World, **kwargs: Any) -> None:
+        trainer_internals.require(SFTTrainer, trainer_internals.OVERRIDDEN)
+        self._saved_tokenizer, self._record, self._world = saved_tokenizer, record, world
+        config = text_config(model.config)
+        self._router_values = {name: getattr(config, name) for name in _ROUTER_KEYS if hasattr(config, name)}
+        super().__init__(model=model, **kwargs)
+        trainer_internals.require(self, trainer_internals.SET)
+
+    @contextlib.contextmanager
+    def _without_trl_changes(self) -> Iterator[None]:
+        """Undo TRL's changes in the model's config while files are written."""
+        model: Any = self.model
+        config = text_config(model.config)
+        training_values = {name: getattr(config, name) for name in self._router_values}
+        config.update(self._router_values)
+        try:
+            yield
+        finally:
+            config.update(training_values)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the Trainer's scheduler. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer lacks."""
@@ -102,14 +94,10 @@ class SavingTrainer(SFTTrainer):
         return None
 
     def export(self, folder: Path) -> None:
-        """Write the model with its config and tokenizer to `folder`. Every rank; communicates.
-
-        Raises:
-            ExportError: the folder is not writable.
-        """
+        """Write the model with its config and tokenizer to `folder`, as `save_pretrained` does. Every rank; communicates."""
         model: Any = self.model_wrapped
-        with self._published.applied_to(self.model):
-            save_pretrained(model, folder, tokenizer=self._published.tokenizer)
+        with self._without_trl_changes():
+            save_pretrained(model, folder, tokenizer=self._saved_tokenizer)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a checkpoint's config and tokenizer, and its weights if no other file holds them. Every rank; communicates.
@@ -121,23 +109,23 @@ class SavingTrainer(SFTTrainer):
         if self.args.save_only_model or not _internal_call or engine.zero_gather_16bit_weights_on_model_save():
             self.export(folder)
             return
-        world = World.detect()
-        with collective_stage(world, f"writing {folder}"), explain_write_errors(folder), self._published.applied_to(self.model):
-            if world.is_main:
+        with collective_stage(self._world, f"writing {folder}"), explain_write_errors(folder):
+            if self._world.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
                 model: Any = self.model
-                write_settings(folder, model, self._published.tokenizer)
-                write_record(folder, self._published.record)
+                with self._without_trl_changes():
+                    write_settings(folder, model, self._saved_tokenizer)
+                write_record(folder, self._record)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint if the folder is writable, else log a warning and go on training. Every rank; communicates."""
-        folder, world = self.args.output_dir, World.detect()
+        folder = str(self.args.output_dir)
         try:
-            with collective_stage(world, f"checking {folder}"):
-                if world.is_main:
-                    require_writable(str(folder))
+            with collective_stage(self._world, f"checking {folder}"):
+                if self._world.is_main:
+                    require_writable(folder)
         except ExportError as error:
-            if world.is_main:
+            if self._world.is_main:
                 logger.warning("no checkpoint is saved at step %d: %s", self.state.global_step, error)
             return
         super()._save_checkpoint(model, trial)

@@ -78,11 +78,8 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, template: Temp
 
     stop_texts = turn_ends(tokenizer, template.turn_ends).texts
     texts = [template.prompt(prompt) for prompt in prompts]
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=template.adds_special_tokens)
-    finally:
-        tokenizer.padding_side = side
+    adds_tokens = template.adds_special_tokens
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=adds_tokens)
     max_positions = _max_positions(text_config(model.config))
     if max_positions is not None:
         max_new_tokens = max(1, min(max_new_tokens, max_positions - batch["input_ids"].shape[1]))

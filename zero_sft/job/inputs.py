@@ -2,48 +2,67 @@
 
 import contextlib
 import logging
-from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from zero_sft import ds_config as ds_configs
-from zero_sft.arguments import DataArguments, ParsedArguments, build_training_arguments
+from zero_sft.arguments import ParsedArguments, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
+from zero_sft.config import prepare_config_from, text_config
 from zero_sft.data.dataset import PreparedDataset, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
-from zero_sft.data.packing import PackingDecision, packing_unless_too_few, resolve_packing
+from zero_sft.data.packing import packing_unless_too_few, resolve_packing
 from zero_sft.data.prepare_distributed import prepare_distributed
 from zero_sft.data.sources.data_path import Source, parse_sources, require_outputs_outside, require_sources
 from zero_sft.data.templates.choose import Template, choose_template
 from zero_sft.errors import ArgumentError
-from zero_sft.hub.source import ModelSource
-from zero_sft.job.model_check import require_usable_model
+from zero_sft.hub.options import HubOptions
+from zero_sft.hub.source import ModelSource, locate_model
+from zero_sft.job.generation import read_prompts, require_answerable
+from zero_sft.job.start_checks import check_export_settings, require_usable_model
+from zero_sft.loading.request import ModelSpec
+from zero_sft.options.keywords import pick_options
+from zero_sft.saving.folder import check_writing
+from zero_sft.saving.former_run import require_no_former_run
+from zero_sft.saving.resume import agree_on_checkpoint
 from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
+from zero_sft.tokenizer import load_tokenizer_from
 
 logger = logging.getLogger("zero_sft.train")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The checked inputs of the job."""
+    """The checked inputs of the job.
 
-    arguments: Any  # TrainingArguments
-    config: Any
+    Attributes:
+        arguments: the `TrainingArguments`.
+        spec: the model, before its weights are read.
+        saved_tokenizer: the tokenizer that checkpoints and the export hold, with the chat template of the run.
+        generation_config: the export's, which stops at the template's ends of turn.
+        record: describes the run in its checkpoints.
+        checkpoint: the run resumes from it.
+        overwrites_run: whether to overwrite a previous run in the output folder.
+    """
+
+    arguments: Any
+    source: ModelSource
+    spec: ModelSpec
     tokenizer: Any
+    saved_tokenizer: Any
     template: Template
     training_data: PreparedDataset
     evaluation_data: PreparedDataset | None
     prompts: tuple[str, ...]
-    generation: Any  # the generation config of the export, which stops at the template's ends of turn
-    source: ModelSource
+    generation_config: Any
     record: RunRecord
-    checkpoint: TrainerCheckpoint | None = None  # the run resumes from it
-    overwrites_run: bool = False  # whether to overwrite a previous run in the output folder
+    checkpoint: TrainerCheckpoint | None
+    overwrites_run: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,22 +77,22 @@ class _Sources:
 class _Preparation:
     """The settings with which this run turns its training and evaluation sources into rows."""
 
-    options: DataArguments
+    parsed: ParsedArguments
     arguments: Any
     tokenizer: Any
     template: Template
-    embedding_rows: int | None
+    spec: ModelSpec
 
     def prepare(self, title: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
         """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
         arguments = self.arguments
         spec = DatasetSpec.from_options(
-            self.options,
+            self.parsed.data,
             sources=sources,
             model_max_length=arguments.model_max_length,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
         )
-        spec = replace(spec, pack=pack, embedding_rows=self.embedding_rows)
+        spec = replace(spec, pack=pack, embedding_rows=getattr(text_config(self.spec.config), "vocab_size", None))
         logger.info("%s: %s", title, spec.name)
         prepared = prepare_distributed(spec, self.tokenizer, self.template, world)
         for line in prepared.lines():
@@ -89,70 +108,58 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     Raises:
         ZeroSftError: the same on every rank.
     """
-    from zero_sft.config import prepare_config_from, text_config
-    from zero_sft.hub.options import HubOptions
-    from zero_sft.hub.source import locate_model
-    from zero_sft.job.export_check import check_export_settings
-    from zero_sft.job.generation import read_prompts
-    from zero_sft.loading.skeleton import attention_of
-    from zero_sft.options.keywords import pick_options
-    from zero_sft.saving.resume import agree_on_checkpoint
-    from zero_sft.saving.write_check import check_writing
-    from zero_sft.tokenizer import load_tokenizer_from
+    arguments, prompts, sources = _build_arguments(parsed, world)
+    checkpoint, overwrites_run = _check_output_folder(parsed, arguments, sources, world)
+    source, spec, record = _read_config(parsed, arguments, checkpoint, world)
+    length = arguments.model_max_length
+    tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
+    with collective_stage(world, "choosing the chat template"):
+        template = choose_template(parsed.data.chat_template, tokenizer)
+        if world.is_main:
+            require_answerable(prompts, tokenizer, template, spec.config)
+    generation_config, saved_tokenizer = check_export_settings(spec.config, tokenizer, template, source, world)
+    preparation = _Preparation(parsed=parsed, arguments=arguments, tokenizer=tokenizer, template=template, spec=spec)
+    training_data = _training_data(preparation, sources.training, world)
+    if _groups_by_length(parsed, training_data):
+        arguments.train_sampling_strategy = "group_by_length"
+    record = _with_size(record, training_data, preparation, checkpoint, world)
+    evaluation_data = _evaluation_data(preparation, sources.evaluation, world)
+    return Inputs(
+        arguments=arguments,
+        source=source,
+        spec=spec,
+        tokenizer=tokenizer,
+        saved_tokenizer=saved_tokenizer,
+        template=template,
+        training_data=training_data,
+        evaluation_data=evaluation_data,
+        prompts=prompts,
+        generation_config=generation_config,
+        record=record,
+        checkpoint=checkpoint,
+        overwrites_run=overwrites_run,
+    )
 
-    training = parsed.training
-    with collective_stage(world, "checking the DeepSpeed config and the output folder"):
+
+def _build_arguments(parsed: ParsedArguments, world: World) -> tuple[Any, tuple[str, ...], _Sources]:
+    """Build the Trainer's arguments, read the prompts, and parse the data sources. Every rank; communicates.
+
+    Raises:
+        ZeroSftError: an argument, the DeepSpeed config, the file of the prompts or the name of a source can't be used.
+    """
+    training, data = parsed.training, parsed.data
+    with collective_stage(world, "checking the DeepSpeed config and the arguments"):
         ds = ds_configs.load_ds_config(training["deepspeed"])
         ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
         ds_configs.require_nvme(ds)
         arguments = build_training_arguments(training, ds, parsed.given_names)
-        prompts = tuple(read_prompts(Path(parsed.data.sample_prompts))) if parsed.data.sample_prompts else ()
+        prompts = tuple(read_prompts(Path(data.sample_prompts))) if data.sample_prompts else ()
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
-    in_bf16 = arguments.hf_deepspeed_config.is_true("bf16.enabled")
-    checkpoint = agree_on_checkpoint(training["resume_from_checkpoint"], training["output_dir"], world, ds, in_bf16)
-    sources, overwrites = _check_output_folder(parsed, checkpoint, world)
-    check_writing(training["output_dir"], world)
-    name, length = parsed.model.model_name_or_path, training["model_max_length"]
-    logger.info("reading the config of %s", name)
-    source = locate_model(name, pick_options(HubOptions, parsed.model), world)
-    config = prepare_config_from(source, world, model_max_length=length, rope_parameters=parsed.model.rope_parameters)
-    require_usable_model(parsed, arguments, config, source, world)
-    record = RunRecord.of(text_config(config), arguments)
-    with collective_stage(world, "comparing the run with the checkpoint"):
-        if world.is_main and checkpoint is not None:
-            require_same_run(checkpoint.folder, record)
-    tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
-    attention = attention_of(config, parsed.model.attn_implementation)
-    packing = resolve_packing(parsed.data.packing, text_config(config), attention=attention, lazy=parsed.data.lazy_preprocess)
-    template = _choose_template(parsed.data.chat_template, tokenizer, prompts, config, world)
-    _require_data(sources, world)
-    generation = check_export_settings(parsed, config, tokenizer, template, source, world)
-    preparation = _Preparation(
-        options=parsed.data,
-        arguments=arguments,
-        tokenizer=tokenizer,
-        template=template,
-        embedding_rows=getattr(text_config(config), "vocab_size", None),
-    )
-    train, sampling = _training_data(preparation, sources.training, packing, parsed.given_names, world)
-    for option, value in sampling.items():
-        setattr(arguments, option, value)
-    record = _count_steps(record, train, parsed, arguments, checkpoint, world)
-    evaluation = _evaluation_data(preparation, sources.evaluation, world)
-    return Inputs(
-        arguments=arguments,
-        config=config,
-        tokenizer=tokenizer,
-        template=template,
-        training_data=train,
-        evaluation_data=evaluation,
-        prompts=prompts,
-        generation=generation,
-        source=source,
-        checkpoint=checkpoint,
-        record=record,
-        overwrites_run=overwrites,
-    )
+        sources = _Sources(
+            training=parse_sources(data.training_path),
+            evaluation=None if data.eval_data_path is None else parse_sources(data.eval_data_path),
+        )
+    return arguments, prompts, sources
 
 
 def _require_other_folder(model: str, output_dir: str) -> None:
@@ -164,85 +171,78 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
-def _check_output_folder(parsed: ParsedArguments, checkpoint: TrainerCheckpoint | None, world: World) -> tuple[_Sources, bool]:
-    """Parse the data sources, and return whether the output folder holds a previous run that is to be overwritten.
-
-    Every rank; communicates.
+def _check_output_folder(
+    parsed: ParsedArguments, arguments: Any, sources: _Sources, world: World
+) -> tuple[TrainerCheckpoint | None, bool]:
+    """Return the checkpoint that the run resumes from, and whether it overwrites a previous run. Every rank; communicates.
 
     Raises:
-        DataError: a path names no source, or the output folder lies inside the data.
-        ArgumentError: the folder holds a previous run that must not be overwritten.
+        DataError: a source does not exist, or the output folder lies inside the data.
+        ArgumentError: the run can't resume, or the folder holds a previous run that must not be overwritten.
+        ExportError: the folder can't be written.
     """
-    from zero_sft.saving.former_run import require_no_former_run
-
-    training, eval_path = parsed.training, parsed.data.eval_data_path
-    with collective_stage(world, "checking the output folder") as stage:
-        sources = _Sources(
-            training=parse_sources(parsed.data.training_path),
-            evaluation=None if eval_path is None else parse_sources(eval_path),
-        )
+    training, ds = parsed.training, arguments.hf_deepspeed_config
+    output_dir = training["output_dir"]
+    checkpoint = agree_on_checkpoint(
+        training["resume_from_checkpoint"], output_dir, world, ds.config, bf16=ds.is_true("bf16.enabled")
+    )
+    with collective_stage(world, "checking the data and the output folder") as stage:
         if world.is_main:
-            require_outputs_outside((*sources.training, *(sources.evaluation or ())), training["output_dir"])
+            require_outputs_outside((*sources.training, *(sources.evaluation or ())), output_dir)
+            require_sources(sources.training)
+            require_sources(sources.evaluation or (), to_evaluate=True)
             stage.local = require_no_former_run(
-                training["output_dir"],
+                output_dir,
                 checkpoint and checkpoint.folder,
                 overwrite=training.get("overwrite_output_dir", False),
                 model=parsed.model.model_name_or_path,
             )
-    return sources, stage.gathered[0]
+    check_writing(output_dir, world)
+    return checkpoint, stage.gathered[0]
 
 
-def _choose_template(name: str | None, tokenizer: Any, prompts: Sequence[str], config: Any, world: World) -> Template:
-    """Choose the run's chat template, and check that all prompts can be answered with it. Every rank; communicates.
-
-    Raises:
-        DataError: the template can't be used, or a prompt can't be answered.
-    """
-    from zero_sft.job.generation import require_answerable
-
-    with collective_stage(world, "choosing the chat template"):
-        template = choose_template(name, tokenizer)
-    with collective_stage(world, "checking the prompts"):
-        if world.is_main:
-            require_answerable(prompts, tokenizer, template, config)
-    return template
-
-
-def _require_data(sources: _Sources, world: World) -> None:
-    """Raise `DataError` if a source does not exist. Every rank; communicates."""
-    with collective_stage(world, "looking for the data"):
-        if world.is_main:
-            require_sources(sources.training)
-            if sources.evaluation is not None:
-                require_sources(sources.evaluation, to_evaluate=True)
+def _read_config(
+    parsed: ParsedArguments, arguments: Any, checkpoint: TrainerCheckpoint | None, world: World
+) -> tuple[ModelSource, ModelSpec, RunRecord]:
+    """Locate the model, prepare its config, and check that it can be trained and resumed. Every rank; communicates."""
+    model = parsed.model
+    logger.info("reading the config of %s", model.model_name_or_path)
+    source = locate_model(model.model_name_or_path, pick_options(HubOptions, model), world)
+    length, rope_parameters = arguments.model_max_length, model.rope_parameters
+    config = prepare_config_from(source, world, model_max_length=length, rope_parameters=rope_parameters)
+    spec = require_usable_model(model, arguments, config, source, world)
+    record = RunRecord.of(text_config(config), arguments)
+    with collective_stage(world, "comparing the run with the checkpoint"):
+        if world.is_main and checkpoint is not None:
+            require_same_run(checkpoint.folder, record)
+    return source, spec, record
 
 
-def _training_data(
-    preparation: _Preparation, sources: tuple[Source, ...], packing: PackingDecision, given_options: Set[str], world: World
-) -> tuple[PreparedDataset, dict[str, Any]]:
-    """Prepare the training data, and choose the sampling strategy. Every rank; communicates.
-
-    Packed rows are drawn at random. Unpacked samples are grouped by length, unless `--packing` or a strategy was given.
+def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:
+    """Prepare the training data, packed if that is possible and fills a batch. Every rank; communicates.
 
     Raises:
+        ArgumentError: packing is requested but not possible.
         DataError: the data does not fill one batch.
     """
-    options, batch_size = preparation.options, preparation.arguments.per_device_train_batch_size
-    sizes = {"world_size": world.world_size, "per_device_batch_size": batch_size}
+    options, spec = preparation.parsed.data, preparation.spec
+    batch_size = preparation.arguments.per_device_train_batch_size
+    packing = resolve_packing(
+        options.packing, text_config(spec.config), attention=spec.attn_implementation, lazy=options.lazy_preprocess
+    )
     prepared = preparation.prepare("training data", sources, world, pack=packing.enabled)
-    if prepared.is_packed:
-        packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch_size)
-        if packing.enabled:
-            require_one_batch(prepared, **sizes)
-            logger.info("  %s", prepared.packing_note)
-            return prepared, {}
-    train = prepared.unpacked()
-    require_one_batch(train, **sizes)
-    logger.info("  not packed: %s", packing.reason)
-    if options.packing is not None:
-        return train, {}
-    grouped = not options.lazy_preprocess and "train_sampling_strategy" not in given_options
-    return train, {"train_sampling_strategy": "group_by_length"} if grouped else {}
+    packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch_size)
+    data = prepared if packing.enabled else prepared.unpacked()
+    require_one_batch(data, world_size=world.world_size, per_device_batch_size=batch_size)
+    logger.info("  %s", data.packing_note or f"not packed: {packing.reason}")
+    return data
+
+
+def _groups_by_length(parsed: ParsedArguments, data: PreparedDataset) -> bool:
+    """Return whether to group samples by length: unless they are packed or lazy, or the user chose how to sample or pack."""
+    options = parsed.data
+    is_chosen = options.packing is not None or "train_sampling_strategy" in parsed.given_names
+    return not (data.is_packed or options.lazy_preprocess or is_chosen)
 
 
 def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | None, world: World) -> PreparedDataset | None:
@@ -257,20 +257,16 @@ def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | No
     return preparation.prepare("evaluation data", sources, world)
 
 
-def _count_steps(
-    record: RunRecord,
-    train: PreparedDataset,
-    parsed: ParsedArguments,
-    arguments: Any,
-    checkpoint: TrainerCheckpoint | None,
-    world: World,
+def _with_size(
+    record: RunRecord, data: PreparedDataset, preparation: _Preparation, checkpoint: TrainerCheckpoint | None, world: World
 ) -> RunRecord:
     """Add the size of the data and the number of steps to the record. Every rank; communicates.
 
     Raises:
         ConfigError: the scheduler of the DeepSpeed config has a different number of steps.
     """
-    rows, tokens = len(train.rows), sum(report.tokens or 0 for report in train.reports)
+    parsed, arguments = preparation.parsed, preparation.arguments
+    rows, tokens = len(data.rows), sum(report.tokens or 0 for report in data.reports)
     record = replace(record, rows=rows, tokens=tokens, max_steps=count_steps(rows, arguments, world.world_size))
     if world.is_main and checkpoint is not None:
         warn_of_other_data(checkpoint.folder, record)

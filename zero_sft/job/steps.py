@@ -21,8 +21,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zero_sft.console import progress
 from zero_sft.console.progress import format_duration
+from zero_sft.job.timeline import Timeline
+from zero_sft.printable import with_count
 
 logger = logging.getLogger("zero_sft.train")
+
+_STEP_METRICS = (
+    ("loss", "loss", ".3f"), ("aux_loss", "aux loss", ".3f"), ("learning_rate", "lr", ".1e"), ("grad_norm", "grad", ".3g"),
+)  # fmt: skip
+"""The metrics of a training step in a line of the log: the Trainer's name, ours, and the format."""
 
 _NO_ESTIMATE = "time left: available after two steps"
 
@@ -35,15 +42,16 @@ class StepLog(TrainerCallback):
     Args:
         tokens: a function that returns the number of tokens that all ranks have computed in the whole run.
         rows: the name of a batch's elements in the log, "samples" or "packed rows".
+        timeline: ends with the first step, when its summary is logged.
     """
 
-    def __init__(self, tokens: Callable[[], int], rows: str) -> None:
-        self._tokens, self._rows = tokens, rows
+    def __init__(self, tokens: Callable[[], int], rows: str, timeline: Timeline) -> None:
+        self._tokens, self._rows, self._timeline = tokens, rows, timeline
         self._training, self._evaluation = contextlib.ExitStack(), contextlib.ExitStack()
         self._task: progress.Task | None = None
         self._evaluation_task: progress.Task | None = None
         self._pace = Pace()
-        self._throughput = Throughput()
+        self._throughput = Throughput(0, 0.0)
         self._metrics = ""  # the metrics of the last logged step
         self._not_finite: list[int] = []  # the logged steps whose loss was not finite
 
@@ -52,12 +60,10 @@ class StepLog(TrainerCallback):
         self._training.enter_context(progress.task("starting the engine"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log the size of the training, and start its task."""
-        self._pace, self._throughput = Pace(), Throughput()
-        self._throughput.resume(time.monotonic())
-        self._throughput.measured_from(self._tokens())
-        if _is_logging_rank(args, state):
-            _write_line(args, state, _plan_line(args, state, self._rows))
+        """Log the size of the training, and start its task. The Trainer has just started DeepSpeed's engine."""
+        self._timeline.end("engine start")
+        self._pace, self._throughput = Pace(), Throughput(self._tokens(), time.monotonic())
+        _log_line(args, state, _plan_line(args, state, self._rows))
         self._training.close()
         if state.is_world_process_zero:
             self._task = self._training.enter_context(progress.task("training", state.max_steps, "steps"))
@@ -69,8 +75,11 @@ class StepLog(TrainerCallback):
         now = time.monotonic()
         self._pace.step(state.global_step, now)
         self._throughput.add(now)
+        if self._pace.steps == 1:
+            self._timeline.end("first step")
+            logger.info(self._timeline.summary())
         if self._task is not None:
-            self._task.note("  ".join(filter(None, [self._metrics, _time_left(self._pace, state)])) or _NO_ESTIMATE)
+            self._task.note(_joined(self._metrics, _time_left(self._pace, state)) or _NO_ESTIMATE)
             self._task.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -82,17 +91,17 @@ class StepLog(TrainerCallback):
             rate = self._throughput.tokens_a_second(self._tokens())
             self._metrics = training_metrics(logs, rate)
             position = _position(logs, state.global_step, state.max_steps)
-            line = "  ".join(filter(None, [position, self._metrics, _time_left(self._pace, state)]))
+            line = _joined(position, self._metrics, _time_left(self._pace, state))
             if self._task is not None:
-                self._task.spoken()
+                self._task.line_logged()
         elif "train_runtime" in logs:
             line = finished_line(logs, self._pace.steps)
         elif any(name.startswith("eval_") for name in logs):
             line = evaluation_line(logs, state.global_step, state.max_steps)
         else:
             line = other_line(logs, state.global_step, state.max_steps)
-        if line and _is_logging_rank(args, state):
-            _write_line(args, state, line)
+        if line:
+            _log_line(args, state, line)
 
     def _watch_loss(self, loss: Any, args: Any, state: Any) -> None:
         """Warn about the first loss that is not finite."""
@@ -110,17 +119,17 @@ class StepLog(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self._evaluation_task is None:
-            with contextlib.suppress(TypeError):  # a loader without a length
-                task = progress.task("evaluating", len(eval_dataloader), "batches")
-                self._evaluation_task = self._evaluation.enter_context(task)
-        if self._evaluation_task is not None:
-            self._evaluation_task.advance()
+            task = progress.task("evaluating", len(eval_dataloader), "batches")
+            self._evaluation_task = self._evaluation.enter_context(task)
+        self._evaluation_task.advance()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the evaluation's task, and exclude its time from the throughput."""
         self._evaluation.close()
         self._evaluation_task = None
         self._throughput.resume(time.monotonic())
+        if not self._pace.steps:
+            self._timeline.end("evaluation before")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log the checkpoint's folder, and exclude the time of the save from the throughput."""
@@ -161,14 +170,15 @@ class Pace:
 
 
 class Throughput:
-    """Measure tokens per second between two logged steps, without the time of evaluations and saves."""
+    """Measure tokens per second between two logged steps, without the time of evaluations and saves.
 
-    def __init__(self) -> None:
-        self._seconds, self._since, self._counted_tokens = 0.0, 0.0, 0
+    Args:
+        tokens: the run's token count at the start of the measurement, which includes the tokens of a resumed run.
+        now: the time at which the next step begins.
+    """
 
-    def measured_from(self, tokens: int) -> None:
-        """Set the run's token count at the start of the measurement, which includes the tokens of a resumed run."""
-        self._counted_tokens = tokens
+    def __init__(self, tokens: int, now: float) -> None:
+        self._seconds, self._since, self._counted_tokens = 0.0, now, tokens
 
     def resume(self, now: float) -> None:
         """Start the time of the next step at `now`."""
@@ -188,14 +198,8 @@ class Throughput:
 
 def training_metrics(logs: Mapping[str, Any], tokens_a_second: float | None) -> str:
     """Format the metrics of a logged step; missing metrics are left out. Pure."""
-    parts = [
-        f"loss {_number(logs['loss'], '.3f')}",
-        f"aux loss {_number(logs['aux_loss'], '.3f')}" if "aux_loss" in logs else "",
-        f"lr {_number(logs['learning_rate'], '.1e')}" if "learning_rate" in logs else "",
-        f"grad {_number(logs['grad_norm'], '.3g')}" if "grad_norm" in logs else "",
-        f"{tokens_a_second:,.0f} tok/s" if tokens_a_second is not None else "",
-    ]
-    return "  ".join(filter(None, parts))
+    metrics = [f"{label} {_number(logs[name], spec)}" for name, label, spec in _STEP_METRICS if name in logs]
+    return _joined(*metrics, f"{tokens_a_second:,.0f} tok/s" if tokens_a_second is not None else "")
 
 
 def evaluation_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
@@ -207,13 +211,13 @@ def evaluation_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
     if runtime is not None:
         samples = f"{round(float(rate) * float(runtime)):,} samples in " if rate is not None else ""
         duration = f"{samples}{float(runtime):,.1f} s"
-    return "  ".join(filter(None, [_position(logs, step, steps), *losses, duration]))
+    return _joined(_position(logs, step, steps), *losses, duration)
 
 
 def finished_line(logs: Mapping[str, Any], steps: int) -> str:
     """Format the last line of a training; `steps` counts the steps of this process. Pure."""
     loss = f", mean loss {_number(logs['train_loss'], '.3f')}" if "train_loss" in logs and steps else ""
-    return f"trained {steps:,} step{'s' * (steps != 1)} in {format_duration(float(logs['train_runtime']))}{loss}"
+    return f"trained {with_count(steps, 'step')} in {format_duration(float(logs['train_runtime']))}{loss}"
 
 
 def other_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
@@ -241,7 +245,7 @@ def _plan_line(args: Any, state: Any, rows: str) -> str:
     if state.global_step >= state.max_steps:
         return f"training: no step is left, the run has reached step {state.global_step:,} of {state.max_steps:,}"
     ranks, per_rank, accumulation = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
-    factors = [f"{ranks} rank{'s' * (ranks > 1)}", f"{per_rank} on each"]
+    factors = [with_count(ranks, "rank"), f"{per_rank} on each"]
     factors += [f"{accumulation} times before each update"] if accumulation > 1 else []
     steps = f"steps {state.global_step + 1:,} to {state.max_steps:,}" if state.global_step else f"{state.max_steps:,} steps"
     return (
@@ -250,13 +254,13 @@ def _plan_line(args: Any, state: Any, rows: str) -> str:
     )
 
 
-def _is_logging_rank(args: Any, state: Any) -> bool:
-    return state.is_world_process_zero or (args.log_on_each_node and state.is_local_process_zero)
+def _joined(*parts: str) -> str:
+    return "  ".join(filter(None, parts))
 
 
-def _write_line(args: Any, state: Any, line: str) -> None:
+def _log_line(args: Any, state: Any, line: str) -> None:
     if state.is_world_process_zero:
         logger.info(line)
-    else:
+    elif args.log_on_each_node and state.is_local_process_zero:
         sys.stdout.write(f"[rank {args.process_index}] {line}\n")
         sys.stdout.flush()

@@ -5,7 +5,6 @@ The clock starts at the process's start time as the kernel reports it, so that i
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import psutil
 
@@ -33,29 +32,3 @@ class Timeline:
         """Return all parts as one line of text."""
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._seconds.items())
         return f"the first step ended {sum(self._seconds.values()):.1f} s after the program's start: {parts}"
-
-
-def trainer_callback(timeline: Timeline, say: Any) -> Any:
-    """Make a Trainer callback that ends the parts from "engine start" to "first step", then reports the summary.
-
-    Args:
-        say: a function that takes the text of the summary.
-    """
-    from transformers import TrainerCallback
-
-    class Marks(TrainerCallback):
-        """Called by the Trainer, which starts DeepSpeed's engine just before `on_train_begin`."""
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            timeline.end("engine start")
-
-        def on_evaluate(self, *_: Any, **__: Any) -> None:
-            if "first step" not in timeline.seconds:
-                timeline.end("evaluation before")
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if "first step" not in timeline.seconds:
-                timeline.end("first step")
-                say(timeline.summary())
-
-    return Marks()

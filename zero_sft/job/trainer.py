@@ -26,17 +26,13 @@ LENGTHS = "length"
 """The column with the samples' lengths, in tokens."""
 
 
-class Trainer(SavingTrainer):
-    """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once.
-
-    Args:
-        published: the tokenizer, config values and run record that checkpoints and the export hold.
-    """
+class JobTrainer(SavingTrainer):
+    """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once."""
 
     _evaluated: dict[str, Any]  # the current evaluation: the dataset's rows, and this rank's summed loss and tokens so far
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
         self.remove_callback(ProgressCallback)
         self.add_callback(TokenCount())
@@ -61,7 +57,9 @@ class Trainer(SavingTrainer):
         """
         batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
         # Samples tokenised in advance always hold a trained token. Skip the check for them: `int(trained)` syncs the device.
-        if batches and trained is not None and _is_lazy(self.train_dataset) and int(trained) == 0:
+        dataset: Any = self.train_dataset
+        is_lazy = "input_ids" not in dataset.column_names
+        if batches and trained is not None and is_lazy and int(trained) == 0:
             raise DataError(
                 f"the batches of step {self.state.global_step + 1} hold no trained token: all samples were cut off before "
                 "their first answer. Raise --model_max_length, or leave out --lazy_preprocess to drop such samples.",
@@ -80,7 +78,7 @@ class Trainer(SavingTrainer):
         rows, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
         try:
             for batch in batches:
-                yield self._mask_padding_samples(batch, rows, size, self.args.dataloader_drop_last)
+                yield self._without_padding_samples(batch, rows, size, self.args.dataloader_drop_last)
         except DataError as error:
             message = str(error).rpartition("DataError: ")[2].strip()  # without the traceback of a worker process
             local_error = DataError(message, code=error.code or "data.unusable_sample")
@@ -130,7 +128,7 @@ class Trainer(SavingTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run TRL's prediction step without repeated samples, and sum up the loss. Every rank; communicates."""
-        inputs = self._mask_padding_samples(inputs, self._evaluated["rows"], self.args.eval_batch_size, drop_last=False)
+        inputs = self._without_padding_samples(inputs, self._evaluated["rows"], self.args.eval_batch_size, drop_last=False)
         tokens = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
@@ -138,28 +136,11 @@ class Trainer(SavingTrainer):
             self._evaluated["tokens"] += tokens
         return result
 
-    def _mask_padding_samples(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
-        """Mask the labels of the samples that accelerate repeats to fill the last batches of an epoch.
-
-        In the last batches, in rank order, the first `samples % (ranks * size)` samples are real and the others are repeated.
-        accelerate's `remainder` holds the same number, but is wrong after a resume. With `drop_last` nothing is repeated. Any
-        rank; does not communicate.
-
-        Args:
-            samples: the number of samples in the dataset.
-            size: the number of samples of a full batch on one rank.
-        """
-        row_lengths = batch.pop("row_lengths", None)
-        ranks = self.args.world_size
-        real_samples = 0 if drop_last else samples % (ranks * size)
-        rows = len(batch["labels"] if row_lengths is None else row_lengths)
-        if self.accelerator.gradient_state.end_of_dataloader and real_samples and ranks > 1 and rows == size:
-            kept = max(0, real_samples - self.args.process_index * size)
-            if row_lengths is None:
-                batch["labels"][kept:] = IGNORE_INDEX
-            else:  # a flat batch: all samples in one row
-                batch["labels"][:, int(row_lengths[:kept].sum()) :] = IGNORE_INDEX
-        return batch
+    def _without_padding_samples(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
+        """Mask this rank's repeated samples, of which there are none with `drop_last`. Any rank; does not communicate."""
+        is_last = self.accelerator.gradient_state.end_of_dataloader and not drop_last
+        rank, ranks = self.args.process_index, self.args.world_size
+        return mask_padding_samples(batch, samples if is_last else 0, size=size, rank=rank, ranks=ranks)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return this module's sampler for "group_by_length", else the Trainer's. Any rank; does not communicate."""
@@ -172,6 +153,28 @@ class Trainer(SavingTrainer):
         return SeededLengthGroupedSampler(
             step_samples, lengths=list(dataset[LENGTHS]), seed=seed, epoch=lambda: int(self.state.epoch or 0)
         )
+
+
+def mask_padding_samples(batch: dict[str, Any], samples: int, *, size: int, rank: int, ranks: int) -> dict[str, Any]:
+    """Mask the labels of the samples that accelerate repeats to fill the last batches of an epoch.
+
+    In the last batches, in rank order, the first `samples % (ranks * size)` samples are real and the others are repeated.
+    accelerate's `remainder` holds the same number, but is wrong after a resume.
+
+    Args:
+        samples: the number of samples in the dataset; 0 for a batch that is not the last.
+        size: the number of samples of a full batch on one rank.
+    """
+    row_lengths = batch.pop("row_lengths", None)
+    real_samples = samples % (ranks * size)
+    rows = len(batch["labels"] if row_lengths is None else row_lengths)
+    if real_samples and ranks > 1 and rows == size:
+        kept = max(0, real_samples - rank * size)
+        if row_lengths is None:
+            batch["labels"][kept:] = IGNORE_INDEX
+        else:  # a flat batch: all samples in one row
+            batch["labels"][:, int(row_lengths[:kept].sum()) :] = IGNORE_INDEX
+    return batch
 
 
 class TokenCount(TrainerCallback, ExportableState):
@@ -231,10 +234,6 @@ class SeededLengthGroupedSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self.seed + self.epoch())
         return super().__iter__()
-
-
-def _is_lazy(dataset: Any) -> bool:
-    return "input_ids" not in dataset.column_names
 
 
 def collator_for(model: Any, tokenizer: Any, multiple_of: int | None) -> Collator:

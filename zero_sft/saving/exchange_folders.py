@@ -7,6 +7,7 @@ systems do not: `is_supported` tests it before anything depends on it.
 import ctypes
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 _RENAME_EXCHANGE = 2
@@ -29,14 +30,9 @@ def exchange(first: Path, second: Path) -> None:
 
 def is_supported(folder: Path) -> bool:
     """Test whether the file system of `folder` supports the exchange, on two temporary folders inside it."""
-    first, second = folder / ".exchange-one", folder / ".exchange-other"
-    first.mkdir()
-    second.mkdir()
-    try:
-        exchange(first, second)
-    except OSError:
-        return False
-    finally:
-        first.rmdir()
-        second.rmdir()
+    with tempfile.TemporaryDirectory(dir=folder) as first, tempfile.TemporaryDirectory(dir=folder) as second:
+        try:
+            exchange(Path(first), Path(second))
+        except OSError:
+            return False
     return True

@@ -7,14 +7,14 @@ the end (`placing.py`): a job that dies meanwhile leaves the target as it was.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import math
 import os
+import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES, FileLayout, index_json, lay_out
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import INDEX_FILE
+from zero_sft.cluster.control_group import broadcast_bytes
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.convert import Resolution, original_format, resolve
-from zero_sft.plan.partition import full_range
+from zero_sft.errors import ExportError, NotPlacedError, ZeroSftError
+from zero_sft.plan.partition import FlatRange, full_range
 from zero_sft.plan.plan import SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions
-from zero_sft.saving.folder import StagingFolder, explain_not_placed, explain_write_errors, find_staging, make_staging
-from zero_sft.saving.placing import put_in_place
+from zero_sft.saving.folder import explain_not_placed, explain_write_errors, find_staging, make_staging
+from zero_sft.saving.placing import publish
 from zero_sft.saving.readable import require_readable, unwrapped
 from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
@@ -65,35 +67,33 @@ def save_pretrained(
     with collective_stage(world, "checking the model"):
         inner = unwrapped(model)
         tensors = dict(_tensors(inner))
+        state = _on_meta(tensors)
         if world.is_main:
-            require_readable(inner, _on_meta(tensors))
-    layout = _choose_layout(inner, tensors, max_file_bytes, world)
-    staging: StagingFolder | None = None
-    is_complete = False
-    try:
+            require_readable(inner, state)
+    layout = _choose_layout(inner, state, max_file_bytes, world)
+    with contextlib.ExitStack() as cleanup:
         with collective_stage(world, f"preparing {target}") as stage, explain_write_errors(target):
             stage.must_match = ("files of the export", {"layout": layout.digest()})
             if world.is_main:
                 staging = make_staging(target)
+                cleanup.callback(shutil.rmtree, staging.folder, ignore_errors=True)
                 stage.local = staging.reference
-        staging = staging or find_staging(target, stage.gathered[0])
+        staging = find_staging(target, stage.gathered[0])
         with collective_stage(world, f"preparing {target}"), explain_write_errors(target):
             if world.is_main:
                 _prepare(staging.folder, layout.files, inner, tokenizer)
         with collective_stage(world, f"writing {target}"), explain_write_errors(target):
             _write_shards(staging.folder, layout, tensors, world)
-        is_complete = True
-        with collective_stage(world, f"finishing {target}"), explain_not_placed(staging):
-            if world.is_main:
-                put_in_place(staging)
-    finally:
-        if world.is_main and staging is not None and not is_complete:
-            shutil.rmtree(staging.folder, ignore_errors=True)
+        cleanup.pop_all()  # a complete export that can't take its place is kept
+    with collective_stage(world, f"finishing {target}"), explain_not_placed(staging):
+        if world.is_main:
+            publish(staging)
 
 
-def _choose_layout(model: PreTrainedModel, tensors: Mapping[str, Any], max_file_bytes: int, world: World) -> "ExportLayout":
+def _choose_layout(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], max_file_bytes: int, world: World
+) -> "ExportLayout":
     """Choose the published format if all ranks can write it, else the model's names. Every rank; communicates."""
-    state = _on_meta(tensors)
     with collective_stage(world, "laying out the export") as stage:
         published, stage.local = published_layout(model, state, max_file_bytes)
     reason = next((reason for reason in stage.gathered if reason is not None), None)
@@ -137,16 +137,9 @@ def _prepare(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportLayout:
-    """The layout of an export.
-
-    Attributes:
-        files: its files.
-        stored: the tensors in these files, by name.
-        sources: for each tensor of the model, the stored elements that it consists of.
-    """
+    """The files of an export, and for each tensor of the model the stored elements that it consists of."""
 
     files: tuple[FileLayout, ...]
-    stored: Mapping[str, StoredTensor]
     sources: Mapping[str, SourceMap]
 
     @property
@@ -172,26 +165,29 @@ def published_layout(
     It can be used if it loads back as this model, element for element. Any rank; does not communicate.
     """
     try:
-        published = _lay_out_files(original_format(model, state), max_file_bytes)
-        resolution = resolve(model, state, published.stored)
-        reason = _misfit(state, published.stored, resolution)
+        files = _lay_out_files(original_format(model, state), max_file_bytes)
+        stored = _stored_tensors(files)
+        resolution = resolve(model, state, stored)
+        reason = _misfit(state, stored, resolution)
     except Exception as error:  # noqa: BLE001 - any model's operations run here; an error must not cost the trained weights
         return None, f"{type(error).__name__}: {error}"
-    return (None, reason) if reason else (dataclasses.replace(published, sources=resolution.sources), None)
+    return (None, reason) if reason else (ExportLayout(files=files, sources=resolution.sources), None)
 
 
 def model_layout(state: Mapping[str, torch.Tensor], max_file_bytes: int = MAX_FILE_BYTES) -> ExportLayout:
     """Lay out a state dict under the model's names. Any rank; does not communicate."""
-    layout = _lay_out_files(state, max_file_bytes)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     sources = {name: SourceMap.of(name, shape, identity_regions(name, shape)) for name, shape in shapes.items()}
-    return dataclasses.replace(layout, sources=sources)
+    return ExportLayout(files=_lay_out_files(state, max_file_bytes), sources=sources)
 
 
-def _lay_out_files(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> ExportLayout:
+def _lay_out_files(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> tuple[FileLayout, ...]:
     rows = ((name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items())
-    files = lay_out(rows, max_file_bytes)
-    return ExportLayout(files=files, stored={tensor.name: tensor for file in files for tensor in file.tensors}, sources={})
+    return lay_out(rows, max_file_bytes)
+
+
+def _stored_tensors(files: Sequence[FileLayout]) -> dict[str, StoredTensor]:
+    return {tensor.name: tensor for file in files for tensor in file.tensors}
 
 
 def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], resolution: Resolution) -> str | None:
@@ -215,30 +211,52 @@ def _write_shards(folder: Path, layout: ExportLayout, tensors: Mapping[str, Any]
         for file in layout.files:
             handles[file.name] = os.open(folder / file.name, os.O_WRONLY)
             stack.callback(os.close, handles[file.name])
-        total = sum(_local_bytes(tensor, world) for tensor in tensors.values())
+        written = {name: tensor for name, tensor in tensors.items() if world.is_main or shards.is_sharded(tensor)}
+        total = sum(_local_range(tensor).numel * tensor.element_size() for tensor in written.values())
         task = stack.enter_context(progress.task("writing the model", total, progress.BYTES))
-        for name, tensor in tensors.items():
-            is_sharded = shards.is_sharded(tensor)
-            if not is_sharded and not world.is_main:
-                continue
-            flat_range = shards.current_range(tensor) if is_sharded else full_range(tensor.numel())
-            with shards.current_values(tensor) if is_sharded else _full_values(tensor) as values:
+        stored_tensors = _stored_tensors(layout.files)
+        for name, tensor in written.items():
+            flat_range = _local_range(tensor)
+            with _local_values(tensor) as values:
                 flat = values.to(tensor.dtype)  # a shard keeps its dtype when a partitioned model is cast
                 for copy in copy_specs(layout.sources[name], flat_range):
-                    stored = layout.stored[copy.source]
+                    stored = stored_tensors[copy.source]
                     write_copy(handles[stored.file], folder / stored.file, flat, copy, stored.offset_bytes)
-            task.advance(_local_bytes(tensor, world))
+            task.advance(flat_range.numel * tensor.element_size())
         for handle in handles.values():
             os.fsync(handle)
 
 
-@contextlib.contextmanager
-def _full_values(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield tensor.detach().contiguous().reshape(-1)
+def _local_range(tensor: Any) -> FlatRange:
+    return shards.current_range(tensor) if shards.is_sharded(tensor) else full_range(tensor.numel())
 
 
-def _local_bytes(tensor: Any, world: World) -> int:
-    """Return the number of bytes of a tensor that this rank writes."""
+def _local_values(tensor: Any) -> contextlib.AbstractContextManager[torch.Tensor]:
     if shards.is_sharded(tensor):
-        return shards.current_range(tensor).numel * tensor.element_size()
-    return tensor.numel() * tensor.element_size() if world.is_main else 0
+        return shards.current_values(tensor)
+    return contextlib.nullcontext(tensor.detach().contiguous().reshape(-1))
+
+
+def export_or_rescue(export: Callable[[Path], None], output: Path, world: World) -> None:
+    """Export to `output`; if that fails, to a new folder in the working directory. Every rank; communicates.
+
+    Args:
+        export: writes the model to a folder; called on every rank.
+
+    Raises:
+        ExportError: `output` can't be written; the message names the folder that holds the model, if one does.
+    """
+    try:
+        export(output)
+    except NotPlacedError:
+        raise
+    except ExportError as error:
+        token = broadcast_bytes(world, secrets.token_hex(4).encode() if world.is_main else None).decode()
+        rescue = Path.cwd() / f"{output.name}-rescued-{token}"
+        logger.error("%s\nwriting the model to %s instead", error, rescue)
+        try:
+            export(rescue)
+        except ZeroSftError as rescue_error:
+            logger.error("%s", rescue_error)
+            raise error from None
+        raise ExportError(f"{error}\nThe trained model is complete in {rescue}.", code=error.code) from error

@@ -8,11 +8,12 @@ A staging folder is always on the file system of its target:
 | folder | next to the target | the two folders are exchanged in one step |
 | mount point, working directory, or folder that can't be exchanged | inside the target | file by file |
 
-Links are resolved first. Everything here runs on one rank and does not communicate.
+Links are resolved first. All but `check_writing` runs on one rank and does not communicate.
 """
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import shutil
@@ -20,10 +21,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
+from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError
 from zero_sft.saving.exchange_folders import is_supported
+
+logger = logging.getLogger(__name__)
 
 STAGING_SUFFIX = ".part"
 
@@ -33,7 +37,7 @@ class Placing(StrEnum):
 
     RENAME = "rename"
     EXCHANGE = "exchange"
-    IN_PLACE = "in place"
+    FILE_BY_FILE = "file by file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +51,14 @@ class StagingFolder:
     @property
     def reference(self) -> list[str]:
         """The values by which other ranks find this folder. No full path: links may resolve differently on their machines."""
-        return [self.folder.name, self.placing, "inside" if self.folder.parent == self.target else "next to"]
+        return [self.folder.name, self.placing]
 
 
 def find_staging(path: str | Path, reference: list[str]) -> StagingFolder:
     """Find the staging folder that rank 0 made for the folder `path`, under its path on this machine."""
-    name, placing, position = reference
+    name, placing = reference
     target = resolved(path)
-    parent = target if position == "inside" else target.parent
+    parent = target if placing == Placing.FILE_BY_FILE else target.parent
     return StagingFolder(folder=parent / name, target=target, placing=Placing(placing))
 
 
@@ -71,17 +75,6 @@ def make_staging(path: str | Path) -> StagingFolder:
         OSError: this user may not write there, or the disk is full.
     """
     target = resolved(path)
-    _require_usable(target)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return StagingFolder(folder=_new_folder(target.parent, target), target=target, placing=Placing.RENAME)
-    exchangeable = None if _holds_the_working_directory(target) else _new_exchangeable_folder(target)
-    if exchangeable is not None:
-        return StagingFolder(folder=exchangeable, target=target, placing=Placing.EXCHANGE)
-    return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.IN_PLACE)
-
-
-def _require_usable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file. Name a folder for the model.", code="export.target_is_a_file")
     if (target / "adapter_config.json").exists():
@@ -90,6 +83,13 @@ def _require_usable(target: Path) -> None:
             "written next to it. Name another folder.",
             code="export.target_holds_adapter",
         )
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return StagingFolder(folder=_new_folder(target.parent, target), target=target, placing=Placing.RENAME)
+    exchangeable = None if _holds_the_working_directory(target) else _new_exchangeable_folder(target)
+    if exchangeable is not None:
+        return StagingFolder(folder=exchangeable, target=target, placing=Placing.EXCHANGE)
+    return StagingFolder(folder=_new_folder(target, target), target=target, placing=Placing.FILE_BY_FILE)
 
 
 def _new_folder(parent: Path, target: Path) -> Path:
@@ -111,14 +111,12 @@ def _new_exchangeable_folder(target: Path) -> Path | None:
     try:
         folder.rename(inside)
         inside.rename(folder)
-        supported = is_supported(folder)
+        if is_supported(folder):
+            return folder
     except OSError as error:
-        supported = False
         if error.errno != errno.EXDEV and not os.access(target, os.W_OK | os.X_OK):
             folder.rmdir()
             raise
-    if supported:
-        return folder
     folder.rmdir()
     return None
 
@@ -134,8 +132,7 @@ def _holds_the_working_directory(target: Path) -> bool:
 def writable_staging(path: str | Path) -> Iterator[StagingFolder]:
     """Make a staging folder for `path` as the end of the run will, and remove it afterwards. Rank 0.
 
-    If the target does not exist, the rename of the staging folder to it is tried as well and undone. Nothing is left behind
-    except parent folders.
+    If the target does not exist, the rename to it is tried as well and undone. Nothing is left except parent folders.
 
     Raises:
         ExportError: the folder can't be made or written.
@@ -160,44 +157,60 @@ def require_writable(path: str | Path) -> None:
         pass
 
 
-def leftover_stagings(path: str | Path) -> list[Path]:
+def _leftover_stagings(path: str | Path) -> list[Path]:
     """Find staging folders for `path` that were left by killed runs or whose last step failed. Rank 0."""
     target = resolved(path)
     pattern = f".{target.name}.????????{STAGING_SUFFIX}"
     return sorted(folder for parent in (target.parent, target) if parent.is_dir() for folder in parent.glob(pattern))
 
 
-class explain_write_errors:
+def check_writing(path: str | Path, world: World) -> None:
+    """Make a staging folder for `path`, let one rank of each node write to it, and remove it. Every rank.
+
+    Communicates. Leaves nothing behind except parent folders of `path`.
+
+    Raises:
+        ExportError: the folder can't be made or written, or is not visible on every node.
+    """
+    with contextlib.ExitStack() as stack:
+        with collective_stage(world, "checking the output folder") as stage:
+            if world.is_main:
+                for leftover in _leftover_stagings(path):
+                    logger.warning("%s was left by a run that did not end well: move what you need, and remove it", leftover)
+                stage.local = stack.enter_context(writable_staging(path)).reference
+        staging = find_staging(path, stage.gathered[0])
+        with collective_stage(world, "writing to the output folder"), explain_write_errors(path):
+            if world.leads_node:
+                if not staging.folder.is_dir():
+                    raise ExportError(
+                        f"--output_dir {path} is not the same folder on all nodes: rank {world.rank} does not see what rank 0 "
+                        "wrote there. Name a folder on a file system that all nodes share.",
+                        code="export.folder_not_shared",
+                    )
+                (staging.folder / f"rank-{world.rank}").write_bytes(b"0")
+
+
+@contextlib.contextmanager
+def explain_write_errors(target: str | Path) -> Iterator[None]:
     """Turn an OSError into an ExportError that names the folder and the remedy."""
-
-    def __init__(self, target: str | Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise ExportError(
-                f"{self._target} can't be written: {error.strerror or error} ({error.filename}). Name another --output_dir, "
-                "with room for the model, that all ranks share.",
-                code="export.unwritable",
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{target} can't be written: {error.strerror or error} ({error.filename}). Name another --output_dir, "
+            "with room for the model, that all ranks share.",
+            code="export.unwritable",
+        ) from error
 
 
-class explain_not_placed:
+@contextlib.contextmanager
+def explain_not_placed(staging: StagingFolder) -> Iterator[None]:
     """Turn an OSError of the last step into a NotPlacedError that names the finished staging folder."""
-
-    def __init__(self, staging: StagingFolder) -> None:
-        self._staging = staging
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise NotPlacedError(
-                f"the model is complete in {self._staging.folder}, but could not take its place in {self._staging.target}: "
-                f"{error.strerror or error} ({error.filename}). Move it there by hand, or load it from where it is.",
-                code="export.not_placed",
-            ) from error
+    try:
+        yield
+    except OSError as error:
+        raise NotPlacedError(
+            f"the model is complete in {staging.folder}, but could not take its place in {staging.target}: "
+            f"{error.strerror or error} ({error.filename}). Move it there by hand, or load it from where it is.",
+            code="export.not_placed",
+        ) from error

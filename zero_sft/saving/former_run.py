@@ -4,16 +4,15 @@ Everything here runs on rank 0 and does not communicate.
 """
 
 import logging
-import re
 import shutil
 from pathlib import Path
 
 from zero_sft.errors import ArgumentError
 from zero_sft.saving.placing import WEIGHTS
+from zero_sft.saving.trainer_checkpoint import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _LOGS = ("logs/history.json", "logs/arguments.json")
 
 
@@ -29,7 +28,9 @@ def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overw
         ArgumentError: the folder holds a model, checkpoints or logs, and this run neither resumes from them nor overwrites.
     """
     output = Path(output_dir).expanduser()
-    names = former_run(output)
+    checkpoints = checkpoints_in(output)
+    names = sorted(path.name for path in output.glob("*") if WEIGHTS.fullmatch(path.name))
+    names += [path.name for path in checkpoints] + [name for name in _LOGS if (output / name).is_file()]
     resumes = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
     if not names or resumes:
         return False
@@ -40,7 +41,7 @@ def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overw
             "removes its checkpoints when the training begins and replaces its model at the end.",
             code="export.holds_another_run",
         )
-    for folder in checkpoints_in(output):
+    for folder in checkpoints:
         if model and Path(model).expanduser().resolve().is_relative_to(folder.resolve()):
             raise ArgumentError(
                 f"--overwrite_output_dir True would remove {folder}, which --model_name_or_path names. Name another "
@@ -48,22 +49,6 @@ def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overw
                 code="export.would_remove_the_model",
             )
     return True
-
-
-def former_run(output: Path) -> list[str]:
-    """List the names in a folder that a run has written: weights, checkpoints, logs. Other files are ignored."""
-    if not output.is_dir():
-        return []
-    names = [path.name for path in output.iterdir()]
-    weights = sorted(name for name in names if WEIGHTS.fullmatch(name))
-    checkpoints = [path.name for path in checkpoints_in(output)]
-    return [*weights, *checkpoints, *(name for name in _LOGS if (output / name).is_file())]
-
-
-def checkpoints_in(output: Path) -> list[Path]:
-    """List the `checkpoint-N` folders in an output folder."""
-    paths = output.glob("checkpoint-*") if output.is_dir() else ()
-    return sorted(path for path in paths if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
 
 
 def remove_checkpoints(output: Path) -> None:

@@ -66,11 +66,7 @@ def _older_rope(rope: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     local = by_layer.get(_LOCAL, {})
     names = {"theta": "rope_theta", "local": None, "fraction": "partial_rotary_factor", "scaling": "rope_scaling"}
     names |= _NAMES.get(model_type, {})
-    values = {
-        "theta": main.get("rope_theta"),
-        "local": local.get("rope_theta"),
-        "fraction": main.get("partial_rotary_factor"),
-    }
+    values = {"theta": main.get("rope_theta"), "local": local.get("rope_theta"), "fraction": main.get("partial_rotary_factor")}
     older = {name: values[setting] for setting, name in names.items() if name and values.get(setting) is not None}
     if names["scaling"]:
         older[names["scaling"]] = _scaling(main, model_type)

@@ -6,8 +6,8 @@ exception below. Other files in the target (checkpoints, logs, a user's files) s
 - **Rename**: the target does not exist, or is empty.
 - **Exchange**: the target's other files are hard-linked into the staging folder (no byte is copied), then the two folders are
   exchanged in one step. Files that others wrote to the former folder meanwhile are moved over before it is removed.
-- **In place**, if a folder can't be exchanged (a mount point, NFS): the weights come first, under names that nothing reads yet;
-  then one rename of `model.safetensors` or of the index switches from the former weights to the new ones. If config or
+- **File by file**, if a folder can't be exchanged (a mount point, NFS): the weights come first, under names that nothing reads
+  yet; then one rename of `model.safetensors` or of the index switches from the former weights to the new ones. If config or
   tokenizer files change as well, one step is not enough: the former weights' entry file is moved away first, so that for some
   milliseconds a reader finds no weights instead of a mix. If the job is killed in that moment, the target has no weights; the
   former and the new files are complete in the staging folder.
@@ -27,7 +27,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Set
 from pathlib import Path
 
 from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
@@ -52,10 +52,10 @@ _TOKENIZER = frozenset({
 """Files of a tokenizer. Those of the former tokenizer must not stay next to the new one's."""
 
 _MOST_LINKS = 20_000
-"""With more files than this, the target is written in place: it is a home or data folder, not a run's."""
+"""With more files than this, the target is not exchanged: it is a home or data folder, not a run's."""
 
 
-def put_in_place(staging: StagingFolder) -> None:
+def publish(staging: StagingFolder) -> None:
     """Put a finished staging folder in the place of its target, and remove what is left of it. Rank 0.
 
     Raises:
@@ -66,7 +66,7 @@ def put_in_place(staging: StagingFolder) -> None:
         if path.is_file() and not WEIGHTS.fullmatch(path.name):  # the ranks have synced the weights
             _sync(path)
     _sync(folder)
-    if staging.placing is not Placing.IN_PLACE and not (target.is_dir() and any(target.iterdir())):
+    if staging.placing is not Placing.FILE_BY_FILE and not (target.is_dir() and any(target.iterdir())):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             _copy_attributes(target, folder)
@@ -74,8 +74,9 @@ def put_in_place(staging: StagingFolder) -> None:
             folder.rename(target)
             _sync(target.parent)
             return
-    if staging.placing is Placing.IN_PLACE or not _try_exchange(folder, target):
-        _replace_files(folder, target)
+    fresh, former = _make_names_distinct(folder, target)
+    if staging.placing is Placing.FILE_BY_FILE or not _try_exchange(folder, target, fresh, former):
+        _replace_files(folder, target, fresh, former)
 
 
 def former_names(target: Path, fresh: Set[str]) -> set[str]:
@@ -89,11 +90,11 @@ def former_names(target: Path, fresh: Set[str]) -> set[str]:
     return former
 
 
-def _try_exchange(folder: Path, target: Path) -> bool:
+def _try_exchange(folder: Path, target: Path, fresh: Set[str], former: Set[str]) -> bool:
     """Exchange staging folder and target, and remove the former target. Return False, with no change, if that fails."""
-    fresh, former = _make_names_distinct(folder, target)
     try:
-        if sum(1 for _ in itertools.islice(_iter_file_names(target), _MOST_LINKS + 1)) > _MOST_LINKS:
+        file_names = (name for _, _, names in os.walk(target) for name in names)
+        if len(list(itertools.islice(file_names, _MOST_LINKS + 1))) > _MOST_LINKS:
             return False
         _link_others(target, folder, former)
         _copy_attributes(target, folder)
@@ -139,35 +140,29 @@ def _move_late_files(former: Path, target: Path, left_out: Set[str] = frozenset(
             path.rename(destination)
 
 
-def _replace_files(folder: Path, target: Path) -> None:
+def _replace_files(folder: Path, target: Path, fresh: Set[str], former: Set[str]) -> None:
     """Move the files one by one, the entry file of the weights last. Undo all moves if one fails."""
-    fresh, former = _make_names_distinct(folder, target)
     entry = INDEX_FILE if INDEX_FILE in fresh else SINGLE_FILE
     shards = {name for name in fresh if WEIGHTS.fullmatch(name) and name != entry}
     settings = sorted(name for name in fresh - shards if not WEIGHTS.fullmatch(name) and _differs(folder / name, target / name))
     stale = sorted(name for name in former - fresh if not WEIGHTS.fullmatch(name))
     replaced = folder / "replaced"
     replaced.mkdir()
-    moves = _Moves()
-    try:
+    with contextlib.ExitStack() as undo:
         for name in sorted(shards):
-            moves.move(folder / name, target / name)
+            _move(folder / name, target / name, undo)
         if settings or stale:
-            for name in _ENTRIES:
-                moves.move_if_there(target / name, replaced / name)
-        for name in (*settings, *stale):
-            moves.move_if_there(target / name, replaced / name)
+            for name in (*_ENTRIES, *settings, *stale):
+                _move_if_there(target / name, replaced / name, undo)
         for name in settings:
-            moves.move(folder / name, target / name)
+            _move(folder / name, target / name, undo)
         if entry == INDEX_FILE and (target / SINGLE_FILE).exists():  # readers prefer it to the index
-            moves.move_if_there(target / INDEX_FILE, replaced / INDEX_FILE)
-            moves.move(folder / INDEX_FILE, target / INDEX_FILE)
-            moves.move(target / SINGLE_FILE, replaced / SINGLE_FILE)
+            _move_if_there(target / INDEX_FILE, replaced / INDEX_FILE, undo)
+            _move(folder / INDEX_FILE, target / INDEX_FILE, undo)
+            _move(target / SINGLE_FILE, replaced / SINGLE_FILE, undo)
         else:
             (folder / entry).replace(target / entry)
-    except OSError:
-        moves.undo()
-        raise
+        undo.pop_all()
     _sync(target)
     for name in former - shards - {entry}:
         if WEIGHTS.fullmatch(name):
@@ -176,24 +171,20 @@ def _replace_files(folder: Path, target: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Moves:
-    """Renames that can be undone."""
+def _move(source: Path, destination: Path, undo: contextlib.ExitStack) -> None:
+    """Rename a file, and add the way back to `undo`."""
+    source.rename(destination)
+    undo.callback(_move_back, destination, source)
 
-    def __init__(self) -> None:
-        self._done: list[tuple[Path, Path]] = []
 
-    def move(self, source: Path, destination: Path) -> None:
+def _move_if_there(source: Path, destination: Path, undo: contextlib.ExitStack) -> None:
+    if os.path.lexists(source):
+        _move(source, destination, undo)
+
+
+def _move_back(source: Path, destination: Path) -> None:
+    with contextlib.suppress(OSError):
         source.rename(destination)
-        self._done.append((source, destination))
-
-    def move_if_there(self, source: Path, destination: Path) -> None:
-        if os.path.lexists(source):
-            self.move(source, destination)
-
-    def undo(self) -> None:
-        for source, destination in reversed(self._done):
-            with contextlib.suppress(OSError):
-                destination.rename(source)
 
 
 def _make_names_distinct(folder: Path, target: Path) -> tuple[set[str], set[str]]:
@@ -221,11 +212,6 @@ def _make_names_distinct(folder: Path, target: Path) -> tuple[set[str], set[str]
 
 def _differs(first: Path, second: Path) -> bool:
     return not (first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False))
-
-
-def _iter_file_names(folder: Path) -> Iterator[str]:
-    for _, _, names in os.walk(folder):
-        yield from names
 
 
 def _remove(path: Path) -> None:

@@ -28,6 +28,8 @@ MERGE_FIRST = (
     "and export `merged`; or save the adapter alone, with PEFT."
 )
 
+_REBUILD = "Export a model whose modules have the names that its class gives them."
+
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     """Unwrap the transformers model from a DeepSpeed engine, DistributedDataParallel or torch.compile.
@@ -59,8 +61,9 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
     expected = _reader_state(model)
     if expected is None:
         return
-    optional = _optional(model)
-    missing = [name for name in expected if name not in state and not optional(name)]
+    optional, patterns = {*tied_names(model), *names_not_saved(model)}, patterns_not_missed(model)
+    missing = [name for name in expected if name not in state and name not in optional]
+    missing = [name for name in missing if not any(re.search(pattern, name) for pattern in patterns)]
     mismatched = [name for name, tensor in state.items() if name in expected and expected[name].shape != tensor.shape]
     unexpected = [name for name in state if name not in expected]
     if missing:
@@ -85,9 +88,6 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
         )
 
 
-_REBUILD = "Export a model whose modules have the names that its class gives them."
-
-
 def _reader_state(model: PreTrainedModel) -> Mapping[str, torch.Tensor] | None:
     """Return the state dict of the model that a reader builds, without data; None if its config does not build its class."""
     try:
@@ -96,14 +96,6 @@ def _reader_state(model: PreTrainedModel) -> Mapping[str, torch.Tensor] | None:
         logger.warning("%s can't be built again, so its export is not checked: %s", type(model).__name__, error)
         return None
     return {name: tensor for name, tensor in rebuilt.state_dict().items() if torch.is_tensor(tensor)}
-
-
-def _optional(model: PreTrainedModel) -> Any:
-    """Return a predicate: can a reader do without the tensor of a name?"""
-    tied = set(tied_names(model))
-    unsaved = names_not_saved(model)
-    patterns = patterns_not_missed(model)
-    return lambda name: name in tied or name in unsaved or any(re.search(pattern, name) for pattern in patterns)
 
 
 def _first_names(names: list[str]) -> str:

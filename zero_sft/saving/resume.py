@@ -2,19 +2,23 @@
 
 import contextlib
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
-from zero_sft.saving.trainer_checkpoint import WEIGHTS_ALONE, IncompleteCheckpointError, TrainerCheckpoint, inspect_checkpoint
+from zero_sft.saving.trainer_checkpoint import (
+    WEIGHTS_ALONE,
+    IncompleteCheckpointError,
+    TrainerCheckpoint,
+    checkpoints_in,
+    inspect_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def agree_on_checkpoint(
@@ -32,9 +36,9 @@ def agree_on_checkpoint(
     with collective_stage(world, "looking at the checkpoint") as stage:
         if world.is_main:
             checkpoint = find_checkpoint(wanted, output_dir, world.world_size, ds_config, bf16)
-            stage.local = [str(checkpoint.folder), checkpoint.global_step, checkpoint.world_size, checkpoint.bf16]
-    folder, step, world_size, in_bf16 = stage.gathered[0]
-    checkpoint = TrainerCheckpoint(folder=Path(folder), global_step=step, world_size=world_size, bf16=in_bf16)
+            stage.local = asdict(checkpoint) | {"folder": str(checkpoint.folder)}
+    found = stage.gathered[0]
+    checkpoint = TrainerCheckpoint(**found | {"folder": Path(found["folder"])})
     with collective_stage(world, "looking at the checkpoint"):
         for path in checkpoint.files_of(world.rank):
             if not path.is_file():
@@ -44,12 +48,6 @@ def agree_on_checkpoint(
                     code="resume.folder_not_shared",
                 )
     return checkpoint
-
-
-def require_resumable(wanted: str | bool | None, output_dir: str | Path, world_size: int) -> None:
-    """Raise `ArgumentError` unless `world_size` ranks can resume from `wanted`; accept None and False. Rank 0."""
-    if wanted is not None and wanted is not False:
-        find_checkpoint(wanted, output_dir, world_size)
 
 
 def find_checkpoint(
@@ -69,17 +67,14 @@ def find_checkpoint(
         ArgumentError: there is no checkpoint, or it is incomplete, or of another number of ranks or another precision.
     """
     asked = f"--resume_from_checkpoint {wanted}"
-    checkpoint = (
-        _newest(asked, Path(output_dir).expanduser(), ds_config)
-        if wanted is True
-        else _named(asked, Path(str(wanted)).expanduser(), ds_config)
-    )
+    checkpoint = _first_complete(asked, _candidates(asked, wanted, output_dir), ds_config)
     if checkpoint.world_size != world_size:
         raise ArgumentError(
             f"{asked}: {checkpoint.folder} was saved with {checkpoint.world_size} ranks, and this run has {world_size}. "
-            "DeepSpeed's optimizer state can't be resharded. Start "
-            f"{checkpoint.world_size} ranks, or continue from the weights with a new optimizer: "
-            + _how_to_start_from_weights(checkpoint.folder),
+            f"DeepSpeed's optimizer state can't be resharded. Start {checkpoint.world_size} ranks, or continue from the "
+            f"weights with a new optimizer: `python -m deepspeed.utils.zero_to_fp32 {checkpoint.folder} {checkpoint.folder}` "
+            f"adds them to the folder, then give --model_name_or_path {checkpoint.folder} and another --output_dir instead of "
+            "--resume_from_checkpoint.",
             code="resume.other_world_size",
         )
     if bf16 is not None and bf16 is not checkpoint.bf16:
@@ -92,47 +87,26 @@ def find_checkpoint(
     return checkpoint
 
 
-def _how_to_start_from_weights(folder: Path) -> str:
-    """Give the commands that add weights to a checkpoint, so that a new run can start from it as from a model."""
-    return (
-        f"`python -m deepspeed.utils.zero_to_fp32 {folder} {folder}` adds them to the folder, then give "
-        f"--model_name_or_path {folder} and another --output_dir instead of --resume_from_checkpoint."
-    )
-
-
-def _named(asked: str, folder: Path, ds_config: Mapping[str, Any] | None) -> TrainerCheckpoint:
-    if not folder.is_dir():
+def _candidates(asked: str, wanted: str | bool, output_dir: str | Path) -> Sequence[Path]:
+    """Return the folder `wanted`, or for True all checkpoints in `output_dir`, the newest first."""
+    folder = Path(output_dir if wanted is True else str(wanted)).expanduser()
+    if wanted is not True and not folder.is_dir():
         raise ArgumentError(
             f"{asked}: no folder {folder}. Leave the option out to start from scratch.", code="resume.no_such_folder"
         )
-    try:
-        return inspect_checkpoint(folder, ds_config)
-    except IncompleteCheckpointError as error:
-        raise ArgumentError(f"{asked}: {_unusable(folder, error)}", code=error.code) from error
-
-
-def _unusable(folder: Path, error: IncompleteCheckpointError) -> str:
-    if error.code == WEIGHTS_ALONE:
-        return (
-            f"{folder} can't be resumed from: {error}. Continue from these weights with a new optimizer: --model_name_or_path "
-            f"{folder} and another --output_dir instead of --resume_from_checkpoint."
+    folders = checkpoints_in(folder) if wanted is True else [folder]
+    if not folders:
+        raise ArgumentError(
+            f"{asked}: no checkpoint-* folder in {folder}. Leave the option out to start from scratch.",
+            code="resume.no_checkpoint",
         )
-    others = [str(path) for path in _newest_first(folder.parent) if path != folder and _is_complete(path)]
-    remedy = f"Name {others[0]}, which is complete" if others else "Name another checkpoint-* folder"
-    return f"{folder} can't be resumed from: {error}. {remedy}, or leave --resume_from_checkpoint out to start from scratch."
+    return folders
 
 
-def _is_complete(folder: Path) -> bool:
-    with contextlib.suppress(IncompleteCheckpointError, OSError):
-        inspect_checkpoint(folder)
-        return True
-    return False
-
-
-def _newest(asked: str, output_dir: Path, ds_config: Mapping[str, Any] | None) -> TrainerCheckpoint:
-    """Return the newest complete checkpoint; log a warning for each newer one that is passed over."""
+def _first_complete(asked: str, folders: Sequence[Path], ds_config: Mapping[str, Any] | None) -> TrainerCheckpoint:
+    """Return the first complete checkpoint; log a warning for each one that is passed over."""
     problems: list[tuple[Path, IncompleteCheckpointError]] = []
-    for folder in _newest_first(output_dir):
+    for folder in folders:
         try:
             checkpoint = inspect_checkpoint(folder, ds_config)
         except IncompleteCheckpointError as error:
@@ -141,27 +115,30 @@ def _newest(asked: str, output_dir: Path, ds_config: Mapping[str, Any] | None) -
         for path, error in problems:
             logger.warning("%s is passed over, since it is not complete: %s", path, error.with_code)
         return checkpoint
-    if not problems:
-        raise ArgumentError(
-            f"{asked}: no checkpoint-* folder in {output_dir}. Leave the option out to start from scratch.",
-            code="resume.no_checkpoint",
-        )
     folder, error = problems[0]
     if error.code == WEIGHTS_ALONE or len(problems) == 1:
-        raise ArgumentError(f"{asked}: {_unusable(folder, error)}", code=error.code)
+        raise ArgumentError(f"{asked}: {_unusable(folder, error)}", code=error.code) from error
     lines = "\n".join(f"  {path.name}: {error.with_code}" for path, error in problems)
     raise ArgumentError(
-        f"{asked}: no checkpoint in {output_dir} is complete. Leave the option out to start from scratch.\n{lines}",
+        f"{asked}: no checkpoint in {folder.parent} is complete. Leave the option out to start from scratch.\n{lines}",
         code="resume.no_whole_checkpoint",
         listed=[error.code for _, error in problems],
     )
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    """List the `checkpoint-N` folders, the highest number first."""
-    numbered = [
-        (int(match[1]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if (match := _CHECKPOINT.fullmatch(path.name)) and path.is_dir()
-    ]
-    return [path for _, path in sorted(numbered, reverse=True)]
+def _unusable(folder: Path, error: IncompleteCheckpointError) -> str:
+    if error.code == WEIGHTS_ALONE:
+        return (
+            f"{folder} can't be resumed from: {error}. Continue from these weights with a new optimizer: --model_name_or_path "
+            f"{folder} and another --output_dir instead of --resume_from_checkpoint."
+        )
+    other = next((path for path in checkpoints_in(folder.parent) if path != folder and _is_complete(path)), None)
+    remedy = f"Name {other}, which is complete" if other else "Name another checkpoint-* folder"
+    return f"{folder} can't be resumed from: {error}. {remedy}, or leave --resume_from_checkpoint out to start from scratch."
+
+
+def _is_complete(folder: Path) -> bool:
+    with contextlib.suppress(IncompleteCheckpointError, OSError):
+        inspect_checkpoint(folder)
+        return True
+    return False

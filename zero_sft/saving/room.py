@@ -15,10 +15,8 @@ from zero_sft.loading import skeleton
 from zero_sft.loading.request import ModelSpec
 from zero_sft.saving.export import model_layout, published_layout
 from zero_sft.saving.folder import resolved
+from zero_sft.saving.run_record import ADAMW
 from zero_sft.transformers_internals import tied_names
-
-_MASTER_BYTES = 4
-"""Bytes of the fp32 master weight of each trained element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +43,9 @@ def export_sizes(spec: ModelSpec) -> tuple[int, int]:
     return (layout or model_layout(saved_state)).nbytes, numel
 
 
-def checkpoint_bytes(numel: int, state_bytes: int) -> int:
-    """Return the bytes of DeepSpeed's states: fp32 weights, and `state_bytes` of optimizer state per element."""
-    return numel * (_MASTER_BYTES + state_bytes)
+def checkpoint_bytes(numel: int, optimizer: str) -> int:
+    """Return the least bytes of DeepSpeed's states: fp32 weights and, for a `RunRecord`'s AdamW, two fp32 moments."""
+    return numel * (12 if optimizer == ADAMW else 4)
 
 
 def checkpoints_at_once(strategy: str, steps: int, save_steps: float, epochs: float, limit: int | None, first: int = 0) -> int:
@@ -112,9 +110,3 @@ def _size(nbytes: int) -> str:
         if nbytes >= size:
             return f"{nbytes / size:,.1f} {unit}"
     return f"{nbytes:,} bytes"
-
-
-def optimizer_state_bytes(optimizer: str) -> int:
-    """Return the least bytes of optimizer state per element: two fp32 moments for Adam variants, 0 for unknown optimizers."""
-    name = optimizer.lower().replace("_", "")
-    return 8 if name in ("adam", "adamw", "adamwtorch", "adamwtorchfused", "fusedadam", "deepspeedcpuadam") else 0

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 FILE = "zero_sft_run.json"
 
+ADAMW = "adamw"
+"""The record's name of every Adam and AdamW optimizer, since their states have one format."""
+
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "ffn_dim", "d_model",
@@ -57,23 +60,18 @@ class RunRecord:
         """Make the record of a run from the text model's config and the Trainer's arguments."""
         config = arguments.hf_deepspeed_config.config
         scheduler = config.get("scheduler") or {}
+        optimizer = str((config.get("optimizer") or {}).get("type") or arguments.optim.value).lower()
         sizes = {name: getattr(text_config, name, None) for name in _SIZES}
         return cls(
             model_type=text_config.model_type,
             sizes={name: size for name, size in sizes.items() if type(size) is int},
-            optimizer=_family(str((config.get("optimizer") or {}).get("type") or arguments.optim.value)),
+            optimizer=ADAMW if optimizer in {"adam", "adamw", *ADAMW_OPTIMS} else optimizer,
             schedule=str(scheduler.get("type") or arguments.lr_scheduler_type.value),
             from_ds_config=bool(scheduler),
             learning_rate=arguments.learning_rate,
             samples_a_step=arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
             settings={name: getattr(arguments, name) for name in _SETTINGS},
         )
-
-
-def _family(name: str) -> str:
-    """Return one name for all optimizers whose states have the same format."""
-    name = name.lower()
-    return "adamw" if name in {"adam", "adamw", *ADAMW_OPTIMS} else name
 
 
 def write_record(folder: Path, record: RunRecord) -> None:

@@ -11,49 +11,23 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.generation_config import write_generation_config
 from zero_sft.rope import readable_tokens, text_config
 from zero_sft.saving.older_readers import older_tokenizer_config, with_older_keys
-from zero_sft.saving.reopened import changed_encoding
 from zero_sft.tokenizer.base_config import base_config
+from zero_sft.tokenizer.fingerprint import encodings
 from zero_sft.transformers_internals import internal
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """A model's settings next to its weights.
-
-    Attributes:
-        architecture: the name of the model's class, if the model exists.
-        tied: whether input and output embeddings share their weights; None if that is not known.
-    """
-
-    config: PreTrainedConfig
-    generation: GenerationConfig | None
-    tokenizer: PreTrainedTokenizerBase | None
-    architecture: str | None = None
-    tied: bool | None = None
-
-    @staticmethod
-    def of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> "Settings":
-        """Return the settings of a model as it is now."""
-        generation = getattr(model, "generation_config", None) if model.can_generate() else None
-        return Settings(
-            config=model.config,
-            generation=generation,
-            tokenizer=tokenizer,
-            architecture=type(model).__name__,
-            tied=heads_are_tied(model),
-        )
+_UNSTATED = 10**20
+"""transformers gives tokenizers that state no length a length above this."""
 
 
 def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -65,7 +39,8 @@ def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
     with _explained(f"the code of {type(model).__name__}"):
         if type(model).__module__.startswith("transformers_modules."):
             internal("custom_object_save")(model, folder)
-    _write(folder, Settings.of(model, tokenizer))
+    generation_config = getattr(model, "generation_config", None) if model.can_generate() else None
+    _write(folder, model.config, generation_config, tokenizer, model)
     _copy_processor(folder, model.config)
 
 
@@ -87,82 +62,65 @@ def _copy_processor(folder: Path, config: PreTrainedConfig) -> None:
         )  # fmt: skip
 
 
-def rehearse_settings(
-    config: PreTrainedConfig, generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase | None, chat_template: Any
-) -> None:
-    """Write an export's settings, with this chat template, to a temporary folder for a test. Rank 0.
-
-    Log a warning if the tokenizer encodes in another way after it is read back.
+def rehearse_settings(config: PreTrainedConfig, generation_config: GenerationConfig, tokenizer: Any) -> None:
+    """Write an export's settings to a temporary folder, and warn if the tokenizer read back from it encodes otherwise. Rank 0.
 
     Raises:
         ExportError: one of them can't be saved.
     """
-    with tempfile.TemporaryDirectory(prefix="zero_sft_") as folder, _with_chat_template(tokenizer, chat_template):
-        _write(Path(folder), Settings(config=config, generation=generation, tokenizer=tokenizer))
-        warning = None if tokenizer is None else changed_encoding(Path(folder), tokenizer)
+    with tempfile.TemporaryDirectory(prefix="zero_sft_") as folder:
+        _write(Path(folder), config, generation_config, tokenizer)
+        warning = changed_encoding(Path(folder), tokenizer)
         if warning:
             logger.warning(warning)
 
 
-@contextlib.contextmanager
-def _with_chat_template(tokenizer: Any, chat_template: Any) -> Iterator[None]:
-    if tokenizer is None:
-        yield
-        return
-    own_template, tokenizer.chat_template = tokenizer.chat_template, chat_template
-    try:
-        yield
-    finally:
-        tokenizer.chat_template = own_template
-
-
-def _write(folder: Path, settings: Settings) -> None:
-    config, generation = _completed(settings)
+def _write(
+    folder: Path,
+    config: PreTrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel | None = None,
+) -> None:
+    """Write copies that are consistent with each other and, if there is a model, with its class and weights."""
+    config, generation_config = copy.deepcopy(config), copy.deepcopy(generation_config)
+    parts = (config, text_config(config))
+    tied = None if model is None else heads_are_tied(model)
+    for part in parts:
+        if getattr(part, "use_cache", None) is False:
+            part.use_cache = True  # off only while training, as in FastChat
+        if tied is not None and hasattr(part, "tie_word_embeddings"):
+            part.tie_word_embeddings = tied
+    if model is not None:
+        config.architectures = [type(model).__name__]
+    if tokenizer is not None and tokenizer.pad_token_id is not None:
+        for part in (*parts, *([] if generation_config is None else [generation_config])):
+            part.pad_token_id = tokenizer.pad_token_id
     with _explained("the model's config"):
         config.save_pretrained(folder)
         path = folder / "config.json"
         _write_json(path, with_older_keys(json.loads(path.read_text(encoding="utf-8"))))
-    if generation is not None:
+    if generation_config is not None:
         with _explained("the generation settings"):
-            write_generation_config(generation, folder)
-    if settings.tokenizer is not None:
+            write_generation_config(generation_config, folder)
+    if tokenizer is not None:
         with _explained("the tokenizer"):
-            _write_tokenizer(folder, settings.tokenizer, config)
+            _write_tokenizer(folder, tokenizer, config)
 
 
-class _explained:
+@contextlib.contextmanager
+def _explained(subject: str) -> Iterator[None]:
     """Turn an error of transformers into an ExportError that names the object which can't be saved."""
-
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, OSError | ZeroSftError):
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise ExportError(
-                f"{self._subject} can't be saved: {reason}. Correct it in the model's files, or where your code has set it.",
-                code="export.settings_unsavable",
-            ) from error
-
-
-def _completed(settings: Settings) -> tuple[PreTrainedConfig, GenerationConfig | None]:
-    """Copy config and generation config, and make them consistent with each other and with the weights."""
-    config, generation = copy.deepcopy(settings.config), copy.deepcopy(settings.generation)
-    parts = (config, text_config(config))
-    for part in parts:
-        if getattr(part, "use_cache", None) is False:
-            part.use_cache = True  # off only while training, as in FastChat
-        if settings.tied is not None and hasattr(part, "tie_word_embeddings"):
-            part.tie_word_embeddings = settings.tied
-    if settings.architecture is not None:
-        config.architectures = [settings.architecture]
-    if settings.tokenizer is not None and settings.tokenizer.pad_token_id is not None:
-        for part in (*parts, *([] if generation is None else [generation])):
-            part.pad_token_id = settings.tokenizer.pad_token_id
-    return config, generation
+    try:
+        yield
+    except (OSError, ZeroSftError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ExportError(
+            f"{subject} can't be saved: {reason}. Correct it in the model's files, or where your code has set it.",
+            code="export.settings_unsavable",
+        ) from error
 
 
 def heads_are_tied(model: PreTrainedModel) -> bool | None:
@@ -195,9 +153,37 @@ def _adds_special_tokens(tokenizer: Any) -> dict[str, bool]:
     return {name: token is not None and end_ids == [token] for name, (token, end_ids) in ends.items()}
 
 
-_UNSTATED = 10**20
-"""transformers gives tokenizers that state no length a length above this."""
-
-
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def changed_encoding(folder: Path, tokenizer: Any) -> str | None:
+    """Describe the first text that plain transformers encodes with the tokenizer in `folder` to other ids than `tokenizer`.
+
+    A round trip through transformers loses settings of some tokenizers, such as `legacy` of Llama's, and then silently encodes
+    the same text to other ids. `_write_tokenizer` restores the settings that it knows; this check finds all others. Left out:
+    tokenizers with custom code, which is not run again here.
+    """
+    if type(tokenizer).__module__.startswith("transformers_modules."):
+        return None
+    try:
+        reopened = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises plain Exception
+        return f"plain transformers can't open the exported tokenizer: {str(error).strip() or type(error).__name__}."
+    trained_encodings, reopened_encodings = encodings(tokenizer), encodings(reopened)
+    for text, ids in trained_encodings.items():
+        reopened_ids = reopened_encodings.get(text)
+        if ids != reopened_ids:
+            return (
+                f"plain transformers encodes {text} with the exported tokenizer to other ids ({_around(reopened_ids, ids)}) "
+                f"than this run trains on ({_around(ids, reopened_ids)}). Open the export with the base model's tokenizer "
+                "files, or report this."
+            )
+    return None
+
+
+def _around(ids: Any, others: Any) -> str:
+    """Format the ids from just before the first difference."""
+    ids, others = list(ids or ()), list(others or ())
+    first = next((index for index, (id_, other) in enumerate(zip(ids, others, strict=False)) if id_ != other), 0)
+    return ", ".join(map(str, ids[max(0, first - 1) : first + 3])) + ", ..."

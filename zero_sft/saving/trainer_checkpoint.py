@@ -18,11 +18,12 @@ file is unpickled, with torch's allow-list: rank 0's model states, which hold th
 rank and does not communicate.
 """
 
+import contextlib
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ import torch
 
 from zero_sft.errors import ArgumentError
 
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _MODEL_STATES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 _RNG_STATE = re.compile(r"rng_state_(\d+)\.pth")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-
 
 WEIGHTS_ALONE = "resume.weights_alone"
 """Error code of a checkpoint that was saved without the optimizer's state."""
@@ -65,13 +66,19 @@ class TrainerCheckpoint:
         )
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """List the `checkpoint-N` folders in a folder, which need not exist, the highest number first."""
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir())
+    return [path for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)]
+
+
 def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None) -> TrainerCheckpoint:
     """Check every file of a checkpoint. `ds_config` decides which files this run needs in addition to those of every run.
 
     Raises:
         IncompleteCheckpointError: a file is missing, damaged or of another step; the message names the first one.
     """
-    _require_not_weights_alone(folder)
+    _require_states(folder)
     step = _global_step(folder)
     states = _latest(folder, step)
     names = [path.name for path in states.iterdir()]
@@ -98,27 +105,30 @@ def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None)
     return checkpoint
 
 
-def _require_not_weights_alone(folder: Path) -> None:
-    has_states = (folder / "latest").exists() or any(folder.glob("global_step*"))
-    if not has_states and any((folder / name).exists() for name in _WEIGHTS):
+def _require_states(folder: Path) -> None:
+    if (folder / "latest").exists() or any(folder.glob("global_step*")):
+        return
+    if any((folder / name).exists() for name in _WEIGHTS):
         raise IncompleteCheckpointError(
-            "it holds weights without the optimizer's state (--save_only_model)",
-            code=WEIGHTS_ALONE,
+            "it holds weights without the optimizer's state (--save_only_model)", code=WEIGHTS_ALONE
         )
-    if not has_states:
-        raise IncompleteCheckpointError("it holds no state of DeepSpeed's", code="resume.no_deepspeed_state")
+    raise IncompleteCheckpointError("it holds no state of DeepSpeed's", code="resume.no_deepspeed_state")
+
+
+@contextlib.contextmanager
+def _explain_unreadable(name: str, code: str = "resume.file_unreadable") -> Iterator[None]:
+    """Turn an error while a file is read or parsed into an IncompleteCheckpointError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise IncompleteCheckpointError(f"{name} is missing", code="resume.file_missing") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IncompleteCheckpointError(f"{name} can't be read ({error!r:.100})", code=code) from error
 
 
 def _global_step(folder: Path) -> int:
-    path = folder / "trainer_state.json"
-    try:
-        step = json.loads(path.read_bytes())["global_step"]
-    except FileNotFoundError as error:
-        raise IncompleteCheckpointError("trainer_state.json is missing", code="resume.file_missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IncompleteCheckpointError(
-            f"trainer_state.json can't be read ({error!r:.100})", code="resume.bad_trainer_state"
-        ) from error
+    with _explain_unreadable("trainer_state.json", "resume.bad_trainer_state"):
+        step = json.loads((folder / "trainer_state.json").read_bytes())["global_step"]
     if type(step) is not int:
         raise IncompleteCheckpointError(
             f"trainer_state.json has the global_step {step!r}, expected a number", code="resume.bad_trainer_state"
@@ -128,16 +138,9 @@ def _global_step(folder: Path) -> int:
 
 def _latest(folder: Path, step: int) -> Path:
     """Return the folder with DeepSpeed's states, which the file `latest` names."""
-    expected = f"global_step{step}"
-    try:
+    with _explain_unreadable("the file `latest`"):
         tag = (folder / "latest").read_text(encoding="utf-8").strip()
-    except FileNotFoundError as error:
-        raise IncompleteCheckpointError("the file `latest` is missing", code="resume.file_missing") from error
-    except (OSError, ValueError) as error:
-        raise IncompleteCheckpointError(
-            f"the file `latest` can't be read ({error!r:.100})", code="resume.file_unreadable"
-        ) from error
-    if tag != expected:
+    if tag != f"global_step{step}":
         raise IncompleteCheckpointError(
             f"the file `latest` names {tag!r:.60}, and trainer_state.json is of step {step}",
             code="resume.latest_is_of_another_step",
@@ -160,17 +163,12 @@ def _recorded_world_size(states: Path, folder: Path) -> int | None:
 
 def _require_archive(path: Path, folder: Path) -> None:
     name = path.relative_to(folder)
-    try:
+    with _explain_unreadable(str(name)):
         size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
-            archive.namelist()
-    except FileNotFoundError as error:
-        raise IncompleteCheckpointError(f"{name} is missing", code="resume.file_missing") from error
-    except zipfile.BadZipFile as error:
-        raise IncompleteCheckpointError(
-            f"{name} is empty" if size == 0 else f"{name} is truncated or damaged ({size:,} bytes)", code="resume.file_damaged"
-        ) from error
-    except OSError as error:
-        raise IncompleteCheckpointError(
-            f"{name} can't be read ({error.strerror or error})", code="resume.file_unreadable"
-        ) from error
+        try:
+            zipfile.ZipFile(path).close()
+        except zipfile.BadZipFile as error:
+            raise IncompleteCheckpointError(
+                f"{name} is empty" if size == 0 else f"{name} is truncated or damaged ({size:,} bytes)",
+                code="resume.file_damaged",
+            ) from error

@@ -1,0 +1,167 @@
+"""Refuse before the weights are read what would fail later: an unusable model, settings that can't be saved, too small a disk.
+
+Without the checks of the model the job would fail when it is built, after the data is prepared (an hour for a large dataset),
+or even after the weights are read. Left out: the weights of a model on the hub, which the load fetches, and the class of a
+model with custom code, which is unknown until that code runs.
+"""
+
+import copy
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from zero_sft.arguments import ModelArguments
+from zero_sft.arguments.ds_conflicts import steps_in_epoch
+from zero_sft.checkpoint.index import read_index
+from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.world import World
+from zero_sft.data.templates.choose import Template
+from zero_sft.ds_config import engine_dtype
+from zero_sft.errors import ArgumentError, ConfigError
+from zero_sft.generation_config import eos_token_ids, inconsistent_settings, read_generation_config, stop_at, turn_ends
+from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
+from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
+from zero_sft.loading.request import ModelSpec
+from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
+from zero_sft.saving.room import SaveSizes, checkpoint_bytes, checkpoints_at_once, export_sizes, folder_bytes, require_room
+from zero_sft.saving.settings import rehearse_settings
+from zero_sft.saving.trainer_checkpoint import checkpoints_in
+from zero_sft.storage import torch_zip
+
+if TYPE_CHECKING:
+    from zero_sft.job.inputs import Inputs
+
+logger = logging.getLogger("zero_sft.train")
+
+_FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+"""Keys of `zero_optimization` whose "auto" the Trainer computes from the model's hidden size."""
+
+
+def require_usable_model(options: ModelArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> ModelSpec:
+    """Return the model's dtype, attention and config, checked against these arguments. Every rank; communicates.
+
+    Raises:
+        ZeroSftError: the same on every rank; the model can't be trained with these arguments.
+    """
+    with collective_stage(world, "checking the model"):
+        requested = requested_dtype(options.dtype, config)
+        dtype = engine_dtype(arguments.hf_deepspeed_config.config, requested)
+        require_engine_dtype(options.dtype, requested, dtype)
+        attention = attention_of(config, options.attn_implementation)
+        if attention and "flash" in attention and dtype == "float32":
+            raise ArgumentError(
+                f"the attention implementation {attention} works only in 16 bits, but this run trains in float32. "
+                "Give --bf16 True, or --attn_implementation sdpa.",
+                code="arguments.attention_needs_16_bits",
+            )
+        if not getattr(config, "auto_map", None):
+            cls, part = resolve_class(config, None, source.folder or source.name, trust_remote_code=False)
+            if arguments.activation_checkpointing and not cls.supports_gradient_checkpointing:
+                raise ArgumentError(
+                    f"{cls.__name__} does not support --activation_checkpointing, which is on by default: "
+                    "give --activation_checkpointing False.",
+                    code="arguments.no_activation_checkpointing",
+                )
+            if attention:
+                require_attention(cls, part, attention)
+        _require_hidden_size(arguments.hf_deepspeed_config, config)
+        if source.folder is not None and world.is_main:
+            # Every weight file's header: a missing, truncated or placeholder file is an error.
+            read_index(source.folder, torch_zip.read_header, source.options.variant)
+    return ModelSpec(
+        folder=source.folder or Path(source.name),
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _require_hidden_size(hf_config: Any, config: Any) -> None:
+    """Check the Trainer's condition for three "auto" values, which it applies only when the engine starts."""
+    auto_keys = [key for key in _FROM_HIDDEN_SIZE if hf_config.is_auto(f"zero_optimization.{key}")]
+    configs = [config, getattr(config, "text_config", None)]
+    if auto_keys and not any(hasattr(part, name) for part in configs for name in ("hidden_size", "hidden_sizes")):
+        raise ConfigError(
+            f'zero_optimization has "auto" for {", ".join(auto_keys)}, which the Trainer computes from the model\'s '
+            f"hidden_size; {type(config).__name__} has none. Set numbers: about h², 0.9 h² and 10 h for a model of width h.",
+            code="ds_config.auto_needs_hidden_size",
+        )
+
+
+def check_export_settings(
+    config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World
+) -> tuple[GenerationConfig, Any]:
+    """Return the generation config and the tokenizer of the export, after a trial save. Every rank; communicates.
+
+    Raises:
+        ExportError, ConfigError: a setting that the export needs can't be read or saved.
+    """
+    folder = fetch_files(source, world, CONFIG)
+    with collective_stage(world, "trying to save the settings"):
+        generation_config, _ = read_generation_config(folder)  # the loader warns about settings that are refused
+        ends, stored_ids = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation_config)
+        added_ids = stop_at(generation_config, ends)
+        saved_tokenizer = copy.deepcopy(tokenizer)
+        saved_tokenizer.chat_template = template.jinja(tokenizer)
+        if world.is_main:
+            rehearse_settings(config, generation_config, saved_tokenizer)
+    if world.is_main:
+        if names := inconsistent_settings(generation_config):
+            logger.warning(
+                "generation_config.json of %s sets %s, which transformers considers inconsistent; they are saved unchanged",
+                source.name,
+                ", ".join(names),
+            )
+        if added_ids:
+            stored = ", ".join(map(str, tokenizer.convert_ids_to_tokens(stored_ids)))
+            logger.info(
+                "answers end with %s: the exported generation_config.json stops there%s",
+                ", ".join(tokenizer.convert_ids_to_tokens(added_ids)),
+                f" as well as at {stored}" if stored_ids else "",
+            )
+        if ends.texts:
+            logger.warning(
+                "answers end with the text %s, which is not one token, so generation_config.json can't hold it: pass "
+                "stop_strings=%r and tokenizer=tokenizer to generate",
+                " or ".join(map(repr, ends.texts)),
+                list(ends.texts),
+            )
+    return generation_config, saved_tokenizer
+
+
+def require_room_for_run(inputs: "Inputs", world: World) -> None:
+    """Check the room for the export and for the checkpoints that the arguments ask for. Every rank; communicates.
+
+    Raises:
+        ExportError: the file system of `--output_dir` has too little room.
+    """
+    with collective_stage(world, "checking the room in the output folder"):
+        if not world.is_main:
+            return
+        try:
+            sizes = _save_sizes(inputs, world)
+        except Exception as error:  # noqa: BLE001 - a model that can't be built: the load reports it in detail
+            logger.debug("the size of the export can't be computed: %r", error)
+            return
+        output = Path(inputs.arguments.output_dir)
+        freed = sum(map(folder_bytes, checkpoints_in(output))) if inputs.overwrites_run else 0
+        require_room(output, sizes, freed)
+
+
+def _save_sizes(inputs: "Inputs", world: World) -> SaveSizes:
+    arguments, record = inputs.arguments, inputs.record
+    export_bytes, numel = export_sizes(inputs.spec)
+    epochs = record.max_steps / steps_in_epoch(record.rows, arguments, world.world_size)
+    first_step = inputs.checkpoint.global_step if inputs.checkpoint else 0
+    return SaveSizes(
+        export_bytes=export_bytes,
+        checkpoint_bytes=export_bytes if arguments.save_only_model else checkpoint_bytes(numel, record.optimizer),
+        checkpoints=checkpoints_at_once(
+            arguments.save_strategy.value, record.max_steps, arguments.save_steps, epochs, arguments.save_total_limit,
+            first_step,
+        ),
+    )  # fmt: skip
