@@ -19,34 +19,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import FullShapeModel, Resolution, ShapeMismatch, resolve
 from zero_sft.errors import CheckpointError
 from zero_sft.loading.skeleton import Skeleton
 from zero_sft.transformers_internals import set_weight_conversions, tied_names
 from zero_sft.zero import init_weights
-from zero_sft.zero.init import ShardedInit
 
 _BUFFERS = re.compile(r"inv_freq$|rotary_emb\.|masked_bias$|\.attn\.bias$|\.attention\.bias$")
 """Buffers that older checkpoints store and that models compute today."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointMatch:
+class CheckpointMatch(Skeleton):
     """A model without weights, and the checkpoint's tensors that fill it.
 
-    Attributes:
-        state: the model's state dict in full shapes, on the meta device.
-        init: partitions the model's parameters.
-        tied_to: for each name that shares the tensor of another name, that other name.
+    `tied_to` has, for each name that shares the tensor of another name, that other name.
     """
 
-    model: PreTrainedModel
-    state: Mapping[str, torch.Tensor]
-    init: ShardedInit
     index: CheckpointIndex
     resolution: Resolution
     tied_to: Mapping[str, str]
