@@ -246,11 +246,11 @@ def test_parts_that_are_lost_are_counted_as_parts(tmp_path):
     )
     (report,) = prepare(path, tokenizer, parser=SampleParser(overlong="split"), model_max_length=50).reports
     assert (report.split, report.kept, report.untrained_share) == (1, 2, 0.5)
-    assert (report.lost, report.dropped) == ({CUT_OFF: 1}, {CUT_OFF: 1})
+    assert (report.dropped_parts, report.dropped) == ({CUT_OFF: 1}, {CUT_OFF: 1})
     assert "parts of split samples dropped: 1 cut off before the first answer" in report.lines()
     (report,) = prepare(path, tokenizer, parser=SampleParser(overlong="split", train_on="last"), model_max_length=50).reports
     assert (report.split, report.kept) == (1, 1)
-    assert report.lost == {NO_ANSWER: 2}
+    assert report.dropped_parts == {NO_ANSWER: 2}
 
 
 def test_a_part_that_the_template_refuses_costs_its_sample_alone(tmp_path):

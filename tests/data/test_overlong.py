@@ -21,7 +21,7 @@ TOOLS = CHATML.replace("{{ m.content }}", "{{ m.content | trim if m.role == 'too
 def part_of(turns, *, template=CHATML, name="model", window=200, long="split"):
     tokenizer = byte_tokenizer(template)
     pipeline = make_pipeline(tokenizer, chat_template=name, model_max_length=window, parser=SampleParser(overlong=long))
-    return pipeline.part([({"messages": turns}, "here")]), tokenizer
+    return pipeline.make_rows([({"messages": turns}, "here")]), tokenizer
 
 
 def talk(rounds):

@@ -39,7 +39,7 @@ def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
     path = written(tmp_path, content)
     reading = DEFAULT_PARSER.read(LocalFiles(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
-    assert reading.layouts == ("sharegpt" if "conversations" in sample else "messages",)
+    assert reading.formats == ("sharegpt" if "conversations" in sample else "messages",)
     assert [each.where for each in reading.samples] == (
         [f"{path}, line 1 (id 'a')", f"{path}, line 3 (id 'a')"]
         if lines
@@ -60,7 +60,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     )
     reading = DEFAULT_PARSER.read(LocalFiles(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
-    assert reading.layouts == ("messages", "sharegpt")
+    assert reading.formats == ("messages", "sharegpt")
 
 
 def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
@@ -177,12 +177,12 @@ def talk(*texts):
         ({"system": "Be.", "instruction": "Hi", "output": "x"}, (Turn(role="system", text="Be."), *talk("Hi", "x"))),
         (
             {"prompt": [*MESSAGES, MESSAGES[0]], "completion": MESSAGES[1:]},
-            (TURNS[0], Turn(role="assistant", text="Hello.", trained=False), *TURNS),
+            (TURNS[0], Turn(role="assistant", text="Hello.", left_out_of_loss=True), *TURNS),
         ),
         ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "bing", "value": "Hello."}]}, TURNS),
         (
             {"messages": [MESSAGES[0], {**MESSAGES[1], "train": False}, MESSAGES[0], {**MESSAGES[1], "weight": 0}, *MESSAGES]},
-            (*2 * (TURNS[0], Turn(role="assistant", text="Hello.", trained=False)), *TURNS),
+            (*2 * (TURNS[0], Turn(role="assistant", text="Hello.", left_out_of_loss=True)), *TURNS),
         ),
         (
             {"messages": [*MESSAGES, {"role": "tool", "content": "7"}, {"role": "tool", "content": "8"}, MESSAGES[1]]},
@@ -210,7 +210,7 @@ def test_a_layout_can_be_forced(tmp_path):
     assert_refused(path, "several_formats", "sample 1", "`conversations` of sharegpt", "`text` of text")
     reading = SampleParser(data_format="text").read(LocalFiles(path=path).objects())
     assert [each.completion for each in reading.samples] == ["x", "y"]
-    assert reading.unread == {"conversations": 1}, "said in the log"
+    assert reading.unread_keys == {"conversations": 1}, "said in the log"
     with raises("data.unknown_format", "sample 2", "--data_format sharegpt", "'text'"):
         SampleParser(data_format="sharegpt").read(LocalFiles(path=path).objects())
 

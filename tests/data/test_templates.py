@@ -256,7 +256,7 @@ def test_what_ends_an_answer(middle, last, stops):
 
 
 def test_choice():
-    assert choose_template(None, byte_tokenizer()) == VicunaTemplate(stop="</s>")
+    assert choose_template(None, byte_tokenizer()) == VicunaTemplate(turn_end="</s>")
     assert choose_template(None, byte_tokenizer(CHATML)).name == "model"
     assert choose_template("vicuna", byte_tokenizer(CHATML)).name == "vicuna"
     with raises("data.model_without_template"):

@@ -19,7 +19,7 @@ from zero_sft.console import progress
 from zero_sft.data import cache
 from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Pipeline, RowBatch
 from zero_sft.data.report import DataReport, list_counts, total, with_count
-from zero_sft.data.samples.embedded_tokens import rows_to_check
+from zero_sft.data.samples.embedded_tokens import id_limit
 from zero_sft.data.samples.overlong import TRUNCATE
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
 from zero_sft.data.samples.sample_formats import EXPECTED
@@ -111,7 +111,7 @@ def make_pipeline(
         template=template,
         model_max_length=model_max_length,
         lazy=lazy,
-        embedding_rows=rows_to_check(tokenizer, embedding_rows),
+        embedding_rows=id_limit(tokenizer, embedding_rows),
     )
 
 
@@ -156,7 +156,7 @@ def _from_entry(
 ) -> PreparedDataset:
     """Make the prepared dataset of a cache entry; its report gets this run's names of the source and the template."""
     try:
-        report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("layouts", "first_bad")}})
+        report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("formats", "first_bad")}})
     except (TypeError, LookupError) as error:
         raise DataError(
             f"{entry} is damaged: {error}. Delete that folder; the next run prepares the data again.",

@@ -74,7 +74,7 @@ class Pipeline:
         """The Arrow schema of the rows."""
         return TEXTS if self.lazy else TOKENS
 
-    def part(self, objects: Sequence[tuple[Any, str]]) -> RowBatch:
+    def make_rows(self, objects: Sequence[tuple[Any, str]]) -> RowBatch:
         """Make the rows of a batch of objects, each with its place for messages, in order.
 
         Raises:
@@ -90,12 +90,12 @@ class Pipeline:
         report = DataReport(
             file="",
             template=self.template.name,
-            layouts=parsed.layouts,
+            formats=parsed.formats,
             samples=len(parsed.samples) + len(parsed.bad),
             kept=rows.num_rows,
             turns=sum(turn.role != SYSTEM for conversation in conversations for turn in conversation.turns),
             dropped_turns=parsed.dropped_turns,
-            unread=parsed.unread,
+            unread_keys=parsed.unread_keys,
             empty_answers=sum(sample.empty_answers(blank_counts=self.template.trains_on_blanks) for sample in result.samples),
             bad=len(bad),
             first_bad=tuple(bad[:MOST_SHOWN]),
@@ -142,7 +142,7 @@ class Pipeline:
         """
         tokenized_samples, bad = self._tokenize(samples, skip_bad=self.parser.skips_bad)
         used, kept, split = list[Sample](), list[TokenizedSample](), 0
-        dropped, lost = Counter[str](), Counter[str]()
+        dropped, dropped_parts = Counter[str](), Counter[str]()
         for sample, tokenized in tokenized_samples:
             if self.parser.overlong == DROP and tokenized.cut_tokens:
                 dropped[TOO_LONG] += 1
@@ -154,17 +154,17 @@ class Pipeline:
                     raise
                 bad.append(str(error))
                 continue
-            lost[NO_ANSWER] += unanswered
+            dropped_parts[NO_ANSWER] += unanswered
             trained = [part for part in parts if part.trained_tokens]
             if trained:
                 used.append(sample)
                 kept += trained
                 split += trained[0] is not tokenized
-                lost[CUT_OFF] += len(parts) - len(trained)
+                dropped_parts[CUT_OFF] += len(parts) - len(trained)
             elif parts:
                 dropped[CUT_OFF if tokenized.cut_tokens else NO_ANSWER] += 1
         shortest = min((_length(tokenized) for _, tokenized in tokenized_samples), default=None)
-        statistics = {"split": split, "lost": dict(lost), "shortest": shortest, **_token_statistics(kept)}
+        statistics = {"split": split, "dropped_parts": dict(dropped_parts), "shortest": shortest, **_token_statistics(kept)}
         return _Rows(columns=_columns(kept), samples=used, bad=bad, dropped=dropped, statistics=statistics)
 
     def _split(self, sample: Sample, tokenized: TokenizedSample) -> tuple[list[TokenizedSample], int]:

@@ -13,7 +13,7 @@ MOST_SHOWN = 3
 
 MOST_KEYS_SHOWN = 20
 
-_COUNTED = ("dropped", "lost", "unread", "dropped_turns")
+_COUNTED = ("dropped", "dropped_parts", "unread_keys", "dropped_turns")
 """Fields of a report that count by reason or key."""
 
 
@@ -21,11 +21,11 @@ _COUNTED = ("dropped", "lost", "unread", "dropped_turns")
 class DataReport:
     """The report on a file or folder, or on a batch of it. With lazy tokenising, the token counts are None.
 
-    - `left_out`: files of a folder that are not data. `note`: a line on the folder's splits. `layouts`: names of the formats.
+    - `left_out`: files of a folder that are not data. `note`: a line on the folder's splits. `formats`: names of the formats.
     - `samples`: all samples. They include the `bad` ones, which were skipped, and those that were `split`.
-    - `first_bad`: errors of the first few bad samples. `lost`: parts of split samples that were dropped, by reason.
+    - `first_bad`: errors of the first few bad samples. `dropped_parts`: parts of split samples that were dropped, by reason.
     - `kept`: rows. `turns`: turns of the kept samples, without system texts. `dropped`: samples without a kept row, by reason.
-    - `unread`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
+    - `unread_keys`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
     - `has_trained`: something is trained on in at least one sample; lazy tokenising finds this as well.
     - `shortest` sample and `longest` kept row: in tokens, before truncation.
     """
@@ -34,7 +34,7 @@ class DataReport:
     template: str
     left_out: tuple[str, ...] = ()
     note: str = ""
-    layouts: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
     samples: int = 0
     kept: int = 0
     turns: int = 0
@@ -42,8 +42,8 @@ class DataReport:
     bad: int = 0
     first_bad: tuple[str, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
-    lost: Mapping[str, int] = field(default_factory=dict)
-    unread: Mapping[str, int] = field(default_factory=dict)
+    dropped_parts: Mapping[str, int] = field(default_factory=dict)
+    unread_keys: Mapping[str, int] = field(default_factory=dict)
     dropped_turns: Mapping[str, int] = field(default_factory=dict)
     empty_answers: int = 0
     tokens: int | None = None
@@ -59,7 +59,7 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Format the report for the log: the totals, then a line for each kind of thing that was left out, if any."""
-        source = f"format {' and '.join(self.layouts)}, template {self.template}"
+        source = f"format {' and '.join(self.formats)}, template {self.template}"
         of = "from" if self.split else "of"
         lines = [
             f"{self.file}: {self.kept:,} {of} {with_count(self.samples, 'sample')}, {with_count(self.turns, 'turn')} ({source})"
@@ -69,12 +69,12 @@ class DataReport:
         if self.left_out:
             shown = ", ".join(map(excerpt, self.left_out[:3])) + ", ..." * (len(self.left_out) > 3)
             lines.append(f"{with_count(len(self.left_out), 'other file')} in it left out: {shown}")
-        if self.unread:
-            lines.append(_unread_line(self.unread))
+        if self.unread_keys:
+            lines.append(_unread_line(self.unread_keys))
         if self.split:
             lines.append(f"{with_count(self.split, 'sample')} longer than --model_max_length, split between rounds")
-        if any(self.lost.values()):
-            lines.append("parts of split samples dropped: " + list_counts(self.lost))
+        if any(self.dropped_parts.values()):
+            lines.append("parts of split samples dropped: " + list_counts(self.dropped_parts))
         if self.tokens is None:
             lines.append(
                 "tokenised when they are needed: how many tokens they have, which are cut off, and which thoughts the template "
@@ -127,20 +127,21 @@ def _sum(first: DataReport, second: DataReport) -> DataReport:
         | {name: extreme(lengths[name], default=None) for name, extreme in extremes.items()}
         | {
             "has_trained": first.has_trained or second.has_trained,
-            "layouts": tuple(sorted({*first.layouts, *second.layouts})),
+            "formats": tuple(sorted({*first.formats, *second.formats})),
             "first_bad": (*first.first_bad, *second.first_bad)[:MOST_SHOWN],
             **{name: dict(Counter(pairs[name][0]) + Counter(pairs[name][1])) for name in _COUNTED},
         },
     )
 
 
-def _unread_line(unread: Mapping[str, int]) -> str:
+def _unread_line(unread_keys: Mapping[str, int]) -> str:
     """Format the keys that were not read, the most frequent first.
 
     Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)".
     """
     shown = [
-        f"{excerpt(key)} ({with_count(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])
+        f"{excerpt(key)} ({with_count(count, 'sample')})"
+        for key, count in sorted(unread_keys.items(), key=lambda item: -item[1])
     ]
     return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
 

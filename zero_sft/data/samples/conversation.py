@@ -17,11 +17,11 @@ _FOLLOWS = {None: (USER,), USER: (ASSISTANT,), ASSISTANT: (USER, TOOL), TOOL: (A
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """The text of one speaker. `role` is one of this module's constants; `trained` tells whether an answer is trained on."""
+    """The text of one speaker. `role` is one of this module's constants. Answers are trained on unless `left_out_of_loss`."""
 
     role: str
     text: str
-    trained: bool = True
+    left_out_of_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,11 @@ class Conversation:
 
     def answers(self, *, blank_counts: bool = False) -> int:
         """Count the answers to train on. With `blank_counts`, an answer of white space alone counts as well."""
-        return sum(turn.trained and has_text(turn, blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
+        return sum(
+            not turn.left_out_of_loss and has_text(turn, blank_counts=blank_counts)
+            for turn in self.turns
+            if turn.role == ASSISTANT
+        )
 
     def empty_answers(self, *, blank_counts: bool = False) -> int:
         """Count the answers without a text."""

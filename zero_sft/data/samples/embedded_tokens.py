@@ -10,7 +10,7 @@ from typing import Any
 from zero_sft.errors import DataError
 
 
-def rows_to_check(tokenizer: Any, embedding_rows: int | None) -> int | None:
+def id_limit(tokenizer: Any, embedding_rows: int | None) -> int | None:
     """Return `embedding_rows` if the tokenizer has a token beyond them; else None, since no id needs a check."""
     if embedding_rows is None or max(tokenizer.get_vocab().values(), default=0) < embedding_rows:
         return None

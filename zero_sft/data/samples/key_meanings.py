@@ -23,62 +23,63 @@ TOOLS = "a part of the conversation"
 OTHER_TEXT = "another text"
 
 
-def names(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     """Split a text into its words, to write a set of names in one string."""
     return frozenset(text.split())
 
 
-_CLASSES = names("label kto_tag")
+_CLASSES = word_set("label kto_tag")
 """Keys of ratings that, next to a plain text, may be its class instead."""
 _MEANING: Mapping[str, str] = {
-    **dict.fromkeys(names("train_detail"), MASK),
-    **dict.fromkeys((*_CLASSES, *names("accepted is_accepted approved is_approved")), RATING),
-    **dict.fromkeys(names("input_ids labels attention_mask completion_mask assistant_masks assistant_mask"), TOKENS),
-    **dict.fromkeys(names("objects bbox"), MEDIA),
-    **dict.fromkeys(names("instructions"), SYSTEM_TEXT),
+    **dict.fromkeys(word_set("train_detail"), MASK),
+    **dict.fromkeys((*_CLASSES, *word_set("accepted is_accepted approved is_approved")), RATING),
+    **dict.fromkeys(word_set("input_ids labels attention_mask completion_mask assistant_masks assistant_mask"), TOKENS),
+    **dict.fromkeys(word_set("objects bbox"), MEDIA),
+    **dict.fromkeys(word_set("instructions"), SYSTEM_TEXT),
     **dict.fromkeys(
-        names("history chat_template_kwargs documents enable_thinking thinking_budget reasoning_effort model_identity"), TOOLS
+        word_set("history chat_template_kwargs documents enable_thinking thinking_budget reasoning_effort model_identity"),
+        TOOLS,
     ),
     **dict.fromkeys(
-        names(
+        word_set(
             "conversations conversation messages instruction input output prompt completion text query response chosen "
             "rejected chosen_response rejected_response rejected_messages preferred dispreferred"
         ),
         OTHER_TEXT,
     ),
 }
-_TEXTS_OF_ONE_QUESTION = names("question answer context suffix")
+_TEXTS_OF_ONE_QUESTION = word_set("question answer context suffix")
 _WORDS_OF: Mapping[str, frozenset[str]] = {
-    MASK: names(
+    MASK: word_set(
         "mask masks masked masking unmask unmasked loss losses train trains trained training trainable untrained untrainable "
         "weight weights weighted weighting ignore ignored ignores skip skipped skips exclude excluded excludes omit omitted "
         "drop dropped discard discarded"
     ),
-    RATING: names("reject rejected rejects rejection desirable undesirable dispreferred kto"),
-    MEDIA: names(
+    RATING: word_set("reject rejected rejects rejection desirable undesirable dispreferred kto"),
+    MEDIA: word_set(
         "image images img imgs picture pictures pic pics photo photos screenshot screenshots pixel pixels video "
         "videos audio audios"
     ),
-    THOUGHTS: names("reasoning thinking thought thoughts cot"),
-    TOOLS: names("tool tools toolset toolsets function functions"),
+    THOUGHTS: word_set("reasoning thinking thought thoughts cot"),
+    TOOLS: word_set("tool tools toolset toolsets function functions"),
 }
-_SYSTEM = names("system sys preamble")
-_TEXT = names("prompt prompts text texts message messages msg instruction instructions content")
-_COUNTS = names("num count n id ids name names total")
+_SYSTEM = word_set("system sys preamble")
+_TEXT = word_set("prompt prompts text texts message messages msg instruction instructions content")
+_COUNTS = word_set("num count n id ids name names total")
 """Words that make a key a note, such as `num_images`. They don't do so for masks, which may be lists of numbers."""
-_ABOUT = names("model type source score length tokens level category language difficulty quality format")
+_ABOUT = word_set("model type source score length tokens level category language difficulty quality format")
 """Words that make a key a note about an answer, thoughts or tools. Not for images: an `image_source` may be the image."""
-_NOTES = names("skip_prompt_formatting")
+_NOTES = word_set("skip_prompt_formatting")
 """Notes in well-known datasets (OpenHermes 2.5) that would otherwise be taken for marks."""
 
-_AMBIGUOUS_WITH_MASK = names("loss losses train trains trained training trainable weight weights")
-_OPPOSITES = names(
+_AMBIGUOUS_WITH_MASK = word_set("loss losses train trains trained training trainable weight weights")
+_OPPOSITES = word_set(
     "no not non dont never mask masks masked masking untrained untrainable ignore ignored ignores skip skipped skips exclude "
     "excluded excludes omit omitted drop dropped discard discarded reject rejected rejects rejection undesirable dispreferred"
 )
 """Words with which the value true means "do not train"."""
-_PROMPTS = names("input inputs prompt prompts")
-_NEUTRAL = names(
+_PROMPTS = word_set("input inputs prompt prompts")
+_NEUTRAL = word_set(
     "is are was has do does should be to for from of in on the this use used sample example row item answer answers scale"
 )
 
@@ -147,7 +148,7 @@ def selects_default(key: str, value: Any) -> bool:
     Worked example: weight 1, is_train true, no_loss false, train_on_inputs false → True; no_loss true, loss_mask false → False.
     """
     words = frozenset(words_of(key))
-    marks = _WORDS_OF[MASK] | _WORDS_OF[RATING] | names("label kto tag accepted approved")
+    marks = _WORDS_OF[MASK] | _WORDS_OF[RATING] | word_set("label kto tag accepted approved")
     flag = as_flag(value)
     if flag is None or not words <= marks | _OPPOSITES | _PROMPTS | _NEUTRAL:
         return False

@@ -23,8 +23,8 @@ from zero_sft.data.samples.key_meanings import (
     as_flag,
     is_empty,
     meaning_of,
-    names,
     selects_default,
+    word_set,
 )
 from zero_sft.errors import DataError
 from zero_sft.printable import excerpt
@@ -39,7 +39,7 @@ _REMEDY = {
     TOOLS: "Write it into the texts, or remove the key.",
 }
 
-HARMLESS_OF_TURNS = names(
+HARMLESS_OF_TURNS = word_set(
     "id idx index uuid turn turn_id turn_identifier message_id parent_id timestamp create_time created_at date time language "
     "lang country header state hashed_ip user_id author avatar model source redacted toxic score rating category topic tags "
     "metadata num_tokens token_count tokens length"
@@ -48,7 +48,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _UNRENDERED = ("tool_calls", "function_call")
 
 
-def unread_keys(
+def check_keys(
     sample: Mapping[str, Any],
     where: str,
     *,
@@ -112,8 +112,8 @@ def renders(text: str, texts: Sequence[str]) -> bool:
     return position > 0
 
 
-def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
-    """Whether a turn is trained on according to its marks: `train`, `loss`, `weight`, `loss_scale` and `mask`.
+def is_left_out_of_loss(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
+    """Whether an answer's marks leave it out of the loss: `train`, `loss`, `weight`, `loss_scale` and `mask`.
 
     Raises:
         DataError: a mark whose value is not a yes or no; marks that contradict each other; or a mark that asks to train on a
@@ -132,7 +132,7 @@ def is_trained(turn: Mapping[str, Any], place: str, *, is_answer: bool) -> bool:
     if len(set(verdicts.values())) > 1:
         marks = " and ".join(f'"{key}": {excerpt(repr(turn[key]))}' for key in verdicts)
         raise DataError(f"{place}: {marks} contradict each other. Keep one of them.", code="data.contradicting_keys")
-    return all(verdicts.values())
+    return not all(verdicts.values())
 
 
 _MARKS = ("train", "loss", "weight", "loss_scale", "mask")
@@ -151,7 +151,7 @@ def _verdict(key: str, value: Any, place: str) -> bool:
     return flag != (key == "mask")
 
 
-def require_known_turn(turn: Mapping[str, Any], place: str, *, names: Collection[str]) -> tuple[str, ...]:
+def check_turn_keys(turn: Mapping[str, Any], place: str, *, names: Collection[str]) -> tuple[str, ...]:
     """Return the keys of a turn that are not read and are harmless; `names` are the keys of its role and its text.
 
     Raises:

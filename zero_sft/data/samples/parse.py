@@ -14,16 +14,16 @@ from zero_sft.errors import DataError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedSamples:
-    """Samples in order, the names of their formats (`layouts`), and the error messages of skipped objects (`bad`).
+    """Samples in order, the names of their formats, and the error messages of skipped objects (`bad`).
 
-    `dropped_turns` counts dropped turns by reason; `unread` counts, for each key that was not read, the samples that have it.
+    `dropped_turns` counts dropped turns by reason; `unread_keys` counts the samples that have a key that was not read, by key.
     """
 
     samples: tuple[Sample, ...]
-    layouts: tuple[str, ...]
+    formats: tuple[str, ...]
     bad: tuple[str, ...] = ()
     dropped_turns: Mapping[str, int] = field(default_factory=dict)
-    unread: Mapping[str, int] = field(default_factory=dict)
+    unread_keys: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ class SampleParser:
         Raises:
             DataError: a line that is not JSON, or an object that is not a valid sample, unless bad samples are skipped.
         """
-        samples, layouts, bad, dropped_turns, unread = [], set[str](), [], Counter[str](), Counter[str]()
+        samples, formats, bad, dropped_turns, unread_keys = [], set[str](), [], Counter[str](), Counter[str]()
         for raw, where in objects:
             try:
                 format_name, parsed = self._parse(raw, where)
@@ -63,15 +63,15 @@ class SampleParser:
                 bad.append(str(error))
                 continue
             samples.append(_train_on_last_answer(parsed.sample) if self.train_on == "last" else parsed.sample)
-            layouts.add(format_name)
+            formats.add(format_name)
             dropped_turns.update(parsed.dropped_turns)
-            unread.update(parsed.unread)
+            unread_keys.update(parsed.unread_keys)
         return ParsedSamples(
             samples=tuple(samples),
-            layouts=tuple(sorted(layouts)),
+            formats=tuple(sorted(formats)),
             bad=tuple(bad),
             dropped_turns=dict(dropped_turns),
-            unread=dict(unread),
+            unread_keys=dict(unread_keys),
         )
 
     def _parse(self, raw: Any, where: str) -> tuple[str, ParsedSample]:
@@ -86,7 +86,7 @@ def _train_on_last_answer(sample: Sample) -> Sample:
     if isinstance(sample, PromptCompletion):
         return sample
     last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)
-    turns = [turn if number == last else replace(turn, trained=False) for number, turn in enumerate(sample.turns)]
+    turns = [turn if number == last else replace(turn, left_out_of_loss=True) for number, turn in enumerate(sample.turns)]
     return replace(sample, turns=tuple(turns))
 
 

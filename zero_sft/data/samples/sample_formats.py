@@ -33,7 +33,7 @@ from zero_sft.data.samples.conversation import (
     dialogue,
 )
 from zero_sft.data.samples.key_meanings import is_empty
-from zero_sft.data.samples.keys import is_trained, renders, require_known_turn, unread_keys
+from zero_sft.data.samples.keys import check_keys, check_turn_keys, is_left_out_of_loss, renders
 from zero_sft.errors import DataError
 from zero_sft.printable import excerpt
 
@@ -44,7 +44,7 @@ class ParsedSample:
 
     sample: Sample
     dropped_turns: Counter[str] = field(default_factory=Counter)
-    unread: tuple[str, ...] = ()
+    unread_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,11 +94,11 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         sample_format = SAMPLE_FORMATS[name]
         read = ("id", *sample_format.keys, *sample_format.optional_keys)
         # checked before parsing, so that a sample with `tools` is refused for this key and not for one of its turns
-        unread_keys(sample, where, format_name=name, read=read)
+        check_keys(sample, where, format_name=name, read=read)
         parsed = sample_format.parse(sample, where)
         texts, chosen = _texts_of(parsed.sample), data_format is not None
-        unread = unread_keys(sample, where, format_name=name, read=read, chosen=chosen, texts=texts)
-        return name, replace(parsed, unread=(*parsed.unread, *unread)) if unread else parsed
+        unread_keys = check_keys(sample, where, format_name=name, read=read, chosen=chosen, texts=texts)
+        return name, replace(parsed, unread_keys=(*parsed.unread_keys, *unread_keys)) if unread_keys else parsed
     keys = ", ".join([f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     expected = f"expected {EXPECTED}"
     if data_format:
@@ -140,7 +140,7 @@ def _parse_sharegpt(sample: Mapping[str, Any], where: str) -> ParsedSample:
 
 def _parse_messages(sample: Mapping[str, Any], where: str) -> ParsedSample:
     turns, notes = _parse_turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
-    return _conversation(_with_system(sample, turns, where), where, unread=notes)
+    return _conversation(_with_system(sample, turns, where), where, unread_keys=notes)
 
 
 def _parse_alpaca(sample: Mapping[str, Any], where: str) -> ParsedSample:
@@ -192,8 +192,8 @@ def _parse_prompt_completion(sample: Mapping[str, Any], where: str) -> ParsedSam
         (prompt_turns, prompt_notes), (completion_turns, completion_notes) = (
             _parse_turns(sample[key], key, ("role", "content"), _MESSAGE_ROLES, where) for key in ("prompt", "completion")
         )
-        turns = [*(replace(turn, trained=False) for turn in prompt_turns), *completion_turns]
-        return _conversation(turns, where, unread=tuple(dict.fromkeys((*prompt_notes, *completion_notes))))
+        turns = [*(replace(turn, left_out_of_loss=True) for turn in prompt_turns), *completion_turns]
+        return _conversation(turns, where, unread_keys=tuple(dict.fromkeys((*prompt_notes, *completion_notes))))
     message_keys = [key for key in ("prompt", "completion") if isinstance(sample[key], list | Mapping)]
     if message_keys and isinstance(sample["completion" if message_keys == ["prompt"] else "prompt"], str):
         raise DataError(
@@ -238,10 +238,10 @@ EXPECTED = f"{', '.join(_EXAMPLES)} or {_LAST_EXAMPLE}"
 
 
 def _conversation(
-    turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS, unread: tuple[str, ...] = ()
+    turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS, unread_keys: tuple[str, ...] = ()
 ) -> ParsedSample:
     kept, dropped = dialogue(turns, where, words)
-    return ParsedSample(sample=Conversation(turns=kept, where=where), dropped_turns=dropped, unread=unread)
+    return ParsedSample(sample=Conversation(turns=kept, where=where), dropped_turns=dropped, unread_keys=unread_keys)
 
 
 def _parse_turns(
@@ -257,7 +257,7 @@ def _parse_turns(
     for number, turn in enumerate(raw, start=1):
         place = f"{where}, turn {number}"
         if isinstance(turn, Mapping) and names[0] in turn:
-            notes.update(dict.fromkeys(require_known_turn(turn, place, names=names)))
+            notes.update(dict.fromkeys(check_turn_keys(turn, place, names=names)))
         role, text = (turn.get(name) for name in names) if isinstance(turn, Mapping) else (None, None)
         if not isinstance(role, str) or not isinstance(text, str):
             example = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
@@ -267,8 +267,8 @@ def _parse_turns(
                 f"{place}: unknown role {excerpt(repr(role))}; expected one of {', '.join(roles)}.",
                 code="data.unknown_role",
             )
-        trained = is_trained(turn, place, is_answer=roles[role] == ASSISTANT)
-        turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=trained or roles[role] != ASSISTANT))
+        left_out = is_left_out_of_loss(turn, place, is_answer=roles[role] == ASSISTANT)
+        turns.append(Turn(role=roles[role], text=_unicode(text, place), left_out_of_loss=left_out))
     return turns, tuple(f"{key}.{note}" for note in notes)
 
 

@@ -47,7 +47,7 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
     """
     tokenizer_template: Any = getattr(tokenizer, "chat_template", None)
     if name == VICUNA or (name is None and not tokenizer_template):
-        return VicunaTemplate(stop=vicuna_turn_end(tokenizer))
+        return VicunaTemplate(turn_end=vicuna_turn_end(tokenizer))
     source = None
     if name in NAMED:
         source, stop = NAMED[name]
@@ -68,7 +68,7 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
         frame = probe_template(tokenizer, source)
     except DataError as error:
         raise DataError(f"--chat_template {name or MODEL}: {error}", code=error.code) from error
-    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, template_frame=frame, source=source)
+    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, traits=frame, source=source)
 
 
 def _from_file(path: Path) -> str:

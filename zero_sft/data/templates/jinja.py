@@ -25,7 +25,7 @@ from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, USER, Conversation
 from zero_sft.data.templates.completeness import require_all_shown, require_places
-from zero_sft.data.templates.probe import STAND_IN, VICUNA_INSTEAD, TemplateFrame, render_chat
+from zero_sft.data.templates.probe import STAND_IN, VICUNA_INSTEAD, TemplateTraits, render_chat
 from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.data.templates.thoughts import CLOSE, OPEN, Answer, empty_answer_error, find_thoughts, has_thoughts, split_answer
 from zero_sft.errors import DataError
@@ -48,7 +48,7 @@ NAMED = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConversationFrame:
+class TextsAround:
     """The text that a template writes `around` the messages of a conversation, and the indices of the messages `shown`.
 
     `shown` is in the template's order; `around` has one text more than `shown`.
@@ -86,7 +86,7 @@ class ChatTemplate:
 
     tokenizer: Any  # PreTrainedTokenizerBase, whose stub hides methods behind a catch-all attribute
     name: str
-    template_frame: TemplateFrame
+    traits: TemplateTraits
     source: str | None = None
     adds_special_tokens = False  # chat templates write special tokens themselves
     trains_on_blanks = False  # most templates strip texts, so nothing of white space would be left
@@ -94,7 +94,7 @@ class ChatTemplate:
     @property
     def turn_ends(self) -> tuple[str, ...]:
         """The texts that end an answer: one, or two if answers in the middle and the last answer end differently."""
-        return self.template_frame.turn_ends
+        return self.traits.turn_ends
 
     def render(self, conversation: Conversation) -> RenderedText:
         """Render with the template, and locate the answers.
@@ -117,7 +117,7 @@ class ChatTemplate:
             located = self._locate(text, frame, messages, answers, conversation.where)
             spans = dict(zip(answers, located.spans, strict=True))
             require_all_shown(text, shown, messages, spans, conversation.where)
-            trained = tuple(span for index, span in spans.items() if conversation.turns[index].trained)
+            trained = tuple(span for index, span in spans.items() if not conversation.turns[index].left_out_of_loss)
         return RenderedText(
             text=text,
             spans=trained,
@@ -131,7 +131,7 @@ class ChatTemplate:
     def _answers(self, conversation: Conversation) -> dict[int, Answer]:
         """Return the answers with a text, by the index of their turn."""
         return {
-            index: split_answer(turn.text, self.template_frame.thoughts, f"{conversation.where}, message {index + 1}")
+            index: split_answer(turn.text, self.traits.thoughts, f"{conversation.where}, message {index + 1}")
             for index, turn in enumerate(conversation.turns)
             if turn.role == ASSISTANT and turn.text.strip()
         }
@@ -142,19 +142,19 @@ class ChatTemplate:
         Raises:
             DataError: the template fails on it.
         """
-        return self._apply([{"role": USER, "content": question}], "a prompt", prompt=True)
+        return self._apply([{"role": USER, "content": question}], "a prompt", generation_prompt=True)
 
     def jinja(self, tokenizer: Any) -> Any:
         """Return the Jinja source of the template."""
         return self.source or tokenizer.chat_template
 
-    def _apply(self, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False) -> str:
-        return render_chat(self.tokenizer, self.source, messages, where, prompt=prompt)
+    def _apply(self, messages: Sequence[Mapping[str, str]], where: str, *, generation_prompt: bool = False) -> str:
+        return render_chat(self.tokenizer, self.source, messages, where, generation_prompt=generation_prompt)
 
     def _locate(
         self,
         text: str,
-        frame: ConversationFrame | None,
+        frame: TextsAround | None,
         messages: Sequence[Mapping[str, str]],
         answers: Mapping[int, Answer],
         where: str,
@@ -205,7 +205,7 @@ class ChatTemplate:
             raise _rewriting_error(where, next(iter(answers)), answers)
         return around[::2], pieces
 
-    def _frame(self, messages: Sequence[Mapping[str, str]]) -> ConversationFrame | None:
+    def _frame(self, messages: Sequence[Mapping[str, str]]) -> TextsAround | None:
         """Return the frame of all conversations of this shape, from the cache; None if the template rejects stand-ins."""
         shape = tuple((message["role"], bool(message["content"])) for message in messages)
         cached = _frames.setdefault(self, {})
@@ -215,7 +215,7 @@ class ChatTemplate:
         stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
         with contextlib.suppress(DataError):
             around = re.split(rf"{word}(\d+){word}", self._apply(stand_ins, "a conversation"))
-            frame = ConversationFrame(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
+            frame = TextsAround(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
         if len(cached) < _MOST_FRAMES and len(shape) <= _LONGEST_FRAME:
             cached[shape] = frame
         return frame
@@ -237,7 +237,7 @@ class ChatTemplate:
             if length is None:
                 raise _rewriting_error(where, piece.turn, answers)
             if piece.is_thoughts:
-                thoughts_begin = end + _after_prompt(text[end:start], self.template_frame.prompt)
+                thoughts_begin = end + _after_prompt(text[end:start], self.traits.generation_prompt)
                 kept += 1
                 start += length + len(after)
                 continue
@@ -250,7 +250,7 @@ class ChatTemplate:
                     # templates take the text after the last "<think>" for the thoughts
                     raise _rewriting_error(where, piece.turn, answers)
                 kept += position is not None and has_thoughts(answer)
-                begin = end + _begin(before, len(before) if position is None else position, self.template_frame.prompt)
+                begin = end + _begin(before, len(before) if position is None else position, self.traits.generation_prompt)
             end, thoughts_begin = start + length, None
             if not text[begin:end].strip():
                 raise empty_answer_error(f"{where}, message {piece.turn + 1}")
@@ -261,7 +261,7 @@ class ChatTemplate:
         return LocatedAnswers(spans=tuple(spans), ends=tuple(ends), thoughts=thoughts, dropped_thoughts=thoughts - kept)
 
     def _turn_end_length(self, after: str, where: str) -> int:
-        for turn_end in self.template_frame.turn_ends:
+        for turn_end in self.traits.turn_ends:
             if after.startswith(turn_end):
                 return len(turn_end)
         raise DataError(
@@ -272,14 +272,12 @@ class ChatTemplate:
         )
 
 
-_frames: MutableMapping[ChatTemplate, dict[tuple[tuple[str, bool], ...], ConversationFrame | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_frames: MutableMapping[ChatTemplate, dict[tuple[tuple[str, bool], ...], TextsAround | None]] = weakref.WeakKeyDictionary()
 """Cache of `ChatTemplate._frame` in this process, by shape. A template's frames are freed together with the template."""
 
 
 def _around_from_frame(
-    frame: ConversationFrame | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer]
+    frame: TextsAround | None, messages: Sequence[Mapping[str, str]], answers: Mapping[int, Answer]
 ) -> list[str] | None:
     """Build the texts around the answers from the cached frame of the conversation's shape, without rendering.
 

@@ -19,22 +19,22 @@ VICUNA_INSTEAD = "Use another template: --chat_template vicuna takes any convers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TemplateFrame:
+class TemplateTraits:
     """The text that a template writes around answers.
 
-    `prompt` is the generation prompt. `turn_ends` are the texts that may end an answer, the usual one first; the model must
+    `generation_prompt` comes before an answer. `turn_ends` are the texts that may end one, the usual one first; the model must
     write them itself. `thoughts` tells how the template handles the thoughts of an answer.
     """
 
-    prompt: str
+    generation_prompt: str
     turn_ends: tuple[str, ...]
     thoughts: ThoughtsHandling
 
 
 def render_chat(
-    tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False
+    tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, generation_prompt: bool = False
 ) -> str:
-    """Render messages with `source`, or with the tokenizer's template if it is None; `prompt` adds the generation prompt.
+    """Render messages with `source`, or with the tokenizer's template if it is None.
 
     Raises:
         DataError: the template fails on them.
@@ -43,7 +43,7 @@ def render_chat(
 
     try:
         rendered = tokenizer.apply_chat_template(
-            list(messages), chat_template=source, tokenize=False, add_generation_prompt=prompt
+            list(messages), chat_template=source, tokenize=False, add_generation_prompt=generation_prompt
         )
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
@@ -59,7 +59,7 @@ def render_chat(
     return str(rendered)
 
 
-def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
+def probe_template(tokenizer: Any, source: str | None) -> TemplateTraits:
     """Find out what a template writes around answers, from one open question and from two answered ones.
 
     Raises:
@@ -68,7 +68,7 @@ def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
     where = "two questions and answers"
     question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
     unprompted = render_chat(tokenizer, source, [question], where)
-    prompted = render_chat(tokenizer, source, [question], where, prompt=True)
+    prompted = render_chat(tokenizer, source, [question], where, generation_prompt=True)
     word = STAND_IN
     chat = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
     parts = re.split(rf"{word}\d", render_chat(tokenizer, source, chat, where))
@@ -84,7 +84,7 @@ def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
     if not prompt:  # some templates always write the prompt, so it follows the last answer as well
         rest = parts[3].removeprefix(next((turn_end for turn_end in turn_ends if parts[3].startswith(turn_end)), ""))
         prompt = rest.lstrip()
-    return TemplateFrame(prompt=prompt, turn_ends=turn_ends, thoughts=_probe_thoughts(tokenizer, source))
+    return TemplateTraits(generation_prompt=prompt, turn_ends=turn_ends, thoughts=_probe_thoughts(tokenizer, source))
 
 
 def _probe_thoughts(tokenizer: Any, source: str | None) -> ThoughtsHandling:
