@@ -1,4 +1,4 @@
-"""Escape text from files for printing: terminals act on control characters, and streams reject lone surrogates."""
+"""Text for messages: counts with their nouns, and text from files without what a terminal or a stream can't take."""
 
 import re
 
@@ -20,3 +20,8 @@ def excerpt(text: object) -> str:
     """Return a name or an excerpt for a message: printable, without line ends, at most 80 characters."""
     line = printable(str(text), keep="")
     return line if len(line) <= _MAX_CHARACTERS else f"{line[: _MAX_CHARACTERS - 3]}..."
+
+
+def with_count(number: int, noun: str) -> str:
+    """Format a number with its noun: 1, "sample" → "1 sample"; 1200, "sample" → "1,200 samples"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"

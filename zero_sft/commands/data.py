@@ -7,7 +7,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,12 +93,9 @@ def _report(options: Any) -> None:
     tokenizer, config = _tokenizer(source, options), _config(source, options)
     packing = _packing(options, config)
     template = choose_template(options.chat_template, tokenizer)
-    seed = options.seed if options.data_seed is None else options.data_seed
-    spec = DatasetSpec.from_options(
-        options, sources=parse_sources(options.data_path), model_max_length=options.model_max_length, seed=seed
-    )
-    rows = getattr(config, "vocab_size", None)
-    prepared = prepare_sources(replace(spec, pack=packing.enabled, embedding_rows=rows), tokenizer, template)
+    sources, rows = parse_sources(options.data_path), getattr(config, "vocab_size", None)
+    spec = DatasetSpec.from_options(options, options, sources=sources, pack=packing.enabled, embedding_rows=rows)
+    prepared = prepare_sources(spec, tokenizer, template)
     samples, lengths = prepared.samples, prepared.samples["length"]
     for line in [*prepared.lines(), *prepared.warnings(), *_notes(packing, prepared, options)]:
         console.print(printable(line), markup=False)

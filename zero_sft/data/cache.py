@@ -50,12 +50,8 @@ def cache_root(folder: str | None) -> Path:
 def key_of(*parts: Any) -> str:
     """Hash JSON-able `parts`, the code of this folder and the versions of the libraries that it uses into a key."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return hashlib.sha256(json.dumps([_code_hash(), versions, *parts], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _code_hash() -> str:
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))))
+    return hashlib.sha256(json.dumps([code.hexdigest(), versions, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
@@ -68,7 +64,7 @@ def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
         data.identity(),
         _tokenizer_identity(pipeline.tokenizer),
         [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
-        [asdict(pipeline.parser), pipeline.model_max_length, pipeline.lazy, pipeline.embedding_rows],
+        [asdict(pipeline.parser), pipeline.model_max_length, pipeline.overlong, pipeline.lazy, pipeline.id_limit],
     )
 
 

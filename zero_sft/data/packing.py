@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.console import progress
-from zero_sft.data.report import with_count
 from zero_sft.errors import ArgumentError
+from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     import datasets

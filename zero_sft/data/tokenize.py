@@ -36,6 +36,11 @@ class TokenizedSample:
     dropped_thoughts: int = 0
     ends: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def full_length(self) -> int:
+        """The length in tokens before truncation."""
+        return len(self.input_ids) + self.cut_tokens
+
 
 def tokenize_rendered(
     rendered: Sequence[RenderedText], tokenizer: PreTrainedTokenizerBase, model_max_length: int

@@ -66,14 +66,9 @@ class _Preparation:
 
     def prepare(self, title: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
         """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
-        arguments = self.arguments
         spec = DatasetSpec.from_options(
-            self.options,
-            sources=sources,
-            model_max_length=arguments.model_max_length,
-            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            self.options, self.arguments, sources=sources, pack=pack, embedding_rows=self.embedding_rows
         )
-        spec = replace(spec, pack=pack, embedding_rows=self.embedding_rows)
         logger.info("%s: %s", title, spec.name)
         prepared = prepare_distributed(spec, self.tokenizer, self.template, world)
         for line in prepared.lines():

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zero_sft.data.collator import Collator
+from zero_sft.data.mixture import sampling_seed
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
 from zero_sft.job.checkpoints import SavingTrainer
@@ -168,9 +169,8 @@ class Trainer(SavingTrainer):
         if args.train_sampling_strategy != "group_by_length" or LENGTHS not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
         step_samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
         return SeededLengthGroupedSampler(
-            step_samples, lengths=list(dataset[LENGTHS]), seed=seed, epoch=lambda: int(self.state.epoch or 0)
+            step_samples, lengths=list(dataset[LENGTHS]), seed=sampling_seed(args), epoch=lambda: int(self.state.epoch or 0)
         )
 
 

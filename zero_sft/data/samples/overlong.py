@@ -48,11 +48,10 @@ def split_rounds(
             turns = (*head, *conversation.turns[starts[first] : stops[first + count - 1]])
             part = replace(conversation, turns=turns, where=f"{conversation.where}, part {len(parts) + 1}")
             tokenized = tokenize(part)
-            length = len(tokenized.input_ids) + tokenized.cut_tokens
-            extra = length - (tokens_up_to[first + count - 1] - before)
-            if length <= window or count == 1:
+            extra = tokenized.full_length - (tokens_up_to[first + count - 1] - before)
+            if tokenized.full_length <= window or count == 1:
                 fitting, best = count, (part, tokenized)
-            if length > window:
+            if tokenized.full_length > window:
                 failing = max(count, 2)
         if best is None:
             raise RuntimeError("no round was tokenised")

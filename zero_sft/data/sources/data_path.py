@@ -75,7 +75,7 @@ def require_sources(sources: Sequence[Source], *, to_evaluate: bool = False) -> 
     """
     for source in sources:
         source.data.state()
-        held_out = source.data.held_out() if to_evaluate else None
+        held_out = source.data.chosen().held_out if to_evaluate else None
         if held_out:
             raise DataError(
                 f"--eval_data_path {source.data.name} has several splits; expected the name of one. For example: "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.data.sources.splits import ChosenSplit
 from zero_sft.errors import DataError
 from zero_sft.printable import printable
 
@@ -38,16 +39,9 @@ class HubDataset:
         for number, row in enumerate(_loaded(self), start=1):
             yield row, f"{self.name}, sample {number}"
 
-    def left_out(self) -> tuple[str, ...]:
-        """Return an empty tuple: no files are ignored."""
-        return ()
-
-    def note(self) -> str:
-        """Return an empty note: the name includes the split."""
-        return ""
-
-    def held_out(self) -> None:
-        """Return None: the name includes the split."""
+    def chosen(self) -> ChosenSplit:
+        """Return an empty choice: no files are ignored, and the name includes the split."""
+        return ChosenSplit()
 
     def state(self) -> None:
         """Return None: a commit does not change."""

@@ -26,11 +26,16 @@ _WORD_SEPARATORS = re.compile(r"[-._ 0-9]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenSplit:
-    """The files to read, and a line for the log if others are left out or if several splits are read."""
+    """The files to read; `left_out` are names of files in the folder that are not data.
 
-    files: tuple[Path, ...]
+    `note` is a line for the log if splits are left out or if several are read. `held_out` is a split that is left out by
+    default, since the user has not named one.
+    """
+
+    files: tuple[Path, ...] = ()
     note: str = ""
-    held_out: str | None = None  # a split that is left out by default: the user has not named one
+    held_out: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
