@@ -11,6 +11,7 @@ from typing import Any
 from zero_sft.arguments import ParsedArguments
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
+from zero_sft.data.packing import is_flash
 from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.hub.source import ModelSource
@@ -36,7 +37,7 @@ def require_usable_model(parsed: ParsedArguments, arguments: Any, config: Any, s
         dtype = engine_dtype(ds_config, requested)
         require_engine_dtype(parsed.model.dtype, requested, dtype)
         attention = attention_of(config, parsed.model.attn_implementation)
-        if attention and "flash" in attention and dtype == "float32":
+        if is_flash(attention) and dtype == "float32":
             raise ArgumentError(
                 f"the attention implementation {attention} works only in 16 bits, but this run trains in float32. "
                 "Give --bf16 True, or --attn_implementation sdpa.",

@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zero_sft.data.collator import Collator
 from zero_sft.data.mixture import sampling_seed
+from zero_sft.data.packing import is_flash
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
 from zero_sft.job.checkpoints import SavingTrainer
@@ -242,5 +243,5 @@ def collator_for(model: Any, tokenizer: Any, multiple_of: int | None) -> Collato
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
         multiple_of=multiple_of,
-        flat="flash" in (configured_attention(model.config) or ""),
+        flat=is_flash(configured_attention(model.config)),
     )
