@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+from typing import get_args
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED, Conversation, PromptCompletion, Turn
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
+from zero_sft.data.samples.sample_formats import SAMPLE_FORMATS, DataFormat
 from zero_sft.data.sources.data_path import parse_sources
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.packaged_file import packaged_file
@@ -71,6 +73,10 @@ def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
     brief = Turn(role="system", text="Be brief.")
     assert [each.turns for each in reading.samples] == [TURNS, TURNS, TURNS, (brief, *TURNS), (brief,), (), (), ()]
     assert reading.dropped_turns == {LEADING: 4, UNANSWERED: 3}
+
+
+def test_every_format_can_be_named():
+    assert get_args(DataFormat) == tuple(SAMPLE_FORMATS)
 
 
 def test_the_shipped_samples_are_read():

@@ -27,6 +27,9 @@ _IDS = pyarrow.list_(pyarrow.int32())
 TOKENS = pyarrow.schema([("input_ids", _IDS), ("labels", _IDS), ("length", pyarrow.int32())])
 TEXTS = pyarrow.schema([("sample", pyarrow.string())])
 
+_SUMMED = ("trained_tokens", "cut_tokens", "cut_trained_tokens", "thoughts", "dropped_thoughts")
+"""The counts of a `TokenizedSample` that a report sums."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBatch:
@@ -101,11 +104,7 @@ class Pipeline:
         )
 
     def _token_rows(self, samples: Sequence[Sample]) -> tuple[dict[str, list], DataReport]:
-        """Tokenise and label samples.
-
-        A sample that is too long is truncated, split or dropped, as `overlong` says. A sample is also dropped if nothing in it
-        is trained on.
-        """
+        """Tokenise and label samples, treat long ones as `overlong` says, and drop those in which nothing is trained on."""
         skip_bad = self.parser.skips_bad
         tokenized, bad = self._tokenize(samples, skip_bad=skip_bad)
         fitting = [pair for pair in tokenized if self.overlong != DROP or not pair[1].cut_tokens]
@@ -134,12 +133,8 @@ class Pipeline:
             dropped=dropped,
             dropped_parts=dropped_parts,
             tokens=sum(columns["length"]),
-            trained_tokens=sum(sample.trained_tokens for sample in kept),
-            thoughts=sum(sample.thoughts for sample in kept),
-            dropped_thoughts=sum(sample.dropped_thoughts for sample in kept),
             cut_samples=sum(sample.cut_tokens > 0 for sample in kept),
-            cut_tokens=sum(sample.cut_tokens for sample in kept),
-            cut_trained_tokens=sum(sample.cut_trained_tokens for sample in kept),
+            **{name: sum(getattr(sample, name) for sample in kept) for name in _SUMMED},
             has_trained=bool(kept),
             shortest=min((sample.full_length for _, sample in tokenized), default=None),
             longest=max((sample.full_length for sample in kept), default=None),
@@ -150,17 +145,13 @@ class Pipeline:
         turns = (turn for sample in used if isinstance(sample, Conversation) for turn in sample.turns)
         return DataReport(
             turns=sum(turn.role != SYSTEM for turn in turns),
-            empty_answers=sum(sample.empty_answers(blank_counts=self.template.trains_on_blanks) for sample in used),
+            empty_answers=sum(sample.count_empty_answers(blank_counts=self.template.trains_on_blanks) for sample in used),
             bad=len(bad),
             first_bad=tuple(bad),
         )
 
     def _split(self, sample: Sample, whole: TokenizedSample) -> Sequence[tuple[Sample, TokenizedSample]]:
-        """Split a conversation that is too long between its rounds, if `overlong` asks for it; else return it whole.
-
-        Raises:
-            DataError: a part that can't be rendered.
-        """
+        """Split a conversation that is too long between its rounds, if `overlong` asks for it; else return it whole."""
         if self.overlong == SPLIT and whole.cut_tokens and isinstance(sample, Conversation):
             parts = split_rounds(sample, whole, self.model_max_length, self._tokenize_one)
             if len(parts) > 1:
@@ -168,7 +159,7 @@ class Pipeline:
         return [(sample, whole)]
 
     def _is_answered(self, sample: Sample) -> bool:
-        return sample.answers(blank_counts=self.template.trains_on_blanks) > 0
+        return sample.is_answered(blank_counts=self.template.trains_on_blanks)
 
     def _tokenize_one(self, sample: Sample) -> TokenizedSample:
         ((_, tokenized),), _ = self._tokenize([sample])

@@ -18,11 +18,7 @@ def id_limit(tokenizer: Any, embedding_rows: int | None) -> int | None:
 
 
 def require_embedded(ids: Sequence[int], tokenizer: Any, rows: int, where: str) -> None:
-    """Check that every id of a sample has a row in the embedding.
-
-    Raises:
-        DataError: an id has none; the message names the token and the sample.
-    """
+    """Raise `DataError`, which names the token and the sample, if an id has no row in the embedding."""
     if max(ids, default=0) < rows:
         return
     missing_id = next(token_id for token_id in ids if token_id >= rows)

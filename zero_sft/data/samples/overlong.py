@@ -38,7 +38,7 @@ def split_rounds(
     while first < len(starts):
         before = tokens_up_to[first - 1] if first else 0
         fitting, failing = 0, len(starts) - first + 1  # counts of rounds known to fit, and known to be too many
-        best: tuple[Conversation, TokenizedSample] | None = None
+        best = (conversation, full)  # replaced at once: a single round is always taken
         while failing - fitting > 1:
             expected = bisect.bisect_right(tokens_up_to, window - extra + before, first) - first
             next_length = tokens_up_to[first + fitting] - before + extra
@@ -53,8 +53,6 @@ def split_rounds(
                 fitting, best = count, (part, tokenized)
             if tokenized.full_length > window:
                 failing = max(count, 2)
-        if best is None:
-            raise RuntimeError("no round was tokenised")
         parts.append(best)
         first += fitting
     return parts

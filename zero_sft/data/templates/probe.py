@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zero_sft.data.samples.conversation import ASSISTANT, USER
-from zero_sft.data.templates.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHandling
+from zero_sft.data.samples.conversation import ASSISTANT, THOUGHTS_FIELDS, USER, Messages
+from zero_sft.data.templates.thoughts import CLOSE, OPEN, ThoughtsHandling
 from zero_sft.errors import DataError
 from zero_sft.printable import printable
 
@@ -31,14 +31,8 @@ class TemplateTraits:
     thoughts: ThoughtsHandling
 
 
-def render_chat(
-    tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, generation_prompt: bool = False
-) -> str:
-    """Render messages with `source`, or with the tokenizer's template if it is None.
-
-    Raises:
-        DataError: the template fails on them.
-    """
+def render_chat(tokenizer: Any, source: str | None, messages: Messages, where: str, *, generation_prompt: bool = False) -> str:
+    """Render messages with `source`, or the tokenizer's template if it is None; raise `DataError` if the template fails."""
     from jinja2.exceptions import TemplateSyntaxError
 
     try:
@@ -60,11 +54,7 @@ def render_chat(
 
 
 def probe_template(tokenizer: Any, source: str | None) -> TemplateTraits:
-    """Find out what a template writes around answers, from one open question and from two answered ones.
-
-    Raises:
-        DataError: the template can't render them, or leaves the answers out.
-    """
+    """Find out what a template writes around answers, from one open question and two answered ones; raises `DataError`."""
     where = "two questions and answers"
     question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
     unprompted = render_chat(tokenizer, source, [question], where)
@@ -93,15 +83,14 @@ def _probe_thoughts(tokenizer: Any, source: str | None) -> ThoughtsHandling:
     inner = [f"{word}0", f"{word}1"]  # without the line ends that templates write around thoughts
     blocks = [f"{OPEN}{thoughts} {CLOSE}{word}" for thoughts in inner]
     as_text = _render_answers(tokenizer, source, [{"content": block} for block in blocks])
-    for name in FIELDS:
+    is_parsed = any(block not in as_text for block in blocks)
+    for name in THOUGHTS_FIELDS:
         from_field = _render_answers(tokenizer, source, [{"content": word, name: thoughts} for thoughts in inner])
         if inner[-1] in from_field:
             if "".join(from_field.split()) == "".join(as_text.split()):
-                return ThoughtsHandling(is_parsed=any(block not in as_text for block in blocks))
+                return ThoughtsHandling(is_parsed=is_parsed)
             return ThoughtsHandling(field=name)
-    if any(block not in as_text for block in blocks):
-        return ThoughtsHandling(is_parsed=True)
-    return ThoughtsHandling(writes_block=as_text.count(CLOSE) > len(blocks))
+    return ThoughtsHandling(is_parsed=is_parsed, writes_block=not is_parsed and as_text.count(CLOSE) > len(blocks))
 
 
 def _render_answers(tokenizer: Any, source: str | None, answers: Sequence[Mapping[str, str]]) -> str:

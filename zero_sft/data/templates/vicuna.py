@@ -48,11 +48,7 @@ class VicunaTemplate:
         return (self.turn_end,)
 
     def render(self, conversation: Conversation) -> RenderedText:
-        """Render as FastChat does: for an empty text, the space before it and the separator after it are left out.
-
-        Raises:
-            DataError: a tool's turn, which the template does not have.
-        """
+        """Render as FastChat does: for an empty text, the space before it and the separator after it are left out."""
         if any(turn.role == TOOL for turn in conversation.turns):
             raise DataError(
                 f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template a template that has.",
@@ -76,7 +72,6 @@ class VicunaTemplate:
         return RenderedText(
             text="".join(pieces),
             spans=tuple(spans),
-            where=conversation.where,
             adds_special_tokens=self.adds_special_tokens,
             ends=tuple(ends),
         )
