@@ -132,8 +132,7 @@ def dataset_of_entry(
 def _write_rows(file: Path, data: DataSource, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
     """Write the rows of a cache entry, batch by batch, and return their number and their account.
 
-    Raises:
-        DataError: the data has changed since `state` was taken for the key.
+    `state` is that of the data when its key was computed.
     """
     reports = []
     with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
@@ -152,11 +151,7 @@ def _write_rows(file: Path, data: DataSource, state: Any, pipeline: Pipeline, pr
 
 
 def _total_report(data: DataSource, reports: list[DataReport], pipeline: Pipeline) -> DataReport:
-    """Sum the batches' reports into the report of the source.
-
-    Raises:
-        DataError: no samples, or nothing to train on.
-    """
+    """Sum the batches' reports into the report of the source; raise `DataError` if there is nothing to train on."""
     report = total([DataReport(file=data.name), *reports])
     if report.samples == report.bad:
         if report.bad:

@@ -31,12 +31,10 @@ _SOURCE = "source"  # temporary column with the index of a row's source, while t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """All options that determine a dataset, except for the tokenizer and the chat template.
+    """All options that determine a dataset, except for the tokenizer and the chat template. For others, see `Pipeline`.
 
     Args:
-        model_max_length: in tokens.
         root: the cache folder.
-        overlong: "truncate", "split" between rounds or "drop" samples longer than `model_max_length`.
         seed: for a mixture by weights.
         pack: pack samples into rows of `model_max_length` tokens.
         processes: the number of worker processes, used if there is enough data.
@@ -78,11 +76,7 @@ class DatasetSpec:
         return ",".join(source.text for source in self.sources)
 
     def pipeline(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> Pipeline:
-        """Make the pipeline from objects to rows.
-
-        Raises:
-            DataError: contradictory options.
-        """
+        """Make the pipeline from objects to rows; raise `DataError` for contradictory options."""
         if self.lazy and self.overlong != TRUNCATE:
             raise DataError(
                 f"--overlong {self.overlong} needs the samples' lengths, which --lazy_preprocess does not know at the start. "
@@ -170,7 +164,7 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
         names = [part.reports[0].file for part in parts]
         mixed, notes = _interleave(unformatted, [weight or 0.0 for weight in weights], seed, names)
     transform = parts[0].transform
-    samples = mixed if transform is None else mixed.with_transform(transform)
+    samples = mixed.with_transform(transform) if transform else mixed
     return PreparedDataset(
         samples=samples,
         rows=samples,
@@ -184,11 +178,7 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
 def _interleave(
     parts: Sequence["datasets.Dataset"], weights: Sequence[float], seed: int, names: Sequence[str]
 ) -> tuple["datasets.Dataset", tuple[str, ...]]:
-    """Draw rows by weight until each has been drawn; return the mixture and a line for the log on each part.
-
-    Raises:
-        DataError: weights so different from the sources' sizes that the mixture would be far larger than the sources.
-    """
+    """Draw rows by weight until each has been drawn; return the mixture and a line for the log on each part."""
     import datasets
 
     rows = [len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True)]

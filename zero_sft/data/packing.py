@@ -111,18 +111,13 @@ def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
 def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = None) -> "datasets.Dataset":
     """Pack samples into rows of at most `model_max_length` tokens.
 
-    Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples.
-
-    Args:
-        file: the file to write the rows to; None leaves the choice to `datasets`.
+    Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples. The rows are written to `file`; None
+    leaves the choice to `datasets`.
     """
     from trl import pack_dataset
 
-    options = {
-        "cache_file_name": file,
-        "batch_size": max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length)),
-        "load_from_cache_file": False,
-    }
+    batch_size = max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length))
+    options = {"cache_file_name": file, "batch_size": batch_size, "load_from_cache_file": False}
     with progress.task("packing the samples"):
         return pack_dataset(dataset.select_columns(["input_ids", "labels"]), model_max_length, "bfd", options)
 

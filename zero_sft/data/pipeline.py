@@ -179,8 +179,7 @@ class Pipeline:
 
     def _require_embedded(self, pair: tuple[Sample, TokenizedSample]) -> tuple[Sample, TokenizedSample]:
         sample, tokenized = pair
-        if self.id_limit is not None:
-            require_embedded(tokenized.input_ids, self.tokenizer, self.id_limit, sample.where)
+        require_embedded(tokenized.input_ids, self.tokenizer, self.id_limit, sample.where)
         return pair
 
     def _render(self, samples: Sequence[Sample], *, skip_bad: bool) -> tuple[list[tuple[Sample, RenderedText]], list[str]]:

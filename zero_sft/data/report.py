@@ -1,7 +1,7 @@
 """Report on the data for the log: the samples and tokens that are kept, dropped or cut."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
@@ -129,9 +129,9 @@ _MERGED: Mapping[str, Callable[[list[Any]], Any]] = {
 """The fields of a report that are neither summed nor the same in all batches, and how the values of batches are merged."""
 
 
-def total(parts: Iterable[DataReport]) -> DataReport:
+def total(reports: Sequence[DataReport]) -> DataReport:
     """Sum the reports of all batches of a source; there must be at least one."""
-    reports, merged = list(parts), {}
+    merged = {}
     for name in (item.name for item in fields(DataReport)):
         values = [value for report in reports if (value := getattr(report, name)) is not None]
         if name in _MERGED and values:

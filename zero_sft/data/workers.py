@@ -36,23 +36,17 @@ def usable_processes() -> int:
 
 
 def make_batches(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes: int) -> Iterator[RowBatch]:
-    """Turn a stream of objects into batches of rows, in order. Any rank; does not communicate.
-
-    At most a few batches per process are in memory.
+    """Turn a stream of objects into batches of rows, in order, with a few batches per process in memory. Any rank.
 
     Raises:
         DataError: the first error in the stream, as `Pipeline.make_rows` raises it; or a process has died.
     """
-    batches = _batches(iter(objects))
+    stream = iter(objects)
+    batches = iter(lambda: list(itertools.islice(stream, BATCH_OBJECTS)), [])
     first = list(itertools.islice(batches, _MIN_PARALLEL_BATCHES))
     if processes < 2 or len(first) < _MIN_PARALLEL_BATCHES:
         return map(pipeline.make_rows, itertools.chain(first, batches))
     return _side_by_side(pipeline, itertools.chain(first, batches), processes)
-
-
-def _batches(objects: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
-    while batch := list(itertools.islice(objects, BATCH_OBJECTS)):
-        yield batch
 
 
 def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], processes: int) -> Iterator[RowBatch]:

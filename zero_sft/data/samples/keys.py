@@ -38,7 +38,6 @@ def check_keys(
     """Return the keys of a sample that are not read and are harmless.
 
     Args:
-        format_name: the name of the sample's format.
         read: the keys that are read in this format.
         is_chosen: the user named the format, so texts of other formats are known to be unwanted.
         texts: the sample's texts that are read; another key may repeat one of them. None: not known yet, so keys of texts are

@@ -59,10 +59,7 @@ def split_rounds(
 
 
 def _tokens_up_to(stops: Sequence[int], ends: Sequence[tuple[int, int]]) -> list[int]:
-    """Count, for each round, the tokens of the full text up to the end of its last answer.
-
-    A round stops before the turn in `stops`. For a round without an answer, the end of the last answer before it counts.
-    """
+    """Count, for each round, which ends before a turn in `stops`, the tokens of the full text up to the last answer's end."""
     turns = [turn for turn, _ in ends]
     places = [bisect.bisect_left(turns, stop) for stop in stops]
     return [ends[place - 1][1] if place else 0 for place in places]

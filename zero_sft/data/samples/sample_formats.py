@@ -69,10 +69,7 @@ _MESSAGE_ROLES = {role: role for role in (USER, ASSISTANT, SYSTEM, TOOL)}
 
 
 def read_sample(sample: Any, where: str, data_format: str | None = None) -> tuple[str, ParsedSample]:
-    """Parse an object of a file; return the name of its format and the sample.
-
-    Args:
-        data_format: the format that the object must have; None detects it by the object's keys.
+    """Parse an object of a file, in a format that None detects by the object's keys; return the format's name and the sample.
 
     Raises:
         DataError: the object has no known format, or does not follow its format.

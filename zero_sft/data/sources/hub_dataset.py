@@ -31,11 +31,7 @@ class HubDataset:
         return ":".join(filter(None, (self.id, self.config, self.split)))
 
     def objects(self) -> Iterator[tuple[Any, str]]:
-        """Yield each row with its place for messages, "org/name:split, sample 3".
-
-        Raises:
-            DataError: no such dataset or split, or the hub can't provide it.
-        """
+        """Yield each row with its place for messages, "org/name:split, sample 3"; raises `DataError` as `_loaded` does."""
         for number, row in enumerate(_loaded(self), start=1):
             yield row, f"{self.name}, sample {number}"
 
@@ -58,10 +54,9 @@ class HubDataset:
 
 @functools.cache
 def _loaded(source: HubDataset) -> "datasets.Dataset":
-    """Load the dataset once for `identity` and `objects`.
+    """Load the dataset once, and keep it until the process ends, so that `identity` and `objects` see the same commit.
 
-    The first of them loads it, and it is kept until the process ends, so that both see the same commit; nobody clears it. The
-    rows are memory-mapped from the cache of `datasets`.
+    Nobody clears it. The rows are memory-mapped from the cache of `datasets`.
     """
     import datasets
     from datasets.exceptions import DatasetsError

@@ -68,15 +68,11 @@ class LocalFiles:
             yield from read_objects(file)
 
     def identity(self) -> list[Any]:
-        """Return JSON-able digests of the files' contents; they do not depend on the folder or on dates.
-
-        Raises:
-            DataError: no such file, or one that can't be read.
-        """
+        """Return JSON-able digests of the files' contents; they do not depend on the folder or on dates."""
         return [_digest(file) for file in self.chosen().files]
 
     def state(self) -> list[Any]:
-        """Return values that change when the files are written to, without reading the files; raises as `identity` does."""
+        """Return values that change when the files are written to, without reading the files; raises `DataError`."""
         return [(file, _identity_of(file)) for file in self.chosen().files]
 
     def require_outside(self, root: Path, *, option: str, code: str) -> None:

@@ -50,11 +50,7 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _require_kind(path: Path, *, is_parquet: bool) -> None:
-    """Check that a file named as JSON or Parquet can be one. Skip unreadable files: reading them later raises the error.
-
-    Raises:
-        DataError: a git-LFS pointer, a compressed file without the ending for it, an archive, a web page or UTF-16 text.
-    """
+    """Refuse what is not the JSON or Parquet that its name promises. Skip unreadable files: reading them raises the error."""
     try:
         with path.open("rb") as file:
             start = file.read(64)

@@ -113,11 +113,9 @@ def empty_answer_error(where: str) -> DataError:
 
 def find_thoughts(before: str, thoughts: str) -> int | None:
     """Find the last position of the thoughts, with their tags, in the template's text; None if they are left out."""
-    positions = [tag.start() for tag in re.finditer(OPEN, before) if _same_thoughts(before[tag.start() :], thoughts)]
-    return positions[-1] if positions else None
-
-
-def _same_thoughts(text: str, thoughts: str) -> bool:
-    """Whether two blocks of thoughts are equal, except for white space."""
-    block, expected = _BLOCK.fullmatch(text), _BLOCK.fullmatch(thoughts)
-    return block is not None and expected is not None and block[1].strip() == expected[1].strip()
+    expected, positions = _BLOCK.fullmatch(thoughts), [tag.start() for tag in re.finditer(OPEN, before)]
+    for position in reversed(positions):
+        block = _BLOCK.fullmatch(before, position)
+        if block and expected and block[1].strip() == expected[1].strip():
+            return position
+    return None

@@ -92,10 +92,7 @@ def vicuna_turn_end(tokenizer: Any) -> str:
     """Return "</s>" if it is a special token of the tokenizer, otherwise its end-of-sequence token.
 
     In some vocabularies, such as Gemma's, "</s>" is an ordinary token (HTML's tag), or several tokens. Neither would stop
-    generation.
-
-    Raises:
-        DataError: the tokenizer has no end-of-sequence token.
+    generation. Raises `DataError` if the tokenizer has neither token.
     """
     added = tokenizer.get_added_vocab().get(VICUNA_STOP)
     if added is not None and (tokenizer.eos_token == VICUNA_STOP or tokenizer.added_tokens_decoder[added].special):
