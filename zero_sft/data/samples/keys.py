@@ -67,7 +67,7 @@ def check_keys(
 
 def _is_redundant(key: str, value: Any, meaning: Meaning, texts: Sequence[str], is_chosen: bool) -> bool:
     """Whether a key with a meaning adds nothing to what the sample's texts, or the user's options, already say."""
-    if meaning == Meaning.OTHER_TEXT and (is_chosen or (isinstance(value, str) and renders(value, texts))):
+    if meaning == Meaning.OTHER_TEXT and (is_chosen or (isinstance(value, str) and contains_texts(value, texts))):
         return True
     if meaning in (Meaning.OTHER_TEXT, Meaning.SYSTEM_TEXT):
         return isinstance(value, str) and value.strip() in {text.strip() for text in texts}
@@ -78,7 +78,7 @@ def _is_redundant(key: str, value: Any, meaning: Meaning, texts: Sequence[str], 
     return meaning in (Meaning.MASK, Meaning.RATING) and selects_default(key, value)
 
 
-def renders(text: str, texts: Sequence[str]) -> bool:
+def contains_texts(text: str, texts: Sequence[str]) -> bool:
     """Whether `text` contains each paragraph of all `texts` in order, as Alpaca's `text` contains the rest of the sample."""
     position = 0
     for paragraph in (part.strip() for other in texts for part in other.split("\n\n")):

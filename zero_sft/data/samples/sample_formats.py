@@ -33,7 +33,7 @@ from zero_sft.data.samples.conversation import (
     dialogue,
 )
 from zero_sft.data.samples.key_meanings import is_empty
-from zero_sft.data.samples.keys import check_keys, renders
+from zero_sft.data.samples.keys import check_keys, contains_texts
 from zero_sft.data.samples.turns import parse_turns, require_unicode
 from zero_sft.errors import DataError
 from zero_sft.printable import excerpt
@@ -81,7 +81,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     full = [name for name in matching if not any(is_empty(sample[key]) for key in SAMPLE_FORMATS[name].keys)]
     if len(full) == 2 and full[1] == "text" and isinstance(sample["text"], str):
         parsed = SAMPLE_FORMATS[full[0]].parse(sample, where)
-        full = full[:1] if renders(sample["text"], _texts_of(parsed.sample)) else full
+        full = full[:1] if contains_texts(sample["text"], _texts_of(parsed.sample)) else full
     if len(full) > 1:
         raise DataError(
             f"{where}: the keys of {len(full)} formats, {_keys_of(full[0])} of {full[0]} and {_keys_of(full[1])} of {full[1]}. "

@@ -137,7 +137,9 @@ class ChatTemplate:
                 replaced[index][answer.field] = f"{word}{index}t{word}"
         around = re.split(rf"{word}(\d+t?){word}", self.apply(replaced, where))
         names, pieces = around[1::2], []
-        if names != [name for index in answers for name in (f"{index}t", f"{index}") if name in names or name == f"{index}"]:
+        shown = frozenset(names)  # expected: each answer once, in order, right after its thoughts if they are shown
+        expected = [name for index in answers for name in (f"{index}t", f"{index}")]
+        if names != [name for name in expected if name in shown or name.isdecimal()]:
             raise rewriting_error(where, next(iter(answers)), answers)
         for name in names:
             index, is_thoughts = int(name.removesuffix("t")), name.endswith("t")
@@ -150,7 +152,7 @@ class ChatTemplate:
 def _texts_around(template: ChatTemplate, shape: tuple[tuple[str, bool], ...]) -> TextsAround | None:
     """Render stand-ins for all messages of a conversation; None if the template rejects them.
 
-    `shape` has the role of each message, and whether it has a text.
+    `shape` has the role of each message, and whether it has a text. The process keeps the latest; nobody clears it.
     """
     word = STAND_IN
     stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
