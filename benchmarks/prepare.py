@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.dataset import make_pipeline, prepare_source
+from zero_sft.data.dataset import prepare_source
+from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.templates.choose import choose_template, render
 from zero_sft.data.workers import BATCH_OBJECTS, usable_processes
@@ -80,14 +81,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="zero_sft_") as top:
         data = Path(top) / "data.jsonl"
         conversations(options.samples, data, tokenizer)
-        pipeline = make_pipeline(tokenizer, choose_template(None, tokenizer), model_max_length=4096)
+        root = Path(top) / "cache"
+        spec = DatasetSpec(sources=(), model_max_length=4096, root=root)
+        pipeline = spec.pipeline(tokenizer, choose_template(None, tokenizer))
         samples = pipeline.parser.read(LocalFiles(path=data).objects()).samples
         texts = [render(sample, pipeline.template, tokenizer).text for sample in samples]
         del samples
         for number in range(1, options.rounds + 1):
             tokenise_s, tokens = tokenise_alone(texts, tokenizer, options.processes)
-            root, start = Path(top) / "cache", time.monotonic()
-            prepare_source(LocalFiles(path=data), pipeline, processes=options.processes, root=root)
+            start = time.monotonic()
+            prepare_source(LocalFiles(path=data), pipeline, root, processes=options.processes)
             prepare_s = time.monotonic() - start
             shutil.rmtree(root)
             ratios.append(prepare_s / tokenise_s)

@@ -32,7 +32,7 @@ def leak(model: torch.nn.Module, vocabulary: int = 60) -> float:
     packed = [
         {"input_ids": ids, "labels": ids, "seq_lengths": list(map(len, row))} for ids, row in zip(flat, rows, strict=True)
     ]
-    is_flat = "flash" in str(model.config._attn_implementation)
+    is_flat = packing.is_flash(model.config._attn_implementation)
     batch = Collator(pad_token_id=0, flat=is_flat)(packed)
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     if is_flat:

@@ -13,7 +13,7 @@ from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.collator import Collator
 from zero_sft.data.dataset import require_one_batch
-from zero_sft.data.pipeline import CUT_OFF, NO_ANSWER
+from zero_sft.data.report import CUT_OFF, NO_ANSWER
 from zero_sft.data.samples.conversation import UNANSWERED
 from zero_sft.data.samples.parse import SampleParser
 from zero_sft.data.tokenize import IGNORE_INDEX
@@ -224,7 +224,7 @@ def test_long_conversations_are_split_between_rounds(tmp_path):
     talk = [system, *(turn for each in rounds for turn in chat(*each))]
     path.write_text(json.dumps([{"messages": talk}, {"messages": chat("x", "y")}]))
     options = {"model_max_length": 90, "chat_template": "model"}
-    prepared = prepare(path, tokenizer, parser=SampleParser(overlong="split"), **options)
+    prepared = prepare(path, tokenizer, overlong="split", **options)
     texts = [tokenizer.decode(each["input_ids"]) for each in prepared.rows]
     assert [text.count("<|im_start|>user") for text in texts] == [2, 1, 1, 1, 1]
     assert all(text.startswith("<|im_start|>system\nS<|im_end|>\n") for text in texts[:-1])
@@ -244,13 +244,13 @@ def test_parts_that_are_lost_are_counted_as_parts(tmp_path):
     path.write_text(
         json.dumps([{"messages": chat("x" * 100, "a", "b", "c" * 9, "d", "e" * 9)}, {"messages": chat("y" * 100, "z")}])
     )
-    (report,) = prepare(path, tokenizer, parser=SampleParser(overlong="split"), model_max_length=50).reports
+    (report,) = prepare(path, tokenizer, overlong="split", model_max_length=50).reports
     assert (report.split, report.kept, report.untrained_share) == (1, 2, 0.5)
-    assert (report.lost, report.dropped) == ({CUT_OFF: 1}, {CUT_OFF: 1})
+    assert (report.dropped_parts, report.dropped) == ({CUT_OFF: 1}, {CUT_OFF: 1})
     assert "parts of split samples dropped: 1 cut off before the first answer" in report.lines()
-    (report,) = prepare(path, tokenizer, parser=SampleParser(overlong="split", train_on="last"), model_max_length=50).reports
+    (report,) = prepare(path, tokenizer, overlong="split", parser=SampleParser(train_on="last"), model_max_length=50).reports
     assert (report.split, report.kept) == (1, 1)
-    assert report.lost == {NO_ANSWER: 2}
+    assert report.dropped_parts == {NO_ANSWER: 2}
 
 
 def test_a_part_that_the_template_refuses_costs_its_sample_alone(tmp_path):
@@ -258,26 +258,27 @@ def test_a_part_that_the_template_refuses_costs_its_sample_alone(tmp_path):
     tokenizer, path = byte_tokenizer(alone + CHATML), tmp_path / "data.json"
     path.write_text(json.dumps([{"messages": chat("a", "b" * 60, "bad", "c" * 60)}, {"messages": chat("y", "z")}]))
     with raises("data.template_fails", "sample 1, part 2"):
-        prepare(path, tokenizer, parser=SampleParser(overlong="split"), model_max_length=100)
-    parser = SampleParser(overlong="split", on_bad_sample="skip")
-    (report,) = (prepared := prepare(path, tokenizer, parser=parser, model_max_length=100)).reports
+        prepare(path, tokenizer, overlong="split", model_max_length=100)
+    options = {"overlong": "split", "parser": SampleParser(on_bad_sample="skip"), "model_max_length": 100}
+    (report,) = (prepared := prepare(path, tokenizer, **options)).reports
     assert (report.bad, report.kept, report.samples) == (1, 1, 2)
     assert "50% of the samples are bad" in prepared.warnings()[0]
 
 
 def test_long_conversations_are_dropped_and_counted(tmp_path):
     path = written(tmp_path, ("a", "b"), ("a", "y" * 100))
-    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, parser=SampleParser(overlong="drop"))
+    prepared = prepare(path, byte_tokenizer(CHATML), model_max_length=60, overlong="drop")
     assert prepared.reports[0].dropped == {"longer than --model_max_length": 1}
+    assert prepared.warnings() == [], "the user asked for it"
     with raises("data.nothing_left", "--overlong truncate"):
         prepare(
             written(tmp_path, ("a", "y" * 100)),
             byte_tokenizer(CHATML),
             model_max_length=60,
-            parser=SampleParser(overlong="drop"),
+            overlong="drop",
         )
     with raises("data.overlong_needs_lengths"):
-        prepare(path, byte_tokenizer(CHATML), model_max_length=60, parser=SampleParser(overlong="drop"), lazy=True)
+        prepare(path, byte_tokenizer(CHATML), model_max_length=60, overlong="drop", lazy=True)
 
 
 def test_what_was_not_cut_is_not_said_to_be(tmp_path):

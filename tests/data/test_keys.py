@@ -134,7 +134,7 @@ def test_a_suffix_is_a_text_of_a_prompt_and_completion(tmp_path):
     with raises("data.key_of_another_format", "`suffix`"):
         reading_of(tmp_path, {**PAIR, "suffix": "end"})
     assert reading_of(tmp_path, {**PAIR, "suffix": ""}).samples
-    assert reading_of(tmp_path, {**TURNS, "suffix": "end"}).unread == {"suffix": 1}
+    assert reading_of(tmp_path, {**TURNS, "suffix": "end"}).unread_keys == {"suffix": 1}
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,12 @@ def test_a_suffix_is_a_text_of_a_prompt_and_completion(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_a_note_about_such_a_text_or_a_copy_of_one_passes(tmp_path, note):
-    assert reading_of(tmp_path, {**TURNS, **note}).unread == dict.fromkeys(note, 1)
+    assert reading_of(tmp_path, {**TURNS, **note}).unread_keys == dict.fromkeys(note, 1)
 
 
 def test_plain_text_may_have_what_it_was_made_of(tmp_path):
     extra = {"label": 0, "tools": ["x"], "systemPrompt": "x", "reasoning": "x"}
-    assert reading_of(tmp_path, {"text": "Hi", **extra}).unread == dict.fromkeys(extra, 1)
+    assert reading_of(tmp_path, {"text": "Hi", **extra}).unread_keys == dict.fromkeys(extra, 1)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,8 @@ def test_arrow_gives_every_row_all_keys(tmp_path):
         {**MESSAGES[0], "train": None, "info": None}, {**MESSAGES[1], "train": False, "info": {"a": None}}, *MESSAGES
     ]  # fmt: skip
     reading = reading_of(tmp_path, {"messages": turns, "images": ["a"][:0]}, {**TURNS, "source": "x"}, parquet=True)
-    assert [[turn.trained for turn in each.turns] for each in reading.samples] == [[True, False, True, True], [True, True]]
+    assert [turn.left_out_of_loss for turn in reading.samples[0].turns] == [False, True, False, False]
+    assert [turn.left_out_of_loss for turn in reading.samples[1].turns] == [False, False]
     with raises("data.key_of_another_format", "sample 2", "images"):
         reading_of(tmp_path, {**TURNS, "images": []}, {**TURNS, "images": ["a.png"]}, parquet=True)
 
@@ -186,7 +187,7 @@ def test_arrow_gives_every_row_all_keys(tmp_path):
 def test_the_format_that_is_asked_for_settles_other_texts(tmp_path, key):
     sample = {**TURNS, key: "other"}
     reading = reading_of(tmp_path, sample, data_format="messages")
-    assert reading.unread == {key: 1}
+    assert reading.unread_keys == {key: 1}
     code = "data.several_formats" if key == "text" else "data.key_of_another_format"
     with raises(code, f"`{key}`", "--data_format messages"):
         reading_of(tmp_path, sample)
@@ -207,20 +208,20 @@ def test_two_formats_in_a_sample_are_both_named(tmp_path, sample, names):
     with raises("data.several_formats", *names):
         reading_of(tmp_path, sample)
     for name in names:
-        assert reading_of(tmp_path, sample, data_format=name).unread
+        assert reading_of(tmp_path, sample, data_format=name).unread_keys
 
 
 def test_a_copy_of_a_text_that_is_read_is_no_other_text(tmp_path):
     """As `prompt` in UltraChat and No Robots."""
     sample = {"prompt": " Hi\n", "prompt_id": "1", "messages": MESSAGES}
-    assert reading_of(tmp_path, sample).unread == {"prompt": 1, "prompt_id": 1}
+    assert reading_of(tmp_path, sample).unread_keys == {"prompt": 1, "prompt_id": 1}
 
 
 def test_a_text_that_renders_the_rest_is_no_other_text(tmp_path):
     """As `text` in Stanford's Alpaca."""
     sample = {"instruction": "Add.", "input": "1 2", "output": "3"}
     rendering = "Below is a task.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3"
-    assert reading_of(tmp_path, {**sample, "text": rendering}).unread == {"text": 1}
+    assert reading_of(tmp_path, {**sample, "text": rendering}).unread_keys == {"text": 1}
     for other in (rendering.replace("3", "4"), rendering.replace("Add.", ""), "3 1 2 Add."):
         with raises("data.several_formats", "of 2"):
             reading_of(tmp_path, {**sample, "text": other})
@@ -252,7 +253,7 @@ def test_notes_are_named_in_the_log_with_their_count(tmp_path):
 )  # fmt: skip
 def test_an_answers_marks_are_read(tmp_path, marks, trained):
     (sample,) = reading_of(tmp_path, answer(**marks)).samples
-    assert sample.turns[1].trained is trained
+    assert sample.turns[1].left_out_of_loss is not trained
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
 from zero_sft.data import pipeline as pipeline_module
-from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
+from zero_sft.data.samples.parse import DEFAULT_PARSER
 from zero_sft.data.templates.choose import choose_template
 
 THINKING = CHATML.replace(
@@ -20,8 +20,8 @@ TOOLS = CHATML.replace("{{ m.content }}", "{{ m.content | trim if m.role == 'too
 
 def part_of(turns, *, template=CHATML, name="model", window=200, long="split"):
     tokenizer = byte_tokenizer(template)
-    pipeline = make_pipeline(tokenizer, chat_template=name, model_max_length=window, parser=SampleParser(overlong=long))
-    return pipeline.part([({"messages": turns}, "here")]), tokenizer
+    pipeline = make_pipeline(tokenizer, chat_template=name, model_max_length=window, overlong=long)
+    return pipeline.make_rows([({"messages": turns}, "here")]), tokenizer
 
 
 def talk(rounds):

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+from typing import get_args
 
 import pytest
 
@@ -12,6 +13,7 @@ from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED, Conversation, PromptCompletion, Turn
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
+from zero_sft.data.samples.sample_formats import SAMPLE_FORMATS, DataFormat
 from zero_sft.data.sources.data_path import parse_sources
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.packaged_file import packaged_file
@@ -39,7 +41,7 @@ def test_both_layouts_as_list_and_as_lines(tmp_path, sample, lines):
     path = written(tmp_path, content)
     reading = DEFAULT_PARSER.read(LocalFiles(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
-    assert reading.layouts == ("sharegpt" if "conversations" in sample else "messages",)
+    assert reading.formats == ("sharegpt" if "conversations" in sample else "messages",)
     assert [each.where for each in reading.samples] == (
         [f"{path}, line 1 (id 'a')", f"{path}, line 3 (id 'a')"]
         if lines
@@ -60,7 +62,7 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     )
     reading = DEFAULT_PARSER.read(LocalFiles(path=path).objects())
     assert [each.turns for each in reading.samples] == [TURNS, TURNS]
-    assert reading.layouts == ("messages", "sharegpt")
+    assert reading.formats == ("messages", "sharegpt")
 
 
 def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
@@ -73,10 +75,14 @@ def test_leading_and_unanswered_turns_are_dropped_and_counted(tmp_path):
     assert reading.dropped_turns == {LEADING: 4, UNANSWERED: 3}
 
 
+def test_every_format_can_be_named():
+    assert get_args(DataFormat) == tuple(SAMPLE_FORMATS)
+
+
 def test_the_shipped_samples_are_read():
     reading = DEFAULT_PARSER.read(LocalFiles(path=packaged_file("examples", "conversations.json")).objects())
     assert len(reading.samples) == 100
-    assert reading.dropped_turns == {LEADING: 0, UNANSWERED: 0}
+    assert reading.dropped_turns == {}
 
 
 def test_a_line_that_breaks_off_has_its_own_number(tmp_path):
@@ -177,12 +183,12 @@ def talk(*texts):
         ({"system": "Be.", "instruction": "Hi", "output": "x"}, (Turn(role="system", text="Be."), *talk("Hi", "x"))),
         (
             {"prompt": [*MESSAGES, MESSAGES[0]], "completion": MESSAGES[1:]},
-            (TURNS[0], Turn(role="assistant", text="Hello.", trained=False), *TURNS),
+            (TURNS[0], Turn(role="assistant", text="Hello.", left_out_of_loss=True), *TURNS),
         ),
         ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "bing", "value": "Hello."}]}, TURNS),
         (
             {"messages": [MESSAGES[0], {**MESSAGES[1], "train": False}, MESSAGES[0], {**MESSAGES[1], "weight": 0}, *MESSAGES]},
-            (*2 * (TURNS[0], Turn(role="assistant", text="Hello.", trained=False)), *TURNS),
+            (*2 * (TURNS[0], Turn(role="assistant", text="Hello.", left_out_of_loss=True)), *TURNS),
         ),
         (
             {"messages": [*MESSAGES, {"role": "tool", "content": "7"}, {"role": "tool", "content": "8"}, MESSAGES[1]]},
@@ -210,7 +216,7 @@ def test_a_layout_can_be_forced(tmp_path):
     assert_refused(path, "several_formats", "sample 1", "`conversations` of sharegpt", "`text` of text")
     reading = SampleParser(data_format="text").read(LocalFiles(path=path).objects())
     assert [each.completion for each in reading.samples] == ["x", "y"]
-    assert reading.unread == {"conversations": 1}, "said in the log"
+    assert reading.unread_keys == {"conversations": 1}, "said in the log"
     with raises("data.unknown_format", "sample 2", "--data_format sharegpt", "'text'"):
         SampleParser(data_format="sharegpt").read(LocalFiles(path=path).objects())
 

@@ -65,7 +65,7 @@ def test_a_split_is_named_after_the_folder(tmp_path, split):
     for text, weight in ((f"{folder}:{split}", None), (f"{folder}:{split}:0.5,{folder}:train:0.5", 0.5)):
         source, *_ = parse_sources(text)
         assert (source.data.name, source.weight) == (f"{folder}:{split}", weight)
-        prepared = prepare_source(source.data, make_pipeline(byte_tokenizer(), model_max_length=100))
+        prepared = prepare_source(source.data, make_pipeline(byte_tokenizer(), model_max_length=100), tmp_path / "rows")
         assert [byte_tokenizer().decode(ids, skip_special_tokens=True) for ids in prepared.rows["input_ids"]] == expected
     with raises("data.no_such_split", "'tests'", "test, train, validation"):
         read(folder, "tests")
@@ -96,8 +96,8 @@ def test_several_splits_without_a_train_are_asked_for(tmp_path):
 def test_folders_without_several_splits(tmp_path, names, taken, note):
     folder = folder_of(tmp_path, *names)
     assert read(folder) == sorted(read(folder)) == sorted(names)[:taken]
-    assert LocalFiles(path=folder).note().startswith(note)
-    assert bool(LocalFiles(path=folder).note()) == bool(note)
+    assert LocalFiles(path=folder).chosen().note.startswith(note)
+    assert bool(LocalFiles(path=folder).chosen().note) == bool(note)
 
 
 def test_a_readme_says_which_files_are_which(tmp_path):
@@ -155,18 +155,18 @@ def test_declared_files_alone_are_read_as_the_library_does(tmp_path, yaml, names
     else:
         assert sorted(found["train"]["text"]) == taken
     assert read(folder) == taken
-    assert "left out: " in LocalFiles(path=folder).note()
+    assert "left out: " in LocalFiles(path=folder).chosen().note
 
 
 def test_the_log_says_what_is_not_declared(tmp_path):
     folder = declaring(tmp_path, config(data_files=A_SPLIT), "a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")
-    assert LocalFiles(path=folder).note() == (
+    assert LocalFiles(path=folder).chosen().note == (
         f"split train read; left out: not declared in README.md (2 files), test (1 file). Name another as {folder}:test"
     )
     with raises("data.eval_split_unnamed"):
         require_sources(parse_sources(str(folder)), to_evaluate=True)
     folder = declaring(tmp_path / "other", config(data_files="a.jsonl"), "a.jsonl", "test.jsonl")
-    assert LocalFiles(path=folder).note() == "split train read; left out: not declared in README.md (1 file)"
+    assert LocalFiles(path=folder).chosen().note == "split train read; left out: not declared in README.md (1 file)"
     require_sources(parse_sources(str(folder)), to_evaluate=True)
 
 

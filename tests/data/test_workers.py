@@ -28,19 +28,19 @@ def data(tmp_path, monkeypatch):
 
 def test_processes_make_what_one_makes(data, tmp_path):
     pipeline = make_pipeline(
-        byte_tokenizer(CHATML), model_max_length=80, parser=SampleParser(on_bad_sample="skip", overlong="split")
+        byte_tokenizer(CHATML), model_max_length=80, overlong="split", parser=SampleParser(on_bad_sample="skip")
     )
-    one, two = (prepare_source(data, pipeline, processes=processes, root=tmp_path / f"{processes}") for processes in (1, 2))
+    one, two = (prepare_source(data, pipeline, tmp_path / f"{processes}", processes=processes) for processes in (1, 2))
     assert two.rows[:] == one.rows[:]
     assert two.reports == one.reports
     assert two.reports[0].bad == 1
     assert two.reports[0].dropped
 
 
-def test_the_first_error_of_the_stream_is_raised(data):
+def test_the_first_error_of_the_stream_is_raised(data, tmp_path):
     pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80)
     with raises("data.not_json", "line 334"):
-        prepare_source(data, pipeline, processes=2)
+        prepare_source(data, pipeline, tmp_path / "cache", processes=2)
 
 
 def test_a_process_that_dies_is_an_error_with_a_remedy(data):
@@ -53,8 +53,8 @@ def test_a_process_that_dies_is_an_error_with_a_remedy(data):
         list(parts)
 
 
-def test_few_objects_start_no_processes(data, monkeypatch):
+def test_few_objects_start_no_processes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_side_by_side", lambda *_: pytest.fail("started"))
     monkeypatch.setattr(workers, "BATCH_OBJECTS", 500)
     pipeline = make_pipeline(byte_tokenizer(CHATML), model_max_length=80, parser=SampleParser(on_bad_sample="skip"))
-    assert prepare_source(data, pipeline, processes=8).reports[0].samples == 400
+    assert prepare_source(data, pipeline, tmp_path / "cache", processes=8).reports[0].samples == 400

@@ -1,5 +1,6 @@
 """Small tokenizers made on the spot, and what a sample trains on, as text."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,16 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from zero_sft.data import dataset
-from zero_sft.data.dataset import PreparedDataset
+from zero_sft.data.dataset import PreparedDataset, prepare_source
+from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.samples.conversation import Conversation, Turn
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.templates.choose import choose_template
 from zero_sft.data.tokenize import IGNORE_INDEX, TokenizedSample
+
+FOLDER = tempfile.TemporaryDirectory(prefix="zero_sft_")
+"""Holds the caches of `prepare`; removed when the process ends."""
 
 SPECIAL = ("<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "<|eot|>")
 
@@ -52,13 +56,15 @@ def _wrapped(backend: Tokenizer, chat_template: str | None, special: dict[str, s
 
 
 def make_pipeline(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, **options: Any) -> Pipeline:
-    """`dataset.make_pipeline` with the template of that name."""
-    return dataset.make_pipeline(tokenizer, choose_template(chat_template, tokenizer), **options)
+    """A spec's pipeline, with the template of that name."""
+    spec = DatasetSpec(sources=(), root=Path(FOLDER.name), **options)
+    return spec.pipeline(tokenizer, choose_template(chat_template, tokenizer))
 
 
 def prepare(path: Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreparedDataset:
-    """A file or folder as a dataset in memory."""
-    return dataset.prepare_source(LocalFiles(path=Path(path)), make_pipeline(tokenizer, **options))
+    """A file or folder as a dataset, with a cache that nobody else uses."""
+    root = Path(tempfile.mkdtemp(dir=FOLDER.name))
+    return prepare_source(LocalFiles(path=Path(path)), make_pipeline(tokenizer, **options), root)
 
 
 def conversation(*texts: str, system: str | None = None) -> Conversation:

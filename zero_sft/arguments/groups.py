@@ -7,6 +7,7 @@ heavy.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from zero_sft.data.samples.sample_formats import DataFormat
 from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
 from zero_sft.packaged_file import packaged_file
@@ -58,7 +59,7 @@ class DataArguments:
     lazy_preprocess: bool = field(
         default=False, metadata={"help": "Tokenise each sample when it is needed, instead of all at the start."}
     )
-    data_format: Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"] | None = field(
+    data_format: DataFormat | None = field(
         default=None, metadata={"help": "The format of all samples; by default, it is detected for each sample."}
     )
     train_on: Literal["all", "last"] = field(

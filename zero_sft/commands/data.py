@@ -7,7 +7,7 @@ import itertools
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,12 +90,9 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     # The job's decision, unless it is given --attn_implementation, which the report does not take.
     packing = resolve_packing(options.packing, config, attention=None, lazy=False)
     template = choose_template(options.chat_template, tokenizer)
-    seed = options.seed if options.data_seed is None else options.data_seed
-    spec = DatasetSpec.from_options(
-        options, sources=parse_sources(options.data_path), model_max_length=options.model_max_length, seed=seed
-    )
-    rows = getattr(config, "vocab_size", None)
-    prepared = prepare_sources(replace(spec, pack=packing.enabled, embedding_rows=rows), tokenizer, template)
+    sources, rows = parse_sources(options.data_path), getattr(config, "vocab_size", None)
+    spec = DatasetSpec.from_options(options, options, sources=sources, pack=packing.enabled, embedding_rows=rows)
+    prepared = prepare_sources(spec, tokenizer, template)
     samples, lengths = prepared.samples, prepared.samples["length"]
     for line in [*prepared.lines(), *prepared.warnings(), *_notes(packing, prepared, options)]:
         console.print(printable(line), markup=False)

@@ -42,33 +42,23 @@ def cache_root(folder: str | None) -> Path:
     """Return the cache folder; by default next to the user's other prepared datasets (`HF_DATASETS_CACHE`, `HF_HOME`)."""
     from datasets import config
 
-    if folder:
-        return Path(folder).expanduser()
-    return Path(config.HF_DATASETS_CACHE) / "zero_sft"
+    return Path(folder).expanduser() if folder else Path(config.HF_DATASETS_CACHE) / "zero_sft"
 
 
 def key_of(*parts: Any) -> str:
     """Hash JSON-able `parts`, the code of this folder and the versions of the libraries that it uses into a key."""
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return hashlib.sha256(json.dumps([_code_hash(), versions, *parts], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _code_hash() -> str:
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py"))))
+    return hashlib.sha256(json.dumps([code.hexdigest(), versions, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
-    """Return the key of the rows that a pipeline makes from a source.
-
-    Raises:
-        DataError: the source does not exist.
-    """
+    """Return the key of the rows that a pipeline makes from a source; raises `DataError` if the source does not exist."""
     return key_of(
         data.identity(),
         _tokenizer_identity(pipeline.tokenizer),
         [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
-        [asdict(pipeline.parser), pipeline.model_max_length, pipeline.lazy, pipeline.embedding_rows],
+        [asdict(pipeline.parser), pipeline.model_max_length, pipeline.overlong, pipeline.lazy, pipeline.id_limit],
     )
 
 
@@ -91,8 +81,7 @@ def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Dataset, Mapping[str, Any]] | None":
     """Look up an entry; return its rows, memory-mapped, and their account, or None if there is no such entry.
 
-    Args:
-        verify: read the whole entry and compare its checksum. One rank per node does so; the others don't repeat it.
+    `verify`: read the whole entry and compare its checksum. One rank per node does so; the others don't repeat it.
 
     Raises:
         DataError: an entry that can't be read, is incomplete, or has another checksum.
@@ -129,32 +118,24 @@ def _checksum(rows: Path, account: Mapping[str, Any]) -> int:
 def find_or_store(
     root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]], *, verify: bool = True
 ) -> "tuple[datasets.Dataset, Mapping[str, Any], bool]":
-    """Return the cached entry, creating it with `store` if it is absent, and whether it existed.
-
-    `verify`: compare the checksum of an existing entry.
-
-    Raises:
-        DataError: as `find` and `store` raise it; or the entry disappeared right after it was written.
-    """
-    existing = find(root, key, verify=verify)
-    entry = existing
+    """Return the cached entry, creating it with `store` if it is absent, and whether it existed. See `find` for `verify`."""
+    entry, existed = find(root, key, verify=verify), True
     if entry is None:
         store(root, key, write)
-        entry = find(root, key, verify=False)
+        entry, existed = find(root, key, verify=False), False
     if entry is None:
         raise DataError(
             f"{root / key} disappeared right after it was written. Name a folder that no other process clears with "
             "--data_cache_dir.",
             code="data.cache_entry_gone",
         )
-    return *entry, existing is not None
+    return *entry, existed
 
 
 def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]]) -> None:
     """Create an entry. `write` writes the rows to a given path, and returns their number and their account.
 
-    Raises:
-        DataError: the folder can't be written to. This error, or one that `write` raises, leaves no files behind.
+    An error of `write`, or the `DataError` of a folder that can't be written to, leaves no files behind.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -167,7 +148,8 @@ def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, 
             content = {"rows": rows, "account": account, "crc32": _checksum(entry / ROWS, account)}
             (entry / ACCOUNT).write_text(json.dumps(content), encoding="utf-8")
             for file in entry.iterdir():
-                _flush(file)
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
             _move_into_place(entry, root / key)
     except OSError as error:
         raise DataError(
@@ -205,8 +187,3 @@ def _remove_abandoned(root: Path) -> None:
             has_ended = is_local and not Path(f"/proc/{pid}").exists()
             if has_ended or time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())

@@ -2,31 +2,27 @@
 
 By default all samples are tokenised at the start, and samples without a token to train on are left out. With `lazy`, a sample
 is rendered and tokenised each time it is needed, and the result is not kept. Then a sample that is cut off before its first
-answer stays in the dataset, without labels. With a cache folder, the rows are memory-mapped from a file.
+answer stays in the dataset, without labels. The rows are memory-mapped from a file in the cache folder.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow
-from transformers import PreTrainedTokenizerBase
 
 from zero_sft.console import progress
 from zero_sft.data import cache
-from zero_sft.data.pipeline import CUT_OFF, TOO_LONG, Pipeline, RowBatch
-from zero_sft.data.report import DataReport, list_counts, total, with_count
-from zero_sft.data.samples.embedded_tokens import rows_to_check
-from zero_sft.data.samples.overlong import TRUNCATE
-from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
+from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.report import CUT_OFF, TOO_LONG, DataReport, list_counts, total
 from zero_sft.data.samples.sample_formats import EXPECTED
 from zero_sft.data.sources.data_path import DataSource
-from zero_sft.data.templates.choose import Template
 from zero_sft.data.workers import make_batches
 from zero_sft.errors import DataError
+from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     import datasets
@@ -76,7 +72,7 @@ class PreparedDataset:
                 warnings.append(f"{report.file}: {report.bad / report.samples:.0%} of the samples are bad and were skipped")
             if report.untrained_share > _WARNING_SHARE:
                 share = f"{report.untrained_share:.0%} of the {'usable ' if report.bad else ''}samples"
-                warnings.append(f"{report.file}: nothing is trained on in {share} ({list_counts(report.dropped)})")
+                warnings.append(f"{report.file}: nothing is trained on in {share} ({list_counts(report.untrained)})")
             if report.thoughts and report.dropped_thoughts == report.thoughts:
                 warnings.append(
                     f"{report.file}: the template {report.template} leaves out the thoughts of all {report.thoughts:,} answers "
@@ -85,113 +81,67 @@ class PreparedDataset:
         return warnings
 
 
-def make_pipeline(
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    *,
-    model_max_length: int,
-    lazy: bool = False,
-    parser: SampleParser = DEFAULT_PARSER,
-    embedding_rows: int | None = None,
-) -> Pipeline:
-    """Make the pipeline from objects to rows; `embedding_rows` is the size of the model's embedding, None if unknown.
-
-    Raises:
-        DataError: contradictory options.
-    """
-    if lazy and parser.overlong != TRUNCATE:
-        raise DataError(
-            f"--overlong {parser.overlong} needs the samples' lengths, which --lazy_preprocess does not know at the start. "
-            "Leave out one of the two options.",
-            code="data.overlong_needs_lengths",
-        )
-    return Pipeline(
-        parser=parser,
-        tokenizer=tokenizer,
-        template=template,
-        model_max_length=model_max_length,
-        lazy=lazy,
-        embedding_rows=rows_to_check(tokenizer, embedding_rows),
-    )
-
-
-def prepare_source(data: DataSource, pipeline: Pipeline, *, processes: int = 1, root: Path | None = None) -> PreparedDataset:
-    """Read, render, tokenise and label a source of samples. Any rank; does not communicate.
+def prepare_source(data: DataSource, pipeline: Pipeline, root: Path, *, processes: int = 1) -> PreparedDataset:
+    """Read, render, tokenise and label a source of samples, or find its rows in the cache. Any rank; does not communicate.
 
     Args:
         data: a file, a folder, or a dataset on the hub.
+        root: the cache folder.
         processes: the number of worker processes, used if there is enough data.
-        root: the cache folder; None keeps the rows in memory.
 
     Raises:
         DataError: an unusable file, a template whose answers can't be located, or nothing left to train on.
     """
-    if root is None:
-        batches = list(make_batches(pipeline, data.objects(), processes))
-        table = pyarrow.Table.from_batches([batch.rows for batch in batches], schema=pipeline.schema)
-        report = _total_report(data, [batch.report for batch in batches], pipeline)
-        return _unpacked_dataset(_in_memory(table), _with_source_fields(report, data), pipeline)
     data.require_outside(root, option="--data_cache_dir", code="data.cache_inside_data")
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
     start = time.monotonic()
-    dataset, account, existed = cache.find_or_store(
-        root, key, lambda file: _write_entry(file, data, state, pipeline, processes)
-    )
+    dataset, account, existed = cache.find_or_store(root, key, lambda file: _write_rows(file, data, state, pipeline, processes))
     if existed:
         logger.info("  prepared before, in %s", root / key)
     else:
         logger.info("  prepared in %.0f s, kept in %s", time.monotonic() - start, root / key)
-    return _from_entry(dataset, account, root / key, data, pipeline)
+    return dataset_of_entry(dataset, account, root / key, data, pipeline)
 
 
-def open_cached_source(root: Path, key: str, data: DataSource, pipeline: Pipeline, *, verify: bool) -> PreparedDataset | None:
-    """Open the rows that `prepare_source` has cached under that key; None if there are none. See `cache.find` for `verify`."""
-    entry = cache.find(root, key, verify=verify)
-    return None if entry is None else _from_entry(*entry, root / key, data, pipeline)
-
-
-def _from_entry(
+def dataset_of_entry(
     dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: DataSource, pipeline: Pipeline
 ) -> PreparedDataset:
     """Make the prepared dataset of a cache entry; its report gets this run's names of the source and the template."""
     try:
-        report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("layouts", "first_bad")}})
+        report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("formats", "first_bad")}})
     except (TypeError, LookupError) as error:
         raise DataError(
             f"{entry} is damaged: {error}. Delete that folder; the next run prepares the data again.",
             code="data.cache_entry_damaged",
         ) from error
-    first_bad = tuple(message.replace(report.file, data.name, 1) for message in report.first_bad)  # the file may have moved
-    report = replace(_with_source_fields(report, data), file=data.name, template=pipeline.template.name, first_bad=first_bad)
-    return replace(_unpacked_dataset(dataset, report, pipeline), keys=[entry.name])
-
-
-def _with_source_fields(report: DataReport, data: DataSource) -> DataReport:
-    """Add the source's ignored files and its note on splits to the report."""
-    return replace(report, left_out=data.left_out(), note=data.note())
-
-
-def _unpacked_dataset(dataset: "datasets.Dataset", report: DataReport, pipeline: Pipeline) -> PreparedDataset:
+    chosen = data.chosen()
+    report = replace(
+        report,
+        file=data.name,
+        template=pipeline.template.name,
+        left_out=chosen.left_out,
+        note=chosen.note,
+        first_bad=tuple(message.replace(report.file, data.name, 1) for message in report.first_bad),  # the file may have moved
+    )
     transform = pipeline if pipeline.lazy else None
     samples = dataset.with_transform(pipeline) if transform else dataset
-    return PreparedDataset(samples=samples, rows=samples, reports=(report,), transform=transform)
+    return PreparedDataset(samples=samples, rows=samples, reports=(report,), transform=transform, keys=[entry.name])
 
 
-def _in_memory(table: pyarrow.Table) -> "datasets.Dataset":
-    import datasets
-    from datasets.table import InMemoryTable
+def _write_rows(file: Path, data: DataSource, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
+    """Write the rows of a cache entry, batch by batch, and return their number and their account.
 
-    return datasets.Dataset(InMemoryTable(table))
-
-
-def _write_entry(file: Path, data: DataSource, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
-    """Write the rows of a cache entry, and return their number and their account.
-
-    Raises:
-        DataError: the data has changed since `state` was taken for the key.
+    `state` is that of the data when its key was computed.
     """
-    report = _write_rows(file, data, pipeline, processes)
+    reports = []
+    with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
+        with progress.task(f"preparing {data.name}", unit="samples") as task:
+            for batch in make_batches(pipeline, data.objects(), processes):
+                task.advance(batch.report.samples)
+                writer.write_batch(batch.rows)
+                reports.append(batch.report)
+    report = _total_report(data, reports, pipeline)
     if data.state() != state:
         raise DataError(
             f"{data.name} changed while it was read. Start again when no other process writes to it.",
@@ -200,32 +150,9 @@ def _write_entry(file: Path, data: DataSource, state: Any, pipeline: Pipeline, p
     return report.kept, asdict(report)
 
 
-def _write_rows(file: Path, data: DataSource, pipeline: Pipeline, processes: int) -> DataReport:
-    """Write the rows to a file, batch by batch."""
-    reports = []
-    with pyarrow.ipc.new_stream(str(file), pipeline.schema) as writer:
-        for batch in _with_progress(make_batches(pipeline, data.objects(), processes), data.name):
-            writer.write_batch(batch.rows)
-            reports.append(batch.report)
-    return _total_report(data, reports, pipeline)
-
-
-def _with_progress(batches: Iterator[RowBatch], name: str) -> Iterator[RowBatch]:
-    """Yield the batches, and report the number of samples to the progress bar."""
-    with progress.task(f"preparing {name}", unit="samples") as task:
-        for batch in batches:
-            task.advance(batch.report.samples)
-            yield batch
-
-
 def _total_report(data: DataSource, reports: list[DataReport], pipeline: Pipeline) -> DataReport:
-    """Sum the batches' reports into the report of the source.
-
-    Raises:
-        DataError: no samples, or nothing to train on.
-    """
-    empty = DataReport(file=data.name, template=pipeline.template.name, has_trained=False)
-    report = total([empty, *reports])
+    """Sum the batches' reports into the report of the source; raise `DataError` if there is nothing to train on."""
+    report = total([DataReport(file=data.name), *reports])
     if report.samples == report.bad:
         if report.bad:
             raise DataError(

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data import cache
-from zero_sft.data.dataset import PreparedDataset, make_pipeline, open_cached_source, prepare_source
+from zero_sft.data.dataset import PreparedDataset, dataset_of_entry, prepare_source
 from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.samples.embedded_tokens import id_limit
+from zero_sft.data.samples.overlong import TRUNCATE
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
 from zero_sft.data.sources.data_path import Source, require_sources
 from zero_sft.data.templates.choose import Template
@@ -29,49 +31,72 @@ _SOURCE = "source"  # temporary column with the index of a row's source, while t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetSpec:
-    """All options that determine a dataset, except for the tokenizer and the chat template.
+    """All options that determine a dataset, except for the tokenizer and the chat template. For others, see `Pipeline`.
 
     Args:
-        model_max_length: in tokens.
+        root: the cache folder.
         seed: for a mixture by weights.
         pack: pack samples into rows of `model_max_length` tokens.
-        root: the cache folder; None keeps everything in memory.
         processes: the number of worker processes, used if there is enough data.
         embedding_rows: the number of rows in the model's embedding; None if unknown.
     """
 
     sources: tuple[Source, ...]
     model_max_length: int
+    root: Path
     parser: SampleParser = DEFAULT_PARSER
+    overlong: str = TRUNCATE
     lazy: bool = False
     seed: int = 0
     pack: bool = False
-    root: Path | None = None
     processes: int = 1
     embedding_rows: int | None = None
 
     @classmethod
-    def from_options(cls, options: Any, *, sources: tuple[Source, ...], model_max_length: int, seed: int) -> "DatasetSpec":
-        """Make the spec from the options of the job or of the data command: `DataArguments`, or an object with its names."""
+    def from_options(
+        cls, data: Any, training: Any, *, sources: tuple[Source, ...], pack: bool = False, embedding_rows: int | None = None
+    ) -> "DatasetSpec":
+        """Make the spec from options of the names in `DataArguments` and `TrainingArguments`; one object may have both."""
         return cls(
             sources=sources,
-            model_max_length=model_max_length,
-            parser=SampleParser(
-                data_format=options.data_format,
-                train_on=options.train_on,
-                on_bad_sample=options.on_bad_sample,
-                overlong=options.overlong,
-            ),
-            lazy=options.lazy_preprocess,
-            seed=seed,
-            root=cache.cache_root(options.data_cache_dir),
-            processes=options.dataset_num_proc or usable_processes(),
+            model_max_length=training.model_max_length,
+            root=cache.cache_root(data.data_cache_dir),
+            parser=SampleParser(data_format=data.data_format, train_on=data.train_on, on_bad_sample=data.on_bad_sample),
+            overlong=data.overlong,
+            lazy=data.lazy_preprocess,
+            seed=sampling_seed(training),
+            pack=pack,
+            processes=data.dataset_num_proc or usable_processes(),
+            embedding_rows=embedding_rows,
         )
 
     @property
     def name(self) -> str:
         """The sources as the user wrote them, for messages."""
         return ",".join(source.text for source in self.sources)
+
+    def pipeline(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> Pipeline:
+        """Make the pipeline from objects to rows; raise `DataError` for contradictory options."""
+        if self.lazy and self.overlong != TRUNCATE:
+            raise DataError(
+                f"--overlong {self.overlong} needs the samples' lengths, which --lazy_preprocess does not know at the start. "
+                "Leave out one of the two options.",
+                code="data.overlong_needs_lengths",
+            )
+        return Pipeline(
+            parser=self.parser,
+            tokenizer=tokenizer,
+            template=template,
+            model_max_length=self.model_max_length,
+            overlong=self.overlong,
+            lazy=self.lazy,
+            id_limit=id_limit(tokenizer, self.embedding_rows),
+        )
+
+
+def sampling_seed(training: Any) -> int:
+    """Return `--data_seed`, or `--seed` without it."""
+    return training.seed if training.data_seed is None else training.data_seed
 
 
 def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> PreparedDataset:
@@ -80,9 +105,9 @@ def prepare_sources(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, templ
     Raises:
         DataError: as `prepare_source` and `require_sources` raise it.
     """
-    pipeline = _pipeline(spec, tokenizer, template)
+    pipeline = spec.pipeline(tokenizer, template)
     require_sources(spec.sources)
-    parts = [prepare_source(source.data, pipeline, processes=spec.processes, root=spec.root) for source in spec.sources]
+    parts = [prepare_source(source.data, pipeline, spec.root, processes=spec.processes) for source in spec.sources]
     return _mix_and_pack(parts, spec)
 
 
@@ -93,26 +118,15 @@ def open_sources(
 
     Any rank; does not communicate. See `cache.find` for `verify`.
     """
-    if spec.root is None or (spec.pack and cache.find(spec.root, _packed_key(spec, keys), verify=False) is None):
+    if spec.pack and cache.find(spec.root, _packed_key(spec, keys), verify=False) is None:
         return None
-    pipeline = _pipeline(spec, tokenizer, template)
-    opened = [
-        open_cached_source(spec.root, key, source.data, pipeline, verify=verify)
-        for key, source in zip(keys, spec.sources, strict=True)
-    ]
-    parts = [part for part in opened if part is not None]
-    return _mix_and_pack(parts, spec, verify=verify) if len(parts) == len(spec.sources) else None
-
-
-def _pipeline(spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template) -> Pipeline:
-    return make_pipeline(
-        tokenizer,
-        template,
-        model_max_length=spec.model_max_length,
-        lazy=spec.lazy,
-        parser=spec.parser,
-        embedding_rows=spec.embedding_rows,
-    )
+    pipeline, parts = spec.pipeline(tokenizer, template), []
+    for key, source in zip(keys, spec.sources, strict=True):
+        entry = cache.find(spec.root, key, verify=verify)
+        if entry is None:
+            return None
+        parts.append(dataset_of_entry(*entry, spec.root / key, source.data, pipeline))
+    return _mix_and_pack(parts, spec, verify=verify)
 
 
 def _mix_and_pack(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify: bool = True) -> PreparedDataset:
@@ -120,15 +134,11 @@ def _mix_and_pack(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify
     mixed = mix(parts, [source.weight for source in spec.sources], spec.seed)
     if not spec.pack:
         return mixed
-    if spec.root is None:
-        rows = pack(mixed.samples, spec.model_max_length)
-    else:
-        length, key = spec.model_max_length, _packed_key(spec, mixed.keys)
 
-        def write(file: Path) -> tuple[int, dict[str, Any]]:
-            return len(pack(mixed.samples, length, str(file))), {}
+    def write(file: Path) -> tuple[int, dict[str, Any]]:
+        return len(pack(mixed.samples, spec.model_max_length, str(file))), {}
 
-        rows, *_ = cache.find_or_store(spec.root, key, write, verify=verify)
+    rows, *_ = cache.find_or_store(spec.root, _packed_key(spec, mixed.keys), write, verify=verify)
     return replace(mixed, rows=rows, packing_note=packed_line(len(mixed.samples), rows, spec.model_max_length))
 
 
@@ -154,7 +164,7 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
         names = [part.reports[0].file for part in parts]
         mixed, notes = _interleave(unformatted, [weight or 0.0 for weight in weights], seed, names)
     transform = parts[0].transform
-    samples = mixed if transform is None else mixed.with_transform(transform)
+    samples = mixed.with_transform(transform) if transform else mixed
     return PreparedDataset(
         samples=samples,
         rows=samples,
@@ -168,11 +178,7 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
 def _interleave(
     parts: Sequence["datasets.Dataset"], weights: Sequence[float], seed: int, names: Sequence[str]
 ) -> tuple["datasets.Dataset", tuple[str, ...]]:
-    """Draw rows by weight until each has been drawn; return the mixture and a line for the log on each part.
-
-    Raises:
-        DataError: weights so different from the sources' sizes that the mixture would be far larger than the sources.
-    """
+    """Draw rows by weight until each has been drawn; return the mixture and a line for the log on each part."""
     import datasets
 
     rows = [len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True)]

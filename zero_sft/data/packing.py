@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.console import progress
-from zero_sft.data.report import with_count
 from zero_sft.errors import ArgumentError
+from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     import datasets
@@ -30,17 +30,15 @@ PACKABLE_MODEL_TYPES = frozenset(
     qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper youtu
 """.split()  # noqa: SIM905 - a table
 )
-"""Types of language models (transformers' `model_type`) that keep packed samples apart, except for `LEAKING`."""
+"""Types of language models (transformers' `model_type`) that keep packed samples apart, except for `LEAKING_WITH_FLASH`."""
 
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """The attentions that rows are packed for; `tests/isolation.py` and `tests/gpu` test each of them."""
 
-LEAKING = {
-    "flash": frozenset(
-        "cohere_compass_text ctrl fuyu gpt_bigcode gpt_neo gptj hrm_text moshi persimmon whisper".split()  # noqa: SIM905
-    )
-}
-"""Packable types that leak with that kind of attention: they don't pass it position ids, or don't support it.
+LEAKING_WITH_FLASH = frozenset(
+    "cohere_compass_text ctrl fuyu gpt_bigcode gpt_neo gptj hrm_text moshi persimmon whisper".split()  # noqa: SIM905
+)
+"""Packable types that leak with flash attention: they don't pass it position ids, or don't support it.
 
 Found by `tests/isolation.py` with transformers 5.23 on a CPU. It runs transformers' code, with plain torch in place of the
 functions of flash-attn. The separate flash attention classes of `gpt_neo` and `gptj` were not examined.
@@ -52,10 +50,19 @@ _BATCH_TOKENS = 2**30  # Arrow's offsets into a column have 32 bits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackingDecision:
-    """The decision whether to pack, with the reason if not."""
+    """The decision whether to pack: the `reason` not to, empty if rows are packed."""
 
-    enabled: bool
     reason: str = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether samples are packed."""
+        return not self.reason
+
+
+def is_flash(attention: str | None) -> bool:
+    """Whether an attention implementation is a flash attention of any version or source; None is transformers' choice."""
+    return "flash" in (attention or "")
 
 
 def resolve_packing(wanted: bool | None, config: Any, *, attention: str | None, lazy: bool) -> PackingDecision:
@@ -70,21 +77,21 @@ def resolve_packing(wanted: bool | None, config: Any, *, attention: str | None, 
         ArgumentError: packing is requested but not possible.
     """
     if wanted is False:
-        return PackingDecision(enabled=False, reason="--packing False")
+        return PackingDecision(reason="--packing False")
     reason = _obstacle(config, attention, lazy)
     if reason and wanted:
         raise ArgumentError(
             f"--packing True: {reason}. Leave the option out, so that samples are padded to the longest of their batch.",
             code="data.packing_impossible",
         )
-    return PackingDecision(enabled=not reason, reason=reason)
+    return PackingDecision(reason=reason)
 
 
 def packing_unless_too_few(packing: PackingDecision, wanted: bool | None, rows: int, needed: int) -> PackingDecision:
     """Disable packing if there are fewer packed `rows` than the `needed` rows of one batch, unless it is `wanted`. Pure."""
     if not packing.enabled or wanted or rows >= needed:
         return packing
-    return PackingDecision(enabled=False, reason=f"they fill {with_count(rows, 'row')}, and one batch needs {needed}")
+    return PackingDecision(reason=f"they fill {with_count(rows, 'row')}, and one batch needs {needed}")
 
 
 def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
@@ -95,8 +102,8 @@ def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
         return f"models of type {config.model_type} are not known to keep packed samples apart"
     if getattr(config, "alibi", False):
         return "ALiBi does not keep packed samples apart"
-    leaking = [kind for kind, types in LEAKING.items() if kind in (attention or "") and config.model_type in types]
-    if (attention is not None and attention not in ATTENTIONS) or leaking:
+    leaks = is_flash(attention) and config.model_type in LEAKING_WITH_FLASH
+    if leaks or (attention is not None and attention not in ATTENTIONS):
         return f"attention {attention} is not known to keep packed samples of a {config.model_type} apart"
     return ""
 
@@ -104,18 +111,13 @@ def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
 def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = None) -> "datasets.Dataset":
     """Pack samples into rows of at most `model_max_length` tokens.
 
-    Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples.
-
-    Args:
-        file: the file to write the rows to; None leaves the choice to `datasets`.
+    Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples. The rows are written to `file`; None
+    leaves the choice to `datasets`.
     """
     from trl import pack_dataset
 
-    options = {
-        "cache_file_name": file,
-        "batch_size": max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length)),
-        "load_from_cache_file": False,
-    }
+    batch_size = max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length))
+    options = {"cache_file_name": file, "batch_size": batch_size, "load_from_cache_file": False}
     with progress.task("packing the samples"):
         return pack_dataset(dataset.select_columns(["input_ids", "labels"]), model_max_length, "bfd", options)
 

@@ -22,22 +22,18 @@ def cost_lines(
     """Format the cost of each way to make batches as lines for the user, and mark the job's way.
 
     Args:
-        lengths: the lengths of the samples, in tokens.
-        trained_tokens: the number of tokens that are trained on.
+        lengths: of the samples, in tokens.
         window: the maximum length in tokens, to which FastChat pads.
         packed_rows: the number of packed rows of `window` tokens; None without packing.
-        batch_size: the number of samples in a batch.
         chosen: the job's way to make batches.
     """
     mixed = random.Random(0).sample(list(lengths), len(lengths))
-    costs = {
-        PACKED: ((packed_rows or 0) * window, f"packed into rows of {window:,}"),
+    costs = {} if packed_rows is None else {PACKED: (packed_rows * window, f"packed into rows of {window:,}")}
+    costs |= {
         ALIKE: (padded_tokens(sorted(lengths), batch_size), f"in batches of {batch_size} of like length"),
         AT_RANDOM: (padded_tokens(mixed, batch_size), f"in batches of {batch_size} at random"),
         "FastChat": (len(lengths) * window, f"each padded to {window:,}, as FastChat does"),
     }
-    if packed_rows is None:
-        del costs[PACKED]
     return [
         "tokens computed for each that is trained on:",
         *(f"{tokens / trained_tokens:9.2f}  {text}{' (the job)' * (way == chosen)}" for way, (tokens, text) in costs.items()),

@@ -40,20 +40,15 @@ def prepare_distributed(
 
     def open_or_prepare() -> PreparedDataset:
         opened = prepared or open_sources(spec, tokenizer, template, keys, verify=world.leads_node)
-        return opened or _prepare_on_node(spec, tokenizer, template, keys, world)
+        if opened is not None:
+            return opened
+        made = prepare_sources(spec, tokenizer, template)  # this node's cache does not have the data
+        if made.keys != keys:
+            raise DataError(
+                f"{spec.name} contains different data on the node of rank {world.rank} than on the node of rank 0. Put the "
+                "data on a file system that all nodes share, or copy it to every node.",
+                code="data.differs_between_nodes",
+            )
+        return made
 
     return run_stage(world, STAGE, open_or_prepare, main_first=True, timeout=DOWNLOAD_TIMEOUT)
-
-
-def _prepare_on_node(
-    spec: DatasetSpec, tokenizer: PreTrainedTokenizerBase, template: Template, keys: list[str], world: World
-) -> PreparedDataset:
-    """Prepare the data that this node's cache does not have. Any rank; does not communicate."""
-    prepared = prepare_sources(spec, tokenizer, template)
-    if prepared.keys != keys:
-        raise DataError(
-            f"{spec.name} contains different data on the node of rank {world.rank} than on the node of rank 0. Put the data on "
-            "a file system that all nodes share, or copy it to every node.",
-            code="data.differs_between_nodes",
-        )
-    return prepared

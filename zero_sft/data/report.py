@@ -1,40 +1,43 @@
 """Report on the data for the log: the samples and tokens that are kept, dropped or cut."""
 
-import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
+from typing import Any
 
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED
-from zero_sft.printable import excerpt
+from zero_sft.printable import excerpt, with_count
+
+NO_ANSWER = "without an answer to train on"
+CUT_OFF = "cut off before the first answer"
+TOO_LONG = "longer than --model_max_length"
+"""Reasons for which a sample, or a part of a split sample, is dropped."""
 
 MOST_SHOWN = 3
 """The number of skipped samples whose errors are shown."""
 
 MOST_KEYS_SHOWN = 20
 
-_COUNTED = ("dropped", "lost", "unread", "dropped_turns")
-"""Fields of a report that count by reason or key."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
     """The report on a file or folder, or on a batch of it. With lazy tokenising, the token counts are None.
 
-    - `left_out`: files of a folder that are not data. `note`: a line on the folder's splits. `layouts`: names of the formats.
+    - `left_out`: files of a folder that are not data. `note`: a line on the folder's splits. `formats`: names of the formats.
     - `samples`: all samples. They include the `bad` ones, which were skipped, and those that were `split`.
-    - `first_bad`: errors of the first few bad samples. `lost`: parts of split samples that were dropped, by reason.
+    - `first_bad`: errors of the first few bad samples. `dropped_parts`: parts of split samples that were dropped, by reason.
     - `kept`: rows. `turns`: turns of the kept samples, without system texts. `dropped`: samples without a kept row, by reason.
-    - `unread`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
+    - `unread_keys`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
     - `has_trained`: something is trained on in at least one sample; lazy tokenising finds this as well.
     - `shortest` sample and `longest` kept row: in tokens, before truncation.
     """
 
-    file: str
-    template: str
+    file: str = ""
+    template: str = ""
     left_out: tuple[str, ...] = ()
     note: str = ""
-    layouts: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
     samples: int = 0
     kept: int = 0
     turns: int = 0
@@ -42,8 +45,8 @@ class DataReport:
     bad: int = 0
     first_bad: tuple[str, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
-    lost: Mapping[str, int] = field(default_factory=dict)
-    unread: Mapping[str, int] = field(default_factory=dict)
+    dropped_parts: Mapping[str, int] = field(default_factory=dict)
+    unread_keys: Mapping[str, int] = field(default_factory=dict)
     dropped_turns: Mapping[str, int] = field(default_factory=dict)
     empty_answers: int = 0
     tokens: int | None = None
@@ -53,13 +56,13 @@ class DataReport:
     cut_samples: int | None = None
     cut_tokens: int | None = None
     cut_trained_tokens: int | None = None
-    has_trained: bool = True
+    has_trained: bool = False
     shortest: int | None = None
     longest: int | None = None
 
     def lines(self) -> list[str]:
         """Format the report for the log: the totals, then a line for each kind of thing that was left out, if any."""
-        source = f"format {' and '.join(self.layouts)}, template {self.template}"
+        source = f"format {' and '.join(self.formats)}, template {self.template}"
         of = "from" if self.split else "of"
         lines = [
             f"{self.file}: {self.kept:,} {of} {with_count(self.samples, 'sample')}, {with_count(self.turns, 'turn')} ({source})"
@@ -69,12 +72,12 @@ class DataReport:
         if self.left_out:
             shown = ", ".join(map(excerpt, self.left_out[:3])) + ", ..." * (len(self.left_out) > 3)
             lines.append(f"{with_count(len(self.left_out), 'other file')} in it left out: {shown}")
-        if self.unread:
-            lines.append(_unread_line(self.unread))
+        if self.unread_keys:
+            lines.append(_unread_line(self.unread_keys))
         if self.split:
             lines.append(f"{with_count(self.split, 'sample')} longer than --model_max_length, split between rounds")
-        if any(self.lost.values()):
-            lines.append("parts of split samples dropped: " + list_counts(self.lost))
+        if any(self.dropped_parts.values()):
+            lines.append("parts of split samples dropped: " + list_counts(self.dropped_parts))
         if self.tokens is None:
             lines.append(
                 "tokenised when they are needed: how many tokens they have, which are cut off, and which thoughts the template "
@@ -105,52 +108,48 @@ class DataReport:
         return lines
 
     @property
+    def untrained(self) -> dict[str, int]:
+        """The numbers of samples that were dropped because nothing in them is trained on, by reason."""
+        return {reason: count for reason, count in self.dropped.items() if reason != TOO_LONG}
+
+    @property
     def untrained_share(self) -> float:
-        """The share of usable samples, 0 to 1, that were dropped because nothing in them is trained on."""
+        """The share of usable samples, 0 to 1, that are `untrained`."""
         usable = self.samples - self.bad
-        return sum(self.dropped.values()) / usable if usable else 0.0
+        return sum(self.untrained.values()) / usable if usable else 0.0
 
 
-def total(parts: Iterable[DataReport]) -> DataReport:
+_MERGED: Mapping[str, Callable[[list[Any]], Any]] = {
+    "formats": lambda values: tuple(sorted({*chain.from_iterable(values)})),
+    "first_bad": lambda values: tuple(chain.from_iterable(values))[:MOST_SHOWN],
+    "has_trained": any,
+    "shortest": min,
+    "longest": max,
+}
+"""The fields of a report that are neither summed nor the same in all batches, and how the values of batches are merged."""
+
+
+def total(reports: Sequence[DataReport]) -> DataReport:
     """Sum the reports of all batches of a source; there must be at least one."""
-    return functools.reduce(_sum, parts)
+    merged = {}
+    for name in (item.name for item in fields(DataReport)):
+        values = [value for report in reports if (value := getattr(report, name)) is not None]
+        if name in _MERGED and values:
+            merged[name] = _MERGED[name](values)
+        elif values and isinstance(values[0], Mapping):
+            merged[name] = dict(sum(map(Counter, values), Counter()))
+        elif values and isinstance(values[0], int):
+            merged[name] = sum(values)
+    return replace(reports[0], **merged)
 
 
-def _sum(first: DataReport, second: DataReport) -> DataReport:
-    extremes = {"shortest": min, "longest": max}
-    pairs = {item.name: (getattr(first, item.name), getattr(second, item.name)) for item in fields(DataReport)}
-    counts = {name: (a or 0) + (b or 0) for name, (a, b) in pairs.items() if type(a) is int or type(b) is int}
-    lengths = {name: [length for length in pairs[name] if length is not None] for name in extremes}
-    return replace(
-        first,
-        **counts
-        | {name: extreme(lengths[name], default=None) for name, extreme in extremes.items()}
-        | {
-            "has_trained": first.has_trained or second.has_trained,
-            "layouts": tuple(sorted({*first.layouts, *second.layouts})),
-            "first_bad": (*first.first_bad, *second.first_bad)[:MOST_SHOWN],
-            **{name: dict(Counter(pairs[name][0]) + Counter(pairs[name][1])) for name in _COUNTED},
-        },
-    )
-
-
-def _unread_line(unread: Mapping[str, int]) -> str:
+def _unread_line(unread_keys: Mapping[str, int]) -> str:
     """Format the keys that were not read, the most frequent first.
 
     Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)".
     """
-    shown = [
-        f"{excerpt(key)} ({with_count(count, 'sample')})" for key, count in sorted(unread.items(), key=lambda item: -item[1])
-    ]
+    shown = [f"{excerpt(key)} ({with_count(count, 'sample')})" for key, count in Counter(unread_keys).most_common()]
     return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
-
-
-def with_count(number: int, noun: str) -> str:
-    """Format a number with its noun, in the plural unless it is 1.
-
-    Worked example: 1, "sample" → "1 sample"; 1200, "sample" → "1,200 samples".
-    """
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

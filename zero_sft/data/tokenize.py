@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.errors import DataError
 
+CharsOf = Callable[[int], tuple[int, int] | None]
+"""Returns a token's half-open range of characters; None for a special token that the tokenizer adds."""
+
 IGNORE_INDEX = -100
 """The label of a token that isn't trained on; PyTorch's cross entropy skips it."""
 
@@ -35,6 +38,11 @@ class TokenizedSample:
     thoughts: int = 0
     dropped_thoughts: int = 0
     ends: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def full_length(self) -> int:
+        """The length in tokens before truncation."""
+        return len(self.input_ids) + self.cut_tokens
 
 
 def tokenize_rendered(
@@ -77,16 +85,13 @@ def tokenize_rendered(
     return [samples[index] for index in range(len(rendered))]
 
 
-def token_range(
-    chars_of: Callable[[int], tuple[int, int] | None], count: int, span: tuple[int, int], start: int = 0
-) -> tuple[int, int]:
+def token_range(chars_of: CharsOf, count: int, span: tuple[int, int], start: int = 0) -> tuple[int, int]:
     """Find the half-open range of the tokens whose characters overlap a span.
 
     A token with an empty range of characters (a word-start mark before a character that is split into bytes) counts by its
-    position. Special tokens added by the tokenizer have no characters (`None`); they are at the ends.
+    position. Special tokens that the tokenizer adds are at the ends.
 
     Args:
-        chars_of: returns a token's half-open range of characters.
         count: the number of tokens, which are in the order of the text.
         start: a token that is not past the range. The closer it is, the fewer tokens are examined.
 
@@ -121,9 +126,7 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
     return low + bisect.bisect_left(range(low, min(low + step, high)), True, key=holds)
 
 
-def _token_ends(
-    chars_of: Callable[[int], tuple[int, int] | None], count: int, ends: Sequence[tuple[int, int]]
-) -> tuple[tuple[int, int], ...]:
+def _token_ends(chars_of: CharsOf, count: int, ends: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Convert the ends of turns from characters to numbers of tokens."""
     token_ends, start = [], 0
     for turn, char_end in ends:
@@ -133,11 +136,7 @@ def _token_ends(
 
 
 def _trained_range(
-    chars_of: Callable[[int], tuple[int, int] | None],
-    ids: Sequence[int],
-    span: tuple[int, int],
-    added_ids: Collection[int],
-    start: int,
+    chars_of: CharsOf, ids: Sequence[int], span: tuple[int, int], added_ids: Collection[int], start: int
 ) -> tuple[int, int]:
     """Find the tokens of a span, without an added token that begins before the span.
 
@@ -151,20 +150,16 @@ def _trained_range(
 
 def _label(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: int, rendered: RenderedText) -> TokenizedSample:
     labels = [IGNORE_INDEX] * len(ids)
-    trained, labelled_stop = 0, 1  # the first token has no context to be predicted from
     for first, stop in ranges:
-        start = max(first, labelled_stop)
-        if start < stop:
-            labels[start:stop] = ids[start:stop]
-            trained += stop - start
-            labelled_stop = stop
-    kept = trained if len(ids) <= model_max_length else sum(label != IGNORE_INDEX for label in labels[:model_max_length])
+        start = max(first, 1)  # the first token has no context to be predicted from
+        labels[start:stop] = ids[start:stop]
+    kept, cut = labels[:model_max_length], labels[model_max_length:]
     return TokenizedSample(
         input_ids=ids[:model_max_length],
-        labels=labels[:model_max_length],
-        trained_tokens=kept,
-        cut_tokens=max(0, len(ids) - model_max_length),
-        cut_trained_tokens=trained - kept,
+        labels=kept,
+        trained_tokens=len(kept) - kept.count(IGNORE_INDEX),
+        cut_tokens=len(cut),
+        cut_trained_tokens=len(cut) - cut.count(IGNORE_INDEX),
         thoughts=rendered.thoughts,
         dropped_thoughts=rendered.dropped_thoughts,
     )

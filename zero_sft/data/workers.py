@@ -36,23 +36,17 @@ def usable_processes() -> int:
 
 
 def make_batches(pipeline: Pipeline, objects: Iterable[tuple[Any, str]], processes: int) -> Iterator[RowBatch]:
-    """Turn a stream of objects into batches of rows, in order. Any rank; does not communicate.
-
-    At most a few batches per process are in memory.
+    """Turn a stream of objects into batches of rows, in order, with a few batches per process in memory. Any rank.
 
     Raises:
-        DataError: the first error in the stream, as `Pipeline.part` raises it; or a process has died.
+        DataError: the first error in the stream, as `Pipeline.make_rows` raises it; or a process has died.
     """
-    batches = _batches(iter(objects))
+    stream = iter(objects)
+    batches = iter(lambda: list(itertools.islice(stream, BATCH_OBJECTS)), [])
     first = list(itertools.islice(batches, _MIN_PARALLEL_BATCHES))
     if processes < 2 or len(first) < _MIN_PARALLEL_BATCHES:
-        return map(pipeline.part, itertools.chain(first, batches))
+        return map(pipeline.make_rows, itertools.chain(first, batches))
     return _side_by_side(pipeline, itertools.chain(first, batches), processes)
-
-
-def _batches(objects: Iterator[tuple[Any, str]]) -> Iterator[list[tuple[Any, str]]]:
-    while batch := list(itertools.islice(objects, BATCH_OBJECTS)):
-        yield batch
 
 
 def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], processes: int) -> Iterator[RowBatch]:
@@ -61,7 +55,7 @@ def _side_by_side(pipeline: Pipeline, batches: Iterable[list[tuple[Any, str]]], 
     waiting: collections.deque[concurrent.futures.Future[RowBatch]] = collections.deque()
     try:
         for batch in batches:
-            waiting.append(pool.submit(_part, batch))
+            waiting.append(pool.submit(_make_rows, batch))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -90,7 +84,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _part(batch: Sequence[tuple[Any, str]]) -> RowBatch:
+def _make_rows(batch: Sequence[tuple[Any, str]]) -> RowBatch:
     if _pipeline is None:
         raise RuntimeError("a worker process got a batch before `_start` set its pipeline")
-    return _pipeline.part(batch)
+    return _pipeline.make_rows(batch)

@@ -51,8 +51,7 @@ def require_answerable(prompts: Sequence[str], tokenizer: Any, template: Templat
     for number, prompt in enumerate(prompts, 1):
         where = f"--sample_prompts, prompt {number}"
         ids = tokenizer(template.prompt(prompt), add_special_tokens=template.adds_special_tokens).input_ids
-        if getattr(text, "vocab_size", None):
-            require_embedded(ids, tokenizer, text.vocab_size, where)
+        require_embedded(ids, tokenizer, getattr(text, "vocab_size", None), where)
         if max_positions is not None and len(ids) >= max_positions:
             raise DataError(
                 f"{where} has {len(ids):,} tokens, but the model has only {max_positions:,} positions for a prompt and its "

@@ -85,14 +85,13 @@ class _Preparation:
 
     def prepare(self, title: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
         """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
-        arguments = self.arguments
         spec = DatasetSpec.from_options(
             self.parsed.data,
+            self.arguments,
             sources=sources,
-            model_max_length=arguments.model_max_length,
-            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            pack=pack,
+            embedding_rows=getattr(text_config(self.spec.config), "vocab_size", None),
         )
-        spec = replace(spec, pack=pack, embedding_rows=getattr(text_config(self.spec.config), "vocab_size", None))
         logger.info("%s: %s", title, spec.name)
         prepared = prepare_distributed(spec, self.tokenizer, self.template, world)
         for line in prepared.lines():

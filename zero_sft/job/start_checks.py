@@ -18,6 +18,7 @@ from zero_sft.arguments.ds_conflicts import steps_in_epoch
 from zero_sft.checkpoint.index import read_index
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
+from zero_sft.data.packing import is_flash
 from zero_sft.data.templates.choose import Template
 from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
@@ -51,7 +52,7 @@ def require_usable_model(options: ModelArguments, arguments: Any, config: Any, s
         dtype = engine_dtype(arguments.hf_deepspeed_config.config, requested)
         require_engine_dtype(options.dtype, requested, dtype)
         attention = attention_of(config, options.attn_implementation)
-        if attention and "flash" in attention and dtype == "float32":
+        if is_flash(attention) and dtype == "float32":
             raise ArgumentError(
                 f"the attention implementation {attention} works only in 16 bits, but this run trains in float32. "
                 "Give --bf16 True, or --attn_implementation sdpa.",

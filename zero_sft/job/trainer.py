@@ -14,6 +14,8 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from zero_sft.data.collator import Collator
+from zero_sft.data.mixture import sampling_seed
+from zero_sft.data.packing import is_flash
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
 from zero_sft.job.checkpoints import SavingTrainer
@@ -149,9 +151,8 @@ class JobTrainer(SavingTrainer):
         if args.train_sampling_strategy != "group_by_length" or LENGTHS not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
         step_samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        seed = args.seed if args.data_seed is None else args.data_seed
         return SeededLengthGroupedSampler(
-            step_samples, lengths=list(dataset[LENGTHS]), seed=seed, epoch=lambda: int(self.state.epoch or 0)
+            step_samples, lengths=list(dataset[LENGTHS]), seed=sampling_seed(args), epoch=lambda: int(self.state.epoch or 0)
         )
 
 
@@ -241,5 +242,5 @@ def collator_for(model: Any, tokenizer: Any, multiple_of: int | None) -> Collato
     return Collator(
         pad_token_id=tokenizer.pad_token_id,
         multiple_of=multiple_of,
-        flat="flash" in (configured_attention(model.config) or ""),
+        flat=is_flash(configured_attention(model.config)),
     )

@@ -11,17 +11,27 @@ SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 LEADING, UNANSWERED = "leading, not the user's", "last, unanswered"
 """Names, in the log, of the two kinds of turns that `dialogue` drops."""
 
+THOUGHTS_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""The fields of a message from which chat templates read thoughts."""
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation as chat templates take it: a `role`, a `content` and perhaps thoughts in a field, by message."""
+
 _FOLLOWS = {None: (USER,), USER: (ASSISTANT,), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}
 """The roles that may follow each role; None stands for the beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """The text of one speaker. `role` is one of this module's constants; `trained` tells whether an answer is trained on."""
+    """The text of one speaker. `role` is one of this module's constants. Answers are trained on unless `left_out_of_loss`."""
 
     role: str
     text: str
-    trained: bool = True
+    left_out_of_loss: bool = False
+
+    def has_text(self, *, blank_counts: bool) -> bool:
+        """Whether the turn has a text. With `blank_counts`, white space alone counts as a text."""
+        return bool(self.text if blank_counts else self.text.strip())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,18 +41,14 @@ class Conversation:
     turns: tuple[Turn, ...]
     where: str
 
-    def answers(self, *, blank_counts: bool = False) -> int:
-        """Count the answers to train on. With `blank_counts`, an answer of white space alone counts as well."""
-        return sum(turn.trained and has_text(turn, blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
+    def is_answered(self, *, blank_counts: bool) -> bool:
+        """Whether there is an answer to train on. With `blank_counts`, white space alone counts as an answer."""
+        answers = (turn for turn in self.turns if turn.role == ASSISTANT and not turn.left_out_of_loss)
+        return any(turn.has_text(blank_counts=blank_counts) for turn in answers)
 
-    def empty_answers(self, *, blank_counts: bool = False) -> int:
+    def count_empty_answers(self, *, blank_counts: bool) -> int:
         """Count the answers without a text."""
-        return sum(not has_text(turn, blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
-
-
-def has_text(turn: Turn, *, blank_counts: bool) -> bool:
-    """Whether a turn has a text. With `blank_counts`, white space alone counts as a text."""
-    return bool(turn.text if blank_counts else turn.text.strip())
+        return sum(not turn.has_text(blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +59,11 @@ class PromptCompletion:
     completion: str
     where: str
 
-    def answers(self, **_: bool) -> int:
-        """Return 1 if there is a completion to train on, else 0."""
-        return int(bool(self.completion.strip()))
+    def is_answered(self, **_: bool) -> bool:
+        """Whether there is a completion to train on."""
+        return bool(self.completion.strip())
 
-    def empty_answers(self, **_: bool) -> int:
+    def count_empty_answers(self, **_: bool) -> int:
         """Return 1 if the completion has no text, else 0."""
         return int(not self.completion.strip())
 
@@ -69,10 +75,8 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> tup
     """Check the order of the turns and drop those that can't be used.
 
     Returns an optional system text followed by alternating questions and answers, with tool turns between answers, and the
-    number of dropped turns: `LEADING`, before the first question, and `UNANSWERED`, after the last answer.
-
-    As in FastChat, a leading turn that isn't the user's is dropped. Turns of users and tools after the last answer are dropped,
-    however many there are; in FastChat they can cost the whole conversation.
+    number of dropped turns by kind. As in FastChat, a leading turn that isn't the user's is dropped. Turns of users and tools
+    after the last answer are dropped, however many there are; in FastChat they can cost the whole conversation.
 
     `words` are the data's names of roles, if they differ from ours; for messages.
 

@@ -10,25 +10,21 @@ from typing import Any
 from zero_sft.errors import DataError
 
 
-def rows_to_check(tokenizer: Any, embedding_rows: int | None) -> int | None:
+def id_limit(tokenizer: Any, embedding_rows: int | None) -> int | None:
     """Return `embedding_rows` if the tokenizer has a token beyond them; else None, since no id needs a check."""
     if embedding_rows is None or max(tokenizer.get_vocab().values(), default=0) < embedding_rows:
         return None
     return embedding_rows
 
 
-def require_embedded(ids: Sequence[int], tokenizer: Any, rows: int, where: str) -> None:
-    """Check that every id of a sample has a row in the embedding.
-
-    Raises:
-        DataError: an id has none; the message names the token and the sample.
-    """
-    if max(ids, default=0) < rows:
+def require_embedded(ids: Sequence[int], tokenizer: Any, id_limit: int | None, where: str) -> None:
+    """Raise `DataError`, which names the token and the sample, if an id is at or above the limit; None: there is no limit."""
+    if id_limit is None or max(ids, default=0) < id_limit:
         return
-    missing_id = next(token_id for token_id in ids if token_id >= rows)
+    missing_id = next(token_id for token_id in ids if token_id >= id_limit)
     raise DataError(
         f"{where}: the model has no embedding for the token {tokenizer.convert_ids_to_tokens(missing_id)!r}: its id is "
-        f"{missing_id}, but the embedding has only {rows} rows (vocab_size in config.json). Remove the token from the text or "
-        "the chat template, or use the tokenizer that belongs to the model.",
+        f"{missing_id}, but the embedding has only {id_limit} rows (vocab_size in config.json). Remove the token from the text "
+        "or the chat template, or use the tokenizer that belongs to the model.",
         code="data.token_without_embedding",
     )

@@ -7,78 +7,80 @@ Names are split into words, in snake_case and camelCase, since no list could hol
 import functools
 import re
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 _EMPTY_TEXTS = ("", "[]", "{}", "null", "none")
 _YES, _NO = ("true", "1", "1.0"), ("false", "0", "0.0")
 
-# The meaning of each group of keys. Messages continue "`key` is not read in the format ...: it is " with it.
-MASK = "a mark that selects what is trained on"
-RATING = "a mark of good and bad answers (KTO), but every answer is trained on here"
-TOKENS = "a column of tokenised data, but the texts are tokenised here"
-MEDIA = "something other than text, but only text is trained on"
-SYSTEM_TEXT = "a system text"
-THOUGHTS = "the thoughts of an answer"
-TOOLS = "a part of the conversation"
-OTHER_TEXT = "another text"
+
+class Meaning(StrEnum):
+    """The meaning of a group of keys. Messages continue "`key` is not read in the format ...: it is " with it."""
+
+    MASK = "a mark that selects what is trained on"
+    RATING = "a mark of good and bad answers (KTO), but every answer is trained on here"
+    TOKENS = "a column of tokenised data, but the texts are tokenised here"
+    MEDIA = "something other than text, but only text is trained on"
+    SYSTEM_TEXT = "a system text"
+    THOUGHTS = "the thoughts of an answer"
+    TOOLS = "a part of the conversation"
+    OTHER_TEXT = "another text"
 
 
-def names(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     """Split a text into its words, to write a set of names in one string."""
     return frozenset(text.split())
 
 
-_CLASSES = names("label kto_tag")
+_CLASSES = word_set("label kto_tag")
 """Keys of ratings that, next to a plain text, may be its class instead."""
-_MEANING: Mapping[str, str] = {
-    **dict.fromkeys(names("train_detail"), MASK),
-    **dict.fromkeys((*_CLASSES, *names("accepted is_accepted approved is_approved")), RATING),
-    **dict.fromkeys(names("input_ids labels attention_mask completion_mask assistant_masks assistant_mask"), TOKENS),
-    **dict.fromkeys(names("objects bbox"), MEDIA),
-    **dict.fromkeys(names("instructions"), SYSTEM_TEXT),
-    **dict.fromkeys(
-        names("history chat_template_kwargs documents enable_thinking thinking_budget reasoning_effort model_identity"), TOOLS
+_NAMES_OF: Mapping[Meaning, frozenset[str]] = {
+    Meaning.MASK: word_set("train_detail"),
+    Meaning.RATING: _CLASSES | word_set("accepted is_accepted approved is_approved"),
+    Meaning.TOKENS: word_set("input_ids labels attention_mask completion_mask assistant_masks assistant_mask"),
+    Meaning.MEDIA: word_set("objects bbox"),
+    Meaning.SYSTEM_TEXT: word_set("instructions"),
+    Meaning.TOOLS: word_set(
+        "history chat_template_kwargs documents enable_thinking thinking_budget reasoning_effort model_identity"
     ),
-    **dict.fromkeys(
-        names(
-            "conversations conversation messages instruction input output prompt completion text query response chosen "
-            "rejected chosen_response rejected_response rejected_messages preferred dispreferred"
-        ),
-        OTHER_TEXT,
+    Meaning.OTHER_TEXT: word_set(
+        "conversations conversation messages instruction input output prompt completion text query response chosen "
+        "rejected chosen_response rejected_response rejected_messages preferred dispreferred"
     ),
 }
-_TEXTS_OF_ONE_QUESTION = names("question answer context suffix")
-_WORDS_OF: Mapping[str, frozenset[str]] = {
-    MASK: names(
+_MEANING = {name: meaning for meaning, names in _NAMES_OF.items() for name in names}
+_TEXTS_OF_ONE_QUESTION = word_set("question answer context suffix")
+_WORDS_OF: Mapping[Meaning, frozenset[str]] = {
+    Meaning.MASK: word_set(
         "mask masks masked masking unmask unmasked loss losses train trains trained training trainable untrained untrainable "
         "weight weights weighted weighting ignore ignored ignores skip skipped skips exclude excluded excludes omit omitted "
         "drop dropped discard discarded"
     ),
-    RATING: names("reject rejected rejects rejection desirable undesirable dispreferred kto"),
-    MEDIA: names(
+    Meaning.RATING: word_set("reject rejected rejects rejection desirable undesirable dispreferred kto"),
+    Meaning.MEDIA: word_set(
         "image images img imgs picture pictures pic pics photo photos screenshot screenshots pixel pixels video "
         "videos audio audios"
     ),
-    THOUGHTS: names("reasoning thinking thought thoughts cot"),
-    TOOLS: names("tool tools toolset toolsets function functions"),
+    Meaning.THOUGHTS: word_set("reasoning thinking thought thoughts cot"),
+    Meaning.TOOLS: word_set("tool tools toolset toolsets function functions"),
 }
-_SYSTEM = names("system sys preamble")
-_TEXT = names("prompt prompts text texts message messages msg instruction instructions content")
-_COUNTS = names("num count n id ids name names total")
+_SYSTEM = word_set("system sys preamble")
+_TEXT = word_set("prompt prompts text texts message messages msg instruction instructions content")
+_COUNTS = word_set("num count n id ids name names total")
 """Words that make a key a note, such as `num_images`. They don't do so for masks, which may be lists of numbers."""
-_ABOUT = names("model type source score length tokens level category language difficulty quality format")
+_ABOUT = word_set("model type source score length tokens level category language difficulty quality format")
 """Words that make a key a note about an answer, thoughts or tools. Not for images: an `image_source` may be the image."""
-_NOTES = names("skip_prompt_formatting")
+_NOTES = word_set("skip_prompt_formatting")
 """Notes in well-known datasets (OpenHermes 2.5) that would otherwise be taken for marks."""
 
-_AMBIGUOUS_WITH_MASK = names("loss losses train trains trained training trainable weight weights")
-_OPPOSITES = names(
+_AMBIGUOUS_WITH_MASK = word_set("loss losses train trains trained training trainable weight weights")
+_OPPOSITES = word_set(
     "no not non dont never mask masks masked masking untrained untrainable ignore ignored ignores skip skipped skips exclude "
     "excluded excludes omit omitted drop dropped discard discarded reject rejected rejects rejection undesirable dispreferred"
 )
 """Words with which the value true means "do not train"."""
-_PROMPTS = names("input inputs prompt prompts")
-_NEUTRAL = names(
+_PROMPTS = word_set("input inputs prompt prompts")
+_NEUTRAL = word_set(
     "is are was has do does should be to for from of in on the this use used sample example row item answer answers scale"
 )
 
@@ -93,34 +95,34 @@ def words_of(key: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=10_000)  # most samples have the same keys
-def meaning_of(key: str, format_name: str) -> str | None:
+def meaning_of(key: str, format_name: str) -> Meaning | None:
     """Return the meaning that a key has for other tools in a sample of that format; None for a note."""
     name, words = key.strip().lower(), words_of(key)
     name = "_".join(words) if "_".join(words) in _MEANING else name
     if name in _NOTES or (format_name == "text" and name in _CLASSES):
         return None
     if format_name in ("alpaca", "prompt_completion") and name in _TEXTS_OF_ONE_QUESTION:
-        return OTHER_TEXT
+        return Meaning.OTHER_TEXT
     meaning = _MEANING.get(name) or _meaning_of_words(words)
     # plain text already contains these: it was rendered from them
-    return None if format_name == "text" and meaning in (SYSTEM_TEXT, THOUGHTS, TOOLS) else meaning
+    return None if format_name == "text" and meaning in (Meaning.SYSTEM_TEXT, Meaning.THOUGHTS, Meaning.TOOLS) else meaning
 
 
-def _meaning_of_words(words: list[str]) -> str | None:
+def _meaning_of_words(words: list[str]) -> Meaning | None:
     word_set = frozenset(words)
-    if word_set & _WORDS_OF[MASK]:
-        return None if words[-1] in ("id", "name") else MASK
-    if word_set & _WORDS_OF[RATING] and not word_set & _ABOUT:
-        return RATING
+    if word_set & _WORDS_OF[Meaning.MASK]:
+        return None if words[-1] in ("id", "name") else Meaning.MASK
+    if word_set & _WORDS_OF[Meaning.RATING] and not word_set & _ABOUT:
+        return Meaning.RATING
     if word_set & _COUNTS:
         return None
-    if word_set & _WORDS_OF[MEDIA]:
-        return MEDIA
+    if word_set & _WORDS_OF[Meaning.MEDIA]:
+        return Meaning.MEDIA
     if word_set & _ABOUT:
         return None
     if (word_set & _SYSTEM and (word_set <= _SYSTEM or word_set & _TEXT)) or ("developer" in word_set and word_set & _TEXT):
-        return SYSTEM_TEXT
-    return next((meaning for meaning in (THOUGHTS, TOOLS) if word_set & _WORDS_OF[meaning]), None)
+        return Meaning.SYSTEM_TEXT
+    return next((meaning for meaning in (Meaning.THOUGHTS, Meaning.TOOLS) if word_set & _WORDS_OF[meaning]), None)
 
 
 def is_empty(value: Any) -> bool:
@@ -147,7 +149,7 @@ def selects_default(key: str, value: Any) -> bool:
     Worked example: weight 1, is_train true, no_loss false, train_on_inputs false → True; no_loss true, loss_mask false → False.
     """
     words = frozenset(words_of(key))
-    marks = _WORDS_OF[MASK] | _WORDS_OF[RATING] | names("label kto tag accepted approved")
+    marks = _WORDS_OF[Meaning.MASK] | _WORDS_OF[Meaning.RATING] | word_set("label kto tag accepted approved")
     flag = as_flag(value)
     if flag is None or not words <= marks | _OPPOSITES | _PROMPTS | _NEUTRAL:
         return False

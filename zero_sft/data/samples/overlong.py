@@ -38,7 +38,7 @@ def split_rounds(
     while first < len(starts):
         before = tokens_up_to[first - 1] if first else 0
         fitting, failing = 0, len(starts) - first + 1  # counts of rounds known to fit, and known to be too many
-        best: tuple[Conversation, TokenizedSample] | None = None
+        best = (conversation, full)  # replaced at once: a single round is always taken
         while failing - fitting > 1:
             expected = bisect.bisect_right(tokens_up_to, window - extra + before, first) - first
             next_length = tokens_up_to[first + fitting] - before + extra
@@ -48,24 +48,18 @@ def split_rounds(
             turns = (*head, *conversation.turns[starts[first] : stops[first + count - 1]])
             part = replace(conversation, turns=turns, where=f"{conversation.where}, part {len(parts) + 1}")
             tokenized = tokenize(part)
-            length = len(tokenized.input_ids) + tokenized.cut_tokens
-            extra = length - (tokens_up_to[first + count - 1] - before)
-            if length <= window or count == 1:
+            extra = tokenized.full_length - (tokens_up_to[first + count - 1] - before)
+            if tokenized.full_length <= window or count == 1:
                 fitting, best = count, (part, tokenized)
-            if length > window:
+            if tokenized.full_length > window:
                 failing = max(count, 2)
-        if best is None:
-            raise RuntimeError("no round was tokenised")
         parts.append(best)
         first += fitting
     return parts
 
 
 def _tokens_up_to(stops: Sequence[int], ends: Sequence[tuple[int, int]]) -> list[int]:
-    """Count, for each round, the tokens of the full text up to the end of its last answer.
-
-    A round stops before the turn in `stops`. For a round without an answer, the end of the last answer before it counts.
-    """
+    """Count, for each round, which ends before a turn in `stops`, the tokens of the full text up to the last answer's end."""
     turns = [turn for turn, _ in ends]
     places = [bisect.bisect_left(turns, stop) for stop in stops]
     return [ends[place - 1][1] if place else 0 for place in places]

@@ -1,29 +1,30 @@
 """Parse objects of a file into samples, and count the turns, keys and objects that are left out. Pure."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from zero_sft.data.samples.conversation import ASSISTANT, PromptCompletion, Sample
-from zero_sft.data.samples.overlong import TRUNCATE
 from zero_sft.data.samples.sample_formats import ParsedSample, read_sample
-from zero_sft.data.sources.local_files import BadLine
 from zero_sft.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedSamples:
-    """Samples in order, the names of their formats (`layouts`), and the error messages of skipped objects (`bad`).
+    """Samples in order, the names of their formats, and the error messages of skipped objects (`bad`).
 
-    `dropped_turns` counts dropped turns by reason; `unread` counts, for each key that was not read, the samples that have it.
+    `dropped_turns` counts dropped turns by reason; `unread_keys` counts the samples that have a key that was not read, by key.
     """
 
     samples: tuple[Sample, ...]
-    layouts: tuple[str, ...]
-    bad: tuple[str, ...] = ()
-    dropped_turns: Mapping[str, int] = field(default_factory=dict)
-    unread: Mapping[str, int] = field(default_factory=dict)
+    formats: tuple[str, ...]
+    bad: list[str]
+    dropped_turns: Mapping[str, int]
+    unread_keys: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +35,11 @@ class SampleParser:
         data_format: the format that all samples must have, see `sample_formats`; None detects it for each sample.
         train_on: "all" answers, or only the "last" of each sample.
         on_bad_sample: "error", or "skip", which reports the skipped samples.
-        overlong: "truncate", "split" between rounds or "drop" samples longer than the window; applied after tokenising.
     """
 
     data_format: str | None = None
     train_on: str = "all"
     on_bad_sample: str = "error"
-    overlong: str = TRUNCATE
 
     @property
     def skips_bad(self) -> bool:
@@ -53,42 +52,50 @@ class SampleParser:
         Raises:
             DataError: a line that is not JSON, or an object that is not a valid sample, unless bad samples are skipped.
         """
-        samples, layouts, bad, dropped_turns, unread = [], set[str](), [], Counter[str](), Counter[str]()
-        for raw, where in objects:
-            try:
-                format_name, parsed = self._parse(raw, where)
-            except DataError as error:
-                if not self.skips_bad:
-                    raise
-                bad.append(str(error))
-                continue
-            samples.append(_train_on_last_answer(parsed.sample) if self.train_on == "last" else parsed.sample)
-            layouts.add(format_name)
-            dropped_turns.update(parsed.dropped_turns)
-            unread.update(parsed.unread)
+        parsed, bad = apply_to_usable(self._parse, objects, skip_bad=self.skips_bad)
+        samples = (sample.sample for _, sample in parsed)
         return ParsedSamples(
-            samples=tuple(samples),
-            layouts=tuple(sorted(layouts)),
-            bad=tuple(bad),
-            dropped_turns=dict(dropped_turns),
-            unread=dict(unread),
+            samples=tuple(map(_train_on_last_answer, samples) if self.train_on == "last" else samples),
+            formats=tuple(sorted({format_name for format_name, _ in parsed})),
+            bad=bad,
+            dropped_turns=sum((sample.dropped_turns for _, sample in parsed), Counter[str]()),
+            unread_keys=Counter(key for _, sample in parsed for key in sample.unread_keys),
         )
 
-    def _parse(self, raw: Any, where: str) -> tuple[str, ParsedSample]:
-        """Parse one object; return the name of its format as well."""
-        if isinstance(raw, BadLine):
-            raise DataError(raw.message, code=raw.code)
+    def _parse(self, located: tuple[Any, str]) -> tuple[str, ParsedSample]:
+        """Parse one object with its place; return the name of its format as well."""
+        raw, where = located
+        if isinstance(raw, DataError):  # of a line that is not JSON
+            raise raw
         return read_sample(raw, where, self.data_format)
 
 
+def apply_to_usable(
+    function: Callable[[Item], Result], items: Iterable[Item], *, skip_bad: bool
+) -> tuple[list[Result], list[str]]:
+    """Apply a function to each item; return the results, and the messages of the `DataError`s that were skipped.
+
+    Raises:
+        DataError: the first one that the function raises, without `skip_bad`.
+    """
+    results, bad = [], []
+    for item in items:
+        try:
+            results.append(function(item))
+        except DataError as error:
+            if not skip_bad:
+                raise
+            bad.append(str(error))
+    return results, bad
+
+
 def _train_on_last_answer(sample: Sample) -> Sample:
-    """Mark only the last answer of a conversation as trained on."""
+    """Leave all answers of a conversation but the last one out of the loss."""
     if isinstance(sample, PromptCompletion):
         return sample
     last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)
-    turns = [turn if number == last else replace(turn, trained=False) for number, turn in enumerate(sample.turns)]
+    turns = [turn if number == last else replace(turn, left_out_of_loss=True) for number, turn in enumerate(sample.turns)]
     return replace(sample, turns=tuple(turns))
 
 
 DEFAULT_PARSER = SampleParser()
-"""A parser with all options at their defaults."""

@@ -8,18 +8,18 @@
 
 - An object with the keys of two formats is refused, unless the user names the format, one of the values is empty, or the second
   is a `text` that contains all texts of the first.
-- A turn with `"train": false`, `"loss": false` or `"weight": 0` is not trained on.
 - An Alpaca sample is one question (the instruction with the input below it) and one answer, after an optional `history` of such
   pairs.
 - The first three formats may have a `system` text next to the turns.
 - Plain text (`text`, and prompts and completions that are strings) is used as it is, without a template.
-- For other keys, see `keys`.
+- For other keys, see `keys` and `turns`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from zero_sft.data.samples.conversation import (
     ASSISTANT,
@@ -33,9 +33,13 @@ from zero_sft.data.samples.conversation import (
     dialogue,
 )
 from zero_sft.data.samples.key_meanings import is_empty
-from zero_sft.data.samples.keys import is_trained, renders, require_known_turn, unread_keys
+from zero_sft.data.samples.keys import check_keys, contains_texts
+from zero_sft.data.samples.turns import parse_turns, require_unicode
 from zero_sft.errors import DataError
 from zero_sft.printable import excerpt
+
+DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"]
+"""The values of `--data_format`, the keys of `SAMPLE_FORMATS`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,7 @@ class ParsedSample:
 
     sample: Sample
     dropped_turns: Counter[str] = field(default_factory=Counter)
-    unread: tuple[str, ...] = ()
+    unread_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +65,11 @@ _SHAREGPT_ROLES = {
     "human": USER, "user": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT, "bing": ASSISTANT,
     "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL,
 }  # fmt: skip
-_SAME_WORDS: Mapping[str, str] = {}
-_SHAREGPT_WORDS = {USER: "human", ASSISTANT: "gpt"}
 _MESSAGE_ROLES = {role: role for role in (USER, ASSISTANT, SYSTEM, TOOL)}
 
 
 def read_sample(sample: Any, where: str, data_format: str | None = None) -> tuple[str, ParsedSample]:
-    """Parse an object of a file; return the name of its format and the sample.
-
-    Args:
-        data_format: the format that the object must have; None detects it by the object's keys.
+    """Parse an object of a file, in a format that None detects by the object's keys; return the format's name and the sample.
 
     Raises:
         DataError: the object has no known format, or does not follow its format.
@@ -82,7 +81,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     full = [name for name in matching if not any(is_empty(sample[key]) for key in SAMPLE_FORMATS[name].keys)]
     if len(full) == 2 and full[1] == "text" and isinstance(sample["text"], str):
         parsed = SAMPLE_FORMATS[full[0]].parse(sample, where)
-        full = full[:1] if renders(sample["text"], _texts_of(parsed.sample)) else full
+        full = full[:1] if contains_texts(sample["text"], _texts_of(parsed.sample)) else full
     if len(full) > 1:
         raise DataError(
             f"{where}: the keys of {len(full)} formats, {_keys_of(full[0])} of {full[0]} and {_keys_of(full[1])} of {full[1]}. "
@@ -93,12 +92,11 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         name = (full or matching)[0]
         sample_format = SAMPLE_FORMATS[name]
         read = ("id", *sample_format.keys, *sample_format.optional_keys)
-        # checked before parsing, so that a sample with `tools` is refused for this key and not for one of its turns
-        unread_keys(sample, where, format_name=name, read=read)
+        check = partial(check_keys, sample, where, format_name=name, read=read, is_chosen=data_format is not None)
+        check(texts=None)  # before parsing, so that a sample with `tools` is refused for this key and not for one of its turns
         parsed = sample_format.parse(sample, where)
-        texts, chosen = _texts_of(parsed.sample), data_format is not None
-        unread = unread_keys(sample, where, format_name=name, read=read, chosen=chosen, texts=texts)
-        return name, replace(parsed, unread=(*parsed.unread, *unread)) if unread else parsed
+        unread_keys = check(texts=_texts_of(parsed.sample))
+        return name, replace(parsed, unread_keys=(*parsed.unread_keys, *unread_keys)) if unread_keys else parsed
     keys = ", ".join([f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
     expected = f"expected {EXPECTED}"
     if data_format:
@@ -109,12 +107,8 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
 def _hint(sample: Mapping[str, Any]) -> str:
     """Suggest a remedy for an object that wraps a list of samples, or that holds a pair of answers to compare."""
     for key, value in sample.items():
-        if (
-            isinstance(value, list)
-            and value
-            and isinstance(value[0], Mapping)
-            and any(_has_keys(value[0], name) for name in SAMPLE_FORMATS)
-        ):
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, Mapping) and any(_has_keys(first, name) for name in SAMPLE_FORMATS):
             return f" The samples seem to be in `{excerpt(key)}`: write only that list."
     if all(sample.get(key) is not None for key in ("chosen", "rejected")):
         return " Answers to compare (`chosen`, `rejected`) are not read: write the chosen one as `completion`."
@@ -134,23 +128,20 @@ def _texts_of(sample: Sample) -> list[str]:
 
 
 def _parse_sharegpt(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    turns, notes = _parse_turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
-    return _conversation(_with_system(sample, turns, where), where, _SHAREGPT_WORDS, notes)
+    turns, notes = parse_turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
+    return _conversation(_with_system(sample, turns, where), where, notes, {USER: "human", ASSISTANT: "gpt"})
 
 
 def _parse_messages(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    turns, notes = _parse_turns(sample["messages"], "messages", ("role", "content"), _MESSAGE_ROLES, where)
-    return _conversation(_with_system(sample, turns, where), where, unread=notes)
+    turns, notes = _parse_messages_of(sample, "messages", where)
+    return _conversation(_with_system(sample, turns, where), where, notes)
 
 
 def _parse_alpaca(sample: Mapping[str, Any], where: str) -> ParsedSample:
     texts = {key: _text_or_empty(sample, key, where) for key in ("instruction", "input", "output")}
     question = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-    turns = []
-    for pair in (*_history(sample, where), (question, texts["output"])):
-        turns += [
-            Turn(role=role, text=_text(text, "history", where)) for role, text in zip((USER, ASSISTANT), pair, strict=True)
-        ]
+    pairs = (*_history(sample, where), (question, texts["output"]))
+    turns = [Turn(role=role, text=text) for pair in pairs for role, text in zip((USER, ASSISTANT), pair, strict=True)]
     return _conversation(_with_system(sample, turns, where), where)
 
 
@@ -172,6 +163,7 @@ def _history(sample: Mapping[str, Any], where: str) -> list:
                     f'{where}, pair {number} of `history`: its {part} {fault}. Write a text, "" for none, or remove the pair.',
                     code="data.bad_history",
                 )
+            require_unicode(text, where)
     return pairs
 
 
@@ -187,22 +179,20 @@ def _with_system(sample: Mapping[str, Any], turns: list[Turn], where: str) -> li
 
 
 def _parse_prompt_completion(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    prompt, completion = sample["prompt"], sample["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        (prompt_turns, prompt_notes), (completion_turns, completion_notes) = (
-            _parse_turns(sample[key], key, ("role", "content"), _MESSAGE_ROLES, where) for key in ("prompt", "completion")
-        )
-        turns = [*(replace(turn, trained=False) for turn in prompt_turns), *completion_turns]
-        return _conversation(turns, where, unread=tuple(dict.fromkeys((*prompt_notes, *completion_notes))))
-    message_keys = [key for key in ("prompt", "completion") if isinstance(sample[key], list | Mapping)]
-    if message_keys and isinstance(sample["completion" if message_keys == ["prompt"] else "prompt"], str):
+    keys = ("prompt", "completion")
+    if all(isinstance(sample[key], list) for key in keys):
+        (prompt_turns, prompt_notes), (turns, notes) = (_parse_messages_of(sample, key, where) for key in keys)
+        prompt_turns = [replace(turn, left_out_of_loss=True) for turn in prompt_turns]
+        return _conversation([*prompt_turns, *turns], where, (*prompt_notes, *notes))
+    message_keys = [key for key in keys if isinstance(sample[key], list | Mapping)]
+    if message_keys and any(isinstance(sample[key], str) for key in keys):
         raise DataError(
             f"{where}: `{message_keys[0]}` holds messages, but the other of `prompt` and `completion` is a text. Make both "
             'lists of messages, [{"role": ..., "content": ...}], or both texts.',
             code="data.prompt_and_completion_differ",
         )
-    texts = (_text(prompt, "prompt", where), _text(completion, "completion", where))
-    return ParsedSample(sample=PromptCompletion(prompt=texts[0], completion=texts[1], where=where))
+    prompt, completion = (_text(sample[key], key, where) for key in keys)
+    return ParsedSample(sample=PromptCompletion(prompt=prompt, completion=completion, where=where))
 
 
 def _parse_text(sample: Mapping[str, Any], where: str) -> ParsedSample:
@@ -238,58 +228,14 @@ EXPECTED = f"{', '.join(_EXAMPLES)} or {_LAST_EXAMPLE}"
 
 
 def _conversation(
-    turns: list[Turn], where: str, words: Mapping[str, str] = _SAME_WORDS, unread: tuple[str, ...] = ()
+    turns: list[Turn], where: str, unread_keys: tuple[str, ...] = (), words: Mapping[str, str] | None = None
 ) -> ParsedSample:
-    kept, dropped = dialogue(turns, where, words)
-    return ParsedSample(sample=Conversation(turns=kept, where=where), dropped_turns=dropped, unread=unread)
+    kept, dropped = dialogue(turns, where, words or {})
+    return ParsedSample(sample=Conversation(turns=kept, where=where), dropped_turns=dropped, unread_keys=unread_keys)
 
 
-def _parse_turns(
-    raw: Any, key: str, names: tuple[str, str], roles: Mapping[str, str], where: str
-) -> tuple[list[Turn], tuple[str, ...]]:
-    """Parse a list of turns and check roles and texts; return the turns, and their keys that are not read, as `messages.id`.
-
-    `names` are the keys of a turn's role and text.
-    """
-    if not isinstance(raw, list):
-        raise DataError(f"{where}: `{key}` must be a list of turns; got {type(raw).__name__}.", code="data.turns_not_a_list")
-    turns, notes = [], dict[str, None]()
-    for number, turn in enumerate(raw, start=1):
-        place = f"{where}, turn {number}"
-        if isinstance(turn, Mapping) and names[0] in turn:
-            notes.update(dict.fromkeys(require_known_turn(turn, place, names=names)))
-        role, text = (turn.get(name) for name in names) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(text, str):
-            example = f'{{"{names[0]}": ..., "{names[1]}": ...}}'
-            raise _bad_turn(f"{place}: expected {example} with texts; got {excerpt(turn)}.", role, text, names[1])
-        if role not in roles:
-            raise DataError(
-                f"{place}: unknown role {excerpt(repr(role))}; expected one of {', '.join(roles)}.",
-                code="data.unknown_role",
-            )
-        trained = is_trained(turn, place, is_answer=roles[role] == ASSISTANT)
-        turns.append(Turn(role=roles[role], text=_unicode(text, place), trained=trained or roles[role] != ASSISTANT))
-    return turns, tuple(f"{key}.{note}" for note in notes)
-
-
-def _bad_turn(mismatch: str, role: Any, text: Any, name: str) -> DataError:
-    """Make the error for a turn whose role or text is not a string; `mismatch` says where, what was expected and found."""
-    if not isinstance(role, str):
-        return DataError(mismatch, code="data.bad_turn")
-    if text is None:
-        return DataError(
-            f'{mismatch} Give `{name}` a text, "" for a turn without one, or remove the turn.', code="data.turn_without_text"
-        )
-    if isinstance(text, list):
-        types = [part.get("type") for part in text if isinstance(part, Mapping)]
-        if all(part_type == "text" for part_type in types) and len(types) == len(text):
-            return DataError(f"{mismatch} A list of parts is not read: join their texts into one.", code="data.turn_in_parts")
-        return DataError(
-            f"{mismatch} A list of parts is not read, and only text is trained on: write the turn as one text, or leave the "
-            "sample out.",
-            code="data.turn_not_only_text",
-        )
-    return DataError(f"{mismatch} Write `{name}` as one text.", code="data.turn_text_is_no_text")
+def _parse_messages_of(sample: Mapping[str, Any], key: str, where: str) -> tuple[list[Turn], tuple[str, ...]]:
+    return parse_turns(sample[key], key, ("role", "content"), _MESSAGE_ROLES, where)
 
 
 def _text_or_empty(sample: Mapping[str, Any], key: str, where: str) -> str:
@@ -299,14 +245,5 @@ def _text_or_empty(sample: Mapping[str, Any], key: str, where: str) -> str:
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: `{key}` must be a text; got {excerpt(value)}.", code="data.not_a_text")
-    return _unicode(value, where)
-
-
-def _unicode(text: str, place: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: the text contains half a character (a lone surrogate). Repair the text.", code="data.lone_surrogate"
-        ) from error
-    return text
+    require_unicode(value, where)
+    return value

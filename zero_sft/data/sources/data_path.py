@@ -48,13 +48,13 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     if _exists(text):
         return (Source(data=_data(text), text=text),)
     sources = tuple(_parse_source(part.strip(), text) for part in text.split(","))
-    weighted = sum(source.weight is not None for source in sources)
-    if 0 < weighted < len(sources):
+    weights = [source.weight for source in sources if source.weight is not None]
+    if 0 < len(weights) < len(sources):
         raise DataError(
-            f"{text}: {weighted} of {len(sources)} sources have a weight. Give all a weight (a number after a colon), or none.",
+            f"{text}: {len(weights)} of {len(sources)} sources have a weight. Give all a weight (a number after a colon), or "
+            "none.",
             code="data.weights_missing",
         )
-    weights = [source.weight for source in sources if source.weight is not None]
     if weights and min(weights) < _MIN_WEIGHT_RATIO * max(weights):
         raise DataError(
             f"{text}: the weights {max(weights):g} and {min(weights):g} are too far apart. Leave out the source with the "
@@ -75,7 +75,7 @@ def require_sources(sources: Sequence[Source], *, to_evaluate: bool = False) -> 
     """
     for source in sources:
         source.data.state()
-        held_out = source.data.held_out() if to_evaluate else None
+        held_out = source.data.chosen().held_out if to_evaluate else None
         if held_out:
             raise DataError(
                 f"--eval_data_path {source.data.name} has several splits; expected the name of one. For example: "
@@ -100,11 +100,11 @@ def _parse_source(part: str, text: str) -> Source:
         raise _url_error(part)
     if not part:
         raise DataError(f"{text!r} has an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path")
-    if not colon or _exists(part):
-        return Source(data=_data(part), text=part)
     try:
-        weight = float(weight_text)
+        weight = float(weight_text) if colon and not _exists(part) else None
     except ValueError:
+        weight = None
+    if weight is None:
         return Source(data=_data(part), text=part)
     if not name or not math.isfinite(weight) or weight <= 0:
         raise DataError(
@@ -116,11 +116,11 @@ def _parse_source(part: str, text: str) -> Source:
 
 def _url_error(part: str) -> DataError:
     """Make the error for a URL such as `https://...`."""
-    hub_url, is_file = _HUB_URL.fullmatch(part), part.lower().startswith("file://")
+    hub_url = _HUB_URL.fullmatch(part)
     remedy = "Download it, and name the file or folder."
     if hub_url is not None:
         remedy = f"Write {hub_url['id']}, or {hub_url['id']}:split, or download it and name the file or folder."
-    elif is_file:
+    elif part.lower().startswith("file://"):
         remedy = f"Write {part[len('file://') :]}."
     return DataError(
         f"{part}: URLs are not read. Expected a file, a folder (folder:split) or a hub dataset (org/name:split). {remedy}",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.data.sources.splits import ChosenSplit
 from zero_sft.errors import DataError
 from zero_sft.printable import printable
 
@@ -30,24 +31,13 @@ class HubDataset:
         return ":".join(filter(None, (self.id, self.config, self.split)))
 
     def objects(self) -> Iterator[tuple[Any, str]]:
-        """Yield each row with its place for messages, "org/name:split, sample 3".
-
-        Raises:
-            DataError: no such dataset or split, or the hub can't provide it.
-        """
+        """Yield each row with its place for messages, "org/name:split, sample 3"; raises `DataError` as `_loaded` does."""
         for number, row in enumerate(_loaded(self), start=1):
             yield row, f"{self.name}, sample {number}"
 
-    def left_out(self) -> tuple[str, ...]:
-        """Return an empty tuple: no files are ignored."""
-        return ()
-
-    def note(self) -> str:
-        """Return an empty note: the name includes the split."""
-        return ""
-
-    def held_out(self) -> None:
-        """Return None: the name includes the split."""
+    def chosen(self) -> ChosenSplit:
+        """Return an empty choice: no files are ignored, and the name includes the split."""
+        return ChosenSplit()
 
     def state(self) -> None:
         """Return None: a commit does not change."""
@@ -64,10 +54,9 @@ class HubDataset:
 
 @functools.cache
 def _loaded(source: HubDataset) -> "datasets.Dataset":
-    """Load the dataset once for `identity` and `objects`.
+    """Load the dataset once, and keep it until the process ends, so that `identity` and `objects` see the same commit.
 
-    The first of them loads it, and it is kept until the process ends, so that both see the same commit; nobody clears it. The
-    rows are memory-mapped from the cache of `datasets`.
+    Nobody clears it. The rows are memory-mapped from the cache of `datasets`.
     """
     import datasets
     from datasets.exceptions import DatasetsError

@@ -9,11 +9,12 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from zero_sft.data.sources.declared_files import TRAIN, declared_in
 from zero_sft.errors import DataError
-from zero_sft.printable import excerpt
+from zero_sft.printable import excerpt, with_count
 
 _KEYWORDS = {
     TRAIN: ("train", "training"),
@@ -26,11 +27,16 @@ _WORD_SEPARATORS = re.compile(r"[-._ 0-9]+")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenSplit:
-    """The files to read, and a line for the log if others are left out or if several splits are read."""
+    """The files to read; `left_out` are names of files in the folder that are not data.
 
-    files: tuple[Path, ...]
+    `note` is a line for the log if splits are left out or if several are read. `held_out` is a split that is left out by
+    default, since the user has not named one.
+    """
+
+    files: tuple[Path, ...] = ()
     note: str = ""
-    held_out: str | None = None  # a split that is left out by default: the user has not named one
+    held_out: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,35 +94,29 @@ def _group_by_split(folder: Path, files: Sequence[Path]) -> _Splits:
     by_name = {file.relative_to(folder).as_posix(): file for file in files}
     if declared is None or not declared.patterns:
         top = declared.data_dir if declared else ""
-        inside = {name: file for name, file in by_name.items() if PurePosixPath(name).is_relative_to(top)}
         by_split = defaultdict[str | None, list[Path]](list)
-        for name, file in inside.items():
-            by_split[split_of(PurePosixPath(name).relative_to(top).as_posix())].append(file)
-        unmatched: dict[str | None, list[str]] = {} if inside else {None: [f"{top}/"]}
+        for name, file in by_name.items():
+            if PurePosixPath(name).is_relative_to(top):
+                by_split[split_of(PurePosixPath(name).relative_to(top).as_posix())].append(file)
+        found = sum(map(len, by_split.values()))
         return _Splits(
             files=by_split or {None: []},
-            undeclared=len(files) - len(inside),
-            unmatched=unmatched,
+            undeclared=len(files) - found,
+            unmatched={} if found else {None: [f"{top}/"]},
             source=declared and declared.source,
         )
-    matched = {split: declared.files_of(split, list(by_name)) for split in declared.patterns}
-    declared_names = {split: {name for names in by_pattern.values() for name in names} for split, by_pattern in matched.items()}
-    return _Splits(
-        files={split: [file for name, file in by_name.items() if name in declared_names[split]] for split in matched},
-        undeclared=len(set(by_name).difference(*declared_names.values())),
-        unmatched={
-            split: [pattern for pattern, names in by_pattern.items() if not names] for split, by_pattern in matched.items()
-        },
-        source=declared.source,
-    )
+    by_split, unmatched = {}, {}
+    for split in declared.patterns:
+        names_of = declared.files_of(split, list(by_name))
+        unmatched[split] = [pattern for pattern, names in names_of.items() if not names]
+        declared_names = set(chain.from_iterable(names_of.values()))
+        by_split[split] = [file for name, file in by_name.items() if name in declared_names]
+    undeclared = len(set(files).difference(*by_split.values()))
+    return _Splits(files=by_split, undeclared=undeclared, unmatched=unmatched, source=declared.source)
 
 
 def _select(folder: Path, by_split: _Splits, selected: set[str | None]) -> ChosenSplit:
-    """Take the files of the selected splits, and note for the log what is left out.
-
-    Raises:
-        DataError: the README declares a file of these splits that is missing.
-    """
+    """Take the files of the selected splits, unless a declared one is missing, and note for the log what is left out."""
     missing = [pattern for split in by_split.files if split in selected for pattern in by_split.unmatched.get(split, ())]
     if missing:
         listed = ", ".join(excerpt(repr(pattern)) for pattern in missing)
@@ -131,7 +131,7 @@ def _select(folder: Path, by_split: _Splits, selected: set[str | None]) -> Chose
     files = tuple(sorted({file for split in selected for file in by_split.files[split]}))
     if not others:
         return ChosenSplit(files=files)
-    left_out = ", ".join(f"{name} ({count} file{'s' * (count != 1)})" for name, count in sorted(others.items()))
+    left_out = ", ".join(f"{name} ({with_count(count, 'file')})" for name, count in sorted(others.items()))
     names = sorted(name for name in selected if name)
     what = f"split{'s' * (len(names) > 1)} {', '.join(names)}" if names else "files that name no split"
     example = next((split for split in by_split.files if split not in selected and split), None)

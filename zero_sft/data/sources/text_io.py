@@ -28,9 +28,7 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _ope
 def read_text(path: Path, *, expected: str, argument: str) -> str:
     """Read a UTF-8 text file, with or without a byte order mark. Any rank; does not communicate.
 
-    Args:
-        expected: the expected content, for the error message.
-        argument: the option that named the file, for the error message.
+    `expected` is the expected content and `argument` the option that named the file, for the error message.
 
     Raises:
         DataError: no such file, a folder, not UTF-8, or empty.

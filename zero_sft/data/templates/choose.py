@@ -3,15 +3,28 @@
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.samples.conversation import Conversation, PromptCompletion, Sample
+from zero_sft.data.samples.conversation import Conversation, Sample
 from zero_sft.data.sources.text_io import read_text
-from zero_sft.data.templates.jinja import NAMED, ChatTemplate
+from zero_sft.data.templates.jinja import ChatTemplate
 from zero_sft.data.templates.probe import probe_template
 from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.data.templates.vicuna import VICUNA, VicunaTemplate, vicuna_turn_end
 from zero_sft.errors import DataError
 
 MODEL = "model"
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+NAMED = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>")}
+"""Templates by name, each with the token that ends a turn; the tokenizer must have this token."""
 
 Template = VicunaTemplate | ChatTemplate
 
@@ -24,10 +37,6 @@ def render(sample: Sample, template: Template, tokenizer: Any) -> RenderedText:
     """
     if isinstance(sample, Conversation):
         return template.render(sample)
-    return _render_plain(sample, tokenizer)
-
-
-def _render_plain(sample: PromptCompletion, tokenizer: Any) -> RenderedText:
     text, eos, bos = sample.prompt + sample.completion, tokenizer.eos_token, tokenizer.bos_token
     if eos and not text.endswith(eos) and not text.rstrip().endswith(eos):
         text += eos
@@ -36,7 +45,7 @@ def _render_plain(sample: PromptCompletion, tokenizer: Any) -> RenderedText:
         stop = len(text.rstrip())
     spans = ((len(sample.prompt), stop),) if sample.completion and stop > len(sample.prompt) else ()
     starts_with_bos = bool(bos) and text.startswith(bos)
-    return RenderedText(text=text, spans=spans, where=sample.where, adds_special_tokens=not starts_with_bos)
+    return RenderedText(text=text, spans=spans, adds_special_tokens=not starts_with_bos)
 
 
 def choose_template(name: str | None, tokenizer: Any) -> Template:
@@ -47,7 +56,7 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
     """
     tokenizer_template: Any = getattr(tokenizer, "chat_template", None)
     if name == VICUNA or (name is None and not tokenizer_template):
-        return VicunaTemplate(stop=vicuna_turn_end(tokenizer))
+        return VicunaTemplate(turn_end=vicuna_turn_end(tokenizer))
     source = None
     if name in NAMED:
         source, stop = NAMED[name]
@@ -65,10 +74,10 @@ def choose_template(name: str | None, tokenizer: Any) -> Template:
             code="data.model_without_template",
         )
     try:
-        frame = probe_template(tokenizer, source)
+        traits = probe_template(tokenizer, source)
     except DataError as error:
         raise DataError(f"--chat_template {name or MODEL}: {error}", code=error.code) from error
-    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, template_frame=frame, source=source)
+    return ChatTemplate(tokenizer=tokenizer, name=name or MODEL, traits=traits, source=source)
 
 
 def _from_file(path: Path) -> str:

@@ -9,11 +9,12 @@ the template can't render stand-ins.
 import json
 from collections.abc import Mapping, Sequence
 
-from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM
+from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, Messages
+from zero_sft.data.templates.rendered import Span
 from zero_sft.errors import DataError
 
 
-def require_places(shown: Sequence[int] | None, messages: Sequence[Mapping[str, str]], where: str) -> None:
+def require_places(shown: Sequence[int] | None, messages: Messages, where: str) -> None:
     """Raise `DataError` if the template leaves out a text that is not an answer, such as a tool's or the system's."""
     if shown is None:
         return
@@ -28,11 +29,7 @@ def require_places(shown: Sequence[int] | None, messages: Sequence[Mapping[str, 
 
 
 def require_all_shown(
-    text: str,
-    shown: Sequence[int] | None,
-    messages: Sequence[Mapping[str, str]],
-    spans: Mapping[int, tuple[int, int]],
-    where: str,
+    text: str, shown: Sequence[int] | None, messages: Messages, spans: Mapping[int, Span], where: str
 ) -> None:
     """Raise `DataError` if a text that is not an answer is missing in `text` or changed, except for white space at its ends.
 

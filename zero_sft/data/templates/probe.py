@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zero_sft.data.samples.conversation import ASSISTANT, USER
-from zero_sft.data.templates.thoughts import CLOSE, FIELDS, OPEN, ThoughtsHandling
+from zero_sft.data.samples.conversation import ASSISTANT, THOUGHTS_FIELDS, USER, Messages
+from zero_sft.data.templates.thoughts import CLOSE, OPEN, ThoughtsHandling
 from zero_sft.errors import DataError
 from zero_sft.printable import printable
 
@@ -19,31 +19,25 @@ VICUNA_INSTEAD = "Use another template: --chat_template vicuna takes any convers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TemplateFrame:
+class TemplateTraits:
     """The text that a template writes around answers.
 
-    `prompt` is the generation prompt. `turn_ends` are the texts that may end an answer, the usual one first; the model must
+    `generation_prompt` comes before an answer. `turn_ends` are the texts that may end one, the usual one first; the model must
     write them itself. `thoughts` tells how the template handles the thoughts of an answer.
     """
 
-    prompt: str
+    generation_prompt: str
     turn_ends: tuple[str, ...]
     thoughts: ThoughtsHandling
 
 
-def render_chat(
-    tokenizer: Any, source: str | None, messages: Sequence[Mapping[str, str]], where: str, *, prompt: bool = False
-) -> str:
-    """Render messages with `source`, or with the tokenizer's template if it is None; `prompt` adds the generation prompt.
-
-    Raises:
-        DataError: the template fails on them.
-    """
+def render_chat(tokenizer: Any, source: str | None, messages: Messages, where: str, *, generation_prompt: bool = False) -> str:
+    """Render messages with `source`, or the tokenizer's template if it is None; raise `DataError` if the template fails."""
     from jinja2.exceptions import TemplateSyntaxError
 
     try:
         rendered = tokenizer.apply_chat_template(
-            list(messages), chat_template=source, tokenize=False, add_generation_prompt=prompt
+            list(messages), chat_template=source, tokenize=False, add_generation_prompt=generation_prompt
         )
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
@@ -59,16 +53,12 @@ def render_chat(
     return str(rendered)
 
 
-def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
-    """Find out what a template writes around answers, from one open question and from two answered ones.
-
-    Raises:
-        DataError: the template can't render them, or leaves the answers out.
-    """
+def probe_template(tokenizer: Any, source: str | None) -> TemplateTraits:
+    """Find out what a template writes around answers, from one open question and two answered ones; raises `DataError`."""
     where = "two questions and answers"
     question, answer = {"role": USER, "content": "question"}, {"role": ASSISTANT}
     unprompted = render_chat(tokenizer, source, [question], where)
-    prompted = render_chat(tokenizer, source, [question], where, prompt=True)
+    prompted = render_chat(tokenizer, source, [question], where, generation_prompt=True)
     word = STAND_IN
     chat = [question, {**answer, "content": f"{word}0"}, {**question, "content": f"{word}1"}, {**answer, "content": f"{word}2"}]
     parts = re.split(rf"{word}\d", render_chat(tokenizer, source, chat, where))
@@ -84,7 +74,7 @@ def probe_template(tokenizer: Any, source: str | None) -> TemplateFrame:
     if not prompt:  # some templates always write the prompt, so it follows the last answer as well
         rest = parts[3].removeprefix(next((turn_end for turn_end in turn_ends if parts[3].startswith(turn_end)), ""))
         prompt = rest.lstrip()
-    return TemplateFrame(prompt=prompt, turn_ends=turn_ends, thoughts=_probe_thoughts(tokenizer, source))
+    return TemplateTraits(generation_prompt=prompt, turn_ends=turn_ends, thoughts=_probe_thoughts(tokenizer, source))
 
 
 def _probe_thoughts(tokenizer: Any, source: str | None) -> ThoughtsHandling:
@@ -93,15 +83,14 @@ def _probe_thoughts(tokenizer: Any, source: str | None) -> ThoughtsHandling:
     inner = [f"{word}0", f"{word}1"]  # without the line ends that templates write around thoughts
     blocks = [f"{OPEN}{thoughts} {CLOSE}{word}" for thoughts in inner]
     as_text = _render_answers(tokenizer, source, [{"content": block} for block in blocks])
-    for name in FIELDS:
+    is_parsed = any(block not in as_text for block in blocks)
+    for name in THOUGHTS_FIELDS:
         from_field = _render_answers(tokenizer, source, [{"content": word, name: thoughts} for thoughts in inner])
         if inner[-1] in from_field:
             if "".join(from_field.split()) == "".join(as_text.split()):
-                return ThoughtsHandling(is_parsed=any(block not in as_text for block in blocks))
+                return ThoughtsHandling(is_parsed=is_parsed)
             return ThoughtsHandling(field=name)
-    if any(block not in as_text for block in blocks):
-        return ThoughtsHandling(is_parsed=True)
-    return ThoughtsHandling(writes_block=as_text.count(CLOSE) > len(blocks))
+    return ThoughtsHandling(is_parsed=is_parsed, writes_block=not is_parsed and as_text.count(CLOSE) > len(blocks))
 
 
 def _render_answers(tokenizer: Any, source: str | None, answers: Sequence[Mapping[str, str]]) -> str:

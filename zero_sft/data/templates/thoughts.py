@@ -6,13 +6,11 @@ the kind once per template. An answer is split accordingly, or refused.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.errors import DataError
-
-FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""The fields of a message from which templates read thoughts."""
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -51,9 +49,18 @@ class Answer:
     thoughts: str = ""
     field: str | None = None
 
+    @property
+    def has_thoughts(self) -> bool:
+        """Whether the thoughts contain anything but white space."""
+        return bool(self.thoughts.replace(OPEN, "").replace(CLOSE, "").strip())
+
     def message(self, role: str) -> dict[str, Any]:
         """Return the message for the chat template."""
         return {"role": role, "content": self.content, **({self.field: self.thoughts} if self.field else {})}
+
+
+Answers = Mapping[int, Answer]
+"""The answers of a conversation that have a text, by the index of their turn."""
 
 
 def split_answer(content: str, handling: ThoughtsHandling, where: str) -> Answer:
@@ -64,26 +71,22 @@ def split_answer(content: str, handling: ThoughtsHandling, where: str) -> Answer
     """
     if CLOSE not in content and OPEN not in content:
         return Answer(content=content, text=content)
-    block = _BLOCK.match(content)
-    if handling.as_text:
-        thoughts, text = (content[: block.end()], content[block.end() :]) if block else ("", content)
-        return Answer(content=content, thoughts=thoughts, text=text)
-    if block is None and _ONLY_CLOSED.match(content):
+    if not handling.as_text and _ONLY_CLOSED.match(content):
         content = f"{OPEN}\n{content}"
-        block = _BLOCK.match(content)
-    if block is None and content.lstrip().startswith(OPEN):
+    block = _BLOCK.match(content)
+    thoughts, text = (content[: block.end()], content[block.end() :]) if block else ("", content)
+    if block is None and content.lstrip().startswith(OPEN) and not handling.as_text:
         raise DataError(
             f"{where}: the answer begins with {OPEN}, but has no {CLOSE}. Close the thoughts, or remove them.",
             code="data.thoughts_not_closed",
         )
-    thoughts, text = (content[: block.end()], content[block.end() :]) if block else ("", content)
-    if CLOSE in text:
+    if CLOSE in text and not handling.as_text:
         raise DataError(
             f"{where}: the text of the answer contains {CLOSE}, but the chat template separates thoughts from text. Put them "
             f"once at the beginning of the answer, between {OPEN} and {CLOSE}, or remove the tag.",
             code="data.thoughts_in_text",
         )
-    if not block or handling.is_parsed:
+    if not block or handling.is_parsed or handling.as_text:
         return Answer(content=content, thoughts=thoughts, text=text)
     if handling.field is None:
         if not block[1].strip():
@@ -110,16 +113,9 @@ def empty_answer_error(where: str) -> DataError:
 
 def find_thoughts(before: str, thoughts: str) -> int | None:
     """Find the last position of the thoughts, with their tags, in the template's text; None if they are left out."""
-    positions = [tag.start() for tag in re.finditer(OPEN, before) if _same_thoughts(before[tag.start() :], thoughts)]
-    return positions[-1] if positions else None
-
-
-def _same_thoughts(text: str, thoughts: str) -> bool:
-    """Whether two blocks of thoughts are equal, except for white space."""
-    block, expected = _BLOCK.fullmatch(text), _BLOCK.fullmatch(thoughts)
-    return block is not None and expected is not None and block[1].strip() == expected[1].strip()
-
-
-def has_thoughts(answer: Answer) -> bool:
-    """Whether an answer's thoughts contain anything but white space."""
-    return bool(answer.thoughts.replace(OPEN, "").replace(CLOSE, "").strip())
+    expected, positions = _BLOCK.fullmatch(thoughts), [tag.start() for tag in re.finditer(OPEN, before)]
+    for position in reversed(positions):
+        block = _BLOCK.fullmatch(before, position)
+        if block and expected and block[1].strip() == expected[1].strip():
+            return position
+    return None

@@ -35,9 +35,9 @@ _VICUNA_JINJA = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VicunaTemplate:
-    """FastChat's `vicuna_v1.1`; `stop` is the token that ends an answer, see `vicuna_turn_end`."""
+    """FastChat's `vicuna_v1.1`; `turn_end` is the token that ends an answer, see `vicuna_turn_end`."""
 
-    stop: str = VICUNA_STOP
+    turn_end: str = VICUNA_STOP
     name = VICUNA
     trains_on_blanks = True  # an answer of white space counts as an answer, as in FastChat
     adds_special_tokens = True  # the text does not begin with a beginning-of-sequence token
@@ -45,14 +45,10 @@ class VicunaTemplate:
     @property
     def turn_ends(self) -> tuple[str, ...]:
         """The texts that end an answer."""
-        return (self.stop,)
+        return (self.turn_end,)
 
     def render(self, conversation: Conversation) -> RenderedText:
-        """Render as FastChat does: for an empty text, the space before it and the separator after it are left out.
-
-        Raises:
-            DataError: a tool's turn, which the template does not have.
-        """
+        """Render as FastChat does: for an empty text, the space before it and the separator after it are left out."""
         if any(turn.role == TOOL for turn in conversation.turns):
             raise DataError(
                 f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template a template that has.",
@@ -65,18 +61,17 @@ class VicunaTemplate:
             if turn.role == USER:
                 pieces.append(f"USER: {turn.text} " if turn.text else "USER:")
             elif turn.role == ASSISTANT:
-                pieces.append("ASSISTANT:" + (f" {turn.text}{self.stop}" if turn.text else ""))
+                pieces.append("ASSISTANT:" + (f" {turn.text}{self.turn_end}" if turn.text else ""))
             else:
                 continue
             start, length = length + len("ASSISTANT:"), length + len(pieces[-1])
             if turn.role == ASSISTANT and turn.text:
                 ends.append((number, length))
-                if turn.trained:
+                if not turn.left_out_of_loss:
                     spans.append((start, length))
         return RenderedText(
             text="".join(pieces),
             spans=tuple(spans),
-            where=conversation.where,
             adds_special_tokens=self.adds_special_tokens,
             ends=tuple(ends),
         )
@@ -89,7 +84,7 @@ class VicunaTemplate:
         """Return the same template in Jinja, to save with `tokenizer`; it gives the same tokens as training."""
         first = tokenizer("a").input_ids[:1]
         bos = str(tokenizer.bos_token) if tokenizer.bos_token and first == [tokenizer.bos_token_id] else ""
-        words = {"BOS": bos, "SYSTEM": VICUNA_SYSTEM, "STOP": self.stop}
+        words = {"BOS": bos, "SYSTEM": VICUNA_SYSTEM, "STOP": self.turn_end}
         return _VICUNA_JINJA.format(**{name: json.dumps(word, ensure_ascii=False) for name, word in words.items()})
 
 
@@ -97,10 +92,7 @@ def vicuna_turn_end(tokenizer: Any) -> str:
     """Return "</s>" if it is a special token of the tokenizer, otherwise its end-of-sequence token.
 
     In some vocabularies, such as Gemma's, "</s>" is an ordinary token (HTML's tag), or several tokens. Neither would stop
-    generation.
-
-    Raises:
-        DataError: the tokenizer has no end-of-sequence token.
+    generation. Raises `DataError` if the tokenizer has neither token.
     """
     added = tokenizer.get_added_vocab().get(VICUNA_STOP)
     if added is not None and (tokenizer.eos_token == VICUNA_STOP or tokenizer.added_tokens_decoder[added].special):

@@ -1,0 +1,172 @@
+"""Read the objects of one local file: JSON (one list, or one object per line) or Parquet.
+
+The content, not the file name, decides between a JSON list and JSON lines; the file name's ending decides how text is
+decompressed. Every object comes with its place for messages: its line or sample number, counted from 1.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from zero_sft.data.samples.sample_formats import EXPECTED
+from zero_sft.data.sources.text_io import COMPRESSED, open_text
+from zero_sft.errors import DataError
+from zero_sft.printable import excerpt, printable
+
+PARQUET = ".parquet"
+DATA_OPTIONS = "--data_path and --eval_data_path"
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_BEGINNINGS = {
+    b"PAR1": "a Parquet file. Name it .parquet",
+    b"\x1f\x8b": "compressed with gzip. Let its name end in .gz",
+    b"BZh": "compressed with bzip2. Let its name end in .bz2",
+    b"\xfd7zXZ\x00": "compressed with xz. Let its name end in .xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd. Let its name end in .zst",
+    b"PK\x03\x04": "a zip archive. Unpack it",
+    b"ARROW1": "an Arrow file. Write it as Parquet or JSON lines",
+    b"\xff\xff\xff\xff": "an Arrow stream. Write it as Parquet or JSON lines",
+    b"\xff\xfe": "UTF-16. Save it as UTF-8",
+    b"\xfe\xff": "UTF-16. Save it as UTF-8",
+    b"<!DOCTYPE": "a web page. Download the file itself",
+    b"<html": "a web page. Download the file itself",
+}
+
+
+def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
+    """Yield each object with its place, "<file>, sample 3" or "<file>, line 3 (id 'a')".
+
+    The `DataError` of a line that is not valid JSON takes the object's place, so that later lines can still be read.
+
+    Raises:
+        DataError: no such file, not UTF-8, not JSON, damaged or empty.
+    """
+    is_parquet = path.suffix.lower() == PARQUET
+    _require_kind(path, is_parquet=is_parquet)
+    name = printable(str(path), keep="")
+    for sample, place in _read_parquet(path) if is_parquet else _read_json(path):
+        yield sample, f"{name}, {place}{_id_suffix(sample)}"
+
+
+def _require_kind(path: Path, *, is_parquet: bool) -> None:
+    """Refuse what is not the JSON or Parquet that its name promises. Skip unreadable files: reading them raises the error."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return
+    if start.startswith(_LFS):
+        raise DataError(
+            f"{path} is a git-LFS pointer without the data. Fetch the data with `git lfs pull` or `hf download`.",
+            code="data.placeholder_file",
+        )
+    if is_parquet or path.suffix.lower() in COMPRESSED:
+        return
+    for beginning, kind in _BEGINNINGS.items():
+        if start.startswith(beginning):
+            raise DataError(f"{path} is {kind}.", code="data.unsupported_kind")
+
+
+def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
+    with open_text(path, argument=DATA_OPTIONS, errors="surrogateescape") as lines:
+        first = next((line.strip() for line in lines if line.strip()), "")
+    if not first:
+        raise DataError(f"{path} is empty; expected {EXPECTED}, as a JSON list or one object per line.", code="data.empty_file")
+    if first == "{":
+        raise DataError(
+            f"{path} is one JSON object over several lines; expected one JSON list of samples, or one sample per line. Write "
+            "only the list, or each object on one line.",
+            code="data.object_over_lines",
+        )
+    yield from _read_list(path) if first.startswith("[") else _read_lines(path)
+
+
+def _read_list(path: Path) -> Iterator[tuple[Any, str]]:
+    with open_text(path, argument=DATA_OPTIONS) as file:
+        text = file.read()
+    for number, sample in enumerate(_parse_json(text, path, first_line=1), start=1):
+        yield sample, f"sample {number}"
+
+
+def _read_lines(path: Path) -> Iterator[tuple[Any, str]]:
+    """Read line by line, since the file may be larger than memory."""
+    with open_text(path, argument=DATA_OPTIONS, errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    sample = _parse_line(line, path, number)
+                except DataError as error:
+                    sample = error
+                yield sample, f"line {number}"
+
+
+def _parse_line(line: str, path: Path, number: int) -> Any:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}, line {number} is not UTF-8. Save the file as UTF-8.", code="data.not_utf8") from error
+    return _parse_json(line.rstrip("\n"), path, first_line=number)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    opened = False
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            opened = True
+            if len(set(names)) < len(names):
+                raise DataError(
+                    f"{path} has duplicate names among its columns {', '.join(map(excerpt, names))}. Rename them.",
+                    code="data.duplicate_columns",
+                )
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield row, f"sample {number}"
+    except FileNotFoundError as error:
+        raise DataError(f"no such file: {path}. Check {DATA_OPTIONS}.", code="data.no_such_file") from error
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: a bad value in a column
+        remedy = "Repair that column, or leave it out." if opened else "Write it again."
+        raise DataError(
+            f"{path} is not valid Parquet: {printable(str(error), keep='').rstrip('.')}. {remedy}", code="data.bad_parquet"
+        ) from error
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicate_keys)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}; got "
+            f"{_excerpt(error.doc, error.pos)}. Expected one JSON list, or one JSON object per line. Name Parquet files "
+            ".parquet; convert other formats, such as CSV.",
+            code="data.not_json",
+        ) from error
+    except ValueError as error:  # a number with thousands of digits, or a duplicate key
+        raise DataError(f"{path}, line {first_line}: invalid JSON: {error}.", code="data.bad_json_value") from error
+    except RecursionError as error:
+        raise DataError(
+            f"{path}, line {first_line}: JSON is nested too deeply for conversations. Expected {EXPECTED}.",
+            code="data.json_nested_too_deep",
+        ) from error
+
+
+def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the dict of a JSON object; raise ValueError for a duplicate key, which `json` would silently overwrite."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {excerpt(repr(next(key for key in keys if keys.count(key) > 1)))}")
+    return fields
+
+
+def _excerpt(text: str, position: int) -> str:
+    return repr(text[max(0, position - 20) : position + 20]) if text[position:].strip() else "the end"
+
+
+def _id_suffix(sample: Any) -> str:
+    sample_id = sample.get("id") if isinstance(sample, Mapping) else None
+    return f" (id {excerpt(repr(sample_id))})" if isinstance(sample_id, str | int) else ""
