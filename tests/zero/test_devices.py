@@ -6,6 +6,7 @@ import pytest
 
 from tests.errors import raises
 from zero_sft.cluster.world import World
+from zero_sft.errors import Scope
 from zero_sft.zero import devices
 
 
@@ -24,7 +25,7 @@ def test_one_device_for_each_task_is_refused(see, local_rank, speaks):
     world = World(rank=local_rank + 4, world_size=8, local_rank=local_rank, local_world_size=4)
     with raises("cluster.rank_without_device", f"local rank {local_rank}", "1 device", "--gpus-per-node") as caught:
         devices.require_own_device(world)
-    assert caught.value.rank_local == speaks  # type: ignore[attr-defined]
+    assert (caught.value.scope is Scope.THIS_RANK) == speaks
 
 
 def test_all_devices_are_seen(see):

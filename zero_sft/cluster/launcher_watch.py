@@ -1,8 +1,8 @@
 """End a rank when its launcher ends or a signal arrives, even in the middle of a collective.
 
-On one node, DeepSpeed's `deepspeed` command does not forward SIGTERM, SIGINT and SIGHUP, so its child and the ranks would go on
-training. A thread in each rank watches the launchers among the rank's ancestors. nohup, setsid, srun, ssh, or a shell that ends
-change nothing.
+The ranks would go on training after a launcher that was killed. DeepSpeed's `deepspeed` command leaves them behind on SIGTERM,
+SIGINT and SIGHUP as well, unless it is our shim (`zero_sft.launcher`). So a thread in each rank watches the launchers among the
+rank's ancestors. nohup, setsid, srun, ssh, or a shell that ends change nothing.
 
 Python handles a signal between two instructions of the main thread, which may wait in native code for other ranks for a long
 time. The thread receives the signal immediately (`signal.set_wakeup_fd`).
@@ -22,7 +22,8 @@ from types import FrameType
 
 import psutil
 
-from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster import failure_report
+from zero_sft.cluster.node_board import is_alive
 
 POLL_SECONDS = 1.0
 
@@ -120,20 +121,14 @@ def _watch(launchers: Sequence[psutil.Process], receiver: socket.socket) -> None
         readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
         for number in receiver.recv(64) if readable else b"":
             is_handled_here = number in _SIGNALS and signal.getsignal(number) is _leave_to_thread
-            if is_handled_here and failure.report_signal(signal.Signals(number).name):
+            if is_handled_here and failure_report.report_signal(signal.Signals(number).name):
                 leave(128 + number)
-        ended = next((process for process in launchers if not _is_running(process)), None)
+        ended = next((process for process in launchers if not is_alive(process)), None)
         if ended is not None:
-            if failure.report_orphan(descriptions[ended]):
+            if failure_report.report_orphan(descriptions[ended]):
                 leave(1)
             time.sleep(LEAVING_SECONDS)
             leave(1)  # this rank was already ending, but has not finished
-
-
-def _is_running(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def _describe(process: psutil.Process) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 
 from zero_sft.cluster.world import World
-from zero_sft.errors import ConfigError
+from zero_sft.errors import ConfigError, Scope
 
 
 def require_own_device(world: World) -> None:
@@ -20,11 +20,10 @@ def require_own_device(world: World) -> None:
     count = accelerator.device_count()
     if world.local_rank < count:
         return
-    error = ConfigError(
+    raise ConfigError(
         f"rank {world.rank} has local rank {world.local_rank}, but sees {count} device{'s' * (count != 1)}. Start as many "
         "ranks on a node as it has devices, and let every rank see all of them: under SLURM, ask for --gpus-per-node, not for "
         "--gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank.",
         code="cluster.rank_without_device",
+        scope=Scope.THIS_RANK if world.local_rank == count else Scope.UNKNOWN,
     )
-    error.rank_local = world.local_rank == count  # type: ignore[attr-defined]
-    raise error

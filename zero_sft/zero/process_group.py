@@ -74,14 +74,13 @@ def _start_default_group(world: World) -> None:
 
 def _port_is_taken(port: int) -> errors.ConfigError:
     """Make the error of rank 0, the only rank that listens on the master port."""
-    error = errors.ConfigError(
+    return errors.ConfigError(
         f"the master port {port} of {socket.gethostname()} is taken{_listener(port)}. Use another port for this job: "
         f"--master_port {_free_port()} (with deepspeed, before the module's name), or start it with ./launch.sh and no port: "
         "it chooses a free one.",
         code="cluster.port_taken",
+        scope=errors.Scope.THIS_RANK,
     )
-    error.rank_local = True
-    return error
 
 
 def _listener(port: int) -> str:
