@@ -11,7 +11,7 @@ from tests.plan.test_regions import random_tensor
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.plan import plan as planning
 from zero_sft.plan import regions
-from zero_sft.plan.partition import shard_range
+from zero_sft.plan.partition import partition_numel, shard_range
 from zero_sft.plan.plan import FillTarget, SourceMap, check_cover, plan_reads
 
 
@@ -100,7 +100,7 @@ def test_every_rank_gets_its_elements(monkeypatch, seed, gap, limit):
     result = []
     for rank in range(world_size):
         mine = target(shape, rank, world_size, parts)
-        local = [-1] * mine.flat_range.padded_numel
+        local = [-1] * partition_numel(numel, world_size)
         plan = plan_reads([mine], {"s": source})
         assert all(read.is_contiguous or read.nbytes <= max(limit, 2) for read in plan.reads)
         deliver(plan, local, offset_bytes=10)

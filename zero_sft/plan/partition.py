@@ -11,15 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatRange:
-    """The range `[start, stop)` of a parameter's real elements on a rank, and the size of the shard with padding."""
+    """The range `[start, stop)` of a parameter's real elements on a rank, without padding."""
 
     start: int
     stop: int
-    padded_numel: int
 
     @property
     def numel(self) -> int:
-        """Number of real elements, `0 <= numel <= padded_numel`."""
+        """Number of elements, 0 or more."""
         return self.stop - self.start
 
 
@@ -32,9 +31,9 @@ def shard_range(numel: int, rank: int, world_size: int) -> FlatRange:
     """Return the range of a parameter that `rank` keeps."""
     size = partition_numel(numel, world_size)
     start = min(rank * size, numel)
-    return FlatRange(start=start, stop=min(start + size, numel), padded_numel=size)
+    return FlatRange(start=start, stop=min(start + size, numel))
 
 
 def full_range(numel: int) -> FlatRange:
     """Return the range of a whole tensor, for what every rank keeps in full: a buffer, or a parameter outside ZeRO."""
-    return FlatRange(start=0, stop=numel, padded_numel=numel)
+    return FlatRange(start=0, stop=numel)
