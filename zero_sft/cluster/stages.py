@@ -29,7 +29,7 @@ STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @dataclass(slots=True)
-class StageResult:
+class StageExchange:
     """Values that ranks exchange at the end of a `collective_stage`.
 
     Attributes:
@@ -45,7 +45,7 @@ class StageResult:
 
 
 @contextlib.contextmanager
-def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[StageResult]:
+def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[StageExchange]:
     """Run a stage that may fail on any rank; all ranks pass or raise together. Every rank; communicates at the end.
 
     Code inside must not communicate, because a failing rank leaves the stage early. All ranks raise the error of the lowest
@@ -55,7 +55,7 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
     Raises:
         ZeroSftError: on every rank, if a rank failed or did not finish the stage within `timeout`.
     """
-    exchange, failure = StageResult(), None
+    exchange, failure = StageExchange(), None
     with failure_report.stage(name):
         try:
             yield exchange
@@ -70,7 +70,7 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
 
 
 def _end_together(
-    world: World, name: str, timeout: datetime.timedelta, exchange: StageResult, failure: Exception | None
+    world: World, name: str, timeout: datetime.timedelta, exchange: StageExchange, failure: Exception | None
 ) -> None:
     _await_all(name, timeout)
     report = None if failure is None else [type(failure).__name__, str(failure), *getattr(failure, "codes", ())]

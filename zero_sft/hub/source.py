@@ -50,10 +50,10 @@ def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
     Raises:
         CheckpointError: the folder does not exist, only some ranks see it, or the hub can't provide the model.
     """
-    with collective_stage(world, f"looking for {name}") as stage:
+    with collective_stage(world, f"looking for {name}") as exchange:
         folder = local_folder(name, options)
-        stage.local = folder is not None
-    sees_folder = stage.gathered
+        exchange.local = folder is not None
+    sees_folder = exchange.gathered
     if any(sees_folder) and not all(sees_folder):
         blind_ranks = [rank for rank, sees in enumerate(sees_folder) if not sees]
         raise CheckpointError(

@@ -176,20 +176,20 @@ def _check_output_folder(parsed: ParsedArguments, checkpoint: TrainerCheckpoint 
     from zero_sft.saving.former_run import require_no_former_run
 
     training, eval_path = parsed.training, parsed.data.eval_data_path
-    with collective_stage(world, "checking the output folder") as stage:
+    with collective_stage(world, "checking the output folder") as exchange:
         sources = _Sources(
             training=parse_sources(parsed.data.training_path),
             evaluation=None if eval_path is None else parse_sources(eval_path),
         )
         if world.is_main:
             require_outputs_outside((*sources.training, *(sources.evaluation or ())), training["output_dir"])
-            stage.local = require_no_former_run(
+            exchange.local = require_no_former_run(
                 training["output_dir"],
                 checkpoint and checkpoint.folder,
                 overwrite=training.get("overwrite_output_dir", False),
                 model=parsed.model.model_name_or_path,
             )
-    return sources, stage.gathered[0]
+    return sources, exchange.gathered[0]
 
 
 def _choose_template(name: str | None, tokenizer: Any, prompts: Sequence[str], config: Any, world: World) -> Template:

@@ -182,14 +182,14 @@ def _engine(
     ds_config: str | Path | Mapping[str, Any], dtype: object, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
     """Return the DeepSpeed config without "auto", its engine's dtype name and rank 0's seed. Every rank; communicates."""
-    with collective_stage(world, "reading the DeepSpeed config") as stage:
-        stage.local = torch.initial_seed()
+    with collective_stage(world, "reading the DeepSpeed config") as exchange:
+        exchange.local = torch.initial_seed()
         ds = ds_configs.load_ds_config(ds_config)
         requested = requested_dtype(dtype, config)
         dtype_name = ds_configs.engine_dtype(ds, requested)
         require_engine_dtype(dtype, requested, dtype_name)
         ds = ds_configs.resolve_auto(ds, dtype_name, world.node_group_size, world.world_size)
-    return ds, dtype_name, stage.gathered[0]
+    return ds, dtype_name, exchange.gathered[0]
 
 
 def _attach_report(request: LoadRequest, loaded: Loaded, world: World) -> PreTrainedModel:

@@ -26,12 +26,12 @@ def read_headers_together(files: CheckpointFiles, world: World) -> Sequence[Mapp
     """
     if world.world_size == 1 or len(files.paths) <= FEW_FILES:
         return None
-    with collective_stage(world, "reading the checkpoint's headers") as stage:
+    with collective_stage(world, "reading the checkpoint's headers") as exchange:
         numbers = range(world.rank, len(files.paths), world.world_size)
         local_headers = {number: files.read(files.paths[number]) for number in numbers}
-        stage.local = [[number, [tensor.to_row() for tensor in header.values()]] for number, header in local_headers.items()]
+        exchange.local = [[number, [tensor.to_row() for tensor in header.values()]] for number, header in local_headers.items()]
     headers = dict(local_headers)
-    for rank_headers in stage.gathered:
+    for rank_headers in exchange.gathered:
         for number, rows in rank_headers:
             tensors = [StoredTensor.from_row(str(files.paths[number]), row) for row in rows]
             headers[number] = {tensor.name: tensor for tensor in tensors}

@@ -57,44 +57,44 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
     """
     watch = Stopwatch()
     options = request.options
-    with collective_stage(world, "building the model") as stage, watch.stage("skeleton"):
+    with collective_stage(world, "building the model") as exchange, watch.phase("skeleton"):
         internals.check()
         transformers_internals.check()
         quantizer = quantizer_for(request.model.config, str(request.model.folder))
         model_skeleton = skeleton.build_sharded(request.model, request.ds_config)
         files = find_checkpoint_files(request.model.folder, torch_zip.read_header, request.variant)
-        stage.must_match = ("checkpoint's files", files.sizes())
-    with watch.stage("headers"):
+        exchange.must_match = ("checkpoint's files", files.sizes())
+    with watch.phase("headers"):
         headers = read_headers_together(files, world)
-    with collective_stage(world, "planning the reads") as stage, watch.stage("plan"):
+    with collective_stage(world, "planning the reads") as exchange, watch.phase("plan"):
         index = build_index(files, headers or read_headers(files))
         match = match_checkpoint(model_skeleton, index, quantizer, options.ignore_mismatched_sizes)
-        stage.must_match = ("checkpoint", _match_summary(match))
+        exchange.must_match = ("checkpoint", _match_summary(match))
     threads = options.reading_threads(world.cpu_cores)
-    with collective_stage(world, "reading the weights") as stage:
-        with watch.stage("initialise"):
+    with collective_stage(world, "reading the weights") as exchange:
+        with watch.phase("initialise"):
             initialised = _initialise(match, request, threads)
         tensors = match.collect_tensors()
-        with watch.stage("read"):
+        with watch.phase("read"):
             traced = [name for name in match.resolution.sources if name not in initialised and shards.is_sharded(tensors[name])]
             plan = plan_rank(match, {name: tensors[name] for name in traced})
             if request.while_reading is not None:
                 request.while_reading()
             _read({name: tensors[name] for name in traced}, plan, match, threads)
-        stage.local = [] if match.resolution.computed else _equal_ties(match, tensors)
-    equal_ties, computed = stage.gathered, Materialized(read_bytes=0, held_bytes={})
+        exchange.local = [] if match.resolution.computed else _equal_ties(match, tensors)
+    equal_ties, computed = exchange.gathered, Materialized(read_bytes=0, held_bytes={})
     if match.resolution.computed:
-        with watch.stage("compute"):
+        with watch.phase("compute"):
             computed = fill_untraceable(match, tensors, initialised, world)
             equal_ties = all_gather_json(world, _equal_ties(match, tensors))
-    with watch.stage("finish"):
+    with watch.phase("finish"):
         missing, unexpected = _finish(match, request, world, equal_ties)
     _warn_of_parts_left_out(match, world)
     if options.strict and (missing or unexpected):
         raise CheckpointError(_strict_message(request, missing, unexpected), code="checkpoint.not_strict")
     verified = None
     if options.verify:
-        with watch.stage("verify"):
+        with watch.phase("verify"):
             verified = _verify(match, world, initialised)
     return Loaded(
         model=match.model,
@@ -103,7 +103,7 @@ def load_sharded(request: LoadRequest, world: World) -> Loaded:
             requests=len(plan.reads),
             bytes_read=plan.nbytes + computed.read_bytes,
             seconds=watch.seconds,
-            stages=watch.stages,
+            stages=watch.phases,
         ),
     )
 
@@ -278,18 +278,18 @@ def _shard_digest(tensor: torch.Tensor) -> ShardDigest:
 
 
 class Stopwatch:
-    """Wall time of a load in seconds, by stage."""
+    """Wall time of a load in seconds, by phase."""
 
     def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
+        self.phases: dict[str, float] = {}
         self.seconds = 0.0
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Time the body under `name` and show its progress. The reads show a byte counter themselves."""
         start = time.perf_counter()
         with progress.task(_PROGRESS_TITLES[name]) if name in _PROGRESS_TITLES else contextlib.nullcontext():
             yield
-        self.stages[name] = time.perf_counter() - start
+        self.phases[name] = time.perf_counter() - start
         self.seconds = time.perf_counter() - self._start

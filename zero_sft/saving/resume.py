@@ -29,11 +29,11 @@ def agree_on_checkpoint(
     """
     if wanted is None or wanted is False:
         return None
-    with collective_stage(world, "looking at the checkpoint") as stage:
+    with collective_stage(world, "looking at the checkpoint") as exchange:
         if world.is_main:
             checkpoint = find_checkpoint(wanted, output_dir, world.world_size, ds_config, bf16)
-            stage.local = [str(checkpoint.folder), checkpoint.global_step, checkpoint.world_size, checkpoint.bf16]
-    folder, step, world_size, in_bf16 = stage.gathered[0]
+            exchange.local = [str(checkpoint.folder), checkpoint.global_step, checkpoint.world_size, checkpoint.bf16]
+    folder, step, world_size, in_bf16 = exchange.gathered[0]
     checkpoint = TrainerCheckpoint(folder=Path(folder), global_step=step, world_size=world_size, bf16=in_bf16)
     with collective_stage(world, "looking at the checkpoint"):
         for path in checkpoint.files_of(world.rank):
