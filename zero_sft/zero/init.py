@@ -19,7 +19,6 @@ from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamSt
 from deepspeed.utils import groups
 from torch import nn
 
-from zero_sft.plan.partition import partition_numel
 from zero_sft.zero import shards
 
 
@@ -54,10 +53,7 @@ class ShardedInit(Init):
         self._convert_to_deepspeed_param(param)
         dtype = self.dtype if param.is_floating_point() else param.dtype
         shards.replace_contents(param, torch.empty(0, dtype=dtype, device=self.local_device))  # it leaves the meta device
-        param.ds_tensor = torch.empty(0, dtype=dtype, device="cpu")
-        param.ds_tensor.ds_numel = partition_numel(param.ds_numel, param.ds_zero_partition_world_size)
-        param.ds_tensor.status = PartitionedParamStatus.NOT_AVAILABLE
-        param.ds_tensor.final_location = None
-        param.ds_numel_aligned = param.ds_tensor.ds_numel * param.ds_zero_partition_world_size
+        shards.attach(param, torch.empty(0, dtype=dtype), PartitionedParamStatus.NOT_AVAILABLE)
+        param.ds_numel_aligned = param.ds_tensor.ds_numel * shards.num_partitions(param)
         param.ds_status = ZeroParamStatus.NOT_AVAILABLE
         param.ds_sharded_init = self

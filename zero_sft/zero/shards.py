@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, is_zero_param
 from torch import nn
 
-from zero_sft.plan.partition import FlatRange, shard_range
+from zero_sft.plan.partition import FlatRange, partition_numel, shard_range
 from zero_sft.storage import arena
 
 
@@ -28,9 +28,14 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.ds_shape) if is_sharded(tensor) else tuple(tensor.shape)
 
 
+def num_partitions(param: nn.Parameter) -> int:
+    """Return the number of ranks that share a parameter's shards."""
+    return param.ds_zero_partition_world_size
+
+
 def local_range(param: nn.Parameter) -> FlatRange:
     """Return the flat range of `param` that this rank keeps."""
-    return shard_range(param.ds_numel, param.ds_zero_partition_rank, param.ds_zero_partition_world_size)
+    return shard_range(param.ds_numel, param.ds_zero_partition_rank, num_partitions(param))
 
 
 def _arena_slot(name: str, param: nn.Parameter) -> arena.ArenaSlot | None:
@@ -47,11 +52,11 @@ def _arena_slot(name: str, param: nn.Parameter) -> arena.ArenaSlot | None:
     return arena.ArenaSlot(name=name, numel=numel, dtype=param.dtype, device=device, pinned=is_pinned)
 
 
-def attach(param: nn.Parameter, shard: torch.Tensor) -> None:
+def attach(param: nn.Parameter, shard: torch.Tensor, status: PartitionedParamStatus = PartitionedParamStatus.AVAILABLE) -> None:
     """Make `shard` (flat, padded length) the shard of `param`. Its contents may be filled later."""
     shard.requires_grad = False
-    shard.ds_numel = param.ds_tensor.ds_numel
-    shard.status = PartitionedParamStatus.AVAILABLE
+    shard.ds_numel = partition_numel(param.ds_numel, num_partitions(param))
+    shard.status = status
     shard.final_location = None
     param.ds_tensor = shard
 
@@ -99,7 +104,7 @@ def current_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 def current_range(param: nn.Parameter) -> FlatRange:
     """Return the flat range of `current_shape` that this rank exports."""
     numel = param.numel() if is_gathered(param) else param.ds_numel
-    return shard_range(numel, param.ds_zero_partition_rank, param.ds_zero_partition_world_size)
+    return shard_range(numel, param.ds_zero_partition_rank, num_partitions(param))
 
 
 @contextlib.contextmanager
@@ -117,11 +122,6 @@ def current_values(param: nn.Parameter) -> Iterator[torch.Tensor]:
         yield local_shard(param)
     finally:
         release_shard(param)
-
-
-def num_partitions(param: nn.Parameter) -> int:
-    """Return the number of ranks that share a parameter's shards."""
-    return param.ds_zero_partition_world_size
 
 
 def release_shard(param: nn.Parameter) -> None:
