@@ -12,6 +12,8 @@ from typing import Any, Self
 
 from zero_sft.printable import printable
 
+_TOKEN = re.compile(r"\bhf_\w{4,}")
+
 
 class Scope(enum.Enum):
     """The ranks that have an error, which decides which of them reports it."""
@@ -70,9 +72,6 @@ class ZeroSftError(Exception):
 def without_tokens(text: str) -> str:
     """Mask access tokens of the hub, which messages of other libraries may quote."""
     return _TOKEN.sub("hf_***", text)
-
-
-_TOKEN = re.compile(r"\bhf_\w{4,}")
 
 
 def _restore(cls: type[ZeroSftError], message: str, codes: Sequence[str]) -> ZeroSftError:

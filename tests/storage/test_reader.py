@@ -1,8 +1,10 @@
 """Reads into place, casts, pieces, threads, and files that fail under way."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
+import time
 from unittest import mock
 
 import pytest
@@ -75,6 +77,21 @@ def test_a_file_cut_after_its_header_was_read(file):
     os.truncate(path, header["a"].offset_bytes + 10)
     with raises("checkpoint.truncated_while_read", "x.safetensors"):
         reader.fill([read(header, "a", 0, 1000)], {"a": torch.zeros(1000, dtype=torch.bfloat16)})
+
+
+def test_an_error_ends_the_reads_of_all_threads(file):
+    path, _ = file
+    header, done = read_header(path), []
+    reads = [read(header, "b", i, i + 1, at=i) for i in range(700)]
+    reads[3] = dataclasses.replace(reads[3], offset_bytes=10**9)
+
+    def advance(nbytes):
+        done.append(nbytes)
+        time.sleep(0.005)
+
+    with raises("checkpoint.truncated_while_read"):
+        reader.fill(reads, {"b": torch.zeros(777)}, threads=3, advance=advance)
+    assert len(done) < 100
 
 
 def test_a_file_that_went_away(file):

@@ -144,9 +144,14 @@ def mark_succeeded() -> None:
 @contextlib.contextmanager
 def _leaving() -> Iterator[bool]:
     """Yield True in the first thread of this rank that reports; another thread waits until it has reported."""
-    with _job.lock:
-        is_first, _job.is_leaving = not _job.is_leaving, True
+    job = _job
+    has_lock = job.lock.acquire(timeout=4 * FOLLOW_ON_SECONDS)  # a report that hangs, such as on a full pipe, must not keep us
+    is_first, job.is_leaving = not job.is_leaving, True
+    try:
         yield is_first
+    finally:
+        if has_lock:
+            job.lock.release()
 
 
 def _report_error(error: BaseException) -> None:

@@ -56,7 +56,7 @@ def watch_launcher() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             if signal.getsignal(number) is signal.SIG_DFL:  # SIGHUP is ignored under nohup
-                signal.signal(number, _leave_to_thread)
+                signal.signal(number, _handled_by_thread)
         signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_forget_in_child)
     _Watch.thread = threading.Thread(target=_watch, args=(launchers, receiver), name="zero_sft-watch", daemon=True)
@@ -107,11 +107,11 @@ def _forget_in_child() -> None:
     """Restore default signal handling in a forked child (a DataLoader worker), which has no watching thread."""
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
-        if signal.getsignal(number) is _leave_to_thread:
+        if signal.getsignal(number) is _handled_by_thread:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _leave_to_thread(_number: int, _frame: FrameType | None) -> None:
+def _handled_by_thread(_number: int, _frame: FrameType | None) -> None:
     """Do nothing: a Python handler must be set for the interpreter to write to the wakeup descriptor."""
 
 
@@ -120,7 +120,7 @@ def _watch(launchers: Sequence[psutil.Process], receiver: socket.socket) -> None
     while True:
         readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
         for number in receiver.recv(64) if readable else b"":
-            is_handled_here = number in _SIGNALS and signal.getsignal(number) is _leave_to_thread
+            is_handled_here = number in _SIGNALS and signal.getsignal(number) is _handled_by_thread
             if is_handled_here and failure_report.report_signal(signal.Signals(number).name):
                 leave(128 + number)
         ended = next((process for process in launchers if not is_alive(process)), None)

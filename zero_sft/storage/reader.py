@@ -7,6 +7,7 @@ so that the copy from one overlaps the read into the other.
 Reads happen in file order, in several threads if the rank has spare cores.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -19,7 +20,7 @@ import torch
 from zero_sft.checkpoint.file_identity import FileIdentity, require_unchanged
 from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.errors import CheckpointError
-from zero_sft.plan.plan import ReadItem
+from zero_sft.plan.plan import SCATTER_BYTES, ReadItem
 from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.storage.pages import Pages
@@ -27,8 +28,8 @@ from zero_sft.storage.pages import Pages
 Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 """(rows, cols) of quantised numbers, a grid of scales with one element per block, a dtype → (rows, cols) of that dtype."""
 
-STAGING_BYTES = 8 * 2**20
-"""Bytes of a staging buffer, at least the plan's `SCATTER_BYTES`. A thread that stages reads has one or two buffers."""
+STAGING_BYTES = SCATTER_BYTES
+"""Bytes of a staging buffer, which holds any scattered read of a plan. A thread that stages reads has one or two buffers."""
 
 _CHUNK_BYTES = 32 * 2**20  # bytes per read: large enough to stream, small enough for threads to share a large tensor
 
@@ -86,13 +87,17 @@ def _files(read: ReadItem) -> Iterator[str]:
 
 
 def _work(fill: _Fill, queue: Iterator[ReadItem]) -> None:
-    """Do one thread's work: take reads from the queue until it is empty."""
+    """Do one thread's work: take reads from the queue until it is empty. An error empties it for all threads."""
     worker = _Worker(fill)
-    for piece in queue:
-        worker.run(piece)
-        if fill.advance is not None:
-            fill.advance(piece.total_nbytes)
-    worker.finish()
+    try:
+        for piece in queue:
+            worker.run(piece)
+            if fill.advance is not None:
+                fill.advance(piece.total_nbytes)
+        worker.finish()
+    except BaseException:
+        collections.deque(queue, maxlen=0)  # the other threads end after their present read, and the rank reports at once
+        raise
 
 
 @contextlib.contextmanager

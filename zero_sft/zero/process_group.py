@@ -61,7 +61,7 @@ def require_own_device(world: World) -> None:
             "ranks on a node as it has devices, and let every rank see all of them: under SLURM, ask for --gpus-per-node, not "
             "for --gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank.",
             code="cluster.rank_without_device",
-            scope=Scope.THIS_RANK if world.local_rank == count else Scope.UNKNOWN,
+            scope=Scope.THIS_RANK if world.local_rank == count else Scope.UNKNOWN,  # the node's first rank without a device
         )
 
 
