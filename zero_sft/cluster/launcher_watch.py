@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -63,32 +63,35 @@ def watch_launcher() -> None:
     _Watch.thread.start()
 
 
-def find_launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Return the ancestors that start ranks and wait for them; `launch.sh` puts its process id into a variable."""
-    launchers = []
+def find_launchers(ancestors: Sequence[psutil.Process]) -> dict[psutil.Process, str]:
+    """Return the ancestors that start ranks and wait for them, and a description of each.
+
+    `launch.sh` puts its process id into a variable.
+    """
+    launchers = {}
     for process in ancestors:
         with contextlib.suppress(psutil.Error):
-            if is_launcher(process.cmdline()) or str(process.pid) == os.environ.get("ZERO_SFT_LAUNCHER_PID"):
-                launchers.append(process)
+            name = launcher_name(process.cmdline())
+            if name is None and str(process.pid) == os.environ.get("ZERO_SFT_LAUNCHER_PID"):
+                name = "launch.sh"
+            if name is not None:
+                launchers[process] = f"process {process.pid}, {name}"
     return launchers
 
 
-def is_launcher(command: Sequence[str]) -> bool:
-    """Return True for the command line of a program that starts ranks, possibly behind options of the interpreter."""
-    if not command:
-        return False
-    if Path(command[0]).name in _PROGRAMS:
-        return True
-    words = list(command[1:])
-    if not Path(command[0]).name.startswith("python"):
-        return False
-    while words and words[0].startswith("-"):
-        option = words.pop(0)
-        if option == "-m":
-            return bool(words) and words[0] in _MODULES
-        if option in ("-X", "-W"):
-            words = words[1:]
-    return bool(words) and Path(words[0]).name in _PROGRAMS
+def launcher_name(command: Sequence[str]) -> str | None:
+    """Return the program or module of a command line if it starts ranks. It may stand behind options of the interpreter."""
+    words = list(command)
+    if words and Path(words[0]).name.startswith("python"):
+        words.pop(0)
+        while words and words[0].startswith("-"):
+            option = words.pop(0)
+            if option == "-m":
+                return words[0] if words and words[0] in _MODULES else None
+            if option in ("-X", "-W"):
+                words = words[1:]
+    name = Path(words[0]).name if words else ""
+    return name if name in _PROGRAMS else None
 
 
 def leave(status: int) -> None:
@@ -115,8 +118,7 @@ def _handled_by_thread(_number: int, _frame: FrameType | None) -> None:
     """Do nothing: a Python handler must be set for the interpreter to write to the wakeup descriptor."""
 
 
-def _watch(launchers: Sequence[psutil.Process], receiver: socket.socket) -> None:
-    descriptions = {process: _describe(process) for process in launchers}
+def _watch(launchers: Mapping[psutil.Process, str], receiver: socket.socket) -> None:
     while True:
         readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
         for number in receiver.recv(64) if readable else b"":
@@ -125,15 +127,7 @@ def _watch(launchers: Sequence[psutil.Process], receiver: socket.socket) -> None
                 leave(128 + number)
         ended = next((process for process in launchers if not is_alive(process)), None)
         if ended is not None:
-            if failure_report.report_orphan(descriptions[ended]):
+            if failure_report.report_orphan(launchers[ended]):
                 leave(1)
             time.sleep(LEAVING_SECONDS)
             leave(1)  # this rank was already ending, but has not finished
-
-
-def _describe(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        words = process.cmdline()
-        name = next((word for word in words if Path(word).name in _PROGRAMS or word in _MODULES), words[0])
-        return f"process {process.pid}, {Path(name).name}"
-    return f"process {process.pid}"

@@ -94,7 +94,5 @@ def _core_share(cpus: str, node_cpus: Sequence[str]) -> int:
     """
     masks = [int(rank_cpus, 16) for rank_cpus in node_cpus]
     rank_mask = int(cpus, 16)
-    if all(mask == rank_mask for mask in masks):
-        return max(1, rank_mask.bit_count() // len(masks))
     cores = [core for core in range(rank_mask.bit_length()) if rank_mask >> core & 1]
     return max(1, int(sum(1 / sum(mask >> core & 1 for mask in masks) for core in cores) + 1e-9))

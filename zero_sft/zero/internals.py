@@ -18,7 +18,6 @@ TESTED = ("0.19.8",)
 
 _INIT_METHODS = {
     "_post_init_method": ["self", "module"],
-    "_zero_init_param": ["self", "param"],
     "_convert_to_deepspeed_param": ["self", "param"],
 }
 
