@@ -53,7 +53,7 @@ class ShardedInit(Init):
         self._convert_to_deepspeed_param(param)
         dtype = self.dtype if param.is_floating_point() else param.dtype
         shards.replace_contents(param, torch.empty(0, dtype=dtype, device=self.local_device))  # it leaves the meta device
-        shards.attach(param, torch.empty(0, dtype=dtype), PartitionedParamStatus.NOT_AVAILABLE)
+        shards.attach(param, torch.empty(0, dtype=dtype, device="cpu"), PartitionedParamStatus.NOT_AVAILABLE)
         param.ds_numel_aligned = param.ds_tensor.ds_numel * shards.num_partitions(param)
         param.ds_status = ZeroParamStatus.NOT_AVAILABLE
         param.ds_sharded_init = self
