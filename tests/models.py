@@ -95,6 +95,18 @@ def assert_equal(model, reference, cast: torch.dtype | None = None, trainable: d
     assert model.training == reference.training
 
 
+def gather_full(param: torch.nn.Parameter) -> torch.Tensor:
+    """Return a copy of the full parameter, gathered from all ranks. Every rank; communicates."""
+    from zero_sft.zero import shards
+
+    if shards.is_gathered(param):
+        return param.detach().clone()
+    param.all_gather_coalesced([param]).wait()
+    copy = param.detach().clone()
+    param.partition(param_list=[param])
+    return copy
+
+
 def require_async_io() -> None:
     """Skip the test if DeepSpeed's NVMe operator can't be compiled."""
     from deepspeed.ops.op_builder import AsyncIOBuilder

@@ -1,5 +1,8 @@
 """zero_sft: load models under DeepSpeed ZeRO-3 shard by shard, and fine-tune them.
 
+Docstrings say who calls a function. "Every rank": all ranks, at the same point of the program, which is why it may communicate.
+"Any rank": each rank for itself; it never waits for other ranks.
+
 This module holds only the public API. Names are imported on first use, so that importing the package imports neither torch
 nor DeepSpeed.
 """

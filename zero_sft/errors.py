@@ -5,11 +5,22 @@ stays the same when the message changes. Every message says what was expected, w
 ranks and processes, an error is sent as its class name, message and codes.
 """
 
+import enum
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 from zero_sft.printable import printable
+
+_TOKEN = re.compile(r"\bhf_\w{4,}")
+
+
+class Scope(enum.Enum):
+    """The ranks that have an error, which decides which of them reports it."""
+
+    THIS_RANK = "only the rank that raises it, which reports it"
+    ALL_RANKS = "all ranks, which raise it together; rank 0 reports it"
+    UNKNOWN = "probably all ranks; rank 0 reports it, or another rank if rank 0 does not have it"
 
 
 class ZeroSftError(Exception):
@@ -17,21 +28,17 @@ class ZeroSftError(Exception):
 
     Control characters in the message are escaped, since it may quote a file name or text from the data.
 
-    `rank_local`: only this rank has the error, so this rank reports it. `collective`: all ranks raise the error together, so
-    rank 0 reports it.
-
     Args:
         code: the kind of the error, `topic.what_is_wrong`. Only torch's DataLoader omits it, when it recreates the error of a
             worker process from the message.
         listed: the codes of the problems that the message lists, if there are several.
+        scope: the ranks that have the error.
     """
 
-    rank_local = False
-    collective = False
-
-    def __init__(self, message: str, *, code: str = "", listed: Iterable[str] = ()) -> None:
+    def __init__(self, message: str, *, code: str = "", listed: Iterable[str] = (), scope: Scope = Scope.UNKNOWN) -> None:
         super().__init__(printable(message))
         self.codes = (code, *listed)
+        self.scope = scope
 
     def __reduce__(self) -> Any:
         return _restore, (type(self), str(self), self.codes)
@@ -60,9 +67,6 @@ class ZeroSftError(Exception):
 def without_tokens(text: str) -> str:
     """Mask access tokens of the hub, which messages of other libraries may quote."""
     return _TOKEN.sub("hf_***", text)
-
-
-_TOKEN = re.compile(r"\bhf_\w{4,}")
 
 
 def _restore(cls: type[ZeroSftError], message: str, codes: Sequence[str]) -> ZeroSftError:

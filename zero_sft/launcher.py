@@ -21,7 +21,6 @@ import os
 import re
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -232,16 +231,13 @@ def _writing(script: Path) -> Iterator[None]:
 
 def _write_atomically(target: Path, content: bytes, mode: int) -> None:
     """Write a file atomically, because the launcher may start at any moment."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), mode)
+        temporary.write_bytes(content)
+        temporary.chmod(mode)
         temporary.replace(target)
-    except BaseException:
-        temporary.unlink()
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.errors import error_codes
-from zero_sft.cluster.launcher_watch import is_launcher
+from zero_sft.cluster.launcher_watch import launcher_name
 
 CHILD = """
 import os, signal, sys, time
@@ -38,7 +38,7 @@ BODY
     ],
 )
 def test_launchers(command):
-    assert is_launcher(command.split())
+    assert launcher_name(command.split())
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_launchers(command):
     ],
 )
 def test_what_may_end_before_its_ranks(command):
-    assert not is_launcher(command.split())
+    assert launcher_name(command.split()) is None
 
 
 def run(body: str) -> subprocess.CompletedProcess:

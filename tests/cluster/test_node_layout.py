@@ -75,7 +75,7 @@ def test_the_hosts_decide_whatever_the_launcher_says():
 @pytest.mark.world_size(3)
 def test_one_rank_of_a_node_speaks():
     world = connect(World.detect())
-    claims = all_gather_json(world, failure._claim())
+    claims = all_gather_json(world, failure._claim_report())
     assert sorted(claims) == [False, False, True]
 
 
@@ -84,4 +84,4 @@ def test_one_host_speaks():
     """Two hosts of one rank each, whose boards say nothing of each other: the store of the ranks does."""
     world = connect(World.detect())
     failure.set_board(dataclasses.replace(world, node_leaders=(0, 1)), None)
-    assert sorted(all_gather_json(world, failure._claim())) == [False, True]
+    assert sorted(all_gather_json(world, failure._claim_report())) == [False, True]

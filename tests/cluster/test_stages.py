@@ -52,10 +52,10 @@ def test_disagreement_names_keys_and_ranks():
 def test_what_a_stage_tells_travels_with_its_end():
     world = World.detect()
     connect(world)
-    with collective_stage(world, "counting") as stage:
-        stage.local = {"rank": world.rank}
-        stage.must_match = ("config", {"a": 1})
-    assert stage.gathered == [{"rank": rank} for rank in range(world.world_size)]
+    with collective_stage(world, "counting") as exchange:
+        exchange.local = {"rank": world.rank}
+        exchange.must_match = ("config", {"a": 1})
+    assert exchange.gathered == [{"rank": rank} for rank in range(world.world_size)]
 
 
 @pytest.mark.world_size(3)
@@ -63,13 +63,13 @@ def test_a_stage_whose_ranks_differ():
     world = World.detect()
     connect(world)
     with raises("cluster.ranks_disagree", "config", "a: 1 on rank 0, 2; 7 on rank 1"):
-        with collective_stage(world, "reading") as stage:
-            stage.must_match = ("config", {"a": 7 if world.rank == 1 else 1})
+        with collective_stage(world, "reading") as exchange:
+            exchange.must_match = ("config", {"a": 7 if world.rank == 1 else 1})
     with raises("checkpoint.broken", "rank 2 of 3 while reading"):  # the failure is more informative than the difference
-        with collective_stage(world, "reading") as stage:
+        with collective_stage(world, "reading") as exchange:
             if world.rank == 2:
                 raise CheckpointError("broken", code="checkpoint.broken")
-            stage.must_match = ("config", {"a": world.rank})
+            exchange.must_match = ("config", {"a": world.rank})
 
 
 def test_a_dead_rank_is_told_from_a_slow_one(monkeypatch):

@@ -156,7 +156,6 @@ def test_after_training_through_the_engine(llama, tmp_path):
     import deepspeed
 
     from zero_sft import load_model, save_pretrained
-    from zero_sft.zero.gather_hooks import gather_full
 
     ds = models.zero3(train_micro_batch_size_per_gpu=1, optimizer={"type": "Adam", "params": {"lr": 0.01, "torch_adam": True}})
     model = load_model(str(llama), ds_config=ds)
@@ -165,7 +164,7 @@ def test_after_training_through_the_engine(llama, tmp_path):
     for _ in range(2):
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
-    expected = {name: gather_full(param) for name, param in engine.module.named_parameters()}
+    expected = {name: models.gather_full(param) for name, param in engine.module.named_parameters()}
     save_pretrained(engine, tmp_path / "out")
     from safetensors.torch import load_file
 

@@ -144,7 +144,7 @@ def test_a_tokenizer_config_that_both_open():
 def test_the_tokenizer_keeps_what_the_model_can_read(tmp_path):
     """The length is the base's, where a run has set its own; the padding side is the run's."""
     from zero_sft.saving.settings import _write_tokenizer
-    from zero_sft.tokenizer.base_config import keep_base_config
+    from zero_sft.tokenizer.serialize import keep_base_config
 
     config = models.tiny_config("llama", max_position_embeddings=8192)
     cases = {

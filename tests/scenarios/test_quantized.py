@@ -54,12 +54,11 @@ def ragged(request, tmp_path):
 @pytest.mark.world_size(1, 3)
 def test_blocks_cut_short_at_the_edges(ragged):
     from zero_sft import load_model
-    from zero_sft.zero.gather_hooks import gather_full
 
     folder, plain, (rows, cols) = ragged
     model = load_model(str(folder), ds_config=models.zero3(bf16=False), dtype="float32", verify=True)
     for name, param in model.named_parameters():
-        got = gather_full(param)
+        got = models.gather_full(param)
         if name in model.load_report.dequantized_keys:
             weight, scales = quantised.quantise(plain[name], (rows, cols))
             spread = scales.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: weight.shape[0], : weight.shape[1]]

@@ -18,8 +18,6 @@ class LateQueue:
 
     def copy(self, place, elements, strides):
         self.queued.append((place, elements, strides))
-
-    def mark(self):
         return LateEvent(self, len(self.queued))
 
 

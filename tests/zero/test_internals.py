@@ -12,7 +12,7 @@ def llama(tmp_path):
     return models.save_tiny("llama", tmp_path / "llama")
 
 
-@pytest.mark.parametrize("name", ["_post_init_method", "_zero_init_param", "_convert_to_deepspeed_param", "_aligned_size"])
+@pytest.mark.parametrize("name", ["_post_init_method", "_convert_to_deepspeed_param"])
 def test_a_moved_deepspeed_internal_is_named(monkeypatch, name):
     from deepspeed.runtime.zero.partition_parameters import Init
 

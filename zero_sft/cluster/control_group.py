@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from zero_sft import errors
-from zero_sft.cluster import failure_report as failure
-from zero_sft.cluster.node_board import NodeBoard, open_board
+from zero_sft.cluster import failure_report
+from zero_sft.cluster.node_board import open_board
 from zero_sft.cluster.node_layout import describe_rank, place_in_layout
 from zero_sft.cluster.world import World
 
@@ -72,14 +72,8 @@ def init_control_group(world: World, devices: str, *, owns_default_group: bool) 
     if _control.world is None:
         ranks = all_gather_json(world, describe_rank(world, devices))
         _control.world = place_in_layout(world, ranks)
-        failure.set_board(_control.world, _open_board(_control.world))
+        failure_report.set_board(_control.world, open_board(_control.world, all_gather_json))
     return _control.world
-
-
-def _open_board(world: World) -> NodeBoard | None:
-    leader = world.node_leader
-    node_ranks = [rank for rank, rank_leader in enumerate(world.node_leaders) if rank_leader == leader]
-    return open_board(leader, world.rank, node_ranks, lambda value: all_gather_json(world, value))
 
 
 def control_group() -> Any:
@@ -109,27 +103,22 @@ def all_gather_bytes(world: World, payload: bytes) -> list[bytes]:
     if world.world_size == 1:
         return [payload]
     # A short payload is sent together with its length: one round instead of two.
-    head = torch.zeros(_SHORT_BYTES, dtype=torch.uint8)
-    head[:8] = torch.frombuffer(bytearray(len(payload).to_bytes(8, "little")), dtype=torch.uint8)
-    if 0 < len(payload) <= _SHORT_BYTES - 8:
-        head[8 : 8 + len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-    heads = _all_gather(head, world)
-    sizes = [int.from_bytes(head[:8].numpy().tobytes(), "little") for head in heads]
+    heads = _all_gather(world, len(payload).to_bytes(8, "little") + payload[: _SHORT_BYTES - 8], _SHORT_BYTES)
+    sizes = [int.from_bytes(head[:8], "little") for head in heads]
     longest = max(sizes)
     if longest <= _SHORT_BYTES - 8:
-        return [head[8 : 8 + size].numpy().tobytes() for head, size in zip(heads, sizes, strict=True)]
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
-    return [gathered[:size].numpy().tobytes() for gathered, size in zip(_all_gather(padded, world), sizes, strict=True)]
+        return [head[8 : 8 + size] for head, size in zip(heads, sizes, strict=True)]
+    return [padded[:size] for padded, size in zip(_all_gather(world, payload, longest), sizes, strict=True)]
 
 
-def _all_gather(local: torch.Tensor, world: World) -> list[torch.Tensor]:
-    """Return the tensor of every rank, in rank order; all have the same size. Every rank; communicates."""
+def _all_gather(world: World, payload: bytes, nbytes: int) -> list[bytes]:
+    """Return the payload of every rank, padded to `nbytes`, in rank order. Every rank; communicates."""
+    global _bytes_sent
+    local = _byte_tensor(payload.ljust(nbytes, b"\0"))
     received = [torch.empty_like(local) for _ in range(world.world_size)]
     dist.all_gather(received, local, group=control_group())
-    global _bytes_sent
-    _bytes_sent += local.numel() * (world.world_size - 1)
-    return received
+    _bytes_sent += nbytes * (world.world_size - 1)
+    return [tensor.numpy().tobytes() for tensor in received]
 
 
 def broadcast_bytes(world: World, payload: bytes | None) -> bytes:
@@ -139,14 +128,18 @@ def broadcast_bytes(world: World, payload: bytes | None) -> bytes:
         return payload or b""
     size = torch.tensor([len(payload or b"")], dtype=torch.int64)
     dist.broadcast(size, 0, group=control_group())
-    data = torch.empty(int(size), dtype=torch.uint8)
-    if payload:
-        data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    if int(size):
-        dist.broadcast(data, 0, group=control_group())
+    nbytes = int(size)
     if world.is_main:
-        _bytes_sent += (int(size) + 8) * (world.world_size - 1)
+        _bytes_sent += (nbytes + 8) * (world.world_size - 1)
+    if nbytes == 0:
+        return b""
+    data = _byte_tensor(payload or bytes(nbytes))
+    dist.broadcast(data, 0, group=control_group())
     return data.numpy().tobytes()
+
+
+def _byte_tensor(payload: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
 
 
 def all_gather_json(world: World, value: Any) -> list[Any]:

@@ -66,7 +66,7 @@ def _with_free_port(parse_args: Any) -> Any:
         hostfile = getattr(parsed, "hostfile", "")
         is_one_machine = not any(Path(name).is_file() for name in (hostfile, _JOB_HOSTFILE) if name)
         if is_one_machine and (not is_port_given or not _is_free(parsed.master_port)):
-            port = _free_port()
+            port = free_port()
             if is_port_given:
                 sys.stderr.write(f"deepspeed: the master port {parsed.master_port} is taken, so this job takes {port}\n")
             parsed.master_port = port
@@ -83,7 +83,8 @@ def _is_free(port: int) -> bool:
     return False
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

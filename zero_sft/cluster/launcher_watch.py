@@ -1,8 +1,8 @@
 """End a rank when its launcher ends or a signal arrives, even in the middle of a collective.
 
-On one node, DeepSpeed's `deepspeed` command does not forward SIGTERM, SIGINT and SIGHUP, so its child and the ranks would go on
-training. A thread in each rank watches the launchers among the rank's ancestors. nohup, setsid, srun, ssh, or a shell that ends
-change nothing.
+The ranks would go on training after a launcher that was killed. DeepSpeed's `deepspeed` command leaves them behind on SIGTERM,
+SIGINT and SIGHUP as well, unless it is our shim (`zero_sft.launcher`). So a thread in each rank watches the launchers among the
+rank's ancestors. nohup, setsid, srun, ssh, or a shell that ends change nothing.
 
 Python handles a signal between two instructions of the main thread, which may wait in native code for other ranks for a long
 time. The thread receives the signal immediately (`signal.set_wakeup_fd`).
@@ -16,13 +16,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster import failure_report
+from zero_sft.cluster.node_board import is_alive
 
 POLL_SECONDS = 1.0
 
@@ -55,39 +56,42 @@ def watch_launcher() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             if signal.getsignal(number) is signal.SIG_DFL:  # SIGHUP is ignored under nohup
-                signal.signal(number, _leave_to_thread)
+                signal.signal(number, _handled_by_thread)
         signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_forget_in_child)
     _Watch.thread = threading.Thread(target=_watch, args=(launchers, receiver), name="zero_sft-watch", daemon=True)
     _Watch.thread.start()
 
 
-def find_launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Return the ancestors that start ranks and wait for them; `launch.sh` puts its process id into a variable."""
-    launchers = []
+def find_launchers(ancestors: Sequence[psutil.Process]) -> dict[psutil.Process, str]:
+    """Return the ancestors that start ranks and wait for them, and a description of each.
+
+    `launch.sh` puts its process id into a variable.
+    """
+    launchers = {}
     for process in ancestors:
         with contextlib.suppress(psutil.Error):
-            if is_launcher(process.cmdline()) or str(process.pid) == os.environ.get("ZERO_SFT_LAUNCHER_PID"):
-                launchers.append(process)
+            name = launcher_name(process.cmdline())
+            if name is None and str(process.pid) == os.environ.get("ZERO_SFT_LAUNCHER_PID"):
+                name = "launch.sh"
+            if name is not None:
+                launchers[process] = f"process {process.pid}, {name}"
     return launchers
 
 
-def is_launcher(command: Sequence[str]) -> bool:
-    """Return True for the command line of a program that starts ranks, possibly behind options of the interpreter."""
-    if not command:
-        return False
-    if Path(command[0]).name in _PROGRAMS:
-        return True
-    words = list(command[1:])
-    if not Path(command[0]).name.startswith("python"):
-        return False
-    while words and words[0].startswith("-"):
-        option = words.pop(0)
-        if option == "-m":
-            return bool(words) and words[0] in _MODULES
-        if option in ("-X", "-W"):
-            words = words[1:]
-    return bool(words) and Path(words[0]).name in _PROGRAMS
+def launcher_name(command: Sequence[str]) -> str | None:
+    """Return the program or module of a command line if it starts ranks. It may stand behind options of the interpreter."""
+    words = list(command)
+    if words and Path(words[0]).name.startswith("python"):
+        words.pop(0)
+        while words and words[0].startswith("-"):
+            option = words.pop(0)
+            if option == "-m":
+                return words[0] if words and words[0] in _MODULES else None
+            if option in ("-X", "-W"):
+                words = words[1:]
+    name = Path(words[0]).name if words else ""
+    return name if name in _PROGRAMS else None
 
 
 def leave(status: int) -> None:
@@ -106,39 +110,24 @@ def _forget_in_child() -> None:
     """Restore default signal handling in a forked child (a DataLoader worker), which has no watching thread."""
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
-        if signal.getsignal(number) is _leave_to_thread:
+        if signal.getsignal(number) is _handled_by_thread:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _leave_to_thread(_number: int, _frame: FrameType | None) -> None:
+def _handled_by_thread(_number: int, _frame: FrameType | None) -> None:
     """Do nothing: a Python handler must be set for the interpreter to write to the wakeup descriptor."""
 
 
-def _watch(launchers: Sequence[psutil.Process], receiver: socket.socket) -> None:
-    descriptions = {process: _describe(process) for process in launchers}
+def _watch(launchers: Mapping[psutil.Process, str], receiver: socket.socket) -> None:
     while True:
         readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
         for number in receiver.recv(64) if readable else b"":
-            is_handled_here = number in _SIGNALS and signal.getsignal(number) is _leave_to_thread
-            if is_handled_here and failure.report_signal(signal.Signals(number).name):
+            is_handled_here = number in _SIGNALS and signal.getsignal(number) is _handled_by_thread
+            if is_handled_here and failure_report.report_signal(signal.Signals(number).name):
                 leave(128 + number)
-        ended = next((process for process in launchers if not _is_running(process)), None)
+        ended = next((process for process in launchers if not is_alive(process)), None)
         if ended is not None:
-            if failure.report_orphan(descriptions[ended]):
+            if failure_report.report_orphan(launchers[ended]):
                 leave(1)
             time.sleep(LEAVING_SECONDS)
             leave(1)  # this rank was already ending, but has not finished
-
-
-def _is_running(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def _describe(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        words = process.cmdline()
-        name = next((word for word in words if Path(word).name in _PROGRAMS or word in _MODULES), words[0])
-        return f"process {process.pid}, {Path(name).name}"
-    return f"process {process.pid}"

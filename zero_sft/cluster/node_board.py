@@ -9,13 +9,14 @@ import fcntl
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-_SHARED_MEMORY = Path("/dev/shm")
+from zero_sft.cluster.node_layout import SHARED_MEMORY
+from zero_sft.cluster.world import World
 
 
 class NodeBoard:
@@ -23,10 +24,10 @@ class NodeBoard:
 
     Args:
         path: a file of one byte, shared by all ranks of the node.
-        processes: rank → (process id, start time), for the ranks of the node.
+        processes: the process of each rank of the node.
     """
 
-    def __init__(self, path: Path, processes: dict[int, tuple[int, float]]) -> None:
+    def __init__(self, path: Path, processes: dict[int, psutil.Process]) -> None:
         self._file = path.open("r+b")
         self._memory = mmap.mmap(self._file.fileno(), 1)
         self._processes = processes
@@ -48,44 +49,36 @@ class NodeBoard:
 
     def dead_ranks(self) -> dict[int, int]:
         """Return rank → process id for the ranks of the node that have ended."""
-        return {rank: pid for rank, (pid, started) in self._processes.items() if not _is_alive(pid, started)}
+        return {rank: process.pid for rank, process in self._processes.items() if not is_alive(process)}
 
 
-def describe_process() -> tuple[int, float]:
-    """Return (process id, start time) of this process, for `NodeBoard`."""
-    process = psutil.Process()
-    return process.pid, process.create_time()
+def is_alive(process: psutil.Process) -> bool:
+    """Return True if the process, and not a later one with its id, is running."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
-def _is_alive(pid: int, started: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def open_board(leader: int, rank: int, node_ranks: Sequence[int], exchange: Callable[[Any], list[Any]]) -> NodeBoard | None:
+def open_board(world: World, all_gather: Callable[[World, Any], list[Any]]) -> NodeBoard | None:
     """Open the board of this rank's node; None if its ranks can't see each other's files. Every rank; communicates.
 
     Args:
-        leader: the rank that creates the file.
-        node_ranks: the ranks on this node, including `rank`.
-        exchange: an all-gather of JSON values, in rank order.
+        world: the world with its node layout.
+        all_gather: `all_gather_json`.
     """
-    path = None
-    if rank == leader:
+    path, leader = None, world.node_leader
+    if world.leads_node:
         with contextlib.suppress(OSError):
-            handle, name = tempfile.mkstemp(prefix="zero_sft-board-", dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None)
+            handle, name = tempfile.mkstemp(prefix="zero_sft-board-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
             os.write(handle, b"\0")
             os.close(handle)
             path = Path(name)
-    gathered = exchange([str(path or ""), *describe_process()])
-    processes = {node_rank: (int(gathered[node_rank][1]), float(gathered[node_rank][2])) for node_rank in node_ranks}
+    paths, pids = zip(*all_gather(world, [str(path or ""), os.getpid()]), strict=True)
     board = None
-    with contextlib.suppress(OSError, ValueError):
-        board = NodeBoard(Path(gathered[leader][0]), processes) if gathered[leader][0] else None
-    exchange(None)  # every rank has opened the file
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        node_ranks = [rank for rank, rank_leader in enumerate(world.node_leaders) if rank_leader == leader]
+        board = NodeBoard(Path(paths[leader]), {rank: psutil.Process(pids[rank]) for rank in node_ranks})
+    all_gather(world, None)  # every rank has opened the file
     if path is not None:
         path.unlink(missing_ok=True)
     return board

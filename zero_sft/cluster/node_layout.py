@@ -15,8 +15,10 @@ from typing import Any
 from zero_sft import errors
 from zero_sft.cluster.world import World
 
+SHARED_MEMORY = Path("/dev/shm")
+"""The folder in which the ranks of a node exchange files."""
+
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 def describe_rank(world: World, devices: str) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def describe_rank(world: World, devices: str) -> dict[str, Any]:
 
 def _host_identity() -> str:
     boot = _BOOT.read_text().strip() if _BOOT.is_file() else ""
-    memory = _SHARED_MEMORY.stat().st_dev if _SHARED_MEMORY.is_dir() else ""
+    memory = SHARED_MEMORY.stat().st_dev if SHARED_MEMORY.is_dir() else ""
     return f"{boot} {socket.gethostname()} {memory}"
 
 
@@ -92,7 +94,5 @@ def _core_share(cpus: str, node_cpus: Sequence[str]) -> int:
     """
     masks = [int(rank_cpus, 16) for rank_cpus in node_cpus]
     rank_mask = int(cpus, 16)
-    if all(mask == rank_mask for mask in masks):
-        return max(1, rank_mask.bit_count() // len(masks))
     cores = [core for core in range(rank_mask.bit_length()) if rank_mask >> core & 1]
     return max(1, int(sum(1 / sum(mask >> core & 1 for mask in masks) for core in cores) + 1e-9))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster import failure_report
 from zero_sft.cluster.launcher_watch import watch_launcher
 from zero_sft.cluster.world import World
 
@@ -13,14 +13,14 @@ def run_rank(body: Callable[[World], None]) -> int:
     The rank ends when its launcher ends or on SIGTERM, even while `body` waits for other ranks.
     """
     watch_launcher()
-    failure.begin_job(World())
+    failure_report.begin_job(World())
     try:
         world = World.detect()
-        failure.begin_job(world)
+        failure_report.begin_job(world)
         body(world)
     except KeyboardInterrupt:
-        return failure.report_interrupt()
+        return failure_report.report_interrupt()
     except Exception as error:  # noqa: BLE001 - one rank reports it, whatever it is
-        return failure.report_failure(error)
-    failure.end_job()
+        return failure_report.report_failure(error)
+    failure_report.mark_succeeded()
     return 0

@@ -6,8 +6,8 @@ ranks hold the same values. Both use the control group (`control_group.py`), whi
 
 import contextlib
 import datetime
+import hashlib
 import json
-import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,10 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from zero_sft import errors
-from zero_sft.cluster import failure_report as failures
+from zero_sft.cluster import failure_report
 from zero_sft.cluster.control_group import all_gather_json, control_group
 from zero_sft.cluster.world import World
-
-logger = logging.getLogger(__name__)
+from zero_sft.errors import Scope
 
 T = TypeVar("T")
 
@@ -30,7 +29,7 @@ STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @dataclass(slots=True)
-class StageResult:
+class StageExchange:
     """Values that ranks exchange at the end of a `collective_stage`.
 
     Attributes:
@@ -46,7 +45,7 @@ class StageResult:
 
 
 @contextlib.contextmanager
-def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[StageResult]:
+def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAGE_TIMEOUT) -> Iterator[StageExchange]:
     """Run a stage that may fail on any rank; all ranks pass or raise together. Every rank; communicates at the end.
 
     Code inside must not communicate, because a failing rank leaves the stage early. All ranks raise the error of the lowest
@@ -56,31 +55,32 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
     Raises:
         ZeroSftError: on every rank, if a rank failed or did not finish the stage within `timeout`.
     """
-    with failures.stage(name):
-        yield from _collective_stage(world, name, timeout)
-
-
-def _collective_stage(world: World, name: str, timeout: datetime.timedelta) -> Iterator[StageResult]:
-    failure: Exception | None = None
-    result = StageResult()
-    try:
-        yield result
-    except Exception as error:  # noqa: BLE001 - the other ranks must learn of any failure
-        failure = error
-    if world.world_size == 1:
-        if failure is not None:
+    exchange, failure = StageExchange(), None
+    with failure_report.stage(name):
+        try:
+            yield exchange
+        except Exception as error:  # noqa: BLE001 - the other ranks must learn of any failure
+            failure = error
+        if world.world_size > 1:
+            _end_together(world, name, timeout, exchange, failure)
+        elif failure is not None:
             raise failure
-        result.gathered = [result.local]
-        return
+        else:
+            exchange.gathered = [exchange.local]
+
+
+def _end_together(
+    world: World, name: str, timeout: datetime.timedelta, exchange: StageExchange, failure: Exception | None
+) -> None:
     _await_all(name, timeout)
     report = None if failure is None else [type(failure).__name__, str(failure), *getattr(failure, "codes", ())]
-    digest = result.must_match and _digest(result.must_match[1])
-    gathered = all_gather_json(world, [report, result.local, digest])
-    reports, result.gathered, digests = (list(column) for column in zip(*gathered, strict=True))
+    digest = exchange.must_match and _digest(exchange.must_match[1])
+    gathered = all_gather_json(world, [report, exchange.local, digest])
+    reports, exchange.gathered, digests = (list(column) for column in zip(*gathered, strict=True))
     failed = [rank for rank, report in enumerate(reports) if report is not None]
     if not failed:
-        if result.must_match:
-            _require_identical(world, *result.must_match, digests)
+        if exchange.must_match:
+            _require_identical(world, *exchange.must_match, digests)
         return
     kind, message, *codes = reports[failed[0]]
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
@@ -112,11 +112,8 @@ def _await_all(stage: str, timeout: datetime.timedelta) -> None:
 def _recreate(kind: str, message: str, codes: Sequence[str]) -> errors.ZeroSftError:
     cls = getattr(errors, kind, None)
     if isinstance(cls, type) and issubclass(cls, errors.ZeroSftError):
-        error = cls(message, code=codes[0], listed=codes[1:])
-    else:
-        error = errors.DistributedError(f"{kind}: {message}", code="cluster.rank_failed")
-    error.collective = True
-    return error
+        return cls(message, code=codes[0], listed=codes[1:], scope=Scope.ALL_RANKS)
+    return errors.DistributedError(f"{kind}: {message}", code="cluster.rank_failed", scope=Scope.ALL_RANKS)
 
 
 def run_stage(
@@ -154,8 +151,6 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(_canonical(values), sort_keys=True).encode()).hexdigest()
 
 
@@ -172,9 +167,8 @@ def _require_identical(world: World, what: str, values: Mapping[str, Any], diges
         if len(variants) > 1:
             shown = "; ".join(f"{text[:200]} on rank {', '.join(map(str, ranks))}" for text, ranks in variants.items())
             lines.append(f"  {key}: {shown}")
-    error = errors.DistributedError(
+    raise errors.DistributedError(
         f"the ranks disagree about the {what}:\n" + "\n".join(lines) + "\nGive every rank the same files and arguments.",
         code="cluster.ranks_disagree",
+        scope=Scope.ALL_RANKS,
     )
-    error.collective = True
-    raise error

@@ -112,17 +112,14 @@ _DEEPSPEED = _Variables(rank="RANK", world_size=("WORLD_SIZE",), local_rank="LOC
 _TORCHRUN = _Variables(
     rank="RANK", world_size=("WORLD_SIZE",), local_rank="LOCAL_RANK", local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 )
-_OPEN_MPI = _Variables(
-    rank="OMPI_COMM_WORLD_RANK",
-    world_size=("OMPI_COMM_WORLD_SIZE",),
-    local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
-    local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
-)
-_MVAPICH = _Variables(
-    rank="MV2_COMM_WORLD_RANK",
-    world_size=("MV2_COMM_WORLD_SIZE",),
-    local_rank="MV2_COMM_WORLD_LOCAL_RANK",
-    local_world_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
+_OPEN_MPI, _MVAPICH = (
+    _Variables(
+        rank=f"{prefix}_RANK",
+        world_size=(f"{prefix}_SIZE",),
+        local_rank=f"{prefix}_LOCAL_RANK",
+        local_world_size=(f"{prefix}_LOCAL_SIZE",),
+    )
+    for prefix in ("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
 )
 _HYDRA = _Variables(
     rank="PMI_RANK", world_size=("PMI_SIZE",), local_rank="MPI_LOCALRANKID", local_world_size=("MPI_LOCALNRANKS",)

@@ -185,19 +185,19 @@ def _check_output_folder(
     checkpoint = agree_on_checkpoint(
         training["resume_from_checkpoint"], output_dir, world, ds.config, bf16=ds.is_true("bf16.enabled")
     )
-    with collective_stage(world, "checking the data and the output folder") as stage:
+    with collective_stage(world, "checking the data and the output folder") as exchange:
         if world.is_main:
             require_outputs_outside((*sources.training, *(sources.evaluation or ())), output_dir)
             require_sources(sources.training)
             require_sources(sources.evaluation or (), to_evaluate=True)
-            stage.local = require_no_former_run(
+            exchange.local = require_no_former_run(
                 output_dir,
                 checkpoint and checkpoint.folder,
                 overwrite=training.get("overwrite_output_dir", False),
                 model=parsed.model.model_name_or_path,
             )
     check_writing(output_dir, world)
-    return checkpoint, stage.gathered[0]
+    return checkpoint, exchange.gathered[0]
 
 
 def _read_config(

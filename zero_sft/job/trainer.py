@@ -17,7 +17,7 @@ from zero_sft.data.collator import Collator
 from zero_sft.data.mixture import sampling_seed
 from zero_sft.data.packing import is_flash
 from zero_sft.data.tokenize import IGNORE_INDEX
-from zero_sft.errors import DataError
+from zero_sft.errors import DataError, Scope
 from zero_sft.job.checkpoints import SavingTrainer
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
 from zero_sft.transformers_internals import configured_attention
@@ -83,9 +83,7 @@ class JobTrainer(SavingTrainer):
                 yield self._without_padding_samples(batch, rows, size, self.args.dataloader_drop_last)
         except DataError as error:
             message = str(error).rpartition("DataError: ")[2].strip()  # without the traceback of a worker process
-            local_error = DataError(message, code=error.code or "data.unusable_sample")
-            local_error.rank_local = self.args.world_size > 1
-            raise local_error from None
+            raise DataError(message, code=error.code or "data.unusable_sample", scope=Scope.THIS_RANK) from None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute TRL's loss, and count the tokens of all rows of a packed batch. Every rank; communicates.

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from zero_sft import transformers_internals
 from zero_sft.checkpoint.index import build_index, find_checkpoint_files
 from zero_sft.checkpoint.scaled import ScaledTensor
-from zero_sft.cluster.stages import StageResult, collective_stage
+from zero_sft.cluster.stages import StageExchange, collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.quantized import dequantize, quantizer_for
@@ -247,7 +247,7 @@ class Stopwatch:
         self.seconds = time.perf_counter() - self._start
 
     @contextlib.contextmanager
-    def collective(self, name: str, title: str) -> Iterator[StageResult]:
+    def collective(self, name: str, title: str) -> Iterator[StageExchange]:
         """Time the body, a `collective_stage`, and show its progress under `title`. Every rank; communicates at the end."""
         with collective_stage(self._world, title) as exchange, progress.task(title), self.phase(name):
             yield exchange

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from zero_sft.checkpoint.index import CheckpointIndex
+from zero_sft.cluster.node_layout import SHARED_MEMORY
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
@@ -30,8 +31,6 @@ from zero_sft.plan.regions import identity_regions
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.zero import shards
-
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointIndex) -> tuple[dict[str, torch.Tensor], int]:
@@ -124,7 +123,7 @@ def shared(tensors: Mapping[str, torch.Tensor] | None, names: Sequence[str], wor
 
 def _new_file(nbytes: int) -> Path:
     """Create a file in shared memory, or on disk if shared memory is too small."""
-    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > 2 * nbytes
-    handle, name = tempfile.mkstemp(prefix="zero_sft-", dir=_SHARED_MEMORY if has_room else None)
+    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2 * nbytes
+    handle, name = tempfile.mkstemp(prefix="zero_sft-", dir=SHARED_MEMORY if has_room else None)
     os.close(handle)
     return Path(name)

@@ -72,13 +72,13 @@ def save_pretrained(
             require_readable(inner, state)
     layout = _choose_layout(inner, state, max_file_bytes, world)
     with contextlib.ExitStack() as cleanup:
-        with collective_stage(world, f"preparing {target}") as stage, explain_write_errors(target):
-            stage.must_match = ("files of the export", {"layout": layout.digest()})
+        with collective_stage(world, f"preparing {target}") as exchange, explain_write_errors(target):
+            exchange.must_match = ("files of the export", {"layout": layout.digest()})
             if world.is_main:
                 staging = make_staging(target)
                 cleanup.callback(shutil.rmtree, staging.folder, ignore_errors=True)
-                stage.local = staging.reference
-        staging = find_staging(target, stage.gathered[0])
+                exchange.local = staging.reference
+        staging = find_staging(target, exchange.gathered[0])
         with collective_stage(world, f"preparing {target}"), explain_write_errors(target):
             if world.is_main:
                 _prepare(staging.folder, layout.files, inner, tokenizer)
@@ -94,9 +94,9 @@ def _choose_layout(
     model: PreTrainedModel, state: Mapping[str, torch.Tensor], max_file_bytes: int, world: World
 ) -> "ExportLayout":
     """Choose the published format if all ranks can write it, else the model's names. Every rank; communicates."""
-    with collective_stage(world, "laying out the export") as stage:
-        published, stage.local = published_layout(model, state, max_file_bytes)
-    reason = next((reason for reason in stage.gathered if reason is not None), None)
+    with collective_stage(world, "laying out the export") as exchange:
+        published, exchange.local = published_layout(model, state, max_file_bytes)
+    reason = next((reason for reason in exchange.gathered if reason is not None), None)
     if reason is None and published is not None:
         return published
     logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)

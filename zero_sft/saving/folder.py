@@ -173,12 +173,12 @@ def check_writing(path: str | Path, world: World) -> None:
         ExportError: the folder can't be made or written, or is not visible on every node.
     """
     with contextlib.ExitStack() as stack:
-        with collective_stage(world, "checking the output folder") as stage:
+        with collective_stage(world, "checking the output folder") as exchange:
             if world.is_main:
                 for leftover in _leftover_stagings(path):
                     logger.warning("%s was left by a run that did not end well: move what you need, and remove it", leftover)
-                stage.local = stack.enter_context(writable_staging(path)).reference
-        staging = find_staging(path, stage.gathered[0])
+                exchange.local = stack.enter_context(writable_staging(path)).reference
+        staging = find_staging(path, exchange.gathered[0])
         with collective_stage(world, "writing to the output folder"), explain_write_errors(path):
             if world.leads_node:
                 if not staging.folder.is_dir():

@@ -33,11 +33,11 @@ def agree_on_checkpoint(
     """
     if wanted is None or wanted is False:
         return None
-    with collective_stage(world, "looking at the checkpoint") as stage:
+    with collective_stage(world, "looking at the checkpoint") as exchange:
         if world.is_main:
             checkpoint = find_checkpoint(wanted, output_dir, world.world_size, ds_config, bf16)
-            stage.local = asdict(checkpoint) | {"folder": str(checkpoint.folder)}
-    found = stage.gathered[0]
+            exchange.local = asdict(checkpoint) | {"folder": str(checkpoint.folder)}
+    found = exchange.gathered[0]
     checkpoint = TrainerCheckpoint(**found | {"folder": Path(found["folder"])})
     with collective_stage(world, "looking at the checkpoint"):
         for path in checkpoint.files_of(world.rank):

@@ -20,8 +20,8 @@ from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.generation_config import write_generation_config
 from zero_sft.rope import readable_tokens, text_config
 from zero_sft.saving.older_readers import older_tokenizer_config, with_older_keys
-from zero_sft.tokenizer.base_config import base_config
 from zero_sft.tokenizer.fingerprint import encodings
+from zero_sft.tokenizer.serialize import base_config
 from zero_sft.transformers_internals import internal
 
 logger = logging.getLogger(__name__)

@@ -42,17 +42,15 @@ class CopyQueue:
         self._stream = self._accelerator.Stream(device=device)
         self._stream.wait_stream(self._accelerator.current_stream(device.index))  # it may still be zeroing the destinations
 
-    def copy(self, place: torch.Tensor, elements: torch.Tensor, strides: Sequence[int]) -> None:
+    def copy(self, place: torch.Tensor, elements: torch.Tensor, strides: Sequence[int]) -> Any:
         """Queue a copy of the flat `elements`, seen with `strides`, to `place`. Casting and scattering happen on the device.
 
-        `elements` must not change until the event of the next `mark` has completed.
+        Returns:
+            An event. `elements` must not change until it has completed.
         """
         with self._accelerator.stream(self._stream):
             on_device = elements.to(place.device, non_blocking=True)
             place.copy_(on_device.as_strided(place.shape, strides))
-
-    def mark(self) -> Any:
-        """Record an event that completes after all copies queued so far."""
         event = self._accelerator.Event()
         event.record(self._stream)
         return event

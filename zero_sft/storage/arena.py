@@ -5,6 +5,7 @@ anonymous memory from the kernel. It is zeroed, so padding needs no work, and it
 (`pages.py`). Every shard starts on a 512-byte boundary, which suits vectorised kernels, O_DIRECT and NCCL.
 """
 
+import itertools
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,12 +36,8 @@ def allocate(slots: Sequence[ArenaSlot]) -> Mapping[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for (dtype, device, pinned), members in groups.items():
         step = max(1, ALIGNMENT_BYTES // dtype.itemsize)
-        starts: list[int] = []
-        total = 0
-        for slot in members:
-            starts.append(total)
-            total += -(-slot.numel // step) * step
-        block = _block(total, dtype, device, pinned)
+        starts = list(itertools.accumulate((-(-slot.numel // step) * step for slot in members), initial=0))
+        block = _block(starts.pop(), dtype, device, pinned)
         for slot, start in zip(members, starts, strict=True):
             tensors[slot.name] = _non_view(block, start, slot.numel)
     return tensors

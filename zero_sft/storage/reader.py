@@ -29,7 +29,7 @@ Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 """(rows, cols) of quantised numbers, a grid of scales with one element per block, a dtype → (rows, cols) of that dtype."""
 
 STAGING_BYTES = SCATTER_BYTES
-"""Bytes of a staging buffer: the longest scattered read fits. A thread that stages reads has one or two buffers."""
+"""Bytes of a staging buffer, which holds any scattered read of a plan. A thread that stages reads has one or two buffers."""
 
 _CHUNK_BYTES = 32 * 2**20  # bytes per read: large enough to stream, small enough for threads to share a large tensor
 
@@ -58,17 +58,19 @@ def fill(
     with contextlib.ExitStack() as stack:
         paths = dict.fromkeys(path for read in reads for path in _files(read))
         handles = {path: stack.enter_context(opened(path, identities.get(path))) for path in paths}
-        job = _Job(handles=handles, destinations=destinations, dequantize=dequantize, advance=advance)
-        pieces = [piece for read in reads for piece in _pieces(read)]
+        shared = _Fill(handles=handles, destinations=destinations, dequantize=dequantize, advance=advance)
+        queue = iter([piece for read in reads for piece in _pieces(read)])
         if threads <= 1:
-            _work(job, iter(pieces))
-        else:
-            _work_in_threads(job, pieces, threads)
+            _work(shared, queue)
+        else:  # next() on an iterator is atomic under the GIL, so the threads share it in file order
+            with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
+                for future in [pool.submit(_work, shared, queue) for _ in range(threads)]:
+                    future.result()
     return sum(read.total_nbytes for read in reads)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
+class _Fill:
     """The state that all threads of one `fill` share."""
 
     handles: Mapping[str, int]
@@ -84,25 +86,18 @@ def _files(read: ReadItem) -> Iterator[str]:
         yield read.scales.file
 
 
-def _work_in_threads(job: _Job, pieces: Sequence[ReadItem], threads: int) -> None:
-    queue = iter(pieces)  # next() on an iterator is atomic under the GIL, so the threads share it in file order
-    with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        for future in [pool.submit(_work, job, queue) for _ in range(threads)]:
-            future.result()
-
-
-def _work(job: _Job, queue: Iterator[ReadItem]) -> None:
-    """Do one thread's work: take reads from the queue until it is empty. A failure empties it, so that all threads stop."""
-    worker = _Worker(job)
+def _work(fill: _Fill, queue: Iterator[ReadItem]) -> None:
+    """Do one thread's work: take reads from the queue until it is empty. An error empties it for all threads."""
+    worker = _Worker(fill)
     try:
         for piece in queue:
             worker.run(piece)
-            if job.advance is not None:
-                job.advance(piece.total_nbytes)
+            if fill.advance is not None:
+                fill.advance(piece.total_nbytes)
+        worker.finish()
     except BaseException:
-        collections.deque(queue, maxlen=0)
+        collections.deque(queue, maxlen=0)  # the other threads end after their present read, and the rank reports at once
         raise
-    worker.finish()
 
 
 @contextlib.contextmanager
@@ -144,8 +139,8 @@ def _pieces(read: ReadItem) -> Iterator[ReadItem]:
 class _Worker:
     """One reading thread and its staging buffers, which are allocated on first use."""
 
-    def __init__(self, job: _Job) -> None:
-        self._job = job
+    def __init__(self, fill: _Fill) -> None:
+        self._fill = fill
         self._staging: list[torch.Tensor] = []
         self._queue: CopyQueue | None = None
         self._copied: list[Any] = [None, None]  # for each buffer, the event after which it may be overwritten
@@ -153,21 +148,23 @@ class _Worker:
 
     def run(self, read: ReadItem) -> None:
         """Carry out one read: in place, or through a buffer if it is cast, scattered or copied to a device."""
-        dtype = TORCH_DTYPES[read.dtype]
+        dtype, destination = TORCH_DTYPES[read.dtype], self._fill.destinations[read.target]
+        place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
         if read.scales is not None:
-            self._read_scaled(read, read.scales, dtype)
-            return
-        if not read.is_contiguous:
-            self._read_scattered(read, dtype)
-            return
-        destination = self._job.destinations[read.target].narrow(0, read.start, read.nbytes // dtype.itemsize)
-        if not is_on_device(destination) and destination.dtype == dtype:
-            self._read_in_place(read, destination.view(torch.uint8))
-            return
-        step = STAGING_BYTES // dtype.itemsize
-        for start in range(0, destination.numel(), step):
-            part = destination.narrow(0, start, min(step, destination.numel() - start))
-            self._read_staged(read, part, dtype, start * dtype.itemsize)
+            place.copy_(self._read_scaled(read, read.scales, dtype, destination.dtype))
+        elif not read.is_contiguous:
+            self._read_staged(read, place, dtype, 0, read.nbytes)
+        elif not is_on_device(place) and place.dtype == dtype:
+            view = bytes_view(place)
+            for part in self._fill.pages.parts(place.view(torch.uint8)):
+                self._read_at(read.file, view[part], read.offset_bytes + part.start, read.target)
+        else:
+            step = STAGING_BYTES // dtype.itemsize
+            for start in range(0, place.numel(), step):
+                part = place.narrow(0, start, min(step, place.numel() - start))
+                if not is_on_device(part):
+                    self._fill.pages.make_present(part)
+                self._read_staged(read, part, dtype, start * dtype.itemsize, part.numel() * dtype.itemsize)
 
     def finish(self) -> None:
         """Wait for the copies to the device that have not completed."""
@@ -175,62 +172,43 @@ class _Worker:
             if event is not None:
                 event.synchronize()
 
-    def _read_in_place(self, read: ReadItem, into: torch.Tensor) -> None:
-        view = bytes_view(into)
-        for part in self._job.pages.parts(into):
-            self._read_at(read.file, view[part], read.offset_bytes + part.start, read.target)
-
-    def _read_scattered(self, read: ReadItem, dtype: torch.dtype) -> None:
-        destination = self._job.destinations[read.target]
-        buffer = self._buffer(destination)[: read.nbytes]
-        self._read(read, buffer, 0)
-        self._copy(_place(read, destination), buffer.view(dtype), read.source_strides)
-
-    def _read_scaled(self, read: ReadItem, scales: ScaleRows, dtype: torch.dtype) -> None:
+    def _read_scaled(self, read: ReadItem, scales: ScaleRows, stored: torch.dtype, dtype: torch.dtype) -> torch.Tensor:
         """Read a range of a quantised weight and its scales, and dequantise it row of blocks by row of blocks.
 
         The range is placed in complete rows; elements outside of it are zero.
         """
-        destination = self._job.destinations[read.target]
         rows = -(-(scales.skip + read.nbytes) // scales.width)
         padded = -(-scales.width // scales.block_cols) * scales.block_cols
         flat = torch.zeros(rows * scales.width, dtype=torch.uint8)
-        self._read(read, flat.narrow(0, scales.skip, read.nbytes), 0)
+        self._read_at(read.file, bytes_view(flat.narrow(0, scales.skip, read.nbytes)), read.offset_bytes, read.target)
         weight = torch.zeros(rows, padded, dtype=torch.uint8)
         weight[:, : scales.width] = flat.view(rows, scales.width)
-        weight = weight.view(dtype)
+        weight = weight.view(stored)
         grid = torch.empty(scales.nbytes, dtype=torch.uint8)
         self._read_at(scales.file, bytes_view(grid), scales.offset_bytes, read.target)
         grid = grid.view(TORCH_DTYPES[scales.dtype]).view(-1, scales.columns)
-        assert self._job.dequantize is not None, "reads with scales need `dequantise`"
-        result = torch.empty(rows, scales.width, dtype=destination.dtype)
+        assert self._fill.dequantize is not None, "reads with scales need `dequantise`"
+        result = torch.empty(rows, scales.width, dtype=dtype)
         row = 0
         for block_row in range(len(grid)):
             end = min(rows, (block_row + 1) * scales.block_rows - scales.first_row)
-            part = self._job.dequantize(weight[row:end], grid[block_row : block_row + 1], destination.dtype)
+            part = self._fill.dequantize(weight[row:end], grid[block_row : block_row + 1], dtype)
             result[row:end] = part[:, : scales.width]
             row = end
-        elements = result.view(-1).narrow(0, scales.skip, read.nbytes)
-        elements = elements.as_strided(read.sizes, read.source_strides, elements.storage_offset())
-        _place(read, destination).copy_(elements)
+        return result.view(-1).as_strided(read.sizes, read.source_strides, scales.skip)
 
-    def _read_staged(self, read: ReadItem, part: torch.Tensor, dtype: torch.dtype, skip_bytes: int) -> None:
-        buffer = self._buffer(part)[: part.numel() * dtype.itemsize]
-        self._read(read, buffer, skip_bytes)
-        if not is_on_device(part):
-            self._job.pages.make_present(part)
-        self._copy(part, buffer.view(dtype), (1,))
+    def _read_staged(self, read: ReadItem, place: torch.Tensor, stored: torch.dtype, skip_bytes: int, nbytes: int) -> None:
+        """Read into the current buffer, copy its elements to their place, then switch to the other buffer.
 
-    def _copy(self, place: torch.Tensor, elements: torch.Tensor, strides: Sequence[int]) -> None:
-        """Copy elements from the current buffer to their place, then switch to the other buffer.
-
-        A copy to a device is asynchronous: its event is recorded, and the buffer is overwritten only after that event.
+        A copy to a device is asynchronous: the buffer is overwritten only after the event that the copy returns.
         """
+        buffer = self._buffer(place)[:nbytes]
+        self._read_at(read.file, bytes_view(buffer), read.offset_bytes + skip_bytes, read.target)
+        elements = buffer.view(stored)
         if self._queue is not None and is_on_device(place):
-            self._queue.copy(place, elements, strides)
-            self._copied[self._turn] = self._queue.mark()
+            self._copied[self._turn] = self._queue.copy(place, elements, read.source_strides)
         else:
-            place.copy_(elements.as_strided(place.shape, strides))
+            place.copy_(elements.as_strided(place.shape, read.source_strides))
         self._turn = 1 - self._turn
 
     def _buffer(self, place: torch.Tensor) -> torch.Tensor:
@@ -246,16 +224,12 @@ class _Worker:
             event.synchronize()
         return self._staging[self._turn]
 
-    def _read(self, read: ReadItem, into: torch.Tensor, skip_bytes: int) -> None:
-        """Fill the byte tensor `into` with the bytes of `read` from `skip_bytes` on."""
-        self._read_at(read.file, bytes_view(into), read.offset_bytes + skip_bytes, read.target)
-
     def _read_at(self, file: str, view: memoryview, offset_bytes: int, target: str) -> None:
         position = 0
         while position < len(view):
             offset = offset_bytes + position
             try:
-                count = os.preadv(self._job.handles[file], [view[position:]], offset)
+                count = os.preadv(self._fill.handles[file], [view[position:]], offset)
             except OSError as error:
                 raise CheckpointError(
                     f"{file} can't be read at byte {offset} (for {target}): {error.strerror}. Check its disk or network.",
@@ -268,8 +242,3 @@ class _Worker:
                     code="checkpoint.truncated_while_read",
                 )
             position += count
-
-
-def _place(read: ReadItem, destination: torch.Tensor) -> torch.Tensor:
-    """Return a view of the flat destination, of the read's sizes, that the read's elements fill."""
-    return destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)

@@ -31,19 +31,14 @@ class TokenizerSpec:
     """The settings with which a tokenizer is set up. `name` is the model's, for messages."""
 
     name: str
-    trust_remote_code: bool
+    options: HubOptions
     model_max_length: int
     padding_side: str
 
     @classmethod
     def of(cls, source: ModelSource, model_max_length: int, padding_side: str) -> "TokenizerSpec":
         """Make the spec for a located model."""
-        return cls(
-            name=source.name,
-            trust_remote_code=source.options.trust_remote_code,
-            model_max_length=model_max_length,
-            padding_side=padding_side,
-        )
+        return cls(name=source.name, options=source.options, model_max_length=model_max_length, padding_side=padding_side)
 
     def check(self) -> None:
         """Raise `ArgumentError` if a setting is out of range."""
@@ -61,7 +56,7 @@ class TokenizerSpec:
     def prepare(self, source: ModelSource) -> SerializedTokenizer:
         """Set the tokenizer up and serialize it. Rank 0, on any thread; does not communicate."""
         folder = fetch_files(source, World(), TOKENIZER)
-        tokenizer = set_up(folder, source.options, self.model_max_length, self.padding_side)
+        tokenizer = set_up(folder, self.options, self.model_max_length, self.padding_side)
         return tokenizer, serialize(tokenizer, folder.name)
 
 
@@ -86,12 +81,7 @@ def load_tokenizer(
         ArgumentError: an argument is out of range.
     """
     (hub,) = read_keywords(options, HubOptions, function=load_tokenizer)
-    spec = TokenizerSpec(
-        name=model_name_or_path,
-        trust_remote_code=hub.trust_remote_code,
-        model_max_length=model_max_length,
-        padding_side=padding_side,
-    )
+    spec = TokenizerSpec(name=model_name_or_path, options=hub, model_max_length=model_max_length, padding_side=padding_side)
     world = connect(World.detect())
     return broadcast_tokenizer(world, spec, lambda: spec.prepare(locate_model_alone(model_name_or_path, hub)))
 
@@ -118,13 +108,13 @@ def broadcast_tokenizer(
         if world.is_main:
             original, serialized = prepared()
     serialized = broadcast_bytes(world, serialized)
+    has_code = spec.options.trust_remote_code
 
     def rebuild() -> PreTrainedTokenizerBase:
-        tokenizer = deserialize(serialized, spec.name, trust_remote_code=spec.trust_remote_code)
+        tokenizer = deserialize(serialized, spec.name, trust_remote_code=has_code)
         check_faithful(original, tokenizer)
         return tokenizer
 
-    main_first = spec.trust_remote_code
-    tokenizer = run_stage(world, "rebuilding the tokenizer", rebuild, main_first=main_first)
+    tokenizer = run_stage(world, "rebuilding the tokenizer", rebuild, main_first=has_code)
     require_identical(world, "tokenizer", fingerprint(tokenizer))
     return tokenizer

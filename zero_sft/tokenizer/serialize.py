@@ -16,9 +16,27 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from zero_sft.errors import TokenizerError
-from zero_sft.tokenizer.base_config import base_config, keep_base_config
 from zero_sft.tokenizer.fingerprint import fingerprint
 from zero_sft.transformers_internals import set_tokenizer_backend
+
+_BASE_CONFIG = "_zero_sft_base_config"
+"""Attribute of a tokenizer that holds the settings of its model's `tokenizer_config.json` that an export restores.
+
+A run sets another length. transformers renames the tokenizer's class and drops `legacy`, on which the ids of a Llama tokenizer
+after a special token depend.
+"""
+
+_BASE_KEYS = ("tokenizer_class", "model_max_length", "add_bos_token", "add_eos_token", "legacy")
+
+
+def keep_base_config(tokenizer: Any, config: Mapping[str, Any]) -> None:
+    """Keep the settings that an export needs; `config` is the content of a `tokenizer_config.json`."""
+    setattr(tokenizer, _BASE_CONFIG, {name: config[name] for name in _BASE_KEYS if name in config})
+
+
+def base_config(tokenizer: Any) -> Mapping[str, Any]:
+    """Return the kept settings; empty for a tokenizer that this package has not set up."""
+    return getattr(tokenizer, _BASE_CONFIG, {})
 
 
 def serialize(tokenizer: PreTrainedTokenizerBase, label: str) -> bytes:

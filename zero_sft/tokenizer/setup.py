@@ -20,8 +20,8 @@ from zero_sft.checkpoint.folder_kind import first_placeholder
 from zero_sft.errors import TokenizerError, ZeroSftError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER
-from zero_sft.tokenizer.base_config import keep_base_config
 from zero_sft.tokenizer.fingerprint import PROBES
+from zero_sft.tokenizer.serialize import keep_base_config
 from zero_sft.transformers_internals import set_tokenizer_backend
 
 logger = logging.getLogger(__name__)

@@ -191,7 +191,8 @@ def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
         return []
     problems = [_no_such_key(f"optimizer.{key}") for key in section if key not in _OPTIMIZER_SECTION]
     kind, params = section.get("type"), section.get("params") or {}
-    if not isinstance(kind, str) or optimizer_class(kind) is None:
+    cls = optimizer_class(kind) if isinstance(kind, str) else None
+    if cls is None:
         from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
         names = ", ".join(sorted({*DEEPSPEED_OPTIMIZERS} - {"muadam", "muadamw", "musgd"}))
@@ -201,10 +202,10 @@ def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     if "max_grad_norm" in params:
         message = "optimizer.params.max_grad_norm: DeepSpeed refuses it. Set gradient_clipping at the top level of the config."
         problems.append(ConfigError(message, code="ds_config.max_grad_norm"))
-    known_settings = {*_parameters(optimizer_class(kind)), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
+    known_settings = {*_parameters(cls), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
     known_settings |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
     return problems + [
-        _no_such_setting(f"optimizer.params.{name}", kind, sorted(_parameters(optimizer_class(kind))))
+        _no_such_setting(f"optimizer.params.{name}", kind, sorted(_parameters(cls)))
         for name in params
         if name not in known_settings and name != "max_grad_norm"
     ]

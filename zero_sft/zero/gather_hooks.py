@@ -11,20 +11,22 @@ order, since each forward communicates.
 # DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 from torch import nn
 
 from zero_sft.zero import shards
 
-_HANDLES = "_zero_sft_gather_hooks"
+_HANDLES, _GATHERED = "_zero_sft_gather_hooks", "_zero_sft_gathered"
+"""Attributes of a module: the handles of its hooks, and for each forward that has not ended the parameters gathered for it."""
+
+SMALL_BYTES = 2 * 2**30
+"""A model up to this size may be gathered in full on every rank for a while."""
 
 
 def install_gather_hooks(model: nn.Module) -> None:
@@ -49,27 +51,18 @@ def _before(module: nn.Module, args: Any) -> None:
         for param in module.parameters(recurse=False)
         if shards.is_sharded(param) and param.ds_status == ZeroParamStatus.NOT_AVAILABLE
     ]
-    for group in _by_secondary(gathered):
-        group[0].all_gather_coalesced(group).wait()
-    module.__dict__.setdefault("_zero_sft_gathered", []).append(gathered)
+    for has_secondary in (False, True):  # with hpZ, a copy inside the node is gathered instead, in a call without the others
+        group = [param for param in gathered if (param.ds_secondary_tensor is not None) == has_secondary]
+        if group:
+            group[0].all_gather_coalesced(group).wait()
+    module.__dict__.setdefault(_GATHERED, []).append(gathered)
 
 
 def _after(module: nn.Module, args: Any, output: Any) -> None:
-    stack = module.__dict__.get("_zero_sft_gathered")
+    stack = module.__dict__.get(_GATHERED)
     gathered = stack.pop() if stack else []
     if gathered:
         gathered[0].partition(param_list=gathered)
-
-
-def _by_secondary(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Group parameters by their source: with hpZ, those with a copy inside the node gather from there, others from all ranks.
-
-    One all-gather call must not mix the two.
-    """
-    groups: dict[bool, list[nn.Parameter]] = {}
-    for param in params:
-        groups.setdefault(param.ds_secondary_tensor is not None, []).append(param)
-    return list(groups.values())
 
 
 def _patch_engine_start() -> None:
@@ -87,10 +80,6 @@ def _patch_engine_start() -> None:
     DeepSpeedZeRoOffload.setup_zero_stage3_hooks = setup_zero_stage3_hooks
 
 
-SMALL_BYTES = 2 * 2**30
-"""A model up to this size may be gathered in full on every rank for a while."""
-
-
 def is_small(model: nn.Module) -> bool:
     """True if the full model takes at most `SMALL_BYTES`, and no parameter is on NVMe, where DeepSpeed has few swap buffers."""
     if any(getattr(param, "nvme_swapper", None) is not None for param in model.parameters()):
@@ -98,24 +87,9 @@ def is_small(model: nn.Module) -> bool:
     return sum(math.prod(shards.full_shape(param)) * param.element_size() for param in model.parameters()) <= SMALL_BYTES
 
 
-@contextlib.contextmanager
-def summon_full_params(model: nn.Module) -> Iterator[None]:
+def summon_full_params(model: nn.Module) -> AbstractContextManager[None]:
     """Keep a small model gathered, so that many forwards need only one gather; do nothing for a large model.
 
     Every rank; communicates.
     """
-    if not is_small(model):
-        yield
-        return
-    with GatheredParameters(list(model.parameters())):
-        yield
-
-
-def gather_full(param: nn.Parameter) -> torch.Tensor:
-    """Return a copy of the full parameter, gathered from all ranks. Every rank; communicates."""
-    if not shards.is_sharded(param) or param.ds_status == ZeroParamStatus.AVAILABLE:
-        return param.detach().clone()
-    param.all_gather_coalesced([param]).wait()
-    copy = param.detach().clone()
-    param.partition(param_list=[param])
-    return copy
+    return GatheredParameters(list(model.parameters()), enabled=is_small(model))

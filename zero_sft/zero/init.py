@@ -19,6 +19,8 @@ from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamSt
 from deepspeed.utils import groups
 from torch import nn
 
+from zero_sft.zero import shards
+
 
 class ShardedInit(Init):
     """Context in which one model is built. Every rank; does not communicate.
@@ -50,14 +52,8 @@ class ShardedInit(Init):
         """Turn one parameter into a ZeRO parameter in the partitioned state. It keeps its shape and loses its contents."""
         self._convert_to_deepspeed_param(param)
         dtype = self.dtype if param.is_floating_point() else param.dtype
-        empty = nn.Parameter(torch.empty(0, dtype=dtype, device=self.local_device), requires_grad=param.requires_grad)
-        empty.__dict__.update(param.__dict__)
-        torch.utils.swap_tensors(param, empty)  # keeps the Parameter object, but not on the meta device
-        padded = self._aligned_size(param)
-        param.ds_tensor = torch.empty(0, dtype=dtype, device="cpu")
-        param.ds_tensor.ds_numel = padded // param.ds_zero_partition_world_size
-        param.ds_tensor.status = PartitionedParamStatus.NOT_AVAILABLE
-        param.ds_tensor.final_location = None
-        param.ds_numel_aligned = padded
+        shards.replace_contents(param, torch.empty(0, dtype=dtype, device=self.local_device))  # it leaves the meta device
+        shards.attach(param, torch.empty(0, dtype=dtype, device="cpu"), PartitionedParamStatus.NOT_AVAILABLE)
+        param.ds_numel_aligned = param.ds_tensor.ds_numel * shards.num_partitions(param)
         param.ds_status = ZeroParamStatus.NOT_AVAILABLE
         param.ds_sharded_init = self

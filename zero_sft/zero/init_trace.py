@@ -25,10 +25,6 @@ class InitStep:
     module: nn.Module
     writes: frozenset[str]
 
-    def run(self) -> None:
-        """Initialise the module."""
-        initialize_module(self.owner, self.module)
-
 
 class _WrittenStorages(TorchDispatchMode):
     """Collect the storages that operations write to, directly or through views."""
@@ -61,7 +57,7 @@ def trace_init_writes(model: PreTrainedModel) -> list[InitStep]:
         for owner, module in _visits(model, model):
             written.storages = set()
             try:
-                InitStep(owner=owner, module=module, writes=frozenset()).run()
+                initialize_module(owner, module)
                 writes = {name for storage in written.storages for name in names.get(storage, ())}
             except Exception:  # noqa: BLE001 - code that needs values can raise anything on meta
                 writes = {prefixes[id(module)] + leaf for leaf in (*module._parameters, *module._buffers)}

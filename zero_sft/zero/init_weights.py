@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 import torch
 from transformers import PreTrainedModel
 
-from zero_sft.transformers_internals import internal, is_initialized, mark_initialized
+from zero_sft.transformers_internals import initialize_module, internal, is_initialized, mark_initialized
 from zero_sft.zero import shards
 from zero_sft.zero.init_trace import InitStep, trace_init_writes
 
@@ -125,7 +125,7 @@ def _run_step(step: InitStep, written: Mapping[str, torch.nn.Parameter], loaded:
     unwritten = [param for param in step.module.parameters(recurse=False) if param.is_meta]
     for param in unwritten:
         shards.move_contents(param, torch.device("cpu"))
-    step.run()
+    initialize_module(step.owner, step.module)
     for param in unwritten:
         shards.move_contents(param, torch.device("meta"))
 

@@ -18,9 +18,7 @@ TESTED = ("0.19.8",)
 
 _INIT_METHODS = {
     "_post_init_method": ["self", "module"],
-    "_zero_init_param": ["self", "param"],
     "_convert_to_deepspeed_param": ["self", "param"],
-    "_aligned_size": ["self", "param"],
 }
 
 
@@ -32,23 +30,19 @@ def check() -> None:
     """
     for name, expected in _INIT_METHODS.items():
         method = getattr(Init, name, None)
-        if method is None or list(inspect.signature(method).parameters) != expected:
-            raise UnsupportedVersionError(_moved(f"zero.Init.{name}({', '.join(expected)})"), code="version.deepspeed_moved")
-    if "tensor_overrides" not in inspect.signature(Init.__init__).parameters:
-        raise UnsupportedVersionError(_moved("zero.Init's argument tensor_overrides"), code="version.deepspeed_moved")
-    if not hasattr(DeepSpeedZeRoOffload, "setup_zero_stage3_hooks"):
-        raise UnsupportedVersionError(_moved("DeepSpeedZeRoOffload.setup_zero_stage3_hooks"), code="version.deepspeed_moved")
+        _require(method is not None and _parameters(method) == expected, f"zero.Init.{name}({', '.join(expected)})")
+    _require("tensor_overrides" in _parameters(Init.__init__), "zero.Init's argument tensor_overrides")
+    _require(hasattr(DeepSpeedZeRoOffload, "setup_zero_stage3_hooks"), "DeepSpeedZeRoOffload.setup_zero_stage3_hooks")
 
 
 def operator_builder() -> Any:
-    """Return the class whose `jit_load(self, verbose)` compiles and imports an operator, for `operators.keep_operators_apart`.
+    """Return the class whose `jit_load(self, verbose)` compiles and imports an operator, for `install_operator_builder`.
 
     Raises:
         UnsupportedVersionError: the class lacks a method that this package needs.
     """
     has_methods = all(hasattr(OpBuilder, method) for method in ("jit_load", "sources", "deepspeed_src_path"))
-    if not has_methods or list(inspect.signature(OpBuilder.jit_load).parameters) != ["self", "verbose"]:
-        raise UnsupportedVersionError(_moved("OpBuilder.jit_load(self, verbose)"), code="version.deepspeed_moved")
+    _require(has_methods and _parameters(OpBuilder.jit_load) == ["self", "verbose"], "OpBuilder.jit_load(self, verbose)")
     return OpBuilder
 
 
@@ -66,8 +60,14 @@ def untested() -> str | None:
     return None if version in TESTED else f"deepspeed {version} is untested here; tested: {', '.join(TESTED)}."
 
 
-def _moved(what: str) -> str:
-    return (
-        f"deepspeed {deepspeed.__version__} has moved {what}, which the sharded loader needs; tested: "
-        f"{', '.join(TESTED)}. Install a tested release, or load with --loader stock."
-    )
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _require(is_there: bool, what: str) -> None:
+    if not is_there:
+        raise UnsupportedVersionError(
+            f"deepspeed {deepspeed.__version__} has moved {what}, which the sharded loader needs; tested: "
+            f"{', '.join(TESTED)}. Install a tested release, or load with --loader stock.",
+            code="version.deepspeed_moved",
+        )

@@ -28,6 +28,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import deepspeed
+import psutil
+import torch
+
+from zero_sft.zero.internals import operator_builder
+
 logger = logging.getLogger(__name__)
 
 _BUILDS = "building-"
@@ -57,8 +63,6 @@ def install_operator_builder() -> None:
 
     Call this before DeepSpeed joins the ranks, because its CPU backend loads an operator then. Further calls change nothing.
     """
-    from zero_sft.zero.internals import operator_builder
-
     builder = operator_builder()
     original = builder.jit_load
     if getattr(original, "builds_in_own_folder", False):
@@ -79,7 +83,8 @@ def operators_folder() -> Path:
     It is in `TORCH_EXTENSIONS_DIR` if that is set, else in the user's cache folder. If that can't be written, it is in the
     temporary folder. On a network file system each host has a folder, because `flock` may not work across hosts.
     """
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or _cache_home() / "zero_sft" / "operators").expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "zero_sft" / "operators").expanduser()
     try:
         folder = root / _environment(network=_file_system(root) not in _LOCAL_FILE_SYSTEMS)
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,19 +110,12 @@ def _private_temporary_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="zero_sft-"))
 
 
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
 @functools.cache
 def _environment(network: bool) -> str:
     """Return a folder name from everything but the sources that a compiled operator depends on: versions, paths, processor.
 
     The name of the host is included if the folder is on a network file system.
     """
-    import deepspeed
-    import torch
-
     parts = [
         sys.version, sys.prefix, torch.__version__, torch.__file__, str(torch.version.cuda), str(torch.version.hip),
         deepspeed.__version__, deepspeed.__file__, platform.machine(), _processor(),
@@ -140,16 +138,11 @@ def _processor() -> str:
 
 def _file_system(path: Path) -> str:
     """Return the type of the file system that holds `path`, which need not exist; "" if the kernel does not report it."""
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    kind, longest = "", -1
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            before, _, after = line.partition(" - ")
-            mount = before.split()[4].replace("\\040", " ")
-            is_inside = existing.resolve().is_relative_to(mount)
-            if is_inside and len(mount) >= longest:
-                kind, longest = after.split()[0], len(mount)
-    return kind
+        mounted = {partition.mountpoint: partition.fstype for partition in psutil.disk_partitions(all=True)}
+        folders = map(str, (path.resolve(), *path.resolve().parents))
+        return next((mounted[folder] for folder in folders if folder in mounted), "")
+    return ""
 
 
 def _load(builder: Any, original: Callable[..., Any], verbose: bool) -> Any:

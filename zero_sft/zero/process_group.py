@@ -14,12 +14,12 @@ import psutil
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from zero_sft import errors
 from zero_sft.cluster.control_group import init_control_group
+from zero_sft.cluster.deepspeed_command import free_port
+from zero_sft.cluster.node_layout import SHARED_MEMORY
 from zero_sft.cluster.world import World
-from zero_sft.zero.devices import require_own_device
+from zero_sft.errors import ConfigError, Scope
 from zero_sft.zero.operators import install_operator_builder
-from zero_sft.zero.shared_memory import unlink_shared_memory
 
 
 def connect(world: World) -> World:
@@ -48,16 +48,33 @@ def _devices() -> str:
     return kind if kind == "cpu" else f"{kind} {os.environ.get(accelerator.visible_devices_envs()[0], 'all')}"
 
 
+def require_own_device(world: World) -> None:
+    """Check that this rank sees the device that DeepSpeed will use: the one whose number is its local rank.
+
+    Raises:
+        ConfigError: the rank sees too few devices. Only the first such rank of each node reports it.
+    """
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() != "cpu" and world.local_rank >= (count := accelerator.device_count()):
+        raise ConfigError(
+            f"rank {world.rank} has local rank {world.local_rank}, but sees {count} device{'s' * (count != 1)}. Start as many "
+            "ranks on a node as it has devices, and let every rank see all of them: under SLURM, ask for --gpus-per-node, not "
+            "for --gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank.",
+            code="cluster.rank_without_device",
+            scope=Scope.THIS_RANK if world.local_rank == count else Scope.UNKNOWN,  # the node's first rank without a device
+        )
+
+
 def _start_default_group(world: World) -> None:
     require_own_device(world)
     install_operator_builder()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     if world.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if absent:
-        raise errors.ConfigError(
+        raise ConfigError(
             f"{' and '.join(absent)} not set in the environment, so the ranks can't find each other. Start the job with "
             "./launch.sh, which derives both, or export MASTER_ADDR and MASTER_PORT.",
             code="cluster.no_master_address",
@@ -69,19 +86,30 @@ def _start_default_group(world: World) -> None:
             raise
         raise _port_is_taken(int(os.environ["MASTER_PORT"])) from error
     dist.barrier()
-    unlink_shared_memory(world.rank)
+    _unlink_shared_memory(world.rank)
 
 
-def _port_is_taken(port: int) -> errors.ConfigError:
+def _unlink_shared_memory(rank: int) -> None:
+    """Remove DeepSpeed's file of this rank in shared memory, which every rank has mapped by now.
+
+    On CPU ranks, DeepSpeed's communication backend creates one file of about 69 MB per rank and never removes it. The files are
+    named after the user and the master's address and port, so they accumulate over runs and fill the node's memory. A mapped
+    file can be unlinked: its memory is freed when the last process that maps it ends, however that happens.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        (SHARED_MEMORY / f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink()
+
+
+def _port_is_taken(port: int) -> ConfigError:
     """Make the error of rank 0, the only rank that listens on the master port."""
-    error = errors.ConfigError(
+    return ConfigError(
         f"the master port {port} of {socket.gethostname()} is taken{_listener(port)}. Use another port for this job: "
-        f"--master_port {_free_port()} (with deepspeed, before the module's name), or start it with ./launch.sh and no port: "
+        f"--master_port {free_port()} (with deepspeed, before the module's name), or start it with ./launch.sh and no port: "
         "it chooses a free one.",
         code="cluster.port_taken",
+        scope=Scope.THIS_RANK,
     )
-    error.rank_local = True
-    return error
 
 
 def _listener(port: int) -> str:
@@ -92,9 +120,3 @@ def _listener(port: int) -> str:
                 command = " ".join(psutil.Process(connection.pid).cmdline())
                 return f" by process {connection.pid} ({command[:120]})"
     return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -8,24 +8,14 @@ No function here communicates.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, is_zero_param
 from torch import nn
 
-from zero_sft.plan.partition import FlatRange, shard_range
+from zero_sft.plan.partition import FlatRange, partition_numel, shard_range
 from zero_sft.storage import arena
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardPlacement:
-    """The place where a parameter's shard is kept between its uses."""
-
-    device: torch.device
-    pinned: bool
-    on_nvme: bool
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -38,34 +28,35 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.ds_shape) if is_sharded(tensor) else tuple(tensor.shape)
 
 
+def num_partitions(param: nn.Parameter) -> int:
+    """Return the number of ranks that share a parameter's shards."""
+    return param.ds_zero_partition_world_size
+
+
 def local_range(param: nn.Parameter) -> FlatRange:
     """Return the flat range of `param` that this rank keeps."""
-    return shard_range(param.ds_numel, param.ds_zero_partition_rank, param.ds_zero_partition_world_size)
+    return shard_range(param.ds_numel, param.ds_zero_partition_rank, num_partitions(param))
 
 
-def shard_placement(param: nn.Parameter) -> ShardPlacement:
-    """Return the place where DeepSpeed's offload settings put this parameter's shard."""
-    init = param.ds_sharded_init
+def _arena_slot(name: str, param: nn.Parameter) -> arena.ArenaSlot | None:
+    """Return the arena slot for this parameter's shard, padding included; None if DeepSpeed's settings put it on NVMe."""
+    init, numel = param.ds_sharded_init, param.ds_tensor.ds_numel
     if init.remote_device == OffloadDeviceEnum.nvme:
-        on_nvme = init.param_swapper.swappable_tensor(numel=param.ds_tensor.ds_numel)
-        return ShardPlacement(device=torch.device("cpu"), pinned=init.pin_memory and not on_nvme, on_nvme=on_nvme)
-    device = init.local_device if param.ds_persist else init.remote_device
-    device = torch.device("cpu" if device == OffloadDeviceEnum.cpu else device)
-    return ShardPlacement(device=device, pinned=init.pin_memory and device.type == "cpu", on_nvme=False)
+        if init.param_swapper.swappable_tensor(numel=numel):
+            return None
+        device = torch.device("cpu")
+    else:
+        device = init.local_device if param.ds_persist else init.remote_device
+        device = torch.device("cpu" if device == OffloadDeviceEnum.cpu else device)
+    is_pinned = init.pin_memory and device.type == "cpu"
+    return arena.ArenaSlot(name=name, numel=numel, dtype=param.dtype, device=device, pinned=is_pinned)
 
 
-def _slot(name: str, param: nn.Parameter) -> arena.ArenaSlot:
-    """Return the arena slot for this parameter's shard, padding included."""
-    placement = shard_placement(param)
-    numel = param.ds_tensor.ds_numel
-    return arena.ArenaSlot(name=name, numel=numel, dtype=param.dtype, device=placement.device, pinned=placement.pinned)
-
-
-def attach(param: nn.Parameter, shard: torch.Tensor) -> None:
+def attach(param: nn.Parameter, shard: torch.Tensor, status: PartitionedParamStatus = PartitionedParamStatus.AVAILABLE) -> None:
     """Make `shard` (flat, padded length) the shard of `param`. Its contents may be filled later."""
     shard.requires_grad = False
-    shard.ds_numel = param.ds_tensor.ds_numel
-    shard.status = PartitionedParamStatus.AVAILABLE
+    shard.ds_numel = partition_numel(param.ds_numel, num_partitions(param))
+    shard.status = status
     shard.final_location = None
     param.ds_tensor = shard
 
@@ -76,12 +67,13 @@ def fill_shards(params: Mapping[str, nn.Parameter], fill: Callable[[Mapping[str,
     `fill` receives zeroed flat tensors of padded length, by name. It is called once with all shards that stay in memory, then
     once for each shard on NVMe, which is in a swap buffer that is then written out and released.
     """
-    on_nvme = {name: param for name, param in params.items() if shard_placement(param).on_nvme}
-    memory = arena.allocate([_slot(name, param) for name, param in params.items() if name not in on_nvme])
+    slots = {name: _arena_slot(name, param) for name, param in params.items()}
+    memory = arena.allocate([slot for slot in slots.values() if slot is not None])
     for name, shard in memory.items():
         attach(params[name], shard)
     fill(memory)
-    for name, param in on_nvme.items():
+    for name in [name for name, slot in slots.items() if slot is None]:
+        param = params[name]
         buffer = param.nvme_swapper.get_buffer(param, param.ds_tensor.ds_numel)
         shard = torch.empty(0, dtype=param.dtype, device=buffer.device)
         shard.data = buffer.data
@@ -112,7 +104,7 @@ def current_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 def current_range(param: nn.Parameter) -> FlatRange:
     """Return the flat range of `current_shape` that this rank exports."""
     numel = param.numel() if is_gathered(param) else param.ds_numel
-    return shard_range(numel, param.ds_zero_partition_rank, param.ds_zero_partition_world_size)
+    return shard_range(numel, param.ds_zero_partition_rank, num_partitions(param))
 
 
 @contextlib.contextmanager
@@ -132,22 +124,22 @@ def current_values(param: nn.Parameter) -> Iterator[torch.Tensor]:
         release_shard(param)
 
 
-def num_partitions(param: nn.Parameter) -> int:
-    """Return the number of ranks that share a parameter's shards."""
-    return param.ds_zero_partition_world_size
-
-
 def release_shard(param: nn.Parameter) -> None:
     """Release the swap buffer that `local_shard` may have used."""
     if param.ds_tensor.final_location == OffloadDeviceEnum.nvme:
         param.nvme_swapper.remove_partition_and_release_buffers([param])
 
 
-def move_contents(param: nn.Parameter, device: torch.device) -> None:
-    """Move an unpartitioned parameter to uninitialised memory on `device` (none on meta). The object stays the same."""
-    replacement = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device=device), requires_grad=param.requires_grad)
+def replace_contents(param: nn.Parameter, contents: torch.Tensor) -> None:
+    """Give a parameter other contents. The Parameter object and its attributes stay the same."""
+    replacement = nn.Parameter(contents, requires_grad=param.requires_grad)
     replacement.__dict__.update(param.__dict__)
     torch.utils.swap_tensors(param, replacement)
+
+
+def move_contents(param: nn.Parameter, device: torch.device) -> None:
+    """Move an unpartitioned parameter to uninitialised memory on `device` (none on meta). The object stays the same."""
+    replace_contents(param, torch.empty(param.shape, dtype=param.dtype, device=device))
 
 
 def shards_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
