@@ -6,7 +6,6 @@ device, default dtype, no tying), so the result is the same model, parameter for
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,29 +182,8 @@ def _as_from_pretrained(*around: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _on_meta() -> Iterator[None]:
-    with torch.device("meta"), internal("meta_device_safe_creation_ops")(), _skip_init_on_meta():
+    with torch.device("meta"), internal("meta_device_safe_creation_ops")():
         yield
-
-
-@contextlib.contextmanager
-def _skip_init_on_meta() -> Iterator[None]:
-    """Let torch's initialisers skip tensors on the meta device, which would take half the time of building a model."""
-    originals = {name: function for name, function in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
-
-    def unless_meta(initialiser: Any) -> Any:
-        @functools.wraps(initialiser)
-        def initialise(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return tensor if tensor.is_meta else initialiser(tensor, *args, **kwargs)
-
-        return initialise
-
-    for name, function in originals.items():
-        setattr(nn.init, name, unless_meta(function))
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(nn.init, name, function)
 
 
 @contextlib.contextmanager
