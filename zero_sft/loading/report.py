@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_sft.console.progress import format_bytes
+from zero_sft.printable import with_count
 
 Numbers = Mapping[str, float]
 """The numbers of one rank, as `LoadStats.numbers` returns them."""
@@ -120,7 +121,7 @@ class LoadReport(LoadStats, KeyReport):
 
     def summary(self) -> str:
         """Return the report as a few readable lines, the same on every rank. `print_summary` prints them once."""
-        ranks = f"{self.world_size} rank{'s' * (self.world_size > 1)}"
+        ranks = with_count(self.world_size, "rank")
         lines = [
             f"loaded {self.model} in {self.slowest_seconds:.2f} s: {self.parameters / 1e6:,.1f} M parameters in {self.dtype}, "
             f"sharded over {ranks} ({self.loader} loader)",

@@ -33,6 +33,7 @@ from zero_sft.loading.untraceable import ComputeCosts, fill_untraceable, materia
 from zero_sft.loading.verify import verify
 from zero_sft.plan.partition import full_range
 from zero_sft.plan.plan import ReadItem, plan_reads
+from zero_sft.printable import with_count
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather_hooks as gather
@@ -185,7 +186,7 @@ def _finish(match: CheckpointMatch, request: LoadRequest, world: World) -> tuple
 def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
     parts = left_out_parts(match.resolution.unexpected, match.state)
     if parts:
-        shown = ", ".join(f"{part} ({count} tensor{'s' * (count != 1)})" for part, count in list(parts.items())[:8])
+        shown = ", ".join(f"{part} ({with_count(count, 'tensor')})" for part, count in list(parts.items())[:8])
         more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
         logger.warning(
             "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s%s",

@@ -19,6 +19,7 @@ from zero_sft.cluster.deepspeed_command import free_port
 from zero_sft.cluster.node_layout import SHARED_MEMORY
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError, Scope
+from zero_sft.printable import with_count
 from zero_sft.zero.operators import install_operator_builder
 
 
@@ -57,7 +58,7 @@ def require_own_device(world: World) -> None:
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu" and world.local_rank >= (count := accelerator.device_count()):
         raise ConfigError(
-            f"rank {world.rank} has local rank {world.local_rank}, but sees {count} device{'s' * (count != 1)}. Start as many "
+            f"rank {world.rank} has local rank {world.local_rank}, but sees {with_count(count, 'device')}. Start as many "
             "ranks on a node as it has devices, and let every rank see all of them: under SLURM, ask for --gpus-per-node, not "
             "for --gpus-per-task or --gpu-bind, and don't set CUDA_VISIBLE_DEVICES for each rank.",
             code="cluster.rank_without_device",
