@@ -91,6 +91,7 @@ def test_one_download_a_file_system(folder, tmp_path):
         assert len(hub.requests) == fetched
 
 
+@pytest.mark.slow
 def test_nodes_with_disks_of_their_own(folder, tmp_path):
     """Each node's first rank downloads for its node; tokenizer files come to rank 0 alone."""
     with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), folder)]})) as hub:
@@ -164,6 +165,7 @@ def test_bin_files_where_there_is_nothing_better(folder, tmp_path):
     assert results == expected
 
 
+@pytest.mark.slow
 def test_a_variants_files_alone_are_fetched(folder, tmp_path):
     repository = tmp_path / "variant"
     shutil.copytree(folder, repository)

@@ -60,6 +60,7 @@ def test_a_split_is_downloaded_once_and_found_again(repo):
     assert len(list((repo / "home" / "datasets" / "zero_sft").iterdir())) == 4  # two splits, each packed, too
 
 
+@pytest.mark.slow
 def test_another_commit_is_other_data(repo):
     history = [(standin.commit_hash("1"), repo / "repo")]
     with standin.serve(standin.Hub({REPO: history})) as hub:

@@ -62,6 +62,7 @@ def test_a_run_that_is_resumed_within_an_epoch_goes_on_alike(folder, sampling, c
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_run_is_that_of_its_steps_on_all_ranks(folder):
     """This includes runs whose last steps would not be logged."""
     short = {"packing": False, "max_steps": 3}
