@@ -119,7 +119,7 @@ def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
         inputs.source,
         world,
         ds_config=inputs.arguments.hf_deepspeed_config.config,
-        config=inputs.spec.config,
+        config=inputs.model_spec.config,
         options=pick_options(LoadOptions, parsed.model),
     )
     model.generation_config = inputs.generation_config

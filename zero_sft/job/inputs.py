@@ -23,7 +23,7 @@ from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, locate_model
 from zero_sft.job.generation import read_prompts, require_answerable
-from zero_sft.job.start_checks import check_export_settings, require_usable_model
+from zero_sft.job.start_checks import build_model_spec, prepare_export_settings
 from zero_sft.loading.request import ModelSpec
 from zero_sft.options.keywords import pick_options
 from zero_sft.saving.folder import check_writing
@@ -42,7 +42,7 @@ class Inputs:
 
     Attributes:
         arguments: the `TrainingArguments`.
-        spec: the model, before its weights are read.
+        model_spec: the model, before its weights are read.
         saved_tokenizer: the tokenizer that checkpoints and the export hold, with the chat template of the run.
         generation_config: the export's, which stops at the template's ends of turn.
         record: describes the run in its checkpoints.
@@ -52,7 +52,7 @@ class Inputs:
 
     arguments: Any
     source: ModelSource
-    spec: ModelSpec
+    model_spec: ModelSpec
     tokenizer: Any
     saved_tokenizer: Any
     template: Template
@@ -81,19 +81,19 @@ class _Preparation:
     arguments: Any
     tokenizer: Any
     template: Template
-    spec: ModelSpec
+    model_spec: ModelSpec
 
     def prepare(self, title: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
         """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
-        spec = DatasetSpec.from_options(
+        dataset_spec = DatasetSpec.from_options(
             self.parsed.data,
             self.arguments,
             sources=sources,
             pack=pack,
-            embedding_rows=getattr(text_config(self.spec.config), "vocab_size", None),
+            embedding_rows=getattr(text_config(self.model_spec.config), "vocab_size", None),
         )
-        logger.info("%s: %s", title, spec.name)
-        prepared = prepare_distributed(spec, self.tokenizer, self.template, world)
+        logger.info("%s: %s", title, dataset_spec.name)
+        prepared = prepare_distributed(dataset_spec, self.tokenizer, self.template, world)
         for line in prepared.lines():
             logger.info("  %s", line)
         for warning in prepared.warnings() if world.is_main else ():
@@ -108,16 +108,18 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         ZeroSftError: the same on every rank.
     """
     arguments, prompts, sources = _build_arguments(parsed, world)
-    checkpoint, overwrites_run = _check_output_folder(parsed, arguments, sources, world)
-    source, spec, record = _read_config(parsed, arguments, checkpoint, world)
+    checkpoint, overwrites_run = _check_data_and_output(parsed, arguments, sources, world)
+    source, model_spec, record = _read_config(parsed, arguments, checkpoint, world)
     length = arguments.model_max_length
     tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     with collective_stage(world, "choosing the chat template"):
         template = choose_template(parsed.data.chat_template, tokenizer)
         if world.is_main:
-            require_answerable(prompts, tokenizer, template, spec.config)
-    generation_config, saved_tokenizer = check_export_settings(spec.config, tokenizer, template, source, world)
-    preparation = _Preparation(parsed=parsed, arguments=arguments, tokenizer=tokenizer, template=template, spec=spec)
+            require_answerable(prompts, tokenizer, template, model_spec.config)
+    generation_config, saved_tokenizer = prepare_export_settings(model_spec.config, tokenizer, template, source, world)
+    preparation = _Preparation(
+        parsed=parsed, arguments=arguments, tokenizer=tokenizer, template=template, model_spec=model_spec
+    )
     training_data = _training_data(preparation, sources.training, world)
     if _groups_by_length(parsed, training_data):
         arguments.train_sampling_strategy = "group_by_length"
@@ -126,7 +128,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     return Inputs(
         arguments=arguments,
         source=source,
-        spec=spec,
+        model_spec=model_spec,
         tokenizer=tokenizer,
         saved_tokenizer=saved_tokenizer,
         template=template,
@@ -170,7 +172,7 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
-def _check_output_folder(
+def _check_data_and_output(
     parsed: ParsedArguments, arguments: Any, sources: _Sources, world: World
 ) -> tuple[TrainerCheckpoint | None, bool]:
     """Return the checkpoint that the run resumes from, and whether it overwrites a previous run. Every rank; communicates.
@@ -209,12 +211,12 @@ def _read_config(
     source = locate_model(model.model_name_or_path, pick_options(HubOptions, model), world)
     length, rope_parameters = arguments.model_max_length, model.rope_parameters
     config = prepare_config_from(source, world, model_max_length=length, rope_parameters=rope_parameters)
-    spec = require_usable_model(model, arguments, config, source, world)
+    model_spec = build_model_spec(model, arguments, config, source, world)
     record = RunRecord.of(text_config(config), arguments)
     with collective_stage(world, "comparing the run with the checkpoint"):
         if world.is_main and checkpoint is not None:
             require_same_run(checkpoint.folder, record)
-    return source, spec, record
+    return source, model_spec, record
 
 
 def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:
@@ -224,7 +226,7 @@ def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world
         ArgumentError: packing is requested but not possible.
         DataError: the data does not fill one batch.
     """
-    options, spec = preparation.parsed.data, preparation.spec
+    options, spec = preparation.parsed.data, preparation.model_spec
     batch_size = preparation.arguments.per_device_train_batch_size
     packing = resolve_packing(
         options.packing, text_config(spec.config), attention=spec.attn_implementation, lazy=options.lazy_preprocess

@@ -41,8 +41,8 @@ _FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage
 """Keys of `zero_optimization` whose "auto" the Trainer computes from the model's hidden size."""
 
 
-def require_usable_model(options: ModelArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> ModelSpec:
-    """Return the model's dtype, attention and config, checked against these arguments. Every rank; communicates.
+def build_model_spec(options: ModelArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> ModelSpec:
+    """Build the spec of the model, and check it against these arguments. Every rank; communicates.
 
     Raises:
         ZeroSftError: the same on every rank; the model can't be trained with these arguments.
@@ -93,10 +93,10 @@ def _require_hidden_size(hf_config: Any, config: Any) -> None:
         )
 
 
-def check_export_settings(
+def prepare_export_settings(
     config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World
 ) -> tuple[GenerationConfig, Any]:
-    """Return the generation config and the tokenizer of the export, after a trial save. Every rank; communicates.
+    """Build the generation config and the tokenizer of the export, and try to save them. Every rank; communicates.
 
     Raises:
         ExportError, ConfigError: a setting that the export needs can't be read or saved.
@@ -155,7 +155,7 @@ def require_room_for_run(inputs: "Inputs", world: World) -> None:
 
 def _save_sizes(inputs: "Inputs", world: World) -> SaveSizes:
     arguments, record = inputs.arguments, inputs.record
-    export_bytes, numel = export_sizes(inputs.spec)
+    export_bytes, numel = export_sizes(inputs.model_spec)
     epochs = record.max_steps / steps_in_epoch(record.rows, arguments, world.world_size)
     first_step = inputs.checkpoint.global_step if inputs.checkpoint else 0
     return SaveSizes(
