@@ -1,4 +1,4 @@
-"""Determine a model's context and scale its RoPE, as pure functions from config to config.
+"""Determine a model's context and scale its RoPE. The public functions are pure.
 
 `use_cache` is switched off. If `model_max_length` exceeds the model's context, RoPE positions are interpolated linearly, as in
 FastChat (https://arxiv.org/abs/2306.15595): with `factor` 2.0, positions 0..8191 of a model trained on 4096 become 0, 0.5, 1,

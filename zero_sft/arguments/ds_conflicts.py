@@ -5,7 +5,7 @@ keys that the config has. If a key is absent (`gradient_clipping`, `optimizer.pa
 argument has no effect. So this module sets absent keys to "auto", which the Trainer fills from the arguments, and compares
 everything else at the start.
 
-All functions are pure. Not checked here: keys of DeepSpeed without a corresponding argument (see `zero/ds_schema.py`).
+All public functions are pure. Not checked here: keys of DeepSpeed without a corresponding argument (see `zero/ds_schema.py`).
 """
 
 import copy

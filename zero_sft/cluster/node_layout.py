@@ -1,8 +1,8 @@
 """Find out which ranks share a node, from the hosts that they run on and not from the launcher's variables.
 
 Ranks share a node if they have the same boot id, host name and `/dev/shm`, because they exchange files in shared memory. Two
-containers on one machine count as two nodes; so do two machines that are both called "localhost". All functions are pure,
-except `describe_rank`.
+containers on one machine count as two nodes; so do two machines that are both called "localhost". `describe_rank` reads
+from this machine; `place_in_layout` is pure.
 """
 
 import os

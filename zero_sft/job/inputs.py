@@ -26,7 +26,7 @@ from zero_sft.job.generation import read_prompts, require_answerable
 from zero_sft.job.start_checks import build_model_spec, prepare_export_settings
 from zero_sft.loading.request import ModelSpec
 from zero_sft.options.keywords import pick_options
-from zero_sft.saving.folder import check_writing
+from zero_sft.saving.folder import require_writable_everywhere
 from zero_sft.saving.former_run import require_no_former_run
 from zero_sft.saving.resume import agree_on_checkpoint
 from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
@@ -198,7 +198,7 @@ def _check_data_and_output(
                 overwrite=training.get("overwrite_output_dir", False),
                 model=parsed.model.model_name_or_path,
             )
-    check_writing(output_dir, world)
+    require_writable_everywhere(output_dir, world)
     return checkpoint, exchange.gathered[0]
 
 

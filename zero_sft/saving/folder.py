@@ -8,7 +8,7 @@ A staging folder is always on the file system of its target:
 | folder | next to the target | the two folders are exchanged in one step |
 | mount point, working directory, or folder that can't be exchanged | inside the target | file by file |
 
-Links are resolved first. All but `check_writing` runs on one rank and does not communicate.
+Links are resolved first. Only `require_writable_everywhere` communicates; functions that write run on rank 0.
 """
 
 import contextlib
@@ -164,10 +164,10 @@ def _leftover_stagings(path: str | Path) -> list[Path]:
     return sorted(folder for parent in (target.parent, target) if parent.is_dir() for folder in parent.glob(pattern))
 
 
-def check_writing(path: str | Path, world: World) -> None:
-    """Make a staging folder for `path`, let one rank of each node write to it, and remove it. Every rank.
+def require_writable_everywhere(path: str | Path, world: World) -> None:
+    """Make a staging folder for `path`, let one rank of each node write to it, and remove it. Every rank; communicates.
 
-    Communicates. Leaves nothing behind except parent folders of `path`.
+    Leaves nothing behind except parent folders of `path`.
 
     Raises:
         ExportError: the folder can't be made or written, or is not visible on every node.
