@@ -18,7 +18,7 @@ from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model_alone
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.tokenizer.fingerprint import fingerprint
-from zero_sft.tokenizer.serialize import check_faithful, deserialize, serialize
+from zero_sft.tokenizer.serialize import deserialize, require_faithful, serialize
 from zero_sft.tokenizer.setup import set_up
 from zero_sft.zero.process_group import connect
 
@@ -112,7 +112,10 @@ def broadcast_tokenizer(
 
     def rebuild() -> PreTrainedTokenizerBase:
         tokenizer = deserialize(serialized, spec.name, trust_remote_code=has_code)
-        check_faithful(original, tokenizer)
+        if original is not None:
+            require_faithful(original, tokenizer)
+            if getattr(original, "vocab_file", None):  # `save_pretrained` of slow classes copies this file
+                tokenizer.vocab_file = original.vocab_file
         return tokenizer
 
     tokenizer = run_stage(world, "rebuilding the tokenizer", rebuild, main_first=has_code)

@@ -101,10 +101,8 @@ def deserialize(serialized: bytes, name: str, *, trust_remote_code: bool = False
     return tokenizer
 
 
-def check_faithful(original: PreTrainedTokenizerBase | None, rebuilt: PreTrainedTokenizerBase) -> None:
-    """Raise `TokenizerError` if the rebuilt tokenizer differs from the original, which only rank 0 has."""
-    if original is None:
-        return
+def require_faithful(original: PreTrainedTokenizerBase, rebuilt: PreTrainedTokenizerBase) -> None:
+    """Raise `TokenizerError` if the rebuilt tokenizer differs from the original."""
     before, after = fingerprint(original), fingerprint(rebuilt)
     lost = [key for key in before if before[key] != after.get(key)]
     if lost:
@@ -113,5 +111,3 @@ def check_faithful(original: PreTrainedTokenizerBase | None, rebuilt: PreTrained
             f"{before[lost[0]]!r:.200} and became {after.get(lost[0])!r:.200}. Save it as tokenizer.json first.",
             code="tokenizer.not_faithful",
         )
-    if getattr(original, "vocab_file", None):  # `save_pretrained` of slow classes copies this file
-        rebuilt.vocab_file = original.vocab_file
