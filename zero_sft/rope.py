@@ -63,11 +63,8 @@ def with_context(
     config: PreTrainedConfig, *, model_max_length: int | None = None, rope_parameters: dict | None = None
 ) -> PreTrainedConfig:
     """Return a copy of `config` for training on up to `model_max_length` tokens. Pure; raises `prepare_config`'s errors."""
-    if model_max_length is not None and (type(model_max_length) is not int or not 1 <= model_max_length < 2**31):
-        raise ConfigError(
-            f"--model_max_length must be a whole number, at least 1 and below 2**31; got {model_max_length!r}.",
-            code="arguments.wrong_value",
-        )
+    if model_max_length is not None:
+        require_length(model_max_length)
     config = copy.deepcopy(config)
     text = text_config(config)
     name = config.name_or_path or text.model_type
@@ -88,6 +85,15 @@ def with_context(
     if model_max_length is not None:
         _extend_context(text, model_max_length, name)
     return config
+
+
+def require_length(model_max_length: object) -> None:
+    """Raise `ArgumentError` unless a value can be a length in tokens."""
+    if type(model_max_length) is not int or not 1 <= model_max_length < 2**31:
+        raise ArgumentError(
+            f"--model_max_length must be a whole number, at least 1 and below 2**31; got {model_max_length!r}.",
+            code="arguments.wrong_value",
+        )
 
 
 def positions(text: PreTrainedConfig) -> Literal["rope", "table", "unbounded"]:

@@ -84,7 +84,7 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     options.lazy_preprocess = False  # the report needs the lengths
     source = locate_model_alone(options.model_name_or_path, pick_options(HubOptions, options))
     tokenizer_spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
-    tokenizer_spec.check()
+    tokenizer_spec.require_valid()
     tokenizer, _ = tokenizer_spec.prepare(source)
     config = text_config(prepare_config_from(source, World(), model_max_length=options.model_max_length))
     # The job's decision, unless it is given --attn_implementation, which the report does not take.

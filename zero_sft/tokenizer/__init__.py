@@ -17,6 +17,7 @@ from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model_alone
 from zero_sft.options.keywords import read_keywords, takes_options
+from zero_sft.rope import require_length
 from zero_sft.tokenizer.fingerprint import fingerprint
 from zero_sft.tokenizer.serialize import deserialize, require_faithful, serialize
 from zero_sft.tokenizer.setup import set_up
@@ -40,18 +41,13 @@ class TokenizerSpec:
         """Make the spec for a located model."""
         return cls(name=source.name, options=source.options, model_max_length=model_max_length, padding_side=padding_side)
 
-    def check(self) -> None:
+    def require_valid(self) -> None:
         """Raise `ArgumentError` if a setting is out of range."""
         if self.padding_side not in ("right", "left"):
             raise ArgumentError(
                 f"--padding_side must be right or left; got {self.padding_side!r}.", code="arguments.wrong_value"
             )
-        length = self.model_max_length
-        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length < 2**31:
-            raise ArgumentError(
-                f"--model_max_length must be a whole number, at least 1 and below 2**31; got {length!r}.",
-                code="arguments.wrong_value",
-            )
+        require_length(self.model_max_length)
 
     def prepare(self, source: ModelSource) -> SerializedTokenizer:
         """Set the tokenizer up and serialize it. Rank 0, on any thread; does not communicate."""
@@ -104,7 +100,7 @@ def broadcast_tokenizer(
     """
     original, serialized = None, None
     with collective_stage(world, "setting up the tokenizer", DOWNLOAD_TIMEOUT):
-        spec.check()
+        spec.require_valid()
         if world.is_main:
             original, serialized = prepared()
     serialized = broadcast_bytes(world, serialized)
