@@ -5,12 +5,15 @@ inherited argument, and the names that have changed. `--help NAME` also searches
 that word in its name or text.
 """
 
+import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
+from zero_sft.cluster.world import World
+from zero_sft.errors import ConfigError
 from zero_sft.options.format_help import in_brief, in_full, wrap_lines, write_help
 from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import OptionSpec
@@ -40,7 +43,10 @@ _GROUPS = {
 
 def answer_help(argv: Sequence[str]) -> int:
     """Write the requested help to stdout on rank 0, and return the exit status: 0, or 2 if nothing matches a name."""
-    return write_help(argv, help_text)
+    world = World()
+    with contextlib.suppress(ConfigError):  # print the help even if the launcher's variables are unusable
+        world = World.detect()
+    return write_help(argv, help_text, quiet=not world.is_main)
 
 
 def help_text(topic: str | None = None) -> str | None:

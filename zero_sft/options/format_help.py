@@ -1,14 +1,11 @@
 """Help of a command: find the requested topic and format options as text."""
 
-import contextlib
 import itertools
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
-from zero_sft.cluster.world import World
-from zero_sft.errors import ConfigError
 from zero_sft.options.spec import OptionSpec
 
 WIDTH = 118
@@ -21,18 +18,15 @@ def wants_help(argv: Sequence[str]) -> bool:
     return any(word in ("-h", "--help") or word.startswith("--help=") for word in argv)
 
 
-def write_help(argv: Sequence[str], help_text: Callable[[str | None], str | None]) -> int:
-    """Write the requested help to stdout on rank 0, and return the exit status: 0, or 2 if nothing matches a name."""
+def write_help(argv: Sequence[str], help_text: Callable[[str | None], str | None], *, quiet: bool = False) -> int:
+    """Write the requested help to stdout unless `quiet`, and return the exit status: 0, or 2 if nothing matches a name."""
     text, status = "", 0
     for topic in _topics(argv) or [None]:
         part = help_text(topic)
         if part is None:
             part, status = f"No argument has {topic!r} in its name or text. `--help` lists all arguments.\n", 2
         text += part
-    with contextlib.suppress(ConfigError):  # print the help even if the launcher's variables are unusable
-        if not World.detect().is_main:
-            return status
-    sys.stdout.write(text)
+    sys.stdout.write("" if quiet else text)
     return status
 
 
