@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from zero_sft.errors import ArgumentError, ConfigError
-from zero_sft.options.spec import NUMBER
 
 _COUNTS = ("max_position_embeddings", "max_target_positions", "max_seq_len", "n_positions", "n_ctx")
 """Names under which configs state the number of positions."""
@@ -41,6 +40,7 @@ _NUMBERS = frozenset({
     "factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast",
     "attention_factor", "partial_rotary_factor",
 })  # fmt: skip
+_QUOTED_NUMBER = re.compile(r"\d+\.?\d*(e\d+)?")
 _NEED_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 _TYPES_OF_MODELS = ("mrope",)
 """Types that some models' config classes replace by another."""
@@ -222,7 +222,7 @@ def _unusable(rope: Mapping[str, Any], text: PreTrainedConfig) -> str:
         value = rope[key]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (is_number and math.isfinite(value) and value > 0):
-            hint = f" Write it without quotes: {value}" if isinstance(value, str) and NUMBER.fullmatch(value) else ""
+            hint = f" Write it without quotes: {value}" if isinstance(value, str) and _QUOTED_NUMBER.fullmatch(value) else ""
             return f"{key!r} must be a number above 0, got {value!r}.{hint}".rstrip(".")
     if kind in _NEED_FACTOR and rope.get("factor") is None:
         return f"the rope_type {kind!r} needs a 'factor', which is missing in {dict(rope)!r:.200}"

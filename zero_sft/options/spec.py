@@ -49,7 +49,7 @@ _IN_WORDS = {
     "none": "none",
 }
 _INTEGER = re.compile(r"[+-]?\d+")
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _MISFIT = object()
 
 SECRETS = ("token", "use_auth_token", "hub_token", "push_to_hub_token")
@@ -101,7 +101,7 @@ class OptionSpec:
             return word in TRUE_WORDS
         if "integer" in self.kinds and _INTEGER.fullmatch(text):
             return int(text)
-        if "number" in self.kinds and NUMBER.fullmatch(text) and math.isfinite(float(text)):
+        if "number" in self.kinds and _NUMBER.fullmatch(text) and math.isfinite(float(text)):
             return float(text)
         if ("mapping" in self.kinds and text.startswith("{")) or ("list" in self.kinds and text.startswith("[")):
             return self._from_json(text)
