@@ -76,7 +76,7 @@ lint: setup ## format, lint, types, import contracts
 	$(BIN)/lint-imports
 
 arguments: setup ## the table of inherited arguments that --help shows, for the installed TRL and transformers
-	$(BIN)/python -c "from zero_sft.arguments.inherited import write_table; write_table()"
+	$(BIN)/python -c "from zero_sft.arguments.specifications import write_table; write_table()"
 
 docs: setup ## the documentation as a site in site/, with every link checked; writes docs/arguments.md
 	$(BIN)/python docs/generate_arguments.py

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from zero_sft.arguments.help import OWN_FIELDS, help_text
-from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, installed_versions, listed_specifications
+from zero_sft.arguments.help import help_text
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
+from zero_sft.arguments.specifications import DATA, MODEL, OWN_FIELDS, TRAINING, installed_versions, specifications_from_table
 from zero_sft.commands import data as data_command
 from zero_sft.commands import estimate as estimate_command
 from zero_sft.options.command import Command
@@ -61,7 +61,7 @@ A value that asks for nothing passes (`--q_lora False`).
 
 def main() -> None:
     """Write the page."""
-    specs = listed_specifications()
+    specs = specifications_from_table()
     hidden = REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED
     shown = [spec for name, spec in specs.items() if name not in hidden]
     inherited = [spec for spec in shown if spec.group == TRAINING and spec.name not in OWN_FIELDS]

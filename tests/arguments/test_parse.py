@@ -10,8 +10,8 @@ import pytest
 from tests.errors import raises
 from zero_sft.arguments import build_training_arguments, help_text, parse, wants_help
 from zero_sft.arguments.build import fit_to_device
-from zero_sft.arguments.inherited import specifications
 from zero_sft.arguments.names import REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS
+from zero_sft.arguments.specifications import specifications
 from zero_sft.errors import ArgumentError
 from zero_sft.packaged_file import packaged_file
 
@@ -44,7 +44,7 @@ def test_defaults_are_fastchats():
     assert parsed.data.lazy_preprocess is False
     assert parsed.training == {
         "output_dir": "output", "model_max_length": 512, "optim": "adamw_torch", "deepspeed": "zero3",
-        "resume_from_checkpoint": None, "trust_remote_code": False,
+        "resume_from_checkpoint": None, "trust_remote_code": False, "overwrite_output_dir": False,
     }  # fmt: skip
     assert parsed.notes == ()
 

@@ -67,7 +67,7 @@ def test_former_names_are_understood(capsys):
 
 
 def test_options_are_the_jobs(capsys):
-    from zero_sft.arguments.inherited import specifications
+    from zero_sft.arguments.specifications import specifications
     from zero_sft.commands.estimate import EstimateArguments, command
 
     own = set(EstimateArguments.__dataclass_fields__)

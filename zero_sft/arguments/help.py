@@ -1,8 +1,8 @@
 """Text of `--help`: an overview, all arguments (`--help all`), or one argument (`--help NAME`).
 
-It needs no heavy library (see `inherited.py`). The overview shows this project's arguments in full, the first sentence of each
-inherited argument, and the names that have changed. `--help NAME` also searches: `--help learning` lists every argument with
-that word in its name or text.
+It needs no heavy library (see `specifications.py`). The overview shows this project's arguments in full, the first sentence of
+each inherited argument, and the names that have changed. `--help NAME` also searches: `--help learning` lists every argument
+with that word in its name or text.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, listed_specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
+from zero_sft.arguments.specifications import DATA, MODEL, OWN_FIELDS, TRAINING, specifications_from_table
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
 from zero_sft.options.format_help import in_brief, in_full, wrap_lines, write_help
@@ -19,9 +19,6 @@ from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import OptionSpec
 
 ALL = "all"
-
-OWN_FIELDS = ("output_dir", "overwrite_output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
-"""Arguments of the training group that the overview shows in full."""
 
 _HEAD = """\
 Fine-tune a causal language model on conversations, sharded by DeepSpeed ZeRO-3.
@@ -52,7 +49,7 @@ def answer_help(argv: Sequence[str]) -> int:
 def help_text(topic: str | None = None) -> str | None:
     """Return the overview, everything for "all", else the help for a name or word; None if nothing matches."""
     unusable = REFUSALS.keys() | TRANSLATIONS.keys() | IGNORED
-    specs = {name: spec for name, spec in listed_specifications().items() if name not in unusable}
+    specs = {name: spec for name, spec in specifications_from_table().items() if name not in unusable}
     if topic is None:
         return _overview(specs)
     if topic.lower() == ALL:

@@ -10,8 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from zero_sft.arguments.groups import DataArguments, ModelArguments
-from zero_sft.arguments.inherited import DATA, MODEL, TRAINING, specifications
 from zero_sft.arguments.names import IGNORED, REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS, refused_accelerator_keys
+from zero_sft.arguments.specifications import DATA, MODEL, OWN_FIELDS, TRAINING, specifications
 from zero_sft.errors import ArgumentError
 from zero_sft.loading.options import REMOVED_OPTIONS
 from zero_sft.options.resolve import OptionNames
@@ -23,16 +23,14 @@ _POSITIVE = (
 )  # fmt: skip
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end", "eval_strategy")
 _NEVER_EMPTY = ("output_dir", "model_name_or_path", "sample_prompts", "data_cache_dir", "cache_dir", "chat_template")
-_ALWAYS_SET = ("output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedArguments:
     """The arguments as plain values.
 
-    `training` is the input of `build_training_arguments`: the arguments that the user gave, and always `output_dir`,
-    `model_max_length`, `optim`, `deepspeed` and `resume_from_checkpoint`. `notes` are log lines, one per translated name.
-    `given_names` has the current names of the arguments that the user gave.
+    `training` is the input of `build_training_arguments`: the arguments that the user gave, and always the `OWN_FIELDS`.
+    `notes` are log lines, one per translated name. `given_names` has the current names of the arguments that the user gave.
     """
 
     model: ModelArguments
@@ -54,7 +52,7 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
     read = names.read(argv)
     values = read.values
     read.require_usable(_contradictions(values))
-    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in _ALWAYS_SET}}
+    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in OWN_FIELDS}}
     for name, value in values.items():
         groups[specs[name].group][name] = value
     model = ModelArguments(**groups[MODEL])

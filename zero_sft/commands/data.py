@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.inherited import shared_options, shared_translations
+from zero_sft.arguments.specifications import shared_options, shared_translations
 from zero_sft.cluster.world import World
 from zero_sft.console.log import open_console, silence_transformers
 from zero_sft.console.plots import new_figure, save_figure

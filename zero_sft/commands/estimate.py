@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zero_sft.arguments.inherited import shared_options, shared_translations
+from zero_sft.arguments.specifications import shared_options, shared_translations
 from zero_sft.errors import ArgumentError
 from zero_sft.estimate.storage_profiles import STORAGES, shipped_models
 from zero_sft.options.command import Command

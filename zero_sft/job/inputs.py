@@ -195,7 +195,7 @@ def _check_data_and_output(
             exchange.local = require_no_former_run(
                 output_dir,
                 checkpoint and checkpoint.folder,
-                overwrite=training.get("overwrite_output_dir", False),
+                overwrite=training["overwrite_output_dir"],
                 model=parsed.model.model_name_or_path,
             )
     require_writable_everywhere(output_dir, world)

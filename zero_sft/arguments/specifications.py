@@ -1,4 +1,4 @@
-"""All arguments of the job, and a shipped table of those that it inherits, so that `--help` imports no heavy library.
+"""Specify all arguments of the job, with a shipped table of the inherited ones, so that `--help` imports no heavy library.
 
 `make arguments` writes the table for the installed versions. The table is used only with the versions that it was written for;
 a test compares it with the libraries. Parsing the libraries' source instead of importing it would miss fields that inheritance
@@ -23,18 +23,22 @@ TABLE = Path(__file__).with_name("inherited.json")
 LIBRARIES = ("transformers", "trl")
 
 MODEL, DATA, TRAINING = "model", "data", "training"
+"""Names of the groups of arguments."""
+
+OWN_FIELDS = ("output_dir", "overwrite_output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
+"""Arguments of the training group that always have a value, and that the overview of `--help` shows in full."""
 
 
 @functools.cache
 def specifications() -> Mapping[str, OptionSpec]:
-    """Return all arguments of the three groups by name, in the order of `--help`. Imports TRL."""
+    """Return the specifications of all arguments by name, in the order of `--help`. Imports TRL."""
     from zero_sft.arguments.training import TrainingArguments
 
     return _all_groups(specs_of(TrainingArguments, TRAINING))
 
 
-def listed_specifications() -> Mapping[str, OptionSpec]:
-    """Return the same as `specifications`, from the table if it matches the installed versions. For `--help`."""
+def specifications_from_table() -> Mapping[str, OptionSpec]:
+    """Return the same as `specifications`, without TRL if the table matches the installed versions. For `--help`."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if table["versions"] != installed_versions():
         return specifications()
@@ -43,7 +47,7 @@ def listed_specifications() -> Mapping[str, OptionSpec]:
 
 def shared_options(names: Sequence[str], **changes: Any) -> list[OptionSpec]:
     """Return the job's options with these names for another command, and apply `changes` (such as another help text)."""
-    specs = listed_specifications()
+    specs = specifications_from_table()
     return [replace(specs[name], **changes) for name in names]
 
 
