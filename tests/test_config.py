@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from tests.errors import raises
 from zero_sft.cluster.world import World
-from zero_sft.config import context_tokens, load_config, positions, prepare_config, text_config, with_context
+from zero_sft.config import load_config, prepare_config
 from zero_sft.errors import ConfigError
 from zero_sft.hub.options import HubOptions
+from zero_sft.rope import context_tokens, positions, text_config, with_context
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip

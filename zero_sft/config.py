@@ -17,13 +17,11 @@ from zero_sft.errors import ConfigError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model
 from zero_sft.options.keywords import read_keywords, takes_options
-from zero_sft.rope import context_tokens, positions, text_config, with_context
+from zero_sft.rope import text_config, with_context
 from zero_sft.transformers_internals import NAME_KEY
 from zero_sft.zero.process_group import connect
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["context_tokens", "load_config", "positions", "prepare_config", "prepare_config_from", "text_config", "with_context"]
 
 
 @takes_options(HubOptions)

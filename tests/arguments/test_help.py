@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from zero_sft.arguments import specifications as specs
+from zero_sft.arguments import specifications as table
 from zero_sft.arguments.help import answer_help, help_text
 from zero_sft.arguments.names import REFUSALS, TRANSLATIONS
 from zero_sft.arguments.specifications import specifications
@@ -23,13 +23,13 @@ def shown(capsys, *argv):
 
 def test_the_shipped_table_is_what_the_installed_libraries_say():
     """`make arguments` writes it again."""
-    assert specs.TABLE.read_text(encoding="utf-8") == specs.table_text()
-    assert dict(specs.specifications_from_table()) == dict(specifications())
+    assert table.TABLE.read_text(encoding="utf-8") == table.table_text()
+    assert dict(table.specifications_from_table()) == dict(specifications())
 
 
 def test_other_versions_are_asked_themselves(monkeypatch):
-    monkeypatch.setattr(specs, "installed_versions", lambda: {"trl": "99"})
-    assert specs.specifications_from_table() is specifications()
+    monkeypatch.setattr(table, "installed_versions", lambda: {"trl": "99"})
+    assert table.specifications_from_table() is specifications()
 
 
 @pytest.mark.parametrize("command", ["zero_sft.train", "zero_sft.commands.data", "zero_sft.commands.estimate"])

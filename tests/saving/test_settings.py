@@ -8,8 +8,9 @@ from transformers import GenerationConfig
 from tests import architectures, models
 from tests.data import tiny
 from tests.errors import raises
-from zero_sft.config import load_config, with_context
+from zero_sft.config import load_config
 from zero_sft.hub.options import HubOptions
+from zero_sft.rope import with_context
 from zero_sft.saving.settings import _write, rehearse_settings
 
 

@@ -67,13 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(options: Any, notes: Sequence[str]) -> None:
     from rich.console import Console
 
-    from zero_sft.config import prepare_config_from, text_config
+    from zero_sft.config import prepare_config_from
     from zero_sft.data.mixture import DatasetSpec, prepare_sources
     from zero_sft.data.packing import resolve_packing
     from zero_sft.data.sources.data_path import parse_sources
     from zero_sft.data.templates.choose import choose_template
     from zero_sft.hub.options import HubOptions
     from zero_sft.hub.source import locate_model_alone
+    from zero_sft.rope import text_config
     from zero_sft.tokenizer import TokenizerSpec
 
     open_console(World())

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from zero_sft.config import text_config
 from zero_sft.ds_config import engine_dtype, load_ds_config
 from zero_sft.estimate.activations import peak_bytes
 from zero_sft.estimate.engine_memory import Memory, Sizes, training_memory, zero_settings
 from zero_sft.estimate.model import EstimatedModel
+from zero_sft.rope import text_config
 
 RUNTIME_BYTES = 3 * 2**29
 """Device memory for the driver, NCCL and kernel workspaces, about 1.5 GiB."""

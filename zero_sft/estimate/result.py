@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from zero_sft.config import text_config
 from zero_sft.data.packing import resolve_packing
 from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, MemoryModel, MemoryNeeds, TrainingRun
 from zero_sft.estimate.model import EstimatedModel, find_model
@@ -16,6 +15,7 @@ from zero_sft.hub.options import HubOptions
 from zero_sft.loading.options import LoadOptions
 from zero_sft.options.keywords import pick_options
 from zero_sft.printable import with_count
+from zero_sft.rope import text_config
 
 GIB = 2**30
 

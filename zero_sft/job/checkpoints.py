@@ -14,9 +14,9 @@ from trl import SFTTrainer
 
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.config import text_config
 from zero_sft.errors import ExportError
 from zero_sft.job import trainer_internals
+from zero_sft.rope import text_config
 from zero_sft.saving.export import save_pretrained
 from zero_sft.saving.folder import explain_write_errors, require_writable
 from zero_sft.saving.run_record import RunRecord, write_record

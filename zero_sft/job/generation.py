@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zero_sft.config import text_config
 from zero_sft.data.samples.embedded_tokens import require_embedded
 from zero_sft.data.sources.text_io import read_text
 from zero_sft.data.templates.choose import Template
 from zero_sft.errors import DataError
 from zero_sft.generation_config import eos_token_ids, turn_ends
-from zero_sft.rope import positions, readable_tokens
+from zero_sft.rope import positions, readable_tokens, text_config
 
 
 def read_prompts(path: Path) -> list[str]:

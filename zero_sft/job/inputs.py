@@ -12,7 +12,7 @@ from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
-from zero_sft.config import prepare_config_from, text_config
+from zero_sft.config import prepare_config_from
 from zero_sft.data.dataset import PreparedDataset, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import packing_unless_too_few, resolve_packing
@@ -26,6 +26,7 @@ from zero_sft.job.generation import read_prompts, require_answerable
 from zero_sft.job.start_checks import build_model_spec, prepare_export_settings
 from zero_sft.loading.request import ModelSpec
 from zero_sft.options.keywords import pick_options
+from zero_sft.rope import text_config
 from zero_sft.saving.folder import require_writable_everywhere
 from zero_sft.saving.former_run import require_no_former_run
 from zero_sft.saving.resume import agree_on_checkpoint
