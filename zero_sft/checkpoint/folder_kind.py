@@ -6,12 +6,14 @@ to recognise each of them, so no library is needed.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 _LFS = b"version https://git-lfs.github.com/spec/"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _HTML = (b"<!doctype", b"<html", b"<?xml")
 
 _FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -56,7 +58,7 @@ def describe_folder(folder: Path) -> str:
             f"  from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
             ".merge_and_unload().save_pretrained('merged')"
         )
-    checkpoints = _checkpoints(folder)
+    checkpoints = [path.name for path in checkpoints_in(folder)]
     if checkpoints and not any(folder.glob("*.gguf")):
         return f"{folder} holds a run's checkpoints ({', '.join(checkpoints[:3])}), but not a model. Name one checkpoint."
     for patterns, description in _FORMATS:
@@ -111,6 +113,7 @@ def first_placeholder(paths: Sequence[Path]) -> str:
     return next((text for text in map(describe_placeholder, paths) if text), "")
 
 
-def _checkpoints(folder: Path) -> list[str]:
-    steps = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.rpartition("-")[2].isdigit()]
-    return [path.name for path in sorted(steps, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)]
+def checkpoints_in(folder: Path) -> list[Path]:
+    """List the Trainer's `checkpoint-N` folders in a folder, which need not exist, the highest number first."""
+    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir())
+    return [path for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)]

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from zero_sft.arguments import ModelArguments
 from zero_sft.arguments.ds_conflicts import steps_in_epoch
+from zero_sft.checkpoint.folder_kind import checkpoints_in
 from zero_sft.checkpoint.index import read_index
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
@@ -29,7 +30,6 @@ from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
 from zero_sft.saving.room import SaveSizes, checkpoint_bytes, checkpoints_at_once, export_sizes, folder_bytes, require_room
 from zero_sft.saving.settings import rehearse_settings
-from zero_sft.saving.trainer_checkpoint import checkpoints_in
 from zero_sft.storage import torch_zip
 
 if TYPE_CHECKING:

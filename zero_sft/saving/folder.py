@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError
@@ -77,9 +78,9 @@ def make_staging(path: str | Path) -> StagingFolder:
     target = resolved(path)
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file. Name a folder for the model.", code="export.target_is_a_file")
-    if (target / "adapter_config.json").exists():
+    if (target / ADAPTER_CONFIG).exists():
         raise ExportError(
-            f"{target} holds an adapter (adapter_config.json), which transformers would load on top of the model that is "
+            f"{target} holds an adapter ({ADAPTER_CONFIG}), which transformers would load on top of the model that is "
             "written next to it. Name another folder.",
             code="export.target_holds_adapter",
         )

@@ -7,9 +7,9 @@ import logging
 import shutil
 from pathlib import Path
 
+from zero_sft.checkpoint.folder_kind import checkpoints_in
 from zero_sft.errors import ArgumentError
 from zero_sft.saving.placing import WEIGHTS
-from zero_sft.saving.trainer_checkpoint import checkpoints_in
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from collections.abc import Set
 from pathlib import Path
 
 from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
+from zero_sft.generation_config import GENERATION_CONFIG
 from zero_sft.saving.exchange_folders import exchange
 from zero_sft.saving.folder import Placing, StagingFolder
 
@@ -84,7 +85,7 @@ def former_names(target: Path, fresh: Set[str]) -> set[str]:
     former = set()
     for path in target.iterdir():
         of_tokenizer = path.name in _TOKENIZER and "tokenizer_config.json" in fresh
-        of_generation = path.name == "generation_config.json" and "config.json" in fresh
+        of_generation = path.name == GENERATION_CONFIG and "config.json" in fresh
         if path.name in fresh or WEIGHTS.fullmatch(path.name) or of_tokenizer or of_generation:
             former.add(path.name)
     return former

@@ -7,16 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from zero_sft.checkpoint.folder_kind import checkpoints_in
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
-from zero_sft.saving.trainer_checkpoint import (
-    WEIGHTS_ALONE,
-    IncompleteCheckpointError,
-    TrainerCheckpoint,
-    checkpoints_in,
-    inspect_checkpoint,
-)
+from zero_sft.saving.trainer_checkpoint import WEIGHTS_ALONE, IncompleteCheckpointError, TrainerCheckpoint, inspect_checkpoint
 
 logger = logging.getLogger(__name__)
 

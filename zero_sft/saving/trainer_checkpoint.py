@@ -30,13 +30,12 @@ from typing import Any
 
 import torch
 
+from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from zero_sft.errors import ArgumentError
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _MODEL_STATES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
 _RNG_STATE = re.compile(r"rng_state_(\d+)\.pth")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 WEIGHTS_ALONE = "resume.weights_alone"
 """Error code of a checkpoint that was saved without the optimizer's state."""
@@ -64,12 +63,6 @@ class TrainerCheckpoint:
             states / f"{'bf16_' * self.bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
             self.folder / rng,
         )
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """List the `checkpoint-N` folders in a folder, which need not exist, the highest number first."""
-    matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir())
-    return [path for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)]
 
 
 def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None) -> TrainerCheckpoint:
@@ -108,7 +101,7 @@ def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None)
 def _require_states(folder: Path) -> None:
     if (folder / "latest").exists() or any(folder.glob("global_step*")):
         return
-    if any((folder / name).exists() for name in _WEIGHTS):
+    if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise IncompleteCheckpointError(
             "it holds weights without the optimizer's state (--save_only_model)", code=WEIGHTS_ALONE
         )
