@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
 from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, read_objects
 from zero_sft.data.sources.splits import ChosenSplit, choose_split
 from zero_sft.data.sources.text_io import COMPRESSED, readable
-from zero_sft.errors import CheckpointError, DataError
+from zero_sft.errors import DataError
 
 _TEXTS = (".json", ".jsonl")
 _ENDINGS = (*_TEXTS, PARQUET, *(text + compressed for text in _TEXTS for compressed in COMPRESSED))
@@ -73,7 +72,7 @@ class LocalFiles:
 
     def state(self) -> list[Any]:
         """Return values that change when the files are written to, without reading the files; raises `DataError`."""
-        return [(file, _identity_of(file)) for file in self.chosen().files]
+        return [(file, _stat(file)) for file in self.chosen().files]
 
     def require_outside(self, root: Path, *, option: str, code: str) -> None:
         """Raise an error with that code if files written below `root`, the value of `option`, would be read as data."""
@@ -111,11 +110,11 @@ def _chosen_in(folder: Path, split: str | None) -> ChosenSplit:
     return replace(chosen, left_out=tuple(left_out))
 
 
-def _identity_of(file: Path) -> FileIdentity:
-    try:
-        return stat_identity(file)
-    except CheckpointError as error:
-        raise DataError(f"no such file: {file}. Check {DATA_OPTIONS}.", code="data.no_such_file") from error
+def _stat(file: Path) -> tuple[int, int, int, int]:
+    """Return the device, inode, size and time of the last write; permissions and links don't count."""
+    with readable(file, argument=DATA_OPTIONS):
+        status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _digest(file: Path) -> str:
