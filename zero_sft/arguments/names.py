@@ -30,7 +30,7 @@ TRANSLATIONS: dict[str, Translation] = {
     "chat_template_path": Translation(name="chat_template"),
     "model_revision": Translation(name="revision"),
     "use_liger": Translation(name="use_liger_kernel"),
-    # this package, release 0.1
+    # this package, before its first release
     "long": Translation(name="overlong"),
     # FastChat
     "flash_attn": Translation(name="attn_implementation", values={True: "flash_attention_2", False: None}),

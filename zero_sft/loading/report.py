@@ -83,7 +83,7 @@ FORMER_FIELDS = {
     "dequantised": "dequantized_keys",
     "untraced": "untraceable_keys",
 }
-"""Names that fields of `LoadReport` had in release 0.1. They work for one more release, with a warning."""
+"""Names that fields of `LoadReport` had before the first release. They work for one release, with a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
