@@ -13,7 +13,7 @@ def run_rank(body: Callable[[World], None]) -> int:
     The rank ends when its launcher ends or on SIGTERM, even while `body` waits for other ranks.
     """
     watch_launcher()
-    failure_report.begin_job(World())
+    failure_report.begin_job(World.alone())
     try:
         world = World.detect()
         failure_report.begin_job(world)

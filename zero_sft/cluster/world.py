@@ -32,6 +32,11 @@ class World:
     node_leaders: tuple[int, ...] = ()
     cpu_cores: int = 1
 
+    @classmethod
+    def alone(cls) -> "World":
+        """Return the world of one rank, with which functions do not communicate."""
+        return cls()
+
     @property
     def is_main(self) -> bool:
         """True on rank 0, which reports to the user."""

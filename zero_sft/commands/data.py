@@ -77,8 +77,8 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     from zero_sft.rope import text_config
     from zero_sft.tokenizer import TokenizerSpec
 
-    open_console(World())
-    silence_transformers(World())
+    open_console(World.alone())
+    silence_transformers(World.alone())
     for note in notes:
         logger.info(note)
     console = Console(soft_wrap=True, highlight=False, emoji=False)
@@ -87,7 +87,7 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     tokenizer_spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
     tokenizer_spec.require_valid()
     tokenizer, _ = tokenizer_spec.prepare(source)
-    config = text_config(prepare_config_from(source, World(), model_max_length=options.model_max_length))
+    config = text_config(prepare_config_from(source, World.alone(), model_max_length=options.model_max_length))
     # The job's decision, unless it is given --attn_implementation, which the report does not take.
     packing = resolve_packing(options.packing, config, attention=None, lazy=False)
     template = choose_template(options.chat_template, tokenizer)

@@ -104,7 +104,7 @@ def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str, 
         return path, config, "read", read_index(path, torch_zip.read_header, options.variant).tensors if has_weights else None
     try:
         source = locate_model_alone(name, options)
-        folder = fetch_files(source, World(), CONFIG)
+        folder = fetch_files(source, World.alone(), CONFIG)
     except CheckpointError as error:
         raise ConfigError(
             f"{error}\nModels that ship as configs: {', '.join(shipped_models())}.", code="estimate.no_such_model"

@@ -23,7 +23,7 @@ def fetch_headers(source: ModelSource) -> dict[str, StoredTensor] | None:
 
     repo, options = source.name, source.options
     index_name = of_variant(INDEX_FILE, options.variant)
-    index = fetch_files(source, World(), (index_name,)) / index_name
+    index = fetch_files(source, World.alone(), (index_name,)) / index_name
     files = sorted(set(read_weight_map(index).values())) if index.is_file() else [of_variant(SINGLE_FILE, options.variant)]
     fetch = partial(parse_safetensors_file_metadata, repo, revision=options.revision, token=options.token)
     try:

@@ -67,7 +67,7 @@ def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
 
 def locate_model_alone(name: str, options: HubOptions) -> ModelSource:
     """Locate a model on one rank; raise the errors of `locate_model`. Any rank; does not communicate."""
-    return locate_model(name, options, World())
+    return locate_model(name, options, World.alone())
 
 
 def _pin_revision(name: str, options: HubOptions, world: World) -> HubOptions:

@@ -51,7 +51,7 @@ class TokenizerSpec:
 
     def prepare(self, source: ModelSource) -> SerializedTokenizer:
         """Set the tokenizer up and serialize it. Rank 0, on any thread; does not communicate."""
-        folder = fetch_files(source, World(), TOKENIZER)
+        folder = fetch_files(source, World.alone(), TOKENIZER)
         tokenizer = set_up(folder, self.options, self.model_max_length, self.padding_side)
         return tokenizer, serialize(tokenizer, folder.name)
 
