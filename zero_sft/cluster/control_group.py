@@ -22,8 +22,8 @@ from zero_sft.cluster.world import World
 _SHORT_BYTES = 256
 """Bytes that each rank sends in the first round of an all-gather: 8 bytes of length, then the payload if it fits."""
 
-DOWNLOAD_TIMEOUT = datetime.timedelta(hours=24)
-"""Longest time that ranks wait while another rank downloads."""
+LONG_WAIT = datetime.timedelta(hours=24)
+"""Longest time that ranks wait while another rank downloads or prepares data, and the control group's timeout."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +67,7 @@ def init_control_group(world: World, devices: str, *, owns_default_group: bool) 
         if _control is None:
             atexit.register(destroy_control_group)
         owns_default_group = owns_default_group or (_control is not None and _control.owns_default_group)
-        group = dist.new_group(backend="gloo", timeout=DOWNLOAD_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
         _control = ControlGroup(group=group, default_group=default, owns_default_group=owns_default_group)
     if _control.world is None:
         ranks = all_gather_json(world, describe_rank(world, devices))

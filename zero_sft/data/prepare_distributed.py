@@ -12,7 +12,7 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, broadcast_bytes
+from zero_sft.cluster.control_group import LONG_WAIT, broadcast_bytes
 from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.dataset import PreparedDataset
@@ -32,7 +32,7 @@ def prepare_distributed(
         DataError: an error of `prepare_sources`, raised on every rank; or a path with different data on different nodes.
     """
     prepared = None
-    with collective_stage(world, STAGE, DOWNLOAD_TIMEOUT):
+    with collective_stage(world, STAGE, LONG_WAIT):
         if world.is_main:
             prepared = prepare_sources(spec, tokenizer, template)
     encoded_keys = None if prepared is None else json.dumps(prepared.keys).encode()
@@ -51,4 +51,4 @@ def prepare_distributed(
             )
         return made
 
-    return run_stage(world, STAGE, open_or_prepare, main_first=True, timeout=DOWNLOAD_TIMEOUT)
+    return run_stage(world, STAGE, open_or_prepare, main_first=True, timeout=LONG_WAIT)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, of_variant
-from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, all_gather_json
+from zero_sft.cluster.control_group import LONG_WAIT, all_gather_json
 from zero_sft.cluster.stages import collective_stage, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
@@ -74,7 +74,7 @@ def _pin_revision(name: str, options: HubOptions, world: World) -> HubOptions:
     """Return the options with their revision resolved to a commit. Every rank; communicates."""
     if _COMMIT.fullmatch(options.revision or ""):
         return options
-    with collective_stage(world, f"fetching {name}", DOWNLOAD_TIMEOUT) as exchange:
+    with collective_stage(world, f"fetching {name}", LONG_WAIT) as exchange:
         if world.is_main:
             exchange.local = download_snapshot(name, options, CONFIG, local_only=False).name
     commit = exchange.gathered[0]
@@ -99,7 +99,7 @@ def fetch_files(source: ModelSource, world: World, patterns: tuple[str, ...]) ->
         f"fetching {source.name}",
         lambda: download_snapshot(source.name, source.options, patterns, local_only=not downloads),
         main_first=True,
-        timeout=DOWNLOAD_TIMEOUT,
+        timeout=LONG_WAIT,
     )
     return _inside(folder, source.options.subfolder)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.cluster.control_group import DOWNLOAD_TIMEOUT, broadcast_bytes
+from zero_sft.cluster.control_group import LONG_WAIT, broadcast_bytes
 from zero_sft.cluster.stages import collective_stage, require_identical, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
@@ -99,7 +99,7 @@ def broadcast_tokenizer(
         ZeroSftError: the errors of `load_tokenizer`.
     """
     original, serialized = None, None
-    with collective_stage(world, "setting up the tokenizer", DOWNLOAD_TIMEOUT):
+    with collective_stage(world, "setting up the tokenizer", LONG_WAIT):
         spec.require_valid()
         if world.is_main:
             original, serialized = prepared()
