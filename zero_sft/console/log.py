@@ -1,7 +1,8 @@
 """Set up the log for the user: rank 0 logs what happens, the other ranks log only errors.
 
-The library itself sets up no output. A program calls `open_console` once, and `close_console` at its end. State that lasts in
-between: handlers and levels of loggers, warning filters, the display of `progress`, and two environment variables.
+INFO lines of the job need no check of the rank, since the levels set here decide. The loader checks it: it also runs without
+this module, which sets up no output on import. A program calls `open_console` once, and `close_console` at its end. State that
+lasts in between: handlers and levels of loggers, warning filters, the display of `progress`, and two environment variables.
 """
 
 import logging

@@ -135,7 +135,7 @@ class StepLog(TrainerCallback):
         """Log the checkpoint's folder, and exclude the time of the save from the throughput."""
         self._throughput.resume(time.monotonic())
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():  # called even if no checkpoint was saved
+        if folder.is_dir():  # called even if no checkpoint was saved
             logger.info("checkpoint: %s", folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

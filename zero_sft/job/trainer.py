@@ -201,7 +201,7 @@ class LogLastStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report a resumed run that is finished. The Trainer calls this before the first step, on every rank."""
-        if state.global_step >= state.max_steps and state.is_world_process_zero:
+        if state.global_step >= state.max_steps:
             logger.info(
                 "this run is finished: its checkpoint is of step %d, and it ends at step %d. The model is exported without "
                 "further training. To train on, raise --max_steps or --num_train_epochs.", state.global_step, state.max_steps,
