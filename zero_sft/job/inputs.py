@@ -97,8 +97,9 @@ class _Preparation:
         prepared = prepare_distributed(dataset_spec, self.tokenizer, self.template, world)
         for line in prepared.lines():
             logger.info("  %s", line)
-        for warning in prepared.warnings() if world.is_main else ():
-            logger.warning(warning)
+        for warning in prepared.warnings():
+            if world.is_main:
+                logger.warning(warning)
         return prepared
 
 

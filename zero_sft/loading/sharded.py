@@ -171,9 +171,9 @@ def _finish(match: CheckpointMatch, request: LoadRequest, world: World) -> tuple
         not_loaded = (match.state.keys() - loaded) | to_tie
         missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
-        left_out = skeleton.give_generation_config(model, request.model)
-        for sentence in left_out if world.is_main else ():
-            logger.warning(sentence)
+        for refused_setting in skeleton.give_generation_config(model, request.model):
+            if world.is_main:
+                logger.warning(refused_setting)
         gather.install_gather_hooks(model)
         transformers_internals.keep_zero3_enabled(model, request.ds_config)
     if world.is_main:

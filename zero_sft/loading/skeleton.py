@@ -201,9 +201,9 @@ def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str
     """Give the model the folder's generation settings, as `from_pretrained` does. Return a sentence for each one left out."""
     if not model.can_generate():
         return ()
-    generation, left_out = read_generation_config(spec.folder)
-    if left_out:
+    generation, refused_settings = read_generation_config(spec.folder)
+    if refused_settings:
         model.generation_config = generation
-        return left_out
+        return refused_settings
     adjust_generation_config(model, str(spec.folder), spec.trust_remote_code)
     return ()

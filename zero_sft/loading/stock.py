@@ -38,11 +38,12 @@ def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, Key
         if spec.attn_implementation is not None:
             skeleton.require_attention(cls, config, spec.attn_implementation)
             optional["attn_implementation"] = spec.attn_implementation
-        generation, left_out = read_generation_config(spec.folder)
-        if left_out:
+        generation, refused_settings = read_generation_config(spec.folder)
+        if refused_settings:
             optional["generation_config"] = generation  # otherwise transformers refuses the whole model
-        for sentence in left_out if world.is_main else ():
-            logger.warning(sentence)
+        for refused_setting in refused_settings:
+            if world.is_main:
+                logger.warning(refused_setting)
     start = time.perf_counter()
     with progress.task("loading as transformers does"), zero3_under(request.ds_config):
         loaded: Any = cls.from_pretrained(
