@@ -83,11 +83,12 @@ def _end_together(
             _require_identical(world, *exchange.must_match, digests)
         return
     kind, message, *codes = reports[failed[0]]
+    # Ranks that all fail alike have an error of the input; otherwise the message says which ranks failed.
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
         ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
         message += f"\n(rank {failed[0]} of {world.world_size} while {name}; failed: rank {ranks})"
-    has_own_message = isinstance(failure, errors.ZeroSftError)
-    raise _recreate(kind, message, codes) from None if has_own_message else failure
+    # A ZeroSftError says all in its message; the traceback of any other error of this rank is kept as the cause.
+    raise _recreate(kind, message, codes) from None if isinstance(failure, errors.ZeroSftError) else failure
 
 
 def _await_all(stage: str, timeout: datetime.timedelta) -> None:
