@@ -70,8 +70,8 @@ def init_control_group(world: World, devices: str, *, owns_default_group: bool) 
         group = dist.new_group(backend="gloo", timeout=LONG_WAIT)
         _control = ControlGroup(group=group, default_group=default, owns_default_group=owns_default_group)
     if _control.world is None:
-        ranks = all_gather_json(world, describe_rank(world, devices))
-        _control.world = place_in_layout(world, ranks)
+        descriptions = all_gather_json(world, describe_rank(world, devices))
+        _control.world = place_in_layout(world, descriptions)
         failure_report.set_board(_control.world, open_board(_control.world, all_gather_json))
     return _control.world
 

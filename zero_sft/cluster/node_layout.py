@@ -43,46 +43,46 @@ def _host_identity() -> str:
     return f"{boot} {socket.gethostname()} {memory}"
 
 
-def place_in_layout(world: World, ranks: Sequence[Mapping[str, Any]]) -> World:
+def place_in_layout(world: World, descriptions: Sequence[Mapping[str, Any]]) -> World:
     """Return the world with its node layout.
 
     Args:
-        ranks: the `describe_rank` of every rank, in rank order.
+        descriptions: the `describe_rank` of every rank, in rank order.
 
     Raises:
         ConfigError: two ranks of a node would use the same GPU; the same error on every rank.
     """
     leader_of_host: dict[str, int] = {}
-    leaders = tuple(leader_of_host.setdefault(rank["host"], number) for number, rank in enumerate(ranks))
-    clash = _first_clash(ranks, leaders)
+    leaders = tuple(leader_of_host.setdefault(description["host"], rank) for rank, description in enumerate(descriptions))
+    clash = _first_clash(descriptions, leaders)
     local_rank = world.local_rank
-    if clash and all(rank["devices"] == "cpu" for rank in ranks):
+    if clash and all(description["devices"] == "cpu" for description in descriptions):
         local_rank = leaders[: world.rank].count(leaders[world.rank])  # CPU ranks can't clash over a device
     elif clash:
         first_rank, second_rank = clash
         raise errors.ConfigError(
-            f"ranks {first_rank} and {second_rank} both run on {ranks[first_rank]['name']} with "
-            f"LOCAL_RANK={ranks[first_rank]['local_rank']}, so they would use the same GPU. Start the job with "
+            f"ranks {first_rank} and {second_rank} both run on {descriptions[first_rank]['name']} with "
+            f"LOCAL_RANK={descriptions[first_rank]['local_rank']}, so they would use the same GPU. Start the job with "
             "./launch.sh, deepspeed, torchrun or srun, or give each rank of a node its own LOCAL_RANK.",
             code="cluster.local_rank_shared",
         )
-    node_ranks = [rank for rank, leader in zip(ranks, leaders, strict=True) if leader == leaders[world.rank]]
+    node_ranks = [rank for rank, leader in enumerate(leaders) if leader == leaders[world.rank]]
     return replace(
         world,
         local_rank=local_rank,
         local_world_size=len(node_ranks),
         node_leaders=leaders,
-        cpu_cores=_core_share(ranks[world.rank]["cpus"], [rank["cpus"] for rank in node_ranks]),
+        cpu_cores=_core_share(descriptions[world.rank]["cpus"], [descriptions[rank]["cpus"] for rank in node_ranks]),
     )
 
 
-def _first_clash(ranks: Sequence[Mapping[str, Any]], leaders: Sequence[int]) -> tuple[int, int] | None:
+def _first_clash(descriptions: Sequence[Mapping[str, Any]], leaders: Sequence[int]) -> tuple[int, int] | None:
     """Return two ranks of a node that have the same device, or None."""
     seen: dict[tuple[Any, ...], int] = {}
-    for number, (rank, leader) in enumerate(zip(ranks, leaders, strict=True)):
-        other = seen.setdefault((leader, rank["local_rank"], rank["devices"]), number)
-        if other != number:
-            return other, number
+    for rank, (description, leader) in enumerate(zip(descriptions, leaders, strict=True)):
+        other = seen.setdefault((leader, description["local_rank"], description["devices"]), rank)
+        if other != rank:
+            return other, rank
     return None
 
 
