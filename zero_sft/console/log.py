@@ -1,7 +1,7 @@
 """Set up the log for the user: rank 0 logs what happens, the other ranks log only errors.
 
-INFO lines of the job need no check of the rank, since the levels set here decide. The loader checks it: it also runs without
-this module, which sets up no output on import. A program calls `open_console` once, and `close_console` at its end. State that
+INFO lines of the job need no check of the rank, since the levels set here decide. The loader checks it, since it
+also runs in programs that set up their own log. A program calls `open_console` once, and `close_console` at its end. State that
 lasts in between: handlers and levels of loggers, warning filters, the display of `progress`, and two environment variables.
 """
 
