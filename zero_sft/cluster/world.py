@@ -74,6 +74,7 @@ class World:
             ConfigError: variables that are not numbers or contradict each other.
         """
         env = {name: value for name, value in (os.environ if environ is None else environ).items() if value}
+        # DeepSpeed's launcher sets CROSS_RANK; torchrun sets GROUP_RANK, and its LOCAL_WORLD_SIZE counts, not LOCAL_SIZE.
         started_by_deepspeed = "CROSS_RANK" in env and "GROUP_RANK" not in env
         for launcher in (_DEEPSPEED, *_LAUNCHERS) if started_by_deepspeed else _LAUNCHERS:
             if launcher.rank in env and any(name in env for name in launcher.world_size):
@@ -95,21 +96,20 @@ class _Variables:
 
     def read(self, env: Mapping[str, str]) -> World:
         """Return the world that the variables describe."""
-        names = (
-            self.rank, _first_set(env, self.world_size), self.local_rank, _first_set(env, self.local_world_size),
-        )  # fmt: skip
+        size_name, local_size_name = _first_set(env, self.world_size), _first_set(env, self.local_world_size)
+        names = (self.rank, size_name, self.local_rank, local_size_name)
         try:
-            rank, world_size = int(env[names[0]]), int(env[names[1]])
-            local_rank = int(env.get(names[2], "0"))
-            local_world_size = int(env.get(names[3], local_rank + 1))
+            rank, world_size = int(env[self.rank]), int(env[size_name])
+            local_rank = int(env.get(self.local_rank, "0"))
+            local_world_size = int(env.get(local_size_name, local_rank + 1))
         except (KeyError, ValueError) as error:
             raise _unusable(f"are not numbers ({error})", names, env) from error
         if not 0 <= rank < world_size:
-            raise _unusable(f"contradict each other: {names[0]} is not below {names[1]}", names, env)
+            raise _unusable(f"contradict each other: {self.rank} is not below {size_name}", names, env)
         if not 0 <= local_rank < local_world_size:
-            raise _unusable(f"contradict each other: {names[2]} is not below {names[3]}", names, env)
+            raise _unusable(f"contradict each other: {self.local_rank} is not below {local_size_name}", names, env)
         if local_world_size > world_size:
-            raise _unusable(f"contradict each other: {names[3]} is larger than {names[1]}", names, env)
+            raise _unusable(f"contradict each other: {local_size_name} is larger than {size_name}", names, env)
         return World(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
 
 
