@@ -12,7 +12,7 @@ from zero_sft.cluster.world import World
 from zero_sft.data.collator import Collator
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
-from zero_sft.job.trainer import JobTrainer, mask_padding_samples
+from zero_sft.job.trainer import JobTrainer, mask_repeated_samples
 
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
 
@@ -20,7 +20,7 @@ ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengt
 def trained(flat, indices, rank, *, rows):
     """Return the rows that a rank's batch trains on, of a dataset of `rows` on 2 ranks, and the number of trained tokens."""
     batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
-    batch = mask_padding_samples(batch, rows, size=2, rank=rank, ranks=2)
+    batch = mask_repeated_samples(batch, rows, size=2, rank=rank, ranks=2)
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
     labels = batch["labels"][batch["labels"] != IGNORE_INDEX]
     return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
@@ -42,7 +42,7 @@ def test_only_the_last_batches_of_an_epoch_are_filled_up(end, drop_last, labels)
         args=SimpleNamespace(world_size=2, process_index=1),
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
     )
-    batch = JobTrainer._without_padding_samples(trainer, {"labels": torch.arange(2)}, 7, 2, drop_last)
+    batch = JobTrainer._mask_repeated_samples(trainer, {"labels": torch.arange(2)}, 7, 2, drop_last)
     assert batch["labels"][batch["labels"] != IGNORE_INDEX].tolist() == labels
 
 

@@ -31,7 +31,7 @@ LENGTHS = "length"
 class JobTrainer(SavingTrainer):
     """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once."""
 
-    _evaluated: dict[str, Any]  # the current evaluation: the dataset's rows, and this rank's summed loss and tokens so far
+    _evaluated: dict[str, Any]  # the current evaluation: the dataset's samples, and this rank's summed loss and tokens so far
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -77,10 +77,10 @@ class JobTrainer(SavingTrainer):
         Raises:
             DataError: a sample can't be tokenised.
         """
-        rows, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
+        samples, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
         try:
             for batch in batches:
-                yield self._without_padding_samples(batch, rows, size, self.args.dataloader_drop_last)
+                yield self._mask_repeated_samples(batch, samples, size, self.args.dataloader_drop_last)
         except DataError as error:
             message = str(error).rpartition("DataError: ")[2].strip()  # without the traceback of a worker process
             raise DataError(message, code=error.code or "data.unusable_sample", scope=Scope.THIS_RANK) from None
@@ -106,7 +106,7 @@ class JobTrainer(SavingTrainer):
         The Trainer reports the mean of the batches' means, which depends on how samples are spread over batches and ranks. So
         does the routers' auxiliary loss, which is left out.
         """
-        self._evaluated = {"rows": len(dataloader.dataset), "loss": 0.0, "tokens": 0}
+        self._evaluated = {"samples": len(dataloader.dataset), "loss": 0.0, "tokens": 0}
         aux_loss_enabled, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
             result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -128,7 +128,7 @@ class JobTrainer(SavingTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run TRL's prediction step without repeated samples, and sum up the loss. Every rank; communicates."""
-        inputs = self._without_padding_samples(inputs, self._evaluated["rows"], self.args.eval_batch_size, drop_last=False)
+        inputs = self._mask_repeated_samples(inputs, self._evaluated["samples"], self.args.eval_batch_size, drop_last=False)
         tokens = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
@@ -136,11 +136,11 @@ class JobTrainer(SavingTrainer):
             self._evaluated["tokens"] += tokens
         return result
 
-    def _without_padding_samples(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
+    def _mask_repeated_samples(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
         """Mask this rank's repeated samples, of which there are none with `drop_last`. Any rank; does not communicate."""
         is_last = self.accelerator.gradient_state.end_of_dataloader and not drop_last
         rank, ranks = self.args.process_index, self.args.world_size
-        return mask_padding_samples(batch, samples if is_last else 0, size=size, rank=rank, ranks=ranks)
+        return mask_repeated_samples(batch, samples if is_last else 0, size=size, rank=rank, ranks=ranks)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return this module's sampler for "group_by_length", else the Trainer's. Any rank; does not communicate."""
@@ -154,7 +154,7 @@ class JobTrainer(SavingTrainer):
         )
 
 
-def mask_padding_samples(batch: dict[str, Any], samples: int, *, size: int, rank: int, ranks: int) -> dict[str, Any]:
+def mask_repeated_samples(batch: dict[str, Any], samples: int, *, size: int, rank: int, ranks: int) -> dict[str, Any]:
     """Mask the labels of the samples that accelerate repeats to fill the last batches of an epoch.
 
     In the last batches, in rank order, the first `samples % (ranks * size)` samples are real and the others are repeated.
