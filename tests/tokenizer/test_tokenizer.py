@@ -211,24 +211,24 @@ def test_the_choice_is_logged_in_one_line(tmp_path, caplog):
     assert record.getMessage() == expected
 
 
-# --------------------------------------------------------------------------------------------------------------- the packet
+# ------------------------------------------------------------------------------------------------------- the serialized form
 
 
-def test_packet_is_plain_bytes(tmp_path):
-    packet = serialize(ready(chatml_folder(tmp_path), token="hf_secret"), "a/b c")
-    assert b"hf_secret" not in packet
-    index, files = unpack(packet)
+def test_serialized_tokenizer_is_plain_bytes(tmp_path):
+    serialized = serialize(ready(chatml_folder(tmp_path), token="hf_secret"), "a/b c")
+    assert b"hf_secret" not in serialized
+    index, files = unpack(serialized)
     assert (index["label"], index["class"][1]) == ("a_b_c", "TokenizersBackend")
     assert sorted(files) == ["tokenizer.json", "tokenizer_config.json"]
     assert json.loads(files["tokenizer.json"])["model"]["type"] == "BPE"
-    with raises("tokenizer.bad_packet"):
-        unpack(packet[:-1])
+    with raises("tokenizer.bad_bytes"):
+        unpack(serialized[:-1])
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/b", "a\\b", "..", "", "a\0b"])
-def test_packet_stays_in_its_folder(name):
+def test_serialized_tokenizer_stays_in_its_folder(name):
     head = json.dumps({"label": "x", "class": ["a", "b"], "files": [[name, 0]]}).encode()
-    with raises("tokenizer.bad_packet"):
+    with raises("tokenizer.bad_bytes"):
         deserialize(len(head).to_bytes(8, "big") + head, "x")
 
 

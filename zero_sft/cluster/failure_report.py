@@ -230,7 +230,7 @@ def _claim_report(*, if_store_is_gone: bool = True) -> bool:
 
         with contextlib.suppress(Exception):
             store = torch.distributed.distributed_c10d._get_default_store()
-            answers.append(store.add("zero_sft/spoken", 1) == 1)
+            answers.append(store.add("zero_sft/failure_reported", 1) == 1)
 
     thread = threading.Thread(target=ask, daemon=True)  # the call can hang if rank 0 is gone
     thread.start()

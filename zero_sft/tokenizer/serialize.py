@@ -64,13 +64,13 @@ def unpack(serialized: bytes) -> tuple[Mapping[str, Any], dict[str, bytes]]:
     for name, size in index["files"]:
         if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
             raise TokenizerError(
-                f"the serialized tokenizer names a file {name!r}; expected a plain file name.", code="tokenizer.bad_packet"
+                f"the serialized tokenizer names a file {name!r}; expected a plain file name.", code="tokenizer.bad_bytes"
             )
         files[name] = serialized[start : start + size]
         start += size
     if start != len(serialized):
         raise TokenizerError(
-            f"the serialized tokenizer has {len(serialized)} bytes; its index expects {start}.", code="tokenizer.bad_packet"
+            f"the serialized tokenizer has {len(serialized)} bytes; its index expects {start}.", code="tokenizer.bad_bytes"
         )
     return index, files
 

@@ -109,20 +109,20 @@ def meaning_of(key: str, format_name: str) -> Meaning | None:
 
 
 def _meaning_of_words(words: list[str]) -> Meaning | None:
-    word_set = frozenset(words)
-    if word_set & _WORDS_OF[Meaning.MASK]:
+    distinct = frozenset(words)
+    if distinct & _WORDS_OF[Meaning.MASK]:
         return None if words[-1] in ("id", "name") else Meaning.MASK
-    if word_set & _WORDS_OF[Meaning.RATING] and not word_set & _ABOUT:
+    if distinct & _WORDS_OF[Meaning.RATING] and not distinct & _ABOUT:
         return Meaning.RATING
-    if word_set & _COUNTS:
+    if distinct & _COUNTS:
         return None
-    if word_set & _WORDS_OF[Meaning.MEDIA]:
+    if distinct & _WORDS_OF[Meaning.MEDIA]:
         return Meaning.MEDIA
-    if word_set & _ABOUT:
+    if distinct & _ABOUT:
         return None
-    if (word_set & _SYSTEM and (word_set <= _SYSTEM or word_set & _TEXT)) or ("developer" in word_set and word_set & _TEXT):
+    if (distinct & _SYSTEM and (distinct <= _SYSTEM or distinct & _TEXT)) or ("developer" in distinct and distinct & _TEXT):
         return Meaning.SYSTEM_TEXT
-    return next((meaning for meaning in (Meaning.THOUGHTS, Meaning.TOOLS) if word_set & _WORDS_OF[meaning]), None)
+    return next((meaning for meaning in (Meaning.THOUGHTS, Meaning.TOOLS) if distinct & _WORDS_OF[meaning]), None)
 
 
 def is_empty(value: Any) -> bool:
