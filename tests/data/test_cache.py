@@ -149,14 +149,14 @@ def test_an_output_folder_inside_the_data_is_refused(data):
 
 def test_what_is_left_of_a_cleared_entry_is_replaced(data):
     made = prepare_sources(spec(data), byte_tokenizer(CHATML))
-    (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).unlink()
+    (data.parent / "cache" / made.keys[0] / cache.SUMMARY).unlink()
     assert prepare_sources(spec(data), byte_tokenizer(CHATML)).rows[:] == made.rows[:]
 
 
-@pytest.mark.parametrize("account", ["{}", "[]", '{"rows": 39, "account": {}}', '{"rows": 38, "account": {}}', "{"])
-def test_a_damaged_account_is_named(data, account):
+@pytest.mark.parametrize("summary", ["{}", "[]", '{"rows": 39, "summary": {}}', '{"rows": 38, "summary": {}}', "{"])
+def test_a_damaged_summary_is_named(data, summary):
     made = prepare_sources(spec(data), byte_tokenizer(CHATML))
-    (data.parent / "cache" / made.keys[0] / cache.ACCOUNT).write_text(account)
+    (data.parent / "cache" / made.keys[0] / cache.SUMMARY).write_text(summary)
     with raises("data.cache_entry_damaged"):
         prepare_sources(spec(data), byte_tokenizer(CHATML))
 
@@ -216,10 +216,10 @@ def test_a_changed_byte_is_noticed(data, options, place):
     assert prepare_sources(wanted, byte_tokenizer()).keys == keys
 
 
-def test_a_changed_number_in_an_account_is_noticed(data):
+def test_a_changed_number_in_a_summary_is_noticed(data):
     made = prepare_sources(spec(data), byte_tokenizer())
-    account = data.parent / "cache" / made.keys[0] / cache.ACCOUNT
-    account.write_text(account.read_text().replace('"samples": 39', '"samples": 38'))
+    summary = data.parent / "cache" / made.keys[0] / cache.SUMMARY
+    summary.write_text(summary.read_text().replace('"samples": 39', '"samples": 38'))
     with raises("data.cache_entry_damaged"):
         prepare_sources(spec(data), byte_tokenizer())
 
@@ -228,7 +228,7 @@ def test_an_entry_is_verified_once(data, monkeypatch):
     """By whoever opens it first on a node, and not by who has just written it."""
     checked = []
     checksum = cache._checksum
-    monkeypatch.setattr(cache, "_checksum", lambda rows, account: checked.append(rows) or checksum(rows, account))
+    monkeypatch.setattr(cache, "_checksum", lambda rows, summary: checked.append(rows) or checksum(rows, summary))
     wanted = spec(data, pack=True)
     keys = prepare_sources(wanted, byte_tokenizer()).keys
     assert len(checked) == 2, "while it is written"
@@ -246,8 +246,8 @@ def test_the_first_of_two_writers_wins(data):
         return file.write_text("second"), {"by": 2}
 
     cache.store(root, "k", late)
-    account = json.loads((root / "k" / cache.ACCOUNT).read_text())
-    assert (account["rows"], account["account"]) == (5, {"by": 1})
+    content = json.loads((root / "k" / cache.SUMMARY).read_text())
+    assert (content["rows"], content["summary"]) == (5, {"by": 1})
     assert entries(data) == ["k"]
 
 

@@ -1,6 +1,6 @@
 """Cache prepared rows on disk, under a key of everything that they depend on, so that all ranks and later runs map them.
 
-An entry is a folder, `<root>/<key>`, with `rows.arrow` in Arrow's stream format and `account.json`. It is written to a
+An entry is a folder, `<root>/<key>`, with `rows.arrow` in Arrow's stream format and `summary.json`. It is written to a
 temporary folder and renamed at the end, so every existing entry is complete. If several processes write the same entry, the
 first one wins. A CRC-32 checksum, at 4 GB a second, detects damage by disks; it does not protect against attackers.
 """
@@ -29,7 +29,7 @@ from zero_sft.tokenizer.fingerprint import fingerprint
 if TYPE_CHECKING:
     import datasets
 
-ROWS, ACCOUNT = "rows.arrow", "account.json"
+ROWS, SUMMARY = "rows.arrow", "summary.json"
 
 _TEMPORARY = ".making-"
 _CHUNK_BYTES = 2**22
@@ -79,9 +79,10 @@ def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 
 def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Dataset, Mapping[str, Any]] | None":
-    """Look up an entry; return its rows, memory-mapped, and their account, or None if there is no such entry.
+    """Look up an entry; return its rows, memory-mapped, and their summary, or None if there is no such entry.
 
-    `verify`: read the whole entry and compare its checksum. One rank per node does so; the others don't repeat it.
+    Args:
+        verify: read the whole entry and compare its checksum. One rank per node does so; the others don't repeat it.
 
     Raises:
         DataError: an entry that can't be read, is incomplete, or has another checksum.
@@ -89,16 +90,16 @@ def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Datase
     import datasets
 
     folder = root / key
-    if not (folder / ACCOUNT).exists():
+    if not (folder / SUMMARY).exists():
         return None
     try:
         dataset = datasets.Dataset.from_file(str(folder / ROWS))
-        account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
-        if account["rows"] != len(dataset):
-            raise ValueError(f"it has {len(dataset)} of {account['rows']} rows")
-        if verify and account["crc32"] != _checksum(folder / ROWS, account["account"]):
+        content = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        if content["rows"] != len(dataset):
+            raise ValueError(f"it has {len(dataset)} of {content['rows']} rows")
+        if verify and content["crc32"] != _checksum(folder / ROWS, content["summary"]):
             raise ValueError("its checksum differs from the one it was written with")
-        return dataset, account["account"]
+        return dataset, content["summary"]
     except (OSError, ValueError, LookupError, TypeError) as error:  # includes pyarrow's errors
         raise DataError(
             f"{folder} is damaged: {error}. Delete that folder; the next run prepares the data again.",
@@ -106,9 +107,9 @@ def find(root: Path, key: str, *, verify: bool = True) -> "tuple[datasets.Datase
         ) from error
 
 
-def _checksum(rows: Path, account: Mapping[str, Any]) -> int:
-    """Compute the CRC-32 of the rows' file and of their account."""
-    value = zlib.crc32(json.dumps(account, sort_keys=True).encode())
+def _checksum(rows: Path, summary: Mapping[str, Any]) -> int:
+    """Compute the CRC-32 of the rows' file and of their summary."""
+    value = zlib.crc32(json.dumps(summary, sort_keys=True).encode())
     with rows.open("rb") as opened:
         while chunk := opened.read(_CHUNK_BYTES):
             value = zlib.crc32(chunk, value)
@@ -133,7 +134,7 @@ def find_or_store(
 
 
 def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, Any]]]) -> None:
-    """Create an entry. `write` writes the rows to a given path, and returns their number and their account.
+    """Create an entry. `write` writes the rows to a given path, and returns their number and their summary.
 
     An error of `write`, or the `DataError` of a folder that can't be written to, leaves no files behind.
     """
@@ -144,9 +145,9 @@ def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, 
         with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as temporary:
             entry = Path(temporary) / key
             entry.mkdir()
-            rows, account = write(entry / ROWS)
-            content = {"rows": rows, "account": account, "crc32": _checksum(entry / ROWS, account)}
-            (entry / ACCOUNT).write_text(json.dumps(content), encoding="utf-8")
+            rows, summary = write(entry / ROWS)
+            content = {"rows": rows, "summary": summary, "crc32": _checksum(entry / ROWS, summary)}
+            (entry / SUMMARY).write_text(json.dumps(content), encoding="utf-8")
             for file in entry.iterdir():
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
@@ -163,7 +164,7 @@ def _move_into_place(entry: Path, target: Path) -> None:
     try:
         entry.rename(target)
     except OSError:
-        if (target / ACCOUNT).exists():  # another process was first, with the same rows
+        if (target / SUMMARY).exists():  # another process was first, with the same rows
             return
         shutil.rmtree(target, ignore_errors=True)  # the remains of an entry that was partly deleted
         entry.rename(target)

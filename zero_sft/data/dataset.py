@@ -96,20 +96,20 @@ def prepare_source(data: DataSource, pipeline: Pipeline, root: Path, *, processe
     state = data.state()
     key = cache.key_of_rows(data, pipeline)
     start = time.monotonic()
-    dataset, account, existed = cache.find_or_store(root, key, lambda file: _write_rows(file, data, state, pipeline, processes))
+    dataset, summary, existed = cache.find_or_store(root, key, lambda file: _write_rows(file, data, state, pipeline, processes))
     if existed:
         logger.info("  prepared before, in %s", root / key)
     else:
         logger.info("  prepared in %.0f s, kept in %s", time.monotonic() - start, root / key)
-    return dataset_of_entry(dataset, account, root / key, data, pipeline)
+    return dataset_of_entry(dataset, summary, root / key, data, pipeline)
 
 
 def dataset_of_entry(
-    dataset: "datasets.Dataset", account: Mapping[str, Any], entry: Path, data: DataSource, pipeline: Pipeline
+    dataset: "datasets.Dataset", summary: Mapping[str, Any], entry: Path, data: DataSource, pipeline: Pipeline
 ) -> PreparedDataset:
     """Make the prepared dataset of a cache entry; its report gets this run's names of the source and the template."""
     try:
-        report = DataReport(**{**account, **{name: tuple(account[name]) for name in ("formats", "first_bad")}})
+        report = DataReport(**{**summary, **{name: tuple(summary[name]) for name in ("formats", "first_bad")}})
     except (TypeError, LookupError) as error:
         raise DataError(
             f"{entry} is damaged: {error}. Delete that folder; the next run prepares the data again.",
@@ -130,7 +130,7 @@ def dataset_of_entry(
 
 
 def _write_rows(file: Path, data: DataSource, state: Any, pipeline: Pipeline, processes: int) -> tuple[int, dict[str, Any]]:
-    """Write the rows of a cache entry, batch by batch, and return their number and their account.
+    """Write the rows of a cache entry, batch by batch, and return their number and their summary.
 
     `state` is that of the data when its key was computed.
     """
