@@ -1,5 +1,7 @@
 """Download a repository's files with huggingface_hub, and turn its errors into one sentence with a remedy."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from zero_sft.errors import CheckpointError
@@ -13,10 +15,9 @@ def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...],
         CheckpointError: the hub can't provide them.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     prefix = f"{options.subfolder.rstrip('/')}/" if options.subfolder else ""
-    try:
+    with _explain_errors(repo, options.revision):
         folder = snapshot_download(
             repo,
             revision=options.revision,
@@ -25,6 +26,16 @@ def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...],
             local_files_only=options.local_files_only or local_only,
             allow_patterns=[prefix + pattern for pattern in patterns],
         )
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def _explain_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn an error of huggingface_hub into a CheckpointError that names the remedy."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo!r} is neither an existing folder nor a hub id ('org/model'): {error}", code="hub.not_found"
@@ -37,7 +48,7 @@ def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...],
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"the model {repo!r} has no revision {options.revision!r}. Check --revision: a branch, a tag or a commit's hash.",
+            f"the model {repo!r} has no revision {revision!r}. Check --revision: a branch, a tag or a commit's hash.",
             code="hub.no_such_revision",
         ) from error
     except RepositoryNotFoundError as error:
@@ -53,4 +64,3 @@ def download_snapshot(repo: str, options: HubOptions, patterns: tuple[str, ...],
             "model elsewhere and name its local folder: --model_name_or_path /path/to/the/folder",
             code="hub.unavailable",
         ) from error
-    return Path(folder)
