@@ -62,11 +62,9 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Format the report for the log: the totals, then a line for each kind of thing that was left out, if any."""
+        samples, turns = with_count(self.samples, "sample"), with_count(self.turns, "turn")
         source = f"format {' and '.join(self.formats)}, template {self.template}"
-        of = "from" if self.split else "of"
-        lines = [
-            f"{self.file}: {self.kept:,} {of} {with_count(self.samples, 'sample')}, {with_count(self.turns, 'turn')} ({source})"
-        ]
+        lines = [f"{self.file}: {self.kept:,} {'from' if self.split else 'of'} {samples}, {turns} ({source})"]
         if self.note:
             lines.append(self.note)
         if self.left_out:
@@ -85,6 +83,11 @@ class DataReport:
             )
         else:
             lines.append(f"{with_count(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on")
+        return lines + self._dropped_lines()
+
+    def _dropped_lines(self) -> list[str]:
+        """Format a line for each kind of sample, turn or text that is skipped, dropped or cut, if any."""
+        lines = []
         if self.bad:
             lines += [f"{with_count(self.bad, 'bad sample')} skipped, such as", *(f"  {message}" for message in self.first_bad)]
         if self.dropped:
