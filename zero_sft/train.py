@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("zero_sft.train")  # not __name__, which is "__main__" in a run
 
-LOGS = "logs"
-"""The folder inside the output folder for the run's logs and metrics."""
-
 ANSWER_TOKENS = 256
 """The maximum length of an answer to a sample prompt, in tokens; most answers are shorter."""
 
@@ -87,7 +84,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     timeline.end("joining")
     failure.set_stage("preparing tokenizer and data")
     inputs = read_inputs(parsed, world)
-    failure.set_log_folder(Path(parsed.training["output_dir"]) / LOGS)
+    failure.set_log_folder(inputs.log_folder)
     timeline.end("inputs")
     require_room_for_run(inputs, world)
     failure.set_stage("loading the model")
@@ -129,18 +126,17 @@ def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
 def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers.trainer_utils import set_seed
 
-    from zero_sft.cluster.stages import collective_stage
     from zero_sft.saving.export import export_or_rescue
     from zero_sft.zero import gather_hooks as gather
 
-    arguments, output, report = inputs.arguments, Path(inputs.arguments.output_dir), model.load_report
+    output, report = Path(inputs.arguments.output_dir), model.load_report
     failure.set_stage("answering prompts")
     before = []
     if inputs.prompts:
         with gather.summon_full_params(model):
             before = _answers(model, inputs)
         timeline.end("answers before")
-    set_seed(arguments.seed)
+    set_seed(inputs.arguments.seed)
     trainer = _trainer(model, inputs, world, timeline)
     _begin(output, inputs, world)
     failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
@@ -161,18 +157,7 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
         "timeline": timeline.seconds,
         "answers": answers,
     }
-    with collective_stage(world, "writing the logs"):
-        if world.is_main:
-            _write_logs(output, logs)
-            best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
-            _log_results(output, trainer.state.log_history, answers, best and Path(best).name)
-    with collective_stage(world, "ending the training"):
-        if late_error is not None:
-            raise DistributedError(
-                f"after the last step: {type(late_error).__name__}: {late_error}. The model is complete, "
-                f"as it was after the last step, in {output}.",
-                code="cluster.failed_after_last_step",
-            ) from late_error
+    _finish(logs, trainer, late_error, inputs, world)
     trainer.model_wrapped.destroy()  # end DeepSpeed's threads before the interpreter exits
 
 
@@ -239,12 +224,29 @@ def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
         return _answers(model, inputs)
 
 
-def _write_logs(output: Path, logs: Mapping[str, Any]) -> None:
+def _finish(logs: Mapping[str, Any], trainer: Any, late_error: Exception | None, inputs: "Inputs", world: World) -> None:
+    """Write the logs, then raise an error that came after the last step. Every rank; communicates."""
+    from zero_sft.cluster.stages import collective_stage
+
+    with collective_stage(world, "writing the logs"):
+        if world.is_main:
+            _write_logs(inputs, logs)
+            _log_results(inputs, logs, trainer.state.best_model_checkpoint)
+    with collective_stage(world, "ending the training"):
+        if late_error is not None:
+            raise DistributedError(
+                f"after the last step: {type(late_error).__name__}: {late_error}. The model is complete, "
+                f"as it was after the last step, in {inputs.arguments.output_dir}.",
+                code="cluster.failed_after_last_step",
+            ) from late_error
+
+
+def _write_logs(inputs: "Inputs", logs: Mapping[str, Any]) -> None:
     """Write each of `logs` to a JSON file, and the loss curve; log a warning if that fails. Rank 0."""
     from zero_sft.job.loss_plot import plot_loss
 
-    folder = output / LOGS
-    title = f"Loss of {Path(logs['arguments']['model_name_or_path']).name}, {output}"
+    folder = inputs.log_folder
+    title = f"Loss of {Path(inputs.source.name).name}, {folder.parent}"
     try:
         folder.mkdir(exist_ok=True)
         for name, content in logs.items():
@@ -257,20 +259,21 @@ def _write_logs(output: Path, logs: Mapping[str, Any]) -> None:
         logger.warning("the logs can't be written to %s: %s. The model is complete.", folder, error)
 
 
-def _log_results(output: Path, history: Sequence[Mapping[str, Any]], answers: list, best: str | None) -> None:
-    for answer in answers:
+def _log_results(inputs: "Inputs", logs: Mapping[str, Any], best_checkpoint: str | None) -> None:
+    for answer in logs["answers"]:
         logger.info("prompt: %s\nbefore: %s\nafter:  %s", answer["prompt"], answer["before"], answer["after"])
-    losses = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    losses = [(entry["step"], entry["eval_loss"]) for entry in logs["history"] if "eval_loss" in entry]
     if len(losses) > 1:
         (first, before), (last, after) = losses[0], losses[-1]
         change = f" ({100 * (after / before - 1):+.1f} %)" if math.isfinite(before) and math.isfinite(after) else ""
         when = f"after step {first}" if first else "before training"
         logger.info("loss on held-out samples: %.3f %s, %.3f after step %d%s", before, when, after, last, change)
-    if best:
+    if best_checkpoint and inputs.arguments.load_best_model_at_end:
+        best = Path(best_checkpoint).name
         logger.info("the exported model is that of %s, the best of the run (--load_best_model_at_end)", best)
-    curve = output / LOGS / "loss.png"
+    curve = inputs.log_folder / "loss.png"
     curve_line = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
-    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", output, curve_line, output / LOGS)
+    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", curve.parents[1], curve_line, curve.parent)
 
 
 def _shown(parsed: ParsedArguments) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from zero_sft.loading.request import ModelSpec
 from zero_sft.options.keywords import pick_options
 from zero_sft.rope import text_config
 from zero_sft.saving.folder import require_writable_everywhere
-from zero_sft.saving.former_run import require_no_former_run
+from zero_sft.saving.former_run import LOGS, require_no_former_run
 from zero_sft.saving.resume import agree_on_checkpoint
 from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
@@ -64,6 +64,11 @@ class Inputs:
     record: RunRecord
     checkpoint: TrainerCheckpoint | None
     overwrites_run: bool
+
+    @property
+    def log_folder(self) -> Path:
+        """The folder for the run's logs and metrics."""
+        return Path(self.arguments.output_dir) / LOGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,9 @@ from zero_sft.saving.placing import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
-_LOGS = ("logs/history.json", "logs/arguments.json")
+LOGS = "logs"
+"""The folder inside the output folder for a run's logs and metrics."""
+_LOG_FILES = ("history.json", "arguments.json")
 
 
 def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overwrite: bool, model: str = "") -> bool:
@@ -30,7 +32,7 @@ def require_no_former_run(output_dir: str | Path, checkpoint: Path | None, overw
     output = Path(output_dir).expanduser()
     checkpoints = checkpoints_in(output)
     names = sorted(path.name for path in output.glob("*") if WEIGHTS.fullmatch(path.name))
-    names += [path.name for path in checkpoints] + [name for name in _LOGS if (output / name).is_file()]
+    names += [path.name for path in checkpoints] + [f"{LOGS}/{name}" for name in _LOG_FILES if (output / LOGS / name).is_file()]
     resumes = checkpoint is not None and checkpoint.resolve().parent == output.resolve()
     if not names or resumes:
         return False
