@@ -73,7 +73,7 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     from zero_sft.data.sources.data_path import parse_sources
     from zero_sft.data.templates.choose import choose_template
     from zero_sft.hub.options import HubOptions
-    from zero_sft.hub.source import locate_model_alone
+    from zero_sft.hub.source import locate_model
     from zero_sft.rope import text_config
     from zero_sft.tokenizer import TokenizerSpec
 
@@ -83,7 +83,7 @@ def _report(options: Any, notes: Sequence[str]) -> None:
         logger.info(note)
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     options.lazy_preprocess = False  # the report needs the lengths
-    source = locate_model_alone(options.model_name_or_path, pick_options(HubOptions, options))
+    source = locate_model(options.model_name_or_path, pick_options(HubOptions, options), World.alone())
     tokenizer_spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
     tokenizer_spec.require_valid()
     tokenizer, _ = tokenizer_spec.prepare(source)

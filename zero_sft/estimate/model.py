@@ -25,7 +25,7 @@ from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.remote_headers import fetch_headers
 from zero_sft.estimate.storage_profiles import MODELS, shipped_models
 from zero_sft.hub.options import HubOptions
-from zero_sft.hub.source import CONFIG, fetch_files, locate_model_alone
+from zero_sft.hub.source import CONFIG, fetch_files, locate_model
 from zero_sft.loading import skeleton
 from zero_sft.loading.dtype import requested_dtype
 from zero_sft.loading.options import LoadOptions
@@ -103,7 +103,7 @@ def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str, 
         config = load_config(path, options)
         return path, config, "read", read_index(path, torch_zip.read_header, options.variant).tensors if has_weights else None
     try:
-        source = locate_model_alone(name, options)
+        source = locate_model(name, options, World.alone())
         folder = fetch_files(source, World.alone(), CONFIG)
     except CheckpointError as error:
         raise ConfigError(

@@ -44,7 +44,7 @@ class ModelSource:
 
 
 def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
-    """Locate a model, and resolve its revision to a commit. Every rank; communicates.
+    """Locate a model, and resolve its revision to a commit. Every rank; communicates unless it is `World.alone()`.
 
     Rank 0 asks the hub. If the hub can't be reached, the commit that the cache records for the branch is used.
 
@@ -63,11 +63,6 @@ def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
             code="hub.folder_not_on_all_nodes",
         )
     return ModelSource(name=name, options=options if folder else _pin_revision(name, options, world), folder=folder)
-
-
-def locate_model_alone(name: str, options: HubOptions) -> ModelSource:
-    """Locate a model on one rank; raise the errors of `locate_model`. Any rank; does not communicate."""
-    return locate_model(name, options, World.alone())
 
 
 def _pin_revision(name: str, options: HubOptions, world: World) -> HubOptions:

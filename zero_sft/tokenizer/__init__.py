@@ -15,7 +15,7 @@ from zero_sft.cluster.stages import collective_stage, require_identical, run_sta
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
-from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model_alone
+from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import require_length
 from zero_sft.tokenizer.fingerprint import fingerprint
@@ -79,7 +79,7 @@ def load_tokenizer(
     (hub,) = read_keywords(options, HubOptions, function=load_tokenizer)
     spec = TokenizerSpec(name=model_name_or_path, options=hub, model_max_length=model_max_length, padding_side=padding_side)
     world = connect(World.detect())
-    return broadcast_tokenizer(world, spec, lambda: spec.prepare(locate_model_alone(model_name_or_path, hub)))
+    return broadcast_tokenizer(world, spec, lambda: spec.prepare(locate_model(model_name_or_path, hub, World.alone())))
 
 
 def load_tokenizer_from(
