@@ -146,16 +146,13 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
     failure.set_stage("answering prompts")
     after = _answers_of_engine(trainer, inputs)
-    answers = [
-        {"prompt": prompt, "before": answer_before, "after": answer_after}
-        for prompt, answer_before, answer_after in zip(inputs.prompts, before, after, strict=True)
-    ]
+    answers = zip(inputs.prompts, before, after, strict=True)
     logs = {
         "arguments": _shown(parsed),
         "history": trainer.state.log_history,
         "load_report": report.to_dict(),
         "timeline": timeline.seconds,
-        "answers": answers,
+        "answers": [dict(zip(("prompt", "before", "after"), answer, strict=True)) for answer in answers],
     }
     _finish(logs, trainer, late_error, inputs, world)
     trainer.model_wrapped.destroy()  # end DeepSpeed's threads before the interpreter exits

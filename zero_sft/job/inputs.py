@@ -150,11 +150,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
 
 
 def _build_arguments(parsed: ParsedArguments, world: World) -> tuple[Any, tuple[str, ...], _Sources]:
-    """Build the Trainer's arguments, read the prompts, and parse the data sources. Every rank; communicates.
-
-    Raises:
-        ZeroSftError: an argument, the DeepSpeed config, the file of the prompts or the name of a source can't be used.
-    """
+    """Build the Trainer's arguments, read the prompts, and parse the data sources. Every rank; communicates."""
     training, data = parsed.training, parsed.data
     with collective_stage(world, "checking the DeepSpeed config and the arguments"):
         ds = ds_configs.load_ds_config(training["deepspeed"])
@@ -182,13 +178,7 @@ def _require_other_folder(model: str, output_dir: str) -> None:
 def _check_data_and_output(
     parsed: ParsedArguments, arguments: Any, sources: _Sources, world: World
 ) -> tuple[TrainerCheckpoint | None, bool]:
-    """Return the checkpoint that the run resumes from, and whether it overwrites a previous run. Every rank; communicates.
-
-    Raises:
-        DataError: a source does not exist, or the output folder lies inside the data.
-        ArgumentError: the run can't resume, or the folder holds a previous run that must not be overwritten.
-        ExportError: the folder can't be written.
-    """
+    """Return the checkpoint that the run resumes from, and whether it overwrites a previous run. Every rank; communicates."""
     training, ds = parsed.training, arguments.hf_deepspeed_config
     output_dir = training["output_dir"]
     checkpoint = agree_on_checkpoint(
@@ -227,12 +217,7 @@ def _read_config(
 
 
 def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:
-    """Prepare the training data, packed if that is possible and fills a batch. Every rank; communicates.
-
-    Raises:
-        ArgumentError: packing is requested but not possible.
-        DataError: the data does not fill one batch.
-    """
+    """Prepare the training data, packed if that is possible and fills a batch. Every rank; communicates."""
     options, spec = preparation.parsed.data, preparation.model_spec
     batch_size = preparation.arguments.per_device_train_batch_size
     packing = resolve_packing(
@@ -268,11 +253,7 @@ def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | No
 def _with_size(
     record: RunRecord, data: PreparedDataset, preparation: _Preparation, checkpoint: TrainerCheckpoint | None, world: World
 ) -> RunRecord:
-    """Add the size of the data and the number of steps to the record. Every rank; communicates.
-
-    Raises:
-        ConfigError: the scheduler of the DeepSpeed config has a different number of steps.
-    """
+    """Add the size of the data and the number of steps to the record. Every rank; communicates."""
     parsed, arguments = preparation.parsed, preparation.arguments
     rows, tokens = len(data.rows), sum(report.tokens or 0 for report in data.reports)
     record = replace(record, rows=rows, tokens=tokens, max_steps=count_steps(rows, arguments, world.world_size))
