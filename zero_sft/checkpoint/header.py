@@ -101,7 +101,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
             )
         text = file.read(header_nbytes)
     tensors = _parse(path, text, data_start_bytes=_LENGTH.size + header_nbytes)
-    _check_layout(path, tensors, data_start_bytes=_LENGTH.size + header_nbytes, size_bytes=size_bytes)
+    _require_contiguous(path, tensors, data_start_bytes=_LENGTH.size + header_nbytes, size_bytes=size_bytes)
     return {tensor.name: tensor for tensor in tensors}
 
 
@@ -150,7 +150,7 @@ def _entry(path: str, name: str, raw: Any, data_start_bytes: int) -> StoredTenso
     )
 
 
-def _check_layout(path: str, tensors: list[StoredTensor], data_start_bytes: int, size_bytes: int) -> None:
+def _require_contiguous(path: str, tensors: list[StoredTensor], data_start_bytes: int, size_bytes: int) -> None:
     position = data_start_bytes
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.nbytes)):
         if tensor.offset_bytes != position:
