@@ -25,7 +25,7 @@ class KeyReport:
         unexpected_keys: stored tensors that the model does not have.
         mismatched_keys: `(name, expected shape, stored shape)`.
         duplicate_keys: names that several files store; the last file's tensor was loaded, as in `from_pretrained`.
-        tied_keys: names that share the tensor of another name.
+        tied_keys: names that share the tensor of another name, stored or not.
         cast_keys: names that are stored in another dtype.
         dequantized_keys: names that were multiplied by their scales while they were read.
         untraceable_keys: names that were computed from whole stored tensors, with the bytes that a node held for each.

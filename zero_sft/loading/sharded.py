@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -71,15 +71,15 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
         with watch.phase("compute"):
             computed = fill_untraceable(match, tensors, rewritten_by_init, world)
     with watch.phase("finish"):
-        _drop_unequal_ties(match, tensors, world)
-        missing, unexpected = _finish(match, request, world)
+        equal_ties = _drop_unequal_ties(match, tensors, world)
+        missing, unexpected = _finish(match, request, equal_ties, world)
     verified = None
     if options.verify:
         with watch.phase("verify"), progress.task("verifying the shards"):
             verified = verify(match, match.resolution.stored_names - rewritten_by_init, world)
     bytes_read = sum(read.total_nbytes for read in reads) + computed.read_bytes
     stats = LoadStats(requests=len(reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
-    return match.model, _key_report(match, missing, unexpected, computed, verified), stats
+    return match.model, _key_report(match, equal_ties, missing, unexpected, computed, verified), stats
 
 
 def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> CheckpointMatch:
@@ -146,29 +146,31 @@ def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: Checkpoin
         shards.fill_shards(params, fill)
 
 
-def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world: World) -> None:
+def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world: World) -> set[str]:
     """Drop the ties whose two sides are stored and differ on a rank: both tensors stay, as in plain `from_pretrained`.
 
-    Every rank; communicates.
+    Return the targets of the ties whose two sides are stored and equal. Every rank; communicates.
     """
     ties = match.ties_with_both_stored()
-    if ties:
-        with collective_stage(world, "comparing tied weights") as exchange:
-            exchange.local = [name for name, source in ties if not shards.shards_equal(tensors[name], tensors[source])]
-        for name in set().union(*exchange.gathered):
-            transformers_internals.drop_tie(match.model, name)
+    if not ties:
+        return set()
+    with collective_stage(world, "comparing tied weights") as exchange:
+        exchange.local = [name for name, source in ties if not shards.shards_equal(tensors[name], tensors[source])]
+    unequal = set().union(*exchange.gathered)
+    for name in unequal:
+        transformers_internals.drop_tie(match.model, name)
+    return {target for target, _ in ties} - unequal
 
 
-def _finish(match: CheckpointMatch, request: LoadRequest, world: World) -> tuple[list[str], list[str]]:
+def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], world: World) -> tuple[list[str], list[str]]:
     """Tie weights, then take the last steps of `from_pretrained`. Return missing and unexpected names.
 
     Every rank; communicates.
     """
     model, resolution = match.model, match.resolution
-    loaded = resolution.stored_names | {mismatch.name for mismatch in resolution.mismatched}
-    to_tie = {target for target, _ in match.ties_with_both_stored()}
+    not_reported_missing = resolution.stored_names | {mismatch.name for mismatch in resolution.mismatched}
     with collective_stage(world, "finishing the model"):
-        not_loaded = (match.state.keys() - loaded) | to_tie
+        not_loaded = (match.state.keys() - not_reported_missing) | equal_ties
         missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
         left_out = skeleton.give_generation_config(model, request.model)
@@ -197,7 +199,12 @@ def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
 
 
 def _key_report(
-    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: ComputeCosts, verified: int | None
+    match: CheckpointMatch,
+    equal_ties: Set[str],
+    missing: list[str],
+    unexpected: list[str],
+    computed: ComputeCosts,
+    verified: int | None,
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
     cast, dequantized = [], []
@@ -208,12 +215,12 @@ def _key_report(
         elif {tensor.dtype for tensor in stored} - {STORED_DTYPES.get(tensors[name].dtype)}:
             cast.append(name)
     return KeyReport(
-        parameters=sum(tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to),
+        parameters=shards.parameter_numel(match.model),
         missing_keys=missing,
         unexpected_keys=unexpected,
         mismatched_keys=[(mismatch.name, mismatch.expected, mismatch.got) for mismatch in resolution.mismatched],
         duplicate_keys=list(match.index.duplicate_keys),
-        tied_keys=sorted(match.tied_to),
+        tied_keys=sorted(match.tied_to.keys() | equal_ties),
         cast_keys=cast,
         dequantized_keys=dequantized,
         untraceable_keys=list(computed.held_bytes.items()),

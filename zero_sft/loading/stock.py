@@ -8,7 +8,6 @@ import logging
 import time
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from zero_sft.cluster.stages import collective_stage
@@ -58,6 +57,5 @@ def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, Key
     seconds = time.perf_counter() - start
     keep_zero3_enabled(model, request.ds_config)
     gather.install_gather_hooks(model)
-    parameters = sum(torch.Size(shards.full_shape(param)).numel() for param in model.parameters())
-    keys = KeyReport(parameters=parameters, missing_keys=sorted(info["missing_keys"]))
+    keys = KeyReport(parameters=shards.parameter_numel(model), missing_keys=sorted(info["missing_keys"]))
     return model, keys, LoadStats(seconds=seconds)

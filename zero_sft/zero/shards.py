@@ -7,6 +7,7 @@ No function here communicates.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -26,6 +27,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the full tensor's shape, partitioned or not."""
     return tuple(tensor.ds_shape) if is_sharded(tensor) else tuple(tensor.shape)
+
+
+def parameter_numel(model: nn.Module) -> int:
+    """Return the number of elements of the model's full parameters. Tied parameters count once."""
+    return sum(math.prod(full_shape(param)) for param in model.parameters())
 
 
 def num_partitions(param: nn.Parameter) -> int:
