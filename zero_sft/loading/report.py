@@ -51,8 +51,8 @@ class LoadStats:
     """Numbers of one rank.
 
     Attributes:
-        requests: number of read requests.
-        bytes_read: bytes of the checkpoint that the rank read.
+        requests: number of read requests, in all stages except `headers` and `verify`.
+        bytes_read: bytes of the checkpoint that these requests read.
         bytes_communicated: bytes that the rank sent to other ranks.
         seconds: wall time of the rank; `stages` splits it.
         peak_host_bytes, peak_device_bytes: peak memory of the rank above its memory at the start.

@@ -52,7 +52,7 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
     threads = options.reading_threads(world.cpu_cores)
     match = _match(request, world, watch)
     with watch.collective("initialise", "initialising what the checkpoint lacks"):
-        rewritten_by_init = _initialize(match, request, threads)
+        rewritten_by_init, initial_reads = _initialize(match, request, threads, watch)
         tensors = match.collect_tensors()
     with watch.collective("plan", "planning the reads"):
         params = {
@@ -66,7 +66,7 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
         if request.while_reading is not None:
             request.while_reading()
         _read(params, reads, match, threads)
-    computed = ComputeCosts(read_bytes=0, held_bytes={})
+    computed = ComputeCosts(reads=(), held_bytes={})
     if match.resolution.untraceable:
         with watch.phase("compute"):
             computed = fill_untraceable(match, tensors, rewritten_by_init, world)
@@ -77,8 +77,9 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
     if options.verify:
         with watch.phase("verify"), progress.task("verifying the shards"):
             verified = verify(match, match.resolution.stored_names - rewritten_by_init, world)
-    bytes_read = sum(read.total_nbytes for read in reads) + computed.read_bytes
-    stats = LoadStats(requests=len(reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
+    all_reads = (*initial_reads, *reads, *computed.reads)
+    bytes_read = sum(read.total_nbytes for read in all_reads)
+    stats = LoadStats(requests=len(all_reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
     return match.model, _key_report(match, equal_ties, missing, unexpected, computed, verified), stats
 
 
@@ -105,17 +106,26 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
     return match
 
 
-def _initialize(match: CheckpointMatch, request: LoadRequest, threads: int) -> set[str]:
-    """Compute buffers, initialise missing weights, partition the model. Return the loaded names that are then complete."""
-    resolution = match.resolution
+def _initialize(
+    match: CheckpointMatch, request: LoadRequest, threads: int, watch: "Stopwatch"
+) -> tuple[set[str], list[ReadItem]]:
+    """Compute buffers, initialise missing weights, partition the model.
+
+    Return the names in the checkpoint that are then complete, and the reads that this took.
+    """
+    resolution, reads = match.resolution, []
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
         traced = [name for name in memory if name in resolution.sources]
         targets = [(resolution.sources[name], full_range(match.state[name].numel())) for name in traced]
-        reader.fill(plan_reads(targets, resolution.stored), memory, threads, match.index.identities, dequantize)
+        planned = plan_reads(targets, resolution.stored)
+        with watch.phase("read"):
+            reader.fill(planned, memory, threads, match.index.identities, dequantize)
+        reads.extend(planned)
         for name in memory.keys() - resolution.sources.keys():
-            computed, _ = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
+            computed, source_reads = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
             memory[name].copy_(computed[name].reshape(-1))
+            reads.extend(source_reads)
 
     rewritten_by_init = init_weights.initialize_missing(
         match.model,
@@ -128,7 +138,7 @@ def _initialize(match: CheckpointMatch, request: LoadRequest, threads: int) -> s
         seed=request.seed,
     )
     match.init.shard(match.model)
-    return rewritten_by_init
+    return rewritten_by_init, reads
 
 
 def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: CheckpointMatch, threads: int) -> None:
@@ -248,11 +258,14 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time the body under `name`."""
+        """Add the time of the body to that of `name`, without the phases inside the body."""
         start = time.perf_counter()
+        self.phases.setdefault(name, 0.0)
+        before = sum(self.phases.values())
         yield
-        self.phases[name] = time.perf_counter() - start
-        self.seconds = time.perf_counter() - self._start
+        now = time.perf_counter()
+        self.phases[name] += now - start - (sum(self.phases.values()) - before)
+        self.seconds = now - self._start
 
     @contextlib.contextmanager
     def collective(self, name: str, title: str) -> Iterator[StageExchange]:
