@@ -1,4 +1,4 @@
-"""Read and write the shards of ZeRO parameters: the accessors of `ds_*` attributes.
+"""Read and write the shards of ZeRO parameters: the only module that accesses their `ds_*` and NVMe attributes.
 
 No function here communicates.
 """
@@ -58,6 +58,14 @@ def _arena_slot(name: str, param: nn.Parameter) -> arena.ArenaSlot | None:
     return arena.ArenaSlot(name=name, numel=numel, dtype=param.dtype, device=device, pinned=is_pinned)
 
 
+def mark_partitioned(param: nn.Parameter, sharded_init: object) -> None:
+    """Put a parameter that `sharded_init` has converted into the partitioned state, with an empty shard."""
+    attach(param, torch.empty(0, dtype=param.dtype, device="cpu"), PartitionedParamStatus.NOT_AVAILABLE)
+    param.ds_numel_aligned = param.ds_tensor.ds_numel * num_partitions(param)
+    param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    param.ds_sharded_init = sharded_init
+
+
 def attach(param: nn.Parameter, shard: torch.Tensor, status: PartitionedParamStatus = PartitionedParamStatus.AVAILABLE) -> None:
     """Make `shard` (flat, padded length) the shard of `param`. Its contents may be filled later."""
     shard.requires_grad = False
@@ -100,6 +108,21 @@ def local_shard(param: nn.Parameter) -> torch.Tensor:
 def is_gathered(param: nn.Parameter) -> bool:
     """True if a parameter is gathered on this rank now, as an engine keeps small ones. Forward then uses the full values."""
     return param.ds_status == ZeroParamStatus.AVAILABLE
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    """True if this rank holds only its shard of a parameter now, and no gather has begun."""
+    return param.ds_status == ZeroParamStatus.NOT_AVAILABLE
+
+
+def has_secondary_shard(param: nn.Parameter) -> bool:
+    """True if the parameter has a second shard, which hpZ keeps for gathers inside the node."""
+    return param.ds_secondary_tensor is not None
+
+
+def uses_nvme(param: nn.Parameter) -> bool:
+    """True if the parameter's shards may be on NVMe."""
+    return getattr(param, "nvme_swapper", None) is not None
 
 
 def current_shape(tensor: torch.Tensor) -> tuple[int, ...]:
