@@ -56,7 +56,7 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
         ZeroSftError: on every rank, if a rank failed or did not finish the stage within `timeout`.
     """
     exchange, failure = StageExchange(), None
-    with failure_report.stage(name):
+    with failure_report.activity(name):
         try:
             yield exchange
         except Exception as error:  # noqa: BLE001 - the other ranks must learn of any failure

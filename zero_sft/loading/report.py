@@ -51,10 +51,10 @@ class LoadStats:
     """Numbers of one rank.
 
     Attributes:
-        requests: number of read requests, in all stages except `headers` and `verify`.
+        requests: number of read requests, in all phases except `headers` and `verify`.
         bytes_read: bytes of the checkpoint that these requests read.
         bytes_communicated: bytes that the rank sent to other ranks.
-        seconds: wall time of the rank; `stages` splits it.
+        seconds: wall time of the rank; `stages` splits it by phase.
         peak_host_bytes, peak_device_bytes: peak memory of the rank above its memory at the start.
     """
 
@@ -69,7 +69,7 @@ class LoadStats:
     def numbers(self) -> dict[str, float]:
         """Return the numbers as one flat dictionary, to send to the other ranks."""
         names = [field.name for field in dataclasses.fields(LoadStats) if field.name != "stages"]
-        stages = {f"stage {stage}": seconds for stage, seconds in self.stages.items()}
+        stages = {f"stage {phase}": seconds for phase, seconds in self.stages.items()}
         return {name: getattr(self, name) for name in names} | stages
 
 
@@ -144,7 +144,7 @@ class LoadReport(LoadStats, KeyReport):
         ranks = self.ranks or [self.numbers()]
         columns = ["one rank: least", "most", "all ranks"] if len(ranks) > 1 else ["this rank"]
         lines = [f"  {'':{_TITLE_WIDTH}}" + "".join(f"{title:>{_WIDTH}}" for title in columns)]
-        for row in [*_ROWS[:1], *(_stage_row(stage) for stage in self.stages), *_ROWS[1:]]:
+        for row in [*_ROWS[:1], *(_phase_row(phase) for phase in self.stages), *_ROWS[1:]]:
             values = [row.value(numbers) for numbers in ranks]
             if not any(values):
                 continue
@@ -173,7 +173,7 @@ def _speed(value: float) -> str:
 
 
 def _read_speed(ranks: Sequence[Numbers]) -> float:
-    """Return the bytes per second of the stage that reads, on all these ranks together."""
+    """Return the bytes per second of the phase `read`, on all these ranks together."""
     slowest = max(rank.get("stage read", 0.0) for rank in ranks)
     return sum(rank["bytes_read"] for rank in ranks) / slowest if slowest else 0.0
 
@@ -198,15 +198,15 @@ def _summed(title: str, name: str, form: Callable[[float], str]) -> _Row:
     return _Row(title=title, value=lambda rank: rank[name], form=form, total=lambda ranks: sum(rank[name] for rank in ranks))
 
 
-def _stage_row(stage: str) -> _Row:
-    title = f"  {_STAGE_TITLES.get(stage, stage)}"
-    return _Row(title=title, value=lambda rank: rank.get(f"stage {stage}", 0.0), form=_SECONDS)
+def _phase_row(phase: str) -> _Row:
+    title = f"  {_PHASE_TITLES.get(phase, phase)}"
+    return _Row(title=title, value=lambda rank: rank.get(f"stage {phase}", 0.0), form=_SECONDS)
 
 
 _TITLE_WIDTH, _WIDTH = 44, 17
 _SECONDS = "{:,.2f} s".format
 
-_STAGE_TITLES = {
+_PHASE_TITLES = {
     "skeleton": "build the model without weights",
     "headers": "read the files' headers",
     "match": "match the checkpoint to the model",
