@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.saving import models_on_disk as models
 from zero_sft.saving.folder import make_staging, require_writable
-from zero_sft.saving.placing import publish
+from zero_sft.saving.placing import put_in_place
 
 
 def target(kind: str, folder: Path) -> Path:
@@ -44,7 +44,7 @@ def main(kind: str, folder: Path) -> None:
         draft = make_staging(out)
         assert os.stat(draft.folder).st_dev == os.stat(out if out.exists() else draft.target.parent).st_dev
         models.write(draft.folder, number, files)
-        publish(draft)
+        put_in_place(draft)
         assert models.read(out) == ({number}, {number})
         if not rest:
             models.write_others(out)

@@ -18,7 +18,7 @@ from tests.slow import slow, slow_except
 from zero_sft.saving import exchange_folders as exchanging
 from zero_sft.saving import folder as folders
 from zero_sft.saving.folder import Placing, StagingFolder, explain_not_placed, make_staging
-from zero_sft.saving.placing import publish
+from zero_sft.saving.placing import put_in_place
 
 OLD, NEW = 1, 2
 
@@ -50,7 +50,7 @@ def test_killed_at_any_step_of_an_exchange(tmp_path, files, kind, fresh):
         rest.update(models.write_others(out))
         draft = drafted(out, fresh)
         assert draft.placing is Placing.EXCHANGE
-        return lambda: publish(draft)
+        return lambda: put_in_place(draft)
 
     seen = []
     for _ in killed_before_each_step(prepare):
@@ -74,7 +74,7 @@ def test_killed_at_any_step_in_place(tmp_path, files, kind, fresh, settings):
         models.write(out, OLD, files, kind)
         rest.update(models.write_others(out))
         draft = drafted(out, fresh, settings, Placing.FILE_BY_FILE)
-        return lambda: publish(draft)
+        return lambda: put_in_place(draft)
 
     seen, without = [], 0
     for _ in killed_before_each_step(prepare):
@@ -106,7 +106,7 @@ def test_readers_meanwhile(tmp_path, placing):
     if child == 0:
         os._exit(_read_until(stop, out, exchanges))
     for number in range(1, 201):
-        publish(drafted(out, 3 if number % 2 else 1, number if exchanges else 0, placing, number))
+        put_in_place(drafted(out, 3 if number % 2 else 1, number if exchanges else 0, placing, number))
     stop.touch()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -138,7 +138,7 @@ def test_a_folder_held_open_is_one_model(tmp_path):
     handle = os.open(out, os.O_RDONLY)
     before = Path(f"/proc/self/fd/{handle}")
     with mock.patch("zero_sft.saving.placing.shutil.rmtree"):
-        publish(drafted(out))
+        put_in_place(drafted(out))
     assert models.read(before) == ({OLD}, {OLD})
     assert models.read(out) == ({NEW}, {NEW})
     os.close(handle)
@@ -150,14 +150,14 @@ def test_files_of_two_models_never_share_a_name(tmp_path, placing):
     out = models.write(tmp_path / "out", OLD, 3)
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     for files in (3, 1, 3):
-        publish(drafted(out, files, placing=placing))
+        put_in_place(drafted(out, files, placing=placing))
         assert models.read(out) == ({NEW}, {NEW})
         assert not [name for name in index.values() if (out / name).exists()]
 
 
 def test_a_new_folder_appears_at_once(tmp_path):
     out = tmp_path / "far" / "away" / "out"
-    publish(drafted(out, 3))
+    put_in_place(drafted(out, 3))
     assert models.read(out) == ({NEW}, {NEW})
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -176,7 +176,7 @@ def test_what_others_write_during_an_exchange_is_kept(tmp_path):
         exchanging.exchange(one, other)
 
     with mock.patch("zero_sft.saving.placing.exchange", late):
-        publish(draft)
+        put_in_place(draft)
     assert models.read(out) == ({NEW}, {NEW})
     found = models.others(out)
     assert (found["logs/late.txt"], found["fresh.txt"], found["notes.txt"]) == ("late", "fresh", "changed")
@@ -193,16 +193,16 @@ def test_where_a_folder_cannot_be_exchanged_files_are_replaced(tmp_path, how):
         with mock.patch.object(exchanging, "exchange", refuse):
             draft = drafted(out, 3)
             assert (draft.placing, draft.folder.parent) == (Placing.FILE_BY_FILE, out)
-            publish(draft)
+            put_in_place(draft)
     else:
         draft = drafted(out, 3)
         with mock.patch("os.link", refuse):
-            publish(draft)
+            put_in_place(draft)
     assert models.read(out) == ({NEW}, {NEW})
     assert models.others(out) == rest
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
-    publish(drafted(out, 1))
+    put_in_place(drafted(out, 1))
     assert not list(out.glob("model-0*")), "weight files under names that a later export does not know"
 
 
@@ -216,7 +216,7 @@ def test_settings_are_on_disk_before_they_are_placed(tmp_path, placing):
         synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
 
     with mock.patch("os.fsync", fsync):
-        publish(draft)
+        put_in_place(draft)
     before = synced[: synced.index(draft.folder) + 1]
     assert {path.name for path in before} == {"config.json", "tokenizer.json", "tokenizer_config.json", draft.folder.name}
     assert synced[-1] == (tmp_path if placing is Placing.EXCHANGE else out)
@@ -225,14 +225,14 @@ def test_settings_are_on_disk_before_they_are_placed(tmp_path, placing):
 def test_rights_of_the_folder_stay(tmp_path):
     out = models.write(tmp_path / "out", OLD)
     out.chmod(0o2770)
-    publish(drafted(out))
+    put_in_place(drafted(out))
     assert out.stat().st_mode & 0o7777 == 0o2770
 
 
 def test_the_working_directory_is_not_exchanged(tmp_path, monkeypatch):
     out = models.write(tmp_path / "out", OLD)
     monkeypatch.chdir(out)
-    publish(drafted(Path()))
+    put_in_place(drafted(Path()))
     assert models.read(Path()) == ({NEW}, {NEW})
 
 
@@ -240,7 +240,7 @@ def test_a_former_tokenizer_goes_with_its_model(tmp_path):
     out = models.write(tmp_path / "out", OLD)
     for name in ("chat_template.jinja", "merges.txt", "generation_config.json"):
         (out / name).write_text("1")
-    publish(drafted(out))
+    put_in_place(drafted(out))
     assert {path.name for path in out.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
@@ -264,7 +264,7 @@ def test_a_failed_last_step_keeps_the_draft_and_names_it(tmp_path):
         raises("export.not_placed", "Read-only") as caught,
         explain_not_placed(draft),
     ):
-        publish(draft)
+        put_in_place(draft)
     assert refused
     assert str(draft.folder) in str(caught.value)
     assert models.read(out) == ({OLD}, {OLD})

@@ -36,7 +36,7 @@ from zero_sft.plan.partition import FlatRange, full_range
 from zero_sft.plan.plan import SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions
 from zero_sft.saving.folder import explain_not_placed, explain_write_errors, find_staging, make_staging
-from zero_sft.saving.placing import publish
+from zero_sft.saving.placing import put_in_place
 from zero_sft.saving.readable import require_readable, unwrapped
 from zero_sft.saving.settings import write_settings
 from zero_sft.storage.dtypes import STORED_DTYPES
@@ -87,7 +87,7 @@ def save_pretrained(
         cleanup.pop_all()  # a complete export that can't take its place is kept
     with collective_stage(world, f"finishing {target}"), explain_not_placed(staging):
         if world.is_main:
-            publish(staging)
+            put_in_place(staging)
 
 
 def _choose_layout(

@@ -55,7 +55,7 @@ _MOST_LINKS = 20_000
 """With more files than this, the target is not exchanged: it is a home or data folder, not a run's."""
 
 
-def publish(staging: StagingFolder) -> None:
+def put_in_place(staging: StagingFolder) -> None:
     """Put a finished staging folder in the place of its target, and remove what is left of it. Rank 0.
 
     Raises:
