@@ -156,7 +156,7 @@ def _weight_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
             problem = "is a folder" if path.is_dir() else f"is not in {index.parent}"
             raise CheckpointError(
                 f"{index} names {path.name!r}, which {problem}. The download is incomplete: download the checkpoint again.",
-                code="checkpoint.shard_missing",
+                code="checkpoint.weight_file_missing",
             )
     return paths
 
