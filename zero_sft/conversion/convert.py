@@ -155,7 +155,7 @@ class _GroupTracer:
         dtype = self.model.get_parameter(group.name).dtype
 
         def traced(name: str) -> torch.Tensor:
-            return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
+            return tracing.trace_stored(name, self.stored[name].shape, dtype, self.stored[name].strides)
 
         if group.converter is None:
             _check_dtype(self.stored[group.stored[0]])
@@ -185,11 +185,11 @@ class _GroupTracer:
         return self._convert(group, meta_tensor, apply_block_scales)
 
     def _convert(
-        self, group: TensorGroup, source: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
+        self, group: TensorGroup, read_tensor: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
     ) -> dict[str, Any]:
         """Run a group's converter, and name the checkpoint's files in the error of an operation."""
         try:
-            return convert_group(group, self.model, source, prepare)
+            return convert_group(group, self.model, read_tensor, prepare)
         except (tracing.NotTraceable, regions.TooManyRegions):
             raise
         except Exception as error:  # transformers' operations raise many types
@@ -199,10 +199,10 @@ class _GroupTracer:
 def convert_group(
     group: TensorGroup,
     model: FullShapeModel,
-    source: Callable[[str], torch.Tensor],
+    read_tensor: Callable[[str], torch.Tensor],
     prepare: Callable[[Any], None] = apply_block_scales,
 ) -> dict[str, Any]:
-    """Run a group's converter on the tensor `source(name)` of each stored name. Returns its results by the model's names.
+    """Run a group's converter on the tensor `read_tensor(name)` of each stored name. Returns its results by the model's names.
 
     As in transformers, all tensors are cast to the model's dtype before they are merged, except those for a quantizer.
 
@@ -214,7 +214,7 @@ def convert_group(
     dtype = None if needs_stored_dtype(converter) else model.get_parameter(group.name).dtype
     for pattern, names in group.members.items():
         for name in names:
-            converter.add_tensor(group.name, name, pattern, source(name).to(dtype=dtype))
+            converter.add_tensor(group.name, name, pattern, read_tensor(name).to(dtype=dtype))
     raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None)
     return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
 

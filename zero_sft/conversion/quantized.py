@@ -120,7 +120,7 @@ class DequantTracer:
         name = f"{weight.name} * {grid.name}"
         block = block_shape(weight.shape, grid.shape, self._configured)
         self.scaled[name] = ScaledTensor.join(name, weight, grid, block)
-        return tracing.source(name, weight.shape, output_dtype or quantized.dtype)
+        return tracing.trace_stored(name, weight.shape, output_dtype or quantized.dtype)
 
     def _stored_tensor(self, tensor: torch.Tensor) -> StoredTensor:
         """Return the stored tensor that a traced tensor is in full."""

@@ -42,7 +42,7 @@ def materialize(
     """
     all_reads: list[ReadItem] = []
 
-    def source(name: str) -> torch.Tensor:
+    def read_tensor(name: str) -> torch.Tensor:
         stored = index.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
         source_map = SourceMap.of(name, stored.shape, identity_regions(name, stored.shape, strides=stored.strides))
@@ -51,7 +51,7 @@ def materialize(
         all_reads.extend(reads)
         return tensor
 
-    return convert_group(group, model, source), all_reads
+    return convert_group(group, model, read_tensor), all_reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
