@@ -147,13 +147,13 @@ def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: Checkpoin
     for read in reads:
         by_target[read.target].append(read)
 
-    def fill(memory: Mapping[str, torch.Tensor]) -> None:
+    def read_shards(memory: Mapping[str, torch.Tensor]) -> None:
         in_memory = [read for name in memory for read in by_target[name]]
         in_memory.sort(key=lambda read: (read.file, read.offset_bytes))
         reader.fill(in_memory, memory, threads, match.index.identities, dequantize, task.advance)
 
     with progress.task("reading the weights", sum(read.total_nbytes for read in reads), progress.BYTES) as task:
-        shards.fill_shards(params, fill)
+        shards.fill_shards(params, read_shards)
 
 
 def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world: World) -> set[str]:

@@ -85,13 +85,13 @@ def fill_untraceable(
         with shared(results, to_fill, world) as full:
             results = None  # the node keeps one copy, in shared memory
 
-            def fill(memory: Mapping[str, torch.Tensor], full: Mapping[str, torch.Tensor] = full) -> None:
+            def copy_ranges(memory: Mapping[str, torch.Tensor], full: Mapping[str, torch.Tensor] = full) -> None:
                 for name, shard in memory.items():
                     flat_range = shards.local_range(tensors[name])
                     shard[: flat_range.numel].copy_(full[name].reshape(-1)[flat_range.start : flat_range.stop])
 
             with collective_stage(world, f"keeping {to_fill[0]}"):
-                shards.fill_shards({name: tensors[name] for name in to_fill}, fill)
+                shards.fill_shards({name: tensors[name] for name in to_fill}, copy_ranges)
         source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored)
         result_bytes = sum(match.state[name].numel() * match.state[name].itemsize for name in to_fill)
         held_bytes |= dict.fromkeys(to_fill, source_bytes + result_bytes)

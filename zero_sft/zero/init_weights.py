@@ -135,11 +135,11 @@ def _keep_local_range(name: str, param: torch.nn.Parameter, shard: Callable[[tor
     full = param.data.reshape(-1)
     shard(param)
 
-    def fill(memory: Mapping[str, torch.Tensor]) -> None:
+    def copy_local_range(memory: Mapping[str, torch.Tensor]) -> None:
         flat_range = shards.local_range(param)
         memory[name].narrow(0, 0, flat_range.numel).copy_(full[flat_range.start : flat_range.stop])
 
-    shards.fill_shards({name: param}, fill)
+    shards.fill_shards({name: param}, copy_local_range)
 
 
 def _materialize_buffers(model: PreTrainedModel, device: torch.device, loaded: Mapping[str, torch.dtype], load: Load) -> None:
