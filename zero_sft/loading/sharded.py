@@ -129,7 +129,7 @@ def _initialize(
 
     rewritten_by_init = init_weights.initialize_missing(
         match.model,
-        loaded={name: match.state[name].dtype for name in resolution.stored_names},
+        stored={name: match.state[name].dtype for name in resolution.stored_names},
         tied=match.tied_to,
         load=load,
         build_buffers=lambda: skeleton.constructor_buffers(request.model),
