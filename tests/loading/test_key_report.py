@@ -31,14 +31,14 @@ def match(spec):
     save_file({name: torch.zeros(tensor.shape) for name, tensor in state.items()}, spec.folder / "model.safetensors")
     spec.config.save_pretrained(spec.folder)
     unsharded = SimpleNamespace(local_device=torch.device("cpu"), shard=lambda model: None, shard_parameter=None)
-    full = skeleton.Skeleton(model=model, state=state, init=unsharded)
+    full = skeleton.Skeleton(model=model, state=state, sharder=unsharded)
     return match_checkpoint(full, read_index(spec.folder), None, False)
 
 
 def test_a_tie_that_is_stored_on_both_sides(match, spec):
     """Parameters count once, and a buffer is not a parameter."""
     assert match.ties_with_both_stored() == [("lm_head.weight", "model.embed_tokens.weight")]
-    transformers_internals.tie_weights(match.model, {"lm_head.weight"}, ())
+    transformers_internals.tie_weights(match.skeleton.model, {"lm_head.weight"}, ())
     report = sharded._key_report(match, {"lm_head.weight"}, [], [], ComputeCosts(reads=(), held_bytes={}), None)
     reference = models.AutoModelForCausalLM.from_config(spec.config)
     assert report.parameters == sum(param.numel() for param in reference.parameters())

@@ -52,13 +52,13 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
     threads = options.reading_threads(world.cpu_cores)
     match = _match(request, world, watch)
     with watch.collective("initialise", "initialising what the checkpoint lacks"):
-        rewritten_by_init, initial_reads = _initialize(match, request, threads, watch)
+        already_complete, initial_reads = _initialize(match, request, threads, watch)
         tensors = match.collect_tensors()
     with watch.collective("plan", "planning the reads"):
         params = {
             name: tensors[name]
             for name in match.resolution.sources
-            if name not in rewritten_by_init and shards.is_sharded(tensors[name])
+            if name not in already_complete and shards.is_sharded(tensors[name])
         }
         targets = [(match.resolution.sources[name], shards.local_range(param)) for name, param in params.items()]
         reads = plan_reads(targets, match.resolution.stored)
@@ -69,18 +69,18 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
     computed = ComputeCosts(reads=(), held_bytes={})
     if match.resolution.untraceable:
         with watch.phase("compute"):
-            computed = fill_untraceable(match, tensors, rewritten_by_init, world)
+            computed = fill_untraceable(match, tensors, already_complete, world)
     with watch.phase("finish"):
         equal_ties = _drop_unequal_ties(match, tensors, world)
         missing, unexpected = _finish(match, request, equal_ties, world)
     verified = None
     if options.verify:
         with watch.phase("verify"), progress.task("verifying the shards"):
-            verified = verify(match, match.resolution.stored_names - rewritten_by_init, world)
+            verified = verify(match, match.resolution.stored_names - already_complete, world)
     all_reads = (*initial_reads, *reads, *computed.reads)
     bytes_read = sum(read.total_nbytes for read in all_reads)
     stats = LoadStats(requests=len(all_reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
-    return match.model, _key_report(match, equal_ties, missing, unexpected, computed, verified), stats
+    return match.skeleton.model, _key_report(match, equal_ties, missing, unexpected, computed, verified), stats
 
 
 def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> CheckpointMatch:
@@ -89,7 +89,7 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
         internals.check()
         transformers_internals.check()
         quantizer = quantizer_for(request.model.config, str(request.model.folder))
-        model_skeleton = skeleton.build_sharded(request.model, request.ds_config)
+        model_skeleton = skeleton.build_for_sharding(request.model, request.ds_config)
         files = find_checkpoint_files(request.model.folder, torch_zip.read_header, request.variant)
         exchange.must_match = ("checkpoint's files", files.sizes())
     with watch.phase("headers"), progress.task("reading the checkpoint's headers"):
@@ -117,7 +117,7 @@ def _initialize(
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
         traced = [name for name in memory if name in resolution.sources]
-        targets = [(resolution.sources[name], full_range(match.state[name].numel())) for name in traced]
+        targets = [(resolution.sources[name], full_range(match.skeleton.state[name].numel())) for name in traced]
         planned = plan_reads(targets, resolution.stored)
         with watch.phase("read"):
             reader.fill(planned, memory, threads, match.index.identities, dequantize)
@@ -127,18 +127,18 @@ def _initialize(
             memory[name].copy_(computed[name].reshape(-1))
             reads.extend(source_reads)
 
-    rewritten_by_init = init_weights.initialize_missing(
-        match.model,
-        stored={name: match.state[name].dtype for name in resolution.stored_names},
+    already_complete = init_weights.initialize_missing(
+        match.skeleton.model,
+        stored={name: match.skeleton.state[name].dtype for name in resolution.stored_names},
         tied=match.tied_to,
         load=load,
         build_buffers=lambda: skeleton.constructor_buffers(request.model),
-        shard=match.init.shard_parameter,
-        device=match.init.local_device,
+        shard=match.skeleton.sharder.shard_parameter,
+        device=match.skeleton.sharder.local_device,
         seed=request.seed,
     )
-    match.init.shard(match.model)
-    return rewritten_by_init, reads
+    match.skeleton.sharder.shard(match.skeleton.model)
+    return already_complete, reads
 
 
 def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: CheckpointMatch, threads: int) -> None:
@@ -168,7 +168,7 @@ def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world
         exchange.local = [name for name, source in ties if not shards.shards_equal(tensors[name], tensors[source])]
     unequal = set().union(*exchange.gathered)
     for name in unequal:
-        transformers_internals.drop_tie(match.model, name)
+        transformers_internals.drop_tie(match.skeleton.model, name)
     return {target for target, _ in ties} - unequal
 
 
@@ -177,10 +177,10 @@ def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], 
 
     Every rank; communicates.
     """
-    model, resolution = match.model, match.resolution
+    model, resolution = match.skeleton.model, match.resolution
     not_reported_missing = resolution.stored_names | {mismatch.name for mismatch in resolution.mismatched}
     with collective_stage(world, "finishing the model"):
-        not_loaded = (match.state.keys() - not_reported_missing) | equal_ties
+        not_loaded = (match.skeleton.state.keys() - not_reported_missing) | equal_ties
         missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
         left_out = skeleton.give_generation_config(model, request.model)
@@ -196,13 +196,13 @@ def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], 
 
 
 def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
-    parts = left_out_parts(match.resolution.unexpected, match.state)
+    parts = left_out_parts(match.resolution.unexpected, match.skeleton.state)
     if parts:
         shown = ", ".join(f"{part} ({with_count(count, 'tensor')})" for part, count in list(parts.items())[:8])
         more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
         logger.warning(
             "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s%s",
-            type(match.model).__name__,
+            type(match.skeleton.model).__name__,
             shown,
             more,
         )
@@ -225,7 +225,7 @@ def _key_report(
         elif {tensor.dtype for tensor in stored} - {STORED_DTYPES.get(tensors[name].dtype)}:
             cast.append(name)
     return KeyReport(
-        parameters=shards.parameter_numel(match.model),
+        parameters=shards.parameter_numel(match.skeleton.model),
         missing_keys=missing,
         unexpected_keys=unexpected,
         mismatched_keys=[(mismatch.name, mismatch.expected, mismatch.got) for mismatch in resolution.mismatched],

@@ -95,32 +95,32 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model without weights: in full shapes on the meta device, until `init.shard` makes its parameters ZeRO parameters.
+    """A model without weights: in full shapes on the meta device, until `sharder.shard` makes its parameters ZeRO parameters.
 
-    `state` is its full state dict on meta: names, shapes, dtypes. `init` partitions its parameters.
+    `state` is its full state dict on meta: names, shapes, dtypes. `sharder` partitions its parameters.
     """
 
     model: PreTrainedModel
     state: Mapping[str, torch.Tensor]
-    init: ShardedInit
+    sharder: ShardedInit
 
 
-def build_sharded(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
+def build_for_sharding(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
     """Construct the model inside `ShardedInit`. Every rank; does not communicate.
 
     Raises:
         ConfigError: DeepSpeed refuses the DeepSpeed config.
     """
     try:
-        init = ShardedInit(dict(ds_config))
+        sharder = ShardedInit(dict(ds_config))
     except Exception as error:  # pydantic's ValidationError, DeepSpeedConfigError, AssertionError, KeyError, TypeError
         reason = str(error).strip() or type(error).__name__
         raise ConfigError(
             f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones.",
             code="ds_config.refused_by_deepspeed",
         ) from error
-    model, state = build_on_meta(spec, init)
-    return Skeleton(model=model, state=state, init=init)
+    model, state = build_on_meta(spec, sharder)
+    return Skeleton(model=model, state=state, sharder=sharder)
 
 
 def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:

@@ -63,18 +63,18 @@ class ComputeCosts:
 
 
 def fill_untraceable(
-    match: CheckpointMatch, tensors: Mapping[str, Any], rewritten_by_init: Set[str], world: World
+    match: CheckpointMatch, tensors: Mapping[str, Any], already_complete: Set[str], world: World
 ) -> ComputeCosts:
     """Fill the shards of the tensors that can't be traced, group by group. Every rank; communicates.
 
     Args:
         tensors: the model's sharded parameters by name.
-        rewritten_by_init: names that are complete already; they are skipped.
+        already_complete: names that are complete already; they are skipped.
     """
     reads, held_bytes = [], {}
     groups = list(match.resolution.by_group())
     for group, names in progress.iterate_with_progress(groups, "computing tensors, once per node", "groups"):
-        to_fill = [name for name in names if name not in rewritten_by_init and shards.is_sharded(tensors[name])]
+        to_fill = [name for name in names if name not in already_complete and shards.is_sharded(tensors[name])]
         if not to_fill:
             continue
         results: dict[str, torch.Tensor] | None = None
@@ -93,7 +93,7 @@ def fill_untraceable(
             with collective_stage(world, f"keeping {to_fill[0]}"):
                 shards.fill_shards({name: tensors[name] for name in to_fill}, copy_ranges)
         source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored)
-        result_bytes = sum(match.state[name].numel() * match.state[name].itemsize for name in to_fill)
+        result_bytes = sum(match.skeleton.state[name].numel() * match.skeleton.state[name].itemsize for name in to_fill)
         held_bytes |= dict.fromkeys(to_fill, source_bytes + result_bytes)
     return ComputeCosts(reads=reads, held_bytes=held_bytes)
 
