@@ -30,8 +30,8 @@ from zero_sft.loading import skeleton
 from zero_sft.loading.dtype import requested_dtype
 from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
-from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
+from zero_sft.storage.torch_zip import read_bin_header
 from zero_sft.transformers_internals import tied_names
 
 
@@ -101,7 +101,7 @@ def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str, 
     if path.is_dir():
         has_weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
         config = load_config(path, options)
-        return path, config, "read", read_index(path, torch_zip.read_header, options.variant).tensors if has_weights else None
+        return path, config, "read", read_index(path, read_bin_header, options.variant).tensors if has_weights else None
     try:
         source = locate_model_alone(name, options)
         folder = fetch_files(source, World(), CONFIG)

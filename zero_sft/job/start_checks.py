@@ -71,7 +71,7 @@ def require_usable_model(options: ModelArguments, arguments: Any, config: Any, s
         _require_hidden_size(arguments.hf_deepspeed_config, config)
         if source.folder is not None and world.is_main:
             # Every weight file's header: a missing, truncated or placeholder file is an error.
-            read_index(source.folder, torch_zip.read_header, source.options.variant)
+            read_index(source.folder, torch_zip.read_bin_header, source.options.variant)
     return ModelSpec(
         folder=source.folder or Path(source.name),
         config=config,

@@ -90,7 +90,7 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
         transformers_internals.check()
         quantizer = quantizer_for(request.model.config, str(request.model.folder))
         model_skeleton = skeleton.build_for_sharding(request.model, request.ds_config)
-        files = find_checkpoint_files(request.model.folder, torch_zip.read_header, request.variant)
+        files = find_checkpoint_files(request.model.folder, torch_zip.read_bin_header, request.variant)
         exchange.must_match = ("checkpoint's files", files.sizes())
     with watch.phase("headers"), progress.task("reading the checkpoint's headers"):
         headers = read_headers_together(files, world)

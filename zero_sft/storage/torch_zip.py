@@ -3,6 +3,7 @@
 torch reads the pickle with `weights_only` and fake tensors, so no data is touched and no code of the file runs. Under
 `FakeTensorMode`, `torch.load` (since torch 2.7) records the offset of every storage in the file. Tensors may be views with any
 strides and may share a storage. Left out: the format of torch before 1.6, which is not a zip file.
+This is the twin of `checkpoint/header.py`. It is here because it needs torch, which `checkpoint/` must not import.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from zero_sft.errors import CheckpointError
 from zero_sft.storage.dtypes import STORED_DTYPES
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+def read_bin_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """Find the tensors of one file without reading their data.
 
     Raises:
