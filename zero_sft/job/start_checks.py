@@ -20,11 +20,10 @@ from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.packing import is_flash
 from zero_sft.data.templates.choose import Template
-from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import eos_token_ids, inconsistent_settings, read_generation_config, stop_at, turn_ends
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
-from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
+from zero_sft.loading.dtype import weights_dtype
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
 from zero_sft.saving.room import SaveSizes, checkpoint_bytes, checkpoints_at_once, export_sizes, folder_bytes, require_room
@@ -48,9 +47,7 @@ def require_usable_model(options: ModelArguments, arguments: Any, config: Any, s
         ZeroSftError: the same on every rank; the model can't be trained with these arguments.
     """
     with collective_stage(world, "checking the model"):
-        requested = requested_dtype(options.dtype, config)
-        dtype = engine_dtype(arguments.hf_deepspeed_config.config, requested)
-        require_engine_dtype(options.dtype, requested, dtype)
+        dtype = weights_dtype(options.dtype, config, arguments.hf_deepspeed_config.config)
         attention = attention_of(config, options.attn_implementation)
         if is_flash(attention) and dtype == "float32":
             raise ArgumentError(

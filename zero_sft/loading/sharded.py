@@ -1,4 +1,4 @@
-"""The sharded load: build the model, match the checkpoint, initialise what it lacks, plan and read, finish the model.
+"""The sharded load: build the model, read headers, match, initialise, plan, read, compute, finish, verify.
 
 `api.py` has the public functions; this module does the work, one function per phase. Every rank runs all of it. Nothing
 communicates inside a `collective_stage`, so a rank that fails never leaves the others waiting in a collective. Phases return
