@@ -21,8 +21,8 @@ from zero_sft.checkpoint.file_identity import FileIdentity, explain_read_errors,
 from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import SCATTER_BYTES, ReadItem
-from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros
-from zero_sft.storage.dtypes import TORCH_DTYPES
+from zero_sft.storage.accelerator import CopyQueue, is_on_device, pinned_zeros
+from zero_sft.storage.dtypes import TORCH_DTYPES, bytes_view
 from zero_sft.storage.pages import Pages
 
 Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
@@ -131,7 +131,7 @@ def _pieces(read: ReadItem) -> Iterator[ReadItem]:
             read,
             offset_bytes=read.offset_bytes + skip,
             nbytes=nbytes,
-            start=read.start + skip // itemsize,
+            target_start=read.target_start + skip // itemsize,
             sizes=(nbytes // itemsize,),
         )
 
@@ -149,7 +149,7 @@ class _Worker:
     def run(self, read: ReadItem) -> None:
         """Carry out one read: in place, or through a buffer if it is cast, scattered or copied to a device."""
         dtype, destination = TORCH_DTYPES[read.dtype], self._state.destinations[read.target]
-        place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
+        place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.target_start)
         if read.scales is not None:
             place.copy_(self._read_scaled(read, read.scales, dtype, destination.dtype))
         elif not read.is_contiguous:
