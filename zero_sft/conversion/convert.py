@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.conversion import tracing
 from zero_sft.conversion.keys import TensorGroup, match
-from zero_sft.conversion.quantized import DequantTracer, apply_block_scales, needs_stored_dtype
+from zero_sft.conversion.quantized import DequantTracer, needs_stored_dtype, use_configured_blocks
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
 from zero_sft.plan.plan import SourceMap, check_cover
@@ -182,7 +182,7 @@ class _GroupTracer:
         def meta_tensor(name: str) -> torch.Tensor:
             return torch.empty(self.stored[name].shape, dtype=TORCH_DTYPES[self.stored[name].dtype], device="meta")
 
-        return self._convert(group, meta_tensor, apply_block_scales)
+        return self._convert(group, meta_tensor, use_configured_blocks)
 
     def _convert(
         self, group: TensorGroup, read_tensor: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
@@ -200,7 +200,7 @@ def convert_group(
     group: TensorGroup,
     model: FullShapeModel,
     read_tensor: Callable[[str], torch.Tensor],
-    prepare: Callable[[Any], None] = apply_block_scales,
+    prepare: Callable[[Any], None] = use_configured_blocks,
 ) -> dict[str, Any]:
     """Run a group's converter on the tensor `read_tensor(name)` of each stored name. Returns its results by the model's names.
 

@@ -76,7 +76,7 @@ def _quantization_config(config: PreTrainedConfig) -> Any:
         return None
 
 
-def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
+def remove_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     """Remove `quantization_config` from a config and its sub-configs, in place."""
     for part in config_parts(config):
         if hasattr(part, "quantization_config"):
@@ -137,7 +137,7 @@ def dequantize(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     return dequantize_function(internal("Fp8Dequantize")(None))(weight, scales, output_dtype=dtype)
 
 
-def apply_block_scales(converter: Any) -> None:
+def use_configured_blocks(converter: Any) -> None:
     """Make a converter's dequantising operations use the block size of the config; transformers infers it from the shapes."""
     _set_arithmetic(converter, _on_complete_blocks)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from zero_sft.conversion.quantized import config_parts, unquantized
+from zero_sft.conversion.quantized import config_parts, remove_quantization
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading.request import ModelSpec
@@ -147,7 +147,7 @@ def constructor_buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
 def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
     """Construct the model as plain `from_pretrained` does, inside the contexts `around`. Any rank; does not communicate."""
     cls, config = resolve_class(spec.config, spec.model_class, spec.folder, spec.trust_remote_code)
-    config = unquantized(copy.deepcopy(config))
+    config = remove_quantization(copy.deepcopy(config))
     attention = attention_of(config, spec.attn_implementation)
     if attention:
         require_attention(cls, config, attention)
