@@ -171,13 +171,8 @@ class _GroupTracer:
         return result
 
     def _convert_on_meta(self, group: TensorGroup) -> dict[str, torch.Tensor]:
-        for stored in (self.stored[name] for name in group.stored):
-            if stored.dtype not in TORCH_DTYPES:
-                raise CheckpointError(
-                    f"{stored.file}: {stored.name!r} is stored as {stored.dtype}, which torch can't read. "
-                    "Use a checkpoint in another dtype.",
-                    code="checkpoint.unsupported_dtype",
-                )
+        for name in group.stored:
+            _check_dtype(self.stored[name], is_dequantized=True)
 
         def meta_tensor(name: str) -> torch.Tensor:
             return torch.empty(self.stored[name].shape, dtype=TORCH_DTYPES[self.stored[name].dtype], device="meta")
@@ -231,8 +226,15 @@ def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause
     return f"{message} The files are incomplete, or belong to another model than the config: take both from the same source."
 
 
-def _check_dtype(tensor: StoredTensor) -> None:
-    if tensor.dtype not in TORCH_DTYPES or tensor.dtype.startswith("F8"):
+def _check_dtype(tensor: StoredTensor, *, is_dequantized: bool = False) -> None:
+    """Raise `CheckpointError` if torch can't read the dtype, or if it is a quantised one that no scales multiply."""
+    if tensor.dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, which torch can't read. "
+            "Use a checkpoint in another dtype.",
+            code="checkpoint.unsupported_dtype",
+        )
+    if tensor.dtype.startswith("F8") and not is_dequantized:
         raise CheckpointError(
             f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, but its scales were not found under a name that "
             "matches the config's quantization_config, so it can't be dequantised. Use the complete checkpoint with its "
