@@ -1,6 +1,7 @@
 """Read and write the shards of ZeRO parameters: the only module that accesses their `ds_*` and NVMe attributes.
 
-No function here communicates.
+`local_*` is about the shard that this rank stores, `current_*` about the values that forward would use now. They differ if the
+parameter is gathered and was changed in place. No function here communicates.
 """
 
 # DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
@@ -34,14 +35,19 @@ def parameter_numel(model: nn.Module) -> int:
     return sum(math.prod(full_shape(param)) for param in model.parameters())
 
 
-def num_partitions(param: nn.Parameter) -> int:
-    """Return the number of ranks that share a parameter's shards."""
-    return param.ds_zero_partition_world_size
+def num_partitions(tensor: torch.Tensor) -> int:
+    """Return the number of a tensor's shards: 1 if it is not sharded."""
+    return tensor.ds_zero_partition_world_size if is_sharded(tensor) else 1
+
+
+def partition_index(tensor: torch.Tensor) -> int:
+    """Return the number of this rank's shard: 0 if the tensor is not sharded."""
+    return tensor.ds_zero_partition_rank if is_sharded(tensor) else 0
 
 
 def local_range(param: nn.Parameter) -> FlatRange:
     """Return the flat range of `param` that this rank keeps."""
-    return shard_range(param.ds_numel, param.ds_zero_partition_rank, num_partitions(param))
+    return shard_range(param.ds_numel, partition_index(param), num_partitions(param))
 
 
 def _arena_slot(name: str, param: nn.Parameter) -> arena.ArenaSlot | None:
@@ -131,9 +137,9 @@ def current_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def current_range(param: nn.Parameter) -> FlatRange:
-    """Return the flat range of `current_shape` that this rank exports."""
+    """Return the flat range of `current_shape` that is this rank's part."""
     numel = param.numel() if is_gathered(param) else param.ds_numel
-    return shard_range(numel, param.ds_zero_partition_rank, num_partitions(param))
+    return shard_range(numel, partition_index(param), num_partitions(param))
 
 
 @contextlib.contextmanager
