@@ -21,6 +21,7 @@ from zero_sft.cluster import failure_report
 from zero_sft.cluster.control_group import all_gather_json, control_group
 from zero_sft.cluster.world import World
 from zero_sft.errors import Scope
+from zero_sft.printable import first_of
 
 T = TypeVar("T")
 
@@ -84,8 +85,7 @@ def _end_together(
         return
     kind, message, *codes = reports[failed[0]]
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
-        ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
-        message += f"\n(rank {failed[0]} of {world.world_size} while {name}; failed: rank {ranks})"
+        message += f"\n(rank {failed[0]} of {world.world_size} while {name}; failed: rank {first_of(failed, 8)})"
     has_own_message = isinstance(failure, errors.ZeroSftError)
     raise _recreate(kind, message, codes) from None if has_own_message else failure
 

@@ -22,6 +22,7 @@ from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
 from zero_sft.plan.plan import SourceMap, check_cover
 from zero_sft.plan.regions import Shape
+from zero_sft.printable import first_of
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.transformers_internals import internal
 
@@ -216,13 +217,12 @@ def convert_group(
 
 def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause: Exception) -> str:
     names, missing = group.stored, group.missing_members()
-    where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    where = f"{stored[names[0]].file}: {first_of(map(repr, names), 1)}"
     reason = f"there is no {cause}" if isinstance(cause, KeyError) else cause
     operations = ", ".join(map(repr, group.converter.operations))
     message = f"{where} can't be converted to {group.name!r} by {operations}: {reason}."
     if missing:
-        shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} others" if len(missing) > 3 else "")
-        return f"{message} The checkpoint lacks {shown}: download it again."
+        return f"{message} The checkpoint lacks {first_of(map(repr, missing))}: download it again."
     return f"{message} The files are incomplete, or belong to another model than the config: take both from the same source."
 
 

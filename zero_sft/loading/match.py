@@ -23,6 +23,7 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import FullShapeModel, Resolution, ShapeMismatch, resolve
 from zero_sft.errors import CheckpointError
 from zero_sft.loading.skeleton import Skeleton
+from zero_sft.printable import first_of
 from zero_sft.transformers_internals import set_weight_conversions, tied_names
 from zero_sft.zero import init_weights
 
@@ -125,14 +126,12 @@ def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
 
 
 def _mismatch_message(folder: str, mismatched: Sequence[ShapeMismatch]) -> str:
-    shown = "; ".join(f"{key.name}: expected {list(key.expected)}, got {list(key.got)}" for key in mismatched[:5])
-    more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
+    shapes = (f"{key.name}: expected {list(key.expected)}, got {list(key.got)}" for key in mismatched)
     count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
-    message = f"{folder}: {count} another shape than the model's: {shown}{more}."
+    message = f"{folder}: {count} another shape than the model's: {first_of(shapes, 5, '; ')}."
     missing = [name for mismatch in mismatched for name in mismatch.missing_parts]
     if missing:
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        return f"{message} The files lack {missing[0]!r}{others}, a part of it: fetch the checkpoint again."
+        return f"{message} The files lack {first_of(map(repr, missing), 1)}, a part of it: fetch the checkpoint again."
     return (
         f"{message} The config and the weights are of different models, or the checkpoint has too few or too many parts: take "
         "both from the same place, or set ignore_mismatched_sizes to initialise such tensors from scratch."

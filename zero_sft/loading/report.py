@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_sft.console.progress import format_bytes
-from zero_sft.printable import with_count
+from zero_sft.printable import first_of, with_count
 
 Numbers = Mapping[str, float]
 """The numbers of one rank, as `LoadStats.numbers` returns them."""
@@ -130,7 +130,7 @@ class LoadReport(LoadStats, KeyReport):
         if self.verified is not None:
             lines.append(f"  read back: {self.verified} tensors of the model equal the files, on every rank")
         for title, names in self._notable():
-            lines.append(f"  {title}: {len(names)} ({_first_names(names)})")
+            lines.append(f"  {title}: {len(names)} ({first_of(names)})")
         return "\n".join(lines)
 
     def print_summary(self) -> None:
@@ -228,7 +228,3 @@ _ROWS = (
     _Row(title="host memory, highest above the start", value=lambda rank: rank["peak_host_bytes"], form=format_bytes),
     _Row(title="device memory, highest above the start", value=lambda rank: rank["peak_device_bytes"], form=format_bytes),
 )
-
-
-def _first_names(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -33,7 +33,7 @@ from zero_sft.loading.untraceable import ComputeCosts, fill_untraceable, materia
 from zero_sft.loading.verify import verify
 from zero_sft.plan.partition import full_range
 from zero_sft.plan.plan import ReadItem, plan_reads
-from zero_sft.printable import with_count
+from zero_sft.printable import first_of, with_count
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather_hooks as gather
@@ -198,13 +198,10 @@ def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], 
 def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
     parts = left_out_parts(match.resolution.unexpected, match.skeleton.state)
     if parts:
-        shown = ", ".join(f"{part} ({with_count(count, 'tensor')})" for part, count in list(parts.items())[:8])
-        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
         logger.warning(
-            "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s%s",
+            "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s",
             type(match.skeleton.model).__name__,
-            shown,
-            more,
+            first_of((f"{part} ({with_count(count, 'tensor')})" for part, count in parts.items()), 8),
         )
 
 
@@ -243,7 +240,7 @@ def _strict_message(request: LoadRequest, missing: Sequence[str], unexpected: Se
     lines = [f"{request.model.folder} does not have exactly the model's weights, and strict is on:"]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            lines.append(f"  {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})")
+            lines.append(f"  {kind}: {first_of(names, 5)}")
     return "\n".join([*lines, "Take the checkpoint of exactly this model, or leave strict off."])
 
 
