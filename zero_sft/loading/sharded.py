@@ -183,9 +183,7 @@ def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], 
         not_loaded = (match.skeleton.state.keys() - not_reported_missing) | equal_ties
         missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
-        left_out = skeleton.give_generation_config(model, request.model)
-        for sentence in left_out if world.is_main else ():
-            logger.warning(sentence)
+        skeleton.give_generation_config(model, request.model, world)
         gather.install_gather_hooks(model)
         transformers_internals.keep_zero3_enabled(model, request.ds_config)
     if world.is_main:
@@ -265,7 +263,7 @@ class Stopwatch:
         self.seconds = now - self._start
 
     @contextlib.contextmanager
-    def collective(self, name: str, title: str) -> Iterator[StageExchange]:
-        """Time the body, a `collective_stage`, and show its progress under `title`. Every rank; communicates at the end."""
-        with collective_stage(self._world, title) as exchange, progress.task(title), self.phase(name):
+    def collective(self, phase: str, stage: str) -> Iterator[StageExchange]:
+        """Run the body as a `collective_stage` under `phase`, with its progress. Every rank; communicates at the end."""
+        with collective_stage(self._world, stage) as exchange, progress.task(stage), self.phase(phase):
             yield exchange

@@ -6,6 +6,7 @@ device, default dtype, no tying), so the result is the same model, parameter for
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from zero_sft.cluster.world import World
 from zero_sft.conversion.quantized import config_parts, remove_quantization
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
@@ -29,9 +31,12 @@ from zero_sft.transformers_internals import (
     model_mapping,
     set_attention,
     supported_attentions,
+    tied_names,
     zero3_under,
 )
 from zero_sft.zero.init import ShardedInit
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_class(
@@ -139,6 +144,12 @@ def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[
     return model, state
 
 
+def without_ties(model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's tensors without the names that share another name's tensor: those that a save writes."""
+    tied = tied_names(model)
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+
+
 def constructor_buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
     """Compute the buffers by running the model's constructor without parameters. Any rank; does not communicate."""
     return dict(instantiate(spec, _parameters_on_meta()).named_buffers(remove_duplicate=False))
@@ -197,13 +208,20 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str, ...]:
-    """Give the model the folder's generation settings, as `from_pretrained` does. Return a sentence for each one left out."""
-    if not model.can_generate():
-        return ()
+def repaired_generation_config(spec: ModelSpec, world: World) -> GenerationConfig | None:
+    """Return the folder's generation settings if some had to be left out, which rank 0 logs; None if all can be read."""
     generation, left_out = read_generation_config(spec.folder)
-    if left_out:
-        model.generation_config = generation
-        return left_out
-    adjust_generation_config(model, str(spec.folder), spec.trust_remote_code)
-    return ()
+    if world.is_main:
+        for sentence in left_out:
+            logger.warning(sentence)
+    return generation if left_out else None
+
+
+def give_generation_config(model: PreTrainedModel, spec: ModelSpec, world: World) -> None:
+    """Give the model the folder's generation settings, as `from_pretrained` does."""
+    if not model.can_generate():
+        return
+    if (repaired := repaired_generation_config(spec, world)) is not None:
+        model.generation_config = repaired
+    else:
+        adjust_generation_config(model, str(spec.folder), spec.trust_remote_code)

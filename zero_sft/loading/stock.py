@@ -4,7 +4,6 @@
 partitioned again: the traffic is about three times the model. Unexpected and mismatched names are not reported.
 """
 
-import logging
 import time
 from typing import Any
 
@@ -13,15 +12,12 @@ from transformers import PreTrainedModel
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.generation_config import read_generation_config
 from zero_sft.loading import skeleton
 from zero_sft.loading.report import KeyReport, LoadStats
 from zero_sft.loading.request import LoadRequest
 from zero_sft.transformers_internals import keep_zero3_enabled, zero3_under
 from zero_sft.zero import gather_hooks as gather
 from zero_sft.zero import shards
-
-logger = logging.getLogger(__name__)
 
 
 def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, KeyReport, LoadStats]:
@@ -37,11 +33,8 @@ def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, Key
         if spec.attn_implementation is not None:
             skeleton.require_attention(cls, config, spec.attn_implementation)
             optional["attn_implementation"] = spec.attn_implementation
-        generation, left_out = read_generation_config(spec.folder)
-        if left_out:
-            optional["generation_config"] = generation  # otherwise transformers refuses the whole model
-        for sentence in left_out if world.is_main else ():
-            logger.warning(sentence)
+        if (repaired := skeleton.repaired_generation_config(spec, world)) is not None:
+            optional["generation_config"] = repaired  # otherwise transformers refuses the whole model
     start = time.perf_counter()
     with progress.task("loading as transformers does"), zero3_under(request.ds_config):
         loaded: Any = cls.from_pretrained(
