@@ -128,10 +128,7 @@ def build_index(files: CheckpointFiles, headers: Iterable[Mapping[str, StoredTen
             code="checkpoint.index_promises_other_tensors",
         )
     return CheckpointIndex(
-        folder=str(files.folder),
-        identities=files.identities,
-        tensors=tensors,
-        duplicate_keys=tuple(sorted(duplicate_keys)),
+        folder=str(files.folder), identities=files.identities, tensors=tensors, duplicate_keys=tuple(sorted(duplicate_keys))
     )
 
 

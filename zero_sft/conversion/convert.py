@@ -83,10 +83,7 @@ class FullShapeModel:
 
 
 def resolve(
-    model: PreTrainedModel,
-    state: Mapping[str, torch.Tensor],
-    stored: Mapping[str, StoredTensor],
-    quantizer: Any = None,
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], quantizer: Any = None
 ) -> Resolution:
     """Find the stored elements that fill each tensor of the model. Any rank; does not communicate.
 

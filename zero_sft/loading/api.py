@@ -119,13 +119,7 @@ def load_model(
     """
     load, source, world = _begin(model_name_or_path, options, load_model)
     return load_model_from(
-        source,
-        world,
-        ds_config=ds_config,
-        config=config,
-        options=load,
-        model_class=model_class,
-        while_reading=while_reading,
+        source, world, ds_config=ds_config, config=config, options=load, model_class=model_class, while_reading=while_reading
     )
 
 
@@ -173,10 +167,7 @@ def load_model_from(
     model, keys, stats = (load_stock if options.loader == "stock" else load_sharded)(request, world)
     peak_host, peak_device = MemorySnapshot.now().growth_since(start)
     stats = dataclasses.replace(
-        stats,
-        bytes_communicated=bytes_communicated() - sent_before,
-        peak_host_bytes=peak_host,
-        peak_device_bytes=peak_device,
+        stats, bytes_communicated=bytes_communicated() - sent_before, peak_host_bytes=peak_host, peak_device_bytes=peak_device
     )
     _attach_report(model, request, keys, stats, world)
     return model

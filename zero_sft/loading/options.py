@@ -48,8 +48,7 @@ class LoadOptions:
         default=False, metadata={"help": "Initialise weights whose stored shape differs from the model's, instead of an error."}
     )
     buffer_mib: int = field(
-        default=64,
-        metadata={"help": f"MiB that the load may hold next to its shards: {READER_MIB} for each reading thread."},
+        default=64, metadata={"help": f"MiB that the load may hold next to its shards: {READER_MIB} for each reading thread."}
     )
 
     def __post_init__(self) -> None:

@@ -124,7 +124,7 @@ class LoadReport(LoadStats, KeyReport):
         ranks = with_count(self.world_size, "rank")
         lines = [
             f"loaded {self.model} in {self.slowest_seconds:.2f} s: {self.parameters / 1e6:,.1f} M parameters in {self.dtype}, "
-            f"sharded over {ranks} ({self.loader} loader)",
+            f"sharded over {ranks} ({self.loader} loader)"
         ]
         lines += self._table()
         if self.verified is not None:

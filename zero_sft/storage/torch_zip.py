@@ -45,8 +45,7 @@ def read_bin_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     values: dict[Any, Any] = cast("dict[Any, Any]", content) if isinstance(content, dict) else {None: content}
     if not all(isinstance(name, str) for name in values):
         raise CheckpointError(
-            f"{path} holds a {kind}, expected a mapping from names to tensors.",
-            code="checkpoint.not_a_mapping",
+            f"{path} holds a {kind}, expected a mapping from names to tensors.", code="checkpoint.not_a_mapping"
         )
     tensors = {name: _stored(path, name, value, size_bytes) for name, value in values.items() if torch.is_tensor(value)}
     nested = [name for name, value in values.items() if _holds_tensors(value)]

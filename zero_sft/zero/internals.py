@@ -18,10 +18,7 @@ from zero_sft.errors import UnsupportedVersionError
 
 TESTED = ("0.19.8",)
 
-_INIT_METHODS = {
-    "_post_init_method": ["self", "module"],
-    "_convert_to_deepspeed_param": ["self", "param"],
-}
+_INIT_METHODS = {"_post_init_method": ["self", "module"], "_convert_to_deepspeed_param": ["self", "param"]}
 
 
 def check() -> None:
