@@ -109,10 +109,7 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
 def _initialize(
     match: CheckpointMatch, request: LoadRequest, threads: int, watch: "Stopwatch"
 ) -> tuple[set[str], list[ReadItem]]:
-    """Compute buffers, initialise missing weights, partition the model.
-
-    Return the names in the checkpoint that are then complete, and the reads that this took.
-    """
+    """Compute buffers, initialise missing weights, partition the model. Return complete stored names and the reads."""
     resolution, reads = match.resolution, []
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
@@ -194,8 +191,7 @@ def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], 
 
 
 def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
-    parts = left_out_parts(match.resolution.unexpected, match.skeleton.state)
-    if parts:
+    if parts := left_out_parts(match.resolution.unexpected, match.skeleton.state):
         logger.warning(
             "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s",
             type(match.skeleton.model).__name__,
@@ -205,7 +201,7 @@ def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
 
 def _key_report(
     match: CheckpointMatch,
-    equal_ties: Set[str],
+    ties: Set[str],
     missing: list[str],
     unexpected: list[str],
     computed: ComputeCosts,
@@ -225,7 +221,7 @@ def _key_report(
         unexpected_keys=unexpected,
         mismatched_keys=[(mismatch.name, mismatch.expected, mismatch.got) for mismatch in resolution.mismatched],
         duplicate_keys=list(match.index.duplicate_keys),
-        tied_keys=sorted(match.tied_to.keys() | equal_ties),
+        tied_keys=sorted(match.tied_to.keys() | ties),
         cast_keys=cast,
         dequantized_keys=dequantized,
         untraceable_keys=list(computed.held_bytes.items()),

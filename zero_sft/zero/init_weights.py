@@ -8,9 +8,6 @@ The random numbers come from a fork of torch's generator with the same seed on e
 rank nor on the world size. Nothing here communicates.
 """
 
-# DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-
 from collections.abc import Callable, Iterable, Mapping, Set
 
 import torch

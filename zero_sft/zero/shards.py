@@ -122,7 +122,7 @@ def is_partitioned(param: nn.Parameter) -> bool:
 
 
 def has_secondary_shard(param: nn.Parameter) -> bool:
-    """True if the parameter has a second shard, which hpZ keeps for gathers inside the node."""
+    """True if hpZ keeps a second shard of the parameter, for gathers inside the node."""
     return param.ds_secondary_tensor is not None
 
 
