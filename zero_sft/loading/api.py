@@ -146,7 +146,9 @@ def load_model_from(
     if config is None:
         config = prepare_config_from(source, world)
     resolved_ds_config, dtype, seed = _resolve_engine_settings(ds_config, options.dtype, config, world)
-    _warn_if_untested(world)
+    for warning in filter(None, (internals.untested(), transformers_internals.untested())):
+        if world.is_main:
+            logger.warning(warning)
     request = LoadRequest(
         name=source.name,
         model=ModelSpec(
@@ -201,9 +203,3 @@ def _attach_report(model: PreTrainedModel, request: LoadRequest, keys: KeyReport
     setattr(model, "load_report", report)  # noqa: B010 - nn.Module's type stub does not declare it
     if world.is_main:
         logger.info(report.summary())
-
-
-def _warn_if_untested(world: World) -> None:
-    for warning in (internals.untested(), transformers_internals.untested()):
-        if warning and world.is_main:
-            logger.warning(warning)

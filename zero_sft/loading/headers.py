@@ -34,6 +34,5 @@ def read_headers_together(files: CheckpointFiles, world: World) -> Sequence[Mapp
     merged: list[Mapping[str, StoredTensor]] = []
     for number, path in enumerate(paths):
         rows = exchange.gathered[number % world.world_size][number // world.world_size]
-        tensors = [StoredTensor.from_row(path, row) for row in rows]
-        merged.append({tensor.name: tensor for tensor in tensors})
+        merged.append({tensor.name: tensor for tensor in (StoredTensor.from_row(path, row) for row in rows)})
     return merged

@@ -250,9 +250,8 @@ class Stopwatch:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to that of `name`, without the phases inside the body."""
-        start = time.perf_counter()
+        start, before = time.perf_counter(), sum(self.phases.values())
         self.phases.setdefault(name, 0.0)
-        before = sum(self.phases.values())
         yield
         now = time.perf_counter()
         self.phases[name] += now - start - (sum(self.phases.values()) - before)

@@ -56,7 +56,7 @@ def fill(
     """
     identities = identities or {}
     with contextlib.ExitStack() as stack:
-        paths = dict.fromkeys(path for read in reads for path in _files(read))
+        paths = dict.fromkeys(part.file for read in reads for part in (read, read.scales) if part is not None)
         handles = {path: stack.enter_context(opened(path, identities.get(path))) for path in paths}
         shared = _SharedState(handles=handles, destinations=destinations, dequantize=dequantize, advance=advance)
         queue = iter([piece for read in reads for piece in _pieces(read)])
@@ -78,12 +78,6 @@ class _SharedState:
     dequantize: Dequantize | None
     advance: Callable[[int], None] | None = None
     pages: Pages = dataclasses.field(default_factory=Pages)
-
-
-def _files(read: ReadItem) -> Iterator[str]:
-    yield read.file
-    if read.scales is not None:
-        yield read.scales.file
 
 
 def _work(state: _SharedState, queue: Iterator[ReadItem]) -> None:
@@ -127,13 +121,8 @@ def _pieces(read: ReadItem) -> Iterator[ReadItem]:
     itemsize = TORCH_DTYPES[read.dtype].itemsize
     for skip in range(0, read.nbytes, _CHUNK_BYTES):
         nbytes = min(_CHUNK_BYTES, read.nbytes - skip)
-        yield dataclasses.replace(
-            read,
-            offset_bytes=read.offset_bytes + skip,
-            nbytes=nbytes,
-            target_start=read.target_start + skip // itemsize,
-            sizes=(nbytes // itemsize,),
-        )
+        start, sizes = read.target_start + skip // itemsize, (nbytes // itemsize,)
+        yield dataclasses.replace(read, offset_bytes=read.offset_bytes + skip, nbytes=nbytes, target_start=start, sizes=sizes)
 
 
 class _Worker:
