@@ -1,8 +1,7 @@
 """Public functions that load a model, or a model and its tokenizer, directly into ZeRO-3 shards.
 
 `load_model` locates the model, resolves the engine's settings, lets `sharded.py` or `stock.py` load the weights, and attaches
-the report. Every rank runs all of it. Each stage that can fail is a `collective_stage`: at its end either all ranks go on or
-all raise the same error.
+the report. Every rank runs all of it. At the end of each `collective_stage`, all ranks go on or all raise the same error.
 """
 
 import dataclasses

@@ -55,11 +55,8 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
         already_complete, initial_reads = _initialize(match, request, threads, watch)
         tensors = match.collect_tensors()
     with watch.collective("plan", "planning the reads"):
-        params = {
-            name: tensors[name]
-            for name in match.resolution.sources
-            if name not in already_complete and shards.is_sharded(tensors[name])
-        }
+        to_read = [name for name in match.resolution.sources if name not in already_complete]
+        params = {name: tensors[name] for name in to_read if shards.is_sharded(tensors[name])}
         targets = [(match.resolution.sources[name], shards.local_range(param)) for name, param in params.items()]
         reads = plan_reads(targets, match.resolution.stored)
     with collective_stage(world, "reading the weights"), watch.phase("read"):

@@ -67,9 +67,7 @@ def fill_untraceable(
 ) -> ComputeCosts:
     """Fill the shards of the tensors that can't be traced, group by group. Every rank; communicates.
 
-    Args:
-        tensors: the model's sharded parameters by name.
-        already_complete: names that are complete already; they are skipped.
+    `tensors` are the model's parameters by name. The names in `already_complete` are skipped.
     """
     reads, held_bytes = [], {}
     groups = list(match.resolution.by_group())

@@ -33,10 +33,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
-    """Compare loaded tensors with the files. Every rank; communicates hashes.
-
-    Args:
-        names: the tensors to check.
+    """Compare the loaded tensors `names` with the files. Every rank; communicates hashes.
 
     Returns:
         The number of tensors checked.

@@ -3,7 +3,7 @@
 torch reads the pickle with `weights_only` and fake tensors, so no data is touched and no code of the file runs. Under
 `FakeTensorMode`, `torch.load` (since torch 2.7) records the offset of every storage in the file. Tensors may be views with any
 strides and may share a storage. Left out: the format of torch before 1.6, which is not a zip file.
-This is the twin of `checkpoint/header.py`. It is here because it needs torch, which `checkpoint/` must not import.
+Its twin is `checkpoint/header.py`; this one needs torch, which `checkpoint/` must not import.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
 """The classes and functions of DeepSpeed outside of its public API on which a load depends.
 
 `check` runs before anything is built. If a DeepSpeed release has moved one of these parts, one error names it, and no model is
-loaded wrongly. Left out: attributes and methods of ZeRO parameters, which `shards.py` and `gather_hooks.py` use. They exist
-only once a parameter is converted.
+loaded wrongly. Left out: attributes and methods of ZeRO parameters, which `shards.py` and `gather_hooks.py` use.
 """
 
 import inspect
