@@ -148,7 +148,7 @@ def _materialize_buffers(model: PreTrainedModel, device: torch.device, stored: M
                 continue
             name = f"{prefix}.{leaf}" if prefix else leaf
             real = torch.empty_like(buffer, device=device, dtype=stored.get(name, buffer.dtype))
-            real.__dict__.update(buffer.__dict__)
+            vars(real).update(vars(buffer))
             module._buffers[leaf] = real
             if name in stored:
                 to_load[name] = real.view(-1)
