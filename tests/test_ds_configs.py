@@ -66,7 +66,7 @@ def test_deepspeed_knows_every_key_of_zero_optimization(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_deepspeed_accepts_the_file_without_auto(name):
-    zero = resolve_auto(load_ds_config(name), "bfloat16", local_world_size=4, world_size=8)["zero_optimization"]
+    zero = resolve_auto(load_ds_config(name), "bfloat16", node_group_size=4, world_size=8)["zero_optimization"]
     accepted = DeepSpeedZeroConfig(**zero)
     assert accepted.stage == 3
     assert accepted.zero_hpz_partition_size == (4 if name == "zero3_zeropp" else 1)
@@ -209,7 +209,7 @@ def test_an_empty_dtype_section_is_off(section):
 def test_concrete_leaves_no_auto(name):
     config = load_ds_config(name)
     before = copy.deepcopy(config)
-    result = resolve_auto(config, "float16", local_world_size=2, world_size=4)
+    result = resolve_auto(config, "float16", node_group_size=2, world_size=4)
     assert "auto" not in values_of(result)
     assert result["train_micro_batch_size_per_gpu"] == 1
     assert (result["bf16"], result["fp16"]) == ({"enabled": False}, {"enabled": True})
@@ -227,7 +227,7 @@ def test_concrete_adds_no_dtype_section():
 
 @pytest.mark.parametrize("settings", [{}, {"zero_hpz_partition_size": 1}])
 def test_hpz_is_off(settings):
-    assert hpz_size(with_zero(**settings), local_world_size=8, world_size=16) == {}
+    assert hpz_size(with_zero(**settings), node_group_size=8, world_size=16) == {}
 
 
 @pytest.mark.parametrize(

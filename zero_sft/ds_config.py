@@ -120,7 +120,7 @@ def engine_dtype(config: Mapping[str, Any], requested: str) -> str:
     return "float32"
 
 
-def resolve_auto(config: Mapping[str, Any], dtype: str, local_world_size: int, world_size: int) -> dict[str, Any]:
+def resolve_auto(config: Mapping[str, Any], dtype: str, node_group_size: int, world_size: int) -> dict[str, Any]:
     """Replace or drop every "auto", so that `zero.Init` and an engine without a Trainer accept the config.
 
     Raises:
@@ -130,7 +130,7 @@ def resolve_auto(config: Mapping[str, Any], dtype: str, local_world_size: int, w
     for section, name in DTYPE_NAMES.items():
         if section in config:
             result[section] = {**(result[section] or {}), "enabled": dtype == name}
-    result["zero_optimization"].update(hpz_size(config, local_world_size, world_size))
+    result["zero_optimization"].update(hpz_size(config, node_group_size, world_size))
     for key in _BATCH_SIZES:
         size = result.get(key)
         if size is None:
@@ -142,11 +142,11 @@ def resolve_auto(config: Mapping[str, Any], dtype: str, local_world_size: int, w
     return result
 
 
-def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) -> dict[str, int]:
-    """Return `{"zero_hpz_partition_size": n}` with "auto" as `local_world_size`, or {} if hpZ is off.
+def hpz_size(config: Mapping[str, Any], node_group_size: int, world_size: int) -> dict[str, int]:
+    """Return `{"zero_hpz_partition_size": n}` with "auto" as `node_group_size`, or {} if hpZ is off.
 
     Args:
-        local_world_size: the ranks per node, or `World.node_group_size` if nodes differ.
+        node_group_size: `World.node_group_size`, which is the number of ranks per node if nodes are alike.
 
     Raises:
         ConfigError: the size does not divide the number of ranks, or is larger, which DeepSpeed accepts silently.
@@ -154,13 +154,13 @@ def hpz_size(config: Mapping[str, Any], local_world_size: int, world_size: int) 
     size = config["zero_optimization"].get("zero_hpz_partition_size", 1)
     if size == 1:
         return {}
-    size = local_world_size if size == "auto" else size
+    size = node_group_size if size == "auto" else size
     is_divisor = type(size) is int and 1 <= size <= world_size and world_size % size == 0
     # A node must not hold parts of two groups, as it would with 3 ranks per group and 8 per node.
-    if not is_divisor or (size % local_world_size and local_world_size % size):
+    if not is_divisor or (size % node_group_size and node_group_size % size):
         raise ConfigError(
             f"zero_optimization.zero_hpz_partition_size is {size!r}, but must be an integer that divides {world_size} "
-            f"ranks and fits {local_world_size} ranks per node. Set it to the ranks per node (here {local_world_size}) or to "
+            f"ranks and fits {node_group_size} ranks per node. Set it to the ranks per node (here {node_group_size}) or to "
             '"auto".',
             code="ds_config.bad_hpz_size",
         )

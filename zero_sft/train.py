@@ -75,19 +75,19 @@ def run(parsed: ParsedArguments, world: World) -> None:
     timeline.end("imports")
     ranks = with_count(world.world_size, "rank")
     logger.info("starting %s", ranks)
-    with failure.stage("joining the ranks"), progress.task("starting DeepSpeed"):
+    with failure.activity("joining the ranks"), progress.task("starting DeepSpeed"):
         world = connect(world)
     logger.info("%s on %s", ranks, _device())
     silence_transformers(world)
     # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
     timeline.end("joining")
-    failure.set_stage("preparing tokenizer and data")
+    failure.set_activity("preparing tokenizer and data")
     inputs = read_inputs(parsed, world)
     failure.set_log_folder(inputs.log_folder)
     timeline.end("inputs")
     require_room_for_run(inputs, world)
-    failure.set_stage("loading the model")
+    failure.set_activity("loading the model")
     model = _load(parsed, inputs, world)
     timeline.end("load")
     _train_and_export(parsed, model, inputs, world, timeline)
@@ -130,7 +130,7 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     from zero_sft.zero import gather_hooks as gather
 
     output, report = Path(inputs.arguments.output_dir), model.load_report
-    failure.set_stage("answering prompts")
+    failure.set_activity("answering prompts")
     before = []
     if inputs.prompts:
         with gather.summon_full_params(model):
@@ -139,12 +139,12 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     set_seed(inputs.arguments.seed)
     trainer = _trainer(model, inputs, world, timeline)
     _begin(output, inputs, world)
-    failure.set_stage(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
+    failure.set_activity(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
     late_error = trainer.train_to_the_end(inputs.checkpoint and inputs.checkpoint.folder)
     logger.info("writing the model to %s", output)
-    failure.set_stage("writing the model")
+    failure.set_activity("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
-    failure.set_stage("answering prompts")
+    failure.set_activity("answering prompts")
     after = _answers_of_engine(trainer, inputs)
     answers = zip(inputs.prompts, before, after, strict=True)
     logs = {

@@ -52,7 +52,7 @@ def test_folders(tmp_path, kind):
     with raises("config.missing", str(tmp_path), *values):
         load_config(tmp_path, HubOptions())
     with raises("checkpoint.no_weights", str(tmp_path), *values):
-        read_index(tmp_path, torch_zip.read_header)
+        read_index(tmp_path, torch_zip.read_bin_header)
 
 
 def test_a_folder_of_which_nothing_is_known(tmp_path):
@@ -82,7 +82,7 @@ def test_placeholders(tmp_path, content):
     for name, read, code in (
         ("model.safetensors", lambda: read_index(tmp_path), "checkpoint.placeholder_file"),
         ("other.safetensors", lambda: read_header(tmp_path / "other.safetensors"), "checkpoint.placeholder_file"),
-        ("pytorch_model.bin", lambda: torch_zip.read_header(tmp_path / "pytorch_model.bin"), "checkpoint.placeholder_file"),
+        ("pytorch_model.bin", lambda: torch_zip.read_bin_header(tmp_path / "pytorch_model.bin"), "checkpoint.placeholder_file"),
         ("config.json", lambda: load_config(tmp_path, HubOptions()), "config.placeholder_file"),
         ("model.safetensors.index.json", lambda: read_index(tmp_path), "checkpoint.placeholder_file"),
     ):

@@ -47,7 +47,7 @@ def test_names_outside_the_folder(tmp_path, name):
 def test_missing_file(tmp_path):
     sharded(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with raises("checkpoint.shard_missing"):
+    with raises("checkpoint.weight_file_missing"):
         read_index(tmp_path)
 
 
@@ -107,5 +107,5 @@ def test_folders_in_place_of_files(tmp_path):
     (tmp_path / "model.safetensors").rmdir()
     sharded(tmp_path, {"a": "sub"})
     (tmp_path / "sub").mkdir()
-    with raises("checkpoint.shard_missing", "'sub'"):
+    with raises("checkpoint.weight_file_missing", "'sub'"):
         read_index(tmp_path)

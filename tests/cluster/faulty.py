@@ -37,7 +37,7 @@ def _exchange_for_ever(world: World) -> None:
 
     world = connect(world)
     failure.set_log_folder(Path(os.environ["LOGS"]))
-    failure.set_stage("training, in step 2")
+    failure.set_activity("training, in step 2")
     for number in range(100_000):
         all_gather_json(world, number)
         if number == 1:

@@ -16,11 +16,11 @@ from zero_sft.errors import DataError, Scope
 @pytest.fixture(autouse=True)
 def _job():
     failure.begin_job(World(world_size=2))
-    failure.set_stage("training")
+    failure.set_activity("training")
 
 
-def fail_in_stage(error: Exception) -> Exception:
-    with pytest.raises(type(error)) as caught, failure.stage("reading"):
+def fail_in_activity(error: Exception) -> Exception:
+    with pytest.raises(type(error)) as caught, failure.activity("reading"):
         raise error
     return caught.value
 
@@ -33,13 +33,13 @@ def require_said(capsys, code: str, *values: str) -> None:
         assert value in said
 
 
-def test_the_stage_of_an_error_is_named(capsys):
-    assert failure.report_failure(fail_in_stage(ValueError("x"))) == 1
+def test_the_activity_of_an_error_is_named(capsys):
+    assert failure.report_failure(fail_in_activity(ValueError("x"))) == 1
     require_said(capsys, "cluster.rank_failed", "while reading: ValueError: x")
 
 
-def test_an_error_that_was_caught_leaves_no_stage(capsys):
-    fail_in_stage(DataError("caught", code="data.caught"))
+def test_an_error_that_was_caught_leaves_no_activity(capsys):
+    fail_in_activity(DataError("caught", code="data.caught"))
     failure.report_failure(ValueError("x"))
     require_said(capsys, "cluster.rank_failed", "while training: ValueError: x")
 

@@ -12,7 +12,7 @@ from zero_sft.conversion.tracing import NotTraceable
 
 def pair(*shape):
     """A traced source, and a tensor of its flat positions."""
-    return tracing.source("s", shape, torch.float32), torch.arange(math.prod(shape)).reshape(shape)
+    return tracing.trace_stored("s", shape, torch.float32), torch.arange(math.prod(shape)).reshape(shape)
 
 
 MOVES = {

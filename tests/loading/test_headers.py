@@ -38,11 +38,11 @@ def test_each_header_is_read_once(many):
     from zero_sft.cluster.world import World
     from zero_sft.storage import torch_zip
 
-    reference = index.read_index(many, torch_zip.read_header)
-    read, true_header, true_zip = [], index.read_header, torch_zip.read_header
+    reference = index.read_index(many, torch_zip.read_bin_header)
+    read, true_header, true_zip = [], index.read_header, torch_zip.read_bin_header
     with (
         mock.patch.object(index, "read_header", lambda path: [read.append(str(path)), true_header(path)][1]),
-        mock.patch.object(torch_zip, "read_header", lambda path: [read.append(str(path)), true_zip(path)][1]),
+        mock.patch.object(torch_zip, "read_bin_header", lambda path: [read.append(str(path)), true_zip(path)][1]),
     ):
         model = load_model(str(many), ds_config=models.zero3(), verify=True)
     assert model.load_report.missing_keys == []
@@ -62,8 +62,8 @@ def test_the_index_is_the_one_read_alone(many):
 
     world = World.detect()
     connect(world)
-    files = find_checkpoint_files(many, torch_zip.read_header)
-    assert build_index(files, read_headers_together(files, world)) == read_index(many, torch_zip.read_header)
+    files = find_checkpoint_files(many, torch_zip.read_bin_header)
+    assert build_index(files, read_headers_together(files, world)) == read_index(many, torch_zip.read_bin_header)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_the_summary_is_printed_once(capsys):
 
 def test_what_stands_out_is_said():
     text = report(missing_keys=["a", "b", "c", "d"], verified=7, untraceable_keys=[("e", 5)]).summary()
-    assert "missing, initialised as the model defines: 4 (a, b, c, ...)" in text
+    assert "missing, initialised as the model defines: 4 (a, b, c and 1 more)" in text
     assert "read back: 7 tensors" in text
     assert dataclasses.asdict(report())["rank"] == 0
 

@@ -36,18 +36,19 @@ def deliver(reads, local, offset_bytes=0, itemsize=2):
                 rest //= size
             place = sum(i * stride for i, stride in zip(index, read.source_strides, strict=True))
             assert place * itemsize < read.nbytes
-            local[read.start + sum(i * stride for i, stride in zip(index, read.target_strides, strict=True))] = first + place
+            offset = sum(i * stride for i, stride in zip(index, read.target_strides, strict=True))
+            local[read.target_start + offset] = first + place
 
 
 def test_exact_offsets():
     parts = regions.identity_regions("s", (10,))
     (read,) = plan_reads([target((10,), 1, 4, parts)], {"s": stored("s", 10, 100)})
-    assert (read.offset_bytes, read.nbytes, read.start, read.is_contiguous) == (106, 6, 0, True)
+    assert (read.offset_bytes, read.nbytes, read.target_start, read.is_contiguous) == (106, 6, 0, True)
     (read,) = plan_reads([target((10,), 3, 4, parts)], {"s": stored("s", 10, 100)})
     assert read.total_nbytes == 2
     assert plan_reads([target((2,), 3, 4, regions.identity_regions("s", (2,)))], {"s": stored("s", 2, 0)}) == ()
     (read,) = plan_reads([target((), 0, 2, regions.identity_regions("s", ()))], {"s": stored("s", 1, 6)})
-    assert (read.offset_bytes, read.nbytes, read.start, read.is_contiguous) == (6, 2, 0, True)
+    assert (read.offset_bytes, read.nbytes, read.target_start, read.is_contiguous) == (6, 2, 0, True)
 
 
 def test_pieces_of_one_parameter_from_several_tensors():
@@ -56,19 +57,19 @@ def test_pieces_of_one_parameter_from_several_tensors():
     parts = regions.concatenate([((4,), a), ((5,), b)], 0)
     sources = {"a": stored("a", 6, 0), "b": stored("b", 5, 12)}
     (read,) = plan_reads([target((9,), 1, 2, parts)], sources)
-    assert (read.offset_bytes, read.nbytes, read.start) == (14, 8, 0)
+    assert (read.offset_bytes, read.nbytes, read.target_start) == (14, 8, 0)
     first, second = plan_reads([target((9,), 0, 2, parts)], {**sources, "b": stored("b", 5, 14)})
-    assert (first.offset_bytes, first.nbytes, first.start) == (4, 8, 0)
-    assert (second.offset_bytes, second.nbytes, second.start) == (14, 2, 4)
+    assert (first.offset_bytes, first.nbytes, first.target_start) == (4, 8, 0)
+    assert (second.offset_bytes, second.nbytes, second.target_start) == (14, 2, 4)
 
 
 def test_what_goes_on_here_and_there_is_one_read():
     """Of a 5 × 3 matrix rank 1 of 2 keeps elements 8 to 14, the last of row 2 and two rows: one run."""
     (read,) = plan_reads([target((5, 3), 1, 2, regions.identity_regions("s", (5, 3)))], {"s": stored("s", 15, 100)})
-    assert (read.offset_bytes, read.nbytes, read.start, read.sizes) == (116, 14, 0, (7,))
+    assert (read.offset_bytes, read.nbytes, read.target_start, read.sizes) == (116, 14, 0, (7,))
     swapped = regions.concatenate([((2,), regions.identity_regions("b", (2,))), ((2,), regions.identity_regions("a", (2,)))], 0)
     reads = plan_reads([target((4,), 0, 1, swapped)], {"a": stored("a", 2, 0), "b": stored("b", 2, 4)})
-    assert [(read.offset_bytes, read.start) for read in reads] == [(0, 2), (4, 0)], "neighbours in the file alone"
+    assert [(read.offset_bytes, read.target_start) for read in reads] == [(0, 2), (4, 0)], "neighbours in the file alone"
 
 
 def test_a_transposed_matrix_is_read_row_by_row():

@@ -24,10 +24,10 @@ def reads(path):
     header = read_header(path)
     whole, apart = header["whole"], header["apart"]
     return [
-        ReadItem(file=path, offset_bytes=whole.offset_bytes, nbytes=whole.nbytes, dtype="F32", target="whole", start=0,
+        ReadItem(file=path, offset_bytes=whole.offset_bytes, nbytes=whole.nbytes, dtype="F32", target="whole", target_start=0,
              sizes=(5000,), source_strides=(1,), target_strides=(1,)),
         *(ReadItem(file=path, offset_bytes=apart.offset_bytes + (70 * i + 2) * 4, nbytes=(9 * 7 + 2) * 4, dtype="F32",
-               target="apart", start=10 * i, sizes=(10, 2), source_strides=(7, 1), target_strides=(1, 100))
+               target="apart", target_start=10 * i, sizes=(10, 2), source_strides=(7, 1), target_strides=(1, 100))
           for i in range(10)),
     ]  # fmt: skip
 

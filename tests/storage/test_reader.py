@@ -33,7 +33,7 @@ def read(header, name, start, stop, at=0):
     offset = entry.offset_bytes + start * entry.itemsize
     nbytes = (stop - start) * entry.itemsize
     return ReadItem(
-        file=entry.file, offset_bytes=offset, nbytes=nbytes, dtype=entry.dtype, target=name, start=at,
+        file=entry.file, offset_bytes=offset, nbytes=nbytes, dtype=entry.dtype, target=name, target_start=at,
         sizes=(stop - start,), source_strides=(1,), target_strides=(1,),
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_elements_are_put_apart(file, dtype):
     path, tensors = file
     entry = read_header(path)["b"]
     scattered = ReadItem(
-        file=path, offset_bytes=entry.offset_bytes + 2 * 4, nbytes=(9 * 7 + 2) * 4, dtype="F32", target="b", start=3,
+        file=path, offset_bytes=entry.offset_bytes + 2 * 4, nbytes=(9 * 7 + 2) * 4, dtype="F32", target="b", target_start=3,
         sizes=(10, 2), source_strides=(7, 1), target_strides=(1, 10),
     )  # fmt: skip
     memory = torch.zeros(30, dtype=dtype)[:25]
@@ -85,7 +85,7 @@ def test_no_thread_reads_on_when_one_has_failed(file, monkeypatch, threads):
     done = []
 
     def run(worker, piece):
-        if piece.start == 20:
+        if piece.target_start == 20:
             raise CheckpointError("x.safetensors can't be read", code="checkpoint.read_failed")
         time.sleep(0.01)
         done.append(piece)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tests.errors import raises
-from zero_sft.storage.torch_zip import read_header
+from zero_sft.storage.torch_zip import read_bin_header
 
 
 def stored_bytes(entry):
@@ -26,7 +26,7 @@ def test_offsets_are_those_of_the_bytes(tmp_path):
         "scalar": torch.tensor(2.5),
     }  # fmt: skip
     torch.save(tensors, tmp_path / "x.bin")
-    found = read_header(tmp_path / "x.bin")
+    found = read_bin_header(tmp_path / "x.bin")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(stored_bytes(found[name]), tensor.detach()), name
@@ -44,7 +44,7 @@ class _Runs:
 def test_code_in_a_file_is_never_run(tmp_path):
     torch.save({"a": torch.ones(2), "b": _Runs(tmp_path / "ran")}, tmp_path / "x.bin")
     with raises("checkpoint.unsafe_or_damaged"):
-        read_header(tmp_path / "x.bin")
+        read_bin_header(tmp_path / "x.bin")
     assert not (tmp_path / "ran").exists()
 
 
@@ -52,22 +52,22 @@ def test_files_that_are_wrong(tmp_path):
     path = tmp_path / "x.bin"
     torch.save({"a": torch.ones(1000)}, path, _use_new_zipfile_serialization=False)
     with raises("checkpoint.not_a_zip", "x.bin", "torch.save(torch.load"):
-        read_header(path)
+        read_bin_header(path)
     torch.save({"a": torch.ones(1000)}, path)
     os.truncate(path, 2000)
     with raises("checkpoint.not_a_zip", "x.bin"):
-        read_header(path)
+        read_bin_header(path)
     path.write_bytes(b"")
     with raises("checkpoint.placeholder_file", "x.bin"):
-        read_header(path)
+        read_bin_header(path)
     torch.save([torch.ones(3)], path)
     with raises("checkpoint.not_a_mapping", "list"):
-        read_header(path)
+        read_bin_header(path)
     torch.save({"a": torch.eye(3).to_sparse()}, path)
     with raises("checkpoint.not_a_plain_tensor"):
-        read_header(path)
+        read_bin_header(path)
     with raises("checkpoint.file_unreadable", "No such file"):
-        read_header(tmp_path / "absent.bin")
+        read_bin_header(tmp_path / "absent.bin")
 
 
 def test_a_view_that_negates_is_not_read_as_its_bytes(tmp_path):
@@ -76,7 +76,7 @@ def test_a_view_that_negates_is_not_read_as_its_bytes(tmp_path):
     assert view.is_neg()
     torch.save({"a": view}, tmp_path / "a.bin")
     with raises("checkpoint.not_a_plain_tensor", "'a'", "resolve_neg"):
-        read_header(tmp_path / "a.bin")
+        read_bin_header(tmp_path / "a.bin")
 
 
 def test_a_compressed_file_is_named_as_such(tmp_path):
@@ -86,4 +86,4 @@ def test_a_compressed_file_is_named_as_such(tmp_path):
             packed.writestr(name, plain.read(name))
     assert torch.load(tmp_path / "b.bin", weights_only=True)["a"].tolist() == [0, 1, 2, 3]
     with raises("checkpoint.compressed", "b.bin", "torch.save"):
-        read_header(tmp_path / "b.bin")
+        read_bin_header(tmp_path / "b.bin")

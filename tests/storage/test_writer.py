@@ -17,7 +17,7 @@ SHAPES = [(7,), (5, 6), (3, 4, 5), (2, 3, 2, 5)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_together_write_a_permuted_tensor(tmp_path, monkeypatch, shape, ranks, limit_bytes):
-    monkeypatch.setattr(writer, "STAGING_BYTES", limit_bytes)
+    monkeypatch.setattr(writer, "MAX_PART_BYTES", limit_bytes)
     stored = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
     order = random.Random(str(shape)).sample(range(len(shape)), len(shape))
     own = stored.permute(order).contiguous()

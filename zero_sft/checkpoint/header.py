@@ -60,15 +60,8 @@ class StoredTensor:
     def from_row(cls, file: str, row: Sequence[Any]) -> "StoredTensor":
         """Rebuild the tensor of `file` from the result of `to_row`."""
         name, dtype, shape, offset_bytes, nbytes, strides = row
-        return cls(
-            name=name,
-            file=file,
-            dtype=dtype,
-            shape=tuple(shape),
-            offset_bytes=offset_bytes,
-            nbytes=nbytes,
-            strides=None if strides is None else tuple(strides),
-        )
+        shape, strides = tuple(shape), None if strides is None else tuple(strides)
+        return cls(name=name, file=file, dtype=dtype, shape=shape, offset_bytes=offset_bytes, nbytes=nbytes, strides=strides)
 
     @property
     def numel(self) -> int:

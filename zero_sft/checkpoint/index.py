@@ -48,14 +48,14 @@ class CheckpointIndex:
 class CheckpointFiles:
     """The files of a checkpoint, before their headers are read.
 
-    `identities` are those of the files, by path. `read` reads the header of one file. `index` is the path of the index file,
-    `weight_map` its mapping of tensors to files.
+    `identities` are those of the files, by path. `read_header` reads the header of one file. `index_path` is the path of the
+    index file, `weight_map` its mapping of tensors to files.
     """
 
     folder: Path
     identities: Mapping[str, FileIdentity]
-    read: ReadHeader
-    index: Path | None = None
+    read_header: ReadHeader
+    index_path: Path | None = None
     weight_map: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def sizes(self) -> dict[str, int]:
@@ -64,21 +64,21 @@ class CheckpointFiles:
 
 
 def find_checkpoint_files(
-    folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None
+    folder: str | Path, read_bin_header: ReadHeader | None = None, variant: str | None = None
 ) -> CheckpointFiles:
     """Find the checkpoint files in `folder`.
 
     Args:
-        read_bin: reads the header of a `.bin` file, which needs torch. None ignores such files.
+        read_bin_header: reads the header of a `.bin` file, which needs torch. None ignores such files.
 
     Raises:
         CheckpointError: the folder has no weights, or its index names a file that is missing or outside of the folder.
     """
     folder = Path(folder)
     formats: list[tuple[str, str, ReadHeader]] = [(SINGLE_FILE, INDEX_FILE, read_header)]
-    if read_bin is not None:
-        formats.append((BIN_FILE, BIN_INDEX_FILE, read_bin))
-    for plain_single, plain_index, read in formats:
+    if read_bin_header is not None:
+        formats.append((BIN_FILE, BIN_INDEX_FILE, read_bin_header))
+    for plain_single, plain_index, header_reader in formats:
         single, index = folder / of_variant(plain_single, variant), folder / of_variant(plain_index, variant)
         if single.is_dir():
             raise CheckpointError(
@@ -86,11 +86,13 @@ def find_checkpoint_files(
                 code="checkpoint.folder_in_place_of_file",
             )
         if single.is_file():
-            return CheckpointFiles(folder=folder, identities={str(single): stat_identity(single)}, read=read)
+            return CheckpointFiles(folder=folder, identities={str(single): stat_identity(single)}, read_header=header_reader)
         if index.is_file():
             weight_map = read_weight_map(index)
             identities = {str(path): stat_identity(path) for path in _weight_files(index, weight_map)}
-            return CheckpointFiles(folder=folder, identities=identities, read=read, index=index, weight_map=weight_map)
+            return CheckpointFiles(
+                folder=folder, identities=identities, read_header=header_reader, index_path=index, weight_map=weight_map
+            )
     raise CheckpointError(_no_weights(folder, variant), code="checkpoint.no_weights")
 
 
@@ -121,26 +123,23 @@ def build_index(files: CheckpointFiles, headers: Iterable[Mapping[str, StoredTen
     if misplaced:
         more = f" (and {len(misplaced) - 1} others)" if len(misplaced) > 1 else ""
         raise CheckpointError(
-            f"{files.index} lists {misplaced[0]!r} in {files.weight_map[misplaced[0]]}, whose header has no such tensor{more}. "
-            "The files are of different versions: download the checkpoint again.",
+            f"{files.index_path} lists {misplaced[0]!r} in {files.weight_map[misplaced[0]]}, whose header has no such tensor"
+            f"{more}. The files are of different versions: download the checkpoint again.",
             code="checkpoint.index_promises_other_tensors",
         )
     return CheckpointIndex(
-        folder=str(files.folder),
-        identities=files.identities,
-        tensors=tensors,
-        duplicate_keys=tuple(sorted(duplicate_keys)),
+        folder=str(files.folder), identities=files.identities, tensors=tensors, duplicate_keys=tuple(sorted(duplicate_keys))
     )
 
 
-def read_index(folder: str | Path, read_bin: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
+def read_index(folder: str | Path, read_bin_header: ReadHeader | None = None, variant: str | None = None) -> CheckpointIndex:
     """Find a checkpoint's files, read their headers and build the index. Does not communicate.
 
     Raises:
         CheckpointError: as `find_checkpoint_files` and `build_index` do, or a file is damaged.
     """
-    files = find_checkpoint_files(folder, read_bin, variant)
-    return build_index(files, map(files.read, files.identities))
+    files = find_checkpoint_files(folder, read_bin_header, variant)
+    return build_index(files, map(files.read_header, files.identities))
 
 
 def of_variant(name: str, variant: str | None) -> str:
@@ -156,7 +155,7 @@ def _weight_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
             problem = "is a folder" if path.is_dir() else f"is not in {index.parent}"
             raise CheckpointError(
                 f"{index} names {path.name!r}, which {problem}. The download is incomplete: download the checkpoint again.",
-                code="checkpoint.shard_missing",
+                code="checkpoint.weight_file_missing",
             )
     return paths
 

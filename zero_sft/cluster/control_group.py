@@ -1,6 +1,6 @@
 """All-gather and broadcast of small payloads on the CPU, over a gloo group that this package creates.
 
-All communication of this package uses this group, never NCCL. The group works before a GPU is touched, its waiting does not
+All exchanges of control data use this group, never NCCL. The group works before a GPU is touched, its waiting does not
 count against the training group's timeout, and a closed socket reveals a dead peer. Payloads are bytes or JSON, never pickles.
 """
 

@@ -15,9 +15,9 @@ _TOO_LITTLE_MEMORY = (
 )
 
 
-def describe_failure(error: BaseException, rank: str, stage: str) -> DistributedError:
-    """Describe an error that a rank raised in a stage, with advice if memory was too little."""
-    message = f"{rank} failed while {stage}: {type(error).__name__}: {error}"
+def describe_failure(error: BaseException, rank: str, activity: str) -> DistributedError:
+    """Describe an error that a rank raised, with advice if memory was too little."""
+    message = f"{rank} failed while {activity}: {type(error).__name__}: {error}"
     if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's class, which is not imported here
         return DistributedError(f"{message}\n{_TOO_LITTLE_MEMORY}", code="cluster.device_memory")
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
@@ -25,17 +25,17 @@ def describe_failure(error: BaseException, rank: str, stage: str) -> Distributed
     return DistributedError(message, code="cluster.rank_failed")
 
 
-def describe_lost_connection(error: BaseException | None, rank: str, stage: str) -> DistributedError:
+def describe_lost_connection(error: BaseException | None, rank: str, activity: str) -> DistributedError:
     """Describe the loss of a rank that is not on this host."""
     reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "the reason is unknown"
     return DistributedError(
-        f"{rank} lost the connection to another rank while {stage}: {reason}\nA rank on another host has ended, or the network "
-        "between the hosts has failed; the other hosts' messages say more.",
+        f"{rank} lost the connection to another rank while {activity}: {reason}\nA rank on another host has ended, or the "
+        "network between the hosts has failed; the other hosts' messages say more.",
         code="cluster.connection_lost",
     )
 
 
-def describe_dead_ranks(dead_ranks: Mapping[int, int], stage: str, kills: int) -> RankLostError:
+def describe_dead_ranks(dead_ranks: Mapping[int, int], activity: str, kills: int) -> RankLostError:
     """Describe the end of ranks of this host.
 
     Args:
@@ -54,7 +54,7 @@ def describe_dead_ranks(dead_ranks: Mapping[int, int], stage: str, kills: int) -
             "A signal has killed it: kill -9 by the user or the scheduler, a crash in native code, or lack of host memory "
             f"in its container (see dmesg on {host}, or the scheduler's record of the job)."
         )
-    return RankLostError(f"{ranks} on {host} ended while {stage} and left no message. {cause}", code="cluster.rank_lost")
+    return RankLostError(f"{ranks} on {host} ended while {activity} and left no message. {cause}", code="cluster.rank_lost")
 
 
 def kernel_kills() -> int:

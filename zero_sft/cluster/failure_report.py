@@ -30,8 +30,8 @@ from zero_sft.errors import Scope
 FOLLOW_ON_SECONDS = 3.0
 """Time that a rank gives a lost peer to print its message first."""
 
-_STAGE = "_zero_sft_stage"
-"""Attribute of an error that holds the stage in which it was raised."""
+_ACTIVITY = "_zero_sft_activity"
+"""Attribute of an error that holds the activity in which it was raised."""
 
 _LOST_PEER = re.compile(
     r"gloo|NCCL|HCCL|RCCL|Connection (closed|reset|refused)|Broken pipe|monitoredBarrier|Timed out waiting|recvValue",
@@ -44,7 +44,7 @@ class _Job:
     """State that the failure message needs, one per process. `run_rank`, `init_control_group` and the job set it."""
 
     world: World = field(default_factory=World)
-    stage: str | Callable[[], str] = "starting"
+    activity: str | Callable[[], str] = "starting"
     board: NodeBoard | None = None
     logs: Path | None = None
     kills_before: int = 0
@@ -61,23 +61,23 @@ def begin_job(world: World) -> None:
     _job = _Job(world=world, kills_before=kernel_kills())
 
 
-def set_stage(stage: str | Callable[[], str]) -> None:
+def set_activity(activity: str | Callable[[], str]) -> None:
     """Set what the job is doing, such as "reading the weights", for the failure message."""
-    _job.stage = stage
+    _job.activity = activity
 
 
 @contextlib.contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Set the stage while the body runs, and attach it to an error that the body raises."""
-    job, before, _job.stage = _job, _job.stage, name
+def activity(name: str) -> Iterator[None]:
+    """Set the activity while the body runs, and attach it to an error that the body raises."""
+    job, before, _job.activity = _job, _job.activity, name
     try:
         yield
     except Exception as error:
-        if not hasattr(error, _STAGE):
-            setattr(error, _STAGE, name)
+        if not hasattr(error, _ACTIVITY):
+            setattr(error, _ACTIVITY, name)
         raise
     finally:
-        job.stage = before
+        job.activity = before
 
 
 def set_board(world: World, board: NodeBoard | None) -> None:
@@ -102,7 +102,7 @@ def report_interrupt() -> int:
     """Report that the user stopped the job, and return the exit status. For the outermost handler, on every rank."""
     with _leaving() as is_first:
         if is_first and _job.world.is_main and _claim_report():
-            _report(errors.DistributedError(f"stopped by Ctrl-C (SIGINT) while {_stage()}.", code="cluster.interrupted"))
+            _report(errors.DistributedError(f"stopped by Ctrl-C (SIGINT) while {_activity()}.", code="cluster.interrupted"))
     return 128 + signal.SIGINT
 
 
@@ -114,7 +114,7 @@ def report_signal(name: str) -> bool:
     with _leaving() as is_first:
         if is_first and not _another_rank_reports() and (_job.board or _job.world.is_main) and _claim_report():
             signalled = errors.DistributedError(
-                f"{name} has ended the job while {_stage()}. The user, the launcher or the scheduler sent it.",
+                f"{name} has ended the job while {_activity()}. The user, the launcher or the scheduler sent it.",
                 code="cluster.ended_by_signal",
             )
             _report(_describe_loss(None) if _dead_ranks() else signalled)
@@ -129,7 +129,7 @@ def report_orphan(launcher: str) -> bool:
     with _leaving() as is_first:
         if is_first and (_job.board or _job.world.local_rank == 0) and _claim_report():
             orphaned = errors.DistributedError(
-                f"the launcher ({launcher}) has ended while {_stage()}, so its ranks end as well.",
+                f"the launcher ({launcher}) has ended while {_activity()}, so its ranks end as well.",
                 code="cluster.launcher_ended",
             )
             _report(orphaned)
@@ -162,7 +162,7 @@ def _report_error(error: BaseException) -> None:
     elif not isinstance(error, errors.ZeroSftError):
         path = _write_traceback(error)
         if _is_reporter(Scope.THIS_RANK):
-            _report(describe_failure(error, _here(), _stage(error)))
+            _report(describe_failure(error, _here(), _activity(error)))
             _print_traceback(error, path)
     elif _is_reporter(error.scope):
         _report(error, is_alone=error.scope is Scope.THIS_RANK or not _job.world.is_main)
@@ -241,20 +241,20 @@ def _claim_report(*, if_store_is_gone: bool = True) -> bool:
 def _describe_loss(error: BaseException | None) -> errors.ZeroSftError:
     dead = _dead_ranks()
     if dead:
-        return describe_dead_ranks(dead, _stage(error), kernel_kills() - _job.kills_before)
-    return error if isinstance(error, errors.RankLostError) else describe_lost_connection(error, _here(), _stage(error))
+        return describe_dead_ranks(dead, _activity(error), kernel_kills() - _job.kills_before)
+    return error if isinstance(error, errors.RankLostError) else describe_lost_connection(error, _here(), _activity(error))
 
 
 def _here() -> str:
     return f"rank {_job.world.rank} on {socket.gethostname()}"
 
 
-def _stage(error: BaseException | None = None) -> str:
-    """Return the stage in which `error` was raised, or the present one."""
-    if hasattr(error, _STAGE):
-        return getattr(error, _STAGE)
+def _activity(error: BaseException | None = None) -> str:
+    """Return the activity in which `error` was raised, or the present one."""
+    if hasattr(error, _ACTIVITY):
+        return getattr(error, _ACTIVITY)
     try:
-        return _job.stage() if callable(_job.stage) else _job.stage
+        return _job.activity() if callable(_job.activity) else _job.activity
     except Exception:  # noqa: BLE001 - the report must not fail
         return "training"
 
@@ -280,7 +280,7 @@ def _write_traceback(error: BaseException) -> Path | None:
     path = _job.logs / f"error_rank_{_job.world.rank}.txt"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{_here()}, process {os.getpid()}, while {_stage(error)}\n{_traceback(error)}")
+        path.write_text(f"{_here()}, process {os.getpid()}, while {_activity(error)}\n{_traceback(error)}")
         return path
     return None
 

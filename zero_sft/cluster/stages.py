@@ -21,6 +21,7 @@ from zero_sft.cluster import failure_report
 from zero_sft.cluster.control_group import all_gather_json, control_group
 from zero_sft.cluster.world import World
 from zero_sft.errors import Scope
+from zero_sft.printable import first_of
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
         ZeroSftError: on every rank, if a rank failed or did not finish the stage within `timeout`.
     """
     exchange, failure = StageExchange(), None
-    with failure_report.stage(name):
+    with failure_report.activity(name):
         try:
             yield exchange
         except Exception as error:  # noqa: BLE001 - the other ranks must learn of any failure
@@ -85,8 +86,7 @@ def _end_together(
     kind, message, *codes = reports[failed[0]]
     # Ranks that all fail alike have an error of the input; otherwise the message says which ranks failed.
     if len({tuple(reports[rank]) for rank in failed}) > 1 or len(failed) < world.world_size:
-        ranks = ", ".join(map(str, failed[:8])) + (", ..." if len(failed) > 8 else "")
-        message += f"\n(rank {failed[0]} of {world.world_size} while {name}; failed: rank {ranks})"
+        message += f"\n(rank {failed[0]} of {world.world_size} while {name}; failed: rank {first_of(failed, 8)})"
     # A ZeroSftError says all in its message; the traceback of any other error of this rank is kept as the cause.
     raise _recreate(kind, message, codes) from None if isinstance(failure, errors.ZeroSftError) else failure
 

@@ -1,1 +1,1 @@
-"""The conversion of a checkpoint's tensors to a model's, on names and shapes only. No I/O, no communication."""
+"""The conversion of a checkpoint's tensors to a model's, on names and shapes or on data. No I/O, no communication."""

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.conversion import tracing
 from zero_sft.conversion.keys import TensorGroup, match
-from zero_sft.conversion.quantized import DequantTracer, apply_block_scales, needs_stored_dtype
+from zero_sft.conversion.quantized import DequantTracer, needs_stored_dtype, use_configured_blocks
 from zero_sft.errors import CheckpointError
 from zero_sft.plan import regions
 from zero_sft.plan.plan import SourceMap, check_cover
 from zero_sft.plan.regions import Shape
+from zero_sft.printable import first_of
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.transformers_internals import internal
 
@@ -82,10 +83,7 @@ class FullShapeModel:
 
 
 def resolve(
-    model: PreTrainedModel,
-    state: Mapping[str, torch.Tensor],
-    stored: Mapping[str, StoredTensor],
-    quantizer: Any = None,
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], quantizer: Any = None
 ) -> Resolution:
     """Find the stored elements that fill each tensor of the model. Any rank; does not communicate.
 
@@ -155,7 +153,7 @@ class _GroupTracer:
         dtype = self.model.get_parameter(group.name).dtype
 
         def traced(name: str) -> torch.Tensor:
-            return tracing.source(name, self.stored[name].shape, dtype, self.stored[name].strides)
+            return tracing.trace_stored(name, self.stored[name].shape, dtype, self.stored[name].strides)
 
         if group.converter is None:
             _check_dtype(self.stored[group.stored[0]])
@@ -171,25 +169,20 @@ class _GroupTracer:
         return result
 
     def _convert_on_meta(self, group: TensorGroup) -> dict[str, torch.Tensor]:
-        for stored in (self.stored[name] for name in group.stored):
-            if stored.dtype not in TORCH_DTYPES:
-                raise CheckpointError(
-                    f"{stored.file}: {stored.name!r} is stored as {stored.dtype}, which torch can't read. "
-                    "Use a checkpoint in another dtype.",
-                    code="checkpoint.unsupported_dtype",
-                )
+        for name in group.stored:
+            _check_dtype(self.stored[name], is_dequantized=True)
 
         def meta_tensor(name: str) -> torch.Tensor:
             return torch.empty(self.stored[name].shape, dtype=TORCH_DTYPES[self.stored[name].dtype], device="meta")
 
-        return self._convert(group, meta_tensor, apply_block_scales)
+        return self._convert(group, meta_tensor, use_configured_blocks)
 
     def _convert(
-        self, group: TensorGroup, source: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
+        self, group: TensorGroup, read_tensor: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
     ) -> dict[str, Any]:
         """Run a group's converter, and name the checkpoint's files in the error of an operation."""
         try:
-            return convert_group(group, self.model, source, prepare)
+            return convert_group(group, self.model, read_tensor, prepare)
         except (tracing.NotTraceable, regions.TooManyRegions):
             raise
         except Exception as error:  # transformers' operations raise many types
@@ -199,10 +192,10 @@ class _GroupTracer:
 def convert_group(
     group: TensorGroup,
     model: FullShapeModel,
-    source: Callable[[str], torch.Tensor],
-    prepare: Callable[[Any], None] = apply_block_scales,
+    read_tensor: Callable[[str], torch.Tensor],
+    prepare: Callable[[Any], None] = use_configured_blocks,
 ) -> dict[str, Any]:
-    """Run a group's converter on the tensor `source(name)` of each stored name. Returns its results by the model's names.
+    """Run a group's converter on the tensor `read_tensor(name)` of each stored name. Returns its results by the model's names.
 
     As in transformers, all tensors are cast to the model's dtype before they are merged, except those for a quantizer.
 
@@ -214,25 +207,31 @@ def convert_group(
     dtype = None if needs_stored_dtype(converter) else model.get_parameter(group.name).dtype
     for pattern, names in group.members.items():
         for name in names:
-            converter.add_tensor(group.name, name, pattern, source(name).to(dtype=dtype))
+            converter.add_tensor(group.name, name, pattern, read_tensor(name).to(dtype=dtype))
     raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None)
     return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
 
 
 def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause: Exception) -> str:
     names, missing = group.stored, group.missing_members()
-    where = f"{stored[names[0]].file}: {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    where = f"{stored[names[0]].file}: {first_of(map(repr, names), 1)}"
     reason = f"there is no {cause}" if isinstance(cause, KeyError) else cause
     operations = ", ".join(map(repr, group.converter.operations))
     message = f"{where} can't be converted to {group.name!r} by {operations}: {reason}."
     if missing:
-        shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} others" if len(missing) > 3 else "")
-        return f"{message} The checkpoint lacks {shown}: download it again."
+        return f"{message} The checkpoint lacks {first_of(map(repr, missing))}: download it again."
     return f"{message} The files are incomplete, or belong to another model than the config: take both from the same source."
 
 
-def _check_dtype(tensor: StoredTensor) -> None:
-    if tensor.dtype not in TORCH_DTYPES or tensor.dtype.startswith("F8"):
+def _check_dtype(tensor: StoredTensor, *, is_dequantized: bool = False) -> None:
+    """Raise `CheckpointError` if torch can't read the dtype, or if it is a quantised one that no scales multiply."""
+    if tensor.dtype not in TORCH_DTYPES:
+        raise CheckpointError(
+            f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, which torch can't read. "
+            "Use a checkpoint in another dtype.",
+            code="checkpoint.unsupported_dtype",
+        )
+    if tensor.dtype.startswith("F8") and not is_dequantized:
         raise CheckpointError(
             f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, but its scales were not found under a name that "
             "matches the config's quantization_config, so it can't be dequantised. Use the complete checkpoint with its "

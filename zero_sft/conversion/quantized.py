@@ -76,7 +76,7 @@ def _quantization_config(config: PreTrainedConfig) -> Any:
         return None
 
 
-def unquantized(config: PreTrainedConfig) -> PreTrainedConfig:
+def remove_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     """Remove `quantization_config` from a config and its sub-configs, in place."""
     for part in config_parts(config):
         if hasattr(part, "quantization_config"):
@@ -120,7 +120,7 @@ class DequantTracer:
         name = f"{weight.name} * {grid.name}"
         block = block_shape(weight.shape, grid.shape, self._configured)
         self.scaled[name] = ScaledTensor.join(name, weight, grid, block)
-        return tracing.source(name, weight.shape, output_dtype or quantized.dtype)
+        return tracing.trace_stored(name, weight.shape, output_dtype or quantized.dtype)
 
     def _stored_tensor(self, tensor: torch.Tensor) -> StoredTensor:
         """Return the stored tensor that a traced tensor is in full."""
@@ -137,7 +137,7 @@ def dequantize(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     return dequantize_function(internal("Fp8Dequantize")(None))(weight, scales, output_dtype=dtype)
 
 
-def apply_block_scales(converter: Any) -> None:
+def use_configured_blocks(converter: Any) -> None:
     """Make a converter's dequantising operations use the block size of the config; transformers infers it from the shapes."""
     _set_arithmetic(converter, _on_complete_blocks)
 

@@ -47,7 +47,7 @@ class TracedTensor(torch.Tensor):
         return rule(*args, **(kwargs or {}))
 
 
-def source(name: str, shape: Shape, dtype: torch.dtype, strides: Shape | None = None) -> TracedTensor:
+def trace_stored(name: str, shape: Shape, dtype: torch.dtype, strides: Shape | None = None) -> TracedTensor:
     """Trace the stored tensor `name`, which is row-major if `strides` is None."""
     return TracedTensor(shape, dtype, regions.identity_regions(name, shape, strides=strides))
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +29,8 @@ from zero_sft.loading import skeleton
 from zero_sft.loading.dtype import requested_dtype
 from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
-from zero_sft.storage import torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
-from zero_sft.transformers_internals import tied_names
+from zero_sft.storage.torch_zip import read_bin_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +49,7 @@ class EstimatedModel:
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters of the model by name, on the meta device; a shared parameter appears once."""
-        return _saved(self.model, dict(self.model.named_parameters()))
+        return skeleton.without_ties(self.model, dict(self.model.named_parameters()))
 
     @property
     def numel(self) -> int:
@@ -101,7 +99,7 @@ def _find(name: str, options: HubOptions) -> tuple[Path, PreTrainedConfig, str, 
     if path.is_dir():
         has_weights = any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*"))
         config = load_config(path, options)
-        return path, config, "read", read_index(path, torch_zip.read_header, options.variant).tensors if has_weights else None
+        return path, config, "read", read_index(path, read_bin_header, options.variant).tensors if has_weights else None
     try:
         source = locate_model(name, options, World.alone())
         folder = fetch_files(source, World.alone(), CONFIG)
@@ -130,7 +128,7 @@ def derive_headers(
     With `block` (rows, columns), the checkpoint stores matrices of linear layers and experts as 8-bit floats with one scale per
     block, as DeepSeek-V3 does. Its multi-token prediction module, which training does not read, is not derived.
     """
-    published = original_format(model, _saved(model, state))
+    published = original_format(model, skeleton.without_ties(model, state))
     rows: list[tuple[str, str, tuple[int, ...]]] = []
     for name, tensor in published.items():
         shape = tuple(tensor.shape)
@@ -140,12 +138,6 @@ def derive_headers(
         else:
             rows.append((name, STORED_DTYPES[tensor.dtype], shape))
     return {tensor.name: tensor for file in lay_out(rows) for tensor in file.tensors}
-
-
-def _saved(model: PreTrainedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors that a save writes; a tied tensor appears once."""
-    tied = tied_names(model)
-    return {name: tensor for name, tensor in state.items() if name not in tied}
 
 
 def _is_quantized(model: PreTrainedModel, state: Mapping[str, torch.Tensor], name: str, tensor: torch.Tensor) -> bool:

@@ -32,7 +32,8 @@ def fetch_headers(source: ModelSource) -> dict[str, StoredTensor] | None:
     except EntryNotFoundError as error:
         if index.is_file():
             raise CheckpointError(
-                f"{repo}: {index_name} names a file that the repository does not have: {error}", code="estimate.shard_missing"
+                f"{repo}: {index_name} names a file that the repository does not have: {error}",
+                code="estimate.weight_file_missing",
             ) from error
         return None
     except Exception as error:  # errors of the hub's client and of its transport

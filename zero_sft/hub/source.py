@@ -136,8 +136,7 @@ def local_folder(name: str, options: HubOptions) -> Path | None:
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or not name
     if looks_like_a_path or path.exists():
         raise CheckpointError(
-            f"no such folder: {name}. Name an existing folder, or a hub id such as 'org/model'.",
-            code="hub.no_such_folder",
+            f"no such folder: {name}. Name an existing folder, or a hub id such as 'org/model'.", code="hub.no_such_folder"
         )
     return None
 

@@ -21,11 +21,10 @@ from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.data.packing import is_flash
 from zero_sft.data.templates.choose import Template
-from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import eos_token_ids, inconsistent_settings, read_generation_config, stop_at, turn_ends
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
-from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
+from zero_sft.loading.dtype import weights_dtype
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
 from zero_sft.saving.room import SaveSizes, checkpoint_bytes, checkpoints_at_once, export_sizes, folder_bytes, require_room
@@ -48,9 +47,7 @@ def build_model_spec(options: ModelArguments, arguments: Any, config: Any, sourc
         ZeroSftError: the same on every rank; the model can't be trained with these arguments.
     """
     with collective_stage(world, "checking the model"):
-        requested = requested_dtype(options.dtype, config)
-        dtype = engine_dtype(arguments.hf_deepspeed_config.config, requested)
-        require_engine_dtype(options.dtype, requested, dtype)
+        dtype = weights_dtype(options.dtype, config, arguments.hf_deepspeed_config.config)
         attention = attention_of(config, options.attn_implementation)
         if is_flash(attention) and dtype == "float32":
             raise ArgumentError(
@@ -71,7 +68,7 @@ def build_model_spec(options: ModelArguments, arguments: Any, config: Any, sourc
         _require_hidden_size(arguments.hf_deepspeed_config, config)
         if source.folder is not None and world.is_main:
             # Every weight file's header: a missing, truncated or placeholder file is an error.
-            read_index(source.folder, torch_zip.read_header, source.options.variant)
+            read_index(source.folder, torch_zip.read_bin_header, source.options.variant)
     return ModelSpec(
         folder=source.folder or Path(source.name),
         config=config,

@@ -1,8 +1,7 @@
 """Public functions that load a model, or a model and its tokenizer, directly into ZeRO-3 shards.
 
-The steps of `load_model`, in order: source → class and dtype → skeleton → index → names → buffers and missing weights → plan →
-reads → ties → report. Every rank runs all of them. Each stage that can fail is a `collective_stage`: at its end either
-all ranks go on or all raise the same error.
+`load_model` locates the model, resolves the engine's settings, lets `sharded.py` or `stock.py` load the weights, and attaches
+the report. Every rank runs all of it. At the end of each `collective_stage`, all ranks go on or all raise the same error.
 """
 
 import dataclasses
@@ -16,15 +15,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from zero_sft import ds_config as ds_configs
 from zero_sft import transformers_internals
 from zero_sft.cluster.control_group import all_gather_json, bytes_communicated
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
+from zero_sft.ds_config import load_ds_config, resolve_auto
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, fetch_weights, locate_model
-from zero_sft.loading.dtype import requested_dtype, require_engine_dtype
+from zero_sft.loading.dtype import weights_dtype
 from zero_sft.loading.options import LoadOptions, without_removed_options
 from zero_sft.loading.report import KeyReport, LoadReport, LoadStats
 from zero_sft.loading.request import LoadRequest, ModelSpec
@@ -60,8 +59,13 @@ def load_pretrained(
     config = prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
     spec = TokenizerSpec.of(source, model_max_length, padding_side)
     prepare = functools.partial(spec.prepare, source)
-    futures: list[Future] = []
+    futures: list[Future] = []  # on rank 0 the tokenizer's, once the sharded loader reads; the stock loader starts none
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as pool:
+
+        def start_tokenizer() -> None:
+            if world.is_main:
+                futures.append(pool.submit(prepare))
+
         model = load_model_from(
             source,
             world,
@@ -69,7 +73,7 @@ def load_pretrained(
             config=config,
             options=load,
             model_class=model_class,
-            while_reading=lambda: futures.append(pool.submit(prepare)) if world.is_main else None,
+            while_reading=start_tokenizer,
         )
         tokenizer = broadcast_tokenizer(world, spec, futures[0].result if futures else prepare)
     return model, tokenizer
@@ -114,13 +118,7 @@ def load_model(
     """
     load, source, world = _begin(model_name_or_path, options, load_model)
     return load_model_from(
-        source,
-        world,
-        ds_config=ds_config,
-        config=config,
-        options=load,
-        model_class=model_class,
-        while_reading=while_reading,
+        source, world, ds_config=ds_config, config=config, options=load, model_class=model_class, while_reading=while_reading
     )
 
 
@@ -146,8 +144,10 @@ def load_model_from(
     folder = fetch_weights(source, world)
     if config is None:
         config = prepare_config_from(source, world)
-    ds, dtype, seed = _engine(ds_config, options.dtype, config, world)
-    _warn_if_untested(world)
+    resolved_ds_config, dtype, seed = _resolve_engine_settings(ds_config, options.dtype, config, world)
+    for warning in filter(None, (internals.untested(), transformers_internals.untested())):
+        if world.is_main:
+            logger.warning(warning)
     request = LoadRequest(
         name=source.name,
         model=ModelSpec(
@@ -158,7 +158,7 @@ def load_model_from(
             attn_implementation=options.attn_implementation,
             trust_remote_code=source.options.trust_remote_code,
         ),
-        ds_config=ds,
+        ds_config=resolved_ds_config,
         seed=seed,
         variant=source.options.variant,
         options=options,
@@ -168,27 +168,22 @@ def load_model_from(
     model, keys, stats = (load_stock if options.loader == "stock" else load_sharded)(request, world)
     peak_host, peak_device = MemorySnapshot.now().growth_since(start)
     stats = dataclasses.replace(
-        stats,
-        bytes_communicated=bytes_communicated() - sent_before,
-        peak_host_bytes=peak_host,
-        peak_device_bytes=peak_device,
+        stats, bytes_communicated=bytes_communicated() - sent_before, peak_host_bytes=peak_host, peak_device_bytes=peak_device
     )
     _attach_report(model, request, keys, stats, world)
     return model
 
 
-def _engine(
+def _resolve_engine_settings(
     ds_config: str | Path | Mapping[str, Any], dtype: object, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
     """Return the DeepSpeed config without "auto", its engine's dtype name and rank 0's seed. Every rank; communicates."""
     with collective_stage(world, "reading the DeepSpeed config") as exchange:
         exchange.local = torch.initial_seed()
-        ds = ds_configs.load_ds_config(ds_config)
-        requested = requested_dtype(dtype, config)
-        dtype_name = ds_configs.engine_dtype(ds, requested)
-        require_engine_dtype(dtype, requested, dtype_name)
-        ds = ds_configs.resolve_auto(ds, dtype_name, world.node_group_size, world.world_size)
-    return ds, dtype_name, exchange.gathered[0]
+        loaded = load_ds_config(ds_config)
+        dtype_name = weights_dtype(dtype, config, loaded)
+        resolved = resolve_auto(loaded, dtype_name, world.node_group_size, world.world_size)
+    return resolved, dtype_name, exchange.gathered[0]
 
 
 def _attach_report(model: PreTrainedModel, request: LoadRequest, keys: KeyReport, stats: LoadStats, world: World) -> None:
@@ -207,9 +202,3 @@ def _attach_report(model: PreTrainedModel, request: LoadRequest, keys: KeyReport
     setattr(model, "load_report", report)  # noqa: B010 - nn.Module's type stub does not declare it
     if world.is_main:
         logger.info(report.summary())
-
-
-def _warn_if_untested(world: World) -> None:
-    for warning in (internals.untested(), transformers_internals.untested()):
-        if warning and world.is_main:
-            logger.warning(warning)

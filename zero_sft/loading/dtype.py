@@ -1,8 +1,12 @@
 """Decide the dtype of the weights: the DeepSpeed engine's, since DeepSpeed trains parameters in no other."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 
+from zero_sft.ds_config import engine_dtype
 from zero_sft.errors import ArgumentError
 
 
@@ -16,11 +20,14 @@ def requested_dtype(dtype: object, config: PreTrainedConfig) -> str:
     return str(torch_dtype).removeprefix("torch.")  # torch.half is an alias of torch.float16
 
 
-def require_engine_dtype(dtype: object, asked: str, engine: str) -> None:
-    """Raise `ArgumentError` if a dtype other than "auto" was requested and the engine has another one."""
+def weights_dtype(dtype: object, config: PreTrainedConfig, ds_config: Mapping[str, Any]) -> str:
+    """Return the name of the engine's dtype; raise `ArgumentError` if `dtype` is not "auto" and is another one."""
+    asked = requested_dtype(dtype, config)
+    engine = engine_dtype(ds_config, asked)
     if dtype != "auto" and asked != engine:
         raise ArgumentError(
             f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "
             'fp16.enabled in it to match (or to "auto"), or leave dtype at "auto".',
             code="arguments.dtype_contradicts_engine",
         )
+    return engine

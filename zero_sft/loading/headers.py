@@ -25,15 +25,14 @@ def read_headers_together(files: CheckpointFiles, world: World) -> Sequence[Mapp
     title, paths = "reading the checkpoint's headers", list(files.identities)
     if world.world_size == 1 or len(paths) <= FEW_FILES:
         with collective_stage(world, title):
-            headers = [files.read(path) for path in paths]
+            headers = [files.read_header(path) for path in paths]
         return headers
     with collective_stage(world, title) as exchange:
         exchange.local = [
-            [tensor.to_row() for tensor in files.read(path).values()] for path in paths[world.rank :: world.world_size]
+            [tensor.to_row() for tensor in files.read_header(path).values()] for path in paths[world.rank :: world.world_size]
         ]
     merged: list[Mapping[str, StoredTensor]] = []
     for number, path in enumerate(paths):
         rows = exchange.gathered[number % world.world_size][number // world.world_size]
-        tensors = [StoredTensor.from_row(path, row) for row in rows]
-        merged.append({tensor.name: tensor for tensor in tensors})
+        merged.append({tensor.name: tensor for tensor in (StoredTensor.from_row(path, row) for row in rows)})
     return merged

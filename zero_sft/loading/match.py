@@ -10,7 +10,7 @@ Every name of the model's state dict is in exactly one of these groups:
 | `missing_keys()` | initialised by the model |
 
 `resolution.stored_names` is the union of the first two. The model's initialisation may change some of these tensors; such
-tensors are complete before the reads begin, and `sharded.py` calls them `rewritten_by_init`.
+tensors are complete before the reads begin, and `sharded.py` calls them `already_complete`.
 """
 
 import re
@@ -23,6 +23,7 @@ from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.conversion.convert import FullShapeModel, Resolution, ShapeMismatch, resolve
 from zero_sft.errors import CheckpointError
 from zero_sft.loading.skeleton import Skeleton
+from zero_sft.printable import first_of
 from zero_sft.transformers_internals import set_weight_conversions, tied_names
 from zero_sft.zero import init_weights
 
@@ -31,12 +32,13 @@ _BUFFERS = re.compile(r"inv_freq$|rotary_emb\.|masked_bias$|\.attn\.bias$|\.atte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointMatch(Skeleton):
+class CheckpointMatch:
     """A model without weights, and the checkpoint's tensors that fill it.
 
     `tied_to` has, for each name that shares the tensor of another name, that other name.
     """
 
+    skeleton: Skeleton
     index: CheckpointIndex
     resolution: Resolution
     tied_to: Mapping[str, str]
@@ -44,22 +46,22 @@ class CheckpointMatch(Skeleton):
     @property
     def full_shape_model(self) -> FullShapeModel:
         """The model in the form that conversions take."""
-        return FullShapeModel(self.model, self.state)
+        return FullShapeModel(self.skeleton.model, self.skeleton.state)
 
     def collect_tensors(self) -> Mapping[str, Any]:
         """Collect the model's parameters and persistent buffers as they are now, by name."""
-        state = self.model.state_dict(keep_vars=True)
-        return {name: tensor for name, tensor in state.items() if name in self.state}
+        state = self.skeleton.model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name in self.skeleton.state}
 
     def missing_keys(self) -> list[str]:
         """Names that neither the checkpoint nor a tie fills."""
         filled = self.resolution.stored_names | self.tied_to.keys()
-        return [name for name in self.state if name not in filled]
+        return [name for name in self.skeleton.state if name not in filled]
 
     def ties_with_both_stored(self) -> list[tuple[str, str]]:
         """Tied pairs (target, source) for which the checkpoint stores both tensors."""
-        stored = self.resolution.stored_names
-        return [(target, source) for target, source in tied_names(self.model).items() if {target, source} <= stored]
+        ties, stored = tied_names(self.skeleton.model), self.resolution.stored_names
+        return [(target, source) for target, source in ties.items() if {target, source} <= stored]
 
 
 def match_checkpoint(
@@ -79,9 +81,7 @@ def match_checkpoint(
     if quantizer is None:  # a dequantised model is saved without its quantizer's conversions
         set_weight_conversions(model, resolution.rules_used)
     tied_to = init_weights.resolve_ties(tied_names(model), resolution.stored_names)
-    match = CheckpointMatch(
-        model=model, state=skeleton.state, init=skeleton.init, index=index, resolution=resolution, tied_to=tied_to
-    )
+    match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
     _require_fit(match, ignore_mismatched_sizes)
     return match
 
@@ -112,27 +112,26 @@ def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
     mismatched = match.resolution.mismatched
     if mismatched and not ignore_mismatched_sizes:
         raise CheckpointError(_mismatch_message(match.index.folder, mismatched), code="checkpoint.shapes_differ")
-    numels = {name: tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to}
+    numels = {name: tensor.numel() for name, tensor in match.skeleton.state.items() if name not in match.tied_to}
     present = sum(numels[name] for name in match.resolution.stored_names & numels.keys())
     if 2 * present < sum(numels.values()):
+        class_name = type(match.skeleton.model).__name__
         missing = ", ".join(sorted(match.missing_keys())[:3])
         stored = ", ".join(sorted(match.index.tensors)[:3])
         raise CheckpointError(
             f"{match.index.folder} lacks most of the model's weights ({present:,} of {sum(numels.values()):,} elements found). "
-            f"The model needs {missing}, ...; the files hold {stored}, .... Name a checkpoint of {type(match.model).__name__}.",
+            f"The model needs {missing}, ...; the files hold {stored}, .... Name a checkpoint of {class_name}.",
             code="checkpoint.other_model",
         )
 
 
 def _mismatch_message(folder: str, mismatched: Sequence[ShapeMismatch]) -> str:
-    shown = "; ".join(f"{key.name}: expected {list(key.expected)}, got {list(key.got)}" for key in mismatched[:5])
-    more = f" and {len(mismatched) - 5} more" if len(mismatched) > 5 else ""
+    shapes = (f"{key.name}: expected {list(key.expected)}, got {list(key.got)}" for key in mismatched)
     count = f"{len(mismatched)} tensors have" if len(mismatched) > 1 else "one tensor has"
-    message = f"{folder}: {count} another shape than the model's: {shown}{more}."
+    message = f"{folder}: {count} another shape than the model's: {first_of(shapes, 5, '; ')}."
     missing = [name for mismatch in mismatched for name in mismatch.missing_parts]
     if missing:
-        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        return f"{message} The files lack {missing[0]!r}{others}, a part of it: fetch the checkpoint again."
+        return f"{message} The files lack {first_of(map(repr, missing), 1)}, a part of it: fetch the checkpoint again."
     return (
         f"{message} The config and the weights are of different models, or the checkpoint has too few or too many parts: take "
         "both from the same place, or set ignore_mismatched_sizes to initialise such tensors from scratch."

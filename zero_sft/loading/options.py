@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from zero_sft.errors import ArgumentError
 from zero_sft.options.keywords import require_types
+from zero_sft.plan.plan import SCATTER_BYTES
 
 logger = logging.getLogger(__name__)
 
-READER_MIB = 16
-"""MiB that one reading thread holds at most: two staging buffers, or a tile while its scales are applied."""
+READER_MIB = 2 * SCATTER_BYTES // 2**20
+"""MiB that one reading thread holds at most: two staging buffers of `SCATTER_BYTES`, or a tile while its scales are applied."""
 
 REMOVED_OPTIONS = {"mmap": "shards are always copied into memory of the process"}
 """Options of earlier releases that no longer have an effect, and why. They are accepted with a warning for one release."""
@@ -47,8 +48,7 @@ class LoadOptions:
         default=False, metadata={"help": "Initialise weights whose stored shape differs from the model's, instead of an error."}
     )
     buffer_mib: int = field(
-        default=64,
-        metadata={"help": f"MiB that the load may hold next to its shards: {READER_MIB} for each reading thread."},
+        default=64, metadata={"help": f"MiB that the load may hold next to its shards: {READER_MIB} for each reading thread."}
     )
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_sft.console.progress import format_bytes
-from zero_sft.printable import with_count
+from zero_sft.printable import first_of, with_count
 
 Numbers = Mapping[str, float]
 """The numbers of one rank, as `LoadStats.numbers` returns them."""
@@ -25,7 +25,7 @@ class KeyReport:
         unexpected_keys: stored tensors that the model does not have.
         mismatched_keys: `(name, expected shape, stored shape)`.
         duplicate_keys: names that several files store; the last file's tensor was loaded, as in `from_pretrained`.
-        tied_keys: names that share the tensor of another name.
+        tied_keys: names that share the tensor of another name, stored or not.
         cast_keys: names that are stored in another dtype.
         dequantized_keys: names that were multiplied by their scales while they were read.
         untraceable_keys: names that were computed from whole stored tensors, with the bytes that a node held for each.
@@ -51,10 +51,10 @@ class LoadStats:
     """Numbers of one rank.
 
     Attributes:
-        requests: number of read requests.
-        bytes_read: bytes of the checkpoint that the rank read.
+        requests: number of read requests, in all phases except `headers` and `verify`.
+        bytes_read: bytes of the checkpoint that these requests read.
         bytes_communicated: bytes that the rank sent to other ranks.
-        seconds: wall time of the rank; `stages` splits it.
+        seconds: wall time of the rank; `stages` splits it by phase.
         peak_host_bytes, peak_device_bytes: peak memory of the rank above its memory at the start.
     """
 
@@ -69,7 +69,7 @@ class LoadStats:
     def numbers(self) -> dict[str, float]:
         """Return the numbers as one flat dictionary, to send to the other ranks."""
         names = [field.name for field in dataclasses.fields(LoadStats) if field.name != "stages"]
-        stages = {f"stage {stage}": seconds for stage, seconds in self.stages.items()}
+        stages = {f"stage {phase}": seconds for phase, seconds in self.stages.items()}
         return {name: getattr(self, name) for name in names} | stages
 
 
@@ -124,13 +124,13 @@ class LoadReport(LoadStats, KeyReport):
         ranks = with_count(self.world_size, "rank")
         lines = [
             f"loaded {self.model} in {self.slowest_seconds:.2f} s: {self.parameters / 1e6:,.1f} M parameters in {self.dtype}, "
-            f"sharded over {ranks} ({self.loader} loader)",
+            f"sharded over {ranks} ({self.loader} loader)"
         ]
         lines += self._table()
         if self.verified is not None:
             lines.append(f"  read back: {self.verified} tensors of the model equal the files, on every rank")
         for title, names in self._notable():
-            lines.append(f"  {title}: {len(names)} ({_first_names(names)})")
+            lines.append(f"  {title}: {len(names)} ({first_of(names)})")
         return "\n".join(lines)
 
     def print_summary(self) -> None:
@@ -144,7 +144,7 @@ class LoadReport(LoadStats, KeyReport):
         ranks = self.ranks or [self.numbers()]
         columns = ["one rank: least", "most", "all ranks"] if len(ranks) > 1 else ["this rank"]
         lines = [f"  {'':{_TITLE_WIDTH}}" + "".join(f"{title:>{_WIDTH}}" for title in columns)]
-        for row in [*_ROWS[:1], *(_stage_row(stage) for stage in self.stages), *_ROWS[1:]]:
+        for row in [*_ROWS[:1], *(_phase_row(phase) for phase in self.stages), *_ROWS[1:]]:
             values = [row.value(numbers) for numbers in ranks]
             if not any(values):
                 continue
@@ -173,7 +173,7 @@ def _speed(value: float) -> str:
 
 
 def _read_speed(ranks: Sequence[Numbers]) -> float:
-    """Return the bytes per second of the stage that reads, on all these ranks together."""
+    """Return the bytes per second of the phase `read`, on all these ranks together."""
     slowest = max(rank.get("stage read", 0.0) for rank in ranks)
     return sum(rank["bytes_read"] for rank in ranks) / slowest if slowest else 0.0
 
@@ -198,15 +198,15 @@ def _summed(title: str, name: str, form: Callable[[float], str]) -> _Row:
     return _Row(title=title, value=lambda rank: rank[name], form=form, total=lambda ranks: sum(rank[name] for rank in ranks))
 
 
-def _stage_row(stage: str) -> _Row:
-    title = f"  {_STAGE_TITLES.get(stage, stage)}"
-    return _Row(title=title, value=lambda rank: rank.get(f"stage {stage}", 0.0), form=_SECONDS)
+def _phase_row(phase: str) -> _Row:
+    title = f"  {_PHASE_TITLES.get(phase, phase)}"
+    return _Row(title=title, value=lambda rank: rank.get(f"stage {phase}", 0.0), form=_SECONDS)
 
 
 _TITLE_WIDTH, _WIDTH = 44, 17
 _SECONDS = "{:,.2f} s".format
 
-_STAGE_TITLES = {
+_PHASE_TITLES = {
     "skeleton": "build the model without weights",
     "headers": "read the files' headers",
     "match": "match the checkpoint to the model",
@@ -228,7 +228,3 @@ _ROWS = (
     _Row(title="host memory, highest above the start", value=lambda rank: rank["peak_host_bytes"], form=format_bytes),
     _Row(title="device memory, highest above the start", value=lambda rank: rank["peak_device_bytes"], form=format_bytes),
 )
-
-
-def _first_names(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

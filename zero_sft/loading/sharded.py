@@ -1,4 +1,4 @@
-"""The sharded load: build the model, match the checkpoint, initialise what it lacks, plan and read, finish the model.
+"""The sharded load: build the model, read headers, match, initialise, plan, read, compute, finish, verify.
 
 `api.py` has the public functions; this module does the work, one function per phase. Every rank runs all of it. Nothing
 communicates inside a `collective_stage`, so a rank that fails never leaves the others waiting in a collective. Phases return
@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from zero_sft.loading.untraceable import ComputeCosts, fill_untraceable, materia
 from zero_sft.loading.verify import verify
 from zero_sft.plan.partition import full_range
 from zero_sft.plan.plan import ReadItem, plan_reads
-from zero_sft.printable import with_count
+from zero_sft.printable import first_of, with_count
 from zero_sft.storage import reader, torch_zip
 from zero_sft.storage.dtypes import STORED_DTYPES
 from zero_sft.zero import gather_hooks as gather
@@ -52,34 +52,32 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
     threads = options.reading_threads(world.cpu_cores)
     match = _match(request, world, watch)
     with watch.collective("initialise", "initialising what the checkpoint lacks"):
-        rewritten_by_init = _initialize(match, request, threads)
+        already_complete, initial_reads = _initialize(match, request, threads, watch)
         tensors = match.collect_tensors()
     with watch.collective("plan", "planning the reads"):
-        params = {
-            name: tensors[name]
-            for name in match.resolution.sources
-            if name not in rewritten_by_init and shards.is_sharded(tensors[name])
-        }
+        to_read = [name for name in match.resolution.sources if name not in already_complete]
+        params = {name: tensors[name] for name in to_read if shards.is_sharded(tensors[name])}
         targets = [(match.resolution.sources[name], shards.local_range(param)) for name, param in params.items()]
         reads = plan_reads(targets, match.resolution.stored)
     with collective_stage(world, "reading the weights"), watch.phase("read"):
         if request.while_reading is not None:
             request.while_reading()
         _read(params, reads, match, threads)
-    computed = ComputeCosts(read_bytes=0, held_bytes={})
+    computed = ComputeCosts(reads=(), held_bytes={})
     if match.resolution.untraceable:
         with watch.phase("compute"):
-            computed = fill_untraceable(match, tensors, rewritten_by_init, world)
+            computed = fill_untraceable(match, tensors, already_complete, world)
     with watch.phase("finish"):
-        _drop_unequal_ties(match, tensors, world)
-        missing, unexpected = _finish(match, request, world)
+        equal_ties = _drop_unequal_ties(match, tensors, world)
+        missing, unexpected = _finish(match, request, equal_ties, world)
     verified = None
     if options.verify:
         with watch.phase("verify"), progress.task("verifying the shards"):
-            verified = verify(match, match.resolution.stored_names - rewritten_by_init, world)
-    bytes_read = sum(read.total_nbytes for read in reads) + computed.read_bytes
-    stats = LoadStats(requests=len(reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
-    return match.model, _key_report(match, missing, unexpected, computed, verified), stats
+            verified = verify(match, match.resolution.stored_names - already_complete, world)
+    all_reads = (*initial_reads, *reads, *computed.reads)
+    bytes_read = sum(read.total_nbytes for read in all_reads)
+    stats = LoadStats(requests=len(all_reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
+    return match.skeleton.model, _key_report(match, equal_ties, missing, unexpected, computed, verified), stats
 
 
 def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> CheckpointMatch:
@@ -88,8 +86,8 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
         internals.check()
         transformers_internals.check()
         quantizer = quantizer_for(request.model.config, str(request.model.folder))
-        model_skeleton = skeleton.build_sharded(request.model, request.ds_config)
-        files = find_checkpoint_files(request.model.folder, torch_zip.read_header, request.variant)
+        model_skeleton = skeleton.build_for_sharding(request.model, request.ds_config)
+        files = find_checkpoint_files(request.model.folder, torch_zip.read_bin_header, request.variant)
         exchange.must_match = ("checkpoint's files", files.sizes())
     with watch.phase("headers"), progress.task("reading the checkpoint's headers"):
         headers = read_headers_together(files, world)
@@ -105,30 +103,36 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
     return match
 
 
-def _initialize(match: CheckpointMatch, request: LoadRequest, threads: int) -> set[str]:
-    """Compute buffers, initialise missing weights, partition the model. Return the loaded names that are then complete."""
-    resolution = match.resolution
+def _initialize(
+    match: CheckpointMatch, request: LoadRequest, threads: int, watch: "Stopwatch"
+) -> tuple[set[str], list[ReadItem]]:
+    """Compute buffers, initialise missing weights, partition the model. Return complete stored names and the reads."""
+    resolution, reads = match.resolution, []
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
         traced = [name for name in memory if name in resolution.sources]
-        targets = [(resolution.sources[name], full_range(match.state[name].numel())) for name in traced]
-        reader.fill(plan_reads(targets, resolution.stored), memory, threads, match.index.identities, dequantize)
+        targets = [(resolution.sources[name], full_range(match.skeleton.state[name].numel())) for name in traced]
+        planned = plan_reads(targets, resolution.stored)
+        with watch.phase("read"):
+            reader.fill(planned, memory, threads, match.index.identities, dequantize)
+        reads.extend(planned)
         for name in memory.keys() - resolution.sources.keys():
-            computed, _ = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
+            computed, source_reads = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
             memory[name].copy_(computed[name].reshape(-1))
+            reads.extend(source_reads)
 
-    rewritten_by_init = init_weights.initialize_missing(
-        match.model,
-        loaded={name: match.state[name].dtype for name in resolution.stored_names},
+    already_complete = init_weights.initialize_missing(
+        match.skeleton.model,
+        stored={name: match.skeleton.state[name].dtype for name in resolution.stored_names},
         tied=match.tied_to,
         load=load,
         build_buffers=lambda: skeleton.constructor_buffers(request.model),
-        shard=match.init.shard_parameter,
-        device=match.init.local_device,
+        shard=match.skeleton.sharder.shard_parameter,
+        device=match.skeleton.sharder.local_device,
         seed=request.seed,
     )
-    match.init.shard(match.model)
-    return rewritten_by_init
+    match.skeleton.sharder.shard(match.skeleton.model)
+    return already_complete, reads
 
 
 def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: CheckpointMatch, threads: int) -> None:
@@ -137,43 +141,43 @@ def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: Checkpoin
     for read in reads:
         by_target[read.target].append(read)
 
-    def fill(memory: Mapping[str, torch.Tensor]) -> None:
+    def read_shards(memory: Mapping[str, torch.Tensor]) -> None:
         in_memory = [read for name in memory for read in by_target[name]]
         in_memory.sort(key=lambda read: (read.file, read.offset_bytes))
         reader.fill(in_memory, memory, threads, match.index.identities, dequantize, task.advance)
 
     with progress.task("reading the weights", sum(read.total_nbytes for read in reads), progress.BYTES) as task:
-        shards.fill_shards(params, fill)
+        shards.fill_shards(params, read_shards)
 
 
-def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world: World) -> None:
+def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world: World) -> set[str]:
     """Drop the ties whose two sides are stored and differ on a rank: both tensors stay, as in plain `from_pretrained`.
 
-    Every rank; communicates.
+    Return the targets of the ties whose two sides are stored and equal. Every rank; communicates.
     """
     ties = match.ties_with_both_stored()
-    if ties:
-        with collective_stage(world, "comparing tied weights") as exchange:
-            exchange.local = [name for name, source in ties if not shards.shards_equal(tensors[name], tensors[source])]
-        for name in set().union(*exchange.gathered):
-            transformers_internals.drop_tie(match.model, name)
+    if not ties:
+        return set()
+    with collective_stage(world, "comparing tied weights") as exchange:
+        exchange.local = [name for name, source in ties if not shards.shards_equal(tensors[name], tensors[source])]
+    unequal = set().union(*exchange.gathered)
+    for name in unequal:
+        transformers_internals.drop_tie(match.skeleton.model, name)
+    return {target for target, _ in ties} - unequal
 
 
-def _finish(match: CheckpointMatch, request: LoadRequest, world: World) -> tuple[list[str], list[str]]:
+def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], world: World) -> tuple[list[str], list[str]]:
     """Tie weights, then take the last steps of `from_pretrained`. Return missing and unexpected names.
 
     Every rank; communicates.
     """
-    model, resolution = match.model, match.resolution
-    loaded = resolution.stored_names | {mismatch.name for mismatch in resolution.mismatched}
-    to_tie = {target for target, _ in match.ties_with_both_stored()}
+    model, resolution = match.skeleton.model, match.resolution
+    not_reported_missing = resolution.stored_names | {mismatch.name for mismatch in resolution.mismatched}
     with collective_stage(world, "finishing the model"):
-        not_loaded = (match.state.keys() - loaded) | to_tie
+        not_loaded = (match.skeleton.state.keys() - not_reported_missing) | equal_ties
         missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
-        for refused_setting in skeleton.give_generation_config(model, request.model):
-            if world.is_main:
-                logger.warning(refused_setting)
+        skeleton.give_generation_config(model, request.model, world)
         gather.install_gather_hooks(model)
         transformers_internals.keep_zero3_enabled(model, request.ds_config)
     if world.is_main:
@@ -184,20 +188,21 @@ def _finish(match: CheckpointMatch, request: LoadRequest, world: World) -> tuple
 
 
 def _warn_of_parts_left_out(match: CheckpointMatch) -> None:
-    parts = left_out_parts(match.resolution.unexpected, match.state)
-    if parts:
-        shown = ", ".join(f"{part} ({with_count(count, 'tensor')})" for part, count in list(parts.items())[:8])
-        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+    if parts := left_out_parts(match.resolution.unexpected, match.skeleton.state):
         logger.warning(
-            "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s%s",
-            type(match.model).__name__,
-            shown,
-            more,
+            "%s has no place for parts of this checkpoint, which are left out, here and in what is saved: %s",
+            type(match.skeleton.model).__name__,
+            first_of((f"{part} ({with_count(count, 'tensor')})" for part, count in parts.items()), 8),
         )
 
 
 def _key_report(
-    match: CheckpointMatch, missing: list[str], unexpected: list[str], computed: ComputeCosts, verified: int | None
+    match: CheckpointMatch,
+    ties: Set[str],
+    missing: list[str],
+    unexpected: list[str],
+    computed: ComputeCosts,
+    verified: int | None,
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
     cast, dequantized = [], []
@@ -208,12 +213,12 @@ def _key_report(
         elif {tensor.dtype for tensor in stored} - {STORED_DTYPES.get(tensors[name].dtype)}:
             cast.append(name)
     return KeyReport(
-        parameters=sum(tensor.numel() for name, tensor in match.state.items() if name not in match.tied_to),
+        parameters=shards.parameter_numel(match.skeleton.model),
         missing_keys=missing,
         unexpected_keys=unexpected,
         mismatched_keys=[(mismatch.name, mismatch.expected, mismatch.got) for mismatch in resolution.mismatched],
         duplicate_keys=list(match.index.duplicate_keys),
-        tied_keys=sorted(match.tied_to),
+        tied_keys=sorted(match.tied_to.keys() | ties),
         cast_keys=cast,
         dequantized_keys=dequantized,
         untraceable_keys=list(computed.held_bytes.items()),
@@ -226,7 +231,7 @@ def _strict_message(request: LoadRequest, missing: Sequence[str], unexpected: Se
     lines = [f"{request.model.folder} does not have exactly the model's weights, and strict is on:"]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
-            lines.append(f"  {kind}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})")
+            lines.append(f"  {kind}: {first_of(names, 5)}")
     return "\n".join([*lines, "Take the checkpoint of exactly this model, or leave strict off."])
 
 
@@ -241,14 +246,16 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time the body under `name`."""
-        start = time.perf_counter()
+        """Add the time of the body to that of `name`, without the phases inside the body."""
+        start, before = time.perf_counter(), sum(self.phases.values())
+        self.phases.setdefault(name, 0.0)
         yield
-        self.phases[name] = time.perf_counter() - start
-        self.seconds = time.perf_counter() - self._start
+        now = time.perf_counter()
+        self.phases[name] += now - start - (sum(self.phases.values()) - before)
+        self.seconds = now - self._start
 
     @contextlib.contextmanager
-    def collective(self, name: str, title: str) -> Iterator[StageExchange]:
-        """Time the body, a `collective_stage`, and show its progress under `title`. Every rank; communicates at the end."""
-        with collective_stage(self._world, title) as exchange, progress.task(title), self.phase(name):
+    def collective(self, phase: str, stage: str) -> Iterator[StageExchange]:
+        """Run the body as a `collective_stage` under `phase`, with its progress. Every rank; communicates at the end."""
+        with collective_stage(self._world, stage) as exchange, progress.task(stage), self.phase(phase):
             yield exchange

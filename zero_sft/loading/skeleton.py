@@ -6,6 +6,7 @@ device, default dtype, no tying), so the result is the same model, parameter for
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from zero_sft.conversion.quantized import config_parts, unquantized
+from zero_sft.cluster.world import World
+from zero_sft.conversion.quantized import config_parts, remove_quantization
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading.request import ModelSpec
@@ -29,9 +31,12 @@ from zero_sft.transformers_internals import (
     model_mapping,
     set_attention,
     supported_attentions,
+    tied_names,
     zero3_under,
 )
 from zero_sft.zero.init import ShardedInit
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_class(
@@ -95,32 +100,32 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model without weights: in full shapes on the meta device, until `init.shard` makes its parameters ZeRO parameters.
+    """A model without weights: in full shapes on the meta device, until `sharder.shard` makes its parameters ZeRO parameters.
 
-    `state` is its full state dict on meta: names, shapes, dtypes. `init` partitions its parameters.
+    `state` is its full state dict on meta: names, shapes, dtypes. `sharder` partitions its parameters.
     """
 
     model: PreTrainedModel
     state: Mapping[str, torch.Tensor]
-    init: ShardedInit
+    sharder: ShardedInit
 
 
-def build_sharded(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
+def build_for_sharding(spec: ModelSpec, ds_config: Mapping[str, Any]) -> Skeleton:
     """Construct the model inside `ShardedInit`. Every rank; does not communicate.
 
     Raises:
         ConfigError: DeepSpeed refuses the DeepSpeed config.
     """
     try:
-        init = ShardedInit(dict(ds_config))
+        sharder = ShardedInit(dict(ds_config))
     except Exception as error:  # pydantic's ValidationError, DeepSpeedConfigError, AssertionError, KeyError, TypeError
         reason = str(error).strip() or type(error).__name__
         raise ConfigError(
             f"DeepSpeed refuses the DeepSpeed config: {reason}\ndocs/configs.md explains the shipped ones.",
             code="ds_config.refused_by_deepspeed",
         ) from error
-    model, state = build_on_meta(spec, init)
-    return Skeleton(model=model, state=state, init=init)
+    model, state = build_on_meta(spec, sharder)
+    return Skeleton(model=model, state=state, sharder=sharder)
 
 
 def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
@@ -139,6 +144,12 @@ def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[
     return model, state
 
 
+def without_ties(model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's tensors without the names that share another name's tensor: those that a save writes."""
+    tied = tied_names(model)
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
+
+
 def constructor_buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
     """Compute the buffers by running the model's constructor without parameters. Any rank; does not communicate."""
     return dict(instantiate(spec, _parameters_on_meta()).named_buffers(remove_duplicate=False))
@@ -147,7 +158,7 @@ def constructor_buffers(spec: ModelSpec) -> dict[str, torch.Tensor]:
 def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
     """Construct the model as plain `from_pretrained` does, inside the contexts `around`. Any rank; does not communicate."""
     cls, config = resolve_class(spec.config, spec.model_class, spec.folder, spec.trust_remote_code)
-    config = unquantized(copy.deepcopy(config))
+    config = remove_quantization(copy.deepcopy(config))
     attention = attention_of(config, spec.attn_implementation)
     if attention:
         require_attention(cls, config, attention)
@@ -197,13 +208,20 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def give_generation_config(model: PreTrainedModel, spec: ModelSpec) -> tuple[str, ...]:
-    """Give the model the folder's generation settings, as `from_pretrained` does. Return a sentence for each one left out."""
+def repaired_generation_config(spec: ModelSpec, world: World) -> GenerationConfig | None:
+    """Return the folder's generation settings if some had to be left out, which rank 0 logs; None if all can be read."""
+    generation, left_out = read_generation_config(spec.folder)
+    if world.is_main:
+        for sentence in left_out:
+            logger.warning(sentence)
+    return generation if left_out else None
+
+
+def give_generation_config(model: PreTrainedModel, spec: ModelSpec, world: World) -> None:
+    """Give the model the folder's generation settings, as `from_pretrained` does."""
     if not model.can_generate():
-        return ()
-    generation, refused_settings = read_generation_config(spec.folder)
-    if refused_settings:
-        model.generation_config = generation
-        return refused_settings
-    adjust_generation_config(model, str(spec.folder), spec.trust_remote_code)
-    return ()
+        return
+    if (repaired := repaired_generation_config(spec, world)) is not None:
+        model.generation_config = repaired
+    else:
+        adjust_generation_config(model, str(spec.folder), spec.trust_remote_code)

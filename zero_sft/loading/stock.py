@@ -4,25 +4,20 @@
 partitioned again: the traffic is about three times the model. Unexpected and mismatched names are not reported.
 """
 
-import logging
 import time
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.generation_config import read_generation_config
 from zero_sft.loading import skeleton
 from zero_sft.loading.report import KeyReport, LoadStats
 from zero_sft.loading.request import LoadRequest
 from zero_sft.transformers_internals import keep_zero3_enabled, zero3_under
 from zero_sft.zero import gather_hooks as gather
 from zero_sft.zero import shards
-
-logger = logging.getLogger(__name__)
 
 
 def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, KeyReport, LoadStats]:
@@ -38,12 +33,8 @@ def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, Key
         if spec.attn_implementation is not None:
             skeleton.require_attention(cls, config, spec.attn_implementation)
             optional["attn_implementation"] = spec.attn_implementation
-        generation, refused_settings = read_generation_config(spec.folder)
-        if refused_settings:
-            optional["generation_config"] = generation  # otherwise transformers refuses the whole model
-        for refused_setting in refused_settings:
-            if world.is_main:
-                logger.warning(refused_setting)
+        if (repaired := skeleton.repaired_generation_config(spec, world)) is not None:
+            optional["generation_config"] = repaired  # otherwise transformers refuses the whole model
     start = time.perf_counter()
     with progress.task("loading as transformers does"), zero3_under(request.ds_config):
         loaded: Any = cls.from_pretrained(
@@ -59,6 +50,5 @@ def load_stock(request: LoadRequest, world: World) -> tuple[PreTrainedModel, Key
     seconds = time.perf_counter() - start
     keep_zero3_enabled(model, request.ds_config)
     gather.install_gather_hooks(model)
-    parameters = sum(torch.Size(shards.full_shape(param)).numel() for param in model.parameters())
-    keys = KeyReport(parameters=parameters, missing_keys=sorted(info["missing_keys"]))
+    keys = KeyReport(parameters=shards.parameter_numel(model), missing_keys=sorted(info["missing_keys"]))
     return model, keys, LoadStats(seconds=seconds)

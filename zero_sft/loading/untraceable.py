@@ -26,74 +26,74 @@ from zero_sft.conversion.convert import FullShapeModel, convert_group
 from zero_sft.conversion.keys import TensorGroup
 from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import full_range
-from zero_sft.plan.plan import SourceMap, plan_reads
+from zero_sft.plan.plan import ReadItem, SourceMap, plan_reads
 from zero_sft.plan.regions import identity_regions
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import TORCH_DTYPES
 from zero_sft.zero import shards
 
 
-def materialize(group: TensorGroup, model: FullShapeModel, index: CheckpointIndex) -> tuple[dict[str, torch.Tensor], int]:
-    """Read a group's stored tensors whole and run its operations; return the results and the bytes read.
+def materialize(
+    group: TensorGroup, model: FullShapeModel, index: CheckpointIndex
+) -> tuple[dict[str, torch.Tensor], list[ReadItem]]:
+    """Read a group's stored tensors whole and run its operations; return the results and the reads.
 
     Any rank; does not communicate.
     """
-    read_bytes = 0
+    all_reads: list[ReadItem] = []
 
-    def source(name: str) -> torch.Tensor:
-        nonlocal read_bytes
+    def read_tensor(name: str) -> torch.Tensor:
         stored = index.tensors[name]
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
         source_map = SourceMap.of(name, stored.shape, identity_regions(name, stored.shape, strides=stored.strides))
         reads = plan_reads([(source_map, full_range(stored.numel))], index.tensors)
-        read_bytes += reader.fill(reads, {name: tensor.view(-1)}, identities=index.identities)
+        reader.fill(reads, {name: tensor.view(-1)}, identities=index.identities)
+        all_reads.extend(reads)
         return tensor
 
-    return convert_group(group, model, source), read_bytes
+    return convert_group(group, model, read_tensor), all_reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeCosts:
-    """Costs of `fill_untraceable`: the bytes that this rank read, and for each tensor the bytes that a node held meanwhile."""
+    """Costs of `fill_untraceable`: the reads of this rank, and for each tensor the bytes that a node held meanwhile."""
 
-    read_bytes: int
+    reads: Sequence[ReadItem]
     held_bytes: Mapping[str, int]
 
 
 def fill_untraceable(
-    match: CheckpointMatch, tensors: Mapping[str, Any], rewritten_by_init: Set[str], world: World
+    match: CheckpointMatch, tensors: Mapping[str, Any], already_complete: Set[str], world: World
 ) -> ComputeCosts:
     """Fill the shards of the tensors that can't be traced, group by group. Every rank; communicates.
 
-    Args:
-        tensors: the model's sharded parameters by name.
-        rewritten_by_init: names that are complete already; they are skipped.
+    `tensors` are the model's parameters by name. The names in `already_complete` are skipped.
     """
-    read_bytes, held_bytes = 0, {}
+    reads, held_bytes = [], {}
     groups = list(match.resolution.by_group())
     for group, names in progress.iterate_with_progress(groups, "computing tensors, once per node", "groups"):
-        to_fill = [name for name in names if name not in rewritten_by_init and shards.is_sharded(tensors[name])]
+        to_fill = [name for name in names if name not in already_complete and shards.is_sharded(tensors[name])]
         if not to_fill:
             continue
         results: dict[str, torch.Tensor] | None = None
         with collective_stage(world, f"computing {to_fill[0]}"):
             if world.leads_node:
-                results, nbytes = materialize(group, match.full_shape_model, match.index)
-                read_bytes += nbytes
+                results, group_reads = materialize(group, match.full_shape_model, match.index)
+                reads.extend(group_reads)
         with shared(results, to_fill, world) as full:
             results = None  # the node keeps one copy, in shared memory
 
-            def fill(memory: Mapping[str, torch.Tensor], full: Mapping[str, torch.Tensor] = full) -> None:
+            def copy_ranges(memory: Mapping[str, torch.Tensor], full: Mapping[str, torch.Tensor] = full) -> None:
                 for name, shard in memory.items():
                     flat_range = shards.local_range(tensors[name])
                     shard[: flat_range.numel].copy_(full[name].reshape(-1)[flat_range.start : flat_range.stop])
 
             with collective_stage(world, f"keeping {to_fill[0]}"):
-                shards.fill_shards({name: tensors[name] for name in to_fill}, fill)
+                shards.fill_shards({name: tensors[name] for name in to_fill}, copy_ranges)
         source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored)
-        result_bytes = sum(match.state[name].numel() * match.state[name].itemsize for name in to_fill)
+        result_bytes = sum(match.skeleton.state[name].numel() * match.skeleton.state[name].itemsize for name in to_fill)
         held_bytes |= dict.fromkeys(to_fill, source_bytes + result_bytes)
-    return ComputeCosts(read_bytes=read_bytes, held_bytes=held_bytes)
+    return ComputeCosts(reads=reads, held_bytes=held_bytes)
 
 
 @contextlib.contextmanager

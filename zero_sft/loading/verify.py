@@ -33,10 +33,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
-    """Compare loaded tensors with the files. Every rank; communicates hashes.
-
-    Args:
-        names: the tensors to check.
+    """Compare the loaded tensors `names` with the files. Every rank; communicates hashes.
 
     Returns:
         The number of tensors checked.
@@ -52,7 +49,7 @@ def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
     expected: dict[str, list[str]] = {}
     for rank_digests in exchange.gathered:
         expected |= rank_digests
-    different = [name for name, digests in expected.items() if digests[world.rank % len(digests)] != held[name]]
+    different = [name for name, digests in expected.items() if digests[shards.partition_index(tensors[name])] != held[name]]
     different_by_rank = all_gather_json(world, different)
     if any(different_by_rank):
         rank = next(rank for rank, rank_names in enumerate(different_by_rank) if rank_names)
@@ -92,7 +89,7 @@ def _digests_of_files(match: CheckpointMatch, tensors: Mapping[str, Any], world:
             converted = convert_group(group, match.full_shape_model, read)
         for name in converted.keys() & tensors.keys():
             flat = converted[name].to(tensors[name].dtype).reshape(-1)
-            parts = shards.num_partitions(tensors[name]) if shards.is_sharded(tensors[name]) else 1
+            parts = shards.num_partitions(tensors[name])
             ranges = [shard_range(flat.numel(), rank, parts) for rank in range(parts)]
             digests[name] = [digest(flat[part.start : part.stop]) for part in ranges]
     return digests

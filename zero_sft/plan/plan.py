@@ -79,8 +79,8 @@ class ReadItem:
     """One range of a file, and the positions of its elements in a target.
 
     The read covers `nbytes` bytes at `offset_bytes` of `file`, seen as elements of `dtype`. For every index `i` below `sizes`,
-    its element `sum(i[d] * source_strides[d])` goes to element `start + sum(i[d] * target_strides[d])` of the target's local
-    part.
+    its element `sum(i[d] * source_strides[d])` goes to element `target_start + sum(i[d] * target_strides[d])` of the target's
+    local part.
     """
 
     file: str
@@ -88,7 +88,7 @@ class ReadItem:
     nbytes: int
     dtype: str
     target: str
-    start: int
+    target_start: int
     sizes: Shape
     source_strides: Shape
     target_strides: Shape
@@ -104,7 +104,7 @@ class ReadItem:
         return (
             self.offset_bytes + self.nbytes == after.offset_bytes
             and (self.target, self.file, self.dtype) == (after.target, after.file, after.dtype)
-            and self.start + self.sizes[0] == after.start
+            and self.target_start + self.sizes[0] == after.target_start
             and self.is_contiguous
             and after.is_contiguous
             and self.scales is None is after.scales
@@ -239,7 +239,8 @@ def _reads(spec: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadIt
     """Iterate over the reads that carry out a copy: as few as possible without reading more than small gaps."""
     is_contiguous = len(spec.dims) == 1 and spec.dims[0].source_stride == spec.dims[0].target_stride == 1
     limit = SCALED_BYTES if isinstance(source, ScaledTensor) else source.nbytes if is_contiguous else SCATTER_BYTES
-    inner, outer, part_size = _split_dims(sorted(spec.dims), GAP_BYTES // source.itemsize, limit // source.itemsize)
+    finest_first = sorted(spec.dims, key=lambda dim: dim.source_stride)
+    inner, outer, part_size = _split_dims(finest_first, GAP_BYTES // source.itemsize, limit // source.itemsize)
     # One read covers the dimensions `inner`, and a part of the first one of `outer`.
     starts = [range(0, dim.size, part_size if position == 0 else 1) for position, dim in enumerate(outer)]
     for index in itertools.product(*starts):
@@ -256,7 +257,7 @@ def _reads(spec: CopySpec, target: str, source: StoredTensor) -> Iterator[ReadIt
             nbytes=length * source.itemsize,
             dtype=source.dtype,
             target=target,
-            start=spec.target_start + sum(i * dim.target_stride for i, dim in zip(index, outer, strict=True)),
+            target_start=spec.target_start + sum(i * dim.target_stride for i, dim in zip(index, outer, strict=True)),
             sizes=tuple(dim.size for dim in box),
             source_strides=tuple(dim.source_stride for dim in box),
             target_strides=tuple(dim.target_stride for dim in box),

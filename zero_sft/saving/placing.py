@@ -144,13 +144,13 @@ def _move_late_files(former: Path, target: Path, left_out: Set[str] = frozenset(
 def _replace_files(folder: Path, target: Path, fresh: Set[str], former: Set[str]) -> None:
     """Move the files one by one, the entry file of the weights last. Undo all moves if one fails."""
     entry = INDEX_FILE if INDEX_FILE in fresh else SINGLE_FILE
-    shards = {name for name in fresh if WEIGHTS.fullmatch(name) and name != entry}
-    settings = sorted(name for name in fresh - shards if not WEIGHTS.fullmatch(name) and _differs(folder / name, target / name))
+    weight_files = {name for name in fresh if WEIGHTS.fullmatch(name) and name != entry}
+    settings = sorted(name for name in fresh if not WEIGHTS.fullmatch(name) and _differs(folder / name, target / name))
     stale = sorted(name for name in former - fresh if not WEIGHTS.fullmatch(name))
     replaced = folder / "replaced"
     replaced.mkdir()
     with contextlib.ExitStack() as undo:
-        for name in sorted(shards):
+        for name in sorted(weight_files):
             _move(folder / name, target / name, undo)
         if settings or stale:
             for name in (*_ENTRIES, *settings, *stale):
@@ -165,7 +165,7 @@ def _replace_files(folder: Path, target: Path, fresh: Set[str], former: Set[str]
             (folder / entry).replace(target / entry)
         undo.pop_all()
     _sync(target)
-    for name in former - shards - {entry}:
+    for name in former - weight_files - {entry}:
         if WEIGHTS.fullmatch(name):
             with contextlib.suppress(OSError):
                 (target / name).unlink(missing_ok=True)
@@ -196,11 +196,11 @@ def _make_names_distinct(folder: Path, target: Path) -> tuple[set[str], set[str]
     """
     fresh = {path.name for path in folder.iterdir()}
     former = former_names(target, fresh)
-    shards = {name for name in fresh if WEIGHTS.fullmatch(name) and name not in _ENTRIES}
-    if not shards or not any(WEIGHTS.fullmatch(name) for name in former):
+    weight_files = {name for name in fresh if WEIGHTS.fullmatch(name) and name not in _ENTRIES}
+    if not weight_files or not any(WEIGHTS.fullmatch(name) for name in former):
         return fresh, former
     token = secrets.token_hex(4)
-    names = {name: f"{name.removesuffix('.safetensors')}-{token}.safetensors" for name in shards}
+    names = {name: f"{name.removesuffix('.safetensors')}-{token}.safetensors" for name in weight_files}
     content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     content["weight_map"] = {tensor: names[file] for tensor, file in content["weight_map"].items()}
     index = folder / f"{INDEX_FILE}.renamed"
@@ -208,7 +208,7 @@ def _make_names_distinct(folder: Path, target: Path) -> tuple[set[str], set[str]
     for name, renamed in names.items():
         (folder / name).rename(folder / renamed)
     index.replace(folder / INDEX_FILE)
-    return fresh - shards | set(names.values()), former
+    return fresh - weight_files | set(names.values()), former
 
 
 def _differs(first: Path, second: Path) -> bool:

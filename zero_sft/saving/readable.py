@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from zero_sft.errors import ExportError
 from zero_sft.loading import skeleton
+from zero_sft.printable import first_of
 from zero_sft.transformers_internals import names_not_saved, patterns_not_missed, tied_names
 
 logger = logging.getLogger(__name__)
@@ -67,10 +68,10 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
     mismatched = [name for name, tensor in state.items() if name in expected and expected[name].shape != tensor.shape]
     unexpected = [name for name in state if name not in expected]
     if missing:
-        renamed = f" (they are called {_first_names(unexpected)} now)" if unexpected else ""
+        renamed = f" (they are called {first_of(unexpected)} now)" if unexpected else ""
         remedy = MERGE_FIRST if hasattr(model, "peft_config") or any("lora_" in name for name in unexpected) else _REBUILD
         raise ExportError(
-            f"the model has changed since it was loaded: it lacks {_first_names(missing)}{renamed}. {remedy}",
+            f"the model has changed since it was loaded: it lacks {first_of(missing)}{renamed}. {remedy}",
             code="export.model_lacks_tensors",
         )
     if mismatched:
@@ -83,7 +84,7 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
     if unexpected:
         logger.warning(
             "written as well: %s, which %s does not have by its config; plain from_pretrained leaves these out",
-            _first_names(unexpected),
+            first_of(unexpected),
             type(model).__name__,
         )
 
@@ -96,7 +97,3 @@ def _reader_state(model: PreTrainedModel) -> Mapping[str, torch.Tensor] | None:
         logger.warning("%s can't be built again, so its export is not checked: %s", type(model).__name__, error)
         return None
     return {name: tensor for name, tensor in rebuilt.state_dict().items() if torch.is_tensor(tensor)}
-
-
-def _first_names(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -16,7 +16,6 @@ from zero_sft.loading.request import ModelSpec
 from zero_sft.saving.export import model_layout, published_layout
 from zero_sft.saving.folder import resolved
 from zero_sft.saving.run_record import ADAMW
-from zero_sft.transformers_internals import tied_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +35,9 @@ class SaveSizes:
 def export_sizes(spec: ModelSpec) -> tuple[int, int]:
     """Return the bytes of the exported weights and the number of parameter elements. Any rank; does not communicate."""
     model, state = skeleton.build_on_meta(spec)
-    tied = tied_names(model)
-    saved_state = {name: tensor for name, tensor in state.items() if name not in tied}
+    saved_state = skeleton.without_ties(model, state)
     layout, _ = published_layout(model, saved_state)
-    numel = sum(param.numel() for name, param in model.named_parameters() if name not in tied)
+    numel = sum(param.numel() for param in skeleton.without_ties(model, dict(model.named_parameters())).values())
     return (layout or model_layout(saved_state)).nbytes, numel
 
 

@@ -1,1 +1,1 @@
-"""Bytes in and out: the memory of the shards, positioned reads into it and positioned writes from it."""
+"""Bytes in and out: the memory of the shards, positioned reads and writes, and the headers of `.bin` files."""

@@ -18,10 +18,10 @@ def pinned_zeros(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
     The tensor is allocated there, because pinning an ordinary tensor needs memory for both during the copy.
     """
-    device = accelerator()
-    if device.device_name() == "cpu":  # the CPU accelerator locks no pages, and fresh zeros cost nothing until first touch
-        return device.pin_memory(torch.zeros(numel, dtype=dtype))
-    return device.pin_empty(numel, dtype=dtype).zero_()
+    backend = accelerator()
+    if backend.device_name() == "cpu":  # the CPU accelerator locks no pages, and fresh zeros cost nothing until first touch
+        return backend.pin_memory(torch.zeros(numel, dtype=dtype))
+    return backend.pin_empty(numel, dtype=dtype).zero_()
 
 
 def is_on_device(tensor: torch.Tensor) -> bool:
@@ -54,9 +54,3 @@ class CopyQueue:
         event = self._accelerator.Event()
         event.record(self._stream)
         return event
-
-
-def bytes_view(tensor: torch.Tensor) -> memoryview:
-    """Return a writable view of the bytes of a contiguous host tensor."""
-    array: Any = tensor.view(torch.uint8).numpy()
-    return memoryview(array)

@@ -1,4 +1,6 @@
-"""The mapping between safetensors' names of dtypes and torch's dtypes, in both directions."""
+"""safetensors' names of dtypes as torch's dtypes and back, and host tensors as bytes."""
+
+from typing import Any
 
 import torch
 
@@ -12,3 +14,9 @@ TORCH_DTYPES = {
 """Stored dtype → torch dtype, for every dtype that torch can cast."""
 
 STORED_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def bytes_view(tensor: torch.Tensor) -> memoryview:
+    """Return a writable view of the bytes of a contiguous host tensor."""
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array)

@@ -22,13 +22,13 @@ class MemorySnapshot:
     def now(cls) -> "MemorySnapshot":
         """Measure this process. Host memory is resident memory, including shared and mapped pages."""
         counts = dict(re.findall(r"(VmRSS|VmHWM):\s+(\d+) kB", _STATUS.read_text())) if _STATUS.exists() else {}
-        device = accelerator()
-        on_host = device.device_name() == "cpu"
+        backend = accelerator()
+        on_host = backend.device_name() == "cpu"
         return cls(
             host=int(counts.get("VmRSS", 0)) * 1024,
             host_peak=int(counts.get("VmHWM", 0)) * 1024,
-            device=0 if on_host else int(device.memory_allocated()),
-            device_peak=0 if on_host else int(device.max_memory_allocated()),
+            device=0 if on_host else int(backend.memory_allocated()),
+            device_peak=0 if on_host else int(backend.max_memory_allocated()),
         )
 
     def growth_since(self, start: "MemorySnapshot") -> tuple[int, int]:

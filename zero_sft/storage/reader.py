@@ -21,8 +21,8 @@ from zero_sft.checkpoint.file_identity import FileIdentity, explain_read_errors,
 from zero_sft.checkpoint.scaled import ScaleRows
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.plan import SCATTER_BYTES, ReadItem
-from zero_sft.storage.accelerator import CopyQueue, bytes_view, is_on_device, pinned_zeros
-from zero_sft.storage.dtypes import TORCH_DTYPES
+from zero_sft.storage.accelerator import CopyQueue, is_on_device, pinned_zeros
+from zero_sft.storage.dtypes import TORCH_DTYPES, bytes_view
 from zero_sft.storage.pages import Pages
 
 Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
@@ -56,9 +56,9 @@ def fill(
     """
     identities = identities or {}
     with contextlib.ExitStack() as stack:
-        paths = dict.fromkeys(path for read in reads for path in _files(read))
+        paths = dict.fromkeys(part.file for read in reads for part in (read, read.scales) if part is not None)
         handles = {path: stack.enter_context(opened(path, identities.get(path))) for path in paths}
-        shared = _Fill(handles=handles, destinations=destinations, dequantize=dequantize, advance=advance)
+        shared = _SharedState(handles=handles, destinations=destinations, dequantize=dequantize, advance=advance)
         queue = iter([piece for read in reads for piece in _pieces(read)])
         if threads <= 1:
             _work(shared, queue)
@@ -70,7 +70,7 @@ def fill(
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Fill:
+class _SharedState:
     """The state that all threads of one `fill` share."""
 
     handles: Mapping[str, int]
@@ -80,20 +80,14 @@ class _Fill:
     pages: Pages = dataclasses.field(default_factory=Pages)
 
 
-def _files(read: ReadItem) -> Iterator[str]:
-    yield read.file
-    if read.scales is not None:
-        yield read.scales.file
-
-
-def _work(fill: _Fill, queue: Iterator[ReadItem]) -> None:
+def _work(state: _SharedState, queue: Iterator[ReadItem]) -> None:
     """Do one thread's work: take reads from the queue until it is empty. An error empties it for all threads."""
-    worker = _Worker(fill)
+    worker = _Worker(state)
     try:
         for piece in queue:
             worker.run(piece)
-            if fill.advance is not None:
-                fill.advance(piece.total_nbytes)
+            if state.advance is not None:
+                state.advance(piece.total_nbytes)
         worker.finish()
     except BaseException:
         collections.deque(queue, maxlen=0)  # the other threads end after their present read, and the rank reports at once
@@ -127,20 +121,15 @@ def _pieces(read: ReadItem) -> Iterator[ReadItem]:
     itemsize = TORCH_DTYPES[read.dtype].itemsize
     for skip in range(0, read.nbytes, _CHUNK_BYTES):
         nbytes = min(_CHUNK_BYTES, read.nbytes - skip)
-        yield dataclasses.replace(
-            read,
-            offset_bytes=read.offset_bytes + skip,
-            nbytes=nbytes,
-            start=read.start + skip // itemsize,
-            sizes=(nbytes // itemsize,),
-        )
+        start, sizes = read.target_start + skip // itemsize, (nbytes // itemsize,)
+        yield dataclasses.replace(read, offset_bytes=read.offset_bytes + skip, nbytes=nbytes, target_start=start, sizes=sizes)
 
 
 class _Worker:
     """One reading thread and its staging buffers, which are allocated on first use."""
 
-    def __init__(self, fill: _Fill) -> None:
-        self._fill = fill
+    def __init__(self, state: _SharedState) -> None:
+        self._state = state
         self._staging: list[torch.Tensor] = []
         self._queue: CopyQueue | None = None
         self._copied: list[Any] = [None, None]  # for each buffer, the event after which it may be overwritten
@@ -148,22 +137,22 @@ class _Worker:
 
     def run(self, read: ReadItem) -> None:
         """Carry out one read: in place, or through a buffer if it is cast, scattered or copied to a device."""
-        dtype, destination = TORCH_DTYPES[read.dtype], self._fill.destinations[read.target]
-        place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.start)
+        dtype, destination = TORCH_DTYPES[read.dtype], self._state.destinations[read.target]
+        place = destination.as_strided(read.sizes, read.target_strides, destination.storage_offset() + read.target_start)
         if read.scales is not None:
             place.copy_(self._read_scaled(read, read.scales, dtype, destination.dtype))
         elif not read.is_contiguous:
             self._read_staged(read, place, dtype, 0, read.nbytes)
         elif not is_on_device(place) and place.dtype == dtype:
             view = bytes_view(place)
-            for part in self._fill.pages.parts(place.view(torch.uint8)):
+            for part in self._state.pages.parts(place.view(torch.uint8)):
                 self._read_at(read.file, view[part], read.offset_bytes + part.start, read.target)
         else:
             step = STAGING_BYTES // dtype.itemsize
             for start in range(0, place.numel(), step):
                 part = place.narrow(0, start, min(step, place.numel() - start))
                 if not is_on_device(part):
-                    self._fill.pages.make_present(part)
+                    self._state.pages.make_present(part)
                 self._read_staged(read, part, dtype, start * dtype.itemsize, part.numel() * dtype.itemsize)
 
     def finish(self) -> None:
@@ -187,12 +176,12 @@ class _Worker:
         grid = torch.empty(scales.nbytes, dtype=torch.uint8)
         self._read_at(scales.file, bytes_view(grid), scales.offset_bytes, read.target)
         grid = grid.view(TORCH_DTYPES[scales.dtype]).view(-1, scales.columns)
-        assert self._fill.dequantize is not None, "reads with scales need `dequantise`"
+        assert self._state.dequantize is not None, "reads with scales need `dequantize`"
         result = torch.empty(rows, scales.width, dtype=dtype)
         row = 0
         for block_row in range(len(grid)):
             end = min(rows, (block_row + 1) * scales.block_rows - scales.first_row)
-            part = self._fill.dequantize(weight[row:end], grid[block_row : block_row + 1], dtype)
+            part = self._state.dequantize(weight[row:end], grid[block_row : block_row + 1], dtype)
             result[row:end] = part[:, : scales.width]
             row = end
         return result.view(-1).as_strided(read.sizes, read.source_strides, scales.skip)
@@ -229,7 +218,7 @@ class _Worker:
         while position < len(view):
             offset = offset_bytes + position
             try:
-                count = os.preadv(self._fill.handles[file], [view[position:]], offset)
+                count = os.preadv(self._state.handles[file], [view[position:]], offset)
             except OSError as error:
                 raise CheckpointError(
                     f"{file} can't be read at byte {offset} (for {target}): {error.strerror}. Check its disk or network.",

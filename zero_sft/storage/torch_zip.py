@@ -3,6 +3,7 @@
 torch reads the pickle with `weights_only` and fake tensors, so no data is touched and no code of the file runs. Under
 `FakeTensorMode`, `torch.load` (since torch 2.7) records the offset of every storage in the file. Tensors may be views with any
 strides and may share a storage. Left out: the format of torch before 1.6, which is not a zip file.
+Its twin is `checkpoint/header.py`; this one needs torch, which `checkpoint/` must not import.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from zero_sft.errors import CheckpointError
 from zero_sft.storage.dtypes import STORED_DTYPES
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
+def read_bin_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     """Find the tensors of one file without reading their data.
 
     Raises:
@@ -44,8 +45,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
     values: dict[Any, Any] = cast("dict[Any, Any]", content) if isinstance(content, dict) else {None: content}
     if not all(isinstance(name, str) for name in values):
         raise CheckpointError(
-            f"{path} holds a {kind}, expected a mapping from names to tensors.",
-            code="checkpoint.not_a_mapping",
+            f"{path} holds a {kind}, expected a mapping from names to tensors.", code="checkpoint.not_a_mapping"
         )
     tensors = {name: _stored(path, name, value, size_bytes) for name, value in values.items() if torch.is_tensor(value)}
     nested = [name for name, value in values.items() if _holds_tensors(value)]

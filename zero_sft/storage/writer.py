@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from zero_sft.plan.plan import CopyDim, CopySpec
-from zero_sft.storage.accelerator import bytes_view
+from zero_sft.storage.dtypes import bytes_view
 
-STAGING_BYTES = 16 * 2**20
+MAX_PART_BYTES = 16 * 2**20
 """The largest part of a tensor that is copied to the host, or made contiguous, before it is written."""
 
 
@@ -20,7 +20,7 @@ def write_at(handle: int, path: Path, flat: torch.Tensor, offset_bytes: int) -> 
     Raises:
         OSError: the write failed; the error names the file.
     """
-    step = STAGING_BYTES // flat.element_size()
+    step = MAX_PART_BYTES // flat.element_size()
     for start in range(0, flat.numel(), step):
         part = flat.detach().narrow(0, start, min(step, flat.numel() - start)).to("cpu").contiguous()
         view = bytes_view(part)
@@ -41,8 +41,8 @@ def write_copy(handle: int, path: Path, flat: torch.Tensor, piece: CopySpec, off
     Raises:
         OSError: a write failed; the error names the file.
     """
-    dims = sorted(piece.dims, reverse=True)
-    for stored_offset, local_offset, sizes, strides in _runs(dims, STAGING_BYTES // flat.element_size()):
+    dims = sorted(piece.dims, key=lambda dim: dim.source_stride, reverse=True)
+    for stored_offset, local_offset, sizes, strides in _runs(dims, MAX_PART_BYTES // flat.element_size()):
         start = flat.storage_offset() + piece.target_start + local_offset
         run = flat.as_strided(sizes, strides, start).reshape(-1)
         write_at(handle, path, run, offset_bytes + (piece.source_start + stored_offset) * flat.element_size())
@@ -51,25 +51,25 @@ def write_copy(handle: int, path: Path, flat: torch.Tensor, piece: CopySpec, off
 def _runs(dims: list[CopyDim], limit: int) -> Iterator[tuple[int, int, list[int], list[int]]]:
     """Split a copy into runs that are stored without gaps. Yields (stored offset, local offset, local sizes, local strides).
 
-    A dimension is a tuple (stored stride, size, local stride); the coarsest comes first. A run that is not contiguous in local
-    memory has at most `limit` elements, because it has to be copied before it is written.
+    The source of a dimension is the stored tensor, its target is local memory; the coarsest dimension comes first. A run that
+    is not contiguous in local memory has at most `limit` elements, because it has to be copied before it is written.
     """
     run_numel, first = 1, len(dims)
-    while first and (dims[first - 1][0] == run_numel or dims[first - 1][1] == 1):
-        run_numel *= dims[first - 1][1]
+    while first and (dims[first - 1].source_stride == run_numel or dims[first - 1].size == 1):
+        run_numel *= dims[first - 1].size
         first -= 1
     while first < len(dims) and run_numel > limit and not _is_contiguous(dims[first:]):
-        run_numel //= dims[first][1]
+        run_numel //= dims[first].size
         first += 1
     outer, inner = dims[:first], dims[first:]
-    sizes, strides = [size for _, size, _ in inner], [local_stride for _, _, local_stride in inner]
-    for index in range(math.prod(size for _, size, _ in outer)):
+    sizes, strides = [dim.size for dim in inner], [dim.target_stride for dim in inner]
+    for index in range(math.prod(dim.size for dim in outer)):
         stored_offset = local_offset = 0
-        for stored_stride, size, local_stride in reversed(outer):
-            index, i = divmod(index, size)
-            stored_offset, local_offset = stored_offset + i * stored_stride, local_offset + i * local_stride
+        for dim in reversed(outer):
+            index, i = divmod(index, dim.size)
+            stored_offset, local_offset = stored_offset + i * dim.source_stride, local_offset + i * dim.target_stride
         yield stored_offset, local_offset, sizes, strides
 
 
 def _is_contiguous(dims: list[CopyDim]) -> bool:
-    return all(stored_stride == local_stride for stored_stride, size, local_stride in dims if size > 1)
+    return all(dim.source_stride == dim.target_stride for dim in dims if dim.size > 1)

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import nn
 
 from zero_sft.zero import shards
@@ -46,13 +46,10 @@ def remove_gather_hooks(model: nn.Module) -> None:
 
 
 def _before(module: nn.Module, args: Any) -> None:
-    gathered = [
-        param
-        for param in module.parameters(recurse=False)
-        if shards.is_sharded(param) and param.ds_status == ZeroParamStatus.NOT_AVAILABLE
-    ]
+    params = module.parameters(recurse=False)
+    gathered = [param for param in params if shards.is_sharded(param) and shards.is_partitioned(param)]
     for has_secondary in (False, True):  # with hpZ, a copy inside the node is gathered instead, in a call without the others
-        group = [param for param in gathered if (param.ds_secondary_tensor is not None) == has_secondary]
+        group = [param for param in gathered if shards.has_secondary_shard(param) == has_secondary]
         if group:
             group[0].all_gather_coalesced(group).wait()
     module.__dict__.setdefault(_GATHERED, []).append(gathered)
@@ -82,7 +79,7 @@ def _patch_engine_start() -> None:
 
 def is_small(model: nn.Module) -> bool:
     """True if the full model takes at most `SMALL_BYTES`, and no parameter is on NVMe, where DeepSpeed has few swap buffers."""
-    if any(getattr(param, "nvme_swapper", None) is not None for param in model.parameters()):
+    if any(shards.uses_nvme(param) for param in model.parameters()):
         return False
     return sum(math.prod(shards.full_shape(param)) * param.element_size() for param in model.parameters()) <= SMALL_BYTES
 

@@ -9,13 +9,10 @@ the partitioned state; its shard is attached later (`shards.attach`). There is n
 child's weight (sinusoidal positions, weight norm) therefore find that weight in full.
 """
 
-# DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
-
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus, is_zero_param
+from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from deepspeed.utils import groups
 from torch import nn
 
@@ -53,7 +50,4 @@ class ShardedInit(Init):
         self._convert_to_deepspeed_param(param)
         dtype = self.dtype if param.is_floating_point() else param.dtype
         shards.replace_contents(param, torch.empty(0, dtype=dtype, device=self.local_device))  # it leaves the meta device
-        shards.attach(param, torch.empty(0, dtype=dtype, device="cpu"), PartitionedParamStatus.NOT_AVAILABLE)
-        param.ds_numel_aligned = param.ds_tensor.ds_numel * shards.num_partitions(param)
-        param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        param.ds_sharded_init = self
+        shards.mark_partitioned(param, self)

@@ -1,7 +1,7 @@
 """Trace which tensors each step of a model's initialisation writes, on the meta device.
 
 transformers initialises a model module by module. On the meta device this costs nothing and shows the tensors that each step
-writes: missing ones, buffers, and sometimes a part of a loaded tensor (a padding row that is always zeroed). The real run then
+writes: missing ones, buffers, and sometimes a part of a stored tensor (a padding row that is always zeroed). The real run then
 executes only the steps that matter, and knows how long each full tensor is needed.
 """
 
@@ -45,7 +45,7 @@ class _WrittenStorages(TorchDispatchMode):
 def trace_init_writes(model: PreTrainedModel) -> list[InitStep]:
     """Return all initialisation steps in order. Any rank; does not communicate.
 
-    The model must be unpartitioned and on the meta device, and its loaded tensors must be marked as initialised. A step that
+    The model must be unpartitioned and on the meta device, and its stored tensors must be marked as initialised. A step that
     fails without data counts as writing all parameters and buffers of its module, without those of submodules.
     """
     names: dict[int, set[str]] = {}

@@ -1,15 +1,12 @@
 """Initialise the tensors that the checkpoint lacks: tied weights, computed buffers, new parameters.
 
-The model's code runs as in plain `from_pretrained`. Loaded tensors are marked as initialised, so `_init_weights` skips them.
+The model's code runs as in plain `from_pretrained`. Stored tensors are marked as initialised, so `_init_weights` skips them.
 They stay on the meta device, where the code can read their shapes. Each missing parameter is materialised in full on every
 rank, `_init_weights` fills it, and each rank keeps its range.
-Some models write to loaded tensors nevertheless, in plain loading as well. Such a tensor is read in full for that step.
+Some models write to stored tensors nevertheless, in plain loading as well. Such a tensor is read in full for that step.
 The random numbers come from a fork of torch's generator with the same seed on every rank, so the values depend neither on the
 rank nor on the world size. Nothing here communicates.
 """
-
-# DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 from collections.abc import Callable, Iterable, Mapping, Set
 
@@ -24,24 +21,24 @@ Load = Callable[[Mapping[str, torch.Tensor]], None]
 """Fill full flat tensors, by name, from the checkpoint."""
 
 
-def resolve_ties(tied: Mapping[str, str], loaded: Iterable[str]) -> dict[str, str]:
+def resolve_ties(tied: Mapping[str, str], stored: Iterable[str]) -> dict[str, str]:
     """Find the names that get their values by tying: `{name: the name whose tensor it shares}`.
 
     Tying is symmetric, as in plain `from_pretrained`:
 
-    - Only one of the pair was loaded: the other one shares its tensor.
-    - Both were loaded: neither is in the result, because their values have to be compared first.
+    - Only one of the pair is stored: the other one shares its tensor.
+    - Both are stored: neither is in the result, because their values have to be compared first.
     - All tensors of a group are missing: the targets share the source's tensor, which is initialised.
 
     Args:
         tied: `{target: source}`.
-        loaded: the names that the checkpoint fills.
+        stored: the names that the checkpoint fills.
     """
-    loaded = set(loaded)
+    stored = set(stored)
     tied_to: dict[str, str] = {}
     for target, source in tied.items():
-        if target in loaded:
-            if source not in loaded and source not in tied_to:
+        if target in stored:
+            if source not in stored and source not in tied_to:
                 tied_to[source] = target
         else:
             tied_to[target] = tied_to.get(source, source)
@@ -51,7 +48,7 @@ def resolve_ties(tied: Mapping[str, str], loaded: Iterable[str]) -> dict[str, st
 def initialize_missing(
     model: PreTrainedModel,
     *,
-    loaded: Mapping[str, torch.dtype],
+    stored: Mapping[str, torch.dtype],
     tied: Iterable[str],
     load: Load,
     build_buffers: Callable[[], Mapping[str, torch.Tensor]],
@@ -65,7 +62,7 @@ def initialize_missing(
     parameters with their values, module by module, so that the full parameters of only one module exist at once.
 
     Args:
-        loaded: the parameters and buffers that the checkpoint fills, with their dtypes.
+        stored: the parameters and buffers that the checkpoint fills, with their dtypes.
         tied: the names that will share another name's tensor.
         load: fills full tensors from the checkpoint.
         build_buffers: returns the buffers as the model's constructor makes them, for those that no initialisation writes.
@@ -74,10 +71,10 @@ def initialize_missing(
         seed: the random seed, the same on every rank.
 
     Returns:
-        The names of loaded parameters that already have their final values, because the model's initialisation changes them.
+        The names of stored parameters that already have their final values, because the model's initialisation changes them.
     """
     tied = set(tied)
-    for name in loaded.keys() | tied:
+    for name in stored.keys() | tied:
         mark_initialized(model.get_parameter_or_buffer(name))
     params = {name: param for name, param in model.named_parameters() if name not in tied}
     missing = {name for name, param in params.items() if not is_initialized(param)}
@@ -85,12 +82,12 @@ def initialize_missing(
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.no_grad(), guard():
         steps = trace_init_writes(model)
         last_write = {name: position for position, step in enumerate(steps) for name in step.writes & params.keys()}
-        _materialize_buffers(model, device, loaded, load)
-        _fill_unwritten_buffers(model, {*loaded, *(name for step in steps for name in step.writes)}, build_buffers)
+        _materialize_buffers(model, device, stored, load)
+        _fill_unwritten_buffers(model, {*stored, *(name for step in steps for name in step.writes)}, build_buffers)
         torch.manual_seed(seed)
         for position, step in enumerate(steps):
             if step.writes or step.module._buffers:
-                _run_step(step, {name: params[name] for name in step.writes & params.keys()}, loaded, load)
+                _run_step(step, {name: params[name] for name in step.writes & params.keys()}, stored, load)
             for name in sorted(name for name in step.writes if last_write.get(name) == position):
                 _keep_local_range(name, params[name], shard)
     for name in sorted(missing - last_write.keys()):  # no step writes it: zeros instead of uninitialised memory
@@ -98,7 +95,7 @@ def initialize_missing(
         shards.fill_shards({name: params[name]}, lambda memory: None)
     for module in model.modules():
         mark_initialized(module)  # as from_pretrained leaves it
-    return last_write.keys() & loaded.keys()
+    return last_write.keys() & stored.keys()
 
 
 def _fill_unwritten_buffers(
@@ -115,12 +112,12 @@ def _fill_unwritten_buffers(
             buffer.copy_(constructed[name])
 
 
-def _run_step(step: InitStep, written: Mapping[str, torch.nn.Parameter], loaded: Mapping[str, torch.dtype], load: Load) -> None:
+def _run_step(step: InitStep, written: Mapping[str, torch.nn.Parameter], stored: Mapping[str, torch.dtype], load: Load) -> None:
     """Run one step with real memory for the parameters that it writes and, until it ends, for its module's other ones."""
     for name, param in written.items():
         if param.is_meta:
             shards.move_contents(param, torch.device("cpu"))
-            if name in loaded:
+            if name in stored:
                 load({name: param.data.view(-1)})
     unwritten = [param for param in step.module.parameters(recurse=False) if param.is_meta]
     for param in unwritten:
@@ -135,14 +132,14 @@ def _keep_local_range(name: str, param: torch.nn.Parameter, shard: Callable[[tor
     full = param.data.reshape(-1)
     shard(param)
 
-    def fill(memory: Mapping[str, torch.Tensor]) -> None:
+    def copy_local_range(memory: Mapping[str, torch.Tensor]) -> None:
         flat_range = shards.local_range(param)
         memory[name].narrow(0, 0, flat_range.numel).copy_(full[flat_range.start : flat_range.stop])
 
-    shards.fill_shards({name: param}, fill)
+    shards.fill_shards({name: param}, copy_local_range)
 
 
-def _materialize_buffers(model: PreTrainedModel, device: torch.device, loaded: Mapping[str, torch.dtype], load: Load) -> None:
+def _materialize_buffers(model: PreTrainedModel, device: torch.device, stored: Mapping[str, torch.dtype], load: Load) -> None:
     """Give meta buffers memory on `device`, and load those that the checkpoint has. `_init_weights` fills the others."""
     to_load: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules():
@@ -150,10 +147,10 @@ def _materialize_buffers(model: PreTrainedModel, device: torch.device, loaded: M
             if buffer is None or not buffer.is_meta:
                 continue
             name = f"{prefix}.{leaf}" if prefix else leaf
-            real = torch.empty_like(buffer, device=device, dtype=loaded.get(name, buffer.dtype))
-            real.__dict__.update(buffer.__dict__)
+            real = torch.empty_like(buffer, device=device, dtype=stored.get(name, buffer.dtype))
+            vars(real).update(vars(buffer))
             module._buffers[leaf] = real
-            if name in loaded:
+            if name in stored:
                 to_load[name] = real.view(-1)
     if to_load:
         load(to_load)

@@ -1,7 +1,7 @@
-"""The parts of DeepSpeed outside of its public API that this package uses, listed in one place.
+"""The classes and functions of DeepSpeed outside of its public API on which a load depends.
 
 `check` runs before anything is built. If a DeepSpeed release has moved one of these parts, one error names it, and no model is
-loaded wrongly. The accessors of `ds_*` attributes are in `shards.py`; the internals that they rely on are listed here.
+loaded wrongly. Left out: attributes and methods of ZeRO parameters, which `shards.py` and `gather_hooks.py` use.
 """
 
 import inspect
@@ -11,15 +11,13 @@ import deepspeed
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.utils import groups
 
 from zero_sft.errors import UnsupportedVersionError
 
 TESTED = ("0.19.8",)
 
-_INIT_METHODS = {
-    "_post_init_method": ["self", "module"],
-    "_convert_to_deepspeed_param": ["self", "param"],
-}
+_INIT_METHODS = {"_post_init_method": ["self", "module"], "_convert_to_deepspeed_param": ["self", "param"]}
 
 
 def check() -> None:
@@ -32,6 +30,7 @@ def check() -> None:
         method = getattr(Init, name, None)
         _require(method is not None and _parameters(method) == expected, f"zero.Init.{name}({', '.join(expected)})")
     _require("tensor_overrides" in _parameters(Init.__init__), "zero.Init's argument tensor_overrides")
+    _require(hasattr(groups, "_get_zero_param_intra_parallel_group"), "groups._get_zero_param_intra_parallel_group")
     _require(hasattr(DeepSpeedZeRoOffload, "setup_zero_stage3_hooks"), "DeepSpeedZeRoOffload.setup_zero_stage3_hooks")
 
 

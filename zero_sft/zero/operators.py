@@ -161,8 +161,8 @@ def _sources_digest(builder: Any) -> str:
     for source in builder.sources():
         path = Path(builder.deepspeed_src_path(source)) if source else None
         if path and path.is_file():
-            stat = path.stat()
-            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            status = path.stat()
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:12]
 
 

@@ -1,12 +1,14 @@
-"""Read and write the shards of ZeRO parameters: the accessors of `ds_*` attributes.
+"""Read and write the shards of ZeRO parameters: the only module that accesses their `ds_*` and NVMe attributes.
 
-No function here communicates.
+`local_*` is about the shard that this rank stores, `current_*` about the values that forward would use now. They differ if the
+parameter is gathered and was changed in place. No function here communicates.
 """
 
 # DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -28,14 +30,24 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.ds_shape) if is_sharded(tensor) else tuple(tensor.shape)
 
 
-def num_partitions(param: nn.Parameter) -> int:
-    """Return the number of ranks that share a parameter's shards."""
-    return param.ds_zero_partition_world_size
+def parameter_numel(model: nn.Module) -> int:
+    """Return the number of elements of the model's full parameters. Tied parameters count once."""
+    return sum(math.prod(full_shape(param)) for param in model.parameters())
+
+
+def num_partitions(tensor: torch.Tensor) -> int:
+    """Return the number of a tensor's shards: 1 if it is not sharded."""
+    return tensor.ds_zero_partition_world_size if is_sharded(tensor) else 1
+
+
+def partition_index(tensor: torch.Tensor) -> int:
+    """Return the number of this rank's shard: 0 if the tensor is not sharded."""
+    return tensor.ds_zero_partition_rank if is_sharded(tensor) else 0
 
 
 def local_range(param: nn.Parameter) -> FlatRange:
     """Return the flat range of `param` that this rank keeps."""
-    return shard_range(param.ds_numel, param.ds_zero_partition_rank, num_partitions(param))
+    return shard_range(param.ds_numel, partition_index(param), num_partitions(param))
 
 
 def _arena_slot(name: str, param: nn.Parameter) -> arena.ArenaSlot | None:
@@ -50,6 +62,14 @@ def _arena_slot(name: str, param: nn.Parameter) -> arena.ArenaSlot | None:
         device = torch.device("cpu" if device == OffloadDeviceEnum.cpu else device)
     is_pinned = init.pin_memory and device.type == "cpu"
     return arena.ArenaSlot(name=name, numel=numel, dtype=param.dtype, device=device, pinned=is_pinned)
+
+
+def mark_partitioned(param: nn.Parameter, sharded_init: object) -> None:
+    """Put a parameter that `sharded_init` has converted into the partitioned state, with an empty shard."""
+    attach(param, torch.empty(0, dtype=param.dtype, device="cpu"), PartitionedParamStatus.NOT_AVAILABLE)
+    param.ds_numel_aligned = param.ds_tensor.ds_numel * num_partitions(param)
+    param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    param.ds_sharded_init = sharded_init
 
 
 def attach(param: nn.Parameter, shard: torch.Tensor, status: PartitionedParamStatus = PartitionedParamStatus.AVAILABLE) -> None:
@@ -96,15 +116,30 @@ def is_gathered(param: nn.Parameter) -> bool:
     return param.ds_status == ZeroParamStatus.AVAILABLE
 
 
+def is_partitioned(param: nn.Parameter) -> bool:
+    """True if this rank holds only its shard of a parameter now, and no gather has begun."""
+    return param.ds_status == ZeroParamStatus.NOT_AVAILABLE
+
+
+def has_secondary_shard(param: nn.Parameter) -> bool:
+    """True if hpZ keeps a second shard of the parameter, for gathers inside the node."""
+    return param.ds_secondary_tensor is not None
+
+
+def uses_nvme(param: nn.Parameter) -> bool:
+    """True if the parameter's shards may be on NVMe."""
+    return getattr(param, "nvme_swapper", None) is not None
+
+
 def current_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the full tensor's shape as forward uses it now."""
     return tuple(tensor.shape) if is_sharded(tensor) and is_gathered(tensor) else full_shape(tensor)
 
 
 def current_range(param: nn.Parameter) -> FlatRange:
-    """Return the flat range of `current_shape` that this rank exports."""
+    """Return the flat range of `current_shape` that is this rank's part."""
     numel = param.numel() if is_gathered(param) else param.ds_numel
-    return shard_range(numel, param.ds_zero_partition_rank, num_partitions(param))
+    return shard_range(numel, partition_index(param), num_partitions(param))
 
 
 @contextlib.contextmanager
