@@ -1,13 +1,14 @@
 """Opens exported folders as a user of plain transformers does, in any release of it, and reports what it got as JSON.
 
-    python tests/published/reader.py QUESTION FOLDER ...
+    python tests/published/reader.py [--before ANSWER] QUESTION FOLDER ...
 
 One line for each folder: `{"prompt": ids, "answer": text, "stopped": bool, "logits": numbers}`, where the logits are the first
-64 of the last position; or `{"error": text}`.
+64 of the last position; or `{"error": text}`. With `--before`, the prompt is what the template writes before that answer in
+training, instead of the template's generation prompt.
 """
 
+import argparse
 import json
-import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,13 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MOST_TOKENS = 40
 
 
-def read(folder, question):
+def read(folder, question, trained_answer=None):
     """Answer one question with the folder's own tokenizer, chat template and generation config."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    if trained_answer is None:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, tokenize=False)
+    else:
+        conversation = [*messages, {"role": "assistant", "content": trained_answer}]
+        text = tokenizer.apply_chat_template(conversation, tokenize=False).rpartition(trained_answer)[0]
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     model.generation_config.max_length = None
     with torch.no_grad():
@@ -35,9 +40,14 @@ def read(folder, question):
 
 
 if __name__ == "__main__":
-    for path in sys.argv[2:]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("question")
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--before")
+    options = parser.parse_args()
+    for path in options.folders:
         try:
-            result = read(path, sys.argv[1])
+            result = read(path, options.question, options.before)
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result), flush=True)
