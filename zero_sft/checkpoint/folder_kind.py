@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from zero_sft.printable import first_of
+
 ADAPTER_CONFIG = "adapter_config.json"
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -60,7 +62,7 @@ def describe_folder(folder: Path) -> str:
         )
     checkpoints = [path.name for path in checkpoints_in(folder)]
     if checkpoints and not any(folder.glob("*.gguf")):
-        return f"{folder} holds a run's checkpoints ({', '.join(checkpoints[:3])}), but not a model. Name one checkpoint."
+        return f"{folder} holds a run's checkpoints ({first_of(checkpoints)}), but not a model. Name one checkpoint."
     for patterns, description in _FORMATS:
         matches = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
         if matches:

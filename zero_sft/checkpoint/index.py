@@ -16,6 +16,7 @@ from zero_sft.checkpoint.file_identity import FileIdentity, explain_read_errors,
 from zero_sft.checkpoint.folder_kind import describe_folder, describe_placeholder
 from zero_sft.checkpoint.header import StoredTensor, read_header
 from zero_sft.errors import CheckpointError
+from zero_sft.printable import first_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -199,8 +200,7 @@ def _no_weights(folder: Path, variant: str | None) -> str:
     weight_files = [name for name in names if name.endswith((".safetensors", ".bin"))]
     if weight_files and variant is None:
         return (
-            f"{message}, found {', '.join(weight_files[:4])}. If these are the weights of one model, its index file "
+            f"{message}, found {first_of(weight_files, 4)}. If these are the weights of one model, its index file "
             f"({INDEX_FILE}) is missing: download it as well. If they belong to a variant, set --variant."
         )
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{message}, found {shown or 'nothing'}. Name the folder that holds the weights."
+    return f"{message}, found {first_of(names, 8) or 'nothing'}. Name the folder that holds the weights."

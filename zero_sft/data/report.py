@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED
-from zero_sft.printable import excerpt, with_count
+from zero_sft.printable import excerpt, first_of, with_count
 
 NO_ANSWER = "without an answer to train on"
 CUT_OFF = "cut off before the first answer"
@@ -68,7 +68,7 @@ class DataReport:
         if self.note:
             lines.append(self.note)
         if self.left_out:
-            shown = ", ".join(map(excerpt, self.left_out[:3])) + ", ..." * (len(self.left_out) > 3)
+            shown = first_of(map(excerpt, self.left_out))
             lines.append(f"{with_count(len(self.left_out), 'other file')} in it left out: {shown}")
         if self.unread_keys:
             lines.append(_unread_line(self.unread_keys))

@@ -16,6 +16,7 @@ from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.hub.download import download_snapshot
 from zero_sft.hub.options import HubOptions
+from zero_sft.printable import first_of
 
 CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
 TOKENIZER = ("config.json", "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
@@ -58,7 +59,7 @@ def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
     if any(sees_folder) and not all(sees_folder):
         blind_ranks = [rank for rank, sees in enumerate(sees_folder) if not sees]
         raise CheckpointError(
-            f"{name} is a folder on some ranks, but not on rank {', '.join(map(str, blind_ranks[:8]))}. Put the model on a "
+            f"{name} is a folder on some ranks, but not on rank {first_of(blind_ranks, 8)}. Put the model on a "
             "file system that all nodes share, or copy it to every node.",
             code="hub.folder_not_on_all_nodes",
         )

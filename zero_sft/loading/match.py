@@ -116,11 +116,10 @@ def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
     present = sum(numels[name] for name in match.resolution.stored_names & numels.keys())
     if 2 * present < sum(numels.values()):
         class_name = type(match.skeleton.model).__name__
-        missing = ", ".join(sorted(match.missing_keys())[:3])
-        stored = ", ".join(sorted(match.index.tensors)[:3])
+        missing, stored = first_of(sorted(match.missing_keys())), first_of(sorted(match.index.tensors))
         raise CheckpointError(
             f"{match.index.folder} lacks most of the model's weights ({present:,} of {sum(numels.values()):,} elements found). "
-            f"The model needs {missing}, ...; the files hold {stored}, .... Name a checkpoint of {class_name}.",
+            f"The model needs {missing}; the files hold {stored}. Name a checkpoint of {class_name}.",
             code="checkpoint.other_model",
         )
 

@@ -23,6 +23,7 @@ from zero_sft.conversion.convert import convert_group
 from zero_sft.errors import CheckpointError
 from zero_sft.loading.match import CheckpointMatch
 from zero_sft.plan.partition import shard_range
+from zero_sft.printable import first_of
 from zero_sft.zero import shards
 
 
@@ -55,14 +56,14 @@ def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
         rank = next(rank for rank, rank_names in enumerate(different_by_rank) if rank_names)
         wrong = sorted(set().union(*different_by_rank))
         raise CheckpointError(
-            f"the loaded weights differ from the files: {', '.join(wrong[:5])} ({len(wrong)} in all, first on rank {rank}). "
+            f"the loaded weights differ from the files: {first_of(wrong, 5)} (first on rank {rank}). "
             "The files changed while they were read, or storage or memory is faulty. Load again, and compare file checksums.",
             code="checkpoint.verification_failed",
         )
     unread = sorted(held.keys() - expected.keys())
     if unread:
         raise CheckpointError(
-            f"the files could not be compared with {', '.join(unread[:5])}. Load with --loader stock.",
+            f"the files could not be compared with {first_of(unread, 5)}. Load with --loader stock.",
             code="checkpoint.not_verified",
         )
     return len(held)

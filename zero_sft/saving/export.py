@@ -35,6 +35,7 @@ from zero_sft.errors import ExportError, NotPlacedError, ZeroSftError
 from zero_sft.plan.partition import FlatRange, full_range
 from zero_sft.plan.plan import SourceMap, copy_specs
 from zero_sft.plan.regions import identity_regions
+from zero_sft.printable import first_of
 from zero_sft.saving.folder import explain_not_placed, explain_write_errors, find_staging, make_staging
 from zero_sft.saving.placing import put_in_place
 from zero_sft.saving.readable import require_readable, unwrapped
@@ -194,7 +195,7 @@ def _misfit(state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor
     """Say why files of this layout would not load back as the model; None if every element of both has a counterpart."""
     missing = sorted(state.keys() - resolution.sources.keys())
     if missing or resolution.unexpected or resolution.mismatched:
-        names = ", ".join([*missing, *sorted(resolution.unexpected)][:3]) or resolution.mismatched[0].name
+        names = first_of([*missing, *sorted(resolution.unexpected)]) or resolution.mismatched[0].name
         return f"{names} would not load back"
     written = Counter()
     for source_map in resolution.sources.values():

@@ -115,7 +115,7 @@ def _explained(subject: str) -> Iterator[None]:
         yield
     except (OSError, ZeroSftError):
         raise
-    except Exception as error:
+    except Exception as error:  # each class of settings raises other types
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ExportError(
             f"{subject} can't be saved: {reason}. Correct it in the model's files, or where your code has set it.",
