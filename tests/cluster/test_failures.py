@@ -44,7 +44,8 @@ def words(request, job, tmp_path, monkeypatch):
     return job() if request.param == "training" else []
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", *map(slow, ["SIGKILL", "SIGHUP", "SIGTERM with the shim"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "SIGHUP", "SIGTERM with the shim"])
 def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     """A signal to the `deepspeed` process alone, in the middle of the job."""
     name, _, shim = how.partition(" ")
@@ -61,7 +62,8 @@ def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     assert "Traceback" not in run.output
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", slow("SIGINT"), slow("SIGKILL")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
 def test_launch_sh_passes_signals_on_and_waits(start, tmp_path, name):
     """With DeepSpeed's own script, which passes nothing on."""
     script = shimmed(tmp_path)
@@ -203,6 +205,7 @@ WORDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arguments_arrive_through_pdsh_as_given(start, tmp_path, probe):
     """Two hosts, with stand-ins for pdsh and ssh that read their words as the real ones do."""
     path = tmp_path / "path"

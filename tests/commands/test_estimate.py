@@ -39,7 +39,8 @@ def test_text_json_markdown_and_picture(tmp_path, capsys):
         ([*SMALL, "8", "--storage", "tape"], "estimate.unknown_storage", "'tape'"),
         ([*SMALL, "8", "--dtype", "float17"], "arguments.wrong_value", "'float17'"),
         ([*SMALL, "8", "16", "--plot", "x.png"], "estimate.plot_of_several", "--plot"),
-        ([*SMALL, "8", "--markdown", "/nowhere/x.md"], "estimate.markdown_unwritable", "/nowhere/x.md"),
+        ([*SMALL, "8", "--markdown", "/nowhere/x.md"], "estimate.output_unwritable", "/nowhere/x.md"),
+        ([*SMALL, "8", "--plot", "/nowhere/x.png"], "estimate.output_unwritable", "/nowhere/x.png"),
     ],
 )
 def test_wrong_input_is_one_clear_error(monkeypatch, capsys, wrong, code, value):
@@ -76,6 +77,7 @@ def test_options_are_the_jobs(capsys):
             assert spec == specifications()[name]
 
 
+@pytest.mark.slow
 def test_a_document_names_the_command_that_writes_it(tmp_path):
     """A flag that is off by choice is one of the options, and a default is not."""
     table = tmp_path / "t.md"
@@ -86,6 +88,7 @@ def test_a_document_names_the_command_that_writes_it(tmp_path):
     assert main([*written.split()[3:], "--json"]) == 0
 
 
+@pytest.mark.slow
 def test_activations_are_in_the_table_even_if_the_optimizers_step_needs_more(tmp_path):
     """One short sample on few GPUs: the gradients of the optimizer's step are more than the activations."""
     table = tmp_path / "t.md"

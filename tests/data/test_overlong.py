@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline
+from tests.slow import slow
 from zero_sft.data import pipeline as pipeline_module
 from zero_sft.data.samples.parse import DEFAULT_PARSER
 from zero_sft.data.templates.choose import choose_template
@@ -113,7 +114,7 @@ def calls_of(turns, **options):
     return count
 
 
-@pytest.mark.parametrize("long", ["truncate", "split"])
+@pytest.mark.parametrize("long", ["truncate", slow("split")])
 @pytest.mark.parametrize("name", ["model", "vicuna"])
 def test_calls_grow_with_the_turns(name, long):
     sizes = [calls_of(talk([("Hi", "Hello.")] * count), name=name, long=long, window=600) for count in (500, 2000, 8000)]

@@ -192,6 +192,7 @@ def test_a_folder_inside_and_a_cache_of_its_own(folder, tmp_path):
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_no_such_repository(tmp_path):
     with standin.serve(standin.Hub({})) as hub:
         results, _ = load(hub, [tmp_path / "home"] * 2, repo="nobody/nothing")

@@ -27,6 +27,7 @@ def run(folder, out, **arguments):
     return said.getvalue(), wrong.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2, timeout_s=300)
 def test_the_log_of_a_job_and_its_tokens_over_a_resume(tmp_path):
     """The reference for the resumed run's count is the run that was not interrupted."""

@@ -191,8 +191,9 @@ print(json.dumps([tokenizer.decode(said[:-1]).strip(), said[-1]]))
 """What the exported model answers, without this package, and the token that ends it."""
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2, timeout_s=200)
-@pytest.mark.parametrize("case", ["num_return_sequences", slow("cache_implementation")])
+@pytest.mark.parametrize("case", ["num_return_sequences", "cache_implementation"])
 def test_a_run_goes_on_without_what_transformers_refuses(tmp_path, case):
     from zero_sft.cluster.world import World
 

@@ -79,6 +79,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_settings_of_the_export(folder, whole):
     """The trained template among them: it is not the one that the model's folder came with."""
     exported = {name: data for name, data in files(whole).items() if not name.startswith("model")}
@@ -91,6 +92,7 @@ def test_checkpoints_hold_the_settings_of_the_export(folder, whole):
     assert template != AutoTokenizer.from_pretrained(folder / "model").chat_template
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_exports_the_same(folder, whole):
     before, out = files(whole), copied(whole, "finished")
     run(folder, out.name, chat_template="vicuna", resume_from_checkpoint=True)
@@ -109,6 +111,7 @@ def test_the_newest_checkpoint_is_cut(folder, whole):
     assert files(out) == before
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_run(folder, whole):
     out = copied(whole, "another")
     (out / "notes.txt").write_text("mine")
@@ -136,6 +139,7 @@ def test_the_remedy_for_another_number_of_ranks(folder, whole):
     assert equal(weights(again), weights(whole))
 
 
+@pytest.mark.slow
 def test_weights_alone(folder, whole):
     """Each checkpoint is a plain model then, without the optimizer, and a run does not resume from it.
 
@@ -152,6 +156,7 @@ def test_weights_alone(folder, whole):
     run_refused(folder, "alone", "resume.weights_alone", f"--model_name_or_path {checkpoint}", resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_exported(folder, whole):
     """The best is the second step's here, since the larger loss is asked for; the run trained on to the fourth."""
     evaluation = {"eval_data_path": folder / "data.json", "eval_strategy": "steps", "eval_steps": 2}
@@ -265,6 +270,7 @@ def failing_at_the_end(folder: Path, out: str) -> None:
         assert f"{folder / out}." in said.getvalue()
 
 
+@pytest.mark.slow
 def test_an_error_after_the_last_step(folder, whole):
     run_ranks(2, failing_at_the_end, {"folder": folder, "out": "late"}, 400)
     assert equal(weights(folder / "late"), weights(whole))

@@ -7,7 +7,6 @@ import pytest
 from testing.runner import run_ranks
 from tests import small_job
 from tests.data import tiny
-from tests.slow import slow
 
 STEPS = 4
 SAMPLES = 24
@@ -31,7 +30,8 @@ def train(folder, out, arguments):
     small_job.train(folder, out, **{**common, **arguments})
 
 
-@pytest.mark.parametrize("attention", ["sdpa", slow("eager")])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_and_unpacked_give_one_curve(folder, attention):
     """Each step is one epoch with all samples, so both runs have the same batches."""
     rows, curves = rows_when_packed(folder), []
@@ -58,6 +58,7 @@ def fail(folder):
     assert said == ["data.nothing_trained_on"]
 
 
+@pytest.mark.slow
 def test_a_step_in_which_nothing_is_trained_on_ends_the_run(folder):
     """Lazily tokenised samples may be cut off before their answers: here all but one, which is in one of five steps."""
     cut = [{"from": "human", "value": "x" * 400}, {"from": "gpt", "value": "y"}]

@@ -4,7 +4,6 @@ import pytest
 
 from testing.runner import run_ranks
 from tests import small_job
-from tests.slow import slow
 
 STEPS = 20
 BATCH = 8
@@ -45,7 +44,8 @@ def test_one_two_and_four_ranks_give_one_curve(folder, batches):
         assert curve == pytest.approx(reference, rel=1e-5), out
 
 
-@pytest.mark.parametrize(("sampling", "checkpoint"), [("random", 5), slow("group_by_length", 10)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampling", "checkpoint"), [("random", 5), ("group_by_length", 10)])
 def test_a_run_that_is_resumed_within_an_epoch_goes_on_alike(folder, sampling, checkpoint):
     """This includes the end of an epoch (8 steps), where repeated samples fill the batches and must not be trained on again."""
     last = checkpoint + 5

@@ -162,6 +162,7 @@ def launch(folder, *words, ranks=2, timeout_s=150):
     return process.returncode, output, time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_the_launcher_passes_the_failure_on(model, tmp_path):
     status, output, _ = launch(tmp_path, *job(tmp_path, data_path="/nowhere.json"))
     assert status != 0

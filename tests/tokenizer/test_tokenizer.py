@@ -136,6 +136,7 @@ def test_transformers_own_ids_still_differ(tmp_path, real_models):
     assert AutoTokenizer.from_pretrained(folder).tokenize(text) != ready(folder).tokenize(text) == ["▁two", "▁", "▁spaces"]
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(1)
 def test_legacy_survives(tmp_path, real_models):
     """`legacy` controls the space after a special token; transformers does not save it."""

@@ -1,10 +1,12 @@
 """Command `python -m zero_sft.estimate`: print an estimate as text or JSON, or write a table or a plot."""
 
+import contextlib
 import json
 import logging
 import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,37 +75,58 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(options: Any, notes: Sequence[str]) -> None:
     for note in notes:
         sys.stderr.write(f"{note}\n")
-    results = _estimate(options)
+    models = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
+    _check_outputs(options, len(models) * len(options.world_size))
+    results = _estimate(models, options)
     if options.markdown:
-        _write(options, results)
+        with _explained("markdown", options.markdown):
+            from zero_sft.estimate.result import document
+
+            Path(options.markdown).write_text(document(results, options, _as_words(options)), encoding="utf-8")
     if options.plot:
-        _plot(options, results)
+        with _explained("plot", options.plot):
+            _plot(results[0], Path(options.plot))
     if options.json:
         sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     else:
         sys.stdout.writelines("\n".join(result.lines()) + "\n\n" for result in results)
 
 
-def _estimate(options: Any) -> "list[Result]":
+def _check_outputs(options: Any, estimates: int) -> None:
+    """Check what the results will be written to, before the minutes that many estimates may take.
+
+    Raises:
+        ArgumentError: a plot of several estimates, or a file whose folder does not exist or may not be written to.
+    """
+    if options.plot and estimates != 1:
+        raise ArgumentError(
+            f"--plot draws one estimate, but there are {estimates}: give one model and one --world_size.",
+            code="estimate.plot_of_several",
+        )
+    for option in ("markdown", "plot"):
+        if path := getattr(options, option):
+            with _explained(option, path), tempfile.TemporaryFile(dir=Path(path).parent):
+                pass
+
+
+@contextlib.contextmanager
+def _explained(option: str, path: str) -> Iterator[None]:
+    """Turn an OSError into an ArgumentError that names the option."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(
+            f"--{option} {path} can't be written: {error.strerror or error}", code="estimate.output_unwritable"
+        ) from error
+
+
+def _estimate(models: Sequence[str], options: Any) -> "list[Result]":
     warnings.filterwarnings("ignore")
     # Hide DeepSpeed's warning that there is no accelerator.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from zero_sft.estimate.result import estimate  # imports torch and DeepSpeed, which --help doesn't need
 
-    names = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
-    return [result for name in names for result in estimate(name, options)]
-
-
-def _write(options: Any, results: "Sequence[Result]") -> None:
-    from zero_sft.estimate.result import document
-
-    path = Path(options.markdown)
-    try:
-        path.write_text(document(results, options, _as_words(options)), encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(
-            f"--markdown {path} can't be written: {error.strerror or error}", code="estimate.markdown_unwritable"
-        ) from error
+    return [result for model in models for result in estimate(model, options)]
 
 
 def _as_words(options: Any) -> str:
@@ -116,14 +139,8 @@ def _as_words(options: Any) -> str:
     return " ".join(words)
 
 
-def _plot(options: Any, results: "Sequence[Result]") -> None:
+def _plot(result: "Result", path: Path) -> None:
     from zero_sft.estimate.plot import draw
 
-    if len(results) != 1:
-        raise ArgumentError(
-            f"--plot draws one estimate, but there are {len(results)}: give one model and one --world_size.",
-            code="estimate.plot_of_several",
-        )
-    (result,) = results
     title = f"{result.model.name} on {result.run.world_size:,} GPUs"
-    draw(title, result.loads, result.device, result.run.device_bytes, Path(options.plot))
+    draw(title, result.loads, result.device, result.run.device_bytes, path)
