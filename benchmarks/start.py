@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks.ways import DS_CONFIG, OURS
 
 _TIMEOUT_S = 300
+_ATTEMPTS = 3
 _STEP_TOKENS = 8  # few, so that the step costs what its start costs
 _LIBRARIES = "import deepspeed, torch, transformers.models.llama.modeling_llama"  # brought into the page cache beforehand
 
@@ -30,9 +32,20 @@ def run(way: str, folder: Path, ranks: int) -> Seconds:
     """Load a model with the loader `way` in `ranks` new processes.
 
     Raises:
-        RuntimeError: a rank failed.
+        RuntimeError: a rank failed, in each of `_ATTEMPTS`; the message ends with what the first one printed.
     """
-    subprocess.run([sys.executable, "-c", _LIBRARIES], check=True, capture_output=True, timeout=_TIMEOUT_S)
+    for _ in range(_ATTEMPTS):
+        subprocess.run([sys.executable, "-c", _LIBRARIES], check=True, capture_output=True, timeout=_TIMEOUT_S)
+        with tempfile.TemporaryDirectory() as logs:
+            seconds, message = _start(way, folder, ranks, Path(logs))
+        if seconds:
+            return seconds
+        sys.stderr.write(f"{message}\n")
+    raise RuntimeError(message)
+
+
+def _start(way: str, folder: Path, ranks: int, logs: Path) -> tuple[Seconds | None, str]:
+    """Start the ranks, wait for them, and return their seconds, or None and the reason."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,16 +58,24 @@ def run(way: str, folder: Path, ranks: int) -> Seconds:
     for rank in range(ranks):
         rank_variables = variables | {"RANK": rank, "LOCAL_RANK": rank}
         environment = os.environ | {key: str(value) for key, value in rank_variables.items()}
-        process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        with (logs / f"{rank}").open("w") as log:
+            process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log)
         processes.append(process)
     times = []
-    for process in processes:
-        output, _ = process.communicate(timeout=_TIMEOUT_S)
+    for rank, process in enumerate(processes):
+        try:
+            output, _ = process.communicate(timeout=_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            output = ""
         marks = [line.split() for line in output.splitlines() if line.startswith("at ")]
         if process.returncode or len(marks) != len(Seconds._fields):
-            raise RuntimeError(f"a rank of {way} failed")
+            for other in processes:
+                other.kill()
+                other.wait()
+            printed = "\n".join((logs / f"{rank}").read_text(errors="replace").splitlines()[-12:])
+            return None, f"rank {rank} of {way} failed with status {process.returncode}:\n{printed}"
         times.append([float(second) - started for _, second in marks])
-    return Seconds(*map(max, zip(*times, strict=True)))
+    return Seconds(*map(max, zip(*times, strict=True))), ""
 
 
 def main() -> None:

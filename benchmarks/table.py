@@ -20,6 +20,10 @@ def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
         "- The bare read reads the same bytes with `preadv` into fresh memory and does nothing else. It has variants with "
         "plain, huge and populated pages and with one and two threads. The fastest two take part in the rounds, and the table "
         "shows the faster.",
+        "- torch_dcp is PyTorch's reader of such files, into FSDP2 shards. safetensors_slices copies this rank's rows with "
+        "`get_slice`. fastsafetensors reads files on some ranks, and scatters the rows. With runai_streamer every rank reads "
+        "all files. runai_ranges is its best case: it reads the byte ranges of this rank's rows, found by this project. Only "
+        "zero_sft and transformers make ZeRO-3 parameters.",
         "- Free memory is touched before each run, so that no loader pays for memory that a hypervisor has taken back.",
         "- Memory is the growth of a rank over the bare interpreter: private and shared memory, and mapped files.",
         "- Spread is how much earlier the fastest rank was ready than the slowest.",
@@ -119,6 +123,8 @@ def draw(cases: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(runs)), list(runs), fontsize="small")
         axes.invert_yaxis()
         axes.set_xscale("log")
+        axes.set_xlim(right=axes.get_xlim()[1] * 1.3)  # space for the longest bar's label
+        axes.xaxis.set_major_formatter("{x:g} s")
         axes.set_title(case["title"], fontsize="medium")
     figure.tight_layout()
     figure.savefig(path)
