@@ -32,20 +32,25 @@ def run(way: str, folder: Path, ranks: int) -> Seconds:
     """Load a model with the loader `way` in `ranks` new processes.
 
     Raises:
-        RuntimeError: a rank failed, in each of `_ATTEMPTS`; the message ends with what the first one printed.
+        RuntimeError: a rank failed in each of `_ATTEMPTS`; the message ends with what it printed last.
     """
-    for _ in range(_ATTEMPTS):
-        subprocess.run([sys.executable, "-c", _LIBRARIES], check=True, capture_output=True, timeout=_TIMEOUT_S)
-        with tempfile.TemporaryDirectory() as logs:
-            seconds, message = _start(way, folder, ranks, Path(logs))
-        if seconds:
-            return seconds
-        sys.stderr.write(f"{message}\n")
-    raise RuntimeError(message)
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _start(way, folder, ranks)
+        except RuntimeError as error:
+            sys.stderr.write(f"{error}\n")
+    return _start(way, folder, ranks)
 
 
-def _start(way: str, folder: Path, ranks: int, logs: Path) -> tuple[Seconds | None, str]:
-    """Start the ranks, wait for them, and return their seconds, or None and the reason."""
+def _start(way: str, folder: Path, ranks: int) -> Seconds:
+    """Start the ranks, wait for them, and return their seconds; raise RuntimeError if one fails."""
+    subprocess.run([sys.executable, "-c", _LIBRARIES], check=True, capture_output=True, timeout=_TIMEOUT_S)
+    with tempfile.TemporaryDirectory() as logs:
+        return _run_ranks(way, folder, ranks, Path(logs))
+
+
+def _run_ranks(way: str, folder: Path, ranks: int, logs: Path) -> Seconds:
+    """Run the ranks; each prints its errors to a file in `logs`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,13 +74,14 @@ def _start(way: str, folder: Path, ranks: int, logs: Path) -> tuple[Seconds | No
             output = ""
         marks = [line.split() for line in output.splitlines() if line.startswith("at ")]
         if process.returncode or len(marks) != len(Seconds._fields):
+            failed = next((number for number, other in enumerate(processes) if other.poll()), rank)  # not one that waits for it
             for other in processes:
                 other.kill()
                 other.wait()
-            printed = "\n".join((logs / f"{rank}").read_text(errors="replace").splitlines()[-12:])
-            return None, f"rank {rank} of {way} failed with status {process.returncode}:\n{printed}"
+            printed = "\n".join((logs / f"{failed}").read_text(errors="replace").splitlines()[-12:])
+            raise RuntimeError(f"rank {failed} of {way} failed with status {processes[failed].returncode}:\n{printed}")
         times.append([float(second) - started for _, second in marks])
-    return Seconds(*map(max, zip(*times, strict=True))), ""
+    return Seconds(*map(max, zip(*times, strict=True)))
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ def test_text_json_markdown_and_picture(tmp_path, capsys):
         ([*SMALL, "8", "--dtype", "float17"], "arguments.wrong_value", "'float17'"),
         ([*SMALL, "8", "16", "--plot", "x.png"], "estimate.plot_of_several", "--plot"),
         ([*SMALL, "8", "--markdown", "/nowhere/x.md"], "estimate.output_unwritable", "/nowhere/x.md"),
+        ([*SMALL, "8", "--markdown", "/"], "estimate.output_unwritable", "/"),
         ([*SMALL, "8", "--plot", "/nowhere/x.png"], "estimate.output_unwritable", "/nowhere/x.png"),
     ],
 )

@@ -50,7 +50,7 @@ def test_one_wrong_bit_on_one_rank_is_found(folder, faulty):
         memory[name].view(torch.uint8)[0] ^= 1
         return done
 
-    with raises("checkpoint.verification_failed", f"(first on rank {faulty})"):
+    with raises("checkpoint.verification_failed", f"1 in all, first on rank {faulty}"):
         if World.detect().rank == faulty:
             with mock.patch.object(reader, "fill", fill):
                 load(folder, verify=True)

@@ -96,7 +96,7 @@ def _check_outputs(options: Any, estimates: int) -> None:
     """Check what the results will be written to, before the minutes that many estimates may take.
 
     Raises:
-        ArgumentError: a plot of several estimates, or a file whose folder does not exist or may not be written to.
+        ArgumentError: a plot of several estimates, or a file that can't be written.
     """
     if options.plot and estimates != 1:
         raise ArgumentError(
@@ -104,9 +104,13 @@ def _check_outputs(options: Any, estimates: int) -> None:
             code="estimate.plot_of_several",
         )
     for option in ("markdown", "plot"):
-        if path := getattr(options, option):
-            with _explained(option, path), tempfile.TemporaryFile(dir=Path(path).parent):
-                pass
+        if name := getattr(options, option):
+            path = Path(name)
+            with _explained(option, name):
+                if path.is_file() or path.is_dir():
+                    path.open("a").close()
+                elif not path.exists():  # else a device, such as /dev/stdout
+                    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 @contextlib.contextmanager

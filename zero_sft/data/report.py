@@ -152,7 +152,7 @@ def _unread_line(unread_keys: Mapping[str, int]) -> str:
     Worked example: {"id": 3, "note": 1} → "keys that are not read: id (3 samples), note (1 sample)".
     """
     shown = [f"{excerpt(key)} ({with_count(count, 'sample')})" for key, count in Counter(unread_keys).most_common()]
-    return "keys that are not read: " + ", ".join(shown[:MOST_KEYS_SHOWN]) + ", ..." * (len(shown) > MOST_KEYS_SHOWN)
+    return f"keys that are not read: {first_of(shown, MOST_KEYS_SHOWN)}"
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

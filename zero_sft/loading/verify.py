@@ -56,7 +56,7 @@ def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
         rank = next(rank for rank, rank_names in enumerate(different_by_rank) if rank_names)
         wrong = sorted(set().union(*different_by_rank))
         raise CheckpointError(
-            f"the loaded weights differ from the files: {first_of(wrong, 5)} (first on rank {rank}). "
+            f"the loaded weights differ from the files: {first_of(wrong, 5)} ({len(wrong)} in all, first on rank {rank}). "
             "The files changed while they were read, or storage or memory is faulty. Load again, and compare file checksums.",
             code="checkpoint.verification_failed",
         )

@@ -36,7 +36,7 @@ from zero_sft.data.samples.key_meanings import is_empty
 from zero_sft.data.samples.keys import check_keys, contains_texts
 from zero_sft.data.samples.turns import parse_turns, require_unicode
 from zero_sft.errors import DataError
-from zero_sft.printable import excerpt
+from zero_sft.printable import excerpt, first_of
 
 DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"]
 """The values of `--data_format`, the keys of `SAMPLE_FORMATS`."""
@@ -97,7 +97,7 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         parsed = sample_format.parse(sample, where)
         unread_keys = check(texts=_texts_of(parsed.sample))
         return name, replace(parsed, unread_keys=(*parsed.unread_keys, *unread_keys)) if unread_keys else parsed
-    keys = ", ".join([f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()][:8]) or "none"
+    keys = first_of((f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()), 8) or "none"
     expected = f"expected {EXPECTED}"
     if data_format:
         expected = f"--data_format {data_format}: expected {SAMPLE_FORMATS[data_format].example}"
