@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,15 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from zero_sft.checkpoint.folder_kind import adapter_warning, describe_folder, describe_placeholder
-from zero_sft.cluster.stages import require_identical, run_stage
+from zero_sft.checkpoint.folder_kind import adapter_warning, describe_broken_link, describe_folder, describe_placeholder
+from zero_sft.cluster.stages import collective_stage, dotted, require_identical, run_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
 from zero_sft.hub.options import HubOptions
-from zero_sft.hub.source import CONFIG, ModelSource, fetch_files, locate_model
+from zero_sft.hub.source import CONFIG, ModelSource, agree_on_source, fetch_files, local_folder, require_name
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import text_config, with_context
+from zero_sft.storage.default_device import cpu_by_default
 from zero_sft.transformers_internals import NAME_KEY
 from zero_sft.zero.process_group import connect
 
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @takes_options(HubOptions)
+@cpu_by_default()
 def prepare_config(
     model_name_or_path: str, *, model_max_length: int | None = None, rope_parameters: dict | None = None, **options: Any
 ) -> PreTrainedConfig:
@@ -42,9 +43,14 @@ def prepare_config(
         CheckpointError: the folder does not exist, or the hub can't provide the model.
         DistributedError: the ranks have different configs; the message names the keys and the ranks.
     """
-    (hub,) = read_keywords(options, HubOptions, function=prepare_config)
     world = connect(World.detect())
-    source = locate_model(model_name_or_path, hub, world)
+    with collective_stage(world, f"looking for {model_name_or_path}") as exchange:
+        (hub,) = read_keywords(options, HubOptions, function=prepare_config)
+        name = require_name(model_name_or_path)
+        folder = local_folder(name, hub)
+        exchange.local = folder is not None
+        exchange.must_match = ("arguments of prepare_config", hub.to_match())
+    source = agree_on_source(name, hub, folder, exchange.gathered, world)
     return prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
 
 
@@ -63,7 +69,7 @@ def prepare_config_from(
 
     stage = f"reading the config of {name}"
     loaded, config = run_stage(world, stage, read, main_first=options.trust_remote_code)
-    require_identical(world, "model config", _settings(config.to_dict()) | {"class": type(config).__name__})
+    require_identical(world, "model config", config_settings(config))
     if world.is_main and adapter_warning(folder):
         logger.warning(adapter_warning(folder))
     texts = (text_config(loaded), text_config(config))
@@ -142,6 +148,8 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if link := describe_broken_link(path):
+        raise ConfigError(link, code="config.missing")
     if not path.is_file():
         kind = describe_folder(path.parent) if path.parent.is_dir() else ""
         remedy = f"\n{kind}" if kind else " Name the folder that holds it next to the weights."
@@ -161,12 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten the settings to dotted names, without the path, which may differ between nodes."""
-    settings: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            settings |= _settings(value, f"{prefix}{key}.")
-        elif key != NAME_KEY:
-            settings[f"{prefix}{key}"] = value
-    return settings
+def config_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return a config's settings by dotted name, without its path, which may differ between nodes. Any rank."""
+    settings = dotted(config.to_dict()).items()
+    return {key: value for key, value in settings if key.rpartition(".")[2] != NAME_KEY} | {"class": type(config).__name__}

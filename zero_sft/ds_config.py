@@ -14,10 +14,17 @@ from typing import Any
 import pydantic
 
 from zero_sft.errors import ConfigError
+from zero_sft.json_text import JsonError, parse_json
 from zero_sft.packaged_file import packaged_file
 
 _BATCH_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+
+_REPORTS = frozenset({
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "tensorboard", "wandb", "csv_monitor", "comet",
+    "flops_profiler", "comms_logger",
+})  # fmt: skip
+"""Sections and keys that decide what a rank logs, but not how it trains."""
 
 ADAMW_OPTIMS = frozenset({"adamw_torch", "adamw_torch_fused"})
 """Values of --optim that DeepSpeed's CPU Adam implements."""
@@ -72,7 +79,8 @@ def _plain_precision(config: dict[str, Any], where: str) -> dict[str, Any]:
             plain = None
         if plain is None or not isinstance(value, dict):
             raise ConfigError(
-                f'{where}: {section} is {json.dumps(value)}. Write it as {{"enabled": true}}, false or "auto".',
+                f"{where}: {section} is {json.dumps(value)}. Write it as an object, "
+                f'"{section}": {{"enabled": true}}; "enabled" may also be false or "auto".',
                 code="ds_config.bad_precision_section",
             )
         config[section] = {**value, "enabled": plain}
@@ -100,11 +108,16 @@ def _path_of(source: str) -> Path:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror or error}.", code="ds_config.unreadable") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.", code="ds_config.not_json") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8. Save it as UTF-8.", code="ds_config.not_json") from error
+    except JsonError as error:
+        raise ConfigError(
+            f"{path} can't be used as JSON: {error.place_and_reason}. Expected one object; see docs/configs.md.",
+            code="ds_config.not_json",
+        ) from error
 
 
 def engine_dtype(config: Mapping[str, Any], requested: str) -> str:
@@ -167,12 +180,21 @@ def hpz_size(config: Mapping[str, Any], node_group_size: int, world_size: int) -
     return {"zero_hpz_partition_size": size}
 
 
+def settings_to_match(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config that must be equal on all ranks: no paths, and no reports, which one rank may write. Pure."""
+    return {
+        key: settings_to_match(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _REPORTS and not str(key).endswith("_path")
+    }
+
+
 def require_nvme(config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` unless this machine can write every NVMe folder that the config names."""
     for section in ("offload_param", "offload_optimizer"):
-        offload = config["zero_optimization"].get(section) or {}
-        if offload.get("device") != "nvme":
-            continue
+        offload = config["zero_optimization"].get(section)
+        if not isinstance(offload, Mapping) or offload.get("device") != "nvme":
+            continue  # DeepSpeed's parser refuses what is not a section
         path = offload.get("nvme_path")
         if not path or not Path(path).is_dir() or not os.access(path, os.W_OK | os.X_OK):
             raise ConfigError(

@@ -109,5 +109,9 @@ class DistributedError(ZeroSftError):
     """Ranks that disagree, or a rank that failed with an error other than a `ZeroSftError`."""
 
 
+class EndedEarlyError(DistributedError):
+    """A run that was asked to end before its last step, and can go on from a checkpoint."""
+
+
 class RankLostError(DistributedError):
     """A rank that has ended, or does not reach the point where the others wait for it."""

@@ -140,7 +140,7 @@ def context_tokens(rope: Mapping[str, Any], position_count: int) -> int:
     return position_count
 
 
-def readable_tokens(text: PreTrainedConfig) -> int | None:
+def max_context_tokens(text: PreTrainedConfig) -> int | None:
     """Return the longest sequence that a language model can read, in tokens; None if its config sets no limit."""
     kind, count = positions(text), _count(text)
     if count is None or kind == "unbounded":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
+from zero_sft.cluster import early_end
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
@@ -90,7 +91,8 @@ def run(parsed: ParsedArguments, world: World) -> None:
     failure.set_activity("loading the model")
     model = _load(parsed, inputs, world)
     timeline.end("load")
-    _train_and_export(parsed, model, inputs, world, timeline)
+    with early_end.deferring():  # the first signal ends the training at a step, and lets an export finish
+        _train_and_export(parsed, model, inputs, world, timeline)
 
 
 def _device() -> str:
@@ -103,28 +105,40 @@ def _device() -> str:
 
 
 def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
-    """Load the model under the DeepSpeed config that the Trainer has completed. Every rank; communicates."""
+    """Load the model under the DeepSpeed config that `TrainingArguments` has completed. Every rank; communicates."""
     from transformers import set_seed
 
+    from zero_sft.checkpoint.manifest import read_manifest
+    from zero_sft.hub.options import HubOptions
+    from zero_sft.hub.source import locate_model
     from zero_sft.loading.api import load_model_from
     from zero_sft.loading.options import LoadOptions
     from zero_sft.options.keywords import pick_options
+    from zero_sft.saving.checkpoint_reader import restore_own_weights
+    from zero_sft.saving.export import weights_to_save
 
-    set_seed(inputs.arguments.seed)
+    set_seed(inputs.arguments.seed)  # the load takes the seed for missing weights from torch's generator
     logger.info("loading the model")
+    source = inputs.model_source
+    checkpoint = inputs.checkpoint
+    if checkpoint is not None and checkpoint.sharded and not checkpoint.on_each_node:
+        options = HubOptions(trust_remote_code=source.options.trust_remote_code)
+        source = locate_model(str(checkpoint.folder), options, world)
     model = load_model_from(
-        inputs.source,
+        source,
         world,
         ds_config=inputs.arguments.hf_deepspeed_config.config,
         config=inputs.model_spec.config,
         options=pick_options(LoadOptions, parsed.model),
     )
-    model.generation_config = inputs.generation_config
+    if checkpoint is not None and checkpoint.on_each_node:
+        restore_own_weights(weights_to_save(model), checkpoint.folder, read_manifest(checkpoint.folder), world)
+    model.generation_config = inputs.generation_config  # the loader's, and it also stops at the template's ends of turn
     return model
 
 
 def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
-    from transformers.trainer_utils import set_seed
+    from transformers import set_seed
 
     from zero_sft.saving.export import export_or_rescue
     from zero_sft.zero import gather_hooks as gather
@@ -136,11 +150,14 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
         with gather.summon_full_params(model):
             before = _answers(model, inputs)
         timeline.end("answers before")
-    set_seed(inputs.arguments.seed)
+    set_seed(inputs.arguments.seed)  # again, since the load has drawn random numbers
     trainer = _trainer(model, inputs, world, timeline)
-    _begin(output, inputs, world)
+    _remove_earlier_checkpoints(output, inputs, world)
+    origin = f" from the checkpoint {inputs.checkpoint.folder}, whose files are intact" if inputs.checkpoint else ""
+    logger.info("starting the engine%s", origin)
     failure.set_activity(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
     late_error = trainer.train_to_the_end(inputs.checkpoint and inputs.checkpoint.folder)
+    trainer.require_last_step()
     logger.info("writing the model to %s", output)
     failure.set_activity("writing the model")
     export_or_rescue(trainer.export, output, world)  # before anything else that may fail
@@ -154,21 +171,22 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
         "timeline": timeline.seconds,
         "answers": [dict(zip(("prompt", "before", "after"), answer, strict=True)) for answer in answers],
     }
-    _finish(logs, trainer, late_error, inputs, world)
+    _write_logs_and_raise(logs, trainer, late_error, inputs, world)
+    _upload(trainer, inputs, world)
     trainer.model_wrapped.destroy()  # end DeepSpeed's threads before the interpreter exits
 
 
-def _begin(output: Path, inputs: "Inputs", world: World) -> None:
-    """Remove the checkpoints of a run that is overwritten, and log what the engine starts from. Every rank; communicates."""
+def _remove_earlier_checkpoints(output: Path, inputs: "Inputs", world: World) -> None:
+    """Remove unfinished checkpoints, and those of an earlier run that is overwritten. Every rank; communicates."""
     from zero_sft.cluster.stages import collective_stage
+    from zero_sft.saving.earlier_run import remove_checkpoints, remove_leftovers
     from zero_sft.saving.folder import explain_write_errors
-    from zero_sft.saving.former_run import remove_checkpoints
 
-    with collective_stage(world, "removing the previous run's checkpoints"), explain_write_errors(output):
-        if world.is_main and inputs.overwrites_run:
-            remove_checkpoints(output)
-    origin = f" from the checkpoint {inputs.checkpoint.folder}, which is complete" if inputs.checkpoint else ""
-    logger.info("starting the engine%s", origin)
+    with collective_stage(world, "removing the earlier run's checkpoints"), explain_write_errors(output):
+        if world.leads_folder(on_each_node=inputs.arguments.save_on_each_node):
+            remove_leftovers(output)
+            if inputs.overwrites_run:
+                remove_checkpoints(output)
 
 
 def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> Any:
@@ -190,8 +208,8 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
-    rows = "packed rows" if inputs.training_data.is_packed else "samples"
-    log = StepLog(lambda: trainer.tokens, rows, timeline)
+    row_name = "packed rows" if inputs.training_data.is_packed else "samples"
+    log = StepLog(lambda: trainer.tokens, row_name, timeline)
     trainer.add_callback(log)
     log.wait_for_engine()
     return trainer
@@ -221,14 +239,16 @@ def _answers_of_engine(trainer: Any, inputs: "Inputs") -> list[str]:
         return _answers(model, inputs)
 
 
-def _finish(logs: Mapping[str, Any], trainer: Any, late_error: Exception | None, inputs: "Inputs", world: World) -> None:
+def _write_logs_and_raise(
+    logs: Mapping[str, Any], trainer: Any, late_error: Exception | None, inputs: "Inputs", world: World
+) -> None:
     """Write the logs, then raise an error that came after the last step. Every rank; communicates."""
     from zero_sft.cluster.stages import collective_stage
 
     with collective_stage(world, "writing the logs"):
         if world.is_main:
-            _write_logs(inputs, logs)
-            _log_results(inputs, logs, trainer.state.best_model_checkpoint)
+            curve = _write_log_files(inputs, logs)
+            _log_results(inputs, logs, curve, trainer.state.best_model_checkpoint)
     with collective_stage(world, "ending the training"):
         if late_error is not None:
             raise DistributedError(
@@ -238,25 +258,70 @@ def _finish(logs: Mapping[str, Any], trainer: Any, late_error: Exception | None,
             ) from late_error
 
 
-def _write_logs(inputs: "Inputs", logs: Mapping[str, Any]) -> None:
-    """Write each of `logs` to a JSON file, and the loss curve; log a warning if that fails. Rank 0."""
+def _upload(trainer: Any, inputs: "Inputs", world: World) -> None:
+    """Upload the model with its card to the hub, if that was asked for. Every rank; communicates.
+
+    Raises:
+        ExportError: the hub can't be reached, or refuses.
+    """
+    from zero_sft.cluster.control_group import LONG_WAIT
+    from zero_sft.cluster.stages import collective_stage
+    from zero_sft.errors import ExportError
+    from zero_sft.hub.upload import upload
+    from zero_sft.saving.folder import explain_write_errors
+    from zero_sft.saving.model_card import add_card, files_of_model
+
+    if inputs.repository is None:
+        return
+    folder, name = inputs.log_folder.parent, inputs.repository.rpartition("/")[2]
+    logger.info("uploading the model to %s", inputs.repository)
+    failure.set_activity("uploading the model")
+    with collective_stage(world, "uploading the model", LONG_WAIT):
+        if world.is_main:
+            curve = inputs.log_folder / "loss.png"
+            with explain_write_errors(folder):
+                add_card(folder, name, inputs.record, trainer.state.log_history, world.world_size, curve)
+            try:
+                logger.info("uploaded: %s", upload(folder, inputs.repository, f"Train {name}", files_of_model(folder)))
+            except ExportError as error:
+                raise ExportError(
+                    f"{error} The model is complete in {folder}: `hf upload {inputs.repository} {folder}` uploads it.",
+                    code=error.code,
+                ) from error
+
+
+def _write_log_files(inputs: "Inputs", logs: Mapping[str, Any]) -> str:
+    """Write each of `logs` to a JSON file, and the loss curve; log a warning if that fails. Rank 0.
+
+    Returns:
+        The path of the loss curve, or the reason why there is none.
+    """
     from zero_sft.job.loss_plot import plot_loss
 
     folder = inputs.log_folder
-    title = f"Loss of {Path(inputs.source.name).name}, {folder.parent}"
+    curve = folder / "loss.png"
+    title = f"Loss of {Path(inputs.model_source.name).name}, {folder.parent}"
     try:
         folder.mkdir(exist_ok=True)
+        curve.unlink(missing_ok=True)  # from an earlier run
         for name, content in logs.items():
             path = folder / f"{name}.json"
-            path.unlink(missing_ok=True)  # from a previous run
+            path.unlink(missing_ok=True)
             if content:
                 path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
-        plot_loss(logs["history"], folder / "loss.png", title)
+        is_drawn = plot_loss(logs["history"], curve, title)
     except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
         logger.warning("the logs can't be written to %s: %s. The model is complete.", folder, error)
+        return "none: it could not be written"
+    return str(curve) if is_drawn else "none: no loss was logged (see --logging_steps)"
 
 
-def _log_results(inputs: "Inputs", logs: Mapping[str, Any], best_checkpoint: str | None) -> None:
+def _log_results(inputs: "Inputs", logs: Mapping[str, Any], curve: str, best_checkpoint: str | None) -> None:
+    """Log the answers, the losses and the places of the results. Rank 0.
+
+    Args:
+        curve: the result of `_write_log_files`.
+    """
     for answer in logs["answers"]:
         logger.info("prompt: %s\nbefore: %s\nafter:  %s", answer["prompt"], answer["before"], answer["after"])
     losses = [(entry["step"], entry["eval_loss"]) for entry in logs["history"] if "eval_loss" in entry]
@@ -268,9 +333,8 @@ def _log_results(inputs: "Inputs", logs: Mapping[str, Any], best_checkpoint: str
     if best_checkpoint and inputs.arguments.load_best_model_at_end:
         best = Path(best_checkpoint).name
         logger.info("the exported model is that of %s, the best of the run (--load_best_model_at_end)", best)
-    curve = inputs.log_folder / "loss.png"
-    curve_line = curve if curve.exists() else "none: no loss was logged (see --logging_steps)"
-    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", curve.parents[1], curve_line, curve.parent)
+    logs_folder = inputs.log_folder
+    logger.info("model:      %s\nloss curve: %s\nlogs:       %s", logs_folder.parent, curve, logs_folder)
 
 
 def _shown(parsed: ParsedArguments) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments.ds_conflicts import (
-    complete_config,
-    conflict_error,
+    contradiction_error,
     count_steps,
-    find_conflicts,
-    find_schedule_conflicts,
+    find_contradictions,
+    find_schedule_contradictions,
+    find_unfilled_auto,
+    with_auto_for_absent_keys,
 )
 from zero_sft.errors import ArgumentError, ConfigError
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from zero_sft.arguments.training import TrainingArguments
 
 logger = logging.getLogger("zero_sft.train")
+
+UPLOAD = frozenset({"push_to_hub", "hub_model_id", "hub_private_repo"})
+"""Arguments that this job reads itself: the Trainer would make its own repository, and upload while it trains."""
 
 
 def build_training_arguments(
@@ -31,7 +35,8 @@ def build_training_arguments(
 
     The process group must be initialized. On a machine without an accelerator, this sets `use_cpu`, with which bf16 works, and
     drops `tf32`, which only GPUs support, with a line in the log. In the DeepSpeed config of the result
-    (`arguments.hf_deepspeed_config`), keys that `ds_config` leaves open are "auto".
+    (`arguments.hf_deepspeed_config`), absent keys and "auto" are filled from the arguments. "auto" remains only where the
+    model's width or the number of steps decides.
 
     Args:
         given: the names of the arguments that the user gave.
@@ -45,14 +50,19 @@ def build_training_arguments(
     from zero_sft.arguments.dry_run import dry_run  # imports torch, which --help doesn't need
     from zero_sft.arguments.training import TrainingArguments
     from zero_sft.ds_config import without_auto
-    from zero_sft.zero.ds_schema import scheduler_settings, schema_problems
+    from zero_sft.zero.ds_classes import scheduler_settings
+    from zero_sft.zero.ds_schema import schema_problems
 
     accelerator: Any = get_accelerator()
-    fitted = fit_to_device(values, accelerator.device_name().partition(":")[0])
+    fitted = adapt_to_device(
+        {name: value for name, value in values.items() if name not in UPLOAD}, accelerator.device_name().partition(":")[0]
+    )
     where = ds_config_name(values)
     optim = str(fitted.get("optim", "adamw_torch"))
-    config, notes = complete_config(ds_config, optim, scheduler_settings(ds_config.get("scheduler")))
-    problems = [*schema_problems(without_auto(config)), *_unsupported_precision(config, accelerator)]
+    schedule = scheduler_settings(ds_config.get("scheduler"))
+    config, notes = with_auto_for_absent_keys(ds_config, optim, schedule)
+    problems = [*schema_problems(without_auto(config)), *find_unfilled_auto(config, schedule)]
+    problems += _unsupported_precision(config, accelerator)
     if problems:
         heading, remedy = f"the DeepSpeed config {where} can't be used:", "See docs/configs.md for the shipped configs."
         raise ConfigError.listing(problems, heading, remedy=remedy, code="ds_config.unusable")
@@ -60,11 +70,11 @@ def build_training_arguments(
         arguments = TrainingArguments(**{**fitted, "deepspeed": config})
     except (ValueError, TypeError, NotImplementedError, OSError, KeyError, AttributeError) as error:
         raise ArgumentError(f"the Trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
-    problems = find_conflicts(config, arguments, given)
+    problems = find_contradictions(config, arguments, given)
     if arguments.max_steps > 0:
-        problems += find_schedule_conflicts(config, arguments, arguments.max_steps, given)
+        problems += find_schedule_contradictions(config, arguments, arguments.max_steps, given)
     if problems:
-        raise conflict_error(problems, where)
+        raise contradiction_error(problems, where)
 
     dry_run(arguments)
     for note in notes:
@@ -75,9 +85,9 @@ def build_training_arguments(
 def require_matching_schedule(arguments: "TrainingArguments", where: str, rows: int, world_size: int, given: Set[str]) -> None:
     """Raise `ConfigError` if the `scheduler` of the DeepSpeed config contradicts the number of steps on `rows` rows."""
     steps = count_steps(rows, arguments, world_size)
-    problems = find_schedule_conflicts(arguments.hf_deepspeed_config.config, arguments, steps, given)
+    problems = find_schedule_contradictions(arguments.hf_deepspeed_config.config, arguments, steps, given)
     if problems:
-        raise conflict_error(problems, where)
+        raise contradiction_error(problems, where)
 
 
 def ds_config_name(values: Mapping[str, Any]) -> str:
@@ -96,8 +106,8 @@ def _unsupported_precision(config: Mapping[str, Any], accelerator: Any) -> Itera
             )
 
 
-def fit_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Adapt the values to `device`: "cpu", or the name of an accelerator such as "cuda". Pure, except for the log.
+def adapt_to_device(values: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Return the values adapted to `device`: "cpu", or the name of an accelerator such as "cuda". Logs what is put aside.
 
     Raises:
         ArgumentError: a value can't be used on this device.

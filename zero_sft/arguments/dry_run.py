@@ -1,4 +1,4 @@
-"""Check early that the Trainer can build the optimizer, the schedule and the report callbacks.
+"""Rehearse what the Trainer builds from its arguments: the optimizer, the schedule and the report callbacks.
 
 The Trainer builds them after loading the model, and fails then if a package is not installed, a setting is missing, or a number
 is out of range. This module builds them once for a single parameter and discards them, so that errors appear before anything is
@@ -7,6 +7,7 @@ read. transformers' own code decides what is valid.
 Not checked here: whether an optimizer can train under ZeRO-3 (`REFUSED_OPTIMIZERS` lists those that can't).
 """
 
+import copy
 import importlib.util
 import inspect
 import math
@@ -33,7 +34,7 @@ def dry_run(arguments: Any) -> None:
     """Raise one `ArgumentError` that lists what the Trainer's arguments can't build. Every rank; does not communicate."""
     checks = (
         _report_problems, _liger_problems, _accelerator_problems, _checkpointing_problems, _optimizer_problems,
-        _loader_problems, _metric_problems, _number_problems,
+        _optim_args_problems, _loader_problems, _metric_problems, _number_problems,
     )  # fmt: skip
     problems = [problem for check in checks for problem in check(arguments)]
     if problems:
@@ -65,7 +66,10 @@ def _accelerator_problems(arguments: Any) -> Iterator[ArgumentError]:
 
 
 def _checkpointing_problems(arguments: Any) -> Iterator[ArgumentError]:
-    """Check the keys, which would raise a TypeError in the first step if unknown, and the flags, where text counts as true."""
+    """Check the keys and the flags.
+
+    An unknown key would raise a TypeError in the first step. Any text as a flag, even "false", would count as true.
+    """
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(checkpoint).parameters.items()
@@ -120,6 +124,43 @@ def _optimizer_problems(arguments: Any) -> Iterator[ArgumentError]:
         yield _unusable(f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {settings}", error)
 
 
+def _optim_args_problems(arguments: Any) -> Iterator[ArgumentError]:
+    """Find keys of --optim_args that the optimizer does not read, which transformers ignores silently.
+
+    A key is read if it makes a difference: a value that can't be right is passed on, or raises an error.
+    """
+    pairs = [pair.split("=", 1) for pair in (arguments.optim_args or "").replace(" ", "").split(",") if "=" in pair]
+    optim = arguments.optim.value
+    if pairs and "optimizer" in arguments.hf_deepspeed_config.config:
+        yield ArgumentError(
+            f"--optim_args {arguments.optim_args} does nothing with the section `optimizer` of the DeepSpeed config: write the "
+            "settings there, or leave it out",
+            code="arguments.no_effect",
+        )
+        return
+    for key, _ in pairs:
+        others = [f"{name}={value}" for name, value in pairs if name != key]
+        without = _optimizer_settings(arguments, others)
+        if without is not None and without == _optimizer_settings(arguments, [*others, f"{key}=?"]):
+            yield ArgumentError(
+                f"--optim_args {arguments.optim_args}: {key} does nothing with --optim {optim}, which does not read it: leave "
+                "it out",
+                code="arguments.no_effect",
+            )
+
+
+def _optimizer_settings(arguments: Any, pairs: list[str]) -> Any:
+    """Return the optimizer class and settings that the Trainer makes of these --optim_args; None if it raises an error."""
+    from transformers import Trainer
+
+    changed = copy.copy(arguments)
+    changed.optim_args = ",".join(pairs)
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(changed)
+    except Exception:  # noqa: BLE001 - each optimizer raises different types; _optimizer_problems reports them
+        return None
+
+
 def _loader_problems(arguments: Any) -> Iterator[ArgumentError]:
     """Build a DataLoader, which checks its settings on construction and starts no process before it is iterated."""
     names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
@@ -148,9 +189,15 @@ _BOUNDS = {
     "label_smoothing_factor": (0, 1, "at least 0 and below 1"),
     "max_grad_norm": (0, math.inf, "at least 0, which means no clipping"),
     "neftune_noise_alpha": (0, math.inf, "at least 0"),
+    "eval_delay": (0, math.inf, "at least 0"),
+    "router_aux_loss_coef": (0, math.inf, "at least 0"),
     "pad_to_multiple_of": (1, math.inf, "at least 1"),
 }
-"""Half-open range [start, stop) of numbers that the Trainer does not check, and the range in words."""
+"""Half-open range [start, stop) of numbers that the Trainer does not check, and the range in words.
+
+They are checked on the Trainer's arguments, where a value may also come from a default. `parse` checks the numbers without
+which the Trainer's arguments can't be built.
+"""
 
 
 def _number_problems(arguments: Any) -> Iterator[ArgumentError]:

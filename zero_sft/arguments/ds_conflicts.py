@@ -1,4 +1,4 @@
-"""Complete a DeepSpeed config from the arguments, and list contradictions between the two.
+"""Prepare a DeepSpeed config for the arguments, and list contradictions between the two.
 
 Both describe the same run. transformers compares them only when the engine starts, after loading the weights, and only for
 keys that the config has. If a key is absent (`gradient_clipping`, `optimizer.params.lr`), DeepSpeed uses its default and the
@@ -9,6 +9,7 @@ All public functions are pure. Not checked here: keys of DeepSpeed without a cor
 """
 
 import copy
+import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -34,12 +35,52 @@ _EQUIVALENT_SCHEDULES = {
     "WarmupDecayLR": ("linear",),
     "WarmupCosineLR": ("cosine", "cosine_with_min_lr"),
 }
+_FILLED = frozenset({
+    *_DECIDED_BY_ARGUMENTS, "bf16.enabled", "fp16.enabled", "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.zero_hpz_partition_size", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "steps_per_print",
+})  # fmt: skip
+"""Keys whose "auto" the Trainer, accelerate (the last two) or this package replaces, without optimizer and scheduler."""
 
 
-def complete_config(
+def find_unfilled_auto(config: Mapping[str, Any], scheduler_params: Iterable[str] = ()) -> list[ConfigError]:
+    """Return an error for each "auto" of a completed config that nothing replaces; accelerate refuses it after the load.
+
+    The parameters are those of `with_auto_for_absent_keys`.
+    """
+    optimizer, scheduler_params = config.get("optimizer"), set(scheduler_params)
+    kind = str(optimizer.get("type")).lower() if isinstance(optimizer, Mapping) else ""
+    filled = {*_FILLED, *(f"optimizer.params.{name}" for name in _OPTIMIZER_PARAMS.get(kind, _OPTIMIZER_PARAMS["adam"]))}
+    filled |= {f"scheduler.params.{name}" for name in _SCHEDULER_PARAMS if name in scheduler_params or not scheduler_params}
+    problems = []
+    for key in _auto_keys(config):
+        if key not in filled:
+            near = difflib.get_close_matches(key, filled, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            problems.append(
+                ConfigError(
+                    f'{key} is "auto", but nothing in the job sets this key.{hint} Write a value, or remove the key for '
+                    "DeepSpeed's default.",
+                    code="ds_config.auto_not_filled",
+                )
+            )
+    return problems
+
+
+def _auto_keys(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the keys of a config whose value is "auto", with the names of their sections: "bf16.enabled"."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _auto_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            yield f"{prefix}{key}"
+
+
+def with_auto_for_absent_keys(
     config: Mapping[str, Any], optim: str, scheduler_params: Iterable[str] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """Set keys that the config leaves open to "auto", and return the config and log lines about what it overrides.
+    """Set absent keys to "auto", so that the arguments fill them. Return the config, and log lines about what it overrides.
 
     Args:
         config: the result of `load_ds_config`.
@@ -58,17 +99,17 @@ def complete_config(
     optimizer, scheduler = result.get("optimizer"), result.get("scheduler")
     if isinstance(optimizer, dict):
         kind = optimizer.get("type")
-        _leave_params_open(optimizer, _OPTIMIZER_PARAMS.get(str(kind).lower(), ("lr", "weight_decay")))
+        _add_auto_params(optimizer, _OPTIMIZER_PARAMS.get(str(kind).lower(), ("lr", "weight_decay")))
         notes.append(f"the optimizer is {kind}, from the DeepSpeed config's section; --optim has no effect")
     elif optimizer is None:
         notes += _prevent_replacement(result, optim)
     if isinstance(scheduler, dict):
-        _leave_params_open(scheduler, set(_SCHEDULER_PARAMS) & set(scheduler_params))
+        _add_auto_params(scheduler, set(_SCHEDULER_PARAMS) & set(scheduler_params))
         notes.append(f"the schedule is {scheduler.get('type')}, from the DeepSpeed config; --lr_scheduler_type has no effect")
     return result, notes
 
 
-def _leave_params_open(section: dict[str, Any], names: Iterable[str]) -> None:
+def _add_auto_params(section: dict[str, Any], names: Iterable[str]) -> None:
     """Set absent parameters of a section to "auto", in place; `zero/ds_schema.py` refuses `params` that are not a mapping."""
     params = section.get("params") or {}
     if isinstance(params, dict):
@@ -94,11 +135,11 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     return isinstance(offload, Mapping) and offload.get("device", "none") != "none"
 
 
-def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str]) -> list[ConfigError]:
-    """Return an error for each value of a completed config that the arguments contradict.
+def find_contradictions(config: Mapping[str, Any], arguments: Any, given: Set[str]) -> list[ConfigError]:
+    """Return an error for each value of the config that the arguments contradict.
 
     Args:
-        config: the result of `complete_config`, before the Trainer fills "auto".
+        config: the result of `with_auto_for_absent_keys`, before the Trainer fills "auto".
         arguments: the Trainer's arguments.
         given: the names of the arguments that the user gave.
     """
@@ -113,8 +154,8 @@ def find_conflicts(config: Mapping[str, Any], arguments: Any, given: Set[str]) -
     return problems
 
 
-def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: int, given: Set[str]) -> list[ConfigError]:
-    """Return conflicts that depend on the number of optimizer steps, which is known once the data is prepared."""
+def find_schedule_contradictions(config: Mapping[str, Any], arguments: Any, steps: int, given: Set[str]) -> list[ConfigError]:
+    """Return contradictions that depend on the number of optimizer steps, which is known once the data is prepared."""
     values = {
         "scheduler.params.total_num_steps": (steps, "this run's number of optimizer steps"),
         "scheduler.params.warmup_num_steps": (max(1, arguments.get_warmup_steps(steps)), "--warmup_steps"),
@@ -122,7 +163,7 @@ def find_schedule_conflicts(config: Mapping[str, Any], arguments: Any, steps: in
     return [*_contradictions(config, values, given)]
 
 
-def conflict_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
+def contradiction_error(problems: Sequence[ConfigError], where: str) -> ConfigError:
     """Make one error that lists all contradictions between a DeepSpeed config and the arguments."""
     heading = f"the DeepSpeed config {where} and the arguments contradict each other:"
     remedy = 'Write "auto" for a value that an argument sets, or change one of the two; docs/configs.md explains the keys.'

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.arguments.specifications import DATA, MODEL, OWN_FIELDS, TRAINING, specifications_from_table
+from zero_sft.arguments.specifications import ALWAYS_SET, DATA, MODEL, TRAINING, specifications_from_table
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
 from zero_sft.options.format_help import in_brief, in_full, wrap_lines, write_help
@@ -60,12 +60,12 @@ def help_text(topic: str | None = None) -> str | None:
 
 
 def _overview(specs: Mapping[str, OptionSpec]) -> str:
-    inherited = [spec for spec in specs.values() if spec.group == TRAINING and spec.name not in OWN_FIELDS]
+    inherited = [spec for spec in specs.values() if spec.group == TRAINING and spec.name not in ALWAYS_SET]
     parts = [_HEAD]
     for title, chosen in (
         ("Model", [spec for spec in specs.values() if spec.group == MODEL]),
         ("Data", [spec for spec in specs.values() if spec.group == DATA]),
-        ("Training", [specs[name] for name in OWN_FIELDS]),
+        ("Training", [specs[name] for name in ALWAYS_SET]),
     ):
         parts += [f"{title}:", *in_full(chosen), ""]
     parts += [f"{_GROUPS[TRAINING]} (the first sentence of each):", *in_brief(inherited), ""]

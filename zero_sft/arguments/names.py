@@ -40,12 +40,15 @@ IGNORED = frozenset({"local_rank"})
 """Arguments that old launchers add; all launchers also pass the rank in the environment."""
 
 _ZERO3 = "DeepSpeed ZeRO-3 shards the model; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"
-_LORA = "this release trains all parameters, sharded over the ranks, without LoRA or quantised weights; leave it out"
+_LORA = (
+    "this release trains the model's full parameters, sharded over the ranks, without LoRA or quantised weights; leave it out"
+)
 _DATA = "this job prepares the data itself; name the files with --data_path and the template with --chat_template"
 _TOKENIZER = "the tokenizer is set up before training, identically on every rank; change it in the model's folder"
 _METRICS = "an evaluation of this job computes only the loss; leave it out"
 _PACKING = "see --packing; leave it out"
-_PUSH = "the job exports the model at its end; upload that folder with `hf upload`"
+_PUSH = "the job uploads the model at its end, in one commit: see --push_to_hub, --hub_model_id and --hub_private_repo"
+_TOKEN = "a command line is logged; set HF_TOKEN, or run `hf auth login`"
 _DDP = "DeepSpeed reduces the gradients, not DDP; leave it out"
 _COMPILE = "compiled models fail in the backward pass under ZeRO-3 (DeepSpeed 0.19, torch 2.13); leave it out"
 _SHAPES = "under ZeRO-3 the optimizer sees flat shards of the weights, never whole matrices"
@@ -86,9 +89,9 @@ REFUSALS: dict[str, Refusal] = {
     **_refuse(_COMPILE, "torch_compile torch_compile_backend torch_compile_mode"),
     "optim_target_modules": Refusal(reason=_SHAPES + "; leave it out"),
     "debug": Refusal(reason="its checks need whole weights, which ZeRO-3 shards; leave it out"),
-    **_refuse(_PUSH, "push_to_hub hub_token hub_private_repo hub_model_id hub_always_push hub_revision push_to_hub_model_id "
-                  "push_to_hub_organization push_to_hub_token"),
-    **_refuse(_PUSH, "hub_strategy", ("every_save",)),
+    **_refuse(_TOKEN, "hub_token push_to_hub_token"),
+    **_refuse(_PUSH, "hub_always_push hub_revision push_to_hub_organization"),
+    **_refuse(_PUSH, "hub_strategy", ("every_save", "end")),
     **_refuse(_DDP, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
     "ddp_timeout": Refusal(reason="DeepSpeed creates the process group; set DEEPSPEED_TIMEOUT (minutes)", passing=(1800,)),
     "enable_jit_checkpoint": Refusal(reason="each rank would stop alone and leave the others waiting; see --save_steps"),
@@ -117,7 +120,7 @@ REFUSED_ACCELERATOR_KEYS: dict[str, str] = {
     "even_batches": "ranks with fewer batches would leave the others waiting forever; leave it out",
     "use_configured_state": "this job sets up DeepSpeed itself; leave it out",
 }
-"""Keys that must keep accelerate's default, which is true only for `even_batches`."""
+"""Keys that must keep accelerate's default: true for `even_batches`, false for the others."""
 
 
 def refused_accelerator_keys(settings: Mapping[str, Any]) -> Iterator[ArgumentError]:

@@ -4,32 +4,40 @@ This touches no device, no process group and no file except the one that the com
 result. One error lists all problems.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from zero_sft.arguments.durations import parse_duration
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.names import IGNORED, REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS, refused_accelerator_keys
-from zero_sft.arguments.specifications import DATA, MODEL, OWN_FIELDS, TRAINING, specifications
+from zero_sft.arguments.specifications import ALWAYS_SET, DATA, MODEL, TRAINING, specifications
 from zero_sft.errors import ArgumentError
 from zero_sft.loading.options import REMOVED_OPTIONS
 from zero_sft.options.resolve import OptionNames
-from zero_sft.options.spec import positivity_errors
+from zero_sft.options.spec import emptiness_errors, positivity_errors
 
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-    "num_train_epochs", "save_total_limit", "dataset_num_proc",
+    "num_train_epochs", "save_total_limit", "dataset_num_proc", "dataloader_prefetch_factor", "torch_empty_cache_steps",
 )  # fmt: skip
+_STEP_STRATEGIES = {
+    "logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": None, "warmup_steps": None
+}  # fmt: skip
+"""Numbers of steps, which may be a part of all steps below 1, and the option that switches a task off; else 0 does."""
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end", "eval_strategy")
-_NEVER_EMPTY = ("output_dir", "model_name_or_path", "sample_prompts", "data_cache_dir", "cache_dir", "chat_template")
+_NEVER_EMPTY = (
+    "output_dir", "model_name_or_path", "data_path", "eval_data_path", "sample_prompts", "data_cache_dir", "cache_dir",
+    "chat_template", "resume_from_checkpoint",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedArguments:
     """The arguments as plain values.
 
-    `training` is the input of `build_training_arguments`: the arguments that the user gave, and always the `OWN_FIELDS`.
+    `training` is the input of `build_training_arguments`: the arguments that the user gave, and always `ALWAYS_SET`.
     `notes` are log lines, one per translated name. `given_names` has the current names of the arguments that the user gave.
     """
 
@@ -51,8 +59,8 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
     names = OptionNames(specs=specs, translations=TRANSLATIONS, refusals=REFUSALS, removed=REMOVED_OPTIONS, ignored=IGNORED)
     read = names.read(argv)
     values = read.values
-    read.require_usable(_contradictions(values))
-    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in OWN_FIELDS}}
+    read.require_usable(_unusable_values(values, read.unusable))
+    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in ALWAYS_SET}}
     for name, value in values.items():
         groups[specs[name].group][name] = value
     model = ModelArguments(**groups[MODEL])
@@ -66,10 +74,14 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
     )
 
 
-def _contradictions(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
-    """Yield an error for each combination of values that can't be used, and for values out of range."""
+def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[ArgumentError]:
+    """Yield an error for each combination of values that can't be used, and for values out of range.
+
+    `unusable` has the names of options whose values are errors themselves, and don't count as absent.
+    """
     yield from _out_of_range(values)
-    for name in _NEED_EVALUATION_DATA if values.get("eval_data_path") is None else ():
+    has_evaluation_data = values.get("eval_data_path") is not None or "eval_data_path" in unusable
+    for name in () if has_evaluation_data else _NEED_EVALUATION_DATA:
         if values.get(name, "no") not in (None, False, "no"):
             yield ArgumentError(
                 f"--{name} {values[name]} needs conversations to evaluate on: give --eval_data_path",
@@ -84,10 +96,27 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
         )
     if values.get("save_only_model") and values.get("load_best_model_at_end"):
         yield ArgumentError(
-            "--load_best_model_at_end needs whole checkpoints under DeepSpeed: leave --save_only_model out",
+            "--load_best_model_at_end needs checkpoints with the optimizer's state under DeepSpeed: leave --save_only_model "
+            "out",
             code="arguments.needs_whole_checkpoints",
         )
-    if values.get("save_strategy") == "best" and not values.get("metric_for_best_model"):
+    if values.get("save_on_each_node") and values.get("checkpoint_format") == "deepspeed":
+        yield ArgumentError(
+            "--save_on_each_node True needs --checkpoint_format sharded", code="arguments.needs_sharded_checkpoints"
+        )
+    if values.get("local_save_dir") is not None:
+        for name, value in (("checkpoint_format", "deepspeed"), ("save_async", False), ("save_only_model", True)):
+            if values.get(name) == value:
+                yield ArgumentError(
+                    f"--local_save_dir does nothing with --{name} {value}: leave one out", code="arguments.no_effect"
+                )
+    if values.get("max_time") is not None:
+        try:
+            parse_duration("max_time", str(values["max_time"]))
+        except ArgumentError as error:
+            yield error
+    has_metric = values.get("metric_for_best_model") or "metric_for_best_model" in unusable
+    if values.get("save_strategy") == "best" and not has_metric:
         yield ArgumentError(
             "--save_strategy best needs a metric: give --metric_for_best_model loss", code="arguments.needs_metric"
         )
@@ -109,14 +138,30 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
 def _out_of_range(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
     """Yield an error for each number out of range and each empty name."""
     yield from positivity_errors(values, _POSITIVE)
+    yield from _step_count_errors(values)
     max_steps = values.get("max_steps", -1)
     if max_steps < -1 or max_steps == 0:
         yield ArgumentError(
             f"--max_steps must be more than 0, or -1 for --num_train_epochs; got {max_steps}", code="arguments.out_of_range"
         )
-    for name in _NEVER_EMPTY:
-        if values.get(name) == "":
-            yield ArgumentError(f"--{name} is empty: check that its variable is set", code="arguments.empty")
+    yield from emptiness_errors(values, _NEVER_EMPTY)
+
+
+def _step_count_errors(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each number of steps that the Trainer would take for another number, or as never."""
+    for name, strategy in _STEP_STRATEGIES.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        is_counted = strategy is not None and values.get(strategy, "steps") == "steps"
+        if value < 0 or (value == 0 and is_counted):
+            bound = f"more than 0, or switched off with --{strategy} no" if strategy else "at least 0"
+            yield ArgumentError(f"--{name} must be {bound}; got {value:g}", code="arguments.out_of_range")
+        elif value > 1 and not float(value).is_integer():
+            yield ArgumentError(
+                f"--{name} must be a whole number, or below 1 for a part of all steps; got {value:g}",
+                code="arguments.out_of_range",
+            )
 
 
 def _evaluation_precision(values: Mapping[str, Any]) -> Iterator[ArgumentError]:

@@ -25,8 +25,11 @@ LIBRARIES = ("transformers", "trl")
 MODEL, DATA, TRAINING = "model", "data", "training"
 """Names of the groups of arguments."""
 
-OWN_FIELDS = ("output_dir", "overwrite_output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
-"""Arguments of the training group that always have a value, and that the overview of `--help` shows in full."""
+ALWAYS_SET = ("output_dir", "overwrite_output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
+"""Arguments of the training group that `parse` always sets, and that the overview of `--help` shows in full.
+
+`parse` also sets `trust_remote_code`, to the value of the group Model.
+"""
 
 
 @functools.cache

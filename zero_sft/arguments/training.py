@@ -3,13 +3,14 @@
 Importing this module imports TRL, transformers and torch. Creating an object looks for devices and registers the DeepSpeed
 config with transformers. So only functions import this module, and `build.py` creates the object after the process group.
 
-These defaults differ from TRL's: FastChat's (`optim`, `model_max_length`), `output_dir`, `deepspeed`, and those for prepared
-data (`dataset_kwargs`, `remove_unused_columns`). `save_strategy` stays "steps" with 500 `save_steps`, as in FastChat and the
+These defaults differ from TRL's: FastChat's (`optim`, `model_max_length`), `output_dir`, `deepspeed`, those for the log of
+a job on many ranks (`log_level_replica`, `log_on_each_node`, `logging_nan_inf_filter`), and those for prepared data
+(`dataset_kwargs`, `remove_unused_columns`). `save_strategy` stays "steps" with 500 `save_steps`, as in FastChat and the
 Trainer, so that a run that dies keeps its last checkpoint.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
@@ -24,7 +25,7 @@ class TrainingArguments(SFTConfig):
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Replace the output of another run in --output_dir; its checkpoints are removed."},
+        metadata={"help": "Replace the output of an earlier run in --output_dir; its checkpoints are removed."},
     )
     model_max_length: int = field(
         default=512, metadata={"help": "The longest sequence in tokens; longer samples are truncated, and counted in the log."}
@@ -37,7 +38,50 @@ class TrainingArguments(SFTConfig):
         metadata={"help": "A DeepSpeed config with ZeRO stage 3: a shipped name, the path of a JSON file, or JSON text."},
     )
     resume_from_checkpoint: str | bool | None = field(
-        default=None, metadata={"help": "A checkpoint folder to resume from, or True for the last checkpoint in --output_dir."}
+        default=None,
+        metadata={
+            "help": "A checkpoint folder to resume from; True: the newest complete one in --output_dir; auto: the same, or a "
+            "start from the beginning if there is none."
+        },
+    )
+    checkpoint_format: Literal["deepspeed", "sharded"] = field(
+        default="sharded",
+        metadata={
+            "help": "The files of checkpoint-*. sharded: a model folder with the optimizer's state, for any number of ranks; "
+            "deepspeed: DeepSpeed's own, for as many ranks as wrote them."
+        },
+    )
+    save_async: Literal["auto"] | bool = field(
+        default="auto",
+        metadata={
+            "help": "Copy what a sharded checkpoint holds to host memory, and train on while it is written: True, False, or "
+            "auto: if the copies take at most half of the free memory."
+        },
+    )
+    local_save_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder on a disk of each node: the copy of --save_async is made there instead of in memory, and "
+            "training goes on while --output_dir receives it."
+        },
+    )
+    save_on_each_node: bool = field(
+        default=False,
+        metadata={
+            "help": "Where the nodes share no --output_dir: let each node keep its ranks' part of a checkpoint; rank 0 writes "
+            "the model at the end."
+        },
+    )
+    on_save_error: Literal["continue", "raise"] = field(
+        default="continue",
+        metadata={"help": "After two attempts to write a checkpoint: log the error and train on, or end the run with it."},
+    )
+    max_time: str | None = field(
+        default=None,
+        metadata={
+            "help": "The longest time from the program's start, as SLURM writes it (3:50:00). Before it is over, the run saves "
+            "a checkpoint and ends with status 75."
+        },
     )
     report_to: str | list[str] = field(
         default="none", metadata={"help": "Services that receive the metrics: none, all, or names such as wandb, tensorboard."}

@@ -6,7 +6,7 @@ Headers follow the safetensors format. They are padded with spaces to a multiple
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from zero_sft.checkpoint.header import StoredTensor, tensor_nbytes
@@ -40,9 +40,9 @@ def lay_out(tensors: Iterable[TensorRow], max_file_bytes: int = MAX_FILE_BYTES) 
         groups[-1].append(tensor)
         filled_bytes += nbytes
     if len(groups) == 1:
-        return (_file(SINGLE_FILE, groups[0]),)
+        return (lay_out_file(SINGLE_FILE, groups[0]),)
     count = len(groups)
-    return tuple(_file(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, start=1))
+    return tuple(lay_out_file(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, start=1))
 
 
 def index_json(files: Iterable[FileLayout]) -> str:
@@ -52,14 +52,15 @@ def index_json(files: Iterable[FileLayout]) -> str:
     return json.dumps({"metadata": metadata, "weight_map": {tensor.name: file for tensor, file in placed}}, indent=2) + "\n"
 
 
-def _file(file: str, rows: Sequence[TensorRow]) -> FileLayout:
+def lay_out_file(file: str, rows: Iterable[TensorRow], metadata: Mapping[str, str] | None = None) -> FileLayout:
+    """Lay out one file. `metadata` is added to the header's `__metadata__`."""
     tensors: list[StoredTensor] = []  # with offsets from the start of the data
     data_bytes = 0
     for name, dtype, shape in rows:
         nbytes = tensor_nbytes(dtype, shape)
         tensors.append(StoredTensor(name=name, file=file, dtype=dtype, shape=shape, offset_bytes=data_bytes, nbytes=nbytes))
         data_bytes += nbytes
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     for tensor in tensors:
         offsets = [tensor.offset_bytes, tensor.offset_bytes + tensor.nbytes]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}

@@ -1,8 +1,8 @@
 """Recognise folders and files that are not the expected model, and suggest a remedy.
 
 A folder without `config.json` or weights usually holds another format: an adapter, GGUF, a trainer's checkpoint. A file may be
-a placeholder: git without LFS leaves a pointer of 130 bytes, a proxy leaves an HTML page. File names and first bytes are enough
-to recognise each of them, so no library is needed.
+a placeholder: git without LFS leaves a pointer of 130 bytes, a proxy leaves an HTML page. In an incomplete cache of the hub it
+is a link to nothing. File names and first bytes are enough to recognise each of them, so no library is needed.
 """
 
 import json
@@ -108,6 +108,13 @@ def describe_placeholder(path: Path) -> str:
     if start.lstrip().lower().startswith(_HTML):
         return f"{path} is a web page (HTML), not the real file. Download it again with `hf download`."
     return ""
+
+
+def describe_broken_link(path: Path) -> str:
+    """Describe a link whose target does not exist, and the remedy; "" for anything else."""
+    if not path.is_symlink() or path.exists():
+        return ""
+    return f"{path} is a link to {path.readlink()}, which does not exist. Download or copy it again, or correct the link."
 
 
 def first_placeholder(paths: Sequence[Path]) -> str:

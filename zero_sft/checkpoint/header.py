@@ -81,6 +81,25 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
         CheckpointError: the file is not a safetensors file, is truncated, or has offsets that contradict its shapes or size.
     """
     path = str(path)
+    text, size_bytes = _read_text(path)
+    data_start_bytes = _LENGTH.size + len(text)
+    tensors = _parse(path, text, data_start_bytes)
+    _require_contiguous(path, tensors, data_start_bytes=data_start_bytes, size_bytes=size_bytes)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the texts under `__metadata__` in the header of a safetensors file.
+
+    Raises:
+        CheckpointError: the file is not a safetensors file.
+    """
+    metadata = _parse_json(str(path), _read_text(str(path))[0]).get("__metadata__")
+    return cast("dict[str, str]", metadata) if isinstance(metadata, dict) else {}
+
+
+def _read_text(path: str) -> tuple[bytes, int]:
+    """Return the JSON of a file's header, and the file's size in bytes."""
     with explain_read_errors(path), Path(path).open("rb") as file:
         size_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(_LENGTH.size)
@@ -92,13 +111,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, StoredTensor]:
                 _damaged(path, f"a header of {header_nbytes} bytes in a file of {size_bytes} bytes"),
                 code="checkpoint.header_too_long",
             )
-        text = file.read(header_nbytes)
-    tensors = _parse(path, text, data_start_bytes=_LENGTH.size + header_nbytes)
-    _require_contiguous(path, tensors, data_start_bytes=_LENGTH.size + header_nbytes, size_bytes=size_bytes)
-    return {tensor.name: tensor for tensor in tensors}
+        return file.read(header_nbytes), size_bytes
 
 
 def _parse(path: str, text: bytes, data_start_bytes: int) -> list[StoredTensor]:
+    entries = _parse_json(path, text)
+    return [_entry(path, name, raw, data_start_bytes) for name, raw in entries.items() if name != "__metadata__"]
+
+
+def _parse_json(path: str, text: bytes) -> dict[str, Any]:
     try:
         header: Any = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -107,8 +128,7 @@ def _parse(path: str, text: bytes, data_start_bytes: int) -> list[StoredTensor]:
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(_damaged(path, "a header that is not a JSON object"), code="checkpoint.header_not_an_object")
-    entries = cast("dict[str, Any]", header)
-    return [_entry(path, name, raw, data_start_bytes) for name, raw in entries.items() if name != "__metadata__"]
+    return cast("dict[str, Any]", header)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

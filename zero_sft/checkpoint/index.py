@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from zero_sft.checkpoint.file_identity import FileIdentity, explain_read_errors, stat_identity
-from zero_sft.checkpoint.folder_kind import describe_folder, describe_placeholder
+from zero_sft.checkpoint.folder_kind import describe_broken_link, describe_folder, describe_placeholder
 from zero_sft.checkpoint.header import StoredTensor, read_header
 from zero_sft.errors import CheckpointError
 from zero_sft.printable import first_of
@@ -154,6 +154,8 @@ def _weight_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
     for path in paths:
         if not path.is_file():
             problem = "is a folder" if path.is_dir() else f"is not in {index.parent}"
+            if path.is_symlink() and not path.is_dir():
+                problem = f"is a link to {path.readlink()}, and that does not exist"
             raise CheckpointError(
                 f"{index} names {path.name!r}, which {problem}. The download is incomplete: download the checkpoint again.",
                 code="checkpoint.weight_file_missing",
@@ -195,6 +197,9 @@ def _no_weights(folder: Path, variant: str | None) -> str:
     names = sorted(path.name for path in folder.glob("*"))
     expected = f"{of_variant(SINGLE_FILE, variant)}, {of_variant(BIN_FILE, variant)}"
     message = f"no weights in {folder}: expected {expected} or an index of them"
+    entries = (of_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE, BIN_FILE, BIN_INDEX_FILE))
+    if link := next(filter(None, (describe_broken_link(folder / name) for name in entries)), ""):
+        return f"{message}. {link}"
     if kind := describe_folder(folder):
         return f"{message}.\n{kind}"
     weight_files = [name for name in names if name.endswith((".safetensors", ".bin"))]

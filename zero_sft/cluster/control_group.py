@@ -7,6 +7,7 @@ count against the training group's timeout, and a closed socket reveals a dead p
 import atexit
 import datetime
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,51 @@ def _all_gather(world: World, payload: bytes, nbytes: int) -> list[bytes]:
     dist.all_gather(received, local, group=control_group())
     _bytes_sent += nbytes * (world.world_size - 1)
     return [tensor.numpy().tobytes() for tensor in received]
+
+
+def start_agreement(world: World, value: int) -> Callable[[], int]:
+    """Begin to find the largest `value` of all ranks; the returned function waits for it. Every rank; communicates.
+
+    With many ranks the answer takes longer than an all-reduce on devices, so the ranks compute meanwhile.
+    """
+    if world.world_size == 1:
+        return lambda: value
+    tensor = torch.tensor([value], dtype=torch.int32)
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=control_group(), async_op=True)
+
+    def finish() -> int:
+        if work is not None:
+            work.wait()
+        return int(tensor)
+
+    return finish
+
+
+def gather_tensors(world: World, local: torch.Tensor) -> list[torch.Tensor]:
+    """Return the host tensor `local` of every rank on rank 0, and nothing on the others. Every rank; communicates.
+
+    All are of one shape and dtype.
+    """
+    global _bytes_sent
+    if world.world_size == 1:
+        return [local]
+    flat = local.contiguous().view(torch.uint8)  # gloo lacks some dtypes
+    received = [torch.empty_like(flat) for _ in range(world.world_size)] if world.is_main else None
+    dist.gather(flat, received, dst=0, group=control_group())
+    _bytes_sent += 0 if world.is_main else flat.numel()
+    return [row.view(local.dtype) for row in received or ()]
+
+
+def all_gather_tensors(world: World, local: torch.Tensor) -> list[torch.Tensor]:
+    """Return the host tensor `local` of every rank, in rank order. All are of one shape and dtype. Every rank; communicates."""
+    global _bytes_sent
+    if world.world_size == 1:
+        return [local]
+    flat = local.contiguous().view(torch.uint8)
+    received = [torch.empty_like(flat) for _ in range(world.world_size)]
+    dist.all_gather(received, flat, group=control_group())
+    _bytes_sent += flat.numel() * (world.world_size - 1)
+    return [row.view(local.dtype) for row in received]
 
 
 def broadcast_bytes(world: World, payload: bytes | None) -> bytes:

@@ -22,13 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_sft import errors
+from zero_sft.cluster import early_end
 from zero_sft.cluster.failure_message import describe_dead_ranks, describe_failure, describe_lost_connection, kernel_kills
-from zero_sft.cluster.node_board import NodeBoard
+from zero_sft.cluster.node_board import EarlyClaim, NodeBoard
 from zero_sft.cluster.world import World
 from zero_sft.errors import Scope
 
 FOLLOW_ON_SECONDS = 3.0
 """Time that a rank gives a lost peer to print its message first."""
+
+EARLY_SECONDS = 30.0
+"""Time that a rank of another node gives those of the first node to report an error from before the ranks have joined."""
 
 _ACTIVITY = "_zero_sft_activity"
 """Attribute of an error that holds the activity in which it was raised."""
@@ -46,6 +50,7 @@ class _Job:
     world: World = field(default_factory=World)
     activity: str | Callable[[], str] = "starting"
     board: NodeBoard | None = None
+    early: EarlyClaim | None = None
     logs: Path | None = None
     kills_before: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -55,10 +60,14 @@ class _Job:
 _job = _Job()
 
 
-def begin_job(world: World) -> None:
-    """Start with fresh state, dropping that of an earlier job in this process. Any rank; does not communicate."""
+def begin_job(world: World, early: EarlyClaim | None = None) -> None:
+    """Start with fresh state, dropping that of an earlier job in this process. Any rank; does not communicate.
+
+    Args:
+        early: decides which rank of the node reports a failure until `set_board` is called.
+    """
     global _job
-    _job = _Job(world=world, kills_before=kernel_kills())
+    _job = _Job(world=world, early=early, kills_before=kernel_kills())
 
 
 def set_activity(activity: str | Callable[[], str]) -> None:
@@ -82,7 +91,7 @@ def activity(name: str) -> Iterator[None]:
 
 def set_board(world: World, board: NodeBoard | None) -> None:
     """Set the node's board, and the world that the ranks have agreed on."""
-    _job.world, _job.board = world, board
+    _job.world, _job.board, _job.early = world, board, None
 
 
 def set_log_folder(folder: Path) -> None:
@@ -95,7 +104,7 @@ def report_failure(error: BaseException) -> int:
     with _leaving() as is_first:
         if is_first:
             _report_error(error)
-    return 1
+    return early_end.EXIT_STATUS if isinstance(error, errors.EndedEarlyError) else 1
 
 
 def report_interrupt() -> int:
@@ -165,7 +174,8 @@ def _report_error(error: BaseException) -> None:
             _report(describe_failure(error, _here(), _activity(error)))
             _print_traceback(error, path)
     elif _is_reporter(error.scope):
-        _report(error, is_alone=error.scope is Scope.THIS_RANK or not _job.world.is_main)
+        has_joined = _job.board is not None
+        _report(error, is_alone=error.scope is Scope.THIS_RANK or (has_joined and not _job.world.is_main))
     elif error.scope is Scope.THIS_RANK:
         _write_traceback(error)
 
@@ -183,16 +193,25 @@ def _is_reporter(scope: Scope) -> bool:
     """Return True on the one rank that reports an error of this scope."""
     if scope is Scope.THIS_RANK or _job.world.is_main:
         return _claim_report()
-    if scope is Scope.ALL_RANKS or _job.board is None or _another_rank_reports():
+    if scope is Scope.ALL_RANKS:
+        return False
+    if _job.board is None:
+        # Not joined yet: most often all ranks have this error. The launcher ends the others when one has reported it.
+        on_first_node = _job.world.rank == _job.world.local_rank
+        return _job.early is not None and not _another_rank_reports(0 if on_first_node else EARLY_SECONDS) and _claim_report()
+    if _another_rank_reports():
         return False
     return _claim_report(if_store_is_gone=False)
 
 
-def _another_rank_reports() -> bool:
+def _another_rank_reports(seconds: float | None = None) -> bool:
     """Give the other ranks some seconds to report first, and return True if one of this node has."""
-    start = time.monotonic()
-    while _job.world.world_size > 1 and (waited := time.monotonic() - start) < FOLLOW_ON_SECONDS:
-        if _job.board and _job.board.is_claimed:
+    seconds = FOLLOW_ON_SECONDS if seconds is None else seconds
+    start, claim = time.monotonic(), _job.board or _job.early
+    if claim and claim.is_claimed:
+        return True
+    while _job.world.world_size > 1 and (waited := time.monotonic() - start) < seconds:
+        if claim and claim.is_claimed:
             return True
         if waited > 0.5 and _dead_ranks():
             break  # the dead rank had half a second to report
@@ -219,7 +238,8 @@ def _claim_report(*, if_store_is_gone: bool = True) -> bool:
 
     The hosts agree through the store of rank 0. If that is gone, the first rank of each host gets `if_store_is_gone`.
     """
-    if _job.board is not None and not _job.board.claim():
+    claim = _job.board or _job.early
+    if claim is not None and not claim.claim():
         return False
     if len(set(_job.world.node_leaders)) < 2:
         return True
@@ -264,7 +284,8 @@ def _report(error: errors.ZeroSftError, *, is_alone: bool = False) -> None:
     if is_alone and _job.world.world_size > 1:
         message = f"{errors.without_tokens(str(error))} (rank {_job.world.rank} alone) [{error.code}]"
     sys.stdout.flush()
-    sys.stderr.write(f"\nerror: {message}\n")
+    title = "ended early" if isinstance(error, errors.EndedEarlyError) else "error"
+    sys.stderr.write(f"\n{title}: {message}\n")
     sys.stderr.flush()
 
 

@@ -22,15 +22,15 @@ from types import FrameType
 
 import psutil
 
-from zero_sft.cluster import failure_report
-from zero_sft.cluster.node_board import is_alive
+from zero_sft.cluster import early_end, failure_report
+from zero_sft.cluster.node_board import EarlyClaim, is_alive
 
 POLL_SECONDS = 1.0
 
 LEAVING_SECONDS = 10.0
 """Time for a rank that is already ending to finish after its launcher is gone."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _MODULES = frozenset(
     ["deepspeed.launcher.runner", "deepspeed.launcher.launch", "deepspeed.launcher.launcher_helper", "torch.distributed.run"]
     + ["torch.distributed.launch", "accelerate.commands.launch"]
@@ -61,6 +61,15 @@ def watch_launcher() -> None:
         os.register_at_fork(after_in_child=_forget_in_child)
     _Watch.thread = threading.Thread(target=_watch, args=(launchers, receiver), name="zero_sft-watch", daemon=True)
     _Watch.thread.start()
+
+
+def early_claim() -> EarlyClaim | None:
+    """Return the claim that the ranks of this node share before they have joined; None if what started them is not known."""
+    with contextlib.suppress(psutil.Error, OSError):
+        ancestors = psutil.Process().parents()
+        for process in [*find_launchers(ancestors), *(process for process in ancestors if process.name() == "slurmstepd")]:
+            return EarlyClaim(process)
+    return None
 
 
 def find_launchers(ancestors: Sequence[psutil.Process]) -> dict[psutil.Process, str]:
@@ -123,6 +132,8 @@ def _watch(launchers: Mapping[psutil.Process, str], receiver: socket.socket) -> 
         readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
         for number in receiver.recv(64) if readable else b"":
             is_handled_here = number in _SIGNALS and signal.getsignal(number) is _handled_by_thread
+            if is_handled_here and early_end.record(number):
+                continue  # the training ends at a step
             if is_handled_here and failure_report.report_signal(signal.Signals(number).name):
                 leave(128 + number)
         ended = next((process for process in launchers if not is_alive(process)), None)

@@ -1,6 +1,7 @@
-"""Shared memory of a node's ranks, with which one of them claims to report a failure, even if others have died.
+"""One rank of a node claims to report a failure, even if other ranks have died.
 
-It is a file in shared memory that is unlinked once every rank has opened it, so that it disappears with the last process.
+`NodeBoard` is for ranks that have joined: a file in shared memory that is unlinked once every rank has opened it, so that it
+disappears with the last process. `EarlyClaim` is for ranks that fail before: a file that is named after their launcher.
 Left out: a store over the network, which disappears with rank 0.
 """
 
@@ -50,6 +51,38 @@ class NodeBoard:
     def dead_ranks(self) -> dict[int, int]:
         """Return rank → process id for the ranks of the node that have ended."""
         return {rank: process.pid for rank, process in self._processes.items() if not is_alive(process)}
+
+
+class EarlyClaim:
+    """Whether a rank of the node has reported a failure before the ranks have joined.
+
+    Args:
+        launcher: the process that has started all ranks of the node.
+    """
+
+    def __init__(self, launcher: psutil.Process) -> None:
+        self._folder, self._prefix = Path(tempfile.gettempdir()), f"zero_sft-failed-{os.getuid()}-"
+        self._name = f"{self._prefix}{launcher.pid}-{int(launcher.create_time())}"
+
+    def claim(self) -> bool:
+        """Return True for the first caller on the node. Remove what earlier jobs have left."""
+        with contextlib.suppress(OSError):
+            for path in self._folder.glob(f"{self._prefix}*"):
+                pid = path.name.removeprefix(self._prefix).partition("-")[0]
+                if path.name != self._name and not psutil.pid_exists(int(pid)):
+                    path.unlink(missing_ok=True)
+        try:
+            os.close(os.open(self._folder / self._name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600))
+        except FileExistsError:
+            return False
+        except OSError:
+            return True  # reported twice is better than not at all
+        return True
+
+    @property
+    def is_claimed(self) -> bool:
+        """True if a rank of the node has reported a failure or is about to."""
+        return (self._folder / self._name).exists()
 
 
 def is_alive(process: psutil.Process) -> bool:

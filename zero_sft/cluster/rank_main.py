@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from zero_sft.cluster import failure_report
-from zero_sft.cluster.launcher_watch import watch_launcher
+from zero_sft.cluster.launcher_watch import early_claim, watch_launcher
 from zero_sft.cluster.world import World
 
 
@@ -13,10 +13,11 @@ def run_rank(body: Callable[[World], None]) -> int:
     The rank ends when its launcher ends or on SIGTERM, even while `body` waits for other ranks.
     """
     watch_launcher()
-    failure_report.begin_job(World.alone())
+    claim = early_claim()
+    failure_report.begin_job(World.alone(), claim)
     try:
         world = World.detect()
-        failure_report.begin_job(world)
+        failure_report.begin_job(world, claim)
         body(world)
     except KeyboardInterrupt:
         return failure_report.report_interrupt()

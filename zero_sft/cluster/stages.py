@@ -147,6 +147,17 @@ def require_identical(world: World, what: str, values: Mapping[str, Any]) -> Non
     _require_identical(world, what, values, all_gather_json(world, _digest(values)))
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings, so that a message names the setting that differs: {"a": {"b": 1}} → {"a.b": 1}. Pure."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _canonical(values: Mapping[str, Any]) -> dict[str, str]:
     return {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
 

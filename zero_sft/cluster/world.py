@@ -52,6 +52,10 @@ class World:
         """True on one rank of each node."""
         return self.rank == self.node_leader
 
+    def leads_folder(self, *, on_each_node: bool) -> bool:
+        """True on the rank that does the work that is needed once per output folder: rank 0, or one rank of each node."""
+        return self.leads_node if on_each_node else self.is_main
+
     @property
     def node_group_size(self) -> int:
         """The largest n that divides `world_size` such that, for each i, ranks [i*n, (i+1)*n) are on one node."""

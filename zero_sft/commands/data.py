@@ -53,7 +53,10 @@ def command() -> Command:
         program="python -m zero_sft.data",
         description="Report on training data before a run: counts, lengths, and samples with the trained tokens marked.",
         groups={"Model": model, "Data": data, "Training": training, "Output": list(specs_of(ReportArguments).values())},
-        required=("model_name_or_path", "data_path"),
+        required={
+            "model_name_or_path": "a folder or a hub id, such as --model_name_or_path meta-llama/Llama-3.1-8B",
+            "data_path": "a file or a folder of samples, such as --data_path data.json",
+        },
         positive=("model_max_length", "per_device_train_batch_size", "dataset_num_proc"),
         translations=shared_translations([*model, *data, *training]),
     )

@@ -12,17 +12,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments.specifications import shared_options, shared_translations
+from zero_sft.console import progress
 from zero_sft.errors import ArgumentError
 from zero_sft.estimate.storage_profiles import STORAGES, shipped_models
 from zero_sft.options.command import Command
 from zero_sft.options.resolve import Translation
 from zero_sft.options.spec import specs_of
+from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     from zero_sft.estimate.result import Result
 
 _MODEL = ("trust_remote_code", "revision", "token", "cache_dir", "variant", "dtype", "attn_implementation")
-_TRAINING = ("deepspeed", "per_device_train_batch_size", "model_max_length", "activation_checkpointing", "packing")
+_TRAINING = (
+    "deepspeed",
+    "per_device_train_batch_size",
+    "model_max_length",
+    "activation_checkpointing",
+    "packing",
+    "save_async",
+    "local_save_dir",
+)
+
+
+LARGEST_WORLD_SIZE = 131_072
+"""More GPUs than any cluster has, as a mistyped number may ask for; every rank is planned, in milliseconds each."""
+
+_RANKS_IN_A_MOMENT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +72,13 @@ def command() -> Command:
         program="python -m zero_sft.estimate",
         description="Estimate what loading and training with ZeRO-3 need on every rank, from headers or only a config.",
         groups={"Model": model, "Training": training, "Cluster and output": list(specs_of(EstimateArguments).values())},
-        required=("model_name_or_path", "world_size"),
+        required={
+            "model_name_or_path": "a folder, a hub id or a shipped name, such as --model_name_or_path Llama-3.1-8B",
+            "world_size": "the total number of GPUs, such as --world_size 64",
+        },
         positive=("world_size", "ranks_per_node", "per_device_train_batch_size", "model_max_length", "gpu_memory_gib",
                   "host_memory_gib"),
+        largest={"world_size": LARGEST_WORLD_SIZE},
         translations={
             **shared_translations([*model, *training]),
             "model": Translation(name="model_name_or_path"),
@@ -75,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(options: Any, notes: Sequence[str]) -> None:
     for note in notes:
         sys.stderr.write(f"{note}\n")
+    for line in _remarks(options):
+        sys.stderr.write(f"{line}\n")
     models = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
     _check_outputs(options, len(models) * len(options.world_size))
     results = _estimate(models, options)
@@ -90,6 +112,19 @@ def _report(options: Any, notes: Sequence[str]) -> None:
         sys.stdout.write(json.dumps([result.to_dict() for result in results], indent=2) + "\n")
     else:
         sys.stdout.writelines("\n".join(result.lines()) + "\n\n" for result in results)
+
+
+def _remarks(options: Any) -> Iterator[str]:
+    """Yield lines about nodes that are not full, and about computations of more than a few seconds."""
+    per_node = options.ranks_per_node
+    for world_size in options.world_size:
+        if world_size > per_node and world_size % per_node:
+            yield (
+                f"--world_size {world_size:,} is not a multiple of --ranks_per_node {per_node}: the last node is estimated "
+                f"with {with_count(world_size % per_node, 'GPU')}"
+            )
+    if max(options.world_size) > _RANKS_IN_A_MOMENT:
+        yield f"planning the reads of each of {max(options.world_size):,} ranks: this may take minutes"
 
 
 def _check_outputs(options: Any, estimates: int) -> None:
@@ -130,7 +165,14 @@ def _estimate(models: Sequence[str], options: Any) -> "list[Result]":
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from zero_sft.estimate.result import estimate  # imports torch and DeepSpeed, which --help doesn't need
 
-    return [result for model in models for result in estimate(model, options)]
+    if sys.stderr.isatty():
+        from zero_sft.console.bars import display_for
+
+        progress.set_display(display_for(sys.stderr))
+    try:
+        return [result for model in models for result in estimate(model, options)]
+    finally:
+        progress.set_display(None)
 
 
 def _as_words(options: Any) -> str:

@@ -41,8 +41,8 @@ class ShapeMismatch:
 class Resolution:
     """The result of matching a checkpoint to a model: the sources of each tensor by the model's name, and what does not fit."""
 
-    sources: Mapping[str, SourceMap]
-    stored: Mapping[str, StoredTensor]  # the sources that regions name: the checkpoint's tensors, and scaled ones
+    source_maps: Mapping[str, SourceMap]
+    stored_tensors: Mapping[str, StoredTensor]  # the sources that regions name: the checkpoint's tensors, and scaled ones
     untraceable: Mapping[str, TensorGroup]  # tensors that must be computed from whole stored tensors
     unexpected: frozenset[str]
     mismatched: tuple[ShapeMismatch, ...]
@@ -50,9 +50,9 @@ class Resolution:
     rules_used: tuple[Any, ...]  # transformers' rules that matched; save_pretrained reverts them
 
     @property
-    def stored_names(self) -> frozenset[str]:
+    def filled_names(self) -> frozenset[str]:
         """The names of the model's tensors that the checkpoint fills."""
-        return frozenset(self.sources) | frozenset(self.untraceable)
+        return frozenset(self.source_maps) | frozenset(self.untraceable)
 
     def by_group(self) -> Iterator[tuple[TensorGroup, list[str]]]:
         """Iterate over the groups of computed tensors, each with the names of the tensors that it makes."""
@@ -83,24 +83,24 @@ class FullShapeModel:
 
 
 def resolve(
-    model: PreTrainedModel, state: Mapping[str, torch.Tensor], stored: Mapping[str, StoredTensor], quantizer: Any = None
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], stored_tensors: Mapping[str, StoredTensor], quantizer: Any = None
 ) -> Resolution:
     """Find the stored elements that fill each tensor of the model. Any rank; does not communicate.
 
     Args:
         model: partitioned or not.
         state: the model's full state dict, on the meta device.
-        stored: the checkpoint's tensors by name.
+        stored_tensors: the checkpoint's tensors by name.
         quantizer: transformers' quantizer, if the checkpoint is quantised. It adds operations that dequantise.
 
     Raises:
         CheckpointError: parts of a tensor are missing or contradict each other, or a dtype can't be read.
     """
     rules = internal("get_model_conversion_mapping")(model, hf_quantizer=quantizer)
-    groups, unexpected = match(model, rules, state, stored)
-    dequant_tracer = DequantTracer(stored, quantizer)
-    tracer = _GroupTracer(model=FullShapeModel(model, state), stored=stored, dequant_tracer=dequant_tracer)
-    sources: dict[str, SourceMap] = {}
+    groups, unexpected = match(model, rules, state, stored_tensors)
+    dequant_tracer = DequantTracer(stored_tensors, quantizer)
+    tracer = _GroupTracer(model=FullShapeModel(model, state), stored_tensors=stored_tensors, dequant_tracer=dequant_tracer)
+    source_maps: dict[str, SourceMap] = {}
     untraceable: dict[str, TensorGroup] = {}
     mismatched: list[ShapeMismatch] = []
     for group in groups:
@@ -110,15 +110,15 @@ def resolve(
             elif tensor.shape != state[name].shape:
                 mismatched.append(_mismatch(group, name, tuple(state[name].shape), tuple(tensor.shape)))
             elif isinstance(tensor, tracing.TracedTensor):
-                sources[name] = SourceMap.of(name, tuple(tensor.shape), tensor.regions)
+                source_maps[name] = SourceMap.of(name, tuple(tensor.shape), tensor.regions)
             else:
                 untraceable[name] = group
-    all_stored = {**stored, **dequant_tracer.scaled}
-    for source_map in sources.values():
+    all_stored = {**stored_tensors, **dequant_tracer.scaled}
+    for source_map in source_maps.values():
         check_cover(source_map, all_stored)
     return Resolution(
-        sources=sources,
-        stored=all_stored,
+        source_maps=source_maps,
+        stored_tensors=all_stored,
         untraceable=untraceable,
         unexpected=frozenset(unexpected),
         mismatched=tuple(mismatched),
@@ -138,64 +138,69 @@ class _GroupTracer:
     """Trace the conversion of groups of stored tensors to regions."""
 
     model: FullShapeModel
-    stored: Mapping[str, StoredTensor]
+    stored_tensors: Mapping[str, StoredTensor]
     dequant_tracer: DequantTracer
 
     def trace(self, group: TensorGroup) -> dict[str, torch.Tensor]:
         """Return the tensors that a group makes, without data: `TracedTensor`s, or on the meta device if it can't be traced."""
         if group.rivals:
-            rival, member = group.rivals[0], group.stored[0]
+            rival, member = group.rivals[0], group.stored_names[0]
             raise CheckpointError(
-                f"{self.stored[rival].file}: {rival!r} and {member!r} both make the model's {group.name!r}, since the "
+                f"{self.stored_tensors[rival].file}: {rival!r} and {member!r} both make the model's {group.name!r}, since the "
                 "checkpoint has it merged and in parts. Remove one of the two from the checkpoint, or download it again.",
                 code="checkpoint.whole_and_in_parts",
             )
         dtype = self.model.get_parameter(group.name).dtype
 
         def traced(name: str) -> torch.Tensor:
-            return tracing.trace_stored(name, self.stored[name].shape, dtype, self.stored[name].strides)
+            return tracing.trace_stored(name, self.stored_tensors[name].shape, dtype, self.stored_tensors[name].strides)
 
         if group.converter is None:
-            _check_dtype(self.stored[group.stored[0]])
-            return {group.name: traced(group.stored[0])}
+            _check_dtype(self.stored_tensors[group.stored_names[0]])
+            return {group.name: traced(group.stored_names[0])}
         try:
             result = self._convert(group, traced, self.dequant_tracer.install)
             if not all(isinstance(tensor, tracing.TracedTensor) for tensor in result.values()):
                 raise tracing.NotTraceable("the result does not come from stored tensors alone")
         except (tracing.NotTraceable, regions.TooManyRegions):
             return self._convert_on_meta(group)
-        for source in {region.source for tensor in result.values() for region in tensor.regions} & self.stored.keys():
-            _check_dtype(self.stored[source])
+        sources = {region.source for tensor in result.values() for region in tensor.regions}
+        for source in sources & self.stored_tensors.keys():
+            _check_dtype(self.stored_tensors[source])
         return result
 
     def _convert_on_meta(self, group: TensorGroup) -> dict[str, torch.Tensor]:
-        for name in group.stored:
-            _check_dtype(self.stored[name], is_dequantized=True)
+        for name in group.stored_names:
+            _check_dtype(self.stored_tensors[name], will_be_dequantized=True)
 
         def meta_tensor(name: str) -> torch.Tensor:
-            return torch.empty(self.stored[name].shape, dtype=TORCH_DTYPES[self.stored[name].dtype], device="meta")
+            return torch.empty(
+                self.stored_tensors[name].shape, dtype=TORCH_DTYPES[self.stored_tensors[name].dtype], device="meta"
+            )
 
         return self._convert(group, meta_tensor, use_configured_blocks)
 
     def _convert(
-        self, group: TensorGroup, read_tensor: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
+        self, group: TensorGroup, get_tensor: Callable[[str], torch.Tensor], prepare: Callable[[Any], None]
     ) -> dict[str, Any]:
         """Run a group's converter, and name the checkpoint's files in the error of an operation."""
         try:
-            return convert_group(group, self.model, read_tensor, prepare)
+            return convert_group(group, self.model, get_tensor, prepare)
         except (tracing.NotTraceable, regions.TooManyRegions):
             raise
         except Exception as error:  # transformers' operations raise many types
-            raise CheckpointError(_not_converted(group, self.stored, error), code="checkpoint.not_convertible") from error
+            raise CheckpointError(
+                _not_converted(group, self.stored_tensors, error), code="checkpoint.not_convertible"
+            ) from error
 
 
 def convert_group(
     group: TensorGroup,
     model: FullShapeModel,
-    read_tensor: Callable[[str], torch.Tensor],
+    get_tensor: Callable[[str], torch.Tensor],
     prepare: Callable[[Any], None] = use_configured_blocks,
 ) -> dict[str, Any]:
-    """Run a group's converter on the tensor `read_tensor(name)` of each stored name. Returns its results by the model's names.
+    """Run a group's converter on the tensor `get_tensor(name)` of each stored name. Returns its results by the model's names.
 
     As in transformers, all tensors are cast to the model's dtype before they are merged, except those for a quantizer.
 
@@ -207,13 +212,13 @@ def convert_group(
     dtype = None if needs_stored_dtype(converter) else model.get_parameter(group.name).dtype
     for pattern, names in group.members.items():
         for name in names:
-            converter.add_tensor(group.name, name, pattern, read_tensor(name).to(dtype=dtype))
+            converter.add_tensor(group.name, name, pattern, get_tensor(name).to(dtype=dtype))
     raw = converter.convert(group.name, model=model, config=model.config, hf_quantizer=None)
     return {name: value[0] if isinstance(value, list) else value for name, value in raw.items()}
 
 
 def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause: Exception) -> str:
-    names, missing = group.stored, group.missing_members()
+    names, missing = group.stored_names, group.missing_members()
     where = f"{stored[names[0]].file}: {first_of(map(repr, names), 1)}"
     reason = f"there is no {cause}" if isinstance(cause, KeyError) else cause
     operations = ", ".join(map(repr, group.converter.operations))
@@ -223,7 +228,7 @@ def _not_converted(group: TensorGroup, stored: Mapping[str, StoredTensor], cause
     return f"{message} The files are incomplete, or belong to another model than the config: take both from the same source."
 
 
-def _check_dtype(tensor: StoredTensor, *, is_dequantized: bool = False) -> None:
+def _check_dtype(tensor: StoredTensor, *, will_be_dequantized: bool = False) -> None:
     """Raise `CheckpointError` if torch can't read the dtype, or if it is a quantised one that no scales multiply."""
     if tensor.dtype not in TORCH_DTYPES:
         raise CheckpointError(
@@ -231,7 +236,7 @@ def _check_dtype(tensor: StoredTensor, *, is_dequantized: bool = False) -> None:
             "Use a checkpoint in another dtype.",
             code="checkpoint.unsupported_dtype",
         )
-    if tensor.dtype.startswith("F8") and not is_dequantized:
+    if tensor.dtype.startswith("F8") and not will_be_dequantized:
         raise CheckpointError(
             f"{tensor.file}: {tensor.name!r} is stored as {tensor.dtype}, but its scales were not found under a name that "
             "matches the config's quantization_config, so it can't be dequantised. Use the complete checkpoint with its "
@@ -240,8 +245,8 @@ def _check_dtype(tensor: StoredTensor, *, is_dequantized: bool = False) -> None:
         )
 
 
-def original_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a model's tensors under the names and shapes that plain `save_pretrained` writes, without data.
+def published_format(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a model's tensors in the published format, without data: names and shapes as plain `save_pretrained` writes them.
 
     Args:
         state: the model's full tensors by the model's names, on the meta device.

@@ -29,7 +29,7 @@ class TensorGroup:
     rivals: Sequence[str]
 
     @property
-    def stored(self) -> list[str]:
+    def stored_names(self) -> list[str]:
         """The names of all members."""
         return [name for names in self.members.values() for name in names]
 
@@ -59,14 +59,17 @@ def _numbered(names: Sequence[str]) -> tuple[str, set[int], str] | None:
 
 
 def match(
-    model: PreTrainedModel, rules: Sequence[Any], state: Mapping[str, Any], stored: Iterable[str]
+    model: PreTrainedModel, rules: Sequence[Any], state: Mapping[str, Any], stored_names: Iterable[str]
 ) -> tuple[tuple[TensorGroup, ...], set[str]]:
-    """Find the tensor of the model that each stored name belongs to: the groups, and the names that are not in the model.
+    """Find the tensor of the model that each stored name belongs to.
 
     Args:
         rules: transformers' renamings and converters for this model.
         state: the model's state dict. Only its names are used.
-        stored: the names in the checkpoint.
+        stored_names: the names in the checkpoint.
+
+    Returns:
+        The groups; and the names that are not in the model, as transformers' rules rename them, not as they are stored.
     """
     renamings = [rule for rule in rules if isinstance(rule, internal("WeightRenaming"))]
     converters = [rule for rule in rules if isinstance(rule, internal("WeightConverter"))]
@@ -77,13 +80,14 @@ def match(
     members: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     rivals: dict[str, list[str]] = defaultdict(list)
     unexpected: set[str] = set()
-    for name in sorted(stored, key=internal("dot_natural_key")):
+    for name in sorted(stored_names, key=internal("dot_natural_key")):
         renamed, pattern = rename(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
         converter = None if pattern is None else by_pattern.get(pattern)
         if renamed in state:
-            if (converter is None) != (used.setdefault(renamed, converter) is None):
+            first = used.setdefault(renamed, converter)  # as in transformers, all names of a group use its first converter
+            if (converter is None) != (first is None):
                 rivals[renamed].append(name)
             else:
                 members[renamed][name if converter is None else str(pattern)].append(name)

@@ -153,7 +153,9 @@ def _on_complete_blocks(operation: Any) -> Callable[..., torch.Tensor]:
     """Return transformers' arithmetic on complete blocks: a weight with incomplete ones is padded, and the result is cut."""
     original, configured = dequantize_function(operation), configured_block_shape(operation.hf_quantizer)
 
-    def dequantize(quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dequantize_padded(
+        quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         is_matrix = quantized.dim() == 2 and quantized.is_floating_point() and quantized.itemsize == 1
         if not is_matrix or scales.numel() == 1:
             return original(quantized, scales, output_dtype=output_dtype)
@@ -163,4 +165,4 @@ def _on_complete_blocks(operation: Any) -> Callable[..., torch.Tensor]:
         padded[:height, :width] = quantized.view(torch.uint8)
         return original(padded.view(quantized.dtype), scales, output_dtype=output_dtype)[:height, :width]
 
-    return dequantize
+    return dequantize_padded

@@ -2,7 +2,7 @@
 
 An entry is a folder, `<root>/<key>`, with `rows.arrow` in Arrow's stream format and `summary.json`. It is written to a
 temporary folder and renamed at the end, so every existing entry is complete. If several processes write the same entry, the
-first one wins. A CRC-32 checksum, at 4 GB a second, detects damage by disks; it does not protect against attackers.
+first one wins. A CRC-32 checksum, at 4 GB per second, detects damage by disks; it does not protect against attackers.
 """
 
 import contextlib

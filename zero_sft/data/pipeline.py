@@ -1,10 +1,9 @@
 """Turn objects of a file into rows of a dataset, with plain data and pure functions that can be sent to worker processes.
 
-A row is a tokenised sample: `input_ids`, `labels` and `length`. With lazy tokenising it is the sample as JSON text, and
-`Pipeline.__call__` makes ids and labels when they are needed.
+A row of a pipeline is a tokenised sample: `input_ids`, `labels` and `length`. With lazy tokenising it is the sample as JSON
+text, and `Pipeline.__call__`, which datasets calls as a transform, makes ids and labels when they are needed.
 """
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -88,30 +87,37 @@ class Pipeline:
     def _text_rows(self, samples: Sequence[Sample]) -> tuple[dict[str, list], DataReport]:
         """Keep samples as text, to be tokenised later, but check now that they can be used.
 
-        An error that affects every sample should be raised now. So samples are tokenised until one has something to train on.
-        If ids must be checked, all samples are tokenised.
+        - `id_limit` is set: all samples are tokenised, since their ids must be checked.
+        - Bad samples are skipped: all samples are rendered, to find the bad ones.
+        - In any case samples are tokenised until one has something to train on: an error that affects all is raised now.
         """
-        usable, bad = list(samples), list[str]()
+        usable, bad_messages = list(samples), list[str]()
         if self.id_limit is not None or self.parser.skips_bad:
             check = self._render if self.id_limit is None else self._tokenize
-            checked, bad = check(samples, skip_bad=self.parser.skips_bad)
+            checked, bad_messages = check(samples, skip_bad=self.parser.skips_bad)
             usable = [sample for sample, _ in checked]
-        tokenized = map(self._tokenize_one, usable)
-        lengths = [sample.full_length for sample in itertools.takewhile(lambda sample: not sample.trained_tokens, tokenized)]
-        has_trained = len(lengths) < len(usable)
+        has_trained, lengths = False, list[int]()
+        for sample in usable:
+            tokenized = self._tokenize_one(sample)
+            if tokenized.trained_tokens:
+                has_trained = True
+                break
+            lengths.append(tokenized.full_length)
         return {"sample": [json.dumps(asdict(sample)) for sample in usable]}, replace(
-            self._report(usable, bad), has_trained=has_trained, shortest=None if has_trained else min(lengths, default=None)
+            self._report(usable, bad_messages),
+            has_trained=has_trained,
+            shortest=None if has_trained else min(lengths, default=None),
         )
 
     def _token_rows(self, samples: Sequence[Sample]) -> tuple[dict[str, list], DataReport]:
         """Tokenise and label samples, treat long ones as `overlong` says, and drop those in which nothing is trained on."""
         skip_bad = self.parser.skips_bad
-        tokenized, bad = self._tokenize(samples, skip_bad=skip_bad)
+        tokenized, bad_messages = self._tokenize(samples, skip_bad=skip_bad)
         fitting = [pair for pair in tokenized if self.overlong != DROP or not pair[1].cut_tokens]
-        split, not_split = apply_to_usable(lambda pair: (*pair, self._split(*pair)), fitting, skip_bad=skip_bad)
+        parted, split_errors = apply_to_usable(lambda pair: (*pair, self._split(*pair)), fitting, skip_bad=skip_bad)
         used, kept, split_samples = list[Sample](), list[TokenizedSample](), 0
         dropped, dropped_parts = Counter({TOO_LONG: len(tokenized) - len(fitting)}), Counter[str]()
-        for sample, whole, parts in split:
+        for sample, whole, parts in parted:
             answered = [tokens for part, tokens in parts if self._is_answered(part)]
             trained = [tokens for tokens in answered if tokens.trained_tokens]
             dropped_parts[NO_ANSWER] += len(parts) - len(answered)
@@ -128,7 +134,7 @@ class Pipeline:
             "length": [len(sample.input_ids) for sample in kept],
         }
         return columns, replace(
-            self._report(used, [*bad, *not_split]),
+            self._report(used, [*bad_messages, *split_errors]),
             split=split_samples,
             dropped=dropped,
             dropped_parts=dropped_parts,
@@ -140,14 +146,14 @@ class Pipeline:
             longest=max((sample.full_length for sample in kept), default=None),
         )
 
-    def _report(self, used: Sequence[Sample], bad: Sequence[str]) -> DataReport:
+    def _report(self, used: Sequence[Sample], bad_messages: Sequence[str]) -> DataReport:
         """Report on the turns of the samples that are used, and on the errors of bad samples."""
         turns = (turn for sample in used if isinstance(sample, Conversation) for turn in sample.turns)
         return DataReport(
             turns=sum(turn.role != SYSTEM for turn in turns),
             empty_answers=sum(sample.count_empty_answers(blank_counts=self.template.trains_on_blanks) for sample in used),
-            bad=len(bad),
-            first_bad=tuple(bad),
+            bad=len(bad_messages),
+            first_bad=tuple(bad_messages),
         )
 
     def _split(self, sample: Sample, whole: TokenizedSample) -> Sequence[tuple[Sample, TokenizedSample]]:
@@ -169,13 +175,13 @@ class Pipeline:
         self, samples: Sequence[Sample], *, skip_bad: bool = False
     ) -> tuple[list[tuple[Sample, TokenizedSample]], list[str]]:
         """Tokenise samples in order. With `skip_bad`, leave bad samples out and return their errors; else raise the first."""
-        rendered, bad = self._render(samples, skip_bad=skip_bad)
+        rendered, bad_messages = self._render(samples, skip_bad=skip_bad)
         texts = [text for _, text in rendered]
         pairs = zip(
             (sample for sample, _ in rendered), tokenize_rendered(texts, self.tokenizer, self.model_max_length), strict=True
         )
-        tokenized, not_embedded = apply_to_usable(self._require_embedded, pairs, skip_bad=skip_bad)
-        return tokenized, [*bad, *not_embedded]
+        tokenized, embedding_errors = apply_to_usable(self._require_embedded, pairs, skip_bad=skip_bad)
+        return tokenized, [*bad_messages, *embedding_errors]
 
     def _require_embedded(self, pair: tuple[Sample, TokenizedSample]) -> tuple[Sample, TokenizedSample]:
         sample, tokenized = pair

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pydantic
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from zero_sft.errors import ConfigError
 from zero_sft.plan.partition import partition_numel
 
 MOMENT_BYTES = 8
@@ -71,7 +73,11 @@ class Memory:
 
 
 def zero_settings(ds_config: Mapping[str, Any], hidden_size: int) -> DeepSpeedZeroConfig:
-    """Return the ZeRO section with DeepSpeed's defaults; "auto" is replaced from the hidden size, as in the Trainer."""
+    """Return the ZeRO section with DeepSpeed's defaults; "auto" is replaced from the hidden size, as in the Trainer.
+
+    Raises:
+        ConfigError: DeepSpeed refuses a key or a value of the section.
+    """
     auto_values = {
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -81,7 +87,14 @@ def zero_settings(ds_config: Mapping[str, Any], hidden_size: int) -> DeepSpeedZe
     for key, value in auto_values.items():
         if section.get(key) == "auto":
             section[key] = value
-    return DeepSpeedZeroConfig(**{key: value for key, value in section.items() if value != "auto"})
+    try:
+        return DeepSpeedZeroConfig(**{key: value for key, value in section.items() if value != "auto"})
+    except pydantic.ValidationError as error:
+        details = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
+        raise ConfigError(
+            f"DeepSpeed refuses zero_optimization in the DeepSpeed config: {details}. See docs/configs.md for shipped ones.",
+            code="ds_config.refused_by_deepspeed",
+        ) from error
 
 
 def training_memory(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int, *, on_cpu: bool = False) -> Memory:
@@ -109,6 +122,12 @@ def training_memory(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int, *,
     if "optimizer" in device:
         phases["optimizer's step"] = {"gradients of a group": (4 + width) * max(groups)}
     return Memory(device=device, host=host, phases=phases)
+
+
+def checkpoint_copy_bytes(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int) -> int:
+    """Return the bytes of a rank's copy of what a checkpoint holds: weights, master weights and moments; page-locked."""
+    shard = sum(sizes.sub_groups(world_size, int(zero.sub_group_size)))
+    return shard * (sizes.itemsize + (4 if sizes.itemsize < 4 else 0) + MOMENT_BYTES)
 
 
 def _param_bytes(zero: DeepSpeedZeroConfig, groups: Sequence[int], width: int, on_cpu: bool) -> dict[str, int]:

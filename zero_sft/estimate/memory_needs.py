@@ -4,15 +4,16 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from zero_sft.ds_config import engine_dtype, load_ds_config
 from zero_sft.estimate.activations import peak_bytes
-from zero_sft.estimate.engine_memory import Memory, Sizes, training_memory, zero_settings
+from zero_sft.estimate.engine_memory import Memory, Sizes, checkpoint_copy_bytes, training_memory, zero_settings
 from zero_sft.estimate.model import EstimatedModel
 from zero_sft.rope import text_config
+from zero_sft.saving.checkpoint_saver import MEMORY_SHARE
 
 RUNTIME_BYTES = 3 * 2**29
 """Device memory for the driver, NCCL and kernel workspaces, about 1.5 GiB."""
@@ -36,6 +37,7 @@ class TrainingRun:
     packing: bool
     device_bytes: int
     host_bytes: int
+    save_async: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +77,22 @@ class MemoryModel:
         )
         zero = zero_settings(ds, text_config(self._model.spec.config).hidden_size)
         memory = training_memory(sizes, zero, run.world_size)
+        ranks = min(run.ranks_per_node, run.world_size)
+        copied = ranks * checkpoint_copy_bytes(sizes, zero, run.world_size)
+        if self._copies(run, zero, copied, run.host_bytes - ranks * (memory.host_peak + INTERPRETER_BYTES)):
+            memory = dataclasses.replace(memory, host={**memory.host, "copy for checkpoints": copied // ranks})
         device = memory.device_peak + RUNTIME_BYTES
-        host = min(run.ranks_per_node, run.world_size) * (memory.host_peak + INTERPRETER_BYTES)
+        host = ranks * (memory.host_peak + INTERPRETER_BYTES)
         fits = device <= run.device_bytes and host <= run.host_bytes
         return MemoryNeeds(memory=memory, device=device, host=host, fits=fits)
+
+    @staticmethod
+    def _copies(run: TrainingRun, zero: Any, copied: int, available: int) -> bool:
+        """Return whether a run copies its checkpoints to host memory, as `CheckpointSaver` decides."""
+        if run.save_async != "auto":
+            return run.save_async
+        on_nvme = zero.offload_optimizer is not None and zero.offload_optimizer.device == "nvme"
+        return not on_nvme and copied <= MEMORY_SHARE * available
 
     def remedies(self, run: TrainingRun) -> Iterator[str]:
         """Yield changes that would make a run fit, the cheapest first, as arguments of the job or a number of GPUs."""
@@ -87,23 +101,26 @@ class MemoryModel:
             cuts["--activation_checkpointing True"] = {"checkpointing": True}
         if run.batch_size > 1:
             cuts["--per_device_train_batch_size 1"] = {"batch_size": 1}
-        prefix = ""
+        alone = True  # more GPUs or another config is enough, without the cuts
         if cuts:
             all_words, all_cuts = " ".join(cuts), {key: value for cut in cuts.values() for key, value in cut.items()}
             enough = self._first_that_fits(run, {**cuts, all_words: all_cuts})
             if enough:
                 yield enough
             else:
-                run, prefix = dataclasses.replace(run, **all_cuts), f"{all_words} "
+                run, alone = dataclasses.replace(run, **all_cuts), False
         doubled = [run.world_size << doublings for doublings in range(1, LARGEST_WORLD.bit_length())]
-        worlds = {f"{size} GPUs": {"world_size": size} for size in doubled if size <= LARGEST_WORLD}
+        with_cuts, after_cuts = ("", "") if alone else (f" with {' '.join(cuts)}", f"{' '.join(cuts)} ")
+        worlds = {f"{size:,} GPUs{with_cuts}": {"world_size": size} for size in doubled if size <= LARGEST_WORLD}
         configs = {
-            f"--deepspeed {name}": {"ds_config": name} for name in ("zero3_offload", "zero3_nvme") if name != run.ds_config
+            f"{after_cuts}--deepspeed {name}": {"ds_config": name}
+            for name in ("zero3_offload", "zero3_nvme")
+            if name != run.ds_config
         }
         for changes in (worlds, configs):
             enough = self._first_that_fits(run, changes)
             if enough:
-                yield f"{prefix}{enough}"
+                yield enough
 
     def _first_that_fits(self, run: TrainingRun, changes: Mapping[str, Mapping[str, Any]]) -> str | None:
         """Return the words of the first change with which the run fits."""

@@ -18,7 +18,7 @@ from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.checkpoint.index import read_index
 from zero_sft.cluster.world import World
 from zero_sft.config import load_config
-from zero_sft.conversion.convert import Resolution, original_format, resolve
+from zero_sft.conversion.convert import Resolution, published_format, resolve
 from zero_sft.conversion.quantized import configured_block_shape, quantizer_for
 from zero_sft.errors import CheckpointError, ConfigError
 from zero_sft.estimate.remote_headers import fetch_headers
@@ -128,7 +128,7 @@ def derive_headers(
     With `block` (rows, columns), the checkpoint stores matrices of linear layers and experts as 8-bit floats with one scale per
     block, as DeepSeek-V3 does. Its multi-token prediction module, which training does not read, is not derived.
     """
-    published = original_format(model, skeleton.without_ties(model, state))
+    published = published_format(model, skeleton.without_ties(model, state))
     rows: list[tuple[str, str, tuple[int, ...]]] = []
     for name, tensor in published.items():
         shape = tuple(tensor.shape)

@@ -65,7 +65,7 @@ class Result:
             f"{model.name}: {model.numel / 1e9:,.1f} B parameters, {model.tensors:,} tensors in "
             f"{with_count(model.files, 'file')} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
         )
-        yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} a node"
+        yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} per node"
         yield ""
         yield f"  load, each rank {'least':>26}{'median':>12}{'most':>12}"
         for title, values, unit in (
@@ -123,6 +123,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             packing=packing.enabled,
             device_bytes=int(options.gpu_memory_gib * GIB),
             host_bytes=int(options.host_memory_gib * GIB),
+            save_async=options.save_async if options.local_save_dir is None else False,
         )
         started = time.perf_counter()
         loads = simulate_load(model, world_size)

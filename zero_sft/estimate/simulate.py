@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zero_sft.console.progress import iterate_with_progress
 from zero_sft.estimate.model import EstimatedModel
 from zero_sft.estimate.storage_profiles import StorageProfile
 from zero_sft.plan.partition import shard_range
@@ -31,12 +32,14 @@ def simulate_load(model: EstimatedModel, world_size: int) -> list[RankLoad]:
     """
     parameters = model.parameters
     filled = [
-        (source_map, parameters[name].numel()) for name, source_map in model.resolution.sources.items() if name in parameters
+        (source_map, parameters[name].numel())
+        for name, source_map in model.resolution.source_maps.items()
+        if name in parameters
     ]
     loads = []
-    for rank in range(world_size):
+    for rank in iterate_with_progress(range(world_size), f"planning the reads of {model.name}", "ranks"):
         targets = ((source_map, shard_range(numel, rank, world_size)) for source_map, numel in filled)
-        sizes = [read.total_nbytes for read in plan_reads(targets, model.resolution.stored)]
+        sizes = [read.total_nbytes for read in plan_reads(targets, model.resolution.stored_tensors)]
         loads.append(
             RankLoad(
                 nbytes=sum(sizes),

@@ -47,3 +47,7 @@ class HubOptions:
             raise ArgumentError(
                 f"variant {self.variant!r} can't be part of a file name; expected one like fp16.", code="hub.bad_variant"
             )
+
+    def to_match(self) -> dict[str, object]:
+        """Return the options that must be equal on all ranks. Folders and access to the hub may differ between nodes."""
+        return {name: getattr(self, name) for name in ("trust_remote_code", "revision", "variant")}

@@ -6,9 +6,11 @@ commit. Each stage fetches only the files that it needs (`CONFIG`, weights, `TOK
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zero_sft.checkpoint.folder_kind import describe_broken_link
 from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE, of_variant
 from zero_sft.cluster.control_group import LONG_WAIT, all_gather_json
 from zero_sft.cluster.stages import collective_stage, run_stage
@@ -16,6 +18,7 @@ from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.hub.download import download_snapshot
 from zero_sft.hub.options import HubOptions
+from zero_sft.options.keywords import require_path
 from zero_sft.printable import first_of
 
 CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
@@ -44,6 +47,11 @@ class ModelSource:
     folder: Path | None
 
 
+def require_name(name: object) -> str:
+    """Return a model's name as text; raise `ArgumentError` unless it is text or a path. Any rank; does not communicate."""
+    return require_path("model_name_or_path", name, "text or a path: a local folder or a hub id")
+
+
 def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
     """Locate a model, and resolve its revision to a commit. Every rank; communicates unless it is `World.alone()`.
 
@@ -55,7 +63,20 @@ def locate_model(name: str, options: HubOptions, world: World) -> ModelSource:
     with collective_stage(world, f"looking for {name}") as exchange:
         folder = local_folder(name, options)
         exchange.local = folder is not None
-    sees_folder = exchange.gathered
+    return agree_on_source(name, options, folder, exchange.gathered, world)
+
+
+def agree_on_source(
+    name: str, options: HubOptions, folder: Path | None, sees_folder: Sequence[bool], world: World
+) -> ModelSource:
+    """Return the source of a model that every rank has looked for locally, as `locate_model` does.
+
+    Every rank; communicates for a hub id.
+
+    Args:
+        folder: the `local_folder` of this rank.
+        sees_folder: for each rank, whether it has a local folder.
+    """
     if any(sees_folder) and not all(sees_folder):
         blind_ranks = [rank for rank, sees in enumerate(sees_folder) if not sees]
         raise CheckpointError(
@@ -129,12 +150,24 @@ def local_folder(name: str, options: HubOptions) -> Path | None:
     """Return the local folder called `name`, or None for a hub id. Any rank; does not communicate.
 
     Raises:
-        CheckpointError: `name` is a path that does not exist.
+        CheckpointError: `name` is a path that does not exist, or a file.
     """
+    if not name:  # as a path, it would be the working directory
+        raise CheckpointError(
+            "the name of the model is empty: check that its variable is set. Give a folder, or a hub id such as 'org/model'.",
+            code="hub.no_such_folder",
+        )
     path = Path(name).expanduser()
     if path.is_dir():
         return _inside(path, options.subfolder)
-    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/") or not name
+    if path.is_file():
+        raise CheckpointError(
+            f"{name} is a file, expected the model's folder. Name the folder that holds it: {path.parent}",
+            code="hub.no_such_folder",
+        )
+    if link := describe_broken_link(path):
+        raise CheckpointError(link, code="hub.no_such_folder")
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
     if looks_like_a_path or path.exists():
         raise CheckpointError(
             f"no such folder: {name}. Name an existing folder, or a hub id such as 'org/model'.", code="hub.no_such_folder"

@@ -3,7 +3,6 @@
 All ranks generate together, since every forward pass gathers parameters from all of them. All get the same answers.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,44 @@ from zero_sft.data.sources.text_io import read_text
 from zero_sft.data.templates.choose import Template
 from zero_sft.errors import DataError
 from zero_sft.generation_config import eos_token_ids, turn_ends
-from zero_sft.rope import positions, readable_tokens, text_config
+from zero_sft.json_text import JsonError, parse_json
+from zero_sft.printable import excerpt
+from zero_sft.rope import max_context_tokens, positions, text_config
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a file: a JSON list of texts, or one prompt a line.
+    """Read the prompts of a file: a JSON list of texts, or one prompt per line.
 
     Raises:
-        DataError: the file can't be read or holds no prompts.
+        DataError: the file can't be read, holds no prompts, or one that is not a text.
     """
-    text = read_text(path, expected="a JSON list of prompts, or one prompt a line", argument="--sample_prompts")
-    if text.lstrip().startswith("["):
-        try:
-            prompts = json.loads(text)
-        except ValueError as error:
-            raise DataError(
-                f"{path} is not JSON: {error}. Give a list of texts, or one prompt a line.", code="data.prompts_not_json"
-            ) from error
-    else:
-        prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise DataError(f"{path} holds no prompts. Give a JSON list of texts, or one prompt a line.", code="data.no_prompts")
+    text = read_text(path, expected="a JSON list of prompts, or one prompt per line", argument="--sample_prompts")
+    remedy = "Give a JSON list of texts, or one prompt per line."
+    if not text.lstrip().startswith("["):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if _is_json_object(text) or all(map(_is_json_object, lines)):
+            raise DataError(f"{path}: a prompt must be a text; got a JSON object. {remedy}", code="data.not_a_text")
+        return lines
+    try:
+        prompts = parse_json(text)
+    except JsonError as error:
+        raise DataError(
+            f"{path} can't be used as JSON: {error.place_and_reason}. {remedy}", code="data.prompts_not_json"
+        ) from error
+    if not prompts:
+        raise DataError(f"{path} holds no prompts. {remedy}", code="data.no_prompts")
+    for number, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str):
+            got = "null" if prompt is None else excerpt(prompt)
+            raise DataError(f"{path}: prompt {number} must be a text; got {got}. {remedy}", code="data.not_a_text")
     return prompts
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(parse_json(text), dict)
+    except JsonError:
+        return False
 
 
 def require_answerable(prompts: Sequence[str], tokenizer: Any, template: Template, config: Any) -> None:
@@ -45,12 +60,12 @@ def require_answerable(prompts: Sequence[str], tokenizer: Any, template: Templat
     """
     if not prompts:
         return
-    text = text_config(config)
-    max_positions = _max_positions(text)
+    decoder_config = text_config(config)
+    max_positions = _max_positions(decoder_config)
     for number, prompt in enumerate(prompts, 1):
         where = f"--sample_prompts, prompt {number}"
         ids = tokenizer(template.prompt(prompt), add_special_tokens=template.adds_special_tokens).input_ids
-        require_embedded(ids, tokenizer, getattr(text, "vocab_size", None), where)
+        require_embedded(ids, tokenizer, getattr(decoder_config, "vocab_size", None), where)
         if max_positions is not None and len(ids) >= max_positions:
             raise DataError(
                 f"{where} has {len(ids):,} tokens, but the model has only {max_positions:,} positions for a prompt and its "
@@ -59,9 +74,9 @@ def require_answerable(prompts: Sequence[str], tokenizer: Any, template: Templat
             )
 
 
-def _max_positions(text: Any) -> int | None:
+def _max_positions(decoder_config: Any) -> int | None:
     """Return the size of the model's position table; None without one, as such models only get worse beyond their context."""
-    return readable_tokens(text) if positions(text) == "table" else None
+    return max_context_tokens(decoder_config) if positions(decoder_config) == "table" else None
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, template: Template, max_new_tokens: int) -> list[str]:
@@ -81,11 +96,11 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, template: Temp
     max_positions = _max_positions(text_config(model.config))
     if max_positions is not None:
         max_new_tokens = max(1, min(max_new_tokens, max_positions - batch["input_ids"].shape[1]))
-    saved_config, was_training = model.generation_config, model.training
+    original_config, was_training = model.generation_config, model.training
     # The model's generation config may ask for sampling, several answers or a dict instead of tokens.
     model.generation_config = GenerationConfig(
-        bos_token_id=saved_config.bos_token_id,
-        eos_token_id=list(eos_token_ids(saved_config)) or None,
+        bos_token_id=original_config.bos_token_id,
+        eos_token_id=list(eos_token_ids(original_config)) or None,
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -102,14 +117,19 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[str], *, template: Temp
                 synced_gpus=True,
             )
     finally:
-        model.generation_config = saved_config
+        model.generation_config = original_config
         model.train(was_training)
     new_tokens = sequences[:, batch["input_ids"].shape[1] :]
-    answers = tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return [_cut_at_stop(text, stop_texts).strip() for text in answers]
+    ends = {*eos_token_ids(original_config), tokenizer.pad_token_id}
+    answers = []
+    for tokens in new_tokens.tolist():
+        text, is_ended = _until_stop(tokenizer.decode(tokens, skip_special_tokens=True), stop_texts)
+        is_cut_off = len(tokens) >= max_new_tokens and tokens[-1] not in ends and not is_ended
+        answers.append(text.strip() + f" [cut off after {max_new_tokens} tokens]" * is_cut_off)
+    return answers
 
 
-def _cut_at_stop(text: str, stop_texts: Sequence[str]) -> str:
-    for stop in stop_texts:
-        text = text.partition(stop)[0]
-    return text
+def _until_stop(text: str, stop_texts: Sequence[str]) -> tuple[str, bool]:
+    """Return the text before the first stop text, and whether there is one."""
+    ends = [position for stop in stop_texts if (position := text.find(stop)) >= 0]
+    return (text[: min(ends)], True) if ends else (text, False)

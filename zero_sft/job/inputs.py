@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import ParsedArguments, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
-from zero_sft.arguments.ds_conflicts import count_steps
+from zero_sft.arguments.ds_conflicts import count_steps, steps_in_epoch
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
@@ -17,21 +18,25 @@ from zero_sft.data.dataset import PreparedDataset, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import packing_unless_too_few, resolve_packing
 from zero_sft.data.prepare_distributed import prepare_distributed
-from zero_sft.data.sources.data_path import Source, parse_sources, require_outputs_outside, require_sources
+from zero_sft.data.sources.data_path import HubDataset, Source, parse_sources, require_outputs_outside, require_sources
 from zero_sft.data.templates.choose import Template, choose_template
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, locate_model
+from zero_sft.hub.upload import make_repository
+from zero_sft.job.ending_early import remove_stop_file
 from zero_sft.job.generation import read_prompts, require_answerable
-from zero_sft.job.start_checks import build_model_spec, prepare_export_settings
+from zero_sft.job.start_checks import check_model, prepare_export_settings
 from zero_sft.loading.request import ModelSpec
 from zero_sft.options.keywords import pick_options
 from zero_sft.rope import text_config
-from zero_sft.saving.folder import require_writable_everywhere
-from zero_sft.saving.former_run import LOGS, require_no_former_run
-from zero_sft.saving.resume import agree_on_checkpoint
-from zero_sft.saving.run_record import RunRecord, require_same_run, warn_of_other_data
-from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
+from zero_sft.saving.earlier_run import LOGS, overwrites_earlier_run
+from zero_sft.saving.folder import explain_write_errors, require_usable_local_folder, require_writable_everywhere, resolved
+from zero_sft.saving.placing import SETTINGS, require_replaceable
+from zero_sft.saving.resume import AUTO, agree_on_checkpoint
+from zero_sft.saving.resume_step import log_other_steps, step_of_same_sample
+from zero_sft.saving.run_record import RunRecord, read_record, require_same_run, warn_of_other_data
+from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint, require_no_checkpoint
 from zero_sft.tokenizer import load_tokenizer_from
 
 logger = logging.getLogger("zero_sft.train")
@@ -43,16 +48,17 @@ class Inputs:
 
     Attributes:
         arguments: the `TrainingArguments`.
-        model_spec: the model, before its weights are read.
+        model_spec: the checked model, before its weights are read; see `check_model`.
         saved_tokenizer: the tokenizer that checkpoints and the export hold, with the chat template of the run.
         generation_config: the export's, which stops at the template's ends of turn.
         record: describes the run in its checkpoints.
         checkpoint: the run resumes from it.
-        overwrites_run: whether to overwrite a previous run in the output folder.
+        overwrites_run: whether this run overwrites an earlier run in the output folder.
+        repository: the repository on the hub to which the model is uploaded; None: it is not.
     """
 
     arguments: Any
-    source: ModelSource
+    model_source: ModelSource
     model_spec: ModelSpec
     tokenizer: Any
     saved_tokenizer: Any
@@ -64,6 +70,7 @@ class Inputs:
     record: RunRecord
     checkpoint: TrainerCheckpoint | None
     overwrites_run: bool
+    repository: str | None
 
     @property
     def log_folder(self) -> Path:
@@ -72,7 +79,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sources:
+class _DataSources:
     """The data sources for training and for evaluation; None: no evaluation data."""
 
     training: tuple[Source, ...]
@@ -114,27 +121,34 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     Raises:
         ZeroSftError: the same on every rank.
     """
-    arguments, prompts, sources = _build_arguments(parsed, world)
-    checkpoint, overwrites_run = _check_data_and_output(parsed, arguments, sources, world)
-    source, model_spec, record = _read_config(parsed, arguments, checkpoint, world)
+    arguments, prompts, data_sources = _build_arguments(parsed, world)
+    repository = _make_repository(parsed.training, world)
+    checkpoint = _find_checkpoint(parsed, arguments, world)
+    overwrites_run = _check_data_and_output(parsed, arguments, data_sources, checkpoint, world)
+    model_source, model_spec, record = _check_model_and_record(parsed, arguments, checkpoint, world)
     length = arguments.model_max_length
-    tokenizer = load_tokenizer_from(source, world, model_max_length=length, padding_side=parsed.model.padding_side)
+    tokenizer = load_tokenizer_from(model_source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     with collective_stage(world, "choosing the chat template"):
         template = choose_template(parsed.data.chat_template, tokenizer)
         if world.is_main:
             require_answerable(prompts, tokenizer, template, model_spec.config)
-    generation_config, saved_tokenizer = prepare_export_settings(model_spec.config, tokenizer, template, source, world)
+    generation_config, saved_tokenizer = prepare_export_settings(model_spec.config, tokenizer, template, model_source, world)
     preparation = _Preparation(
         parsed=parsed, arguments=arguments, tokenizer=tokenizer, template=template, model_spec=model_spec
     )
-    training_data = _training_data(preparation, sources.training, world)
+    training_data = _training_data(preparation, data_sources.training, world)
     if _groups_by_length(parsed, training_data):
         arguments.train_sampling_strategy = "group_by_length"
-    record = _with_size(record, training_data, preparation, checkpoint, world)
-    evaluation_data = _evaluation_data(preparation, sources.evaluation, world)
+    record = _with_size(record, training_data, arguments, world.world_size)
+    data = [source.data.name if isinstance(source.data, HubDataset) else Path(source.data.name).name
+            for source in data_sources.training]  # fmt: skip
+    base = model_source.name if model_source.folder is None else model_source.folder.resolve().name
+    record = replace(record, model=base, data=data, order_samples=_order_samples(record, checkpoint))
+    _check_size(record, preparation, checkpoint, world)
+    evaluation_data = _evaluation_data(preparation, data_sources.evaluation, world)
     return Inputs(
         arguments=arguments,
-        source=source,
+        model_source=model_source,
         model_spec=model_spec,
         tokenizer=tokenizer,
         saved_tokenizer=saved_tokenizer,
@@ -146,28 +160,29 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         record=record,
         checkpoint=checkpoint,
         overwrites_run=overwrites_run,
+        repository=repository,
     )
 
 
-def _build_arguments(parsed: ParsedArguments, world: World) -> tuple[Any, tuple[str, ...], _Sources]:
+def _build_arguments(parsed: ParsedArguments, world: World) -> tuple[Any, tuple[str, ...], _DataSources]:
     """Build the Trainer's arguments, read the prompts, and parse the data sources. Every rank; communicates."""
     training, data = parsed.training, parsed.data
     with collective_stage(world, "checking the DeepSpeed config and the arguments"):
-        ds = ds_configs.load_ds_config(training["deepspeed"])
-        ds["zero_optimization"].update(ds_configs.hpz_size(ds, world.node_group_size, world.world_size))
-        ds_configs.require_nvme(ds)
-        arguments = build_training_arguments(training, ds, parsed.given_names)
+        ds_config = ds_configs.load_ds_config(training["deepspeed"])
+        ds_config["zero_optimization"].update(ds_configs.hpz_size(ds_config, world.node_group_size, world.world_size))
+        ds_configs.require_nvme(ds_config)
+        arguments = build_training_arguments(training, ds_config, parsed.given_names)
         prompts = tuple(read_prompts(Path(data.sample_prompts))) if data.sample_prompts else ()
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
-        sources = _Sources(
+        data_sources = _DataSources(
             training=parse_sources(data.training_path),
             evaluation=None if data.eval_data_path is None else parse_sources(data.eval_data_path),
         )
-    return arguments, prompts, sources
+    return arguments, prompts, data_sources
 
 
 def _require_other_folder(model: str, output_dir: str) -> None:
-    with contextlib.suppress(OSError):  # a folder does not exist, or rank 0 is just creating it as a trial
+    with contextlib.suppress(OSError):  # one of the folders does not exist
         if Path(model).samefile(output_dir):
             raise ArgumentError(
                 f"--output_dir {output_dir} is the folder of the model, whose weights would be replaced. Name another folder.",
@@ -175,45 +190,94 @@ def _require_other_folder(model: str, output_dir: str) -> None:
             )
 
 
-def _check_data_and_output(
-    parsed: ParsedArguments, arguments: Any, sources: _Sources, world: World
-) -> tuple[TrainerCheckpoint | None, bool]:
-    """Return the checkpoint that the run resumes from, and whether it overwrites a previous run. Every rank; communicates."""
-    training, ds = parsed.training, arguments.hf_deepspeed_config
-    output_dir = training["output_dir"]
-    checkpoint = agree_on_checkpoint(
-        training["resume_from_checkpoint"], output_dir, world, ds.config, bf16=ds.is_true("bf16.enabled")
+def _make_repository(training: Mapping[str, Any], world: World) -> str | None:
+    """Return the id of the repository for the model, which is made now, so that a refusal comes early; None without an upload.
+
+    Every rank; communicates.
+
+    Raises:
+        ExportError: the hub can't be reached, or the token may not write there.
+    """
+    name, private = training.get("hub_model_id"), training.get("hub_private_repo")
+    with collective_stage(world, "making the repository on the hub") as exchange:
+        if not training.get("push_to_hub"):
+            if name or private:
+                raise ArgumentError(
+                    "--hub_model_id and --hub_private_repo do nothing without --push_to_hub True", code="arguments.no_effect"
+                )
+        elif world.is_main:
+            exchange.local = make_repository(name or resolved(training["output_dir"]).name, private=private)
+    return exchange.gathered[0]
+
+
+def _find_checkpoint(parsed: ParsedArguments, arguments: Any, world: World) -> TrainerCheckpoint | None:
+    """Return the checkpoint that the run resumes from; None for a new run. Every rank; communicates."""
+    training, hf_config = parsed.training, arguments.hf_deepspeed_config
+    return agree_on_checkpoint(
+        training["resume_from_checkpoint"],
+        training["output_dir"],
+        world,
+        hf_config.config,
+        dtype="bfloat16"
+        if hf_config.is_true("bf16.enabled")
+        else "float16"
+        if hf_config.is_true("fp16.enabled")
+        else "float32",
+        on_each_node=bool(training.get("save_on_each_node")),
     )
+
+
+def _check_data_and_output(
+    parsed: ParsedArguments, arguments: Any, data_sources: _DataSources, checkpoint: TrainerCheckpoint | None, world: World
+) -> bool:
+    """Check that the data is there and the output can be written. Every rank; communicates.
+
+    Sets `arguments.save_on_each_node` to whether the nodes have separate output folders, if the user allows that.
+
+    Returns:
+        Whether this run overwrites an earlier run in the output folder.
+    """
+    output_dir = parsed.training["output_dir"]
     with collective_stage(world, "checking the data and the output folder") as exchange:
         if world.is_main:
-            require_outputs_outside((*sources.training, *(sources.evaluation or ())), output_dir)
-            require_sources(sources.training)
-            require_sources(sources.evaluation or (), to_evaluate=True)
-            exchange.local = require_no_former_run(
+            require_no_checkpoint(Path(output_dir).expanduser(), "Name the run's folder with --output_dir.")
+            require_outputs_outside((*data_sources.training, *(data_sources.evaluation or ())), output_dir)
+            require_sources(data_sources.training)
+            require_sources(data_sources.evaluation or (), to_evaluate=True)
+            exchange.local = overwrites_earlier_run(
                 output_dir,
                 checkpoint and checkpoint.folder,
-                overwrite=training["overwrite_output_dir"],
+                overwrite=parsed.training["overwrite_output_dir"],
                 model=parsed.model.model_name_or_path,
+                resumes_if_possible=parsed.training["resume_from_checkpoint"] == AUTO,
             )
-    require_writable_everywhere(output_dir, world)
-    return checkpoint, exchange.gathered[0]
+            require_replaceable(resolved(output_dir), SETTINGS)
+            with explain_write_errors(output_dir):
+                remove_stop_file(Path(output_dir).expanduser())
+    overwrites = exchange.gathered[0]
+    is_shared = require_writable_everywhere(output_dir, world, on_each_node=arguments.save_on_each_node)
+    arguments.save_on_each_node = not is_shared
+    with collective_stage(world, "checking --local_save_dir"):
+        if arguments.local_save_dir is not None:
+            require_usable_local_folder(Path(arguments.local_save_dir).expanduser())
+    return overwrites
 
 
-def _read_config(
+def _check_model_and_record(
     parsed: ParsedArguments, arguments: Any, checkpoint: TrainerCheckpoint | None, world: World
 ) -> tuple[ModelSource, ModelSpec, RunRecord]:
-    """Locate the model, prepare its config, and check that it can be trained and resumed. Every rank; communicates."""
+    """Locate the model, check that it can be trained, and that its run can be resumed. Every rank; communicates."""
     model = parsed.model
     logger.info("reading the config of %s", model.model_name_or_path)
-    source = locate_model(model.model_name_or_path, pick_options(HubOptions, model), world)
+    model_source = locate_model(model.model_name_or_path, pick_options(HubOptions, model), world)
     length, rope_parameters = arguments.model_max_length, model.rope_parameters
-    config = prepare_config_from(source, world, model_max_length=length, rope_parameters=rope_parameters)
-    model_spec = build_model_spec(model, arguments, config, source, world)
+    config = prepare_config_from(model_source, world, model_max_length=length, rope_parameters=rope_parameters)
+    model_spec = check_model(model, arguments, config, model_source, world)
     record = RunRecord.of(text_config(config), arguments)
     with collective_stage(world, "comparing the run with the checkpoint"):
         if world.is_main and checkpoint is not None:
-            require_same_run(checkpoint.folder, record)
-    return source, model_spec, record
+            require_same_run(checkpoint.folder, record, at_same_sample=checkpoint.sharded)
+    return model_source, model_spec, record
 
 
 def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:
@@ -250,15 +314,33 @@ def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | No
     return preparation.prepare("evaluation data", sources, world)
 
 
-def _with_size(
-    record: RunRecord, data: PreparedDataset, preparation: _Preparation, checkpoint: TrainerCheckpoint | None, world: World
-) -> RunRecord:
-    """Add the size of the data and the number of steps to the record. Every rank; communicates."""
+def _order_samples(record: RunRecord, checkpoint: TrainerCheckpoint | None) -> int:
+    """Return the samples per step by which samples are grouped by length: those of the run's first start."""
+    then = read_record(checkpoint.folder) if checkpoint is not None and checkpoint.sharded else None
+    return record.samples_a_step if then is None else then.order_samples or then.samples_a_step or record.samples_a_step
+
+
+def _with_size(record: RunRecord, data: PreparedDataset, arguments: Any, world_size: int) -> RunRecord:
+    """Return the record with the size of the data and the number of steps. Pure."""
+    rows = len(data.rows)
+    return replace(
+        record,
+        rows=rows,
+        tokens=sum(report.tokens or 0 for report in data.reports),
+        max_steps=count_steps(rows, arguments, world_size),
+        steps_an_epoch=steps_in_epoch(rows, arguments, world_size),
+    )
+
+
+def _check_size(record: RunRecord, preparation: _Preparation, checkpoint: TrainerCheckpoint | None, world: World) -> None:
+    """Compare the steps with the checkpoint's, and refuse a DeepSpeed schedule of other steps. Every rank; communicates."""
     parsed, arguments = preparation.parsed, preparation.arguments
-    rows, tokens = len(data.rows), sum(report.tokens or 0 for report in data.reports)
-    record = replace(record, rows=rows, tokens=tokens, max_steps=count_steps(rows, arguments, world.world_size))
-    if world.is_main and checkpoint is not None:
-        warn_of_other_data(checkpoint.folder, record)
+    if world.is_main and checkpoint is not None and (then := read_record(checkpoint.folder)) is not None:
+        last_step = then.max_steps
+        if checkpoint.sharded:
+            log_other_steps(checkpoint.global_step, then, record)
+            last_step = step_of_same_sample(then.max_steps, then, record)
+        warn_of_other_data(then, record, last_step)
     with collective_stage(world, "counting the steps"):
-        require_matching_schedule(arguments, ds_config_name(parsed.training), rows, world.world_size, parsed.given_names)
-    return record
+        name = ds_config_name(parsed.training)
+        require_matching_schedule(arguments, name, record.rows, world.world_size, parsed.given_names)

@@ -1,8 +1,8 @@
-"""Refuse before the weights are read what would fail later: an unusable model, settings that can't be saved, too small a disk.
+"""Check, before the weights are read, what would fail later: an unusable model, unsavable settings, too small a disk.
 
-Without the checks of the model the job would fail when it is built, after the data is prepared (an hour for a large dataset),
-or even after the weights are read. Left out: the weights of a model on the hub, which the load fetches, and the class of a
-model with custom code, which is unknown until that code runs.
+Without these checks the job would fail after the data is prepared (an hour for a large dataset), or even after the weights are
+read. Left out: the weights of a model on the hub, which the load fetches, and the class of a model with custom code, which is
+unknown until that code runs.
 """
 
 import copy
@@ -27,7 +27,8 @@ from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
 from zero_sft.loading.dtype import weights_dtype
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
-from zero_sft.saving.room import SaveSizes, checkpoint_bytes, checkpoints_at_once, export_sizes, folder_bytes, require_room
+from zero_sft.saving.checkpoint_folders import folder_bytes
+from zero_sft.saving.room import SaveSizes, checkpoint_bytes, checkpoints_at_once, export_sizes, require_room
 from zero_sft.saving.settings import rehearse_settings
 from zero_sft.storage import torch_zip
 
@@ -40,8 +41,12 @@ _FROM_HIDDEN_SIZE = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage
 """Keys of `zero_optimization` whose "auto" the Trainer computes from the model's hidden size."""
 
 
-def build_model_spec(options: ModelArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> ModelSpec:
-    """Build the spec of the model, and check it against these arguments. Every rank; communicates.
+def check_model(options: ModelArguments, arguments: Any, config: Any, source: ModelSource, world: World) -> ModelSpec:
+    """Check the model's class, attention, dtype and files against these arguments. Every rank; communicates.
+
+    Returns:
+        The model before its weights are read. Its folder is the name if the model is on the hub, since nothing is fetched yet.
+        The load makes its spec from the same config and arguments, with the folder that it has fetched.
 
     Raises:
         ZeroSftError: the same on every rank; the model can't be trained with these arguments.
@@ -93,13 +98,13 @@ def _require_hidden_size(hf_config: Any, config: Any) -> None:
 def prepare_export_settings(
     config: Any, tokenizer: Any, template: Template, source: ModelSource, world: World
 ) -> tuple[GenerationConfig, Any]:
-    """Build the generation config and the tokenizer of the export, and try to save them. Every rank; communicates.
+    """Build the generation config and the tokenizer of the export, and rehearse saving them. Every rank; communicates.
 
     Raises:
         ExportError, ConfigError: a setting that the export needs can't be read or saved.
     """
     folder = fetch_files(source, world, CONFIG)
-    with collective_stage(world, "trying to save the settings"):
+    with collective_stage(world, "rehearsing the export's settings"):
         generation_config, _ = read_generation_config(folder)  # the loader warns about settings that are refused
         ends, stored_ids = turn_ends(tokenizer, template.turn_ends), eos_token_ids(generation_config)
         added_ids = stop_at(generation_config, ends)
@@ -134,11 +139,13 @@ def prepare_export_settings(
 def require_room_for_run(inputs: "Inputs", world: World) -> None:
     """Check the room for the export and for the checkpoints that the arguments ask for. Every rank; communicates.
 
+    Where each node has its own output folder, each needs room for its ranks' part.
+
     Raises:
         ExportError: the file system of `--output_dir` has too little room.
     """
     with collective_stage(world, "checking the room in the output folder"):
-        if not world.is_main:
+        if not world.leads_folder(on_each_node=inputs.arguments.save_on_each_node):
             return
         try:
             sizes = _save_sizes(inputs, world)
@@ -150,14 +157,29 @@ def require_room_for_run(inputs: "Inputs", world: World) -> None:
         require_room(output, sizes, freed)
 
 
+def _checkpoint_bytes(inputs: "Inputs", export_bytes: int, numel: int) -> int:
+    arguments = inputs.arguments
+    if arguments.save_only_model:
+        return export_bytes
+    states = checkpoint_bytes(numel, inputs.record.optimizer)
+    if arguments.checkpoint_format == "deepspeed":
+        return states
+    config = arguments.hf_deepspeed_config
+    has_master_weights = config.is_true("bf16.enabled") or config.is_true("fp16.enabled")
+    return export_bytes + (states if has_master_weights else states - 4 * numel)
+
+
 def _save_sizes(inputs: "Inputs", world: World) -> SaveSizes:
     arguments, record = inputs.arguments, inputs.record
     export_bytes, numel = export_sizes(inputs.model_spec)
     epochs = record.max_steps / steps_in_epoch(record.rows, arguments, world.world_size)
     first_step = inputs.checkpoint.global_step if inputs.checkpoint else 0
+    bytes_of_checkpoint = _checkpoint_bytes(inputs, export_bytes, numel)
+    if arguments.save_on_each_node and not arguments.save_only_model:
+        bytes_of_checkpoint = bytes_of_checkpoint * world.local_world_size // world.world_size
     return SaveSizes(
-        export_bytes=export_bytes,
-        checkpoint_bytes=export_bytes if arguments.save_only_model else checkpoint_bytes(numel, record.optimizer),
+        export_bytes=export_bytes if world.is_main else 0,
+        checkpoint_bytes=bytes_of_checkpoint,
         checkpoints=checkpoints_at_once(
             arguments.save_strategy.value, record.max_steps, arguments.save_steps, epochs, arguments.save_total_limit,
             first_step,

@@ -41,32 +41,32 @@ class StepLog(TrainerCallback):
 
     Args:
         tokens: a function that returns the number of tokens that all ranks have computed in the whole run.
-        rows: the name of a batch's elements in the log, "samples" or "packed rows".
+        row_name: the name of a batch's elements in the log, "samples" or "packed rows".
         timeline: ends with the first step, when its summary is logged.
     """
 
-    def __init__(self, tokens: Callable[[], int], rows: str, timeline: Timeline) -> None:
-        self._tokens, self._rows, self._timeline = tokens, rows, timeline
-        self._training, self._evaluation = contextlib.ExitStack(), contextlib.ExitStack()
+    def __init__(self, tokens: Callable[[], int], row_name: str, timeline: Timeline) -> None:
+        self._tokens, self._row_name, self._timeline = tokens, row_name, timeline
+        self._training_stack, self._evaluation_stack = contextlib.ExitStack(), contextlib.ExitStack()
         self._task: progress.Task | None = None
         self._evaluation_task: progress.Task | None = None
         self._pace = Pace()
         self._throughput = Throughput(0, 0.0)
-        self._metrics = ""  # the metrics of the last logged step
+        self._metrics = ""  # the last logged step and its metrics
         self._not_finite: list[int] = []  # the logged steps whose loss was not finite
 
     def wait_for_engine(self) -> None:
         """Show a task for the start of DeepSpeed's engine, until the training begins. Every rank; does not communicate."""
-        self._training.enter_context(progress.task("starting the engine"))
+        self._training_stack.enter_context(progress.task("starting the engine"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log the size of the training, and start its task. The Trainer has just started DeepSpeed's engine."""
         self._timeline.end("engine start")
         self._pace, self._throughput = Pace(), Throughput(self._tokens(), time.monotonic())
-        _log_line(args, state, _plan_line(args, state, self._rows))
-        self._training.close()
+        _log_line(args, state, _plan_line(args, state, self._row_name))
+        self._training_stack.close()
         if state.is_world_process_zero:
-            self._task = self._training.enter_context(progress.task("training", state.max_steps, "steps"))
+            self._task = self._training_stack.enter_context(progress.task("training", state.max_steps, "steps"))
             self._task.note(_NO_ESTIMATE)
             self._task.advance(state.global_step)
 
@@ -88,10 +88,11 @@ class StepLog(TrainerCallback):
             return
         if "loss" in logs:
             self._watch_loss(logs["loss"], args, state)
-            rate = self._throughput.tokens_a_second(self._tokens())
-            self._metrics = training_metrics(logs, rate)
+            rate = self._throughput.tokens_per_second(self._tokens())
+            metrics = training_metrics(logs, rate)
+            self._metrics = f"at step {state.global_step}: {metrics}"
             position = _position(logs, state.global_step, state.max_steps)
-            line = _joined(position, self._metrics, _time_left(self._pace, state))
+            line = _joined(position, metrics, _time_left(self._pace, state))
             if self._task is not None:
                 self._task.line_logged()
         elif "train_runtime" in logs:
@@ -120,12 +121,12 @@ class StepLog(TrainerCallback):
             return
         if self._evaluation_task is None:
             task = progress.task("evaluating", len(eval_dataloader), "batches")
-            self._evaluation_task = self._evaluation.enter_context(task)
+            self._evaluation_task = self._evaluation_stack.enter_context(task)
         self._evaluation_task.advance()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the evaluation's task, and exclude its time from the throughput."""
-        self._evaluation.close()
+        self._evaluation_stack.close()
         self._evaluation_task = None
         self._throughput.resume(time.monotonic())
         if not self._pace.steps:
@@ -135,7 +136,8 @@ class StepLog(TrainerCallback):
         """Log the checkpoint's folder, and exclude the time of the save from the throughput."""
         self._throughput.resume(time.monotonic())
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if folder.is_dir():  # called even if no checkpoint was saved
+        # Called even if no checkpoint was saved; the others are logged when they are complete.
+        if (args.checkpoint_format == "deepspeed" or args.save_only_model) and folder.is_dir():
             logger.info("checkpoint: %s", folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -143,7 +145,7 @@ class StepLog(TrainerCallback):
         if self._not_finite and state.is_world_process_zero:
             count, first = len(self._not_finite), self._not_finite[0]
             logger.warning("the loss was not finite in %d of the logged steps, first at step %d", count, first)
-        self._training.close()
+        self._training_stack.close()
         self._task = None
 
 
@@ -162,7 +164,10 @@ class Pace:
         self.steps += 1
 
     def seconds_left(self, max_steps: int) -> float | None:
-        """Return the seconds until the last step; None after it, and before the second step, since the first is a warm-up."""
+        """Return the seconds until the last step; None if it has ended, or if the second step has not.
+
+        The first step is a warm-up.
+        """
         if self._first is None or self._last[0] == self._first[0] or self._last[0] >= max_steps:
             return None
         steps, seconds = self._last[0] - self._first[0], self._last[1] - self._first[1]
@@ -189,17 +194,17 @@ class Throughput:
         self._seconds += now - self._since
         self._since = now
 
-    def tokens_a_second(self, tokens: int) -> float | None:
+    def tokens_per_second(self, tokens: int) -> float | None:
         """Return the rate since the last call; None if no time has passed. `tokens` counts the whole run."""
         rate = (tokens - self._counted_tokens) / self._seconds if self._seconds > 0 else None
         self._counted_tokens, self._seconds = tokens, 0.0
         return rate
 
 
-def training_metrics(logs: Mapping[str, Any], tokens_a_second: float | None) -> str:
+def training_metrics(logs: Mapping[str, Any], tokens_per_second: float | None) -> str:
     """Format the metrics of a logged step; missing metrics are left out. Pure."""
     metrics = [f"{label} {_number(logs[name], spec)}" for name, label, spec in _STEP_METRICS if name in logs]
-    return _joined(*metrics, f"{tokens_a_second:,.0f} tok/s" if tokens_a_second is not None else "")
+    return _joined(*metrics, f"{tokens_per_second:,.0f} tok/s" if tokens_per_second is not None else "")
 
 
 def evaluation_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
@@ -240,7 +245,7 @@ def _number(value: Any, format_spec: str) -> str:
     return format(float(value), format_spec) if isinstance(value, int | float) else str(value)
 
 
-def _plan_line(args: Any, state: Any, rows: str) -> str:
+def _plan_line(args: Any, state: Any, row_name: str) -> str:
     """Format the line with the number of steps and the batch size of a training."""
     if state.global_step >= state.max_steps:
         return f"training: no step is left, the run has reached step {state.global_step:,} of {state.max_steps:,}"
@@ -249,7 +254,7 @@ def _plan_line(args: Any, state: Any, rows: str) -> str:
     factors += [f"{accumulation} times before each update"] if accumulation > 1 else []
     steps = f"steps {state.global_step + 1:,} to {state.max_steps:,}" if state.global_step else f"{state.max_steps:,} steps"
     return (
-        f"training: {steps}, {ranks * per_rank * accumulation:,} {rows} a step ({' x '.join(factors)}); "
+        f"training: {steps}, {ranks * per_rank * accumulation:,} {row_name} per step ({' x '.join(factors)}); "
         "tok/s counts the tokens of all ranks"
     )
 

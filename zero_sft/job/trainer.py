@@ -3,9 +3,10 @@
 `job/checkpoints.py` adds the checkpoints. Importing this module imports TRL.
 """
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from zero_sft.errors import DataError, Scope
 from zero_sft.job.checkpoints import SavingTrainer
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
 from zero_sft.transformers_internals import configured_attention
+from zero_sft.zero.shards import full_numel
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -29,7 +31,7 @@ LENGTHS = "length"
 
 
 class JobTrainer(SavingTrainer):
-    """An `SFTTrainer` that writes no model card, takes no step without trained tokens, and evaluates each token once."""
+    """An `SFTTrainer` that writes no model card, refuses a step without trained tokens, and evaluates each token once."""
 
     _evaluated: dict[str, Any]  # the current evaluation: the dataset's samples, and this rank's summed loss and tokens so far
 
@@ -47,6 +49,19 @@ class JobTrainer(SavingTrainer):
     def _token_count(self) -> "TokenCount":
         """Find the callback that keeps the count; the Trainer may have replaced it by one from a checkpoint."""
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TokenCount))
+
+    @functools.cached_property
+    def _numel_without_embeddings(self) -> int:
+        model: Any = self.model
+        embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+        return sum(full_numel(param) for param in model.parameters() if id(param) not in embeddings)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Return transformers' estimate for a batch: 6 operations per token and parameter, without embeddings.
+
+        transformers counts the elements that a parameter has on this rank at present: none if it is partitioned.
+        """
+        return 6 * inputs["input_ids"].numel() * self._numel_without_embeddings
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write no model card, since TRL's card would be taken for a description of the exported model."""
@@ -70,7 +85,7 @@ class JobTrainer(SavingTrainer):
         return batches, trained
 
     def _local_batches(self, batches: Iterator) -> Iterator:
-        """Yield this rank's batches without repeated samples, and mark an error in the data as local to this rank.
+        """Yield this rank's batches with repeated samples masked, and mark an error in the data as local to this rank.
 
         Any rank; does not communicate.
 
@@ -80,7 +95,7 @@ class JobTrainer(SavingTrainer):
         samples, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
         try:
             for batch in batches:
-                yield self._mask_repeated_samples(batch, samples, size, self.args.dataloader_drop_last)
+                yield self._mask_in_last_batch(batch, samples, size, self.args.dataloader_drop_last)
         except DataError as error:
             message = str(error).rpartition("DataError: ")[2].strip()  # without the traceback of a worker process
             raise DataError(message, code=error.code or "data.unusable_sample", scope=Scope.THIS_RANK) from None
@@ -90,9 +105,10 @@ class JobTrainer(SavingTrainer):
 
         TRL counts a single row's tokens in such a batch.
         """
-        rows = len(inputs["labels"]) if model.training and "attention_mask" not in inputs else 1
+        is_packed = "attention_mask" not in inputs  # the collator gives position ids instead
+        rows = len(inputs["labels"]) if model.training and is_packed else 1
         tokens_before = self.tokens
-        set_computed_tokens(self, tokens_before)
+        set_computed_tokens(self, tokens_before)  # TRL's count starts at 0 in a resumed run
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if rows > 1:
             set_computed_tokens(self, tokens_before + rows * (computed_tokens(self) - tokens_before))
@@ -103,8 +119,8 @@ class JobTrainer(SavingTrainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as the Trainer does, but report the mean loss over all trained tokens. Every rank; communicates.
 
-        The Trainer reports the mean of the batches' means, which depends on how samples are spread over batches and ranks. So
-        does the routers' auxiliary loss, which is left out.
+        The Trainer reports the mean of the batches' means, which depends on how samples are spread over batches and ranks. The
+        routers' auxiliary loss depends on that as well, so it is left out.
         """
         self._evaluated = {"samples": len(dataloader.dataset), "loss": 0.0, "tokens": 0}
         aux_loss_enabled, self.aux_loss_enabled = self.aux_loss_enabled, False
@@ -127,8 +143,8 @@ class JobTrainer(SavingTrainer):
             self.args.dataloader_drop_last = drop_last
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Run TRL's prediction step without repeated samples, and sum up the loss. Every rank; communicates."""
-        inputs = self._mask_repeated_samples(inputs, self._evaluated["samples"], self.args.eval_batch_size, drop_last=False)
+        """Run TRL's prediction step with repeated samples masked, and sum up the loss. Every rank; communicates."""
+        inputs = self._mask_in_last_batch(inputs, self._evaluated["samples"], self.args.eval_batch_size, drop_last=False)
         tokens = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
         result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
@@ -136,11 +152,11 @@ class JobTrainer(SavingTrainer):
             self._evaluated["tokens"] += tokens
         return result
 
-    def _mask_repeated_samples(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
-        """Mask this rank's repeated samples, of which there are none with `drop_last`. Any rank; does not communicate."""
+    def _mask_in_last_batch(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
+        """Mask the repeated samples in this rank's last batch; `drop_last` leaves none. Any rank; does not communicate."""
         is_last = self.accelerator.gradient_state.end_of_dataloader and not drop_last
         rank, ranks = self.args.process_index, self.args.world_size
-        return mask_repeated_samples(batch, samples if is_last else 0, size=size, rank=rank, ranks=ranks)
+        return mask_repeated_samples(batch, samples, size=size, rank=rank, ranks=ranks, is_last=is_last)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return this module's sampler for "group_by_length", else the Trainer's. Any rank; does not communicate."""
@@ -148,26 +164,29 @@ class JobTrainer(SavingTrainer):
         args = self.args
         if args.train_sampling_strategy != "group_by_length" or LENGTHS not in dataset.column_names:
             return super()._get_train_sampler(train_dataset)
-        step_samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        step_samples = self._record.order_samples or self._record.samples_a_step
         return SeededLengthGroupedSampler(
             step_samples, lengths=list(dataset[LENGTHS]), seed=sampling_seed(args), epoch=lambda: int(self.state.epoch or 0)
         )
 
 
-def mask_repeated_samples(batch: dict[str, Any], samples: int, *, size: int, rank: int, ranks: int) -> dict[str, Any]:
+def mask_repeated_samples(
+    batch: dict[str, Any], samples: int, *, size: int, rank: int, ranks: int, is_last: bool
+) -> dict[str, Any]:
     """Mask the labels of the samples that accelerate repeats to fill the last batches of an epoch.
 
     In the last batches, in rank order, the first `samples % (ranks * size)` samples are real and the others are repeated.
     accelerate's `remainder` holds the same number, but is wrong after a resume.
 
     Args:
-        samples: the number of samples in the dataset; 0 for a batch that is not the last.
+        samples: the number of samples in the dataset.
         size: the number of samples of a full batch on one rank.
+        is_last: whether this is the rank's last batch of the epoch; no other batch is changed.
     """
     row_lengths = batch.pop("row_lengths", None)
     real_samples = samples % (ranks * size)
     rows = len(batch["labels"] if row_lengths is None else row_lengths)
-    if real_samples and ranks > 1 and rows == size:
+    if is_last and real_samples and ranks > 1 and rows == size:
         kept = max(0, real_samples - rank * size)
         if row_lengths is None:
             batch["labels"][kept:] = IGNORE_INDEX

@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from zero_sft import transformers_internals
 from zero_sft.cluster.control_group import all_gather_json, bytes_communicated
-from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.stages import collective_stage, dotted
 from zero_sft.cluster.world import World
-from zero_sft.config import prepare_config_from
-from zero_sft.ds_config import load_ds_config, resolve_auto
+from zero_sft.config import config_settings, prepare_config_from
+from zero_sft.ds_config import load_ds_config, resolve_auto, settings_to_match
 from zero_sft.hub.options import HubOptions
-from zero_sft.hub.source import ModelSource, fetch_weights, locate_model
+from zero_sft.hub.source import ModelSource, agree_on_source, fetch_weights, local_folder, require_name
 from zero_sft.loading.dtype import weights_dtype
 from zero_sft.loading.options import LoadOptions, without_removed_options
 from zero_sft.loading.report import KeyReport, LoadReport, LoadStats
 from zero_sft.loading.request import LoadRequest, ModelSpec
 from zero_sft.loading.sharded import load_sharded
 from zero_sft.loading.stock import load_stock
-from zero_sft.options.keywords import read_keywords, takes_options
+from zero_sft.options.keywords import read_keywords, require_instance, takes_options, wrong_value
+from zero_sft.storage.default_device import cpu_by_default
 from zero_sft.storage.memory_snapshot import MemorySnapshot
 from zero_sft.zero import internals
 from zero_sft.zero.process_group import connect
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 @takes_options(LoadOptions, HubOptions)
+@cpu_by_default()
 def load_pretrained(
     model_name_or_path: str,
     *,
@@ -50,12 +52,12 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load config, model and tokenizer under ZeRO-3, as FastChat's training sets them up. Every rank; communicates.
 
-    Takes the arguments of `prepare_config`, `load_model` and `load_tokenizer`, and raises their errors. Rank 0 sets the
-    tokenizer up while the weights are read.
+    Takes the arguments of `prepare_config`, `load_model` (except `config` and `while_reading`) and `load_tokenizer`, and raises
+    their errors. Rank 0 sets the tokenizer up while the weights are read.
     """
     from zero_sft.tokenizer import TokenizerSpec, broadcast_tokenizer  # a model alone needs no tokenizer libraries
 
-    load, source, world = _begin(model_name_or_path, options, load_pretrained)
+    load_options, source, world = _join_and_locate(model_name_or_path, options, load_pretrained, model_class=model_class)
     config = prepare_config_from(source, world, model_max_length=model_max_length, rope_parameters=rope_parameters)
     spec = TokenizerSpec.of(source, model_max_length, padding_side)
     prepare = functools.partial(spec.prepare, source)
@@ -71,7 +73,7 @@ def load_pretrained(
             world,
             ds_config=ds_config,
             config=config,
-            options=load,
+            options=load_options,
             model_class=model_class,
             while_reading=start_tokenizer,
         )
@@ -80,6 +82,7 @@ def load_pretrained(
 
 
 @takes_options(LoadOptions, HubOptions)
+@cpu_by_default()
 def load_model(
     model_name_or_path: str,
     *,
@@ -116,17 +119,55 @@ def load_model(
     Raises:
         ZeroSftError: the same one on every rank; its class and `code` identify the problem.
     """
-    load, source, world = _begin(model_name_or_path, options, load_model)
+    load_options, source, world = _join_and_locate(
+        model_name_or_path, options, load_model, model_class=model_class, config=config, while_reading=while_reading
+    )
     return load_model_from(
-        source, world, ds_config=ds_config, config=config, options=load, model_class=model_class, while_reading=while_reading
+        source,
+        world,
+        ds_config=ds_config,
+        config=config,
+        options=load_options,
+        model_class=model_class,
+        while_reading=while_reading,
     )
 
 
-def _begin(name: str, options: Mapping[str, Any], function: Callable[..., Any]) -> tuple[LoadOptions, ModelSource, World]:
-    """Check the options of a public function, join the ranks and locate the model. Every rank; communicates."""
-    load, hub = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=function)
+def _join_and_locate(
+    model_name_or_path: str,
+    options: Mapping[str, Any],
+    function: Callable[..., Any],
+    *,
+    model_class: Any,
+    config: PreTrainedConfig | None = None,
+    while_reading: Callable[[], object] | None = None,
+) -> tuple[LoadOptions, ModelSource, World]:
+    """Join the ranks, check and compare the arguments of a public function, and locate the model. Every rank; communicates.
+
+    Raises:
+        ArgumentError: an argument has another type or is out of range.
+        DistributedError: the ranks have different arguments.
+    """
     world = connect(World.detect())
-    return load, locate_model(name, hub, world), world
+    with collective_stage(world, f"looking for {model_name_or_path}") as exchange:
+        load_options, hub_options = read_keywords(without_removed_options(options), LoadOptions, HubOptions, function=function)
+        name = require_name(model_name_or_path)
+        require_instance("config", config, PreTrainedConfig, "a config object, as prepare_config returns it, or None")
+        if while_reading is not None and not callable(while_reading):
+            raise wrong_value("while_reading", while_reading, "a function without arguments, or None")
+        folder = local_folder(name, hub_options)
+        exchange.local = folder is not None
+        kinds = {
+            "model_class": _name_of(AutoModelForCausalLM if model_class is None else model_class),
+            "config": _name_of(None if config is None else type(config)),
+        }
+        arguments = {**kinds, **load_options.to_match(), **hub_options.to_match()}
+        exchange.must_match = (f"arguments of {function.__name__}", arguments)
+    return load_options, agree_on_source(name, hub_options, folder, exchange.gathered, world), world
+
+
+def _name_of(cls: Any) -> str:
+    return getattr(cls, "__name__", str(cls))
 
 
 def load_model_from(
@@ -177,12 +218,19 @@ def load_model_from(
 def _resolve_engine_settings(
     ds_config: str | Path | Mapping[str, Any], dtype: object, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
-    """Return the DeepSpeed config without "auto", its engine's dtype name and rank 0's seed. Every rank; communicates."""
+    """Return the DeepSpeed config without "auto", its engine's dtype name and rank 0's seed. Every rank; communicates.
+
+    Raises:
+        ConfigError: the config can't be used.
+        DistributedError: the ranks have different DeepSpeed or model configs.
+    """
     with collective_stage(world, "reading the DeepSpeed config") as exchange:
         exchange.local = torch.initial_seed()
         loaded = load_ds_config(ds_config)
         dtype_name = weights_dtype(dtype, config, loaded)
         resolved = resolve_auto(loaded, dtype_name, world.node_group_size, world.world_size)
+        settings = dotted({"ds_config": settings_to_match(resolved), "config": config_settings(config)})
+        exchange.must_match = ("settings of the load", settings)
     return resolved, dtype_name, exchange.gathered[0]
 
 

@@ -22,11 +22,11 @@ def requested_dtype(dtype: object, config: PreTrainedConfig) -> str:
 
 def weights_dtype(dtype: object, config: PreTrainedConfig, ds_config: Mapping[str, Any]) -> str:
     """Return the name of the engine's dtype; raise `ArgumentError` if `dtype` is not "auto" and is another one."""
-    asked = requested_dtype(dtype, config)
-    engine = engine_dtype(ds_config, asked)
-    if dtype != "auto" and asked != engine:
+    requested = requested_dtype(dtype, config)
+    engine = engine_dtype(ds_config, requested)
+    if dtype != "auto" and requested != engine:
         raise ArgumentError(
-            f"dtype {asked} was asked for, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "
+            f"dtype {requested} was requested, but this DeepSpeed config trains parameters in {engine}. Set bf16.enabled or "
             'fp16.enabled in it to match (or to "auto"), or leave dtype at "auto".',
             code="arguments.dtype_contradicts_engine",
         )

@@ -4,12 +4,12 @@ Every name of the model's state dict is in exactly one of these groups:
 
 | names | source of their values |
 | --- | --- |
-| `resolution.sources` | read from the checkpoint, byte range by byte range |
+| `resolution.source_maps` | read from the checkpoint, byte range by byte range |
 | `resolution.untraceable` | computed from whole stored tensors (`untraceable.py`) |
 | `tied_to` | shared with another name of the model |
 | `missing_keys()` | initialised by the model |
 
-`resolution.stored_names` is the union of the first two. The model's initialisation may change some of these tensors; such
+`resolution.filled_names` is the union of the first two. The model's initialisation may change some of these tensors; such
 tensors are complete before the reads begin, and `sharded.py` calls them `already_complete`.
 """
 
@@ -55,12 +55,12 @@ class CheckpointMatch:
 
     def missing_keys(self) -> list[str]:
         """Names that neither the checkpoint nor a tie fills."""
-        filled = self.resolution.stored_names | self.tied_to.keys()
+        filled = self.resolution.filled_names | self.tied_to.keys()
         return [name for name in self.skeleton.state if name not in filled]
 
     def ties_with_both_stored(self) -> list[tuple[str, str]]:
         """Tied pairs (target, source) for which the checkpoint stores both tensors."""
-        ties, stored = tied_names(self.skeleton.model), self.resolution.stored_names
+        ties, stored = tied_names(self.skeleton.model), self.resolution.filled_names
         return [(target, source) for target, source in ties.items() if {target, source} <= stored]
 
 
@@ -80,7 +80,7 @@ def match_checkpoint(
     resolution = resolve(model, skeleton.state, index.tensors, quantizer)
     if quantizer is None:  # a dequantised model is saved without its quantizer's conversions
         set_weight_conversions(model, resolution.rules_used)
-    tied_to = init_weights.resolve_ties(tied_names(model), resolution.stored_names)
+    tied_to = init_weights.resolve_ties(tied_names(model), resolution.filled_names)
     match = CheckpointMatch(skeleton=skeleton, index=index, resolution=resolution, tied_to=tied_to)
     _require_fit(match, ignore_mismatched_sizes)
     return match
@@ -113,7 +113,7 @@ def _require_fit(match: CheckpointMatch, ignore_mismatched_sizes: bool) -> None:
     if mismatched and not ignore_mismatched_sizes:
         raise CheckpointError(_mismatch_message(match.index.folder, mismatched), code="checkpoint.shapes_differ")
     numels = {name: tensor.numel() for name, tensor in match.skeleton.state.items() if name not in match.tied_to}
-    present = sum(numels[name] for name in match.resolution.stored_names & numels.keys())
+    present = sum(numels[name] for name in match.resolution.filled_names & numels.keys())
     if 2 * present < sum(numels.values()):
         class_name = type(match.skeleton.model).__name__
         missing, stored = first_of(sorted(match.missing_keys())), first_of(sorted(match.index.tensors))

@@ -59,6 +59,11 @@ class LoadOptions:
                 code="arguments.wrong_value",
             )
 
+    def to_match(self) -> dict[str, object]:
+        """Return the options that must be equal on all ranks. A node with less memory may have a smaller buffer."""
+        names = ("attn_implementation", "loader", "strict", "verify", "ignore_mismatched_sizes")
+        return {"dtype": str(self.dtype).removeprefix("torch."), **{name: getattr(self, name) for name in names}}
+
     def reading_threads(self, cpu_cores: int) -> int:
         """Return the number of threads that read at the same time."""
         return max(1, min(self.buffer_mib // READER_MIB, cpu_cores))

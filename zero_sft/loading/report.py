@@ -22,7 +22,7 @@ class KeyReport:
     Attributes:
         parameters: number of elements of the model's parameters; tied parameters count once.
         missing_keys: names that the checkpoint lacks; the model initialised them.
-        unexpected_keys: stored tensors that the model does not have.
+        unexpected_keys: stored tensors that the model does not have, by the names to which transformers' rules rename them.
         mismatched_keys: `(name, expected shape, stored shape)`.
         duplicate_keys: names that several files store; the last file's tensor was loaded, as in `from_pretrained`.
         tied_keys: names that share the tensor of another name, stored or not.
@@ -54,7 +54,8 @@ class LoadStats:
         requests: number of read requests, in all phases except `headers` and `verify`.
         bytes_read: bytes of the checkpoint that these requests read.
         bytes_communicated: bytes that the rank sent to other ranks.
-        seconds: wall time of the rank; `stages` splits it by phase.
+        seconds: wall time of the rank.
+        stages: the seconds of each phase of the load. A phase may hold several collective stages, or none.
         peak_host_bytes, peak_device_bytes: peak memory of the rank above its memory at the start.
     """
 
@@ -69,8 +70,8 @@ class LoadStats:
     def numbers(self) -> dict[str, float]:
         """Return the numbers as one flat dictionary, to send to the other ranks."""
         names = [field.name for field in dataclasses.fields(LoadStats) if field.name != "stages"]
-        stages = {f"stage {phase}": seconds for phase, seconds in self.stages.items()}
-        return {name: getattr(self, name) for name in names} | stages
+        phases = {f"stage {phase}": seconds for phase, seconds in self.stages.items()}
+        return {name: getattr(self, name) for name in names} | phases
 
 
 FORMER_FIELDS = {
@@ -217,7 +218,7 @@ _PHASE_TITLES = {
     "finish": "tie weights, finish the model",
     "verify": "verify the shards against the files",
 }
-"""Titles of `LoadReport.stages`."""
+"""Titles of the phases in `LoadReport.stages`."""
 
 _ROWS = (
     _Row(title="time", value=lambda rank: rank["seconds"], form=_SECONDS),

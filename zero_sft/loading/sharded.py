@@ -1,6 +1,6 @@
 """The sharded load: build the model, read headers, match, initialise, plan, read, compute, finish, verify.
 
-`api.py` has the public functions; this module does the work, one function per phase. Every rank runs all of it. Nothing
+`api.py` has the public functions; here `load_sharded` lists the phases in their order. Every rank runs all of it. Nothing
 communicates inside a `collective_stage`, so a rank that fails never leaves the others waiting in a collective. Phases return
 their results; `load_sharded` assembles the report at the end.
 """
@@ -55,10 +55,10 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
         already_complete, initial_reads = _initialize(match, request, threads, watch)
         tensors = match.collect_tensors()
     with watch.collective("plan", "planning the reads"):
-        to_read = [name for name in match.resolution.sources if name not in already_complete]
+        to_read = [name for name in match.resolution.source_maps if name not in already_complete]
         params = {name: tensors[name] for name in to_read if shards.is_sharded(tensors[name])}
-        targets = [(match.resolution.sources[name], shards.local_range(param)) for name, param in params.items()]
-        reads = plan_reads(targets, match.resolution.stored)
+        targets = [(match.resolution.source_maps[name], shards.local_range(param)) for name, param in params.items()]
+        reads = plan_reads(targets, match.resolution.stored_tensors)
     with collective_stage(world, "reading the weights"), watch.phase("read"):
         if request.while_reading is not None:
             request.while_reading()
@@ -69,11 +69,11 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
             computed = fill_untraceable(match, tensors, already_complete, world)
     with watch.phase("finish"):
         equal_ties = _drop_unequal_ties(match, tensors, world)
-        missing, unexpected = _finish(match, request, equal_ties, world)
+        missing, unexpected = _finish_model(match, request, equal_ties, world)
     verified = None
     if options.verify:
         with watch.phase("verify"), progress.task("verifying the shards"):
-            verified = verify(match, match.resolution.stored_names - already_complete, world)
+            verified = verify(match, match.resolution.filled_names - already_complete, world)
     all_reads = (*initial_reads, *reads, *computed.reads)
     bytes_read = sum(read.total_nbytes for read in all_reads)
     stats = LoadStats(requests=len(all_reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
@@ -96,7 +96,7 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
         match = match_checkpoint(model_skeleton, index, quantizer, request.options.ignore_mismatched_sizes)
         summary = {
             "index": index.digest(),
-            "names": sorted(match.resolution.stored_names),
+            "names": sorted(match.resolution.filled_names),
             "transformers": transformers.__version__,
         }
         exchange.must_match = ("checkpoint", summary)
@@ -110,28 +110,28 @@ def _initialize(
     resolution, reads = match.resolution, []
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
-        traced = [name for name in memory if name in resolution.sources]
-        targets = [(resolution.sources[name], full_range(match.skeleton.state[name].numel())) for name in traced]
-        planned = plan_reads(targets, resolution.stored)
+        traced = [name for name in memory if name in resolution.source_maps]
+        targets = [(resolution.source_maps[name], full_range(match.skeleton.state[name].numel())) for name in traced]
+        planned = plan_reads(targets, resolution.stored_tensors)
         with watch.phase("read"):
             reader.fill(planned, memory, threads, match.index.identities, dequantize)
         reads.extend(planned)
-        for name in memory.keys() - resolution.sources.keys():
+        for name in memory.keys() - resolution.source_maps.keys():
             computed, source_reads = materialize(resolution.untraceable[name], match.full_shape_model, match.index)
             memory[name].copy_(computed[name].reshape(-1))
             reads.extend(source_reads)
 
     already_complete = init_weights.initialize_missing(
         match.skeleton.model,
-        stored={name: match.skeleton.state[name].dtype for name in resolution.stored_names},
+        stored_dtypes={name: match.skeleton.state[name].dtype for name in resolution.filled_names},
         tied=match.tied_to,
         load=load,
         build_buffers=lambda: skeleton.constructor_buffers(request.model),
-        shard=match.skeleton.sharder.shard_parameter,
+        make_zero_parameter=match.skeleton.sharder.make_zero_parameter,
         device=match.skeleton.sharder.local_device,
         seed=request.seed,
     )
-    match.skeleton.sharder.shard(match.skeleton.model)
+    match.skeleton.sharder.make_zero_parameters(match.skeleton.model)
     return already_complete, reads
 
 
@@ -141,12 +141,13 @@ def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: Checkpoin
     for read in reads:
         by_target[read.target].append(read)
 
-    def read_shards(memory: Mapping[str, torch.Tensor]) -> None:
-        in_memory = [read for name in memory for read in by_target[name]]
-        in_memory.sort(key=lambda read: (read.file, read.offset_bytes))
-        reader.fill(in_memory, memory, threads, match.index.identities, dequantize, task.advance)
-
     with progress.task("reading the weights", sum(read.total_nbytes for read in reads), progress.BYTES) as task:
+
+        def read_shards(memory: Mapping[str, torch.Tensor]) -> None:
+            in_memory = [read for name in memory for read in by_target[name]]
+            in_memory.sort(key=lambda read: (read.file, read.offset_bytes))
+            reader.fill(in_memory, memory, threads, match.index.identities, dequantize, task.advance)
+
         shards.fill_shards(params, read_shards)
 
 
@@ -166,15 +167,17 @@ def _drop_unequal_ties(match: CheckpointMatch, tensors: Mapping[str, Any], world
     return {target for target, _ in ties} - unequal
 
 
-def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], world: World) -> tuple[list[str], list[str]]:
+def _finish_model(
+    match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], world: World
+) -> tuple[list[str], list[str]]:
     """Tie weights, then take the last steps of `from_pretrained`. Return missing and unexpected names.
 
     Every rank; communicates.
     """
     model, resolution = match.skeleton.model, match.resolution
-    not_reported_missing = resolution.stored_names | {mismatch.name for mismatch in resolution.mismatched}
+    stored_or_mismatched = resolution.filled_names | {mismatch.name for mismatch in resolution.mismatched}
     with collective_stage(world, "finishing the model"):
-        not_loaded = (match.skeleton.state.keys() - not_reported_missing) | equal_ties
+        not_loaded = (match.skeleton.state.keys() - stored_or_mismatched) | equal_ties
         missing, unexpected = transformers_internals.tie_weights(model, not_loaded, resolution.unexpected)
         model.eval()
         skeleton.give_generation_config(model, request.model, world)
@@ -182,6 +185,7 @@ def _finish(match: CheckpointMatch, request: LoadRequest, equal_ties: Set[str], 
         transformers_internals.keep_zero3_enabled(model, request.ds_config)
     if world.is_main:
         _warn_of_parts_left_out(match)
+    # Only now: `tie_weights` drops the names that the model's class allows to be missing or unexpected.
     if request.options.strict and (missing or unexpected):
         raise CheckpointError(_strict_message(request, missing, unexpected), code="checkpoint.not_strict")
     return missing, unexpected
@@ -206,8 +210,8 @@ def _key_report(
 ) -> KeyReport:
     resolution, tensors = match.resolution, match.collect_tensors()
     cast, dequantized = [], []
-    for name, source_map in sorted(resolution.sources.items()):
-        stored = [resolution.stored[source] for source in {region.source for region in source_map.regions}]
+    for name, source_map in sorted(resolution.source_maps.items()):
+        stored = [resolution.stored_tensors[source] for source in {region.source for region in source_map.regions}]
         if any(isinstance(tensor, ScaledTensor) for tensor in stored):
             dequantized.append(name)
         elif {tensor.dtype for tensor in stored} - {STORED_DTYPES.get(tensors[name].dtype)}:
@@ -236,7 +240,7 @@ def _strict_message(request: LoadRequest, missing: Sequence[str], unexpected: Se
 
 
 class Stopwatch:
-    """Wall time of a load in seconds, in all and by phase: the names are those of `LoadReport.stages`."""
+    """Wall time of a load in seconds, in all and by phase, for `LoadReport.stages`."""
 
     def __init__(self, world: World) -> None:
         self.phases: dict[str, float] = {}

@@ -22,6 +22,7 @@ from zero_sft.conversion.quantized import config_parts, remove_quantization
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import read_generation_config
 from zero_sft.loading.request import ModelSpec
+from zero_sft.printable import first_of
 from zero_sft.transformers_internals import (
     adjust_generation_config,
     check_attention,
@@ -49,10 +50,16 @@ def resolve_class(
 
     Raises:
         ConfigError: the Auto class has no model for this config, or only one in code that is not trusted.
-        ArgumentError: `model_class` is neither a model class nor an Auto class.
+        ArgumentError: `model_class` is neither a model class nor an Auto class, or is abstract.
     """
     auto = AutoModelForCausalLM if model_class is None else model_class
     if isinstance(auto, type) and issubclass(auto, PreTrainedModel):
+        if auto.forward is nn.Module.forward:
+            raise ArgumentError(
+                f"model_class must be a class with a forward, such as LlamaForCausalLM, or an Auto class, got {auto.__name__}, "
+                "which is abstract",
+                code="arguments.wrong_value",
+            )
         return auto, config
     mapping = model_mapping(auto)
     if mapping is None:
@@ -69,8 +76,10 @@ def resolve_class(
                 "trust_remote_code=True (--trust_remote_code). Read the code first.",
                 code="config.remote_code_untrusted",
             )
+        suitable = first_of(getattr(config, "architectures", None) or (), 1) or "an Auto class that has this type"
         raise ConfigError(
-            f"{auto.__name__} has no model for {type(config).__name__} (model_type {config.model_type!r})",
+            f"{auto.__name__} has no model for {type(config).__name__} (model_type {config.model_type!r}). Name the folder of "
+            f"a model that it has, or call load_model with another model_class: {suitable}.",
             code="config.no_such_head",
         )
     cls = internal("_get_model_class")(config, mapping)
@@ -78,9 +87,9 @@ def resolve_class(
     return (cls, config.get_text_config()) if text and getattr(cls, "config_class", None) == text else (cls, config)
 
 
-def attention_of(config: PreTrainedConfig, asked: str | None) -> str | None:
-    """Return the `asked` attention, else the one that config.json names; None leaves the choice to transformers."""
-    return asked or configured_attention(config)
+def attention_of(config: PreTrainedConfig, requested: str | None) -> str | None:
+    """Return the `requested` attention, else the one that config.json names; None leaves the choice to transformers."""
+    return requested or configured_attention(config)
 
 
 def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name: str) -> None:
@@ -100,7 +109,7 @@ def require_attention(cls: type[PreTrainedModel], config: PreTrainedConfig, name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skeleton:
-    """A model without weights: in full shapes on the meta device, until `sharder.shard` makes its parameters ZeRO parameters.
+    """A model without weights: in full shapes on the meta device, until `sharder` makes them ZeRO parameters.
 
     `state` is its full state dict on meta: names, shapes, dtypes. `sharder` partitions its parameters.
     """
@@ -145,7 +154,10 @@ def build_on_meta(spec: ModelSpec, *around: Any) -> tuple[PreTrainedModel, dict[
 
 
 def without_ties(model: PreTrainedModel, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model's tensors without the names that share another name's tensor: those that a save writes."""
+    """Return a model's tensors without the names that its class ties to another name.
+
+    A save writes these tensors, unless the load has dropped a tie (`saving/export.py` goes by the model's own tensors).
+    """
     tied = tied_names(model)
     return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
@@ -169,6 +181,13 @@ def instantiate(spec: ModelSpec, *around: Any) -> PreTrainedModel:
         try:
             return cls(config)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+            if isinstance(cls.config_class, type) and not isinstance(config, cls.config_class):
+                raise ConfigError(
+                    f"{spec.folder}: {cls.__name__} expects a {cls.config_class.__name__}, but the model's config is a "
+                    f"{type(config).__name__} (model_type {config.model_type!r}). Leave model_class out, or give this "
+                    "model's class.",
+                    code="config.unbuildable",
+                ) from error
             raise ConfigError(
                 f"{spec.folder}: {cls.__name__} can't be made from its config.json: {type(error).__name__}: {error}. "
                 "Compare it with the original.",

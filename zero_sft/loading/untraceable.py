@@ -90,7 +90,7 @@ def fill_untraceable(
 
             with collective_stage(world, f"keeping {to_fill[0]}"):
                 shards.fill_shards({name: tensors[name] for name in to_fill}, copy_ranges)
-        source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored)
+        source_bytes = sum(match.index.tensors[name].nbytes for name in group.stored_names)
         result_bytes = sum(match.skeleton.state[name].numel() * match.skeleton.state[name].itemsize for name in to_fill)
         held_bytes |= dict.fromkeys(to_fill, source_bytes + result_bytes)
     return ComputeCosts(reads=reads, held_bytes=held_bytes)

@@ -85,7 +85,7 @@ def _digests_of_files(match: CheckpointMatch, tensors: Mapping[str, Any], world:
     digests: dict[str, list[str]] = {}
     for group in match.resolution.groups[world.rank :: world.world_size]:
         if group.converter is None:
-            converted = {group.name: read(group.stored[0])}
+            converted = {group.name: read(group.stored_names[0])}
         else:
             converted = convert_group(group, match.full_shape_model, read)
         for name in converted.keys() & tensors.keys():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from zero_sft.errors import ArgumentError, ZeroSftError
 from zero_sft.options.format_help import in_full, wants_help, write_help
 from zero_sft.options.resolve import OptionNames, Translation
-from zero_sft.options.spec import OptionSpec, positivity_errors
+from zero_sft.options.spec import OptionSpec, emptiness_errors, positivity_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +18,21 @@ class Command:
     Attributes:
         program: the words that start the command.
         groups: the options by the heading under which `--help` shows them.
-        required: names of options that the user must give.
+        required: the options that the user must give, by name, with what to give.
         positive: names of options whose numbers must be above 0.
+        largest: the largest number that some of these options take.
         translations: former names, and names that other libraries use.
+        positional: names of options whose values may be given without the name, in this order.
     """
 
     program: str
     description: str
     groups: Mapping[str, Sequence[OptionSpec]]
-    required: tuple[str, ...] = ()
+    required: Mapping[str, str] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
+    largest: Mapping[str, int] = field(default_factory=dict)
     translations: Mapping[str, Translation] = field(default_factory=dict)
+    positional: tuple[str, ...] = ()
 
     @property
     def specs(self) -> dict[str, OptionSpec]:
@@ -42,13 +46,14 @@ class Command:
             ArgumentError: lists everything that is wrong.
         """
         specs = self.specs
-        read = OptionNames(specs=specs, translations=self.translations).read(argv)
+        read = OptionNames(specs=specs, translations=self.translations, positional=self.positional).read(argv)
         missing = [
-            ArgumentError(f"--{name} is required: {specs[name].expected}", code="arguments.required")
-            for name in self.required
-            if name not in read.values
+            ArgumentError(f"--{name} is required: give {what}", code="arguments.required")
+            for name, what in self.required.items()
+            if read.values.get(name) is None and name not in read.unusable
         ]
-        read.require_usable([*missing, *positivity_errors(read.values, self.positive)])
+        empty = emptiness_errors(read.values, self.required)
+        read.require_usable([*missing, *empty, *positivity_errors(read.values, self.positive, self.largest)])
         return SimpleNamespace(**{name: read.values.get(name, spec.default) for name, spec in specs.items()}), read.notes
 
     def run(self, argv: Sequence[str] | None, action: Callable[[SimpleNamespace, list[str]], None]) -> int:
@@ -66,7 +71,8 @@ class Command:
     def help_text(self, topic: str | None = None) -> str | None:
         """Return the help of all options, or of those whose names contain `topic`; None if there are none."""
         word = "" if topic in (None, "all") else str(topic).replace("-", "_").lower()
-        parts = [] if word else [f"{self.description}\n\n    {self.program} [arguments.yaml] [--name value] ...\n"]
+        usage = " ".join([self.program, *map(str.upper, self.positional), "[arguments.yaml] [--name value] ..."])
+        parts = [] if word else [f"{self.description}\n\n    {usage}\n"]
         for title, group in self.groups.items():
             matching = [spec for spec in group if word in spec.name]
             if matching:

@@ -30,19 +30,25 @@ class RawArgument:
     origin: str
 
 
-def read_command_line(argv: Sequence[str], specs: Mapping[str, OptionSpec]) -> tuple[list[RawArgument], Path | None]:
+def read_command_line(
+    argv: Sequence[str], specs: Mapping[str, OptionSpec], positional: Sequence[str] = ()
+) -> tuple[list[RawArgument], Path | None]:
     """Split a command line into arguments and the path of an arguments file, if one is given.
 
     Forms: `--name value`, `--name=value`, `--name a b c` for a list, `--flag` for True, `--no_flag` for False. Dashes in names
-    count as underscores. `specs` has every name that is understood. Other names take one value and are refused later.
+    count as underscores. `specs` has every name that is understood. Other names take one value and are refused later. Words
+    without a name are the values of the `positional` options, in their order.
 
     Raises:
         ArgumentError: a name without its value, or a word that belongs to no name.
     """
-    arguments, file, position = [], None, 0
+    arguments, file, position, unnamed = [], None, 0, list(positional)
     while position < len(argv):
         word = argv[position]
         position += 1
+        if not _OPTION.match(word) and unnamed and not word.lower().endswith(FILE_SUFFIXES):
+            arguments.append(RawArgument(name=unnamed.pop(0), value=word, origin=COMMAND_LINE))
+            continue
         if not _OPTION.match(word):
             file = _as_file(word, file, arguments)
             continue

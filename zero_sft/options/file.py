@@ -1,12 +1,12 @@
 """Read arguments from one YAML or JSON file."""
 
 import functools
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from zero_sft.errors import ArgumentError
+from zero_sft.json_text import DuplicateKeyError, JsonError, parse_json
 from zero_sft.options.command_line import RawArgument
 
 
@@ -33,22 +33,21 @@ def read_file(path: Path) -> list[RawArgument]:
 
 
 def _json_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
-    depth_first: list[list[tuple[Any, Any]]] = []
-
-    def collect(pairs: list[tuple[Any, Any]]) -> dict:
-        depth_first.append(pairs)  # the outermost mapping is the last one
-        return dict(pairs)
-
     try:
-        content = json.loads(text, object_pairs_hook=collect)
-    except ValueError as error:
-        raise ArgumentError(f"{path} is not JSON: {error}", code="arguments.file_not_json") from error
+        content = parse_json(text)
+    except DuplicateKeyError as error:
+        raise ArgumentError(f"{path}: {error}. Write it once.", code="arguments.file_bad_key") from error
+    except JsonError as error:
+        raise ArgumentError(
+            f"{path} can't be used as JSON: {error.place_and_reason}. Expected one object of names and values.",
+            code="arguments.file_not_json",
+        ) from error
     if not isinstance(content, dict):
         raise ArgumentError(
             f"{path}: expected one JSON object of names and values, got {type(content).__name__}",
             code="arguments.file_not_an_object",
         )
-    return depth_first[-1]
+    return list(content.items())
 
 
 def _yaml_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
@@ -73,7 +72,15 @@ def _yaml_pairs(path: Path, text: str) -> list[tuple[Any, Any]]:
         ]
     except yaml.YAMLError as error:
         # PyYAML's message quotes the line, which may contain a token.
-        raise ArgumentError(f"{path} is not YAML: {_without_quotes(error)}", code="arguments.file_not_yaml") from None
+        raise ArgumentError(
+            f"{path} is not YAML: {_without_quotes(error)}. Expected lines of `name: value`.", code="arguments.file_not_yaml"
+        ) from None
+    except (RecursionError, ValueError) as error:  # ValueError: an impossible date, or a number of thousands of digits
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "a date or number in it is impossible"
+        raise ArgumentError(
+            f"{path} is not YAML: {reason}. Expected lines of `name: value`, with quotes around text that looks like a number.",
+            code="arguments.file_not_yaml",
+        ) from None
     finally:
         loader.dispose()
 
@@ -83,11 +90,22 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 @functools.cache
 def _plain_loader() -> Any:
-    """Return PyYAML's safe loader without two number formats of YAML 1.1: 010 (8) and 1:30 (90) stay text."""
+    """Return PyYAML's safe loader, which also refuses duplicate keys, and leaves two number formats of YAML 1.1 as text.
+
+    These are 010 (8) and 1:30 (90).
+    """
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
-        """Read numbers as the command line does."""
+        """Read numbers as the command line does, and each key once."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """Return a dict; PyYAML would silently keep the last of two equal keys."""
+            if isinstance(node, yaml.MappingNode):
+                texts = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
+                if len(set(texts)) < len(texts):
+                    raise yaml.constructor.ConstructorError(None, None, "two equal keys in the mapping", node.start_mark)
+            return super().construct_mapping(node, deep)
 
         def construct_number(self, node: Any) -> Any:
             """Return a number, or the text if YAML 1.1 would read it in another base."""
@@ -102,7 +120,15 @@ def _plain_loader() -> Any:
 
 
 def _without_quotes(error: Any) -> str:
-    """Describe a problem and its position without quoting the file."""
+    """Describe a problem and its position without quoting the file.
+
+    PyYAML notices a bad token where the next one begins, and a missing bracket behind the list. Its context has the place of
+    the token or of the bracket that opens the list.
+    """
     problem = re.sub(r"(['\"])(?!<).{6,}?\1", "...", str(getattr(error, "problem", None) or "it can't be read"))
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
+    context, start, mark = (getattr(error, name, None) for name in ("context", "context_mark", "problem_mark"))
+    mark = start if start and str(context).startswith("while scanning") else mark or start
+    if mark is None:
+        return problem
+    opened = f", in the brackets opened on line {start.line + 1}" if start and " flow " in str(context) else ""
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1}{opened})"

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -62,3 +63,24 @@ def require_types(options: object, group: type) -> None:
         if not spec.accepts(value):
             shown = "another value (not shown)" if name in SECRETS else f"{value!r:.80}"
             raise ArgumentError(f"{name} must be {spec.expected}, got {shown}", code="arguments.wrong_value")
+
+
+def require_path(name: str, value: object, expected: str) -> str:
+    """Return a path as text; raise `ArgumentError` unless `value` is text or a path, without null characters."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str):
+        raise wrong_value(name, value, expected)
+    if "\0" in text:
+        raise wrong_value(name, value, f"{expected}, without null characters")
+    return text
+
+
+def require_instance(name: str, value: object, kind: type, expected: str) -> None:
+    """Raise `ArgumentError` unless `value` is None or an instance of `kind`."""
+    if value is not None and not isinstance(value, kind):
+        raise wrong_value(name, value, expected)
+
+
+def wrong_value(name: str, value: object, expected: str) -> ArgumentError:
+    """Make the error of an argument that has another type or value than expected."""
+    return ArgumentError(f"{name} must be {expected}, got {value!r:.80}", code="arguments.wrong_value")

@@ -45,6 +45,7 @@ class OptionNames:
         refusals: names that have no meaning here, with what to use instead.
         removed: names of former releases that no longer have an effect, with the reason.
         ignored: names that launchers add.
+        positional: names whose values may be given without the name, in this order.
     """
 
     specs: Mapping[str, OptionSpec]
@@ -52,6 +53,7 @@ class OptionNames:
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
     removed: Mapping[str, str] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
+    positional: tuple[str, ...] = ()
 
     @functools.cached_property
     def readable(self) -> Mapping[str, OptionSpec]:
@@ -70,12 +72,13 @@ class OptionNames:
         Raises:
             ArgumentError: a command line or a file that can't be split into names and values.
         """
-        raw, file = read_command_line(list(argv), self.readable)
+        raw, file = read_command_line(list(argv), self.readable, self.positional)
         from_file, from_command_line = self._resolve(read_file(file) if file else []), self._resolve(raw)
         return ReadValues(
             values={**from_file.values, **from_command_line.values},
             problems=[*from_file.problems, *from_command_line.problems],
             notes=[*from_file.notes, *from_command_line.notes],
+            unusable=from_file.unusable | from_command_line.unusable,
         )
 
     def _resolve(self, source: Iterable[RawArgument]) -> "ReadValues":
@@ -90,6 +93,7 @@ class OptionNames:
                 resolved = self._resolve_argument(raw)
             except ArgumentError as error:
                 result.problems.append(ArgumentError(f"{error} (from {raw.origin})", code=error.code))
+                result.unusable.add(self.translations[raw.name].name if raw.name in self.translations else raw.name)
                 continue
             if resolved is None:
                 continue
@@ -146,11 +150,13 @@ class ReadValues:
         values: by current name, each converted to the option's type.
         problems: errors in single arguments.
         notes: lines for the log, such as one per translated name.
+        unusable: the current names of the options that were given a value they can't take, which `problems` explain.
     """
 
     values: dict[str, Any]
     problems: list[ArgumentError]
     notes: list[str]
+    unusable: set[str] = field(default_factory=set)
 
     def require_usable(self, problems: Iterable[ArgumentError] = ()) -> None:
         """Raise one `ArgumentError` that lists all errors in the arguments, including `problems`."""

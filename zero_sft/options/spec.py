@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import enum
 import functools
-import json
 import math
 import re
 import types
@@ -22,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.errors import ArgumentError
+from zero_sft.json_text import JsonError, parse_json
+from zero_sft.printable import excerpt
 
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "on", "1", "y", "t"), ("false", "no", "off", "0", "n", "f")
 NONE_WORDS = ("none", "null")
@@ -48,7 +49,7 @@ _IN_WORDS = {
     "mapping": "a mapping (as JSON on the command line)",
     "none": "none",
 }
-_INTEGER = re.compile(r"[+-]?\d+")
+_INTEGER = re.compile(r"[+-]?\d{1,1000}")  # Python converts at most 4,300 digits
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _MISFIT = object()
 
@@ -113,9 +114,12 @@ class OptionSpec:
 
     def _from_json(self, text: str) -> Any:
         try:
-            return self._from_data(json.loads(text))
-        except ValueError as error:
-            raise ArgumentError(f"--{self.name} is not JSON: {error}; got {text!r}", code="arguments.value_not_json") from error
+            return self._from_data(parse_json(text))
+        except JsonError as error:
+            raise ArgumentError(
+                f"--{self.name} can't be used as JSON: {error.place_and_reason}; got {excerpt(repr(text))}",
+                code="arguments.value_not_json",
+            ) from error
 
     def _from_data(self, value: Any) -> Any:
         if value is None:
@@ -181,12 +185,21 @@ def _kinds(hint: Any) -> tuple[set[str], tuple[str, ...]]:
     return {_PLAIN[origin or hint]} if (origin or hint) in _PLAIN else set(), ()
 
 
-def positivity_errors(values: Mapping[str, Any], names: Iterable[str]) -> Iterator[ArgumentError]:
-    """Yield an error for each number under these `names` that is not above 0 and below 2**31."""
+def positivity_errors(
+    values: Mapping[str, Any], names: Iterable[str], largest: Mapping[str, int] = types.MappingProxyType({})
+) -> Iterator[ArgumentError]:
+    """Yield an error for each number under these `names` that is not above 0, and at most `largest` or below 2**31."""
     for name in names:
         value = values.get(name)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and not 0 < number < 2**31:
-                yield ArgumentError(
-                    f"--{name} must be more than 0 and below 2**31; got {number}", code="arguments.out_of_range"
-                )
+            if number is not None and not 0 < number <= largest.get(name, 2**31 - 1):
+                limit = f"at most {largest[name]:,}" if name in largest else "below 2**31"
+                yield ArgumentError(f"--{name} must be more than 0 and {limit}; got {number}", code="arguments.out_of_range")
+
+
+def emptiness_errors(values: Mapping[str, Any], names: Iterable[str]) -> Iterator[ArgumentError]:
+    """Yield an error for each text under these `names`, or in a list of texts, that is empty."""
+    for name in names:
+        value = values.get(name)
+        if value == "" or (isinstance(value, list) and "" in value):
+            yield ArgumentError(f"--{name} is empty: check that its variable is set", code="arguments.empty")

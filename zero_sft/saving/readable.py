@@ -8,7 +8,7 @@ Nothing here communicates.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
+def require_loads_back(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:
     """Compare the tensors to write with the model that a reader builds, and warn about tensors that it would leave out.
 
     Args:
@@ -62,9 +62,7 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
     expected = _reader_state(model)
     if expected is None:
         return
-    optional, patterns = {*tied_names(model), *names_not_saved(model)}, patterns_not_missed(model)
-    missing = [name for name in expected if name not in state and name not in optional]
-    missing = [name for name in missing if not any(re.search(pattern, name) for pattern in patterns)]
+    missing = missing_names(model, expected, state)
     mismatched = [name for name, tensor in state.items() if name in expected and expected[name].shape != tensor.shape]
     unexpected = [name for name in state if name not in expected]
     if missing:
@@ -87,6 +85,13 @@ def require_readable(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) 
             first_of(unexpected),
             type(model).__name__,
         )
+
+
+def missing_names(model: PreTrainedModel, expected: Iterable[str], given: Container[str]) -> list[str]:
+    """Return the expected names that are not given, without those that a reader ties or makes itself."""
+    optional, patterns = {*tied_names(model), *names_not_saved(model)}, patterns_not_missed(model)
+    missing = [name for name in expected if name not in given and name not in optional]
+    return [name for name in missing if not any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _reader_state(model: PreTrainedModel) -> Mapping[str, torch.Tensor] | None:

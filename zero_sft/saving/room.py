@@ -1,6 +1,8 @@
 """Check, before a run, that the disk has room for its checkpoints and its export.
 
-The size of the export is exact except for some bytes of headers. The sizes of checkpoints are lower bounds.
+The size of the export is exact except for some bytes of headers, for a model that loads with the ties of its class. If tied
+weights of its checkpoint differ, the load keeps both, and the export is larger; buffers that the class does not save make it
+smaller. The sizes of checkpoints are lower bounds.
 
 Left out: quotas, which the file system does not report, and space that others take or free during the run.
 """
@@ -96,11 +98,6 @@ def require_room(path: str | Path, sizes: SaveSizes, freed_bytes: int = 0) -> No
         f"{_size(sizes.export_bytes)} for the model{checkpoints}. Free some space, {remedy}or name another --output_dir.",
         code="export.no_room",
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the total bytes of the files in a folder. Rank 0."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def _size(nbytes: int) -> str:

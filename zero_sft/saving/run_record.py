@@ -7,7 +7,7 @@ batches. Left out: shapes that no size in the config determines; DeepSpeed check
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from zero_sft.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
-FILE = "zero_sft_run.json"
+RECORD_FILE = "zero_sft_run.json"
 
 ADAMW = "adamw"
 """The record's name of every Adam and AdamW optimizer, since their states have one format."""
@@ -33,14 +33,23 @@ _STATEFUL_SCHEDULES = frozenset({"reduce_lr_on_plateau", "greedy"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """The settings of a run on which its checkpoints depend.
+    """The settings of a run on which its checkpoints depend. The fields have the same names in the file.
+
+    A number is 0 if it is unknown, as in records of earlier releases.
 
     Attributes:
+        model_type: the text model's type.
         sizes: sizes in the text model's config, by name.
         optimizer, schedule: names.
         from_ds_config: whether DeepSpeed makes the schedule, from its config's `scheduler` section.
-        samples_a_step: samples per optimizer step, over all ranks.
+        learning_rate: the base rate.
+        max_steps: the step at which the run ends.
+        samples_a_step: samples per optimizer step over all ranks; with packing, packed rows.
+        steps_an_epoch: optimizer steps of a whole epoch.
         settings: training arguments that change the steps, by name.
+        rows, tokens: size of the training data; no tokens are counted if they are made lazily.
+        order_samples: samples per step by which samples are grouped by length: the order of an epoch depends on it.
+        model, data: the names of the base model and of the data's sources, for the model's card; not compared.
     """
 
     model_type: str
@@ -51,9 +60,13 @@ class RunRecord:
     learning_rate: float = 0.0
     max_steps: int = 0
     samples_a_step: int = 0
+    steps_an_epoch: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 0
     tokens: int = 0
+    order_samples: int = 0
+    model: str = ""
+    data: Sequence[str] = field(default_factory=list[str])
 
     @classmethod
     def of(cls, text_config: Any, arguments: Any) -> "RunRecord":
@@ -76,20 +89,37 @@ class RunRecord:
 
 def write_record(folder: Path, record: RunRecord) -> None:
     """Write the record into a checkpoint's folder. Rank 0."""
-    (folder / FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD_FILE).write_bytes(record_json(record))
+
+
+def record_json(record: RunRecord) -> bytes:
+    """Return the contents of the record's file."""
+    return (json.dumps(asdict(record), indent=2) + "\n").encode()
 
 
 def read_record(folder: Path) -> RunRecord | None:
-    """Return the record in a checkpoint's folder; None if none can be read, as in checkpoints of earlier releases."""
+    """Return the record in a checkpoint's folder; None without one, as in checkpoints of earlier releases.
+
+    A record that can't be read is None as well, with a warning.
+    """
     try:
-        raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        raw = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         return RunRecord(**{name: value for name, value in raw.items() if name in RunRecord.__dataclass_fields__})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning(
+            "%s can't be read (%r): this run's settings and data are not compared with those of the checkpoint",
+            folder / RECORD_FILE, error,
+        )  # fmt: skip
         return None
 
 
-def require_same_run(folder: Path, now: RunRecord) -> None:
+def require_same_run(folder: Path, now: RunRecord, *, at_same_sample: bool = False) -> None:
     """Raise if a run can't resume from the checkpoint in `folder`; warn about settings that differ. Rank 0.
+
+    Args:
+        at_same_sample: the run goes on at the same sample, even if a step has another number of samples.
 
     Raises:
         ArgumentError: the model, the optimizer or the kind of schedule differs from the checkpoint's.
@@ -97,44 +127,44 @@ def require_same_run(folder: Path, now: RunRecord) -> None:
     then = read_record(folder)
     if then is None:
         return
-    asked = f"--resume_from_checkpoint: {folder} is of"
     sizes = [f"{name} {size} (here {now.sizes.get(name)})" for name, size in then.sizes.items() if now.sizes.get(name) != size]
     if then.model_type != now.model_type or sizes:
         differences = ", ".join(sizes) or f"model type {then.model_type} (here {now.model_type})"
         raise ArgumentError(
-            f"{asked} another model than --model_name_or_path names: {differences}. "
+            f"--resume_from_checkpoint: {folder} is of another model than --model_name_or_path names: {differences}. "
             "Give the model with which the run was started.",
             code="resume.other_model",
         )
     if then.optimizer != now.optimizer:
         raise ArgumentError(
-            f"{asked} a run with the optimizer {then.optimizer}, and this one has {now.optimizer}. Give the same --optim, or "
-            f"continue from its weights with a new optimizer: export them, and name them with --model_name_or_path.",
+            f"--resume_from_checkpoint: {folder} is of a run with the optimizer {then.optimizer}, and this one has "
+            f"{now.optimizer}. Give the same --optim, or continue from its weights with a new optimizer: export them, and name "
+            "them with --model_name_or_path.",
             code="resume.other_optimizer",
         )
     stateful = {then.schedule, now.schedule} & _STATEFUL_SCHEDULES
     if then.from_ds_config != now.from_ds_config or (stateful and then.schedule != now.schedule):
         raise ArgumentError(
-            f"{asked} a run with the learning-rate schedule {_described(then)}, and this one has {_described(now)}, "
-            "whose state has another format. Give the same --lr_scheduler_type, and a DeepSpeed config with the same "
-            "scheduler section.",
+            f"--resume_from_checkpoint: {folder} is of a run with the learning-rate schedule {_described(then)}, and this one "
+            f"has {_described(now)}, whose state has another format. Give the same --lr_scheduler_type, and a DeepSpeed config "
+            "with the same scheduler section.",
             code="resume.other_schedule",
         )
-    for change in _changes(then, now):
+    for change in _changes(then, now, at_same_sample=at_same_sample):
         logger.warning("this run differs from its checkpoint: %s", change)
 
 
-def _changes(then: RunRecord, now: RunRecord) -> list[str]:
+def _changes(then: RunRecord, now: RunRecord, *, at_same_sample: bool) -> list[str]:
     """List the changed settings that may not do what a user expects, one sentence each."""
     changes = []
     if then.schedule != now.schedule:
         changes.append(f"its learning-rate schedule was {then.schedule}, and is {now.schedule} from here on")
     if then.learning_rate and then.learning_rate != now.learning_rate:
         changes.append(
-            f"--learning_rate {now.learning_rate:g} has no effect, since the checkpoint's schedule goes on from "
+            f"--learning_rate {now.learning_rate:g} has no effect, since the schedule keeps the checkpoint's rate, "
             f"{then.learning_rate:g}. For another rate, train on from the exported model with a new optimizer"
         )
-    if then.samples_a_step and then.samples_a_step != now.samples_a_step:
+    if not at_same_sample and then.samples_a_step and then.samples_a_step != now.samples_a_step:
         changes.append(
             f"a step had {then.samples_a_step:,} samples, and has {now.samples_a_step:,} from here on, so that some "
             "samples of this epoch are trained on twice or never"
@@ -146,15 +176,17 @@ def _changes(then: RunRecord, now: RunRecord) -> list[str]:
     ]
 
 
-def warn_of_other_data(folder: Path, now: RunRecord) -> None:
-    """Warn if the training data or the number of steps differs from the checkpoint's. Rank 0."""
-    then = read_record(folder)
-    if then is None:
-        return
-    if then.max_steps and then.max_steps != now.max_steps and not now.schedule.startswith("constant"):
+def warn_of_other_data(then: RunRecord, now: RunRecord, last_step: int) -> None:
+    """Warn if the training data or the number of steps differs from the checkpoint's. Rank 0.
+
+    Args:
+        last_step: the end of the checkpoint's run, in steps of this run.
+    """
+    if then.max_steps and last_step != now.max_steps and not now.schedule.startswith("constant"):
         logger.warning(
-            "the checkpoint's run was to end at step %d, and this one ends at step %d: the learning-rate schedule is that of "
-            "the new length, and jumps here", then.max_steps, now.max_steps,
+            "the checkpoint's run was to end at step %d%s, and this one ends at step %d: the learning-rate schedule is that of "
+            "the new length, and jumps here",
+            then.max_steps, f" ({last_step} in steps of this run)" * (last_step != then.max_steps), now.max_steps,
         )  # fmt: skip
     if then.rows and (then.rows, then.tokens) != (now.rows, now.tokens):
         logger.warning(

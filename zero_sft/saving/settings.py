@@ -16,10 +16,12 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from zero_sft.conversion.quantized import config_parts
 from zero_sft.errors import ExportError, ZeroSftError
-from zero_sft.generation_config import write_generation_config
-from zero_sft.rope import readable_tokens, text_config
+from zero_sft.generation_config import GENERATION_CONFIG, write_generation_config
+from zero_sft.rope import max_context_tokens, text_config
 from zero_sft.saving.older_readers import older_tokenizer_config, with_older_keys
+from zero_sft.saving.placing import TOKENIZER_FILES, TOKENIZER_FOLDERS
 from zero_sft.tokenizer.fingerprint import encodings
 from zero_sft.tokenizer.serialize import base_config
 from zero_sft.transformers_internals import internal
@@ -63,7 +65,7 @@ def _copy_processor(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def rehearse_settings(config: PreTrainedConfig, generation_config: GenerationConfig, tokenizer: Any) -> None:
-    """Write an export's settings to a temporary folder, and warn if the tokenizer read back from it encodes otherwise. Rank 0.
+    """Rehearse `write_settings` in a temporary folder, and warn if the tokenizer read back from it encodes otherwise. Rank 0.
 
     Raises:
         ExportError: one of them can't be saved.
@@ -93,6 +95,9 @@ def _write(
             part.tie_word_embeddings = tied
     if model is not None:
         config.architectures = [type(model).__name__]
+        weights_dtype = next((param.dtype for param in model.parameters() if param.is_floating_point()), None)
+        for part in config_parts(config) if weights_dtype is not None else ():
+            part.dtype = weights_dtype
     if tokenizer is not None and tokenizer.pad_token_id is not None:
         for part in (*parts, *([] if generation_config is None else [generation_config])):
             part.pad_token_id = tokenizer.pad_token_id
@@ -139,7 +144,7 @@ def _write_tokenizer(folder: Path, tokenizer: Any, config: PreTrainedConfig) -> 
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
-    readable, stated = readable_tokens(text_config(config)), base.get("model_max_length")
+    readable, stated = max_context_tokens(text_config(config)), base.get("model_max_length")
     lengths = [length for length in (stated, readable) if isinstance(length, int) and length < _UNSTATED]
     saved["model_max_length"] = max(lengths) if lengths else stated or saved["model_max_length"]
     if "legacy" in base:
@@ -187,3 +192,22 @@ def _around(ids: Any, others: Any) -> str:
     ids, others = list(ids or ()), list(others or ())
     first = next((index for index, (id_, other) in enumerate(zip(ids, others, strict=False)) if id_ != other), 0)
     return ", ".join(map(str, ids[max(0, first - 1) : first + 3])) + ", ..."
+
+
+def settings_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
+    """Return the contents of the files that `write_settings` writes, by path in the folder. Rank 0."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_settings(folder, model, tokenizer)
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def settings_in(folder: Path) -> dict[str, bytes]:
+    """Return the files of config, tokenizer, processor and custom code in a model's folder or a checkpoint, by path. Rank 0."""
+    names = {"config.json", GENERATION_CONFIG, *TOKENIZER_FILES, *_PROCESSOR_FILES}
+    of_deepspeed = {"zero_to_fp32.py", "zero_to_torch.py"}
+    paths = [path for path in folder.iterdir() if path.name in names or path.suffix in (".py", ".tiktoken")]
+    paths += [path for name in TOKENIZER_FOLDERS for path in (folder / name).glob("*")]
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file() and path.name not in of_deepspeed
+    }

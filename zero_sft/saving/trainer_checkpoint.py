@@ -5,6 +5,7 @@ The files of a Trainer checkpoint under DeepSpeed ZeRO-3, in the order in which 
 | file | written by | content |
 | --- | --- | --- |
 | `config.json`, tokenizer files | rank 0 | not read again |
+| `zero_sft_run.json` | rank 0 | the run's settings (`run_record.py`); missing in checkpoints of earlier releases |
 | `global_stepN/zero_pp_rank_R_mp_rank_00_model_states.pt` | every rank R | buffers, shapes, counters |
 | `global_stepN/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt` | every rank R | fp32 weights and the optimizer's state |
 | `global_stepN/offloaded_tensors/rankR/` | every rank R | the optimizer's state, if it is offloaded to NVMe |
@@ -19,11 +20,14 @@ rank and does not communicate.
 """
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import re
+import socket
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,17 @@ from typing import Any
 import torch
 
 from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE
-from zero_sft.errors import ArgumentError
+from zero_sft.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    find_damage,
+    has_manifest,
+    hosts_of_missing_files,
+    read_manifest,
+)
+from zero_sft.cluster.world import World
+from zero_sft.errors import ArgumentError, CheckpointError
+from zero_sft.saving.optimizer_files import file_name
 
 _MODEL_STATES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
@@ -41,24 +55,46 @@ WEIGHTS_ALONE = "resume.weights_alone"
 """Error code of a checkpoint that was saved without the optimizer's state."""
 
 
+SAME_HOSTS = (
+    "Start the ranks on the hosts that saved it, in the same order; or copy the folders of all hosts into one that all ranks "
+    "see, and name it with --resume_from_checkpoint."
+)
+"""The remedy where hosts have parts of a checkpoint that others need."""
+
+
 class IncompleteCheckpointError(ArgumentError):
     """A folder is not a complete checkpoint; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerCheckpoint:
-    """A complete checkpoint: its step, the number of ranks that wrote it, and whether its engine trained in bf16."""
+    """A complete checkpoint: its step, the number of ranks that wrote it, and the dtype in which its engine trained.
+
+    DeepSpeed's format tells bf16 from the others, but not fp16 from fp32: `dtype` is then "float32". With `on_each_node`, each
+    host may have its own folder, with the files of its ranks.
+    """
 
     folder: Path
     global_step: int
     world_size: int
-    bf16: bool
+    dtype: str
+    sharded: bool = False
+    on_each_node: bool = False
 
-    def files_of(self, rank: int) -> tuple[Path, ...]:
-        """Return the files that a rank reads when it resumes from this checkpoint."""
+    @property
+    def bf16(self) -> bool:
+        """Whether the engine trained in bf16."""
+        return self.dtype == "bfloat16"
+
+    def own_files(self, rank: int) -> tuple[Path, ...]:
+        """Return the files of this checkpoint that a rank reads, without an optimizer's state that is on NVMe."""
+        if self.sharded:
+            return (self.folder / MANIFEST_FILE,)
         states = self.folder / f"global_step{self.global_step}"
         rng = f"rng_state_{rank}.pth" if self.world_size > 1 else "rng_state.pth"
+        schedule = self.folder / "scheduler.pt"  # every rank reads it; there is none if the DeepSpeed config has a schedule
         return (
+            *([schedule] if schedule.exists() else []),
             states / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt",
             states / f"{'bf16_' * self.bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
             self.folder / rng,
@@ -66,11 +102,16 @@ class TrainerCheckpoint:
 
 
 def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None) -> TrainerCheckpoint:
-    """Check every file of a checkpoint. `ds_config` decides which files this run needs in addition to those of every run.
+    """Check every file of a checkpoint, in either format.
+
+    Args:
+        ds_config: decides which files this run needs in addition to those of every run.
 
     Raises:
         IncompleteCheckpointError: a file is missing, damaged or of another step; the message names the first one.
     """
+    if has_manifest(folder):
+        return _inspect_manifest(folder)
     _require_states(folder)
     step = _global_step(folder)
     states = _latest(folder, step)
@@ -82,9 +123,10 @@ def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None)
     rng_ranks = {int(match[1]) for path in folder.iterdir() if (match := _RNG_STATE.fullmatch(path.name))}
     world_size = _recorded_world_size(states, folder) or 1 + max(model_ranks | optimizer_is_bf16.keys() | rng_ranks)
     bf16 = optimizer_is_bf16.get(0, any(optimizer_is_bf16.values()))
-    checkpoint = TrainerCheckpoint(folder=folder, global_step=step, world_size=world_size, bf16=bf16)
+    dtype = "bfloat16" if bf16 else "float32"
+    checkpoint = TrainerCheckpoint(folder=folder, global_step=step, world_size=world_size, dtype=dtype)
     for rank in range(checkpoint.world_size):
-        for path in checkpoint.files_of(rank):
+        for path in checkpoint.own_files(rank):
             _require_archive(path, folder)
     sections = ds_config or {}
     if "scheduler" not in sections:
@@ -98,8 +140,118 @@ def inspect_checkpoint(folder: Path, ds_config: Mapping[str, Any] | None = None)
     return checkpoint
 
 
+def _inspect_manifest(folder: Path) -> TrainerCheckpoint:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        raise IncompleteCheckpointError(str(error), code=error.code) from error
+    if unlisted := _unlisted(manifest):
+        raise IncompleteCheckpointError(
+            f"{MANIFEST_FILE} does not list {unlisted}, which every checkpoint has", code="resume.file_unlisted"
+        )
+    if damage := find_damage(folder, manifest):
+        raise IncompleteCheckpointError(damage, code="resume.file_damaged")
+    return TrainerCheckpoint(
+        folder=folder,
+        global_step=manifest.step,
+        world_size=manifest.world_size,
+        dtype=manifest.dtype,
+        sharded=True,
+        on_each_node=bool(manifest.hosts),
+    )
+
+
+def _unlisted(manifest: Manifest) -> str | None:
+    """Return the first file that a manifest should list and does not; None if it lists all."""
+    if not manifest.hosts and not manifest.files.keys() & {SINGLE_FILE, INDEX_FILE}:
+        return SINGLE_FILE
+    ranks = range(min(manifest.world_size, len(manifest.files) + 1))  # one of these is missing if the number is hostile
+    names = (file_name(rank, manifest.world_size) for rank in ranks)
+    return next((name for name in names if name not in manifest.files), None)
+
+
+def require_own_share_intact(folder: Path, world: World) -> None:
+    """Read this rank's share of the files of a sharded checkpoint, and compare them with the manifest. Any rank.
+
+    Where each node has its own folder, the share is what this rank will read in it.
+
+    Raises:
+        ArgumentError: a file was changed, or is on another host.
+    """
+    manifest = read_manifest(folder)
+    names = sorted(manifest.files, key=lambda name: manifest.files[name].nbytes)[world.rank :: world.world_size]
+    if manifest.hosts:
+        own = [file_name(world.rank, world.world_size)] if world.world_size == manifest.world_size else list(manifest.hosts)
+        _require_here(folder, own, manifest, world)
+        names = [*own, *(name for name in manifest.files if name not in manifest.hosts and world.leads_node)]
+    share = dataclasses.replace(manifest, files={name: manifest.files[name] for name in names})
+    if damage := find_damage(folder, share, verify=True):
+        raise ArgumentError(
+            f"{folder} is damaged: {damage}. Name another checkpoint-* folder with --resume_from_checkpoint.",
+            code="resume.file_damaged",
+        )
+
+
+def _require_here(folder: Path, names: Sequence[str], manifest: Manifest, world: World) -> None:
+    """Check that this host has the files of the ranks from which this rank reads."""
+    missing = [name for name in names if name in hosts_of_missing_files(folder, manifest)]
+    if missing:
+        raise ArgumentError(
+            f"rank {world.rank} on {socket.gethostname()} needs {missing[0]} of {folder.name}, which "
+            f"{manifest.hosts[missing[0]]} wrote as one of {manifest.world_size} ranks (--save_on_each_node). " + SAME_HOSTS,
+            code="resume.on_another_host",
+        )
+
+
+def has_states(folder: Path) -> bool:
+    """Return whether a folder has states of an optimizer, complete or not."""
+    return has_manifest(folder) or (folder / "latest").exists() or any(folder.glob("global_step*"))
+
+
+def require_no_checkpoint(folder: Path, remedy: str) -> None:
+    """Refuse to write a model into a checkpoint, whose weights would no longer be those of its optimizer.
+
+    Raises:
+        ArgumentError: the folder, or one that it is in, has states of an optimizer.
+    """
+    resolved = folder.resolve()
+    for each in (resolved, *(parent for parent in resolved.parents if parent.name.startswith("checkpoint-"))):
+        if _is_checkpoint(each):
+            raise ArgumentError(
+                f"{folder} is a checkpoint, or in one ({each}), whose files would be replaced. {remedy}",
+                code="export.into_a_checkpoint",
+            )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder has states of an optimizer. Other programs write files named `manifest.json` as well."""
+    with contextlib.suppress(CheckpointError):
+        read_manifest(folder)
+        return True
+    return any(folder.glob("global_step*"))
+
+
+def require_intact(path: Path) -> None:
+    """Read a `.pt` or `.pth` file and compare its contents with the checksums in it, which torch does not do.
+
+    Raises:
+        ArgumentError: the contents were changed.
+    """
+    with _explain_unreadable(path.name), zipfile.ZipFile(path) as archive:
+        try:
+            damaged = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error) as error:
+            damaged = str(error)
+    if damaged is not None:
+        raise ArgumentError(
+            f"{path} is damaged: its contents do not have the checksum that was saved with them. Name another checkpoint-* "
+            "folder with --resume_from_checkpoint.",
+            code="resume.file_damaged",
+        )
+
+
 def _require_states(folder: Path) -> None:
-    if (folder / "latest").exists() or any(folder.glob("global_step*")):
+    if has_states(folder):
         return
     if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         raise IncompleteCheckpointError(

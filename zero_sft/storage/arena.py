@@ -7,8 +7,11 @@ anonymous memory from the kernel. It is zeroed, so padding needs no work, and it
 
 import itertools
 import mmap
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,8 +31,15 @@ class ArenaSlot:
     pinned: bool = False
 
 
-def allocate(slots: Sequence[ArenaSlot]) -> Mapping[str, torch.Tensor]:
-    """Allocate a zeroed flat tensor for every slot, in one arena per (dtype, device, pinned)."""
+def allocate(slots: Sequence[ArenaSlot], folder: Path | None = None) -> Mapping[str, torch.Tensor]:
+    """Allocate a zeroed flat tensor for every slot, in one arena per (dtype, device, pinned).
+
+    Args:
+        folder: put the arenas of ordinary host memory on this folder's disk, in files without names.
+
+    Raises:
+        OSError: the disk has too little room.
+    """
     groups: dict[tuple[torch.dtype, torch.device, bool], list[ArenaSlot]] = {}
     for slot in slots:
         groups.setdefault((slot.dtype, slot.device, slot.pinned), []).append(slot)
@@ -37,7 +47,7 @@ def allocate(slots: Sequence[ArenaSlot]) -> Mapping[str, torch.Tensor]:
     for (dtype, device, pinned), members in groups.items():
         step = max(1, ALIGNMENT_BYTES // dtype.itemsize)
         starts = list(itertools.accumulate((-(-slot.numel // step) * step for slot in members), initial=0))
-        block = _block(starts.pop(), dtype, device, pinned)
+        block = _block(starts.pop(), dtype, device, pinned, folder)
         for slot, start in zip(members, starts, strict=True):
             tensors[slot.name] = _non_view(block, start, slot.numel)
     return tensors
@@ -52,10 +62,16 @@ def _non_view(block: torch.Tensor, start: int, numel: int) -> torch.Tensor:
     return torch.empty(0, dtype=block.dtype, device=block.device).set_(block.untyped_storage(), start, (numel,), (1,))
 
 
-def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool) -> torch.Tensor:
+def _block(numel: int, dtype: torch.dtype, device: torch.device, pinned: bool, folder: Path | None) -> torch.Tensor:
     if device.type != "cpu" or numel == 0:
         return torch.zeros(numel, dtype=dtype, device=device)
     if pinned:
         return accelerator.pinned_zeros(numel, dtype)
-    memory = mmap.mmap(-1, numel * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    nbytes = numel * dtype.itemsize
+    if folder is None:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)  # a write to memory without a place on the disk would kill the process
+            memory = mmap.mmap(file.fileno(), nbytes)
     return torch.frombuffer(memory, dtype=dtype)  # keeps the mapping alive while its storage is used

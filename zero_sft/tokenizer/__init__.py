@@ -15,9 +15,10 @@ from zero_sft.cluster.stages import collective_stage, require_identical, run_sta
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
-from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model
+from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_model, require_name
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import require_length
+from zero_sft.storage.default_device import cpu_by_default
 from zero_sft.tokenizer.fingerprint import fingerprint
 from zero_sft.tokenizer.serialize import deserialize, require_faithful, serialize
 from zero_sft.tokenizer.setup import set_up
@@ -57,6 +58,7 @@ class TokenizerSpec:
 
 
 @takes_options(HubOptions)
+@cpu_by_default()
 def load_tokenizer(
     model_name_or_path: str, *, model_max_length: int, padding_side: str = "right", **options: object
 ) -> PreTrainedTokenizerBase:
@@ -76,10 +78,13 @@ def load_tokenizer(
         CheckpointError: the folder does not exist.
         ArgumentError: an argument is out of range.
     """
-    (hub,) = read_keywords(options, HubOptions, function=load_tokenizer)
-    spec = TokenizerSpec(name=model_name_or_path, options=hub, model_max_length=model_max_length, padding_side=padding_side)
     world = connect(World.detect())
-    return broadcast_tokenizer(world, spec, lambda: spec.prepare(locate_model(model_name_or_path, hub, World.alone())))
+    with collective_stage(world, "checking the tokenizer's arguments") as exchange:
+        (hub,) = read_keywords(options, HubOptions, function=load_tokenizer)
+        name = require_name(model_name_or_path)
+        exchange.must_match = ("arguments of load_tokenizer", {"trust_remote_code": hub.trust_remote_code})
+    spec = TokenizerSpec(name=name, options=hub, model_max_length=model_max_length, padding_side=padding_side)
+    return broadcast_tokenizer(world, spec, lambda: spec.prepare(locate_model(name, hub, World.alone())))
 
 
 def load_tokenizer_from(

@@ -9,7 +9,6 @@ Left out: whether a combination of features can train (for example ZeRO-3 with `
 
 import contextlib
 import difflib
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ import pydantic
 import torch
 
 from zero_sft.errors import ConfigError
+from zero_sft.zero.ds_classes import optimizer_class, parameter_names, scheduler_class
 
 SECTIONS = frozenset({
     "activation_checkpointing", "aio", "autotuning", "bf16", "checkpoint", "comet", "comms_logger", "compile", "csv_monitor",
@@ -57,7 +57,11 @@ def schema_problems(config: Mapping[str, Any]) -> list[ConfigError]:
         problems += _wrong_type(key, value) or _section_problems(key, value)
     if not problems:
         problems = [*_monitor_problems(settings), *_optimizer_problems(settings), *_scheduler_problems(settings)]
-        problems += _nvme_problems(settings["zero_optimization"])
+        problems += [
+            *_nvme_problems(settings["zero_optimization"]),
+            *_dtype_problems(settings),
+            *_parallelism_problems(settings),
+        ]
     return problems
 
 
@@ -185,6 +189,43 @@ def _nvme_problems(zero: Mapping[str, Any]) -> list[ConfigError]:
     return [ConfigError(message, code="ds_config.nvme_needs_libaio")]
 
 
+def _dtype_problems(config: Mapping[str, Any]) -> list[ConfigError]:
+    """Check the dtypes of `data_types`, which DeepSpeed looks up only when the engine starts."""
+    from deepspeed.runtime.config import DtypeEnum
+
+    problems = []
+    for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+        value = (config.get("data_types") or {}).get(name)
+        try:
+            dtype = None if value is None else DtypeEnum(value).value
+        except (ValueError, TypeError):
+            dtype = torch.int8
+        if dtype is torch.int8:
+            problems.append(_bad_value(f"data_types.{name}", value, "bf16, fp16 or fp32"))
+    return problems
+
+
+def _parallelism_problems(config: Mapping[str, Any]) -> list[ConfigError]:
+    """Refuse what splits the model or the samples in other ways: the loader's shards and the job's batches are ZeRO-3's."""
+    tensor, expert = (config.get(section) or {} for section in ("tensor_parallel", "expert_parallel"))
+    tp = tensor.get("tp")
+    sizes = {
+        "tensor_parallel.autotp_size": tensor.get("autotp_size"),
+        "tensor_parallel.tp.tp_size": tp.get("tp_size") if isinstance(tp, Mapping) else None,
+        "sequence_parallel_size": config.get("sequence_parallel_size"),
+    }
+    found = [(name, size) for name, size in sizes.items() if isinstance(size, int) and size > 1]
+    found += [("expert_parallel.enabled", True)] if expert.get("enabled") else []
+    return [
+        ConfigError(
+            f"{name} is {value!r}, but this package trains with ZeRO-3 alone: each rank holds a part of every parameter and "
+            "trains on its own samples. Remove the key.",
+            code="ds_config.unsupported_parallelism",
+        )
+        for name, value in found
+    ]
+
+
 def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     section = config.get("optimizer")
     if section is None:
@@ -202,19 +243,13 @@ def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
     if "max_grad_norm" in params:
         message = "optimizer.params.max_grad_norm: DeepSpeed refuses it. Set gradient_clipping at the top level of the config."
         problems.append(ConfigError(message, code="ds_config.max_grad_norm"))
-    known_settings = {*_parameters(cls), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
+    known_settings = {*parameter_names(cls), "torch_adam", "adam_w_mode", "fp32_optimizer_states", "foreach"}
     known_settings |= {"muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps"} if kind.lower() == "muon" else set()
     return problems + [
-        _no_such_setting(f"optimizer.params.{name}", kind, sorted(_parameters(cls)))
+        _no_such_setting(f"optimizer.params.{name}", kind, sorted(parameter_names(cls)))
         for name in params
         if name not in known_settings and name != "max_grad_norm"
     ]
-
-
-def optimizer_class(kind: str) -> Any:
-    """Return a class of torch with the settings of DeepSpeed's optimizer `kind`, or None if there is none."""
-    equivalents = {"adam": "AdamW", "adamw": "AdamW", "adagrad": "Adagrad", "lion": "AdamW", "lamb": "AdamW", "muon": "AdamW"}
-    return getattr(torch.optim, equivalents.get(kind.lower(), kind), None)
 
 
 def _scheduler_problems(config: Mapping[str, Any]) -> list[ConfigError]:
@@ -231,7 +266,7 @@ def _scheduler_problems(config: Mapping[str, Any]) -> list[ConfigError]:
         return [*problems, _bad_value("scheduler.type", kind, f"one of {names}, or a class in torch.optim.lr_scheduler")]
     if not isinstance(params, dict):
         return [*problems, _bad_value("scheduler.params", params, "a section, {...}")]
-    known_settings = _parameters(cls)
+    known_settings = parameter_names(cls)
     unknown = [name for name in params if name not in known_settings]
     problems += [
         _bad_value(f"scheduler.params.{name}", params[name], 'a positive integer, or "auto"')
@@ -245,27 +280,6 @@ def _no_such_setting(name: str, kind: str, known_settings: Iterable[str]) -> Con
     return ConfigError(
         f"{name}: {kind} has no such setting, expected one of {', '.join(known_settings)}.", code="ds_config.unknown_setting"
     )
-
-
-def scheduler_class(kind: Any) -> Any:
-    """Return DeepSpeed's or torch's class of the learning-rate schedule `kind`, or None if neither has it."""
-    from deepspeed.runtime import lr_schedules
-
-    if not isinstance(kind, str):
-        return None
-    deepspeed_class = getattr(lr_schedules, kind, None) if kind in lr_schedules.VALID_LR_SCHEDULES else None
-    return deepspeed_class or getattr(torch.optim.lr_scheduler, kind, None)
-
-
-def scheduler_settings(section: Any) -> list[str]:
-    """Return the names of the settings that the schedule of a `scheduler` section accepts; empty if there is no schedule."""
-    cls = scheduler_class(section.get("type")) if isinstance(section, Mapping) else None
-    return [] if cls is None else _parameters(cls)
-
-
-def _parameters(cls: Any) -> list[str]:
-    """Return the names of a constructor's parameters, without `self`, `params` and `optimizer`."""
-    return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "params", "optimizer")]
 
 
 @contextlib.contextmanager

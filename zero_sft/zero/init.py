@@ -2,8 +2,9 @@
 
 `zero.Init` allocates every new parameter in full, broadcasts it from rank 0 and keeps a slice. This transfers a whole model
 whose contents a checkpoint then replaces. Here the model is built on the meta device, as in plain `from_pretrained`, so modules
-see the same shapes, dtypes and tied objects. When the model is complete, `shard` turns each parameter into a ZeRO parameter in
-the partitioned state; its shard is attached later (`shards.attach`). There is no allocation, no copy and no collective.
+see the same shapes, dtypes and tied objects. When the model is complete, `make_zero_parameters` turns each parameter into a
+ZeRO parameter in the partitioned state with an empty shard; its shard is attached later (`shards.attach`). There is no
+allocation, no copy and no collective.
 
 `zero.Init` converts parameters after each module; this class waits for the whole model. Models whose `__init__` writes to a
 child's weight (sinusoidal positions, weight norm) therefore find that weight in full.
@@ -36,17 +37,17 @@ class ShardedInit(Init):
         group = groups._get_zero_param_intra_parallel_group() if hpz else None
         super().__init__(config_dict_or_path=ds_config, tensor_overrides=[], zero_param_parallel_group=group)
 
-    def shard(self, model: nn.Module) -> None:
-        """Turn all parameters of `model` that are not ZeRO parameters yet into ZeRO parameters without a shard."""
+    def make_zero_parameters(self, model: nn.Module) -> None:
+        """Turn all parameters of `model` that are not ZeRO parameters yet into such, in the partitioned state."""
         for param in list(model.parameters()):
             if not is_zero_param(param):
-                self.shard_parameter(param)
+                self.make_zero_parameter(param)
 
     def _post_init_method(self, module: nn.Module) -> None:
         """Do nothing. DeepSpeed calls this after each module's `__init__` to partition the module's parameters."""
 
-    def shard_parameter(self, param: nn.Parameter) -> None:
-        """Turn one parameter into a ZeRO parameter in the partitioned state. It keeps its shape and loses its contents."""
+    def make_zero_parameter(self, param: nn.Parameter) -> None:
+        """Turn one parameter into a ZeRO parameter in the partitioned state, with an empty shard. Its contents are lost."""
         self._convert_to_deepspeed_param(param)
         dtype = self.dtype if param.is_floating_point() else param.dtype
         shards.replace_contents(param, torch.empty(0, dtype=dtype, device=self.local_device))  # it leaves the meta device

@@ -1,7 +1,10 @@
-"""The classes and functions of DeepSpeed outside of its public API on which a load depends.
+"""The classes and functions of DeepSpeed outside of its public API that this package uses.
 
-`check` runs before anything is built. If a DeepSpeed release has moved one of these parts, one error names it, and no model is
-loaded wrongly. Left out: attributes and methods of ZeRO parameters, which `shards.py` and `gather_hooks.py` use.
+`check` runs before a model is built, `operator_builder` before an operator is compiled. If a DeepSpeed release has moved one of
+these parts, one error names it, and no model is loaded wrongly. `set_optimizer_defaults` mends an object of DeepSpeed.
+
+Left out: attributes and methods of ZeRO parameters, which `shards.py` and `gather_hooks.py` use, and the config parser's
+classes and tables, which `ds_schema.py` uses.
 """
 
 import inspect

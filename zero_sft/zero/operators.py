@@ -112,8 +112,9 @@ def _private_temporary_folder() -> Path:
 
 @functools.cache
 def _environment(network: bool) -> str:
-    """Return a folder name from everything but the sources that a compiled operator depends on: versions, paths, processor.
+    """Return a folder name from the versions, paths and processor on which a compiled operator depends.
 
+    Its sources have a separate digest (`_sources_digest`).
     The name of the host is included if the folder is on a network file system.
     """
     parts = [

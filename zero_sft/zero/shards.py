@@ -1,7 +1,9 @@
 """Read and write the shards of ZeRO parameters: the only module that accesses their `ds_*` and NVMe attributes.
 
-`local_*` is about the shard that this rank stores, `current_*` about the values that forward would use now. They differ if the
-parameter is gathered and was changed in place. No function here communicates.
+A shard is the flat, padded range of a parameter that one rank keeps. A parameter is partitioned while the rank has only its
+shard, and gathered while the rank has all values as well. `local_*` is about the shard that this rank stores, `current_*` about
+the values that forward would use now. They differ if the parameter is gathered and was changed in place. No function here
+communicates.
 """
 
 # DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
@@ -9,19 +11,19 @@ parameter is gathered and was changed in place. No function here communicates.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus, is_zero_param
 from torch import nn
 
-from zero_sft.plan.partition import FlatRange, partition_numel, shard_range
+from zero_sft.plan.partition import FlatRange, full_range, partition_numel, shard_range
 from zero_sft.storage import arena
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """True if `tensor` is a ZeRO-3 parameter."""
+    """True if `tensor` is a ZeRO-3 parameter, partitioned or gathered."""
     return is_zero_param(tensor)
 
 
@@ -30,9 +32,14 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(tensor.ds_shape) if is_sharded(tensor) else tuple(tensor.shape)
 
 
+def full_numel(tensor: torch.Tensor) -> int:
+    """Return the number of elements of the full tensor, partitioned or not."""
+    return math.prod(full_shape(tensor))
+
+
 def parameter_numel(model: nn.Module) -> int:
     """Return the number of elements of the model's full parameters. Tied parameters count once."""
-    return sum(math.prod(full_shape(param)) for param in model.parameters())
+    return sum(full_numel(param) for param in model.parameters())
 
 
 def num_partitions(tensor: torch.Tensor) -> int:
@@ -105,7 +112,10 @@ def fill_shards(params: Mapping[str, nn.Parameter], fill: Callable[[Mapping[str,
 
 
 def local_shard(param: nn.Parameter) -> torch.Tensor:
-    """Return the real elements (without padding) of this rank's shard, flat. A shard on NVMe is read into a swap buffer."""
+    """Return the real elements (without padding) of this rank's shard, flat.
+
+    A shard on NVMe is read into a swap buffer, so call `release_shard` after the elements have been used.
+    """
     if param.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE:
         param.nvme_swapper.swap_in([param], async_op=False)
     return param.ds_tensor.narrow(0, 0, local_range(param).numel)
@@ -157,6 +167,52 @@ def current_values(param: nn.Parameter) -> Iterator[torch.Tensor]:
         yield local_shard(param)
     finally:
         release_shard(param)
+
+
+@contextlib.contextmanager
+def new_values(param: nn.Parameter) -> Iterator[tuple[FlatRange, torch.Tensor]]:
+    """Provide a flat range and a tensor to write its new values to. They are the parameter's when the context ends.
+
+    The range is that of this rank's shard; of a gathered parameter, it is the full one. Every rank must write its own.
+    """
+    if is_gathered(param):
+        values = torch.empty(param.ds_numel, dtype=param.dtype, device=param.device)
+        yield full_range(param.ds_numel), values
+        param.data.copy_(values.view(param.shape))
+        own = local_range(param)
+        local_shard(param).copy_(values[own.start : own.stop])
+        _release_changed(param)
+        return
+    with new_shard(param) as (flat_range, values):
+        yield flat_range, values
+
+
+@contextlib.contextmanager
+def new_shard(param: nn.Parameter) -> Iterator[tuple[FlatRange, torch.Tensor]]:
+    """Provide this rank's flat range and a tensor to write its new values to.
+
+    If the parameter is gathered, `set_gathered` has to give it the new values of all ranks afterwards.
+    """
+    yield local_range(param), local_shard(param)
+    _release_changed(param)
+
+
+def padded_shard(param: nn.Parameter) -> torch.Tensor:
+    """Return this rank's shard with its padding, flat. For parameters in memory."""
+    return param.ds_tensor
+
+
+def set_gathered(param: nn.Parameter, shards_of_all: Sequence[torch.Tensor]) -> None:
+    """Give a gathered parameter the values of all ranks' shards, padding included."""
+    values = torch.cat(list(shards_of_all))[: param.ds_numel]
+    param.data.copy_(values.view(param.shape))
+
+
+def _release_changed(param: nn.Parameter) -> None:
+    """Write a changed shard to NVMe, if it belongs there, and drop hpZ's copy of its former values, as DeepSpeed does."""
+    if param.ds_tensor.final_location == OffloadDeviceEnum.nvme:
+        param.nvme_swapper.swap_out_and_release([param])
+    param.ds_secondary_tensor = None
 
 
 def release_shard(param: nn.Parameter) -> None:

@@ -97,22 +97,30 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
         parsed = sample_format.parse(sample, where)
         unread_keys = check(texts=_texts_of(parsed.sample))
         return name, replace(parsed, unread_keys=(*parsed.unread_keys, *unread_keys)) if unread_keys else parsed
-    keys = first_of((f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()), 8) or "none"
+    keys = first_of((f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()), 8)
+    got = f"got the keys {keys}" if keys else "got an object without keys"
     expected = f"expected {EXPECTED}"
     if data_format:
         expected = f"--data_format {data_format}: expected {SAMPLE_FORMATS[data_format].example}"
-    raise DataError(f"{where}: {expected}; got the keys {keys}.{_hint(sample)}", code="data.unknown_format")
+    raise DataError(f"{where}: {expected}; {got}.{_hint(sample, data_format)}", code="data.unknown_format")
 
 
-def _hint(sample: Mapping[str, Any]) -> str:
-    """Suggest a remedy for an object that wraps a list of samples, or that holds a pair of answers to compare."""
+def _hint(sample: Mapping[str, Any], data_format: str | None) -> str:
+    """Suggest a remedy for an object that wraps samples, has turns under another key, or a pair of answers to compare."""
     for key, value in sample.items():
         first = value[0] if isinstance(value, list) and value else None
         if isinstance(first, Mapping) and any(_has_keys(first, name) for name in SAMPLE_FORMATS):
             return f" The samples seem to be in `{excerpt(key)}`: write only that list."
+        for name, expected, turn_keys in _TURN_KEYS:
+            if isinstance(first, Mapping) and all(turn_key in first for turn_key in turn_keys) and data_format in (None, name):
+                return f" The turns seem to be in `{excerpt(key)}`: rename that key to `{expected}`."
     if all(sample.get(key) is not None for key in ("chosen", "rejected")):
         return " Answers to compare (`chosen`, `rejected`) are not read: write the chosen one as `completion`."
     return ""
+
+
+_TURN_KEYS = (("sharegpt", "conversations", ("from", "value")), ("messages", "messages", ("role", "content")))
+"""Formats with turns: the name, the key of the turns, and the keys of a turn."""
 
 
 def _has_keys(sample: Mapping[str, Any], format_name: str) -> bool:

@@ -30,7 +30,12 @@ def parse_turns(
     `names` are the keys of a turn's role and text.
     """
     if not isinstance(raw, list):
-        raise DataError(f"{where}: `{key}` must be a list of turns; got {type(raw).__name__}.", code="data.turns_not_a_list")
+        got = "a text" if isinstance(raw, str) else type(raw).__name__
+        remedy = "Write the list itself, not as text" if isinstance(raw, str) else "Write a list"
+        raise DataError(
+            f'{where}: `{key}` must be a list of turns; got {got}. {remedy}: [{{"{names[0]}": ..., "{names[1]}": ...}}, ...].',
+            code="data.turns_not_a_list",
+        )
     turns, notes = [], dict[str, None]()
     for number, turn in enumerate(raw, start=1):
         place = f"{where}, turn {number}"

@@ -4,7 +4,6 @@ The content, not the file name, decides between a JSON list and JSON lines; the 
 decompressed. Every object comes with its place for messages: its line or sample number, counted from 1.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from zero_sft.data.samples.sample_formats import EXPECTED
 from zero_sft.data.sources.text_io import COMPRESSED, open_text
 from zero_sft.errors import DataError
+from zero_sft.json_text import JsonError, NestingError, parse_json
 from zero_sft.printable import excerpt, printable
 
 PARQUET = ".parquet"
@@ -73,6 +73,8 @@ def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
         first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
         raise DataError(f"{path} is empty; expected {EXPECTED}, as a JSON list or one object per line.", code="data.empty_file")
+    if "\0" in first:
+        raise DataError(f"{path} holds zero bytes, as UTF-16 does. Save it as UTF-8.", code="data.not_utf8")
     if first == "{":
         raise DataError(
             f"{path} is one JSON object over several lines; expected one JSON list of samples, or one sample per line. Write "
@@ -137,30 +139,21 @@ def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicate_keys)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {first_line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}; got "
-            f"{_excerpt(error.doc, error.pos)}. Expected one JSON list, or one JSON object per line. Name Parquet files "
-            ".parquet; convert other formats, such as CSV.",
-            code="data.not_json",
-        ) from error
-    except ValueError as error:  # a number with thousands of digits, or a duplicate key
-        raise DataError(f"{path}, line {first_line}: invalid JSON: {error}.", code="data.bad_json_value") from error
-    except RecursionError as error:
+        return parse_json(text)
+    except NestingError as error:
         raise DataError(
             f"{path}, line {first_line}: JSON is nested too deeply for conversations. Expected {EXPECTED}.",
             code="data.json_nested_too_deep",
         ) from error
-
-
-def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make the dict of a JSON object; raise ValueError for a duplicate key, which `json` would silently overwrite."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {excerpt(repr(next(key for key in keys if keys.count(key) > 1)))}")
-    return fields
+    except JsonError as error:
+        if error.position is None:  # a number with thousands of digits, or a duplicate key
+            raise DataError(f"{path}, line {first_line}: invalid JSON: {error}.", code="data.bad_json_value") from error
+        raise DataError(
+            f"{path}, line {first_line + error.line - 1}: not JSON: {error}, at column {error.column}; got "
+            f"{_excerpt(text, error.position)}. Expected one JSON list, or one JSON object per line. Name Parquet files "
+            ".parquet; convert other formats, such as CSV.",
+            code="data.not_json",
+        ) from error
 
 
 def _excerpt(text: str, position: int) -> str:

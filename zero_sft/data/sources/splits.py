@@ -1,4 +1,4 @@
-"""Choose the files of one split in a folder that is laid out like a dataset on the hub. Pure, except for reading a README.
+"""Choose the files of one split in a folder that is laid out like a dataset on the hub. Reads a README; otherwise pure.
 
 If a README declares files, only these belong to the dataset (`declared_files`). Otherwise the names tell the split, by the
 rules of the library `datasets`: `data/train-00000-of-00002.parquet`, `train.jsonl`, `my_test.json`, folders `train/` and

@@ -1,6 +1,6 @@
-"""Exchange two folders in one step: Linux's `renameat2(RENAME_EXCHANGE)`, which Python does not offer.
+"""Swap two folders in one step: Linux's `renameat2(RENAME_EXCHANGE)`, which Python does not offer.
 
-Both names exist at every moment. ext4, xfs, btrfs, tmpfs and overlayfs support the exchange. NFS and many other network file
+Both names exist at every moment. ext4, xfs, btrfs, tmpfs and overlayfs support it. NFS and many other network file
 systems do not: `is_supported` tests it before anything depends on it.
 """
 
@@ -14,11 +14,11 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def exchange(first: Path, second: Path) -> None:
-    """Exchange two folders of one file system, atomically.
+def swap(first: Path, second: Path) -> None:
+    """Swap two folders of one file system, atomically.
 
     Raises:
-        OSError: the exchange failed; EINVAL or ENOSYS if the file system or the kernel does not support it.
+        OSError: the swap failed; EINVAL or ENOSYS if the file system or the kernel does not support it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
@@ -29,10 +29,10 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def is_supported(folder: Path) -> bool:
-    """Test whether the file system of `folder` supports the exchange, on two temporary folders inside it."""
+    """Test whether the file system of `folder` supports the swap, on two temporary folders inside it."""
     with tempfile.TemporaryDirectory(dir=folder) as first, tempfile.TemporaryDirectory(dir=folder) as second:
         try:
-            exchange(Path(first), Path(second))
+            swap(Path(first), Path(second))
         except OSError:
             return False
     return True

@@ -1,0 +1,1 @@
+"""Export the weights of checkpoints to a model folder, in one process and with one tensor in memory at a time."""
