@@ -7,6 +7,7 @@ A `world_size` test gets its arguments from fixtures as usual, if they can be pi
 import inspect
 import os
 import tempfile
+import time
 
 import pytest
 
@@ -31,13 +32,24 @@ def pytest_generate_tests(metafunc):
 
 def pytest_runtestloop(session):
     if not session.config.option.collectonly and any(item.get_closest_marker("world_size") for item in session.items):
-        from testing.operators import compile_all
+        from testing.operators import ASYNC_IO, OPERATORS, compile_all
         from testing.runner import ON_DEVICES, context
 
         if not ON_DEVICES:  # for CPU ranks; tests on devices need no operators
             terminal = session.config.get_terminal_writer()
             terminal.line("DeepSpeed's operators first: minutes, if they have to be compiled", flush=True)
-            compile_all(context)
+            slow = any(item.get_closest_marker("slow") for item in session.items)
+            compile_all(context, (*OPERATORS, ASYNC_IO) if slow else OPERATORS)
+
+
+_start = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    """Skip slow tests that begin later than `ZERO_SFT_SLOW_SECONDS` after the start, for a machine with a time limit."""
+    limit = float(os.environ.get("ZERO_SFT_SLOW_SECONDS", "inf"))
+    if item.get_closest_marker("slow") and time.monotonic() - _start > limit:
+        pytest.skip(f"not run: the {limit:.0f} s for slow tests are over")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -309,6 +309,12 @@ def test_unusable_files(tmp_path, text, code, values):
         load_config(tmp_path, HubOptions())
 
 
+def test_a_config_that_is_a_link_to_nothing(tmp_path):
+    (tmp_path / "config.json").symlink_to("../../blobs/4d7a2146")
+    with raises("config.missing", f"{tmp_path}/config.json is a link to ../../blobs/4d7a2146"):
+        load_config(tmp_path, HubOptions())
+
+
 @pytest.fixture
 def llama_folder(tmp_path):
     make("llama", vocab_size=64, hidden_size=32, max_position_embeddings=2048).save_pretrained(tmp_path / "llama")
@@ -324,6 +330,12 @@ def test_one_process(llama_folder):
         prepare_config(str(llama_folder), revison="main")
     with raises("hub.no_such_folder"):
         prepare_config(str(llama_folder) + "/none")
+    with raises("hub.no_such_folder", "is a file", f"holds it: {llama_folder}"):
+        prepare_config(f"{llama_folder}/config.json")
+    link = llama_folder.with_name("link")
+    link.symlink_to("nowhere")
+    with raises("hub.no_such_folder", f"{link} is a link to nowhere"):
+        prepare_config(str(link))
 
 
 @pytest.mark.world_size(3)

@@ -132,12 +132,32 @@ def test_a_shipped_name_goes_before_a_file(tmp_path, monkeypatch):
     assert "bf16" in load_ds_config("zero3")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"stage: 3", b"\xff\xfe\x00"])
-def test_not_json(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "value"),
+    [
+        (b"", "line 1"),
+        (b"{", "line 1"),
+        (b"stage: 3", "line 1"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b'{"a": 1,\n}', "comma"),
+        (b'{"a": 1, // note\n"b": 2}', "comment"),
+        (b'{"zero_optimization": {"stage": 3, "stage": 2}}', "'stage'"),
+        (b"[" * 5000, "nested"),
+        (b'{"a": ' + b"1" * 6000 + b"}", "thousands of digits"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_not_json(tmp_path, content, value):
     path = tmp_path / "mine.json"
     path.write_bytes(content)
-    with raises("ds_config.not_json", str(path)):
+    with raises("ds_config.not_json", str(path), value):
         load_ds_config(path)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(STAGE3), encoding="utf-8-sig")
+    assert load_ds_config(path) == STAGE3
 
 
 @pytest.mark.parametrize(
@@ -285,6 +305,7 @@ def test_the_shipped_nvme_config_with_a_folder_of_ones_own(tmp_path):
 def test_no_nvme_no_folder(name):
     require_nvme(load_ds_config(name))
     require_nvme(with_zero(offload_param=None, offload_optimizer={"device": "cpu", "nvme_path": "missing"}))
+    require_nvme(with_zero(offload_param="auto", offload_optimizer=["nvme"]))
 
 
 # Precision, as DeepSpeed reads it.
@@ -311,7 +332,7 @@ def test_spellings_of_false(enabled):
 
 @pytest.mark.parametrize("section", [True, "auto", [], {"enabled": "perhaps"}, {"enabled": None}, {"enabled": 2}])
 def test_precision_that_is_not_understood(section):
-    with raises("ds_config.bad_precision_section", "bf16"):
+    with raises("ds_config.bad_precision_section", "bf16", '"bf16": {"enabled": true}'):
         load_ds_config({**STAGE3, "bf16": section})
 
 

@@ -59,6 +59,11 @@ REFUSED = [
         "wrong_value",
         ("--activation_checkpointing_kwargs", "use_reentrant", "'no'", "true", "false"),
     ),
+    (("--optim_args", "foo=bar"), "no_effect", ("--optim_args foo=bar", "foo does nothing", "--optim adamw_torch")),
+    (("--optim", "sgd", "--optim_args", "momentum=0.9, foo=1"), "no_effect", ("foo does nothing", "--optim sgd")),
+    (("--optim", "sgd", "--optim_args", "centered=true"), "no_effect", ("centered does nothing",)),
+    (("--eval_delay", "-1"), "out_of_range", ("--eval_delay", "-1")),
+    (("--router_aux_loss_coef", "-1"), "out_of_range", ("--router_aux_loss_coef", "-1")),
     (("--neftune_noise_alpha", "-1"), "out_of_range", ("--neftune_noise_alpha", "-1")),
 ]
 
@@ -75,6 +80,16 @@ def test_each_is_refused_and_named():
             continue  # it is installed here
         with raises(f"arguments.{code}", *values):
             build_training_arguments(parse(argv).training, DS)
+
+
+@pytest.mark.world_size(1)
+def test_optim_args_that_are_read_pass():
+    for optim, given in (("sgd", "momentum=0.0,nesterov=false"), ("rmsprop", "centered=True, alpha=0.99"), ("adamw_torch", "")):
+        arguments = build_training_arguments(parse(["--optim", optim, "--optim_args", given]).training, DS)
+        assert arguments.optim_args == given
+    section = {"type": "AdamW", "params": {"lr": "auto"}}
+    with raises("arguments.no_effect", "--optim_args eps=1e-6", "`optimizer`"):
+        build_training_arguments(parse(["--optim_args", "eps=1e-6"]).training, {**DS, "optimizer": section})
 
 
 @pytest.mark.world_size(1)

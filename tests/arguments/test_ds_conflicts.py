@@ -7,7 +7,7 @@ import pytest
 
 from tests.errors import raises
 from zero_sft.arguments import build_training_arguments, parse
-from zero_sft.arguments.ds_conflicts import complete_config, count_steps, find_schedule_conflicts
+from zero_sft.arguments.ds_conflicts import count_steps, find_schedule_contradictions, with_auto_for_absent_keys
 from zero_sft.ds_config import load_ds_config
 
 ZERO = {"zero_optimization": {"stage": 3}}
@@ -148,7 +148,39 @@ def test_published_configs_are_taken():
         assert (result["bf16"]["enabled"], result["fp16"]["enabled"]) == (True, False), name
 
 
+AUTO = {
+    # the key in the message, and the config's part
+    "zero_optimization.sub_group_size": {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}},
+    "zero_optimization.offload_param": {"zero_optimization": {"stage": 3, "offload_param": "auto"}},
+    "zero_optimization.offload_optimizer.device": {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "auto"}}
+    },
+    "wall_clock_breakdown": {"wall_clock_breakdown": "auto"},
+    "prescale_gradients": {"prescale_gradients": "auto"},
+    "fp16.loss_scale": {"fp16": {"enabled": "auto", "loss_scale": "auto"}},
+    "optimizer": {"optimizer": "auto"},
+    "optimizer.params.eps": {"optimizer": {"type": "Lion", "params": {"eps": "auto"}}},
+    "scheduler.params.total_num_steps": {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": "auto"}}},
+    "gradient_cliping": {"gradient_cliping": "auto"},
+}  # fmt: skip
+
+
 @pytest.mark.world_size(1)
+def test_an_auto_that_nothing_fills_is_refused():
+    """accelerate raises at it when the engine starts: the reference."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    for key, part in AUTO.items():
+        with raises("ds_config.auto_not_filled", f'{key} is "auto"'):
+            built({**ZERO, **part})
+    for key in ("wall_clock_breakdown", "prescale_gradients"):
+        with pytest.raises(ValueError, match=key):
+            DeepSpeedPlugin(hf_ds_config={**ZERO, key: "auto"}).deepspeed_config_process(must_match=False)
+    built({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "auto"}, "steps_per_print": "auto"})
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.slow
 def test_what_the_config_leaves_open_follows_the_arguments():
     """Without these keys DeepSpeed's own defaults would run: no clipping, a learning rate of 0.001, fp32."""
     config = {**ZERO, "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
@@ -161,15 +193,16 @@ def test_what_the_config_leaves_open_follows_the_arguments():
 
 
 @pytest.mark.world_size(1)
+@pytest.mark.slow
 def test_the_number_of_steps():
     """`total_num_steps` is known once the data is prepared; 0 is refused by DeepSpeed itself."""
     schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": 7, "warmup_num_steps": 2}}
     arguments = built({**ZERO, "scheduler": schedule}, "--warmup_steps", "2")
     config = arguments.hf_deepspeed_config.config
-    (problem,) = find_schedule_conflicts(config, arguments, 5, set())
+    (problem,) = find_schedule_contradictions(config, arguments, 5, set())
     assert problem.code == "ds_config.contradicts_argument"
     assert re.findall(r"[\w.]+_num_steps|\d+", str(problem)) == ["scheduler.params.total_num_steps", "7", "5"]
-    assert find_schedule_conflicts(config, arguments, 7, set()) == []
+    assert find_schedule_contradictions(config, arguments, 7, set()) == []
     with raises("ds_config.contradictions", "params.total_num_steps", "7", "5", "params.warmup_num_steps", "2", "3") as caught:
         built({**ZERO, "scheduler": schedule}, "--warmup_steps", "3", "--max_steps", "5")
     assert caught.value.codes[1:] == ("ds_config.contradicts_argument",) * 2
@@ -207,10 +240,10 @@ def test_each_optimizer_stays_what_it_is_under_offload():
     from transformers.training_args import OptimizerNames
 
     for optim in OptimizerNames:
-        config, _ = complete_config(OFFLOAD, optim.value)
+        config, _ = with_auto_for_absent_keys(OFFLOAD, optim.value)
         same = optim.value in ("adamw_torch", "adamw_torch_fused")
         assert config.get("zero_force_ds_cpu_optimizer", True) is same, optim
-        assert "zero_force_ds_cpu_optimizer" not in complete_config(ZERO, optim.value)[0]
+        assert "zero_force_ds_cpu_optimizer" not in with_auto_for_absent_keys(ZERO, optim.value)[0]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 
 from tests.errors import raises
 from zero_sft.arguments import build_training_arguments, help_text, parse, wants_help
-from zero_sft.arguments.build import fit_to_device
+from zero_sft.arguments.build import adapt_to_device
 from zero_sft.arguments.names import REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS
 from zero_sft.arguments.specifications import specifications
 from zero_sft.errors import ArgumentError
@@ -172,10 +172,24 @@ def test_command_line(argv, name, value):
         (["--padding_free", "True"], "no_meaning", ["--padding_free", "--packing"]),
         (["--eval_packing", "True"], "no_meaning", ["--eval_packing"]),
         (["--dataset_num_proc", "0"], "out_of_range", ["--dataset_num_proc"]),
+        (["--save_steps", "-1"], "out_of_range", ["--save_steps", "got -1", "--save_strategy no"]),
+        (["--save_steps", "0"], "out_of_range", ["--save_steps", "got 0"]),
+        (["--save_steps", "2.5"], "out_of_range", ["--save_steps", "whole number", "got 2.5"]),
+        (["--logging_steps", "-1"], "out_of_range", ["--logging_steps", "got -1"]),
+        (["--logging_steps", "0"], "out_of_range", ["--logging_steps", "--logging_strategy no"]),
+        (["--eval_steps", "-0.5"], "out_of_range", ["--eval_steps", "at least 0", "got -0.5"]),
+        (["--warmup_steps", "-3"], "out_of_range", ["--warmup_steps", "at least 0", "got -3"]),
+        (["--warmup_steps", "2.5"], "out_of_range", ["--warmup_steps", "got 2.5"]),
+        (["--torch_empty_cache_steps", "0"], "out_of_range", ["--torch_empty_cache_steps"]),
+        (["--dataloader_prefetch_factor", "-1"], "out_of_range", ["--dataloader_prefetch_factor"]),
+        (["--seed", "1" * 6000], "wrong_value", ["--seed", "a whole number"]),
+        (["--resume_from_checkpoint="], "empty", ["--resume_from_checkpoint"]),
+        (["--data_path", ""], "empty", ["--data_path"]),
+        (["--rope_parameters", '{"factor": 2, "factor": 3}'], "value_not_json", ["--rope_parameters", "'factor'"]),
         (["--assistant_only_loss", "False"], "no_meaning", ["--assistant_only_loss"]),
         (["--dataset_text_field", "body"], "no_meaning", ["--data_format text"]),
         (["--torch_compile"], "no_meaning", ["--torch_compile"]),
-        (["--push_to_hub"], "no_meaning", ["hf upload"]),
+        (["--hub_always_push"], "no_meaning", ["--push_to_hub"]),
         (["train.toml"], "stray_word", ["'train.toml'", ".yaml"]),
         (["a.yaml", "b.yaml"], "stray_word", ["'b.yaml'"]),
     ],
@@ -183,6 +197,21 @@ def test_command_line(argv, name, value):
 def test_what_is_wrong_is_said(argv, code, values):
     with raises(f"arguments.{code}", *values):
         parse(argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--save_steps", "0.1", "--logging_steps", "0.5", "--eval_steps", "0.25", "--warmup_steps", "0.03"],
+        ["--save_steps", "1", "--logging_steps", "1.0", "--eval_steps", "0", "--warmup_steps", "0"],
+        ["--save_steps", "0", "--save_strategy", "no", "--logging_steps", "0", "--logging_strategy", "epoch"],
+    ],
+)
+def test_numbers_of_steps_may_be_parts_of_all_steps(argv):
+    training = parse(argv).training
+    assert {name: training[name[2:]] for name in argv[::2] if name.endswith("_steps")} == {
+        name: float(value) for name, value in zip(argv[::2], argv[1::2], strict=True) if name.endswith("_steps")
+    }
 
 
 @pytest.mark.parametrize("argv", [["--packing", "False"], ["--assistant_only_loss"], ["--q_lora=False"], ["--do_train"]])
@@ -236,6 +265,17 @@ def test_json_file(tmp_path):
         ("a.yaml", "seed: 1\nseed: 2", "file_bad_key", ["'seed'", "twice"]),
         ("a.yaml", "- seed", "file_not_an_object", ["list"]),
         ("a.yaml", "seed: [", "file_not_yaml", ["line 1"]),
+        ("a.yaml", "seed: 1\nlearning_rate = 1e-4\nbf16: true\n", "file_not_yaml", ["(line 2, column 1)"]),
+        ("a.yaml", "seed: 1\nrun_name: 'a\nbf16: true\n", "file_not_yaml", ["(line 2, column 11)"]),
+        ("a.yaml", "report_to: [a,\n  b\nbf16: true\n", "file_not_yaml", ["line 3", "line 1"]),
+        ("a.yaml", "seed: 1\n  bf16: true\n", "file_not_yaml", ["line 2"]),
+        ("a.yaml", "rope_parameters: {factor: 2, factor: 3}", "file_not_yaml", ["equal keys", "line 1"]),
+        ("a.yaml", "[" * 5000, "file_not_yaml", ["nested"]),
+        ("a.yaml", "run_name: 2024-13-01", "file_not_yaml", ["date"]),
+        ("a.yaml", f"seed: {'1' * 6000}", "file_not_yaml", ["number"]),
+        ("a.json", "[" * 5000, "file_not_json", ["nested"]),
+        ("a.json", '{"rope_parameters": {"factor": 2, "factor": 3}}', "file_bad_key", ["'factor'", "twice"]),
+        ("a.json", '{"seed": 1,}', "file_not_json", ["line 1, column 12", "comma"]),
         ("a.json", '{"seed": 1, "seed": 2}', "file_bad_key", ["'seed'", "twice"]),
         ("a.json", "[1]", "file_not_an_object", ["list"]),
         ("a.json", "{", "file_not_json", ["line 1"]),
@@ -246,6 +286,14 @@ def test_what_is_wrong_in_a_file_is_said(tmp_path, name, text, code, values):
     path.write_text(text)
     with raises(f"arguments.{code}", str(path), *values):
         parse([str(path)])
+
+
+def test_a_value_that_is_wrong_does_not_count_as_absent(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("eval_data_path: 5\neval_strategy: steps\n")
+    with raises("arguments.wrong_value", "--eval_data_path") as caught:
+        parse([str(path)])
+    assert caught.value.codes == ("arguments.wrong_value",)
 
 
 def test_missing_and_empty_files(tmp_path):
@@ -313,15 +361,15 @@ def test_every_field_of_the_trainer_is_an_argument():
 
 def test_values_are_fitted_to_a_machine_without_a_gpu(caplog):
     with caplog.at_level(logging.INFO):
-        fitted = fit_to_device({"tf32": True, "bf16": True}, "cpu")
+        fitted = adapt_to_device({"tf32": True, "bf16": True}, "cpu")
     assert fitted == {"bf16": True, "use_cpu": True}
     assert "--tf32 is put aside" in caplog.text
-    assert fit_to_device({"tf32": True}, "cuda") == {"tf32": True}
+    assert adapt_to_device({"tf32": True}, "cuda") == {"tf32": True}
     for name in ("fp16", "fp16_full_eval", "activation_offloading"):
         with raises("arguments.needs_accelerator", f"--{name}"):
-            fit_to_device({name: True}, "cpu")
+            adapt_to_device({name: True}, "cpu")
     with raises("arguments.cpu_on_accelerator"):
-        fit_to_device({"use_cpu": True}, "cuda")
+        adapt_to_device({"use_cpu": True}, "cuda")
 
 
 DS_CONFIG = {
@@ -353,8 +401,12 @@ def test_build(tmp_path):
 def test_build_says_what_the_trainer_refuses():
     for argv, part in (
         (["--dataloader_prefetch_factor", "2"], "dataloader_num_workers"),
-        (["--logging_steps", "1.5"], "logging_steps"),
-    ):
+        (
+            ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_data_path", "x", "--eval_steps", "2",
+             "--save_steps", "3"],
+            "load_best_model_at_end",
+        ),
+    ):  # fmt: skip
         with raises("arguments.trainer_refuses", part):
             build_training_arguments(parse(argv).training, DS_CONFIG)
 

@@ -86,6 +86,30 @@ def test_no_weights(tmp_path, name, remedy):
         read_index(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
+def test_a_link_to_nothing(tmp_path, name):
+    """The hub's cache has such links where a download was cut short."""
+    (tmp_path / name).symlink_to("../../blobs/4d7a2146")
+    with raises("checkpoint.no_weights", f"{tmp_path / name} is a link to ../../blobs/4d7a2146") as caught:
+        read_index(tmp_path)
+    assert "found" not in str(caught.value)
+
+
+def test_an_index_of_links_to_nothing(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    (tmp_path / "model-00002-of-00002.safetensors").symlink_to("../../blobs/4d7a2146")
+    with raises("checkpoint.weight_file_missing", "'model-00002-of-00002.safetensors'", "a link to ../../blobs/4d7a2146"):
+        read_index(tmp_path)
+
+
+def test_a_link_to_nothing_does_not_hide_an_index(tmp_path):
+    """As in plain `from_pretrained`."""
+    sharded(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to("/nothing/here")
+    assert read_index(tmp_path).tensors.keys() == {"a", "b", "c"}
+
+
 def test_of_a_name_in_two_files_the_last_counts_as_in_from_pretrained(tmp_path):
     sharded(tmp_path)
     save_file({"c": torch.ones(5), "a": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")

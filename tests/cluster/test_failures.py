@@ -37,15 +37,20 @@ def start(tmp_path):
         run.kill()
 
 
-@pytest.fixture(params=["exchanges", slow("training")])
+@pytest.fixture
 def words(request, job, tmp_path, monkeypatch):
-    """The words of the job: one that exchanges numbers, or one that trains."""
+    """The words of the job: one that exchanges numbers, or one that trains, which takes longer. The parameter is indirect."""
     monkeypatch.setenv("LOGS", str(tmp_path / "out" / "logs"))
     return job() if request.param == "training" else []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "SIGHUP", "SIGTERM with the shim"])
+@pytest.mark.parametrize(
+    ("words", "how"),
+    [("exchanges", "SIGTERM"), ("exchanges", "SIGKILL"), ("exchanges", "SIGHUP"), ("exchanges", "SIGTERM with the shim"),
+     ("training", "SIGTERM"), ("training", "SIGTERM with the shim")],
+    indirect=["words"],
+)  # fmt: skip
 def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     """A signal to the `deepspeed` process alone, in the middle of the job."""
     name, _, shim = how.partition(" ")
@@ -60,6 +65,18 @@ def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     assert run.left_after(20) == []
     require_said(run, "cluster.ended_by_signal" if shim else "cluster.launcher_ended", "while training, in step ")
     assert "Traceback" not in run.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("late", "launch"), [("0", deepspeed), ("1", deepspeed), ("0", torchrun)])
+def test_an_error_from_before_the_ranks_have_joined(start, tmp_path, late, launch):
+    """One rank starts later than the other: the launcher ends it before it has seen the error itself."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os, time\nif os.environ.get('RANK') == '{late}':\n    time.sleep(6)\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    run = start(launch(2, "--learning_rat", "1e-5", module="zero_sft.train"), PYTHONPATH=path)
+    assert run.wait(120) != 0
+    require_said(run, "arguments.unknown", "--learning_rate")
+    assert run.left_after(10) == []
 
 
 @pytest.mark.slow
@@ -80,7 +97,12 @@ def test_launch_sh_passes_signals_on_and_waits(start, tmp_path, name):
     assert len(error_codes(run.output)) == run.output.count("error: ") == 1, run.output[-3000:]
 
 
-@pytest.mark.parametrize(("dead", "launch"), [slow(0, deepspeed), slow(1, deepspeed), (1, torchrun)])
+@pytest.mark.parametrize(
+    ("words", "dead", "launch"),
+    [slow("exchanges", 0, deepspeed), slow("exchanges", 1, deepspeed), ("exchanges", 1, torchrun),
+     slow("training", 0, deepspeed), slow("training", 1, torchrun)],
+    indirect=["words"],
+)  # fmt: skip
 def test_a_killed_rank_is_named(words, start, dead, launch):
     run = start(launch(2, *words, module=FAULTY))
     run.wait_for(lambda: "loss" in run.output)
@@ -95,13 +117,16 @@ def test_a_killed_rank_is_named(words, start, dead, launch):
 
 
 @pytest.mark.parametrize(
-    ("fault", "ranks", "code", "value"),
+    ("words", "fault", "ranks", "code", "value"),
     [
-        ("raise", "1", "cluster.rank_failed", "while training, in step 2"),
-        slow("raise", "0,1", "cluster.rank_failed", "RuntimeError: the fault of this test"),
-        slow("memory", "0", "cluster.device_memory", "--per_device_train_batch_size"),
-        slow("data", "1", "data.faulty", "(rank 1 alone)"),
+        ("exchanges", "raise", "1", "cluster.rank_failed", "while training, in step 2"),
+        slow("exchanges", "raise", "0,1", "cluster.rank_failed", "RuntimeError: the fault of this test"),
+        slow("exchanges", "memory", "0", "cluster.device_memory", "--per_device_train_batch_size"),
+        slow("exchanges", "data", "1", "data.faulty", "(rank 1 alone)"),
+        slow("training", "raise", "1", "cluster.rank_failed", "while training, in step 2"),
+        slow("training", "data", "1", "data.faulty", "(rank 1 alone)"),
     ],
+    indirect=["words"],
 )
 def test_an_error_in_a_step_is_one_message(words, start, tmp_path, fault, ranks, code, value):
     run = start(deepspeed(2, *words, module=FAULTY), FAULT=fault, FAULT_RANKS=ranks)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer
+from tests.errors import error_codes
 from zero_sft.commands.data import histogram, main
 from zero_sft.data.padding_cost import PACKED, cost_lines, padded_tokens
 
@@ -93,6 +94,14 @@ def test_errors_are_one_line(model, data, tmp_path, capsys):
     assert main([*command, str(data), "--plot", "/nowhere/x.png"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
     assert [line.startswith("error: ") for line in errors] == [True] * 3, errors
+
+
+@pytest.mark.parametrize("given", [[], ["--data_path", "none"]])
+def test_what_is_required_is_named_with_an_example(model, capsys, given):
+    assert main(["--model_name_or_path", str(model), *given]) == 2
+    err = capsys.readouterr().err
+    assert error_codes(err) == ["arguments.required"]
+    assert "--data_path data.json" in err
 
 
 def test_keys_and_texts_can_not_write_to_the_terminal(model, data, capsys):

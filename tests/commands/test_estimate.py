@@ -18,7 +18,7 @@ def test_text_json_markdown_and_picture(tmp_path, capsys):
     assert main([*SMALL, "64", "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
     assert "8.0 B parameters, 291 tensors" in out
-    assert "on 64 GPUs, 8 a node" in out
+    assert "on 64 GPUs, 8 per node" in out
     assert "\n  fits" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*SMALL, "8", "300", "--gpu_memory_gib", "8", "--markdown", str(table), "--json"]) == 0
@@ -39,6 +39,11 @@ def test_text_json_markdown_and_picture(tmp_path, capsys):
         ([*SMALL, "8", "--storage", "tape"], "estimate.unknown_storage", "'tape'"),
         ([*SMALL, "8", "--dtype", "float17"], "arguments.wrong_value", "'float17'"),
         ([*SMALL, "8", "16", "--plot", "x.png"], "estimate.plot_of_several", "--plot"),
+        (
+            [*SMALL, "8", "--ds_config", '{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}'],
+            "ds_config.refused_by_deepspeed",
+            "offload_param",
+        ),
         ([*SMALL, "8", "--markdown", "/nowhere/x.md"], "estimate.output_unwritable", "/nowhere/x.md"),
         ([*SMALL, "8", "--markdown", "/"], "estimate.output_unwritable", "/"),
         ([*SMALL, "8", "--plot", "/nowhere/x.png"], "estimate.output_unwritable", "/nowhere/x.png"),
@@ -53,7 +58,16 @@ def test_wrong_input_is_one_clear_error(monkeypatch, capsys, wrong, code, value)
     assert value in err
 
 
-@pytest.mark.parametrize(("wrong", "code"), [([*SMALL, "0"], "arguments.out_of_range"), (SMALL[:2], "arguments.required")])
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ([*SMALL, "0"], "arguments.out_of_range"),
+        ([*SMALL, "8", "131073"], "arguments.out_of_range"),
+        ([*SMALL, "eight"], "arguments.wrong_value"),
+        ([*SMALL, "1.5"], "arguments.wrong_value"),
+        (SMALL[:2], "arguments.required"),
+    ],
+)
 def test_a_world_of_no_ranks(capsys, wrong, code):
     assert main(wrong) == 2
     err = capsys.readouterr().err
@@ -61,6 +75,21 @@ def test_a_world_of_no_ranks(capsys, wrong, code):
     assert "--world_size" in err
 
 
+@pytest.mark.parametrize(("worlds", "lines"), [(["8", "16", "4"], 0), (["12"], 1), (["12", "8192"], 2)])
+def test_what_is_unusual_is_said_before_it_is_computed(capsys, monkeypatch, worlds, lines):
+    monkeypatch.setattr("zero_sft.commands.estimate._estimate", lambda models, options: [])
+    assert main([*SMALL, *worlds]) == 0
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == lines
+    assert ("--world_size 12" in said, "4 GPUs" in said, "8,192 ranks" in said) == ("12" in worlds, "12" in worlds, lines == 2)
+
+
+def test_an_empty_name_is_not_the_working_directory(capsys):
+    assert main(["--model_name_or_path", "", "--world_size", "8"]) == 2
+    assert error_codes(capsys.readouterr().err) == ["arguments.empty"]
+
+
+@pytest.mark.slow
 def test_former_names_are_understood(capsys):
     assert main(["--model", *SMALL[1:], "8", "--ds_config", "zero3", "--gradient_checkpointing", "True"]) == 0
     notes = capsys.readouterr().err

@@ -31,6 +31,9 @@ def assert_refused(path, code, *values):
         ("a.json", b"PAR1....", "unsupported_kind", ".parquet."),
         ("a.jsonl", b"PK\x03\x04....", "unsupported_kind", "zip"),
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "unsupported_kind", "UTF-16"),
+        ("a.jsonl", '\n{"text": "a"}'.encode("utf-16-le"), "not_utf8", "UTF-16"),
+        ("a.json", '[{"text": "a"}]'.encode("utf-16-be"), "not_utf8", "UTF-16"),
+        ("a.json.gz", gzip.compress('{"text": "a"}'.encode("utf-16")), "not_utf8", "UTF-16"),
         ("a.json", b"<!DOCTYPE html><html>", "unsupported_kind", "web page"),
         (
             "a.json",

@@ -91,7 +91,14 @@ def test_a_line_that_breaks_off_has_its_own_number(tmp_path):
 
 
 def test_numbers_that_python_does_not_read(tmp_path):
-    assert_refused(written(tmp_path, '{"text": "x", "n": ' + "9" * 5000 + "}", "data.jsonl"), "bad_json_value", "line 1")
+    path = written(tmp_path, '{"text": "x", "n": ' + "9" * 5000 + "}", "data.jsonl")
+    assert_refused(path, "bad_json_value", "line 1", "thousands of digits", "as text")
+
+
+def test_a_place_is_named_once(tmp_path):
+    path = written(tmp_path, '{"text": "a\tb"}', "data.jsonl")
+    with raises("data.not_json", "line 1", "invalid control character, at column 12;"):
+        DEFAULT_PARSER.read(LocalFiles(path=path).objects())
 
 
 def test_missing_empty_and_unreadable_files(tmp_path):
@@ -121,7 +128,12 @@ def test_missing_empty_and_unreadable_files(tmp_path):
         ('"text"', "sample_not_an_object", ["line 1", "got str"]),
         ([["a"]], "sample_not_an_object", ["sample 1", "got list"]),
         ([{"id": 7, "body": "x"}], "unknown_format", ["sample 1 (id 7)", "the keys 'id', 'body'"]),
-        ([{"conversations": "x"}], "turns_not_a_list", ["`conversations`", "got str"]),
+        ([{"conversations": "x"}], "turns_not_a_list", ["`conversations`", "got a text", '{"from": ..., "value": ...}']),
+        ([{"messages": json.dumps(MESSAGES)}], "turns_not_a_list", ["`messages`", "got a text", '{"role": ..., "content":']),
+        ([{"conversations": {}}], "turns_not_a_list", ["`conversations`", "got dict"]),
+        ([{}], "unknown_format", ["sample 1", "without keys"]),
+        ([{"dialog": ONE}], "unknown_format", ["'dialog'", "rename", "`conversations`"]),
+        ([{"id": 1, "turns": MESSAGES}], "unknown_format", ["`turns`", "rename", "`messages`"]),
         ([{"conversations": [{"from": "human"}]}], "turn_without_text", ["turn 1", '"value"', "got {'from': 'human'}"]),
         ([{"conversations": [{"role": "user", "content": "x"}]}], "bad_turn", ["turn 1", '"from"']),
         ([{"messages": [{"role": "user", "content": ["x"]}]}], "turn_not_only_text", ["turn 1", '"content"']),

@@ -1,4 +1,4 @@
-"""`zero_sft.data.prepare_distributed`: rows are made once in the cluster, or once a node where nodes share no folder."""
+"""`zero_sft.data.prepare_distributed`: rows are made once in the cluster, or once per node where nodes share no folder."""
 
 import dataclasses
 import json

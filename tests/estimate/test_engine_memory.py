@@ -217,6 +217,15 @@ def test_each_remedy_is_enough_alone(folder):
     assert not [remedy for remedy in remedies if "GPUs" in remedy]
 
 
+def test_a_number_of_gpus_comes_with_the_arguments_it_needs(folder):
+    trainer = MemoryModel(find_model(str(folder), HubOptions()))
+    cut = run(world_size=64, checkpointing=True, batch_size=1)
+    remedies = list(trainer.remedies(run(device_bytes=trainer.needs(cut).device)))
+    words = "--activation_checkpointing True --per_device_train_batch_size 1"
+    assert remedies[0] == f"64 GPUs with {words}"
+    assert all(remedy.startswith(f"{words} --deepspeed ") for remedy in remedies[1:])
+
+
 def test_a_tied_tensor_counts_once(tmp_path):
     of = find_model(str(models.save_tiny("qwen2", tmp_path / "qwen2")), HubOptions())
     assert of.spec.config.tie_word_embeddings

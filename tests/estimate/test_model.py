@@ -28,7 +28,7 @@ def test_derived_headers_are_those_of_a_plain_save(tmp_path, kind):
     bare.write_text((folder / "config.json").read_text())
     derived = find_model(str(bare), HubOptions())
     assert derived.headers == "derived"
-    stored = derived.resolution.stored
+    stored = derived.resolution.stored_tensors
     assert {name: (each.dtype, each.shape) for name, each in stored.items()} == {
         name: (each.dtype, each.shape) for name, each in read.items()
     }
@@ -45,14 +45,14 @@ def test_shipped_models_have_their_published_size(name):
     assert sum(each.numel() for each in of.state.values()) == PUBLISHED[name]
     assert not of.resolution.unexpected
     assert not of.resolution.untraceable
-    assert of.resolution.stored_names == set(of.state)
+    assert of.resolution.filled_names == set(of.state)
 
 
 @pytest.mark.slow
 def test_deepseek_is_stored_in_eight_bits_as_published():
     """Some 90,000 tensors: attention, experts and dense layers in FP8 with scales; norms, embeddings, head and routers not."""
     of = find_model("DeepSeek-V3", HubOptions())
-    stored = of.resolution.stored
+    stored = of.resolution.stored_tensors
     by_name = {name: stored[name].dtype for name in stored if " * " not in name}
     assert len(by_name) == of.tensors == 90_427
     assert by_name["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"] == "F8_E4M3"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -45,10 +46,14 @@ def commit_hash(text: str) -> str:
 
 
 @contextlib.contextmanager
-def serve(hub: Hub) -> Iterator[Hub]:
-    """Answer on a free port of loopback until the body ends; `hub.url` tells where."""
+def serve(hub: Any, kind: type[BaseHTTPRequestHandler] | None = None) -> Iterator[Any]:
+    """Answer on a free port of loopback until the body ends; `hub.url` tells where.
 
-    class Handler(_Handler):
+    Args:
+        kind: the handler of requests, which finds the hub as `served`; by default that of downloads.
+    """
+
+    class Handler(kind or _Handler):
         served = hub
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

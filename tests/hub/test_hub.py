@@ -2,10 +2,10 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests import models
 from tests.data import tiny
 from tests.hub import standin
+from tests.launching import free_port
 
 REPO = "someone/tiny"
 TOKEN = "hf_secretsecretsecret"
@@ -51,22 +52,29 @@ def folder(tmp_path_factory):
 
 def load(hub: standin.Hub, homes: list[Path], repo: str = REPO, nodes: int = 1, **options) -> tuple[list[dict], str]:
     """`load_pretrained` on as many ranks as `homes` (their caches), over `nodes` nodes; each rank's result, and all output."""
-    port, size = str(random.randint(20000, 50000)), len(homes)
+    port, size = str(free_port()), len(homes)
     local = size // nodes
     ranks = []
-    for rank, home in enumerate(homes):
-        env = {
-            **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "RANK": str(rank),
-            "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local),
-            "NODE": str(rank // local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-c", JOB, repo, json.dumps(options)]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        outputs = [each.communicate(timeout=150)[0] for each in ranks]
-    finally:
-        for each in ranks:
-            each.kill()
+    with tempfile.TemporaryDirectory() as logs:
+        paths = [Path(logs, f"rank{rank}.log") for rank in range(size)]
+        for rank, home in enumerate(homes):
+            env = {
+                **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "RANK": str(rank),
+                "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local),
+                "NODE": str(rank // local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            command = [sys.executable, "-c", JOB, repo, json.dumps(options)]
+            with paths[rank].open("w") as log:  # a pipe that nobody reads would stop a rank
+                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            for each in ranks:
+                each.wait(timeout=300)
+        except subprocess.TimeoutExpired:
+            pytest.fail("\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in paths))
+        finally:
+            for each in ranks:
+                each.kill()
+        outputs = [path.read_text() for path in paths]
     results = []
     for output in outputs:
         lines = [line for line in output.splitlines() if line.startswith("RESULT ")]

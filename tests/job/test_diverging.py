@@ -10,6 +10,7 @@ from tests import small_job
 
 
 @pytest.mark.world_size(1, timeout_s=200)
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
     small_job.make(tmp_path, 4)
     said = io.StringIO()

@@ -17,10 +17,10 @@ from zero_sft.job.trainer import JobTrainer, mask_repeated_samples
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
 
 
-def trained(flat, indices, rank, *, rows):
+def trained(flat, indices, rank, *, rows, is_last=True):
     """Return the rows that a rank's batch trains on, of a dataset of `rows` on 2 ranks, and the number of trained tokens."""
     batch = Collator(pad_token_id=0, flat=flat)([ROWS[index] for index in indices])
-    batch = mask_repeated_samples(batch, rows, size=2, rank=rank, ranks=2)
+    batch = mask_repeated_samples(batch, rows, size=2, rank=rank, ranks=2, is_last=is_last)
     assert batch.keys() == {"input_ids", "labels", "position_ids"}
     labels = batch["labels"][batch["labels"] != IGNORE_INDEX]
     return torch.unique(labels, return_counts=True)[0].tolist(), len(labels)
@@ -33,7 +33,7 @@ def test_rows_that_are_only_repeated(flat):
     assert trained(flat, [6, 0], 1, rows=7) == ([7], 7)
     assert trained(flat, [0, 1], 1, rows=6) == ([], 0)
     assert trained(flat, [6, 0], 1, rows=8) == ([1, 7], 8)
-    assert trained(flat, [6, 0], 1, rows=0) == ([1, 7], 8), "not the last batch"
+    assert trained(flat, [6, 0], 1, rows=7, is_last=False) == ([1, 7], 8)
 
 
 @pytest.mark.parametrize(("end", "drop_last", "labels"), [(True, False, [0]), (False, False, [0, 1]), (True, True, [0, 1])])
@@ -42,7 +42,7 @@ def test_only_the_last_batches_of_an_epoch_are_filled_up(end, drop_last, labels)
         args=SimpleNamespace(world_size=2, process_index=1),
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
     )
-    batch = JobTrainer._mask_repeated_samples(trainer, {"labels": torch.arange(2)}, 7, 2, drop_last)
+    batch = JobTrainer._mask_in_last_batch(trainer, {"labels": torch.arange(2)}, 7, 2, drop_last)
     assert batch["labels"][batch["labels"] != IGNORE_INDEX].tolist() == labels
 
 

@@ -30,7 +30,9 @@ def match(spec):
     state["steps"] = model.steps
     save_file({name: torch.zeros(tensor.shape) for name, tensor in state.items()}, spec.folder / "model.safetensors")
     spec.config.save_pretrained(spec.folder)
-    unsharded = SimpleNamespace(local_device=torch.device("cpu"), shard=lambda model: None, shard_parameter=None)
+    unsharded = SimpleNamespace(
+        local_device=torch.device("cpu"), make_zero_parameters=lambda model: None, make_zero_parameter=None
+    )
     full = skeleton.Skeleton(model=model, state=state, sharder=unsharded)
     return match_checkpoint(full, read_index(spec.folder), None, False)
 

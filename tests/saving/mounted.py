@@ -41,10 +41,10 @@ def main(kind: str, folder: Path) -> None:
     require_writable(out)
     rest: dict[str, str] = {}
     for number, files in ((1, 1), (2, 3), (3, 3)):
-        draft = make_staging(out)
-        assert os.stat(draft.folder).st_dev == os.stat(out if out.exists() else draft.target.parent).st_dev
-        models.write(draft.folder, number, files)
-        put_in_place(draft)
+        staging = make_staging(out)
+        assert os.stat(staging.folder).st_dev == os.stat(out if out.exists() else staging.target.parent).st_dev
+        models.write(staging.folder, number, files)
+        put_in_place(staging)
         assert models.read(out) == ({number}, {number})
         if not rest:
             models.write_others(out)

@@ -109,6 +109,7 @@ def test_casts(llama, tmp_path):
 
 
 @pytest.mark.world_size(2)
+@pytest.mark.slow
 def test_swapped_and_added_modules(llama, tmp_path):
     from unittest import mock
 
@@ -189,6 +190,7 @@ def test_heads_that_differ_though_the_config_ties_them(tmp_path):
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("zero", [{}, KEEPS_NOTHING], ids=["gathered", "partitioned"])
+@pytest.mark.slow
 def test_an_adapter_that_was_trained_and_merged(llama, tmp_path, zero):
     """PEFT's own merge, by the remedy that the refusal of the wrapper gives: the export answers as the adapted model did."""
     import deepspeed

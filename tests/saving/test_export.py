@@ -26,6 +26,18 @@ def same_state(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.world_size(1)
+def test_an_empty_path_is_not_the_working_directory():
+    from torch import nn
+
+    from zero_sft import load_model, save_pretrained
+
+    with raises("export.no_folder_named", "empty"):
+        save_pretrained(nn.Linear(1, 1), "")
+    with raises("hub.no_such_folder", "empty"):
+        load_model("", ds_config=models.zero3())
+
+
 @pytest.mark.world_size(3)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("max_file_bytes", [10**9, 20_000])
@@ -104,7 +116,7 @@ def test_names_that_would_not_load_back_are_not_written(tmp_path):
         raise ValueError("no way back")
 
     with (
-        mock.patch.object(export, "original_format", no_way_back),
+        mock.patch.object(export, "published_format", no_way_back),
         mock.patch.object(export.logger, "warning") as warning,
     ):
         save_pretrained(model, tmp_path / "out")
@@ -129,8 +141,8 @@ def test_one_rank_alone_that_can_not_write_the_published_names(checkpoint, tmp_p
     def no_way_back(*_):
         raise ValueError("no way back")
 
-    way_back = no_way_back if World.detect().rank == 1 else export.original_format
-    with mock.patch.object(export, "original_format", way_back), mock.patch.object(export.logger, "warning") as warning:
+    way_back = no_way_back if World.detect().rank == 1 else export.published_format
+    with mock.patch.object(export, "published_format", way_back), mock.patch.object(export.logger, "warning") as warning:
         save_pretrained(model, tmp_path / "out")
     assert warning.call_count == 1
     assert "no way back" in str(warning.call_args)
@@ -174,6 +186,23 @@ def test_after_training_through_the_engine(llama, tmp_path):
 
 
 @pytest.mark.world_size(2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_config_states_the_dtype_of_the_weights(llama, tmp_path, dtype):
+    """A loaded model that is cast, as plain `save_pretrained` writes it."""
+    from safetensors.torch import load_file
+
+    from zero_sft import load_model, save_pretrained
+
+    models.plain(llama, torch.bfloat16).to(dtype).save_pretrained(tmp_path / "plain")
+    model = load_model(str(llama), ds_config=models.zero3())
+    save_pretrained(model.to(dtype), tmp_path / "out")
+    torch.distributed.barrier()
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    written, plain = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out", "plain"))
+    assert written["dtype"] == written["torch_dtype"] == plain["dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.world_size(2)
 def test_an_existing_folder_keeps_what_is_not_the_models(llama, tmp_path):
     from zero_sft import load_model, save_pretrained
     from zero_sft.cluster.world import World
@@ -195,7 +224,7 @@ def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
 
     from zero_sft import load_model, save_pretrained
     from zero_sft.cluster.world import World
-    from zero_sft.saving import export
+    from zero_sft.saving import weight_files
 
     out = tmp_path / "out"
     model = load_model(str(llama), ds_config=models.zero3())
@@ -206,11 +235,30 @@ def test_a_failed_export_leaves_the_target_as_it_was(llama, tmp_path):
         raise OSError(28, "No space left on device", str(path))
 
     with raises("export.unwritable", "No space left"):
-        with mock.patch.object(export, "write_copy", full if World.detect().rank == 1 else export.write_copy):
+        with mock.patch.object(weight_files, "write_copy", full if World.detect().rank == 1 else weight_files.write_copy):
             save_pretrained(model, out)
     torch.distributed.barrier()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not [path for path in Path(out).parent.iterdir() if path.name.endswith(".part")]
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_where_a_file_belongs_is_refused_before_anything_is_changed(llama, tmp_path, name):
+    from zero_sft import load_model, save_pretrained
+    from zero_sft.cluster.world import World
+
+    out = tmp_path / "out"
+    model = load_model(str(llama), ds_config=models.zero3())
+    if World.detect().is_main:
+        (out / name).mkdir(parents=True)
+        (out / name / "keep").write_text("mine")
+    torch.distributed.barrier()
+    with raises("export.folder_in_place_of_file", str(out), name):
+        save_pretrained(model, out)
+    torch.distributed.barrier()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.glob("out/**/*")] == [f"out/{name}", f"out/{name}/keep"]
+    assert not list(tmp_path.glob(".*.part")), "the staging folder is removed"
 
 
 def test_unwritable_is_found_before_the_training(tmp_path):

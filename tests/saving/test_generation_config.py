@@ -159,7 +159,7 @@ def test_a_learnt_answer_ends_in_the_job_and_in_plain_transformers(tmp_path, tem
         base_model(tmp_path, template, temperature=0.6, top_p=0.9)
     torch.distributed.barrier()
     small_job.train(
-        tmp_path, "out", max_steps=50, learning_rate=0.01, per_device_train_batch_size=4,
+        tmp_path, "out", max_steps=80, learning_rate=0.01, lr_scheduler_type="cosine", per_device_train_batch_size=4,
         sample_prompts=tmp_path / "prompts.json",
         chat_template=tmp_path / "template.jinja" if template == "jinja" else template, packing=False,
     )  # fmt: skip

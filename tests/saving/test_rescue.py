@@ -46,7 +46,7 @@ def test_nowhere(tmp_path, monkeypatch):
     assert str(tmp_path) not in str(caught.value), "the model is nowhere"
 
 
-def test_a_complete_draft_is_not_written_twice(tmp_path):
+def test_a_complete_staging_folder_is_not_written_twice(tmp_path):
     writer = Writer(1, NotPlacedError)
     with pytest.raises(NotPlacedError):
         export_or_rescue(writer, tmp_path / "out", World())

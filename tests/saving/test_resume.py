@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ def checkpoint(folder: Path, ranks: int, bf16: bool = True) -> Path:
     torch.save({"last_epoch": step}, folder / "scheduler.pt")
     for rank in range(ranks):
         torch.save({"cpu": rank}, folder / (f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth"))
+    os.utime(folder / "trainer_state.json", (step, step))
     return folder
 
 
@@ -46,21 +49,51 @@ def test_the_last_one_or_the_named_one(tmp_path):
 
 def test_another_number_of_ranks(tmp_path):
     folder = checkpoint(tmp_path / "checkpoint-3", 2)
-    with raises("resume.other_world_size", "2 ranks", " 3", f"zero_to_fp32 {folder} {folder}`"):
+    with raises("resume.other_world_size", "2 ranks", " 3", f"zero_sft.export {folder} {folder}-model`"):
         find_checkpoint(True, tmp_path, 3)
 
 
 def test_another_precision(tmp_path):
     checkpoint(tmp_path / "checkpoint-3", 2, bf16=False)
-    assert find_checkpoint(True, tmp_path, 2, bf16=False)
-    with raises("resume.other_dtype", "bf16", "False"):
-        find_checkpoint(True, tmp_path, 2, bf16=True)
+    assert find_checkpoint(True, tmp_path, 2, dtype="float16")
+    with raises("resume.other_dtype", "bfloat16", "--bf16 False"):
+        find_checkpoint(True, tmp_path, 2, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("wanted", "code"), [(True, "resume.no_checkpoint"), ("elsewhere", "resume.no_such_folder")])
 def test_nothing_there(tmp_path, wanted, code):
     with raises(code, f"--resume_from_checkpoint {wanted}"):
         find_checkpoint(wanted, tmp_path, 1)
+
+
+def test_a_finished_run_without_checkpoints(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with raises("resume.no_checkpoint", "--overwrite_output_dir"):
+        find_checkpoint(True, tmp_path, 1)
+
+
+def test_the_folder_of_a_run(tmp_path):
+    """It holds a finished model as well: training on from that would lose the optimizer's state."""
+    checkpoint(tmp_path / "checkpoint-3", 1)
+    last = checkpoint(tmp_path / "checkpoint-20", 1)
+    (tmp_path / "model.safetensors").touch()
+    with raises("resume.folder_of_checkpoints", str(last)):
+        find_checkpoint(str(tmp_path), tmp_path, 1)
+
+
+@pytest.mark.parametrize("name", ["optim_states.pt", "model_states.pt", "rng_state.pth"])
+def test_a_changed_bit(tmp_path, name):
+    """torch would load it without a word."""
+    folder = checkpoint(tmp_path / "checkpoint-9", 1)
+    assert agree_on_checkpoint(True, tmp_path, World(), {})
+    path = next(folder.rglob(f"*{name}"))
+    with zipfile.ZipFile(path) as archive:
+        pickled = archive.read(next(member for member in archive.namelist() if member.endswith("data.pkl")))
+    content = bytearray(path.read_bytes())
+    content[content.index(pickled) + len(pickled) // 2] ^= 0x40
+    path.write_bytes(content)
+    with raises("resume.file_damaged", path.name):
+        agree_on_checkpoint(True, tmp_path, World(), {})
 
 
 def test_nothing_of_deepspeed(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from tests import small_job
 from tests.errors import error_codes, raises
-from zero_sft.saving.run_record import FILE, RunRecord, read_record, require_same_run, write_record
+from zero_sft.saving.run_record import RECORD_FILE, RunRecord, read_record, require_same_run, write_record
 
 LINEAR = RunRecord(
     model_type="llama", sizes={"hidden_size": 64}, optimizer="adamw", schedule="linear", from_ds_config=False, rows=9, tokens=90
@@ -44,11 +44,12 @@ def test_what_can(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         require_same_run(tmp_path, changed(schedule="cosine"))
     assert "was linear, and is cosine from here on" in caplog.text
-    (tmp_path / FILE).write_text("{")
+    (tmp_path / RECORD_FILE).write_text("{")
     assert read_record(tmp_path) is None
 
 
 @pytest.mark.world_size(1, timeout_s=400)
+@pytest.mark.slow
 def test_the_job_resumes_its_own_run_alone(tmp_path):
     """Literally: each of these ended in a traceback after the weights were read."""
     from zero_sft import train as job
@@ -57,7 +58,7 @@ def test_the_job_resumes_its_own_run_alone(tmp_path):
     small_job.make(tmp_path / "opt", 8, kind="opt")
     common = {"per_device_train_batch_size": 2, "packing": False, "save_strategy": "steps", "save_steps": 2}
     small_job.train(tmp_path, "out", max_steps=2, **common)
-    kept = json.loads((tmp_path / "out" / "checkpoint-2" / FILE).read_text())
+    kept = json.loads((tmp_path / "out" / "checkpoint-2" / RECORD_FILE).read_text())
     assert (kept["model_type"], kept["rows"], kept["optimizer"]) == ("llama", 8, "adamw")
     schedule = {"type": "WarmupLR"}
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, "scheduler": schedule}))

@@ -18,7 +18,10 @@ from tests.errors import error_codes, raises
 from tests.saving.test_placing import unshared
 from zero_sft.saving.resume import find_checkpoint
 
-STEPS = {"per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+STEPS = {
+    "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4,
+    "checkpoint_format": "deepspeed",
+}  # fmt: skip
 
 
 def job(folder: Path, out: str, arguments: dict[str, Any]) -> None:
@@ -101,6 +104,7 @@ def test_a_finished_run_that_is_resumed_exports_the_same(folder, whole):
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_is_cut(folder, whole):
     """The one before is taken, and the end is that of the uninterrupted run, bit for bit."""
     before, out = files(whole), copied(whole, "cut")
@@ -125,7 +129,7 @@ def test_a_folder_with_another_run(folder, whole):
 
 @pytest.mark.slow
 def test_the_remedy_for_another_number_of_ranks(folder, whole):
-    """The command of the message, as it stands there: the weights of the checkpoint, which a run of any size starts from."""
+    """The command of the message, as it stands there, exports the checkpoint; a run of any size starts from that."""
     out = copied(whole, "elsewhere")
     with raises("resume.other_world_size") as caught:
         find_checkpoint(True, out, 3)
@@ -133,9 +137,11 @@ def test_the_remedy_for_another_number_of_ranks(folder, whole):
     words = command.split()
     assert words[0] == "python"
     subprocess.run([sys.executable, *words[1:]], check=True, capture_output=True, timeout=300)
-    assert f"--model_name_or_path {out / 'checkpoint-4'} " in rest
-    assert equal(weights(out / "checkpoint-4"), weights(whole))
-    again = run(folder, "three", ranks=3, model_name_or_path=out / "checkpoint-4", learning_rate=0.0, max_steps=1)
+    model = out / "checkpoint-4-model"
+    assert f"--model_name_or_path {model} " in rest
+    assert files(model).keys() == files(whole).keys()
+    assert equal(weights(model), weights(whole))
+    again = run(folder, "three", ranks=3, model_name_or_path=model, learning_rate=0.0, max_steps=1)
     assert equal(weights(again), weights(whole))
 
 
@@ -170,7 +176,7 @@ def test_the_best_model_is_exported(folder, whole):
 
 @pytest.mark.slow
 def test_the_remedy_for_a_model_with_tied_embeddings(folder, tmp_path):
-    """DeepSpeed's script refuses to write such a model's weights as safetensors."""
+    """DeepSpeed's own script refuses to write such a model's weights as safetensors."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model", tie_word_embeddings=True)
     model.save_pretrained(folder / "tied")
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "tied")
@@ -179,7 +185,7 @@ def test_the_remedy_for_a_model_with_tied_embeddings(folder, tmp_path):
         find_checkpoint(True, out, 3)
     command = str(caught.value).split("`")[1].split()
     subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, timeout=300)
-    assert equal(weights(out / "checkpoint-2"), weights(out))
+    assert equal(weights(out / "checkpoint-2-model"), weights(out))
 
 
 @pytest.mark.slow
@@ -297,7 +303,8 @@ def test_sizes_are_known_beforehand(folder, whole):
     from transformers import AutoConfig
 
     from zero_sft.loading.request import ModelSpec
-    from zero_sft.saving.room import checkpoint_bytes, export_sizes, folder_bytes
+    from zero_sft.saving.checkpoint_folders import folder_bytes
+    from zero_sft.saving.room import checkpoint_bytes, export_sizes
 
     config = AutoConfig.from_pretrained(folder / "model")
     export_bytes, numel = export_sizes(ModelSpec(folder=folder / "model", config=config, dtype=torch.float32))

@@ -131,6 +131,7 @@ def test_without_trust_there_is_one_refusal_and_nothing_is_run(folder):
 
 
 @pytest.mark.world_size(1)
+@pytest.mark.slow
 def test_an_export_brings_the_code_along(folder, tmp_path):
     """Plain transformers loads the export with the code in the export's folder."""
     from zero_sft import load_model, save_pretrained

@@ -59,6 +59,32 @@ def test_a_config_of_which_no_model_can_be_made(tmp_path, values, found):
 
 
 @pytest.mark.world_size(1)
+def test_a_class_of_another_model(tmp_path):
+    """The config is right, so the message does not blame it; a class that can read another model's config still may."""
+    from transformers import GPT2LMHeadModel, MistralForCausalLM
+
+    from zero_sft import load_model
+
+    folder = models.save_tiny("llama", tmp_path / "model")
+    with raises("config.unbuildable", "GPT2LMHeadModel", "GPT2Config", "LlamaConfig", "model_class", str(folder)) as caught:
+        load_model(str(folder), ds_config=models.zero3(), model_class=GPT2LMHeadModel)
+    assert "original" not in str(caught.value)
+    model = load_model(str(folder), ds_config=models.zero3(), model_class=MistralForCausalLM)
+    assert type(model) is MistralForCausalLM
+
+
+@pytest.mark.world_size(1)
+def test_an_auto_class_without_this_model(tmp_path):
+    from transformers import LlavaConfig
+
+    from zero_sft import load_model
+
+    LlavaConfig(architectures=["LlavaForConditionalGeneration"]).save_pretrained(tmp_path)
+    with raises("config.no_such_head", "AutoModelForCausalLM", "'llava'", "model_class", "LlavaForConditionalGeneration"):
+        load_model(str(tmp_path), ds_config=models.zero3())
+
+
+@pytest.mark.world_size(1)
 def test_an_attention_that_the_config_names_and_the_machine_lacks(tmp_path):
     from importlib.util import find_spec
 

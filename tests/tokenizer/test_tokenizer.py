@@ -301,6 +301,7 @@ def test_the_same_on_every_rank_from_files_of_rank_0(tmp_path, real_models, kind
 
 
 @pytest.mark.world_size(2)
+@pytest.mark.slow
 def test_only_rank_0_opens_the_files(tmp_path, real_models):
     """All ranks can see the folder; a rank other than 0 that opens or lists it dies."""
     folder = tmp_path / "model"

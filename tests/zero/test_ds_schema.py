@@ -46,6 +46,13 @@ WRONG = {
         {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 0}}}, "bad_value",
         ("params.total_num_steps", "0", '"auto"'),
     ),
+    "section in zero": ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "bad_value", ("offload_param", "'cpu'")),
+    "data types": ({"data_types": {"grad_accum_dtype": "fp64"}}, "bad_value", ("grad_accum_dtype", "'fp64'", "fp32")),
+    "data type": ({"data_types": {"param_dtype": ["bf16"]}}, "bad_value", ("data_types.param_dtype", "fp32")),
+    "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, "unsupported_parallelism", ("autotp_size is 2", "ZeRO-3")),
+    "tp": ({"tensor_parallel": {"tp": {"tp_size": 4}}}, "unsupported_parallelism", ("tensor_parallel.tp.tp_size is 4",)),
+    "sequences": ({"sequence_parallel_size": 2}, "unsupported_parallelism", ("sequence_parallel_size is 2",)),
+    "experts": ({"expert_parallel": {"enabled": True}}, "unsupported_parallelism", ("expert_parallel.enabled",)),
     "aio": ({"aio": {"threads": 1}}, "unknown_key", ("aio.threads",)),
     "checkpointing": (
         {"activation_checkpointing": {"partition": True}}, "unknown_key", ("activation_checkpointing.partition",)
@@ -79,6 +86,17 @@ def test_nvme_without_its_operator(monkeypatch, tmp_path):
     assert "libaio-dev" in str(problem)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     assert schema_problems(config) == []
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"tensor_parallel": {"autotp_size": 1}}, {"tensor_parallel": {}}, {"sequence_parallel_size": 1}, {"data_types": {}},
+        {"data_types": {"grad_accum_dtype": "float32", "param_dtype": None}}, {"expert_parallel": {"enabled": False}},
+    ],
+)  # fmt: skip
+def test_what_asks_for_nothing_passes(part):
+    assert schema_problems({**ZERO, **part}) == []
 
 
 def test_all_mistakes_are_listed():

@@ -74,6 +74,7 @@ def test_hpz_before_the_engine(llama):
             torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.world_size(2, timeout_s=500)
 def test_nvme(llama, tmp_path):
     models.require_async_io()
