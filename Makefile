@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench scaling clean
+.PHONY: help setup demo test test-slow test-all test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench bench-save scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -89,6 +89,9 @@ format: setup ## put the code into the project's format
 
 bench: setup ## load time, traffic and memory beside the bare read and other loaders; about an hour
 	$(BIN)/python -m benchmarks.load --write docs/benchmarks.md
+
+bench-save: setup ## save, resume and export beside DeepSpeed's own and bare writes; half an hour
+	$(BIN)/python -m benchmarks.save --write docs/benchmarks.md
 
 scaling: setup ## what published models need on 8 to 1,024 GPUs; writes docs/scaling.md
 	$(BIN)/python -m zero_sft.estimate --model_name_or_path shipped --world_size 8 64 256 1024 \

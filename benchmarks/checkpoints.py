@@ -9,6 +9,8 @@ LLAMA = "LlamaConfig"
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "1.1B": (LLAMA, {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
                      "num_key_value_heads": 4}),
+    "0.4B": (LLAMA, {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 20, "num_attention_heads": 16,
+                     "num_key_value_heads": 8}),
     "3B": (LLAMA, {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
                    "num_key_value_heads": 8}),
     "1.2B MoE": ("MixtralConfig", {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 12,

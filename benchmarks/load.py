@@ -128,6 +128,18 @@ def _kept(document: Path | None) -> list[dict]:
     return [results[case.name] for case in CASES if case.name in results]
 
 
+def write_document(path: Path) -> None:
+    """Write the tables of all kept results to a Markdown file, and a picture of the loads next to it."""
+    from benchmarks import save
+    from benchmarks.table import document, draw
+
+    cases, picture = _kept(path), path.with_suffix(".png")
+    saving = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("saving", {})
+    sections = [save.rows(saving[case.name]) for case in save.CASES if case.name in saving]
+    path.write_text(document(cases, picture=picture.name, saving=sections), encoding="utf-8")
+    draw(cases, picture)
+
+
 def _in_own_namespace() -> None:
     """Restart this program inside `unshare --net`, once, if that is permitted."""
     if os.environ.get(_MARK) or not shutil.which("unshare"):
@@ -150,7 +162,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     _in_own_namespace()
-    from benchmarks.table import document, draw
+    from benchmarks.table import document
 
     if os.environ.get(_MARK):
         probes.loopback_up()
@@ -158,12 +170,10 @@ def main() -> None:
     for case in CASES:
         if case.name in options.cases:
             _keep(case.name, run_case(case, options.cache, options.pairs), options.write)
-    cases = _kept(options.write)
-    text = document(cases, picture=options.write and options.write.with_suffix(".png").name)
-    print("\n" + text)
     if options.write:
-        options.write.write_text(text, encoding="utf-8")
-        draw(cases, options.write.with_suffix(".png"))
+        write_document(options.write)
+    else:
+        print("\n" + document(_kept(None), picture=None))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from benchmarks.ways import OURS, ROOFLINES, STOCK
 ROOFLINE = "bare read"
 
 
-def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
-    """Return a Markdown document with one table per case."""
+def document(cases: Sequence[Mapping[str, Any]], picture: str | None, saving: Sequence[Sequence[str]] = ()) -> str:
+    """Return a Markdown document with one table per case, and the lines of the tables of `benchmarks.save`."""
     lines = ["# Benchmarks", "", "Made by `make bench`: in each round every loader runs once.", ""]
     if picture:
         lines += [f"![seconds of the slowest rank, by loader]({picture})", ""]
@@ -38,6 +38,16 @@ def document(cases: Sequence[Mapping[str, Any]], picture: str | None) -> str:
             "",
         ]
         lines += [*_table(case), ""]
+    if saving:
+        lines += [
+            "## Saving, resuming, exporting",
+            "",
+            "Made by `make bench-save`. A checkpoint holds bf16 weights, fp32 master weights and AdamW's moments. In each "
+            "round every way saves the same state once. The bare write writes as many bytes per rank from memory, and syncs "
+            "them.",
+            "",
+            *(line for lines_of_case in saving for line in lines_of_case),
+        ]
     return "\n".join(lines)
 
 
