@@ -9,12 +9,13 @@ training, on the Hugging Face Trainer and DeepSpeed.
 Functions import the modules that need torch, so that `--help` answers at once.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,16 +84,34 @@ def run(parsed: ParsedArguments, world: World) -> None:
     # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
     timeline.end("joining")
-    failure.set_activity("preparing tokenizer and data")
-    inputs = read_inputs(parsed, world)
-    failure.set_log_folder(inputs.log_folder)
-    timeline.end("inputs")
-    require_room_for_run(inputs, world)
-    failure.set_activity("loading the model")
-    model = _load(parsed, inputs, world)
-    timeline.end("load")
-    with early_end.deferring():  # the first signal ends the training at a step, and lets an export finish
-        _train_and_export(parsed, model, inputs, world, timeline)
+    with _sole_run(parsed.training["output_dir"], world):
+        failure.set_activity("preparing tokenizer and data")
+        inputs = read_inputs(parsed, world)
+        failure.set_log_folder(inputs.log_folder)
+        timeline.end("inputs")
+        require_room_for_run(inputs, world)
+        failure.set_activity("loading the model")
+        model = _load(parsed, inputs, world)
+        timeline.end("load")
+        with early_end.deferring():  # the first signal ends the training at a step, and lets an export finish
+            _train_and_export(parsed, model, inputs, world, timeline)
+
+
+@contextlib.contextmanager
+def _sole_run(output_dir: str, world: World) -> Iterator[None]:
+    """Hold the lock on the output folder on rank 0. Every rank; communicates.
+
+    Raises:
+        ArgumentError: another run holds it.
+    """
+    from zero_sft.cluster.stages import collective_stage
+    from zero_sft.saving.folder_lock import lock
+
+    with contextlib.ExitStack() as stack:
+        with collective_stage(world, "locking the output folder"):
+            if world.is_main:
+                stack.enter_context(lock(output_dir))
+        yield
 
 
 def _device() -> str:

@@ -18,6 +18,8 @@ def checkpoint(folder, step):
         (folder / name).write_bytes(b"0")
     torch.save({"step": step}, folder / "model.safetensors")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    training = {"schedule": {}, "engine": {"counters": {}, "loss_scaler": {}, "groups": []}}
+    (folder / "training_state.json").write_text(json.dumps(training))
     files = {path.name: FileRecord(nbytes=path.stat().st_size, crc32=f"{crc32_of_file(path):08x}") for path in folder.iterdir()}
     manifest = Manifest(
         step=step, world_size=2, samples=16 * step, loss=1 / step, dtype="bfloat16",
@@ -53,7 +55,7 @@ def test_a_run(tmp_path, capsys):
     status, rows = lines(capsys, tmp_path, "--verify")
     assert status == 1
     assert "model.safetensors has the CRC-32" in rows[1][7]
-    assert "5 files verified" in rows[3][7]
+    assert "6 files verified" in rows[3][7]
     assert "7 files verified" in rows[4][7]
 
 

@@ -1,10 +1,11 @@
+import datetime
 import json
 import os
 
 import pytest
 
 from zero_sft.checkpoint.manifest import MANIFEST_FILE
-from zero_sft.saving.checkpoint_folders import leftovers, newest_first, remove, restore_former, surplus
+from zero_sft.saving.checkpoint_folders import leftovers, newest_first, next_date, remove, restore_former, surplus
 
 
 def checkpoint(folder, step, minute=None):
@@ -29,6 +30,21 @@ def test_age_decides_and_not_the_number(tmp_path):
     (four / MANIFEST_FILE).write_text("no JSON")
     os.utime(four, (0, 0))
     assert newest_first(tmp_path)[-1] == four
+
+
+@pytest.mark.parametrize(
+    "date", ["2999-01-01T00:00:00.000+00:00", "9999-12-31T23:59:59.999+00:00", "0001-01-01T00:00:00", None]
+)
+def test_the_next_checkpoint_is_the_newest(tmp_path, date):
+    """Also if the clock of the host that wrote the last one is ahead."""
+    now = datetime.datetime.now(datetime.UTC)
+    if date is not None:
+        (checkpoint(tmp_path, 7) / MANIFEST_FILE).write_text(json.dumps({"written": date}))
+    following = next_date(tmp_path)
+    assert datetime.datetime.fromisoformat(following) >= now.replace(microsecond=0)
+    (checkpoint(tmp_path, 5) / MANIFEST_FILE).write_text(json.dumps({"written": following}))
+    if date is None or not date.startswith("9999"):
+        assert newest_first(tmp_path)[0].name == "checkpoint-5"
 
 
 @pytest.mark.parametrize(("limit", "kept", "removed"), [

@@ -8,11 +8,12 @@ import pytest
 
 from tests import small_job
 from tests.errors import error_codes, raises
-from zero_sft.saving.run_record import RECORD_FILE, RunRecord, read_record, require_same_run, write_record
+from zero_sft.saving.run_record import RECORD_FILE, RunRecord, read_record, record_json, require_same_run, write_record
 
 LINEAR = RunRecord(
-    model_type="llama", sizes={"hidden_size": 64}, optimizer="adamw", schedule="linear", from_ds_config=False, rows=9, tokens=90
-)
+    model_type="llama", sizes={"hidden_size": 64}, optimizer="adamw", schedule="linear", from_ds_config=False, rows=9,
+    tokens=90, config={"hidden_act": "silu", "attention_dropout": 0.0, "rope_parameters": {"factor": 2.0}},
+)  # fmt: skip
 
 
 def changed(**values):
@@ -24,6 +25,7 @@ def changed(**values):
     [
         (changed(sizes={"hidden_size": 48}), "resume.other_model", ("hidden_size 64 (here 48)",)),
         (changed(model_type="opt"), "resume.other_model", ("llama (here opt)",)),
+        (changed(config={"hidden_act": "gelu"}), "resume.other_model", ("hidden_act silu (here gelu)",)),
         (changed(optimizer="sgd"), "resume.other_optimizer", ("adamw", "sgd")),
         (changed(schedule="WarmupLR", from_ds_config=True), "resume.other_schedule", ("linear", "WarmupLR")),
         (changed(schedule="reduce_lr_on_plateau"), "resume.other_schedule", ("linear", "reduce_lr_on_plateau")),
@@ -44,8 +46,13 @@ def test_what_can(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         require_same_run(tmp_path, changed(schedule="cosine"))
     assert "was linear, and is cosine from here on" in caplog.text
-    (tmp_path / RECORD_FILE).write_text("{")
-    assert read_record(tmp_path) is None
+    with caplog.at_level("WARNING"):
+        require_same_run(tmp_path, changed(config={"attention_dropout": 0.1, "rope_parameters": {"factor": 4.0}, "new_key": 1}))
+    assert "attention_dropout was 0.0, and is 0.1 from here on" in caplog.text
+    assert "rope_parameters was {'factor': 2.0}, and is {'factor': 4.0}" in caplog.text
+    for text in ("{", "[]", '{"model_type": "llama"}', record_json(changed(sizes={"hidden_size": "64"})).decode()):
+        (tmp_path / RECORD_FILE).write_text(text)
+        assert read_record(tmp_path) is None, text
 
 
 @pytest.mark.world_size(1, timeout_s=400)

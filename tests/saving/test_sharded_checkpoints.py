@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -19,8 +20,11 @@ from tests import small_job
 from tests.errors import raises
 from tests.saving.test_saved_runs import run_refused
 from tests.slow import slow
-from zero_sft.checkpoint.manifest import find_damage, read_manifest
+from zero_sft.checkpoint.manifest import find_damage, optimizer_file, read_manifest
+from zero_sft.plan.partition import full_range
+from zero_sft.saving.optimizer_files import SavedOptimizer
 from zero_sft.saving.resume import find_checkpoint
+from zero_sft.zero.optimizer_state import ParameterState
 
 OPTIONS = {
     "per_device_train_batch_size": 2, "packing": False, "max_steps": 6, "save_strategy": "steps", "save_steps": 2,
@@ -167,6 +171,38 @@ def test_a_changed_bit_is_found_before_the_weights_are_read(folder, whole):
     finally:
         content[-9] ^= 1
         path.write_bytes(content)
+
+
+def change_header(path: Path, change) -> None:
+    """Write a safetensors file again, with a changed header."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = change(content[8 : 8 + size])
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+
+
+HOSTILE = {
+    "another rank's": ("resume.bad_optimizer_file", lambda header: header.replace(b'"rank":"0"', b'"rank":"1"')),
+    "another dtype": ("resume.optimizer_state_missing", lambda header: header.replace(b'"F32"', b'"I32"')),
+    "no slash": ("resume.bad_optimizer_file", lambda header: header.replace(b"exp_avg/model.norm", b"exp_avg_model.norm")),
+    "unknown parameter": ("resume.bad_optimizer_file", lambda header: header.replace(b"exp_avg/model", b"exp_avg/other")),
+    "no number": ("resume.bad_optimizer_file", lambda header: re.sub(rb"\[4(\.0)?,", rb'[\\"4\\",', header)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers(whole, tmp_path, name):
+    """With a manifest to match, which any author can write."""
+    code, change = HOSTILE[name]
+    for rank in range(2):
+        shutil.copy(whole / "checkpoint-4" / optimizer_file(rank, 2), tmp_path)
+    change_header(tmp_path / optimizer_file(0, 2), change)
+    saved = SavedOptimizer(tmp_path, 2, described_by=1 if name == "another dtype" else 0)
+    values = torch.zeros(32)
+    state = ParameterState(name="model.norm.weight", flat_range=full_range(32), tensors={"exp_avg": values})
+    with raises(code, optimizer_file(0, 2)):
+        saved.formats()
+        saved.fill(state, 32)
 
 
 @pytest.mark.slow

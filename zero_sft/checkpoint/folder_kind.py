@@ -31,8 +31,8 @@ _FORMATS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("global_step*", "*/global_step*/*_model_states.pt", "zero_pp_rank_*", "mp_rank_*_model_states.pt", "zero_to_fp32.py"),
-        "a DeepSpeed checkpoint. To continue its training, pass it as --resume_from_checkpoint. To get its weights, run its "
-        "script (`python zero_to_fp32.py . model`), then copy config.json and the tokenizer's files there",
+        "a DeepSpeed checkpoint. To continue its training, pass it as --resume_from_checkpoint. To make a model of it: "
+        "`python -m zero_sft.export CHECKPOINT MODEL`",
     ),
     (
         ("trainer_state.json", "optimizer.pt", "scheduler.pt"),

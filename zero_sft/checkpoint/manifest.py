@@ -22,6 +22,11 @@ DTYPES = frozenset({"bfloat16", "float16", "float32"})
 """Names of the dtypes in which an engine trains."""
 
 
+def optimizer_file(rank: int, world_size: int) -> str:
+    """Return the name of the file with a rank's part of the optimizer's state."""
+    return f"optimizer-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
     """The size of a file in bytes, and its CRC-32 as eight hexadecimal digits."""

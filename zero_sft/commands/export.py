@@ -17,7 +17,7 @@ from zero_sft.errors import ArgumentError
 from zero_sft.options.command import Command
 from zero_sft.options.keywords import pick_options
 from zero_sft.options.spec import specs_of
-from zero_sft.printable import first_of
+from zero_sft.printable import excerpt, first_of
 
 logger = logging.getLogger("zero_sft.export")
 
@@ -132,9 +132,8 @@ def _export(options: Any, notes: Sequence[str]) -> None:
 
 def _add_card(out: Path, checkpoint: Path, name: str) -> None:
     """Write the card, from what the checkpoint says of its run; none without its record."""
-    import json
-
     from zero_sft.checkpoint.manifest import has_manifest, read_manifest
+    from zero_sft.checkpoint.run_state import read_trainer_state
     from zero_sft.saving.folder import explain_write_errors
     from zero_sft.saving.model_card import add_card
     from zero_sft.saving.run_record import read_record
@@ -143,7 +142,7 @@ def _add_card(out: Path, checkpoint: Path, name: str) -> None:
     if record is None:
         logger.warning("%s does not say what run it is of: no card is written", checkpoint)
         return
-    history = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    history = read_trainer_state(checkpoint).get("log_history", [])
     ranks = read_manifest(checkpoint).world_size if has_manifest(checkpoint) else None
     with explain_write_errors(out):
         add_card(out, name, record, history, ranks, None)
@@ -164,7 +163,7 @@ def _checkpoints(folder: Path, average: str | None) -> list[Path]:
     if average is None and (has_states(folder) or not in_run):
         return [folder]
     complete: list[Path] = []
-    names = None if average is None or _LAST.fullmatch(average) else average.replace(" ", "").split(",")
+    names = None if average is None or _LAST.fullmatch(average) else _names(average, folder)
     for path in [folder / name for name in names] if names else in_run:
         try:
             inspect_checkpoint(path)
@@ -193,3 +192,20 @@ def _checkpoints(folder: Path, average: str | None) -> list[Path]:
             code="export.no_checkpoint",
         )
     return complete if names else complete[:count][::-1]
+
+
+def _names(average: str, folder: Path) -> list[str]:
+    """Split the names of checkpoints.
+
+    Raises:
+        ArgumentError: one is empty, is there twice, or is not in the run's folder.
+    """
+    names = [name.strip() for name in average.split(",")]
+    bad = next((name for name in names if not name or Path(name).name != name or names.count(name) > 1), None)
+    if bad is not None:
+        reason = "is there twice" if names.count(bad) > 1 and bad else "does not name a folder in it"
+        raise ArgumentError(
+            f"--average {average!s:.100}: {excerpt(repr(bad))} {reason}. Expected last:N, or names of checkpoints of {folder}.",
+            code="export.bad_average",
+        )
+    return names

@@ -4,7 +4,6 @@ No rank gathers the whole model: each writes its own shards. Importing this modu
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from zero_sft.arguments.durations import parse_duration
+from zero_sft.checkpoint.run_state import read_trainer_state
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import EndedEarlyError, ExportError, Scope
@@ -258,7 +258,7 @@ class SavingTrainer(SFTTrainer):
 
     def _find_best(self, checkpoint: Path) -> None:
         """Find the run's best checkpoint next to the one that is resumed from, if the run's folder was moved. Any rank."""
-        recorded = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("best_model_checkpoint")
+        recorded = read_trainer_state(checkpoint).get("best_model_checkpoint")
         if recorded is None:
             return
         places = [checkpoint.parent / Path(recorded).name, Path(recorded)]

@@ -19,8 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES
 from zero_sft.checkpoint.folder_kind import checkpoints_in
 from zero_sft.checkpoint.manifest import has_manifest, read_manifest
+from zero_sft.checkpoint.run_state import TRAINER_STATE_FILE, TRAINING_STATE_FILE, read_training_state
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
+from zero_sft.errors import CheckpointError
 from zero_sft.saving.checkpoint_folders import remove, surplus
 from zero_sft.saving.checkpoint_reader import read_random_states, restore_optimizer, restore_own_weights, restore_weights
 from zero_sft.saving.checkpoint_saver import CheckpointSaver, SaveReport
@@ -34,9 +36,6 @@ from zero_sft.zero import optimizer_state
 from zero_sft.zero.engine_state import engine_state, restore_engine_state
 
 logger = logging.getLogger("zero_sft.train")
-
-_TRAINER_STATE = "trainer_state.json"
-_TRAINING_STATE = "training_state.json"
 
 
 def is_sharded(checkpoint: str | Path | None) -> bool:
@@ -158,8 +157,8 @@ class ShardedCheckpoints:
         training = {"schedule": _schedule(trainer).state_dict(), "engine": engine_state(trainer.model_wrapped)}
         return {
             **self._settings,
-            _TRAINER_STATE: _to_json(dataclasses.asdict(trainer.state), sort_keys=True),
-            _TRAINING_STATE: _to_json(training),
+            TRAINER_STATE_FILE: _to_json(dataclasses.asdict(trainer.state), sort_keys=True),
+            TRAINING_STATE_FILE: _to_json(training),
         }
 
     def _on_failed(self, target: Path) -> None:
@@ -186,14 +185,29 @@ def restore(trainer: Any, folder: Path, world: World) -> None:
     manifest = read_manifest(folder)
     restore_optimizer(trainer.model_wrapped, folder, manifest, world)
     with collective_stage(world, "restoring the schedule"):
-        training = json.loads((folder / _TRAINING_STATE).read_text(encoding="utf-8"))
-        _schedule(trainer).load_state_dict(training["schedule"])
+        training = read_training_state(folder)
+        _restore_schedule(_schedule(trainer), training["schedule"], folder)
         restore_engine_state(trainer.model_wrapped, training["engine"])
     if manifest.world_size != world.world_size:
         logger.info(
             "%s was saved by %d ranks, and is read by %d: the random generators start from --seed",
             folder.name, manifest.world_size, world.world_size,
         )  # fmt: skip
+
+
+def _restore_schedule(schedule: Any, saved: Mapping[str, Any], folder: Path) -> None:
+    """Give a schedule the saved values of the names that it has, each of the type that it has."""
+    own = schedule.state_dict()
+    for name in own.keys() & saved.keys():
+        kinds = {type(own[name]), type(saved[name])}
+        is_alike = len(kinds) == 1 or kinds <= {int, float, bool} or kinds <= {list, tuple} or type(None) in kinds
+        if not is_alike:
+            raise CheckpointError(
+                f"{folder / TRAINING_STATE_FILE} has {saved[name]!r:.40} for {name} of the schedule, in place of a "
+                f"{type(own[name]).__name__}. Take another checkpoint.",
+                code="resume.bad_training_state",
+            )
+    schedule.load_state_dict({**own, **{name: value for name, value in saved.items() if name in own}})
 
 
 def restore_generators(folder: Path, world: World) -> None:

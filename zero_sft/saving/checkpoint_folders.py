@@ -14,6 +14,7 @@ from pathlib import Path
 
 from zero_sft.checkpoint.folder_kind import checkpoints_in
 from zero_sft.checkpoint.manifest import MANIFEST_FILE
+from zero_sft.checkpoint.run_state import TRAINER_STATE_FILE
 
 PARTIAL_SUFFIX = ".partial"
 """The end of the names of hidden folders with checkpoints that are being written or removed."""
@@ -31,7 +32,7 @@ def saved_at(folder: Path) -> tuple[float, str]:
     if manifest.is_file():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return datetime.datetime.fromisoformat(json.loads(manifest.read_bytes())["written"]).timestamp(), folder.name
-    for path in (folder / "trainer_state.json", folder):
+    for path in (folder / TRAINER_STATE_FILE, folder):
         with contextlib.suppress(OSError):
             return path.stat().st_mtime, folder.name
     return 0.0, folder.name
@@ -40,6 +41,16 @@ def saved_at(folder: Path) -> tuple[float, str]:
 def newest_first(output: Path) -> list[Path]:
     """Return the `checkpoint-N` folders in a folder, which need not exist; the one that was saved last comes first."""
     return sorted(checkpoints_in(output), key=saved_at, reverse=True)
+
+
+def next_date(output: Path) -> str:
+    """Return the time now, in UTC (ISO 8601), or a later one than that of every checkpoint there, if clocks differ."""
+    now = datetime.datetime.now(datetime.UTC)
+    for newest in newest_first(output)[:1]:
+        with contextlib.suppress(OverflowError, ValueError, OSError):
+            after = datetime.datetime.fromtimestamp(saved_at(newest)[0], datetime.UTC) + datetime.timedelta(milliseconds=1)
+            now = max(now, after)
+    return now.isoformat(timespec="milliseconds")
 
 
 def surplus(folders: Iterable[Path], limit: int | None, kept: Set[Path]) -> list[Path]:

@@ -19,7 +19,6 @@ renamed. `checkpoint_saver.py` takes these steps.
 """
 
 import contextlib
-import datetime
 import itertools
 import os
 import secrets
@@ -35,13 +34,13 @@ import torch
 
 from zero_sft.checkpoint.checksum import PartialChecksum, combine
 from zero_sft.checkpoint.file_layout import FileLayout
-from zero_sft.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest
+from zero_sft.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, optimizer_file
 from zero_sft.cluster.control_group import all_gather_json, broadcast_bytes
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.saving import optimizer_files, weight_files
-from zero_sft.saving.checkpoint_folders import FORMER_SUFFIX, PARTIAL_SUFFIX, remove
+from zero_sft.saving.checkpoint_folders import FORMER_SUFFIX, PARTIAL_SUFFIX, next_date, remove
 from zero_sft.saving.export import ExportLayout
 from zero_sft.saving.folder import explain_write_errors, sync
 from zero_sft.saving.optimizer_files import SavedParameter, SavedTensor
@@ -261,10 +260,9 @@ def agree_on_manifest(
     target = content.target
     stage = collective_stage(world, f"writing {target.name}")
     with removed_on_error(folder.path, content, world), stage as exchange, explain_write_errors(target):
-        written = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        exchange.local = [dict(terms()), socket.gethostname(), written]
+        exchange.local = [dict(terms()), socket.gethostname(), next_date(target.parent) if world.is_main else ""]
     hosts = [host for _, host, _ in exchange.gathered]
-    own_names = [optimizer_files.file_name(rank, world.world_size) for rank in range(world.world_size)]
+    own_names = [optimizer_file(rank, world.world_size) for rank in range(world.world_size)]
     progress = content.progress
     return Manifest(
         step=progress.step,

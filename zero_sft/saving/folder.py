@@ -71,8 +71,15 @@ def find_staging(path: str | Path, reference: list[str]) -> StagingFolder:
 
 
 def resolved(path: str | Path) -> Path:
-    """Resolve all links in a path, whether the folder exists or not."""
-    return Path(path).expanduser().resolve()
+    """Resolve all links in a path, whether the folder exists or not.
+
+    Raises:
+        ExportError: the links form a loop, or `~NAME` is not a user.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{path} leads to no folder: {error}. Name another folder.", code="export.no_such_path") from error
 
 
 def make_staging(path: str | Path) -> StagingFolder:

@@ -33,13 +33,14 @@ from zero_sft.checkpoint.checksum import PartialChecksum
 from zero_sft.checkpoint.file_identity import FileIdentity, stat_identity
 from zero_sft.checkpoint.file_layout import FileLayout, lay_out_file
 from zero_sft.checkpoint.header import StoredTensor, read_header, read_metadata
+from zero_sft.checkpoint.manifest import optimizer_file
 from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import FlatRange, full_range, shard_range
 from zero_sft.plan.plan import SourceMap, plan_reads
 from zero_sft.plan.regions import Region, identity_regions
 from zero_sft.plan.reshard import saved_spans
-from zero_sft.printable import first_of
+from zero_sft.printable import excerpt, first_of
 from zero_sft.saving.weight_files import WeightPart
 from zero_sft.storage import reader
 from zero_sft.storage.dtypes import STORED_DTYPES, TORCH_DTYPES
@@ -69,11 +70,6 @@ class SavedTensor:
     dtype: torch.dtype
     numel: int
     is_sharded: bool
-
-
-def file_name(rank: int, world_size: int) -> str:
-    """Return the name of a rank's file."""
-    return f"optimizer-{rank + 1:05d}-of-{world_size:05d}.safetensors"
 
 
 def lay_out(
@@ -108,7 +104,9 @@ def lay_out(
         metadata["weights"] = {name: each.shape for name, each in weights.items()}
         metadata["unsharded"] = [name for name, each in weights.items() if not each.is_sharded]
     return lay_out_file(
-        file_name(rank, world_size), rows, {key: json.dumps(value, separators=(",", ":")) for key, value in metadata.items()}
+        optimizer_file(rank, world_size),
+        rows,
+        {key: json.dumps(value, separators=(",", ":")) for key, value in metadata.items()},
     )
 
 
@@ -184,11 +182,11 @@ class SavedOptimizer:
         with self._parsing() as metadata:
             numbers: Mapping[str, Any] = json.loads(metadata["numbers"])
             result = {name: StateFormat(dtypes={}, numbers=_numbers_from_json(row)) for name, row in numbers.items()}
-        dtypes: dict[str, dict[str, torch.dtype]] = {name: {} for name in result}
-        for stored in self._header(self._described_by).values():
-            key, name = stored.name.split("/", 1)
-            if key not in (RANDOM, WEIGHT):
-                dtypes[name][key] = TORCH_DTYPES[stored.dtype]
+            dtypes: dict[str, dict[str, torch.dtype]] = {name: {} for name in result}
+            for stored in self._header(self._described_by).values():
+                key, name = stored.name.split("/", 1)
+                if key not in (RANDOM, WEIGHT):
+                    dtypes[name][key] = TORCH_DTYPES[stored.dtype]
         return {name: StateFormat(dtypes=dtypes[name], numbers=each.numbers) for name, each in result.items()}
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -275,7 +273,7 @@ class SavedOptimizer:
     @contextlib.contextmanager
     def _parsing(self) -> Iterator[Mapping[str, str]]:
         """Provide what a header says of all files; an error while it is parsed names the file."""
-        path = self._folder / file_name(self._described_by, self._world_size)
+        path = self._folder / optimizer_file(self._described_by, self._world_size)
         if self._metadata is None:
             self._metadata = read_metadata(path)
         try:
@@ -288,18 +286,26 @@ class SavedOptimizer:
 
     def _header(self, rank: int) -> Mapping[str, StoredTensor]:
         if rank not in self._headers:
-            path = self._folder / file_name(rank, self._world_size)
+            path = self._folder / optimizer_file(rank, self._world_size)
             self._identities[str(path)] = stat_identity(path)
+            metadata = read_metadata(path)
+            if [metadata.get("rank"), metadata.get("world_size")] != [str(rank), str(self._world_size)]:
+                raise CheckpointError(
+                    f"{path} is not the file of rank {rank} of {self._world_size}: its header has rank "
+                    f"{excerpt(metadata.get('rank'))} of {excerpt(metadata.get('world_size'))}. Take another checkpoint.",
+                    code="resume.bad_optimizer_file",
+                )
             self._headers[rank] = read_header(path)
         return self._headers[rank]
 
     def _tensor(self, rank: int, name: str, numel: int) -> StoredTensor:
-        tensor = self._header(rank).get(name)
-        if tensor is None or tensor.numel != numel:
-            held = "it is not there" if tensor is None else f"it has {tensor.numel} elements there"
+        tensor, described = self._header(rank).get(name), self._header(self._described_by).get(name)
+        if tensor is None or described is None or (tensor.numel, tensor.dtype) != (numel, described.dtype):
+            held = "it is not there" if tensor is None else f"it has {tensor.numel} of {tensor.dtype} there"
+            expected = f"{numel} elements of {described.dtype}" if described else f"{numel} elements"
             raise CheckpointError(
-                f"{self._folder / file_name(rank, self._world_size)} should have {numel} elements of {name}, and {held}. "
-                "Take another checkpoint.",
+                f"{self._folder / optimizer_file(rank, self._world_size)} should have {expected} as {excerpt(name)}, "
+                f"and {held}. Take another checkpoint.",
                 code="resume.optimizer_state_missing",
             )
         return tensor
@@ -330,6 +336,8 @@ def _numbers_to_json(numbers: Mapping[str, Number]) -> dict[str, list[Any]]:
 
 
 def _numbers_from_json(row: Mapping[str, Sequence[Any]]) -> dict[str, Number]:
+    if any(not isinstance(value, (int, float)) for value, _ in row.values()):
+        raise ValueError("not a number")
     return {
         key: value if dtype is None else torch.tensor(value, dtype=TORCH_DTYPES[dtype]) for key, (value, dtype) in row.items()
     }

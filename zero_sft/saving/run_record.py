@@ -7,13 +7,17 @@ batches. Left out: shapes that no size in the config determines; DeepSpeed check
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from zero_sft.ds_config import ADAMW_OPTIMS
 from zero_sft.errors import ArgumentError
+from zero_sft.printable import excerpt, first_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,13 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "ffn_dim", "d_model",
 )  # fmt: skip
+_NOT_COMPARED = re.compile(
+    r"_.*|.*_token_id|output_.*|(torch_)?dtype|use_cache|architectures|auto_map|id2label|label2id|problem_type|return_dict"
+    r"|initializer_range|quantization_config|transformers_version"
+)
+"""Keys of a model's config that neither a training step nor an export's values depend on."""
+_CHANGEABLE = re.compile(r"rope_.*|max_position_embeddings|.*(dropout|drop|pdrop|coef|jitter|noise).*")
+"""Keys of a model's config that users change between runs: for other lengths, and for the training alone."""
 _SETTINGS = ("model_max_length", "seed", "data_seed", "weight_decay")
 _STATEFUL_SCHEDULES = frozenset({"reduce_lr_on_plateau", "greedy"})
 """Schedules whose state is more than a step counter."""
@@ -40,6 +51,7 @@ class RunRecord:
     Attributes:
         model_type: the text model's type.
         sizes: sizes in the text model's config, by name.
+        config: the text model's config, apart from its sizes and what training does not depend on; empty in earlier releases.
         optimizer, schedule: names.
         from_ds_config: whether DeepSpeed makes the schedule, from its config's `scheduler` section.
         learning_rate: the base rate.
@@ -65,6 +77,7 @@ class RunRecord:
     rows: int = 0
     tokens: int = 0
     order_samples: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     model: str = ""
     data: Sequence[str] = field(default_factory=list[str])
 
@@ -81,10 +94,14 @@ class RunRecord:
             optimizer=ADAMW if optimizer in {"adam", "adamw", *ADAMW_OPTIMS} else optimizer,
             schedule=str(scheduler.get("type") or arguments.lr_scheduler_type.value),
             from_ds_config=bool(scheduler),
+            config=_comparable(text_config),
             learning_rate=arguments.learning_rate,
             samples_a_step=arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
             settings={name: getattr(arguments, name) for name in _SETTINGS},
         )
+
+
+_RECORD = pydantic.TypeAdapter(RunRecord)
 
 
 def write_record(folder: Path, record: RunRecord) -> None:
@@ -103,16 +120,23 @@ def read_record(folder: Path) -> RunRecord | None:
     A record that can't be read is None as well, with a warning.
     """
     try:
-        raw = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        return RunRecord(**{name: value for name, value in raw.items() if name in RunRecord.__dataclass_fields__})
+        return _RECORD.validate_json((folder / RECORD_FILE).read_bytes(), strict=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         logger.warning(
-            "%s can't be read (%r): this run's settings and data are not compared with those of the checkpoint",
-            folder / RECORD_FILE, error,
+            "%s can't be read (%s): this run's settings and data are not compared with those of the checkpoint",
+            folder / RECORD_FILE, excerpt(error),
         )  # fmt: skip
         return None
+
+
+def _comparable(text_config: Any) -> dict[str, Any]:
+    """Return the part of a config that is compared, as JSON holds it."""
+    values = {
+        key: value for key, value in text_config.to_dict().items() if key not in _SIZES and not _NOT_COMPARED.fullmatch(key)
+    }
+    return json.loads(json.dumps(values, default=str))
 
 
 def require_same_run(folder: Path, now: RunRecord, *, at_same_sample: bool = False) -> None:
@@ -127,14 +151,7 @@ def require_same_run(folder: Path, now: RunRecord, *, at_same_sample: bool = Fal
     then = read_record(folder)
     if then is None:
         return
-    sizes = [f"{name} {size} (here {now.sizes.get(name)})" for name, size in then.sizes.items() if now.sizes.get(name) != size]
-    if then.model_type != now.model_type or sizes:
-        differences = ", ".join(sizes) or f"model type {then.model_type} (here {now.model_type})"
-        raise ArgumentError(
-            f"--resume_from_checkpoint: {folder} is of another model than --model_name_or_path names: {differences}. "
-            "Give the model with which the run was started.",
-            code="resume.other_model",
-        )
+    _require_same_model(folder, then, now)
     if then.optimizer != now.optimizer:
         raise ArgumentError(
             f"--resume_from_checkpoint: {folder} is of a run with the optimizer {then.optimizer}, and this one has "
@@ -154,6 +171,28 @@ def require_same_run(folder: Path, now: RunRecord, *, at_same_sample: bool = Fal
         logger.warning("this run differs from its checkpoint: %s", change)
 
 
+def _require_same_model(folder: Path, then: RunRecord, now: RunRecord) -> None:
+    sizes = [f"{name} {size} (here {now.sizes.get(name)})" for name, size in then.sizes.items() if now.sizes.get(name) != size]
+    kinds = [f"model type {then.model_type} (here {now.model_type})"] if then.model_type != now.model_type else []
+    values = [
+        f"{key} {excerpt(was)} (here {excerpt(value)})"
+        for key, was, value in _changed_config(then, now)
+        if not _CHANGEABLE.fullmatch(key)
+    ]
+    if differences := sizes or kinds or values:
+        raise ArgumentError(
+            f"--resume_from_checkpoint: {folder} is of another model than --model_name_or_path names: {first_of(differences)}. "
+            "Give the model with which the run was started.",
+            code="resume.other_model",
+        )
+
+
+def _changed_config(then: RunRecord, now: RunRecord) -> list[tuple[str, Any, Any]]:
+    """Return the keys of the models' configs whose values differ, with both values. Keys of one release alone are left out."""
+    keys = sorted(then.config.keys() & now.config.keys())
+    return [(key, then.config[key], now.config[key]) for key in keys if then.config[key] != now.config[key]]
+
+
 def _changes(then: RunRecord, now: RunRecord, *, at_same_sample: bool) -> list[str]:
     """List the changed settings that may not do what a user expects, one sentence each."""
     changes = []
@@ -169,6 +208,10 @@ def _changes(then: RunRecord, now: RunRecord, *, at_same_sample: bool) -> list[s
             f"a step had {then.samples_a_step:,} samples, and has {now.samples_a_step:,} from here on, so that some "
             "samples of this epoch are trained on twice or never"
         )
+    changes += [
+        f"the model's {key} was {excerpt(was)}, and is {excerpt(value)} from here on"
+        for key, was, value in _changed_config(then, now)
+    ]
     return changes + [
         f"--{name} was {then.settings[name]}, and is {value} from here on"
         for name, value in now.settings.items()

@@ -21,7 +21,7 @@ rank and does not communicate.
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import pickle
 import re
 import socket
@@ -32,8 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from zero_sft.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -41,11 +39,17 @@ from zero_sft.checkpoint.manifest import (
     find_damage,
     has_manifest,
     hosts_of_missing_files,
+    optimizer_file,
     read_manifest,
+)
+from zero_sft.checkpoint.run_state import (
+    TRAINER_STATE_FILE,
+    TRAINING_STATE_FILE,
+    read_trainer_state,
+    read_training_state,
 )
 from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError, CheckpointError
-from zero_sft.saving.optimizer_files import file_name
 
 _MODEL_STATES = re.compile(r"zero_pp_rank_(\d+)_mp_rank_\d+_model_states\.pt")
 _OPTIM_STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_\d+_optim_states\.pt")
@@ -151,6 +155,16 @@ def _inspect_manifest(folder: Path) -> TrainerCheckpoint:
         )
     if damage := find_damage(folder, manifest):
         raise IncompleteCheckpointError(damage, code="resume.file_damaged")
+    try:
+        step = read_trainer_state(folder)["global_step"]
+        read_training_state(folder)
+    except CheckpointError as error:
+        raise IncompleteCheckpointError(str(error), code=error.code) from error
+    if step != manifest.step:
+        raise IncompleteCheckpointError(
+            f"{TRAINER_STATE_FILE} is of step {step}, and {MANIFEST_FILE} of step {manifest.step}",
+            code="resume.bad_trainer_state",
+        )
     return TrainerCheckpoint(
         folder=folder,
         global_step=manifest.step,
@@ -166,7 +180,9 @@ def _unlisted(manifest: Manifest) -> str | None:
     if not manifest.hosts and not manifest.files.keys() & {SINGLE_FILE, INDEX_FILE}:
         return SINGLE_FILE
     ranks = range(min(manifest.world_size, len(manifest.files) + 1))  # one of these is missing if the number is hostile
-    names = (file_name(rank, manifest.world_size) for rank in ranks)
+    names = itertools.chain(
+        (TRAINER_STATE_FILE, TRAINING_STATE_FILE), (optimizer_file(rank, manifest.world_size) for rank in ranks)
+    )
     return next((name for name in names if name not in manifest.files), None)
 
 
@@ -181,7 +197,9 @@ def require_own_share_intact(folder: Path, world: World) -> None:
     manifest = read_manifest(folder)
     names = sorted(manifest.files, key=lambda name: manifest.files[name].nbytes)[world.rank :: world.world_size]
     if manifest.hosts:
-        own = [file_name(world.rank, world.world_size)] if world.world_size == manifest.world_size else list(manifest.hosts)
+        own = (
+            [optimizer_file(world.rank, world.world_size)] if world.world_size == manifest.world_size else list(manifest.hosts)
+        )
         _require_here(folder, own, manifest, world)
         names = [*own, *(name for name in manifest.files if name not in manifest.hosts and world.leads_node)]
     share = dataclasses.replace(manifest, files={name: manifest.files[name] for name in names})
@@ -272,13 +290,10 @@ def _explain_unreadable(name: str, code: str = "resume.file_unreadable") -> Iter
 
 
 def _global_step(folder: Path) -> int:
-    with _explain_unreadable("trainer_state.json", "resume.bad_trainer_state"):
-        step = json.loads((folder / "trainer_state.json").read_bytes())["global_step"]
-    if type(step) is not int:
-        raise IncompleteCheckpointError(
-            f"trainer_state.json has the global_step {step!r}, expected a number", code="resume.bad_trainer_state"
-        )
-    return step
+    try:
+        return read_trainer_state(folder)["global_step"]
+    except CheckpointError as error:
+        raise IncompleteCheckpointError(str(error), code=error.code) from error
 
 
 def _latest(folder: Path, step: int) -> Path:
@@ -297,6 +312,8 @@ def _latest(folder: Path, step: int) -> Path:
 
 def _recorded_world_size(states: Path, folder: Path) -> int | None:
     """Return the number of ranks in rank 0's model states; None if it can't be read safely."""
+    import torch  # only DeepSpeed's format needs it
+
     path = states / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     _require_archive(path, folder)
     try:
