@@ -184,7 +184,7 @@ def fail(folder, tmp, step):
         raise OSError(28, "No space left on device", "file")
 
     progress = checkpoint_writer.Progress(step=2, samples=48, loss=None, dtype="bfloat16")
-    content = checkpoint_writer.describe_checkpoint(engine, tmp / "checkpoint-2", layout, dict, progress, world)
+    content = checkpoint_writer.describe_checkpoint(engine, tensors, tmp / "checkpoint-2", layout, dict, progress, world)
     if step == "prepare":
         checkpoint_writer.weight_files.write_headers = no_space
     with raises("export.unwritable", "No space left"):
