@@ -130,6 +130,7 @@ def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
     from zero_sft.checkpoint.manifest import read_manifest
     from zero_sft.hub.options import HubOptions
     from zero_sft.hub.source import locate_model
+    from zero_sft.job.start_checks import require_trainable
     from zero_sft.loading.api import load_model_from
     from zero_sft.loading.options import LoadOptions
     from zero_sft.options.keywords import pick_options
@@ -150,6 +151,7 @@ def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
         config=inputs.model_spec.config,
         options=pick_options(LoadOptions, parsed.model),
     )
+    require_trainable(model, inputs.arguments)
     if checkpoint is not None and checkpoint.on_each_node:
         restore_own_weights(weights_to_save(model), checkpoint.folder, read_manifest(checkpoint.folder), world)
     model.generation_config = inputs.generation_config  # the loader's, and it also stops at the template's ends of turn

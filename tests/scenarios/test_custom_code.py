@@ -1,6 +1,9 @@
 """Tests of models with custom code, which are loaded if the code is trusted and refused otherwise."""
 
+import contextlib
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,10 +11,13 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from testing.runner import run_ranks
 from tests import models
-from tests.errors import raises
+from tests.data import tiny
+from tests.errors import error_codes, raises
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -29,7 +35,7 @@ MODELING = """
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from .configuration_own import OwnConfig
 from .parts import Block
@@ -49,11 +55,11 @@ class OwnModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             module.weight.data.normal_(std=0.02)
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, **kwargs):
         hidden = self.embedding(input_ids) * self.scale
         for block in self.blocks:
             hidden = block(hidden)
-        return hidden
+        return BaseModelOutput(last_hidden_state=hidden)
 
 class OwnForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = OwnConfig
@@ -67,8 +73,11 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
 
     _init_weights = OwnModel._init_weights
 
+    def get_output_embeddings(self):
+        return self.head
+
     def forward(self, input_ids, labels=None, **kwargs):
-        return CausalLMOutput(logits=self.head(self.body(input_ids)))
+        return CausalLMOutput(logits=self.head(self.body(input_ids).last_hidden_state))
 """
 
 PARTS = """
@@ -146,3 +155,68 @@ def test_an_export_brings_the_code_along(folder, tmp_path):
         [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.stdout.split() == ["OwnForCausalLM"], done.stderr
+
+
+def job(folder, out, options, code=None):
+    """One rank's part of a job with the model in `folder/own`; `code`: of the error with which it ends."""
+    import transformers
+
+    from zero_sft import train
+
+    sys.path = [path for path in sys.path if path != str(folder / "modules")]  # that of the test's own process
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(folder / f"modules-{os.environ['RANK']}")
+    given = {
+        "model_name_or_path": folder / "own", "data_path": folder / "data.json", "output_dir": folder / out,
+        "trust_remote_code": True, "model_max_length": 64, "per_device_train_batch_size": 2, "max_steps": 4, "packing": False,
+        "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "activation_checkpointing": False, **options,
+    }  # fmt: skip
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = train.main([word for name, value in given.items() for word in (f"--{name}", str(value))])
+    assert status == (code is not None), said.getvalue()
+    if code and os.environ["RANK"] == "0":
+        assert error_codes(said.getvalue()) == [code], said.getvalue()
+
+
+@pytest.fixture
+def trainable(folder):
+    """The model with a tokenizer, next to conversations. Returns the folder of both."""
+    tokenizer = tiny.byte_tokenizer(tiny.CHATML)
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    own.vocab_size = len(tokenizer)
+    torch.manual_seed(2)
+    AutoModelForCausalLM.from_config(own, trust_remote_code=True).to(torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in folder.glob("model-0*"):
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    tokenizer.save_pretrained(folder)
+    talks = [[{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i} " * 5}] for i in range(16)]
+    (folder.parent / "data.json").write_text(json.dumps([{"conversations": talk} for talk in talks]))
+    return folder.parent
+
+
+@pytest.mark.slow
+def test_a_run_and_its_continuation(trainable):
+    """The checkpoint brings its code along, so the model's own folder is not needed for the weights."""
+    run_ranks(2, job, {"folder": trainable, "out": "whole", "options": {}}, 300)
+    resumed = {"resume_from_checkpoint": trainable / "whole" / "checkpoint-2"}
+    run_ranks(2, job, {"folder": trainable, "out": "again", "options": resumed}, 300)
+    whole, again = (load_file(trainable / out / "model.safetensors") for out in ("whole", "again"))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    before = load_file(trainable / "own" / "model.safetensors")
+    assert not all(torch.equal(whole[name], before[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_code_that_can_not_be_trained(trainable):
+    """One error instead of a traceback of TRL's."""
+    options = {"activation_checkpointing": True}
+    run_ranks(
+        2, job, {"folder": trainable, "out": "x", "options": options, "code": "arguments.no_activation_checkpointing"}, 200
+    )
+    path = trainable / "own" / "modeling_own.py"
+    path.write_text(path.read_text().replace("def get_output_embeddings", "def other"))
+    run_ranks(2, job, {"folder": trainable, "out": "y", "options": {}, "code": "config.no_output_embeddings"}, 200)

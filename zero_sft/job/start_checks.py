@@ -62,12 +62,7 @@ def check_model(options: ModelArguments, arguments: Any, config: Any, source: Mo
             )
         if not getattr(config, "auto_map", None):
             cls, part = resolve_class(config, None, source.folder or source.name, trust_remote_code=False)
-            if arguments.activation_checkpointing and not cls.supports_gradient_checkpointing:
-                raise ArgumentError(
-                    f"{cls.__name__} does not support --activation_checkpointing, which is on by default: "
-                    "give --activation_checkpointing False.",
-                    code="arguments.no_activation_checkpointing",
-                )
+            require_activation_checkpointing(cls, arguments)
             if attention:
                 require_attention(cls, part, attention)
         _require_hidden_size(arguments.hf_deepspeed_config, config)
@@ -81,6 +76,36 @@ def check_model(options: ModelArguments, arguments: Any, config: Any, source: Mo
         attn_implementation=attention,
         trust_remote_code=options.trust_remote_code,
     )
+
+
+def require_activation_checkpointing(cls: Any, arguments: Any) -> None:
+    """Raise if a model's class can't do the activation checkpointing that the arguments ask for. Any rank.
+
+    Raises:
+        ArgumentError: with the option that turns it off.
+    """
+    if arguments.activation_checkpointing and not cls.supports_gradient_checkpointing:
+        raise ArgumentError(
+            f"{cls.__name__} does not support --activation_checkpointing, which is on by default: "
+            "give --activation_checkpointing False.",
+            code="arguments.no_activation_checkpointing",
+        )
+
+
+def require_trainable(model: Any, arguments: Any) -> None:
+    """Check a loaded model for what custom code may lack. Any rank.
+
+    Raises:
+        ArgumentError: it has no activation checkpointing, though the arguments ask for it.
+        ConfigError: it does not name its output embeddings, from which TRL computes the loss.
+    """
+    require_activation_checkpointing(type(model), arguments)
+    if model.get_output_embeddings() is None:
+        raise ConfigError(
+            f"{type(model).__name__} does not name its output embeddings, from which the loss is computed. Call the "
+            "module lm_head, or add get_output_embeddings to the model's code.",
+            code="config.no_output_embeddings",
+        )
 
 
 def _require_hidden_size(hf_config: Any, config: Any) -> None:
