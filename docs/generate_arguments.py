@@ -96,7 +96,8 @@ def _table(specs: Iterable[OptionSpec], *, short: bool = False) -> str:
 def _expected(spec: OptionSpec) -> str:
     if len(spec.choices) > FEW_CHOICES:
         return f"a name: `--help {spec.name}`"
-    return ", ".join(f"`{choice}`" for choice in spec.choices) or _cell(spec.expected)
+    choices = [", ".join(f"`{choice}`" for choice in spec.choices)] if spec.choices else []
+    return " or ".join([*choices, *map(_cell, spec.expected_besides_choices)])
 
 
 def _default(spec: OptionSpec) -> str:

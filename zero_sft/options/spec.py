@@ -71,8 +71,12 @@ class OptionSpec:
     @property
     def expected(self) -> str:
         """The expected type or choices in words, for messages."""
-        words = [_IN_WORDS[kind] for kind in _IN_WORDS if kind in self.kinds and not (kind == "text" and self.choices)]
-        return " or ".join([*(["one of " + ", ".join(self.choices)] if self.choices else []), *words])
+        return " or ".join([*(["one of " + ", ".join(self.choices)] if self.choices else []), *self.expected_besides_choices])
+
+    @property
+    def expected_besides_choices(self) -> list[str]:
+        """The expected types in words, other than the choices."""
+        return [_IN_WORDS[kind] for kind in _IN_WORDS if kind in self.kinds and not (kind == "text" and self.choices)]
 
     def fit(self, value: Any) -> Any:
         """Convert `value` to the type of this option.
