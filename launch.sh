@@ -227,8 +227,9 @@ require_words_for_other_machines() { # COMMAND
   done
 }
 
-# Run a command and exit with its status. DeepSpeed's launcher does not forward signals. On a signal this script therefore
-# sends SIGTERM to the launcher's child, which ends the ranks, and continues to wait for the launcher.
+# Run a command and exit with its status. DeepSpeed's launcher does not forward signals; its child ends the ranks one after
+# the other, and kills each after 30 seconds. On a signal this script therefore sends SIGTERM or SIGUSR1 to all ranks, which
+# save a checkpoint and end, and continues to wait for the launcher.
 run_and_wait() { # COMMAND...
   local launcher status signal
   export ZERO_SFT_LAUNCHER_PID=$$ # the ranks end with this process
@@ -236,8 +237,10 @@ run_and_wait() { # COMMAND...
   launcher=$!
   for signal in TERM INT HUP; do
     # shellcheck disable=SC2064
-    trap "terminate_children $launcher" "$signal"
+    trap "signal_ranks TERM $launcher" "$signal"
   done
+  # shellcheck disable=SC2064
+  trap "signal_ranks USR1 $launcher" USR1
   while :; do
     status=0
     wait "$launcher" || status=$?
@@ -246,10 +249,22 @@ run_and_wait() { # COMMAND...
   exit "$status"
 }
 
-terminate_children() { # PID
-  local children=()
-  read -r -a children 2>/dev/null <"/proc/$1/task/$1/children" || true
-  kill -TERM "${children[@]:-$1}" 2>/dev/null || true
+# Send a signal to the ranks that a launcher has started on this machine. Before there are any, or if all are on other
+# machines, end the launcher's children.
+signal_ranks() { # SIGNAL PID
+  local children=() ranks=() child process
+  read -r -a children 2>/dev/null <"/proc/$2/task/$2/children" || true
+  for child in "${children[@]}"; do
+    for process in $(cat "/proc/$child/task/$child/children" 2>/dev/null); do
+      # The launcher's child gives this variable to the ranks alone.
+      grep -qsz '^CROSS_RANK=' "/proc/$process/environ" && ranks+=("$process")
+    done
+  done
+  if ((${#ranks[@]})); then
+    kill "-$1" "${ranks[@]}" 2>/dev/null || true
+  else
+    kill -TERM "${children[@]:-$2}" 2>/dev/null || true
+  fi
 }
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Fixes to DeepSpeed's runner that the shim of the `deepspeed` command (`zero_sft.launcher`) applies in its own process.
 
 - Two jobs on one machine use different master ports. DeepSpeed's default port is the same for all jobs.
-- SIGTERM, SIGINT and SIGHUP reach the ranks. DeepSpeed's runner exits on them and leaves its child and the ranks running.
+- SIGTERM, SIGUSR1, SIGINT and SIGHUP reach all ranks of this machine at once, which save a checkpoint and end. DeepSpeed's
+  runner exits on them and leaves its child and the ranks running; its child ends the ranks one after the other, and kills each
+  after 30 seconds.
 - Arguments pass through pdsh unchanged. DeepSpeed quotes only blanks, so the remote shell interprets everything else.
 - The exit status is not 0 if the node's launcher was killed.
 
@@ -20,7 +22,9 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+import psutil
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _JOB_HOSTFILE = "/job/hostfile"
 
 
@@ -51,7 +55,7 @@ def run(runner: Any) -> int:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, _pass_on)
     status = runner.main()
-    if _Processes.signal_number:
+    if _Processes.signal_number and not status:
         return 128 + _Processes.signal_number
     killed = [-process.returncode for process in _Processes.started if (process.returncode or 0) < 0]
     return int(status or 0) or (128 + killed[0] if killed else 0)
@@ -96,14 +100,32 @@ def _quote_for_pdsh(self: Any) -> list[str]:
 
 
 def _pass_on(number: int, _frame: FrameType | None) -> None:
-    """Send SIGTERM to the runner's children, which then end their ranks; the runner waits for them as usual."""
+    """Send SIGTERM or SIGUSR1 to the ranks; the runner waits for its children as usual.
+
+    Before there are ranks, or if all are on other machines, SIGTERM ends the runner's children.
+    """
     _Processes.signal_number = number
     if number == signal.SIGINT and _is_in_foreground():
         return  # Ctrl-C: the terminal has already sent SIGINT to every process
-    for process in _Processes.started:
-        if process.returncode is None:
-            with contextlib.suppress(OSError):
-                os.kill(process.pid, signal.SIGTERM)
+    children = [process.pid for process in _Processes.started if process.returncode is None]
+    if ranks := [rank for child in children for rank in _ranks_below(child)]:
+        targets, number = ranks, signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
+    else:
+        targets, number = children, signal.SIGTERM
+    for process in targets:
+        with contextlib.suppress(OSError):
+            os.kill(process, number)
+
+
+def _ranks_below(launcher: int) -> list[int]:
+    """Return the ranks that a node's launcher has started: it gives the variable CROSS_RANK to them alone."""
+    ranks = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(launcher).children():
+            with contextlib.suppress(psutil.Error):
+                if "CROSS_RANK" in process.environ():
+                    ranks.append(process.pid)
+    return ranks
 
 
 def _is_in_foreground() -> bool:

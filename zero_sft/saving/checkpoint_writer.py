@@ -340,7 +340,7 @@ def _require_room(target: Path, nbytes: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < nbytes:
         raise ExportError(
-            f"{target} needs {nbytes:,} bytes, and {target.parent} on {socket.gethostname()} has {free:,} free. Remove earlier checkpoints, give "
-            "--save_total_limit, or name another --output_dir.",
+            f"{target} needs {nbytes:,} bytes, and {target.parent} on {socket.gethostname()} has {free:,} free. Remove earlier "
+            "checkpoints, give --save_total_limit, or name another --output_dir.",
             code=NO_ROOM,
         )
