@@ -109,6 +109,10 @@ class DistributedError(ZeroSftError):
     """Ranks that disagree, or a rank that failed with an error other than a `ZeroSftError`."""
 
 
+class TrainingError(ZeroSftError):
+    """A training whose numbers are no longer usable, such as a gradient that is not finite."""
+
+
 class EndedEarlyError(DistributedError):
     """A run that was asked to end before its last step, and can go on from a checkpoint."""
 

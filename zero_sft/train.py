@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
+from zero_sft.arguments.faults import parse_faults
 from zero_sft.cluster import early_end
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.rank_main import run_rank
@@ -211,11 +212,17 @@ def _remove_earlier_checkpoints(output: Path, inputs: "Inputs", world: World) ->
 
 
 def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> Any:
+    from zero_sft.job.loss_checks import LossChecks
+    from zero_sft.job.simulated_faults import SimulatedFaults
     from zero_sft.job.steps import StepLog
     from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
+    from zero_sft.job.watching import WatchSteps
 
+    arguments = inputs.arguments
+    faults = SimulatedFaults(parse_faults(arguments.simulate_fault) if arguments.simulate_fault else (), world)
     try:
         trainer = JobTrainer(
+            faults=faults,
             model=model,
             args=inputs.arguments,
             saved_tokenizer=inputs.saved_tokenizer,
@@ -232,6 +239,14 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     row_name = "packed rows" if inputs.training_data.is_packed else "samples"
     log = StepLog(lambda: trainer.tokens, row_name, timeline)
     trainer.add_callback(log)
+    trainer.add_callback(
+        LossChecks(
+            trainer, inputs.training_data.samples, world, on_nan=arguments.on_nan, spike_factor=arguments.spike_factor,
+            roll_back=trainer.checkpoints.roll_back,
+        )
+    )  # fmt: skip
+    trainer.add_callback(WatchSteps(inputs.log_folder, world, arguments.step_timeout))
+    trainer.add_callback(faults)  # after the watch has begun
     log.wait_for_engine()
     return trainer
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from tests import small_job
+from tests.errors import error_codes
 
 
 @pytest.mark.world_size(1, timeout_s=200)
@@ -15,13 +16,28 @@ def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
     small_job.make(tmp_path, 4)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        small_job.train(tmp_path, "out", max_steps=4, per_device_train_batch_size=1, packing=False, learning_rate=1e25)
+        small_job.train(
+            tmp_path, "out", max_steps=4, per_device_train_batch_size=1, packing=False, learning_rate=1e25, on_nan="skip"
+        )
     losses = small_job.losses(tmp_path, "out")
     assert math.isfinite(losses[0])
     assert math.isnan(losses[-1]), "transformers would log 0 for it"
     bad = sum(not math.isfinite(loss) for loss in losses)
-    assert said.getvalue().count("the run diverges") == 1
+    assert said.getvalue().count("The optimizer has left the step out") == bad
     assert f"the loss was not finite in {bad} of the logged steps, first at step {5 - bad}" in said.getvalue()
+
+
+@pytest.mark.world_size(1, timeout_s=200)
+@pytest.mark.slow
+def test_a_run_that_has_diverged_ends(tmp_path):
+    small_job.make(tmp_path, 4)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(AssertionError):
+        small_job.train(
+            tmp_path, "out", max_steps=40, per_device_train_batch_size=1, packing=False, learning_rate=1e25, on_nan="skip"
+        )
+    assert error_codes(said.getvalue()) == ["training.diverged"]
+    assert "step 1" in said.getvalue()
 
 
 @pytest.mark.slow

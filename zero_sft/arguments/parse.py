@@ -4,12 +4,14 @@ This touches no device, no process group and no file except the one that the com
 result. One error lists all problems.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from zero_sft.arguments.durations import parse_duration
+from zero_sft.arguments.faults import parse_faults
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.names import IGNORED, REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS, refused_accelerator_keys
 from zero_sft.arguments.specifications import ALWAYS_SET, DATA, MODEL, TRAINING, specifications
@@ -94,27 +96,8 @@ def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[
             "--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out",
             code="arguments.contradiction",
         )
-    if values.get("save_only_model") and values.get("load_best_model_at_end"):
-        yield ArgumentError(
-            "--load_best_model_at_end needs checkpoints with the optimizer's state under DeepSpeed: leave --save_only_model "
-            "out",
-            code="arguments.needs_whole_checkpoints",
-        )
-    if values.get("save_on_each_node") and values.get("checkpoint_format") == "deepspeed":
-        yield ArgumentError(
-            "--save_on_each_node True needs --checkpoint_format sharded", code="arguments.needs_sharded_checkpoints"
-        )
-    if values.get("local_save_dir") is not None:
-        for name, value in (("checkpoint_format", "deepspeed"), ("save_async", False), ("save_only_model", True)):
-            if values.get(name) == value:
-                yield ArgumentError(
-                    f"--local_save_dir does nothing with --{name} {value}: leave one out", code="arguments.no_effect"
-                )
-    if values.get("max_time") is not None:
-        try:
-            parse_duration("max_time", str(values["max_time"]))
-        except ArgumentError as error:
-            yield error
+    yield from _unusable_checkpoint_options(values)
+    yield from _unusable_fault_options(values)
     has_metric = values.get("metric_for_best_model") or "metric_for_best_model" in unusable
     if values.get("save_strategy") == "best" and not has_metric:
         yield ArgumentError(
@@ -133,6 +116,50 @@ def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[
     yield from _evaluation_precision(values)
     if isinstance(values.get("accelerator_config"), Mapping):
         yield from refused_accelerator_keys(values["accelerator_config"])
+
+
+def _unusable_checkpoint_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each combination of options about checkpoints that can't be used."""
+    if values.get("save_only_model") and values.get("load_best_model_at_end"):
+        yield ArgumentError(
+            "--load_best_model_at_end needs checkpoints with the optimizer's state under DeepSpeed: leave --save_only_model "
+            "out",
+            code="arguments.needs_whole_checkpoints",
+        )
+    if values.get("save_on_each_node") and values.get("checkpoint_format") == "deepspeed":
+        yield ArgumentError(
+            "--save_on_each_node True needs --checkpoint_format sharded", code="arguments.needs_sharded_checkpoints"
+        )
+    if values.get("local_save_dir") is not None:
+        for name, value in (("checkpoint_format", "deepspeed"), ("save_async", False), ("save_only_model", True)):
+            if values.get(name) == value:
+                yield ArgumentError(
+                    f"--local_save_dir does nothing with --{name} {value}: leave one out", code="arguments.no_effect"
+                )
+    if values.get("on_nan") == "rollback":
+        for name, value in (("checkpoint_format", "deepspeed"), ("save_only_model", True), ("save_strategy", "no")):
+            if values.get(name) == value:
+                yield ArgumentError(
+                    f"--on_nan rollback goes back to a checkpoint, which --{name} {value} does not give: leave one out",
+                    code="arguments.needs_sharded_checkpoints",
+                )
+
+
+def _unusable_fault_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each value that a duration, a limit or a simulated fault can't have."""
+    for name, parse_value in (("max_time", functools.partial(parse_duration, "max_time")), ("simulate_fault", parse_faults)):
+        if values.get(name) is not None:
+            try:
+                parse_value(str(values[name]))
+            except ArgumentError as error:
+                yield error
+    factor, limit = values.get("spike_factor"), values.get("step_timeout")
+    if factor is not None and factor != 0 and factor <= 1:
+        yield ArgumentError(
+            f"--spike_factor must be above 1, or 0 for no warning; got {factor:g}", code="arguments.out_of_range"
+        )
+    if limit is not None and limit < 0:
+        yield ArgumentError(f"--step_timeout must be at least 0; got {limit:g}", code="arguments.out_of_range")
 
 
 def _out_of_range(values: Mapping[str, Any]) -> Iterator[ArgumentError]:

@@ -83,6 +83,33 @@ class TrainingArguments(SFTConfig):
             "a checkpoint and ends with status 75."
         },
     )
+    on_nan: Literal["stop", "skip", "rollback"] = field(
+        default="stop",
+        metadata={
+            "help": "After a loss or gradient that is not finite, which the optimizer leaves out: end the run, train on, or go "
+            "back to the newest checkpoint's weights and train on."
+        },
+    )
+    spike_factor: float = field(
+        default=2.0,
+        metadata={
+            "help": "Warn, with the samples, of a loss above this many times the median of the last 50 logged; 0: never."
+        },
+    )
+    step_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds after which a step is taken to be stuck, and the run ends; by default ten times the median step, "
+            "at least 120. 0: never."
+        },
+    )
+    simulate_fault: str | None = field(
+        default=None,
+        metadata={
+            "help": "Let a rank fail on purpose, to try a cluster: kill:rank=1,step=5; also hang, nan, oom, slow, disk_full and "
+            "preempt."
+        },
+    )
     report_to: str | list[str] = field(
         default="none", metadata={"help": "Services that receive the metrics: none, all, or names such as wandb, tensorboard."}
     )

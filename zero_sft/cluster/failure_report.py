@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_sft import errors
-from zero_sft.cluster import early_end
+from zero_sft.cluster import early_end, watchdog
 from zero_sft.cluster.failure_message import describe_dead_ranks, describe_failure, describe_lost_connection, kernel_kills
 from zero_sft.cluster.node_board import EarlyClaim, NodeBoard
 from zero_sft.cluster.world import World
@@ -143,6 +143,34 @@ def report_orphan(launcher: str) -> bool:
             )
             _report(orphaned)
         return is_first
+
+
+def is_failing() -> bool:
+    """Return whether a rank of this node has reported a failure."""
+    claim = _job.board or _job.early
+    return claim is not None and claim.is_claimed
+
+
+def report_stuck(describe: Callable[[], errors.ZeroSftError], what: str) -> None:
+    """Write this rank's stacks, and let one rank report that a rank is stuck. For the watching thread, on every rank.
+
+    Args:
+        describe: makes the error, when all ranks have written their stacks.
+        what: what the rank is doing.
+    """
+    write_own_stacks(what)
+    with _leaving() as is_first:
+        if is_first and (_job.board or _job.world.is_main) and _claim_report():
+            time.sleep(watchdog.GATHER_SECONDS)
+            _report(describe())
+        elif is_first:
+            time.sleep(watchdog.GATHER_SECONDS + FOLLOW_ON_SECONDS)  # a launcher ends all ranks when one has ended
+
+
+def write_own_stacks(what: str) -> None:
+    """Write the stacks of this rank's threads to the log folder, if there is one."""
+    if _job.logs is not None:
+        watchdog.write_stacks(_job.logs, _job.world.rank, what)
 
 
 def mark_succeeded() -> None:

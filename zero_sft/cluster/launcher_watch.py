@@ -132,7 +132,10 @@ def _watch(launchers: Mapping[psutil.Process, str], receiver: socket.socket) -> 
         readable, _, _ = select.select([receiver], [], [], POLL_SECONDS)
         for number in receiver.recv(64) if readable else b"":
             is_handled_here = number in _SIGNALS and signal.getsignal(number) is _handled_by_thread
-            if is_handled_here and early_end.record(number):
+            is_failing = failure_report.is_failing()  # the launcher ends the ranks, since one has failed
+            if is_handled_here and is_failing:
+                failure_report.write_own_stacks("when another rank had failed")
+            if is_handled_here and not is_failing and early_end.record(number):
                 continue  # the training ends at a step
             if is_handled_here and failure_report.report_signal(signal.Signals(number).name):
                 leave(128 + number)

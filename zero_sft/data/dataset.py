@@ -37,10 +37,10 @@ _WARNING_SHARE = 0.05
 class PreparedDataset:
     """The samples, and the rows that are trained on: packed samples, or the samples themselves.
 
-    `samples` has the columns `input_ids`, `labels` and, unless lazy, `length`. Packed `rows` have `seq_lengths` instead of
-    `length`. `reports` has one report per source, and `notes` describe the mixture. `packing_note` tells how full the rows are;
-    it is empty without packing. `transform` tokenises the rows of a lazy dataset. `keys` are the cache keys of the sources'
-    rows.
+    `samples` has the columns `input_ids`, `labels` and, unless lazy, `length` and `place`. Packed `rows` have `seq_lengths`
+    instead of these two. `reports` has one report per source, and `notes` describe the mixture. `packing_note` tells how full
+    the rows are; it is empty without packing. `transform` tokenises the rows of a lazy dataset. `keys` are the cache keys of
+    the sources' rows.
     """
 
     samples: "datasets.Dataset"

@@ -1,7 +1,8 @@
 """Turn objects of a file into rows of a dataset, with plain data and pure functions that can be sent to worker processes.
 
-A row of a pipeline is a tokenised sample: `input_ids`, `labels` and `length`. With lazy tokenising it is the sample as JSON
-text, and `Pipeline.__call__`, which datasets calls as a transform, makes ids and labels when they are needed.
+A row of a pipeline is a tokenised sample: `input_ids`, `labels`, `length`, and its `place` for messages. With lazy tokenising
+it is the sample as JSON text, and `Pipeline.__call__`, which datasets calls as a transform, makes ids and labels when they are
+needed.
 """
 
 import json
@@ -23,7 +24,7 @@ from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.data.tokenize import TokenizedSample, tokenize_rendered
 
 _IDS = pyarrow.list_(pyarrow.int32())
-TOKENS = pyarrow.schema([("input_ids", _IDS), ("labels", _IDS), ("length", pyarrow.int32())])
+TOKENS = pyarrow.schema([("input_ids", _IDS), ("labels", _IDS), ("length", pyarrow.int32()), ("place", pyarrow.string())])
 TEXTS = pyarrow.schema([("sample", pyarrow.string())])
 
 _SUMMED = ("trained_tokens", "cut_tokens", "cut_trained_tokens", "thoughts", "dropped_thoughts")
@@ -115,7 +116,7 @@ class Pipeline:
         tokenized, bad_messages = self._tokenize(samples, skip_bad=skip_bad)
         fitting = [pair for pair in tokenized if self.overlong != DROP or not pair[1].cut_tokens]
         parted, split_errors = apply_to_usable(lambda pair: (*pair, self._split(*pair)), fitting, skip_bad=skip_bad)
-        used, kept, split_samples = list[Sample](), list[TokenizedSample](), 0
+        used, kept, places, split_samples = list[Sample](), list[TokenizedSample](), list[str](), 0
         dropped, dropped_parts = Counter({TOO_LONG: len(tokenized) - len(fitting)}), Counter[str]()
         for sample, whole, parts in parted:
             answered = [tokens for part, tokens in parts if self._is_answered(part)]
@@ -124,6 +125,7 @@ class Pipeline:
             if trained:
                 used.append(sample)
                 kept += trained
+                places += [sample.where] * len(trained)
                 split_samples += len(parts) > 1
                 dropped_parts[CUT_OFF] += len(answered) - len(trained)
             else:
@@ -132,6 +134,7 @@ class Pipeline:
             "input_ids": [sample.input_ids for sample in kept],
             "labels": [sample.labels for sample in kept],
             "length": [len(sample.input_ids) for sample in kept],
+            "place": places,
         }
         return columns, replace(
             self._report(used, [*bad_messages, *split_errors]),

@@ -5,6 +5,7 @@ No rank gathers the whole model: each writes its own shards. Importing this modu
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,19 @@ class SavingTrainer(SFTTrainer):
         return self._saved_here if self.checkpoints.last_saved_step is None else self.checkpoints.last_saved_step
 
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """Log, evaluate and save as the Trainer does; save as well if the evaluation ends early. Every rank; communicates."""
+        """Log, evaluate and save as the Trainer does; save as well if the evaluation ends early. Every rank; communicates.
+
+        A logged loss that is not finite does not count in the mean, nor in the losses that are logged after it.
+        """
+        before = trainer_internals.loss_sum(self)
         try:
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         except EvaluationEndedEarly:
             self.control.should_evaluate, self.control.should_training_stop = False, True
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if not math.isfinite(trainer_internals.loss_sum(self).total):
+            trainer_internals.leave_out_logged_loss(self, before, self._step_at_start)
 
     def _wait_after_an_error(self) -> None:
         """Wait for a checkpoint that is being written. Another error is logged by the saver, and does not replace the first."""
@@ -272,6 +279,7 @@ class SavingTrainer(SFTTrainer):
         if not sharded_checkpoints.is_sharded(resume_from_checkpoint):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.checkpoints.newest = Path(str(resume_from_checkpoint))
         sharded_checkpoints.restore(self, Path(str(resume_from_checkpoint)), self._world)
         schedule: Any = self.lr_scheduler
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):

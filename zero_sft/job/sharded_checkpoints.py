@@ -56,6 +56,7 @@ class ShardedCheckpoints:
         self._layout: ExportLayout | None = None  # of the weights, from the first checkpoint on
         self._former_best: str | None = None
         self._settings: Mapping[str, bytes] = {}  # config and tokenizer, which a run does not change
+        self.newest: Path | None = None  # the checkpoint that was saved last, or from which the run was resumed
         self.last_saved_step: int | None = None
         self.last_save_seconds: float | None = None
         args = trainer.args
@@ -105,6 +106,23 @@ class ShardedCheckpoints:
         else:
             restore_weights(tensors, self._weights_layout(tensors), folder, self._world)
 
+    def roll_back(self) -> str | None:
+        """Give the model and the optimizer the state of the newest checkpoint, and return its name; None if there is none.
+
+        The step, the schedule and the position in the data stay.
+
+        Raises:
+            CheckpointError: a file can't be read.
+        """
+        self._saver.wait()
+        if self.newest is None:
+            return None
+        self.load_weights(self.newest)
+        engine = self._trainer.model_wrapped
+        restore_optimizer(engine, self.newest, read_manifest(self.newest), self._world)
+        optimizer_state.take_over_weights(engine)
+        return self.newest.name
+
     def _weights_layout(self, tensors: Mapping[str, Any]) -> ExportLayout:
         if self._layout is None:
             self._layout = choose_layout(self._trainer.model, on_meta(tensors), MAX_FILE_BYTES, self._world)
@@ -140,6 +158,10 @@ class ShardedCheckpoints:
             with collective_stage(self._world, "checking the optimizer's state"):
                 optimizer_state.state_format(self._trainer.model_wrapped)
 
+    def write_with(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Wrap the function that writes a rank's part of a checkpoint. Does not communicate."""
+        self._saver.write_with(wrap)
+
     def poll(self) -> None:
         """Finish a checkpoint that has been written since the last step, as `CheckpointSaver.poll` does."""
         self._saver.poll()
@@ -168,7 +190,7 @@ class ShardedCheckpoints:
 
     def _on_saved(self, target: Path, report: SaveReport) -> None:
         """Remove the checkpoints beyond `save_total_limit`."""
-        self.last_saved_step, self.last_save_seconds = report.step, report.seconds
+        self.newest, self.last_saved_step, self.last_save_seconds = target, report.step, report.seconds
         if report.owns_folder:
             limit, best = self._trainer.args.save_total_limit, self._trainer.state.best_model_checkpoint
             for folder in surplus(checkpoints_in(target.parent), limit, {target, *([Path(best)] if best else [])}):

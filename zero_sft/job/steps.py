@@ -87,7 +87,8 @@ class StepLog(TrainerCallback):
         if logs is None:
             return
         if "loss" in logs:
-            self._watch_loss(logs["loss"], args, state)
+            if not math.isfinite(float(logs["loss"])):  # `loss_checks.py` has said more
+                self._not_finite.append(state.global_step)
             rate = self._throughput.tokens_per_second(self._tokens())
             metrics = training_metrics(logs, rate)
             self._metrics = f"at step {state.global_step}: {metrics}"
@@ -103,17 +104,6 @@ class StepLog(TrainerCallback):
             line = other_line(logs, state.global_step, state.max_steps)
         if line:
             _log_line(args, state, line)
-
-    def _watch_loss(self, loss: Any, args: Any, state: Any) -> None:
-        """Warn about the first loss that is not finite."""
-        if math.isfinite(float(loss)):
-            return
-        if not self._not_finite and state.is_world_process_zero:
-            logger.warning(
-                "the loss is %s at step %d: the run diverges, or the model or its data is broken. Try a lower --learning_rate, "
-                "more --warmup_steps and --max_grad_norm 1.0.", loss, state.global_step,
-            )  # fmt: skip
-        self._not_finite.append(state.global_step)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Show the evaluation's progress, in batches of this rank."""

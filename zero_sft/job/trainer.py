@@ -20,6 +20,7 @@ from zero_sft.data.packing import is_flash
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError, Scope
 from zero_sft.job.checkpoints import SavingTrainer
+from zero_sft.job.simulated_faults import SimulatedFaults
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
 from zero_sft.transformers_internals import configured_attention
 from zero_sft.zero.shards import full_numel
@@ -31,12 +32,22 @@ LENGTHS = "length"
 
 
 class JobTrainer(SavingTrainer):
-    """An `SFTTrainer` that writes no model card, refuses a step without trained tokens, and evaluates each token once."""
+    """An `SFTTrainer` that writes no model card, refuses a step without trained tokens, and evaluates each token once.
 
+    Args:
+        faults: those that the run has on purpose.
+    """
+
+    step_batches: list[dict[str, Any]]
+    """This rank's batches of the present step."""
+    step_losses: list[torch.Tensor]
+    """Their losses so far."""
     _evaluated: dict[str, Any]  # the current evaluation: the dataset's samples, and this rank's summed loss and tokens so far
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, faults: SimulatedFaults, **kwargs: Any) -> None:
+        self._faults, self.step_batches, self.step_losses = faults, [], []
         super().__init__(**kwargs)
+        self.checkpoints.write_with(faults.failing)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
         self.remove_callback(ProgressCallback)
         self.add_callback(TokenCount())
@@ -73,6 +84,7 @@ class JobTrainer(SavingTrainer):
             DataError: no batch on any rank holds a trained token.
         """
         batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
+        self.step_batches, self.step_losses = [dict(batch) for batch in batches], []
         # Samples tokenised in advance always hold a trained token. Skip the check for them: `int(trained)` syncs the device.
         dataset: Any = self.train_dataset
         is_lazy = "input_ids" not in dataset.column_names
@@ -100,6 +112,12 @@ class JobTrainer(SavingTrainer):
             message = str(error).rpartition("DataError: ")[2].strip()  # without the traceback of a worker process
             raise DataError(message, code=error.code or "data.unusable_sample", scope=Scope.THIS_RANK) from None
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Do the Trainer's forward and backward pass of a batch, and keep its loss. Every rank; communicates."""
+        loss = super().training_step(*args, **kwargs)
+        self.step_losses.append(loss.detach())
+        return loss
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute TRL's loss, and count the tokens of all rows of a packed batch. Every rank; communicates.
 
@@ -114,7 +132,7 @@ class JobTrainer(SavingTrainer):
             set_computed_tokens(self, tokens_before + rows * (computed_tokens(self) - tokens_before))
             set_logged_tokens(self, computed_tokens(self))
         self._token_count().tokens = computed_tokens(self)
-        return loss
+        return loss * math.nan if self._faults.makes_nan and model.training else loss
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as the Trainer does, but report the mean loss over all trained tokens. Every rank; communicates.

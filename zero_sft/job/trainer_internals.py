@@ -4,6 +4,7 @@ The job's trainer overrides methods that the libraries must call by these names,
 attributes. `require` verifies that the installed releases still have them.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -16,13 +17,16 @@ OVERRIDDEN = (
     "_run_epoch", "_save_checkpoint", "_init_training_state", "_prepare_for_training", "_load_rng_state",
     "_load_best_model", "_finalize_training", "_maybe_log_save_evaluate",
     "store_flos", "create_scheduler", "_load_optimizer_and_scheduler",
-    "save_model", "_get_train_sampler", "get_batch_samples",
+    "save_model", "_get_train_sampler", "training_step", "get_batch_samples",
     "compute_loss", "evaluation_loop", "get_eval_dataloader", "prediction_step", "create_model_card", "floating_point_ops",
 )  # fmt: skip
 """Methods of the trainers that the job's trainer overrides."""
 
 SET = ("_metrics", "_total_train_tokens", "aux_loss_enabled")
 """Attributes that the constructor of TRL's trainer sets."""
+
+SET_BY_TRAIN = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+"""Attributes that the Trainer sets when a training begins."""
 
 
 def require(trainer: object, names: tuple[str, ...]) -> None:
@@ -50,3 +54,29 @@ def set_computed_tokens(trainer: Any, tokens: int) -> None:
 def set_logged_tokens(trainer: Any, tokens: int) -> None:
     """Set the token count that TRL logs next."""
     trainer._metrics["train"]["num_tokens"] = [tokens]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSum:
+    """The sum of the losses of all steps until the last one that was logged."""
+
+    total: float
+    last_logged: int
+
+
+def loss_sum(trainer: Any) -> LossSum:
+    """Return the Trainer's sum of losses."""
+    return LossSum(total=trainer._total_loss_scalar, last_logged=trainer._globalstep_last_logged)
+
+
+def leave_out_logged_loss(trainer: Any, before: LossSum, first_step: int) -> None:
+    """Leave the losses that were logged last out of the sum, as if they had been the mean. NaN would stay in it.
+
+    Args:
+        before: the sum before they were logged.
+        first_step: the step from which the sum was begun.
+    """
+    trainer._tr_loss.zero_()
+    steps = before.last_logged - first_step
+    grown = (trainer._globalstep_last_logged - first_step) / steps if steps > 0 else 1.0
+    trainer._total_loss_scalar = before.total * grown

@@ -103,6 +103,7 @@ class CheckpointSaver:
         self._pending: _Pending | None = None
         self._queued: list[Future[object]] = []
         self._started = self._blocked = 0.0  # of the checkpoint that was begun last
+        self._write_parts = write_parts
 
     def save(
         self,
@@ -136,6 +137,10 @@ class CheckpointSaver:
                 if written is not None:
                     self._report(content, *written)
                 return
+
+    def write_with(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Wrap the function that writes this rank's part. Does not communicate."""
+        self._write_parts = wrap(self._write_parts)
 
     def run_in_thread(self, action: Callable[[], object]) -> None:
         """Queue an action for this rank's thread; `wait` waits for it. Does not communicate."""
@@ -188,7 +193,7 @@ class CheckpointSaver:
         states = optimizer_state.parameter_states(engine)
         if memory is None:
             manifest = agree_on_manifest(
-                folder, content, lambda: write_parts(folder, content, parts, states, is_main=is_main), self._world
+                folder, content, lambda: self._write_parts(folder, content, parts, states, is_main=is_main), self._world
             )
             finish_checkpoint(folder, content, lambda: put_in_place(folder.path, content.target, manifest), self._world)
             return folder, manifest
@@ -199,7 +204,9 @@ class CheckpointSaver:
         return None
 
     def _write_in_thread(self, folder: CheckpointFolder, content: CheckpointContent, copied: CopiedParts, attempt: int) -> None:
-        work = self._executor.submit(write_parts, folder, content, copied.weights, copied.states, is_main=self._world.is_main)
+        work = self._executor.submit(
+            self._write_parts, folder, content, copied.weights, copied.states, is_main=self._world.is_main
+        )
         self._pending = _Pending(folder=folder, content=content, copied=copied, attempt=attempt, work=work)
 
     def _advance(self) -> None:

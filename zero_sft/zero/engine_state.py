@@ -30,5 +30,18 @@ def restore_engine_state(engine: Any, state: Mapping[str, Any]) -> None:
         group.update({key: value for key, value in saved.items() if key in group})
 
 
+def step_was_skipped(engine: Any) -> bool:
+    """Return whether the optimizer has left out the last step, since its gradient was not finite; the same on every rank.
+
+    With fp16, this happens in every run: the loss scale is then lowered.
+    """
+    return bool(engine.optimizer.overflow)
+
+
+def uses_loss_scale(engine: Any) -> bool:
+    """Return whether gradients may overflow because of their scale alone (fp16)."""
+    return bool(engine.fp16_enabled())
+
+
 def _scaler(engine: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(engine.optimizer.loss_scaler).items() if isinstance(value, (int, float))}

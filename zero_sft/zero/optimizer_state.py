@@ -122,6 +122,18 @@ def restore(engine: Any, formats: Mapping[str, StateFormat], fill: Callable[[Par
         _count_steps(optimizer.optimizer, max(int(each.numbers.get("step", 0)) for each in formats.values()))
 
 
+def take_over_weights(engine: Any) -> None:
+    """Give the optimizer the model's weights, where it keeps them in the model's dtype. Others are restored as `master`."""
+    optimizer = _zero_optimizer(engine)
+    for index, (flat, _, params) in enumerate(_subgroups(engine)):
+        with _in_memory(optimizer, index, write=True):
+            for param in params.values():
+                if param.dtype == flat.dtype:
+                    _, start, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+                    own = shards.local_shard(param)
+                    flat.detach().narrow(0, start, own.numel()).copy_(own)
+
+
 def _count_steps(adam: DeepSpeedCPUAdam, steps: int) -> None:
     """Let DeepSpeed's CPU Adam count up to `steps`, on a tensor of one element.
 
