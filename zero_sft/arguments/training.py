@@ -106,8 +106,8 @@ class TrainingArguments(SFTConfig):
     simulate_fault: str | None = field(
         default=None,
         metadata={
-            "help": "Let a rank fail on purpose, to try a cluster: kill:rank=1,step=5; also hang, nan, oom, slow, disk_full and "
-            "preempt."
+            "help": "Let a rank fail on purpose, to try a cluster: kill:rank=1,step=5; also hang, nan, oom, slow, disk_full "
+            "and preempt."
         },
     )
     report_to: str | list[str] = field(
