@@ -19,6 +19,8 @@ Usage:
   ./launch.sh [launcher options] [--] [arguments of the job]
       On this machine: on all NVIDIA GPUs, or on 2 CPU ranks if there is no GPU.
       Launcher options are those of `deepspeed` and come first: --num_gpus N, --include, --hostfile, ...
+      --max_restarts N starts the ranks again after a fault, at most N times, from the newest complete checkpoint. It stops
+      where the run has ended twice in the same step, or three times without a new checkpoint.
       Without --master_port the script chooses a free port. `--` ends the launcher options; it is needed only if the first
       argument of the job has the name of a launcher option.
 
@@ -51,6 +53,8 @@ readonly OPTIONS_WITHOUT_VALUE=" --no_local_rank --no_ssh --no_ssh_check --force
  -q --quiet "
 
 launcher_options=() # as they were written
+max_restarts=0
+was_signalled= # non-empty after a signal that ends the run
 job_arguments=()
 declare -A given_options=() # long name of a launcher option -> its value
 
@@ -96,7 +100,16 @@ split_arguments() {
   local name argument
   while (($#)); do
     name=${1%%=*}
-    if is_one_of "$name" "$OPTIONS_WITHOUT_VALUE"; then
+    if [[ $name == --max_restarts ]]; then
+      if [[ $1 == *=* ]]; then
+        max_restarts=${1#*=}
+      else
+        (($# > 1)) || die value_missing "$1 needs a value"
+        max_restarts=$2
+        shift
+      fi
+      [[ $max_restarts =~ ^[0-9]{1,4}$ ]] || die bad_max_restarts "--max_restarts $max_restarts is not a number"
+    elif is_one_of "$name" "$OPTIONS_WITHOUT_VALUE"; then
       launcher_options+=("$1")
       given_options[$name]=true
     elif is_one_of "$name" "$OPTIONS_WITH_VALUE"; then
@@ -124,7 +137,7 @@ split_arguments() {
       for argument in "$@"; do
         # A launcher option after the job's arguments would reach the job, which does not know it.
         name=${argument%%=*}
-        if [[ $name == --* ]] && is_one_of "$name" "$OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
+        if [[ $name == --* ]] && is_one_of "$name" "--max_restarts $OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
           die option_misplaced "$name is an option of the launcher: put it before the arguments of the job"
         fi
       done
@@ -209,11 +222,56 @@ run_here() {
     # Keep hidden GPUs hidden: the launcher overwrites CUDA_VISIBLE_DEVICES for its ranks, with 0,1 for two ranks.
     [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   fi
-  [[ -n ${given_options[--master_port]:-} ]] || launcher_options+=(--master_port "$(free_port)")
   # By default every rank would start one thread per core of the machine.
   [[ ! $ranks =~ ^[1-9][0-9]*$ ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(at_least_one $(($(nproc) / ranks)))}
   [[ -n $ranks ]] || require_words_for_other_machines "$deepspeed"
-  run_and_wait "$deepspeed" "${launcher_options[@]}" --module "$module" "${job_arguments[@]}"
+  with_restarts start_here
+}
+
+start_here() {
+  local options=("${launcher_options[@]}")
+  [[ -n ${given_options[--master_port]:-} ]] || options+=(--master_port "$(free_port)")
+  run_and_wait "$deepspeed" "${options[@]}" --module "$module" "${job_arguments[@]}"
+}
+
+# Start the ranks, and start them again after a fault, if --max_restarts allows it. Exit with the status of the last start.
+with_restarts() { # FUNCTION
+  local status answer
+  if ((max_restarts > 0)); then
+    ZERO_SFT_RESTART_FOLDER=$(mktemp -d) # here rank 0 writes how far it has come
+    export ZERO_SFT_RESTART_FOLDER
+    trap 'rm -rf "$ZERO_SFT_RESTART_FOLDER"' EXIT
+  fi
+  for ((ZERO_SFT_START = 1; ; ZERO_SFT_START++)); do
+    ((max_restarts == 0)) || export ZERO_SFT_START
+    status=0
+    "$1" || status=$?
+    # 75: the run has ended early, as it was asked to.
+    if ((max_restarts == 0 || status == 0 || status == 75)) || [[ -n $was_signalled ]]; then
+      exit "$status"
+    fi
+    answer=$("$python" -m zero_sft.cluster.restarts "$ZERO_SFT_RESTART_FOLDER" "$ZERO_SFT_START" "$status" "$max_restarts") ||
+      exit "$status"
+    [[ $answer != resume ]] || resume_from_newest
+  done
+}
+
+# Let the job go on from the newest checkpoint, whatever it was told in its first start.
+resume_from_newest() {
+  local kept=() word skip=
+  for word in "${job_arguments[@]}"; do
+    if [[ -n $skip && $word != --* ]]; then
+      skip=
+      continue
+    fi
+    skip=
+    case $word in
+      --resume_from_checkpoint | --overwrite_output_dir) skip=1 ;;
+      --resume_from_checkpoint=* | --overwrite_output_dir=*) ;;
+      *) kept+=("$word") ;;
+    esac
+  done
+  job_arguments=("${kept[@]}" --resume_from_checkpoint auto --overwrite_output_dir False)
 }
 
 # With pdsh, a shell on each machine parses the words again. Only the shim of `python -m zero_sft.launcher enable` quotes them.
@@ -227,44 +285,53 @@ require_words_for_other_machines() { # COMMAND
   done
 }
 
-# Run a command and exit with its status. DeepSpeed's launcher does not forward signals; its child ends the ranks one after
+# Run a command and return its status. DeepSpeed's launcher does not forward signals; its child ends the ranks one after
 # the other, and kills each after 30 seconds. On a signal this script therefore sends SIGTERM or SIGUSR1 to all ranks, which
 # save a checkpoint and end, and continues to wait for the launcher.
 run_and_wait() { # COMMAND...
-  local launcher status signal
+  local launcher status=0 signal
   export ZERO_SFT_LAUNCHER_PID=$$ # the ranks end with this process
   "$@" <&0 &
   launcher=$!
   for signal in TERM INT HUP; do
     # shellcheck disable=SC2064
-    trap "signal_ranks TERM $launcher" "$signal"
+    trap "was_signalled=1; signal_ranks TERM $launcher" "$signal"
   done
   # shellcheck disable=SC2064
-  trap "signal_ranks USR1 $launcher" USR1
+  trap "was_signalled=1; signal_ranks USR1 $launcher" USR1
   while :; do
     status=0
     wait "$launcher" || status=$?
     kill -0 "$launcher" 2>/dev/null || break # if it still runs, a signal has interrupted wait
   done
-  exit "$status"
+  return "$status"
 }
 
 # Send a signal to the ranks that a launcher has started on this machine. Before there are any, or if all are on other
 # machines, end the launcher's children.
 signal_ranks() { # SIGNAL PID
-  local children=() ranks=() child process
-  read -r -a children 2>/dev/null <"/proc/$2/task/$2/children" || true
+  local children grandchildren targets=() child process
+  if [[ $(cat "/proc/$2/comm" 2>/dev/null) == srun ]]; then
+    kill "-$1" "$2" 2>/dev/null || true # srun passes it on
+    return
+  fi
+  children_of "$2" children
   for child in "${children[@]}"; do
-    for process in $(cat "/proc/$child/task/$child/children" 2>/dev/null); do
+    children_of "$child" grandchildren
+    for process in "${grandchildren[@]}"; do
       # The launcher's child gives this variable to the ranks alone.
-      grep -qsz '^CROSS_RANK=' "/proc/$process/environ" && ranks+=("$process")
+      ! grep -qsz '^CROSS_RANK=' "/proc/$process/environ" || targets+=("$process")
     done
   done
-  if ((${#ranks[@]})); then
-    kill "-$1" "${ranks[@]}" 2>/dev/null || true
+  if ((${#targets[@]})); then
+    kill "-$1" "${targets[@]}" 2>/dev/null || true
   else
     kill -TERM "${children[@]:-$2}" 2>/dev/null || true
   fi
+}
+
+children_of() { # PID NAME_OF_ARRAY
+  read -r -a "$2" 2>/dev/null <"/proc/$1/task/$1/children" || true
 }
 
 # --- SLURM -----------------------------------------------------------------------------------------------------------
@@ -339,11 +406,18 @@ run_in_slurm() {
   ((gpus == 0)) || step+=(--gpus-per-node="$ranks")
   # A rank that fails, or that ends long before the others, would leave them waiting in a collective.
   step+=(--kill-on-bad-exit=1 --wait=600 --label)
+  with_restarts start_in_slurm
+}
+
+start_in_slurm() {
+  local command
   # The rank numbers exist only inside the step: expanded in this script they would be 0 for every rank.
   # shellcheck disable=SC2016
-  exec srun "${step[@]}" bash -c '
+  command=(srun "${step[@]}" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$1
-    exec "${@:2}"' launch.sh "$ranks" "$python" -u -m "$module" "${job_arguments[@]}"
+    exec "${@:2}"' launch.sh "$ranks" "$python" -u -m "$module" "${job_arguments[@]}")
+  ((max_restarts > 0)) || exec "${command[@]}"
+  run_and_wait "${command[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -213,6 +213,7 @@ def _remove_earlier_checkpoints(output: Path, inputs: "Inputs", world: World) ->
 
 def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> Any:
     from zero_sft.job.loss_checks import LossChecks
+    from zero_sft.job.restart_record import RestartRecord
     from zero_sft.job.simulated_faults import SimulatedFaults
     from zero_sft.job.steps import StepLog
     from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
@@ -239,12 +240,16 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     row_name = "packed rows" if inputs.training_data.is_packed else "samples"
     log = StepLog(lambda: trainer.tokens, row_name, timeline)
     trainer.add_callback(log)
-    trainer.add_callback(
-        LossChecks(
-            trainer, inputs.training_data.samples, world, on_nan=arguments.on_nan, spike_factor=arguments.spike_factor,
-            roll_back=trainer.checkpoints.roll_back,
-        )
-    )  # fmt: skip
+    checks = LossChecks(
+        trainer,
+        inputs.training_data.samples,
+        world,
+        on_nan=arguments.on_nan,
+        spike_factor=arguments.spike_factor,
+        roll_back=trainer.checkpoints.roll_back,
+    )
+    trainer.add_callback(checks)
+    trainer.add_callback(RestartRecord(world, lambda: trainer.newest_checkpoint_step, checks.places))
     trainer.add_callback(WatchSteps(inputs.log_folder, world, arguments.step_timeout))
     trainer.add_callback(faults)  # after the watch has begun
     log.wait_for_engine()

@@ -16,7 +16,7 @@ KINDS = {
     "disk_full": "finds a full disk when the next checkpoint is written",
     "preempt": "gets SIGTERM",
 }
-"""What happens to the rank, by the name of the fault."""
+"""The faults, by name, and the effect of each on its rank."""
 
 _KEYS = ("rank", "step", "start", "seconds")
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zero_sft import errors
-from zero_sft.cluster import early_end, watchdog
+from zero_sft.cluster import early_end, restarts, watchdog
 from zero_sft.cluster.failure_message import describe_dead_ranks, describe_failure, describe_lost_connection, kernel_kills
 from zero_sft.cluster.node_board import EarlyClaim, NodeBoard
 from zero_sft.cluster.world import World
@@ -309,6 +309,7 @@ def _activity(error: BaseException | None = None) -> str:
 
 def _report(error: errors.ZeroSftError, *, is_alone: bool = False) -> None:
     message = error.with_code
+    restarts.note_error(error.code)
     if is_alone and _job.world.world_size > 1:
         message = f"{errors.without_tokens(str(error))} (rank {_job.world.rank} alone) [{error.code}]"
     sys.stdout.flush()

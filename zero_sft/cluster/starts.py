@@ -1,4 +1,4 @@
-"""Which start of a run this is: a launcher, or SLURM, starts a run again after a fault."""
+"""The number of a run's start: a launcher, or SLURM, starts a run again after a fault."""
 
 import os
 

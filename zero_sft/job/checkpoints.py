@@ -157,6 +157,11 @@ class SavingTrainer(SFTTrainer):
         """The step of the checkpoint that was saved last, in either format."""
         return self._saved_here if self.checkpoints.last_saved_step is None else self.checkpoints.last_saved_step
 
+    @property
+    def newest_checkpoint_step(self) -> int | None:
+        """The step of the newest checkpoint: saved by this start, or resumed from; None if there is none."""
+        return self._saved_step if self._saved_step is not None else self._step_at_start or None
+
     def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         """Log, evaluate and save as the Trainer does; save as well if the evaluation ends early. Every rank; communicates.
 

@@ -130,7 +130,7 @@ class LossChecks(TrainerCallback):
         if not self._spike_factor or loss <= self._spike_factor * median:
             return
         own = sum(map(float, self._trainer.step_losses))
-        gathered = all_gather_json(self._world, [own, self._places_of(range(len(self._trainer.step_losses)))])
+        gathered = all_gather_json(self._world, [own, self.places()])
         if self._world.is_main:
             rank, (_, places) = max(enumerate(gathered), key=lambda row: row[1][0])
             steps = f"; the mean of {args.logging_steps:g} steps" * (args.logging_steps > 1)
@@ -138,6 +138,10 @@ class LossChecks(TrainerCallback):
                 "step %d: the loss is %.3f, more than %g times the median of those before (%.3f)%s. It is highest on rank %d%s",
                 state.global_step, loss, self._spike_factor, median, steps, rank, _named(places),
             )  # fmt: skip
+
+    def places(self) -> list[str]:
+        """Return the places of this rank's samples of the present step. Does not communicate."""
+        return self._places_of(range(len(self._trainer.step_batches)))
 
     def _places_of(self, numbers: Any) -> list[str]:
         """Return the places of the samples in these batches of this rank."""
