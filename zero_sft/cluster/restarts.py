@@ -32,7 +32,7 @@ _NOT_AGAIN = frozenset({"cluster.ended_by_signal", "cluster.interrupted", "clust
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a start of the run has come.
+    """The last that is known of a start of the run.
 
     Attributes:
         step: the step that it has begun last; None: none.
