@@ -296,6 +296,7 @@ def test_lengths_that_are_none(wanted):
         ("{", "not_json", ()),
         ("[]", "not_an_object", ("[]",)),
         ("{}", "unknown_model_type", ("None", "pip install -U transformers")),
+        ('{"model_type": ["llama"]}', "unknown_model_type", ("['llama']",)),
         ('{"model_type": "lama"}', "unknown_model_type", ("'lama'", "pip install -U transformers")),
         ('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}', "unknown_model_type",
          ("mine.Mine", "--trust_remote_code True")),

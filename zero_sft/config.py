@@ -117,7 +117,8 @@ def load_config(folder: Path, options: HubOptions) -> PreTrainedConfig:
     raw = _read_json(path)
     model_type, auto_map = raw.get("model_type"), raw.get("auto_map")
     code = auto_map.get("AutoConfig") if isinstance(auto_map, dict) else None
-    if model_type not in CONFIG_MAPPING and not (code and options.trust_remote_code):
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if not is_known and not (code and options.trust_remote_code):
         remedy = (
             f"It comes with its own code ({code}): read it, and if you trust it, give --trust_remote_code True."
             if code

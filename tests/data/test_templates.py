@@ -1,11 +1,14 @@
 """`zero_sft.data.templates.choose`: Vicuna's text to the character, and any chat template's answers found or refused."""
 
+import signal
+import time
+
 import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, conversation
 from tests.errors import raises
 from zero_sft.data.samples.conversation import ASSISTANT, TOOL, Conversation, Turn
-from zero_sft.data.templates import jinja
+from zero_sft.data.templates import jinja, probe
 from zero_sft.data.templates.choose import choose_template
 from zero_sft.data.templates.jinja import ChatTemplate
 from zero_sft.data.templates.probe import find_turn_ends
@@ -304,3 +307,28 @@ def test_vicunas_stop_is_one_token_of_the_model():
     assert spans(template.render(conversation("Hi", "Hello."))) == [" Hello.<|endoftext|>"]
     with raises("data.tokenizer_without_eos"):
         choose_template("vicuna", PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ range(99999) | map('string') | list }}" * 300,
+    ],
+)
+def test_a_template_that_loops_ends(monkeypatch, source):
+    """Within the time limit, in one error; and another timer of the process goes on."""
+    monkeypatch.setattr(probe, "RENDER_SECONDS", 0.5)
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(None))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        began = time.monotonic()
+        with raises("data.template_loops", "more than 0.5 s"):
+            probe.probe_template(byte_tokenizer(), source)
+        assert time.monotonic() - began < 5
+        time.sleep(1.2)
+        assert rung == [None]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

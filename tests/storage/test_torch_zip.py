@@ -1,5 +1,6 @@
 """Headers of `.bin` files: offsets against the file's bytes, views and shared storages, and files that are wrong."""
 
+import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.errors import raises
+from zero_sft.errors import CheckpointError
 from zero_sft.storage.torch_zip import read_bin_header
 
 
@@ -46,6 +48,19 @@ def test_code_in_a_file_is_never_run(tmp_path):
     with raises("checkpoint.unsafe_or_damaged"):
         read_bin_header(tmp_path / "x.bin")
     assert not (tmp_path / "ran").exists()
+
+
+def test_every_bit_of_a_directory(tmp_path):
+    """Python's zipfile raises several types of errors for a damaged directory at the end of the file."""
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.ones(2)}, path)
+    content = path.read_bytes()
+    start = content.index(b"PK\x01\x02")
+    for place in range(start, len(content)):
+        for bit in (1, 2, 128):
+            path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            with contextlib.suppress(CheckpointError):
+                assert read_bin_header(path)["a"].shape == (2,)
 
 
 def test_files_that_are_wrong(tmp_path):

@@ -359,11 +359,20 @@ def no_files(folder):
     config.write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
 
 
+def huge_id(folder):
+    """The tokenizers library would list four billion ids, and end the process for lack of memory."""
+    path = chatml_folder(folder) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["a"] = 2**32 - 1
+    path.write_text(json.dumps(content))
+
+
 FAULTS = {
     "missing": (lambda folder: None, "hub.no_such_folder", "model"),
     "broken_json": (broken_json, "tokenizer.unusable", "model"),
     "not_json": (not_json, "tokenizer.unusable", "model"),
     "broken_model": (broken_model, "tokenizer.unusable", "model"),
+    "huge_id": (huge_id, "tokenizer.bad_ids", "4,294,967,295"),
     "no_files": (no_files, "tokenizer.no_files", "tokenizer.json, tokenizer.model"),
 }
 

@@ -66,7 +66,7 @@ def _holds_tensors(value: Any) -> bool:
 def _size_of_zip(path: str) -> int:
     with explain_read_errors(path):
         size_bytes = Path(path).stat().st_size
-        is_zip = bool(size_bytes) and zipfile.is_zipfile(path)
+        is_zip = bool(size_bytes) and _is_zip(path)
     if is_zip and _is_compressed(path):
         raise CheckpointError(
             f"{path} is compressed, so its tensors can't be read in place. Save it uncompressed, once, in Python:\n"
@@ -85,8 +85,15 @@ def _size_of_zip(path: str) -> int:
     return size_bytes
 
 
+def _is_zip(path: str) -> bool:
+    with contextlib.suppress(zipfile.BadZipFile):  # Python before 3.13 raises it for some damaged files
+        return zipfile.is_zipfile(path)
+    return False
+
+
 def _is_compressed(path: str) -> bool:
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch.load reports a bad one
+    # torch.load reports a bad one.
+    with contextlib.suppress(zipfile.BadZipFile, ValueError, NotImplementedError, OSError), zipfile.ZipFile(path) as archive:
         return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     return False
 

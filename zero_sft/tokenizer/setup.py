@@ -20,6 +20,7 @@ from zero_sft.checkpoint.folder_kind import first_placeholder
 from zero_sft.errors import TokenizerError, ZeroSftError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER
+from zero_sft.printable import excerpt
 from zero_sft.tokenizer.fingerprint import PROBES
 from zero_sft.tokenizer.serialize import keep_base_config
 from zero_sft.transformers_internals import set_tokenizer_backend
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 UNK = "the unk token"
 _PAD, _SPARE = (re.compile(rf"(?i)(?<![a-z])({words})") for words in ("pad", "reserved|unused|dummy"))
+_MOST_UNUSED_IDS = 2**20
+"""More ids than this without a token are an error of the file."""
 _MEDIA = re.compile(r"(?i)image|img|video|vision|audio|speech")
 
 
@@ -41,6 +44,7 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
     del settings["revision"], settings["subfolder"], settings["variant"]  # the folder is already resolved by them
     try:
         tokenizer = _open(folder, settings)
+        _require_dense_ids(tokenizer, folder)
     except ZeroSftError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
@@ -132,6 +136,24 @@ def _sentencepiece(folder: Path) -> Any:
                 f"{path} can't be read ({error}): pip install sentencepiece protobuf", code="tokenizer.package_missing"
             ) from error
     return None
+
+
+def _require_dense_ids(tokenizer: Any, folder: Path) -> None:
+    """Check that no id is far beyond the number of tokens.
+
+    The tokenizers library lists all ids up to the largest one when it saves a tokenizer.
+
+    Raises:
+        TokenizerError: an id is.
+    """
+    ids = tokenizer.get_vocab()
+    token = max(ids, key=ids.__getitem__, default=None)
+    if token is not None and ids[token] > _MOST_UNUSED_IDS + len(ids):
+        raise TokenizerError(
+            f"{folder}: the token {excerpt(token)} has the id {ids[token]:,}, and there are only {len(ids):,} tokens. Copy the "
+            "tokenizer's files again from the original model.",
+            code="tokenizer.bad_ids",
+        )
 
 
 def _as_sentencepiece(tokenizer: Any, pieces: Any, folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -9,8 +9,12 @@ from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, THOUGHTS_FIELDS, USER, Messages
 from zero_sft.data.templates.thoughts import CLOSE, OPEN, ThoughtsHandling
+from zero_sft.data.templates.time_limit import TimeOver, time_limit
 from zero_sft.errors import DataError
 from zero_sft.printable import printable
+
+RENDER_SECONDS = 10.0
+"""The longest time for one conversation. Real templates take a millisecond for a thousand turns."""
 
 STAND_IN = "zerosftanswer"
 """A placeholder for a text; templates neither look for it nor strip nor escape it."""
@@ -36,9 +40,16 @@ def render_chat(tokenizer: Any, source: str | None, messages: Messages, where: s
     from jinja2.exceptions import TemplateSyntaxError
 
     try:
-        rendered = tokenizer.apply_chat_template(
-            list(messages), chat_template=source, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        with time_limit(RENDER_SECONDS):
+            rendered = tokenizer.apply_chat_template(
+                list(messages), chat_template=source, tokenize=False, add_generation_prompt=generation_prompt
+            )
+    except TimeOver as error:
+        raise DataError(
+            f"{where}: the chat template takes more than {RENDER_SECONDS:g} s for this conversation, so it probably loops. "
+            f"{VICUNA_INSTEAD}",
+            code="data.template_loops",
+        ) from error
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
         raise DataError(
