@@ -62,6 +62,7 @@ class ShardedCheckpoints:
         args = trainer.args
         self._saver = CheckpointSaver(
             world,
+            output=Path(args.output_dir),
             save_async=False if _callbacks_read_checkpoints() else args.save_async,
             local_folder=None if args.local_save_dir is None else Path(args.local_save_dir).expanduser(),
             on_error=args.on_save_error,

@@ -8,6 +8,7 @@ training waits until all is written.
 import contextlib
 import dataclasses
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ from zero_sft.saving.checkpoint_writer import (
     write_parts,
 )
 from zero_sft.saving.export import ExportLayout
+from zero_sft.saving.folder import explain_write_errors, file_system_of
 from zero_sft.saving.host_copy import CopiedParts, HostCopy, Sizes, copy_nbytes, copy_sizes
 from zero_sft.storage import host_memory
 from zero_sft.zero import optimizer_state
@@ -79,6 +81,7 @@ class CheckpointSaver:
     Args:
         save_async: "auto" takes memory for a copy if there is enough; not for an optimizer on NVMe, since a copy of its state
             would be in memory.
+        output: the folder with the checkpoints, whose file system must stay mounted; None: that is not checked.
         local_folder: a folder on a disk of this node, for the copy; None: it is in memory.
         on_error: "raise" raises the error of a checkpoint that could not be written twice; "continue" logs it.
         on_saved: called on every rank with the folder and the report of each complete checkpoint.
@@ -90,6 +93,7 @@ class CheckpointSaver:
         world: World,
         *,
         save_async: bool | Literal["auto"],
+        output: Path | None = None,
         local_folder: Path | None = None,
         on_error: Literal["raise", "continue"],
         on_saved: Callable[[Path, SaveReport], None],
@@ -99,11 +103,15 @@ class CheckpointSaver:
         self._on_saved, self._on_failed, self._local_folder = on_saved, on_failed, local_folder
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._memory: HostCopy | None = None
+        self._file_system: int | None = None  # of the output folder, when the run began
         self._is_without_copy = save_async is False  # also if there was no memory for the first checkpoint's copy
         self._pending: _Pending | None = None
         self._queued: list[Future[object]] = []
         self._started = self._blocked = 0.0  # of the checkpoint that was begun last
         self._write_parts = write_parts
+        if output is not None:
+            with contextlib.suppress(OSError):
+                self._file_system = file_system_of(output)
 
     def save(
         self,
@@ -128,6 +136,7 @@ class CheckpointSaver:
         for attempt in (1, 2):
             try:
                 with self._blocking():
+                    self._require_same_file_system(target)
                     content = describe_checkpoint(engine, tensors, target, weights, small_files, progress, self._world)
                     written = self._write(engine, tensors, content, attempt)
             except ExportError as error:
@@ -137,6 +146,20 @@ class CheckpointSaver:
                 if written is not None:
                     self._report(content, *written)
                 return
+
+    def _require_same_file_system(self, target: Path) -> None:
+        """Check that the output folder is still mounted. Without its file system, the folder below the mount would be filled.
+
+        Raises:
+            ExportError: on every rank; it is on another file system than at the start of the run.
+        """
+        with collective_stage(self._world, f"looking at {target.parent}"), explain_write_errors(target):
+            if self._file_system is not None and self._file_system != file_system_of(target.parent):
+                raise ExportError(
+                    f"{target.parent} is not on the file system on which it was when the run began: its mount on "
+                    f"{socket.gethostname()} is gone, or another one is in its place. Mount it again.",
+                    code="export.other_file_system",
+                )
 
     def write_with(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Wrap the function that writes this rank's part. Does not communicate."""
@@ -241,6 +264,7 @@ class CheckpointSaver:
     def _write_again(self, content: CheckpointContent, copied: CopiedParts, attempt: int) -> None:
         try:
             with self._blocking():
+                self._require_same_file_system(content.target)
                 folder = begin_checkpoint(content, self._world)
         except ExportError as error:
             self._tries_again(content.target, content.progress.step, attempt, error)

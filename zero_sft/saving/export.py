@@ -248,10 +248,12 @@ def export_or_rescue(export: Callable[[Path], None], output: Path, world: World)
     except ExportError as error:
         token = broadcast_bytes(world, secrets.token_hex(4).encode() if world.is_main else None).decode()
         rescue = Path.cwd() / f"{output.name}-rescued-{token}"
-        logger.error("%s\nwriting the model to %s instead", error, rescue)
+        if world.is_main:
+            logger.warning("%s\nwriting the model to %s instead", error, rescue)
         try:
             export(rescue)
         except ZeroSftError as rescue_error:
-            logger.error("%s", rescue_error)
+            if world.is_main:
+                logger.warning("%s", rescue_error)
             raise error from None
         raise ExportError(f"{error}\nThe trained model is complete in {rescue}.", code=error.code) from error

@@ -82,6 +82,18 @@ def resolved(path: str | Path) -> Path:
         raise ExportError(f"{path} leads to no folder: {error}. Name another folder.", code="export.no_such_path") from error
 
 
+def file_system_of(path: str | Path) -> int:
+    """Return the number of the file system of a folder, or of the nearest folder above it that exists. Any rank.
+
+    Raises:
+        OSError: it can't be reached.
+    """
+    folder = Path(path).expanduser()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.stat().st_dev
+
+
 def make_staging(path: str | Path) -> StagingFolder:
     """Make an empty staging folder for the folder `path`, on its file system. Rank 0.
 
