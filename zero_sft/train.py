@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +27,14 @@ from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.console.log import close_console, open_console, silence_transformers
+from zero_sft.console.log import close_console, copy_log_to, open_console, silence_transformers
 from zero_sft.errors import ArgumentError, DistributedError
 from zero_sft.launcher import launch_note
 from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     from zero_sft.job.inputs import Inputs
+    from zero_sft.job.run_folder import RunFolder
     from zero_sft.job.timeline import Timeline
 
 logger = logging.getLogger("zero_sft.train")  # not __name__, which is "__main__" in a run
@@ -162,6 +164,7 @@ def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
 def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers import set_seed
 
+    from zero_sft.job.wall_time import WallTime, shares_line
     from zero_sft.saving.export import export_or_rescue
     from zero_sft.zero import gather_hooks as gather
 
@@ -175,10 +178,19 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     set_seed(inputs.arguments.seed)  # again, since the load has drawn random numbers
     trainer = _trainer(model, inputs, world, timeline)
     _remove_earlier_checkpoints(output, inputs, world)
+    run_folder = _open_run_folder(parsed, trainer, inputs, world)
+    wall_time = WallTime(
+        lambda: timeline.seconds, lambda: trainer.checkpoints.blocked_seconds, lambda: trainer.seconds_waited_for_data
+    )
+    trainer.add_callback(wall_time)
     origin = f" from the checkpoint {inputs.checkpoint.folder}, whose files are intact" if inputs.checkpoint else ""
     logger.info("starting the engine%s", origin)
     failure.set_activity(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")
     late_error = trainer.train_to_the_end(inputs.checkpoint and inputs.checkpoint.folder)
+    seconds = wall_time.seconds(time.time() - timeline.began)
+    logger.info(shares_line(seconds))
+    if run_folder is not None:
+        run_folder.end(step=trainer.state.global_step, seconds=seconds)
     trainer.require_last_step()
     logger.info("writing the model to %s", output)
     failure.set_activity("writing the model")
@@ -211,6 +223,29 @@ def _remove_earlier_checkpoints(output: Path, inputs: "Inputs", world: World) ->
                 remove_checkpoints(output)
 
 
+def _open_run_folder(parsed: ParsedArguments, trainer: Any, inputs: "Inputs", world: World) -> "RunFolder | None":
+    """Begin the files in the log folder that grow while the run goes on; None on ranks other than 0. Does not communicate."""
+    from zero_sft.job.run_folder import RunFolder, WriteMetrics
+
+    if not world.is_main:
+        return None
+    folder, checkpoint = inputs.log_folder, inputs.checkpoint
+    run_folder = RunFolder(folder, is_resumed=checkpoint is not None and checkpoint.folder.parent == folder.parent)
+    try:
+        copy_log_to(folder / failure.TRAIN_LOG, append=bool(run_folder.starts()))
+    except OSError as error:
+        logger.warning("the log can't be copied to %s: %s", folder, error)
+    data = {"names": list(inputs.record.data), "digests": inputs.training_data.keys}
+    run_folder.begin(_shown(parsed), world.world_size, data, checkpoint.global_step if checkpoint else 0)
+    trainer.add_callback(WriteMetrics(run_folder, _title(inputs)))
+    trainer.checkpoints.on_complete = lambda report: run_folder.add({"event": "checkpoint", **dataclasses.asdict(report)})
+    return run_folder
+
+
+def _title(inputs: "Inputs") -> str:
+    return f"Loss of {Path(inputs.model_source.name).name}, {inputs.log_folder.parent}"
+
+
 def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> Any:
     from zero_sft.job.loss_checks import LossChecks
     from zero_sft.job.restart_record import RestartRecord
@@ -238,7 +273,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     row_name = "packed rows" if inputs.training_data.is_packed else "samples"
-    log = StepLog(lambda: trainer.tokens, row_name, timeline)
+    log = StepLog(lambda: trainer.tokens, row_name, timeline, lambda: trainer.flops_per_token)
     trainer.add_callback(log)
     checks = LossChecks(
         trainer,
@@ -341,7 +376,6 @@ def _write_log_files(inputs: "Inputs", logs: Mapping[str, Any]) -> str:
 
     folder = inputs.log_folder
     curve = folder / "loss.png"
-    title = f"Loss of {Path(inputs.model_source.name).name}, {folder.parent}"
     try:
         folder.mkdir(exist_ok=True)
         curve.unlink(missing_ok=True)  # from an earlier run
@@ -350,7 +384,7 @@ def _write_log_files(inputs: "Inputs", logs: Mapping[str, Any]) -> str:
             path.unlink(missing_ok=True)
             if content:
                 path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
-        is_drawn = plot_loss(logs["history"], curve, title)
+        is_drawn = plot_loss(logs["history"], curve, _title(inputs))
     except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
         logger.warning("the logs can't be written to %s: %s. The model is complete.", folder, error)
         return "none: it could not be written"

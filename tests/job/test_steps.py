@@ -13,7 +13,7 @@ from zero_sft.console.progress import format_bytes, format_duration
 
 LINE = re.compile(
     r"step (?P<step>\d+)/(?P<steps>\d+)  epoch \d+\.\d\d  loss (?P<loss>\d+\.\d{3})  lr (?P<lr>\d\.\de[-+]\d\d)  grad \S+"
-    r"  (?P<rate>[\d,]+) tok/s(  (?P<left>\d+:\d\d) left)?"
+    r"  (?P<rate>[\d,]+) tok/s/rank(  (?P<left>\d+:\d\d) left)?"
 )
 EVALUATION = re.compile(
     r"step (?P<step>\d+)/\d+  epoch \d+\.\d\d  eval loss (?P<loss>\d+\.\d{3})  (?P<samples>\d+) samples in \S+ s"
@@ -100,8 +100,8 @@ def test_lines():
     from zero_sft.job.steps import evaluation_line, finished_line, other_line, training_metrics
 
     logs = {"loss": 2.9411, "learning_rate": 1.8e-5, "grad_norm": 1.3239, "epoch": 0.5217, "entropy": 1.0, "num_tokens": 9.0}
-    assert training_metrics(logs, 1104.6) == "loss 2.941  lr 1.8e-05  grad 1.32  1,105 tok/s"
-    assert training_metrics({"loss": float("nan"), "aux_loss": 0.0123}, None) == "loss nan  aux loss 0.012"
+    assert training_metrics(logs) == "loss 2.941  lr 1.8e-05  grad 1.32"
+    assert training_metrics({"loss": float("nan"), "aux_loss": 0.0123}) == "loss nan  aux loss 0.012"
     sets = {"eval_a_loss": 2.31, "eval_a_runtime": 3.1, "eval_a_samples_per_second": 3.226, "epoch": 1.0}
     assert evaluation_line(sets, 12, 23) == "step 12/23  epoch 1.00  eval a loss 2.310  10 samples in 3.1 s"
     assert finished_line({"train_runtime": 161.0, "train_loss": 2.5}, 23) == "trained 23 steps in 2:41, mean loss 2.500"
@@ -133,3 +133,41 @@ def test_time_left_and_throughput():
 def test_words_for_durations_and_sizes():
     assert [format_duration(each) for each in (0.4, 5, 161, 3723, 90000)] == ["0:00", "0:05", "2:41", "1:02:03", "1 d 1:00:00"]
     assert [format_bytes(each) for each in (0, 1000, 1536, 13 * 2**30)] == ["0 B", "1000 B", "1.5 KiB", "13.0 GiB"]
+
+
+def test_the_line_of_a_large_run_fits_100_columns(monkeypatch):
+    """A 70B model on H100s: rate, share of the peak, and once the memory."""
+    from types import SimpleNamespace
+
+    from zero_sft.job import steps
+    from zero_sft.job.timeline import Timeline
+
+    said = []
+    monkeypatch.setattr(steps, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(steps, "peak_memory", lambda: 65_700_000_000)
+    monkeypatch.setattr(steps, "_log_line", lambda args, state, line: said.append(line))
+    log = steps.StepLog(lambda: 60_000, "packed rows", Timeline(), lambda: 6 * 69_500_000_000)
+    state = SimpleNamespace(global_step=980, max_steps=9800, is_world_process_zero=True)
+    log._pace.step(1, 0.0)
+    log._pace.step(980, 2_000.0)
+    for _ in range(2):
+        log._throughput = steps.Throughput(0, 0.0)
+        log._throughput.add(1.0)
+        log.on_log(SimpleNamespace(world_size=64), state, None, {
+            "loss": 1.2345, "learning_rate": 1.8e-5, "grad_norm": 1.3239, "epoch": 0.5
+        })  # fmt: skip
+    first, second = said
+    metrics = "step 980/9800  epoch 0.50  loss 1.234  lr 1.8e-05  grad 1.32  938 tok/s/GPU  40% MFU"
+    assert first == f"{metrics}  61.2 GiB  5:00:18 left"
+    assert second == f"{metrics}  5:00:18 left", "the memory has not grown"
+    assert len(second) <= 100
+
+
+@pytest.mark.parametrize(("name", "tera"), [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+    ("NVIDIA L40", 181), ("AMD Instinct MI300X", 1307), ("NVIDIA GeForce RTX 3060", None), ("", None),
+])  # fmt: skip
+def test_peaks(name, tera):
+    from zero_sft.job.device_use import peak_flops
+
+    assert peak_flops(name) == (tera and tera * 1e12)

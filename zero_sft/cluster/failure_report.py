@@ -34,6 +34,9 @@ FOLLOW_ON_SECONDS = 3.0
 EARLY_SECONDS = 30.0
 """Time that a rank of another node gives those of the first node to report an error from before the ranks have joined."""
 
+TRAIN_LOG = "train.log"
+"""Name of the file in the log folder with a copy of the log."""
+
 _ACTIVITY = "_zero_sft_activity"
 """Attribute of an error that holds the activity in which it was raised."""
 
@@ -316,6 +319,10 @@ def _report(error: errors.ZeroSftError, *, is_alone: bool = False) -> None:
     title = "ended early" if isinstance(error, errors.EndedEarlyError) else "error"
     sys.stderr.write(f"\n{title}: {message}\n")
     sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        if _job.logs is not None and (_job.logs / TRAIN_LOG).exists():
+            with (_job.logs / TRAIN_LOG).open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{title}: {message}\n")
 
 
 def _print_traceback(error: BaseException, path: Path | None) -> None:

@@ -5,12 +5,14 @@ also runs in programs that set up their own log. A program calls `open_console` 
 lasts in between: handlers and levels of loggers, warning filters, the display of `progress`, and two environment variables.
 """
 
+import contextlib
 import logging
 import os
 import sys
 import time
 import warnings
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import psutil
 
@@ -21,6 +23,10 @@ from zero_sft.printable import printable
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "httpx", "filelock", "matplotlib", "torch.distributed")
 _REDUNDANT_WARNING = "Setting accelerator to CPU"
 """Start of a warning that DeepSpeed logs on every rank of a machine without a GPU; the job itself logs the device."""
+
+
+_MOST_EARLY_LINES = 2000
+"""So many lines are kept for a file that may be named later."""
 
 
 class _Elapsed(logging.Formatter):
@@ -47,10 +53,39 @@ class _Handler(logging.Handler):
         super().__init__()
         self.setFormatter(_Elapsed(world.rank))
         self._is_main, self._display = world.is_main, display
+        self._early: list[str] | None = []  # the lines before there is a file
+        self._file: TextIO | None = None
+
+    def copy_to(self, path: Path, *, append: bool) -> None:
+        """Copy all lines of this process, past and future, to a file; an error is raised now, and later ends the copy."""
+        file = path.open("a" if append else "w", encoding="utf-8", errors="replace")
+        file.writelines(line + "\n" for line in self._early or [])
+        file.flush()
+        self._early, self._file = None, file
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+        super().close()
+
+    def _copy(self, text: str) -> None:
+        if self._early is not None:
+            if self._is_main and len(self._early) < _MOST_EARLY_LINES:
+                self._early.append(text)
+        elif self._file is not None:
+            try:
+                self._file.write(text + "\n")
+                self._file.flush()
+            except OSError:  # a full disk: the console still has the lines
+                self._file = None
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             text = self.format(record)
+            self._copy(text)
             print_above = getattr(self._display, "print_above", None)
             if print_above is not None and print_above(text):
                 return
@@ -87,9 +122,22 @@ def open_console(world: World, *, bars: bool = True) -> None:
         logging.getLogger().setLevel(logging.ERROR)
 
 
+def copy_log_to(path: Path, *, append: bool) -> None:
+    """Copy the log, from its first line, to a file as well. Rank 0.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    for handler in logging.getLogger("zero_sft").handlers:
+        if isinstance(handler, _Handler):
+            handler.copy_to(path, append=append)
+
+
 def close_console() -> None:
-    """Stop showing progress."""
+    """Stop showing progress, and close the file with a copy of the log."""
     progress.set_display(None)
+    for handler in logging.getLogger("zero_sft").handlers:
+        handler.close()
 
 
 def _display(bars: bool) -> Any:

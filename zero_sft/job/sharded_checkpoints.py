@@ -59,6 +59,10 @@ class ShardedCheckpoints:
         self.newest: Path | None = None  # the checkpoint that was saved last, or from which the run was resumed
         self.last_saved_step: int | None = None
         self.last_save_seconds: float | None = None
+        self.blocked_seconds = 0.0
+        """The seconds for which training has waited for checkpoints."""
+        self.on_complete: Callable[[SaveReport], None] = lambda _: None
+        """Called with the report of each complete checkpoint."""
         args = trainer.args
         self._saver = CheckpointSaver(
             world,
@@ -192,6 +196,8 @@ class ShardedCheckpoints:
     def _on_saved(self, target: Path, report: SaveReport) -> None:
         """Remove the checkpoints beyond `save_total_limit`."""
         self.newest, self.last_saved_step, self.last_save_seconds = target, report.step, report.seconds
+        self.blocked_seconds += report.blocked_seconds
+        self.on_complete(report)
         if report.owns_folder:
             limit, best = self._trainer.args.save_total_limit, self._trainer.state.best_model_checkpoint
             for folder in surplus(checkpoints_in(target.parent), limit, {target, *([Path(best)] if best else [])}):

@@ -1,6 +1,6 @@
 """Log a training: one line for each logged step and each evaluation, with the time left.
 
-    step 12/23  epoch 0.52  loss 2.941  lr 1.8e-05  grad 1.32  1,105 tok/s  2:41 left
+    step 12/23  epoch 0.52  loss 2.941  lr 1.8e-05  grad 1.32  7,105 tok/s/GPU  38% MFU  61.2 GiB  2:41 left
     step 12/23  epoch 0.52  eval loss 2.310  10 samples in 3.1 s
 
 It replaces the Trainer's callbacks that print dicts. The lines show the metrics to watch during a run; `logs/history.json`
@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zero_sft.console import progress
 from zero_sft.console.progress import format_duration
+from zero_sft.job.device_use import device_name, peak_flops, peak_memory
 from zero_sft.job.timeline import Timeline
 from zero_sft.printable import with_count
 
@@ -43,15 +44,20 @@ class StepLog(TrainerCallback):
         tokens: a function that returns the number of tokens that all ranks have computed in the whole run.
         row_name: the name of a batch's elements in the log, "samples" or "packed rows".
         timeline: ends with the first step, when its summary is logged.
+        flops_per_token: operations for a token; None if their number is not known.
     """
 
-    def __init__(self, tokens: Callable[[], int], row_name: str, timeline: Timeline) -> None:
+    def __init__(
+        self, tokens: Callable[[], int], row_name: str, timeline: Timeline, flops_per_token: Callable[[], int | None]
+    ) -> None:
         self._tokens, self._row_name, self._timeline = tokens, row_name, timeline
+        self._flops_per_token, self._peak = flops_per_token, peak_flops(device_name())
         self._training_stack, self._evaluation_stack = contextlib.ExitStack(), contextlib.ExitStack()
         self._task: progress.Task | None = None
         self._evaluation_task: progress.Task | None = None
         self._pace = Pace()
         self._throughput = Throughput(0, 0.0)
+        self._memory = 0  # the most that a line has shown
         self._metrics = ""  # the last logged step and its metrics
         self._not_finite: list[int] = []  # the logged steps whose loss was not finite
 
@@ -90,7 +96,7 @@ class StepLog(TrainerCallback):
             if not math.isfinite(float(logs["loss"])):  # `loss_checks.py` has said more
                 self._not_finite.append(state.global_step)
             rate = self._throughput.tokens_per_second(self._tokens())
-            metrics = training_metrics(logs, rate)
+            metrics = _joined(training_metrics(logs), *self._use(rate, args.world_size))
             self._metrics = f"at step {state.global_step}: {metrics}"
             position = _position(logs, state.global_step, state.max_steps)
             line = _joined(position, metrics, _time_left(self._pace, state))
@@ -104,6 +110,20 @@ class StepLog(TrainerCallback):
             line = other_line(logs, state.global_step, state.max_steps)
         if line:
             _log_line(args, state, line)
+
+    def _use(self, tokens_per_second: float | None, ranks: int) -> list[str]:
+        """Describe the use of a device: tokens per second, the share of its peak, and the most memory, where that has grown."""
+        parts = []
+        memory, flops = peak_memory(), self._flops_per_token()
+        if tokens_per_second is not None:
+            rate = tokens_per_second / ranks
+            parts.append(f"{rate:,.0f} tok/s/{'rank' if memory is None else 'GPU'}")
+            if self._peak and flops:
+                parts.append(f"{100 * rate * flops / self._peak:.0f}% MFU")
+        if memory is not None and memory > 1.01 * self._memory:
+            self._memory = memory
+            parts.append(progress.format_bytes(memory))
+        return parts
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Show the evaluation's progress, in batches of this rank."""
@@ -191,10 +211,9 @@ class Throughput:
         return rate
 
 
-def training_metrics(logs: Mapping[str, Any], tokens_per_second: float | None) -> str:
+def training_metrics(logs: Mapping[str, Any]) -> str:
     """Format the metrics of a logged step; missing metrics are left out. Pure."""
-    metrics = [f"{label} {_number(logs[name], spec)}" for name, label, spec in _STEP_METRICS if name in logs]
-    return _joined(*metrics, f"{tokens_per_second:,.0f} tok/s" if tokens_per_second is not None else "")
+    return _joined(*(f"{label} {_number(logs[name], spec)}" for name, label, spec in _STEP_METRICS if name in logs))
 
 
 def evaluation_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
@@ -243,10 +262,7 @@ def _plan_line(args: Any, state: Any, row_name: str) -> str:
     factors = [with_count(ranks, "rank"), f"{per_rank} on each"]
     factors += [f"{accumulation} times before each update"] if accumulation > 1 else []
     steps = f"steps {state.global_step + 1:,} to {state.max_steps:,}" if state.global_step else f"{state.max_steps:,} steps"
-    return (
-        f"training: {steps}, {ranks * per_rank * accumulation:,} {row_name} per step ({' x '.join(factors)}); "
-        "tok/s counts the tokens of all ranks"
-    )
+    return f"training: {steps}, {ranks * per_rank * accumulation:,} {row_name} per step ({' x '.join(factors)})"
 
 
 def _joined(*parts: str) -> str:

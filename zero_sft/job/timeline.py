@@ -13,7 +13,7 @@ class Timeline:
     """The consecutive parts of a start-up. Each part is named when it ends."""
 
     def __init__(self) -> None:
-        self._last = psutil.Process().create_time()
+        self.began = self._last = psutil.Process().create_time()
         self._seconds: dict[str, float] = {}
 
     def end(self, part: str) -> None:

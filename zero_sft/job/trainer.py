@@ -6,6 +6,7 @@
 import functools
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ from zero_sft.data.packing import is_flash
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError, Scope
 from zero_sft.job.checkpoints import SavingTrainer
+from zero_sft.job.device_use import has_idle_experts
 from zero_sft.job.simulated_faults import SimulatedFaults
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
+from zero_sft.rope import text_config
 from zero_sft.transformers_internals import configured_attention
 from zero_sft.zero.shards import full_numel
 
@@ -46,6 +49,7 @@ class JobTrainer(SavingTrainer):
 
     def __init__(self, *, faults: SimulatedFaults, **kwargs: Any) -> None:
         self._faults, self.step_batches, self.step_losses = faults, [], []
+        self.seconds_waited_for_data = 0.0
         super().__init__(**kwargs)
         self.checkpoints.write_with(faults.failing)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
@@ -74,6 +78,12 @@ class JobTrainer(SavingTrainer):
         """
         return 6 * inputs["input_ids"].numel() * self._numel_without_embeddings
 
+    @property
+    def flops_per_token(self) -> int | None:
+        """Operations for a token, as in `floating_point_ops`; None for a model with experts, of which a token uses a part."""
+        model: Any = self.model
+        return None if has_idle_experts(text_config(model.config)) else 6 * self._numel_without_embeddings
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write no model card, since TRL's card would be taken for a description of the exported model."""
 
@@ -83,7 +93,9 @@ class JobTrainer(SavingTrainer):
         Raises:
             DataError: no batch on any rank holds a trained token.
         """
+        began = time.monotonic()
         batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
+        self.seconds_waited_for_data += time.monotonic() - began
         self.step_batches, self.step_losses = [dict(batch) for batch in batches], []
         # Samples tokenised in advance always hold a trained token. Skip the check for them: `int(trained)` syncs the device.
         dataset: Any = self.train_dataset
