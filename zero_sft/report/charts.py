@@ -1,0 +1,141 @@
+"""Draw charts as SVG text, without a library: lines over steps, and spans over time. Pure.
+
+Colours are those of the page's style sheet: `series-0`, `series-1`, and so on, which differ in light and dark.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from zero_sft.report.runs import Points
+
+WIDTH, WIDE, HEIGHT = 720, 1180, 240
+"""Of a chart, of one that is as wide as the page, and the height of both."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 12, 34
+_MOST_POINTS = 600
+_COLOURS = 6
+
+
+def line_chart(series: Mapping[str, Points], label: str, *, width: int = WIDTH) -> str:
+    """Draw lines over steps, with a legend if there are several. "" without a point.
+
+    Args:
+        label: of the vertical axis.
+    """
+    shown = {name: _thinned(points) for name, points in series.items() if points}
+    if not shown:
+        return ""
+    steps = [step for points in shown.values() for step, _ in points]
+    values = [value for points in shown.values() for _, value in points]
+    x_ticks, y_ticks = ticks(min(steps), max(steps), whole=True), ticks(min(values), max(values))
+    x_low, x_high = min(*steps, x_ticks[0]), max(*steps, x_ticks[-1])
+    y_low, y_high = min(*values, y_ticks[0]), max(*values, y_ticks[-1])
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = _LEFT + (step - x_low) / ((x_high - x_low) or 1) * (width - _LEFT - _RIGHT)
+        y = HEIGHT - _BOTTOM - (value - y_low) / ((y_high - y_low) or 1) * (HEIGHT - _TOP - _BOTTOM)
+        return round(x, 1), round(y, 1)
+
+    parts = []
+    for tick in y_ticks:
+        y = place(x_low, tick)[1]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4}">{number(tick)}</text>')
+    for tick in x_ticks:
+        x = place(tick, y_low)[0]
+        parts.append(f'<text class="tick middle" x="{x}" y="{HEIGHT - _BOTTOM + 16}">{number(tick)}</text>')
+    for index, (name, points) in enumerate(shown.items()):
+        path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
+        kind = f"series-{index % _COLOURS}"
+        if len(points) > 1:
+            parts.append(f'<polyline class="{kind}" points="{path}"/>')
+        marks = points if len(points) <= 60 else [points[-1]]
+        for step, value in marks:
+            x, y = place(step, value)
+            title = escape(f"{name}: {number(value)} at step {number(step)}")
+            parts.append(f'<circle class="{kind}" cx="{x}" cy="{y}" r="2.5"><title>{title}</title></circle>')
+    axis = f'<text class="tick middle" x="{(width + _LEFT) / 2}" y="{HEIGHT - 4}">step</text>'
+    return _svg("".join([*parts, axis]), width, HEIGHT, label) + _legend(list(shown))
+
+
+def span_chart(rows: Sequence[tuple[str, Sequence[tuple[float, float, str]], Sequence[tuple[float, str]]]], label: str) -> str:
+    """Draw rows of spans over time, with marks on them. "" without a row.
+
+    Args:
+        rows: for each its name, its spans (seconds at the begin and end, title) and its marks (seconds, title).
+    """
+    end = max((stop for _, spans, _ in rows for _, stop, _ in spans), default=0.0) or 1.0
+    if not rows:
+        return ""
+    height, parts = 26 * len(rows) + 30, []
+
+    def place(seconds: float) -> float:
+        return round(110 + seconds / end * (WIDTH - 122), 1)
+
+    for index, (name, spans, marks) in enumerate(rows):
+        y = 8 + 26 * index
+        parts.append(f'<text class="tick end" x="104" y="{y + 13}">{escape(name)}</text>')
+        for start, stop, title in spans:
+            width = max(1.0, place(stop) - place(start))
+            parts.append(
+                f'<rect class="series-{index % _COLOURS}" x="{place(start)}" y="{y}" width="{width:.1f}" height="18" rx="3">'
+                f"<title>{escape(title)}</title></rect>"
+            )
+        for seconds, title in marks:
+            x = place(seconds)
+            parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{y}" y2="{y + 18}"><title>{escape(title)}</title></line>')
+    for tick in ticks(0.0, end):
+        if tick <= end:
+            parts.append(f'<text class="tick middle" x="{place(tick)}" y="{height - 8}">{duration(tick)}</text>')
+    return _svg("".join(parts), WIDTH, height, label)
+
+
+def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Return three to seven round numbers that enclose a range.
+
+    Worked example: 0.3 to 2.1 gives 0, 0.5, 1, 1.5, 2, 2.5.
+    """
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    if whole:
+        step = max(1.0, round(step))
+    first = math.floor(low / step)
+    return [round(index * step, 12) for index in range(first, math.ceil(high / step) + 1)]
+
+
+def number(value: float) -> str:
+    """Format a number for an axis: 0.5, 1,200, 2e-05."""
+    if value and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds for an axis: 40 s, 12 min, 3.5 h, 2 d."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _thinned(points: Points) -> Points:
+    """Return at most `_MOST_POINTS` points: of each group the mean, and the last point."""
+    size = math.ceil(len(points) / _MOST_POINTS)
+    if size <= 1:
+        return points
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [*((group[-1][0], sum(value for _, value in group) / len(group)) for group in groups[:-1]), points[-1]]
+
+
+def _svg(content: str, width: int, height: float, label: str) -> str:
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{content}</svg>'
+
+
+def _legend(names: Sequence[str]) -> str:
+    if len(names) < 2:
+        return ""
+    items = (f'<span><i class="series-{index % _COLOURS}"></i>{escape(name)}</span>' for index, name in enumerate(names))
+    return f'<p class="legend">{"".join(items)}</p>'

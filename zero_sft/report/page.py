@@ -1,0 +1,217 @@
+"""Make one HTML page about runs, which needs no other file and no script. Pure."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from zero_sft.report.charts import WIDE, duration, line_chart, number, span_chart
+from zero_sft.report.runs import Points, Run
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6577; --line: #dfe3ea; --back: #ffffff; --card: #f6f7f9;
+  --c0: #2563eb; --c1: #d9480f; --c2: #0f8a5f; --c3: #9333ea; --c4: #b8860b; --c5: #c2255c; }
+@media (prefers-color-scheme: dark) { :root {
+  --ink: #e6e9ef; --soft: #9aa4b5; --line: #333c4b; --back: #12161d; --card: #1a2029;
+  --c0: #7aa7ff; --c1: #ff9a62; --c2: #4fd1a1; --c3: #c792ff; --c4: #e6bf4b; --c5: #ff7da8; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--back); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; margin: 0 0 .25rem; } h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+p.soft, .tick { color: var(--soft); fill: var(--soft); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; min-width: 0; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; margin-top: 1rem; }
+section.wide { grid-column: 1 / -1; }
+svg { width: 100%; height: auto; display: block; } .tick { font-size: 11px; } .end { text-anchor: end; }
+.middle { text-anchor: middle; } .grid { stroke: var(--line); } .mark { stroke: var(--ink); stroke-width: 2; }
+polyline { fill: none; stroke-width: 1.8; }
+.legend { margin: .25rem 0 0; font-size: 13px; } .legend span { margin-right: 1rem; white-space: nowrap; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .35rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
+th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-top: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+td { min-width: 3rem; max-width: 40rem; overflow-wrap: break-word; }
+@media (max-width: 520px) { .tick { font-size: 15px; } section.wide .tick { font-size: 24px; } body { padding: .75rem; } }
+tr.differs td { font-weight: 600; } pre { white-space: pre-wrap; margin: 0; font: inherit; }
+"""
+
+
+def page(runs: Sequence[Run], *, refresh_seconds: int = 0) -> str:
+    """Return the page.
+
+    Args:
+        refresh_seconds: the browser asks for the page again after this time; 0: it does not.
+    """
+    names = _names(runs)
+    colours = "".join(
+        f"polyline.series-{i} {{ stroke: var(--c{i}); }} circle.series-{i}, rect.series-{i} {{ fill: var(--c{i}); }} "
+        f".legend i.series-{i} {{ background: var(--c{i}); }}\n"
+        for i in range(6)
+    )
+    refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">' if refresh_seconds else ""
+    sections = [
+        _section("Loss", line_chart(_losses(runs, names), "loss", width=WIDE), wide=True),
+        _section("Learning rate", line_chart(_of_runs(runs, names, "learning_rate"), "learning rate")),
+        _section("Norm of the gradient", line_chart(_of_runs(runs, names, "grad_norm"), "norm of the gradient")),
+        _section("Tokens per second, all ranks", line_chart(_kept(names, [run.rate for run in runs]), "tokens per second")),
+        _section("Time", _timeline(runs, names)),
+        *(_section(f"Load of {name}" if len(runs) > 1 else "Load", _load(run)) for name, run in zip(names, runs, strict=True)),
+        *(_section(f"Answers of {name}" if len(runs) > 1 else "Answers", _answers(run), wide=True)
+          for name, run in zip(names, runs, strict=True)),
+        _section("Starts", _starts(runs, names), wide=True),
+        _section("Arguments", _arguments(runs, names), wide=True),
+    ]  # fmt: skip
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"{refresh}<title>{escape(', '.join(names))}</title><style>{_STYLE}{colours}</style></head><body>"
+        f'<h1>{escape(", ".join(names))}</h1><p class="soft">{escape(_summary(runs))} Made {now} UTC.</p>'
+        f"<main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Return a name for each run: that of its folder, or its whole path where two are alike."""
+    short = [run.folder.resolve().name or str(run.folder) for run in runs]
+    return [name if short.count(name) == 1 else str(run.folder) for name, run in zip(short, runs, strict=True)]
+
+
+def _section(title: str, content: str, *, wide: bool = False) -> str:
+    return f"<section{' class=wide' * wide}><h2>{escape(title)}</h2>{content}</section>" if content else ""
+
+
+def _kept(names: Sequence[str], series: Sequence[Points]) -> dict[str, Points]:
+    return {name: points for name, points in zip(names, series, strict=True) if points}
+
+
+def _of_runs(runs: Sequence[Run], names: Sequence[str], metric: str) -> dict[str, Points]:
+    return _kept(names, [run.series.get(metric, ()) for run in runs])
+
+
+def _losses(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
+    """Return the losses of all runs, and those on held-out samples."""
+    found: dict[str, Points] = {}
+    for name, run in zip(names, runs, strict=True):
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        found |= {f"{prefix}training": run.series.get("loss", ()), f"{prefix}held out": run.series.get("eval_loss", ())}
+    return found
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    parts = []
+    for run in runs:
+        losses = run.series.get("loss", ())
+        last = f"step {number(losses[-1][0])}, loss {losses[-1][1]:.4g}" if losses else "no step was logged"
+        parts.append(f"{last}, {len(run.starts)} start{'s' * (len(run.starts) != 1)}.")
+    return " ".join(parts) if len(parts) == 1 else f"{len(runs)} runs."
+
+
+def _timeline(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Draw each run from its first start on: a span for each start, a mark for each checkpoint."""
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        if not run.spans:
+            continue
+        began = run.spans[0][0]
+        spans = [
+            (start - began, end - began, f"start {index}: {duration(end - start)}")
+            for index, (start, end) in enumerate(run.spans, start=1)
+        ]
+        marks = [
+            (event["time"] - began, f"checkpoint of step {number(event['step'])}")
+            for event in run.events
+            if event["event"] == "checkpoint"
+        ]
+        rows.append((name[:16], spans, marks))
+    chart = span_chart(rows, "time")
+    return chart and chart + '<p class="soft">A bar for each start of a run; a mark for each checkpoint.</p>' + _shares(
+        runs, names
+    )
+
+
+def _shares(runs: Sequence[Run], names: Sequence[str]) -> str:
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        seconds = run.starts[-1].get("seconds") if run.starts else None
+        if isinstance(seconds, dict):
+            cells = [
+                f"{key} {duration(value)}"
+                for key, value in seconds.items()
+                if isinstance(value, (int, float)) and value >= 0.05
+            ]
+            rows.append([name, ", ".join(cells)])
+    return _table(["run", "seconds of its last start"], rows)
+
+
+def _load(run: Run) -> str:
+    """Draw the load's stages on each rank, one after the other, and tell what was read."""
+    ranks = run.load.get("ranks")
+    rows = []
+    for index, rank in enumerate(ranks[:64] if isinstance(ranks, list) else ()):
+        spans, at = [], 0.0
+        for key, value in _mapping(rank).items():
+            if str(key).startswith("stage ") and isinstance(value, (int, float)):
+                spans.append((at, at + value, f"{key.removeprefix('stage ')}: {value:.3g} s"))
+                at += value
+        rows.append((f"rank {index}", spans, [(stop, title) for _, stop, title in spans[:-1]]))
+    chart = span_chart(rows, "load") if any(spans for _, spans, _ in rows) else ""
+    facts = {
+        name: run.load.get(name)
+        for name in ("model", "loader", "dtype", "parameters", "seconds", "bytes_read", "requests", "world_size")
+    }
+    table = _table(
+        ["", ""],
+        [
+            [name, number(value) if isinstance(value, float) else _text(value)]
+            for name, value in facts.items()
+            if value is not None
+        ],
+    )
+    return chart + table if run.load else ""
+
+
+def _answers(run: Run) -> str:
+    rows = [[_text(answer.get(key)) for key in ("prompt", "before", "after")] for answer in run.answers]
+    return _table(["prompt", "before", "after"], rows)
+
+
+def _starts(runs: Sequence[Run], names: Sequence[str]) -> str:
+    rows = []
+    for name, run in zip(names, runs, strict=True):
+        for index, start in enumerate(run.starts, start=1):
+            versions = start.get("versions")
+            libraries = ", ".join(f"{key} {value}" for key, value in versions.items()) if isinstance(versions, dict) else ""
+            cells = [start.get(key) for key in ("began", "ended", "from_step", "step", "host", "ranks", "git_commit")]
+            rows.append([name, str(index), *map(_text, cells), libraries])
+    return _table(["run", "start", "began", "ended", "from step", "to step", "host", "ranks", "commit", "versions"], rows)
+
+
+def _arguments(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Show the arguments of the last start of each run, those first that differ between the runs."""
+    columns = [_mapping(run.starts[-1].get("arguments")) if run.starts else {} for run in runs]
+    keys = sorted({key for column in columns for key in column})
+    rows = [[key, *(_text(column.get(key)) for column in columns)] for key in keys]
+    differing = [len(set(row[1:])) > 1 for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: (not differing[index], rows[index][0]))
+    return _table(["", *names], [rows[index] for index in order], [differing[index] for index in order])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:
+    if not rows:
+        return ""
+    header = "".join(f"<th>{escape(cell)}</th>" for cell in head) if any(head) else ""
+    lines = []
+    for index, row in enumerate(rows):
+        kind = ' class="differs"' if index < len(marked) and marked[index] else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td><pre>{escape(cell[:2000])}</pre></td>" for cell in row) + "</tr>")
+    return f'<div class="scroll"><table>{f"<tr>{header}</tr>" if header else ""}{"".join(lines)}</table></div>'
