@@ -164,6 +164,7 @@ def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
 def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
     from transformers import set_seed
 
+    from zero_sft.job.answering import AnswerPrompts
     from zero_sft.job.wall_time import WallTime, shares_line
     from zero_sft.saving.export import export_or_rescue
     from zero_sft.zero import gather_hooks as gather
@@ -183,6 +184,9 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
         lambda: timeline.seconds, lambda: trainer.checkpoints.blocked_seconds, lambda: trainer.seconds_waited_for_data
     )
     trainer.add_callback(wall_time)
+    trainer.add_callback(
+        AnswerPrompts(inputs.prompts, parsed.data.sample_every, lambda: _answers_of_engine(trainer, inputs), run_folder)
+    )
     origin = f" from the checkpoint {inputs.checkpoint.folder}, whose files are intact" if inputs.checkpoint else ""
     logger.info("starting the engine%s", origin)
     failure.set_activity(lambda: f"training, in step {trainer.state.global_step + 1} of {trainer.state.max_steps}")

@@ -27,6 +27,7 @@ def run(folder, *, steps=4, **arguments):
             {"time": 100.0 + 10 * step, "step": step, "loss": 3.0 - step / 10, "learning_rate": 1e-3, "num_tokens": 50 * step}
         )
     lines.insert(3, {"time": 121.0, "event": "checkpoint", "step": 2, "seconds": 1.0})
+    lines.append({"time": 130.0, "event": "answers", "step": 3, "answers": [{"prompt": "<b>2 + 2?</b>", "answer": "about 4"}]})
     lines.append({"time": 200.0, "event": "start", "step": 2})
     for step in range(3, steps + 1):
         lines.append(
@@ -56,7 +57,7 @@ def test_what_is_read(tmp_path):
     found = read_run(run(tmp_path / "a"))
     assert found.series["loss"] == [(1, 2.9), (2, 2.8), (3, 1.7), (4, 1.6)]
     assert found.rate == [(2, 5.0), (3, 5.0), (4, 10.0)]
-    assert [event["event"] for event in found.events] == ["start", "checkpoint", "start"]
+    assert [event["event"] for event in found.events] == ["start", "checkpoint", "answers", "start"]
     assert found.spans == [(100.0, 130.0), (200.0, 220.0)]
 
 
@@ -92,7 +93,8 @@ def test_the_page(tmp_path):
     shown = Page(text)
     assert "script" not in shown.tags
     assert script in shown.texts
-    assert "<b>2 + 2?</b>" in shown.texts
+    answers = shown.texts[shown.texts.index("Answers of a") :]
+    assert answers[1:9] == ["prompt", "before", "step 3", "after", "<b>2 + 2?</b>", "5", "about 4", "4"]
     assert shown.tags.count("polyline") == 2 * 3, "loss, learning rate and tokens per second of two runs"
     arguments = shown.texts[shown.texts.index("Arguments") :]
     assert arguments.index("lr") < arguments.index("name")

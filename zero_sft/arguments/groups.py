@@ -93,6 +93,9 @@ class DataArguments:
         default=None,
         metadata={"help": "A file of prompts (a JSON list, or one per line) that the model answers before and after training."},
     )
+    sample_every: int = field(
+        default=0, metadata={"help": "Answer --sample_prompts after every N steps as well; 0: not while the model is trained."}
+    )
 
     @property
     def training_path(self) -> str:

@@ -97,7 +97,7 @@ def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[
             code="arguments.contradiction",
         )
     yield from _unusable_checkpoint_options(values)
-    yield from _unusable_fault_options(values)
+    yield from _unusable_step_options(values)
     has_metric = values.get("metric_for_best_model") or "metric_for_best_model" in unusable
     if values.get("save_strategy") == "best" and not has_metric:
         yield ArgumentError(
@@ -145,14 +145,18 @@ def _unusable_checkpoint_options(values: Mapping[str, Any]) -> Iterator[Argument
                 )
 
 
-def _unusable_fault_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
-    """Yield an error for each value that a duration, a limit or a simulated fault can't have."""
+def _unusable_step_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each value that a duration, a limit, a fault or a number of steps can't have."""
     for name, parse_value in (("max_time", functools.partial(parse_duration, "max_time")), ("simulate_fault", parse_faults)):
         if values.get(name) is not None:
             try:
                 parse_value(str(values[name]))
             except ArgumentError as error:
                 yield error
+    if values.get("sample_every", 0) < 0:
+        yield ArgumentError(f"--sample_every must be at least 0; got {values['sample_every']}", code="arguments.out_of_range")
+    elif values.get("sample_every") and values.get("sample_prompts") is None:
+        yield ArgumentError("--sample_every needs prompts: give --sample_prompts", code="arguments.no_effect")
     factor, limit = values.get("spike_factor"), values.get("step_timeout")
     if factor is not None and factor != 0 and factor <= 1:
         yield ArgumentError(

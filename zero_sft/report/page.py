@@ -173,8 +173,21 @@ def _load(run: Run) -> str:
 
 
 def _answers(run: Run) -> str:
-    rows = [[_text(answer.get(key)) for key in ("prompt", "before", "after")] for answer in run.answers]
-    return _table(["prompt", "before", "after"], rows)
+    """Show the answers to each prompt: before the training, while it went on, and after it."""
+    columns: dict[str, dict[str, str]] = {}
+    for answer in run.answers:
+        columns.setdefault("before", {})[_text(answer.get("prompt"))] = _text(answer.get("before"))
+    for event in run.events:
+        pairs = event.get("answers")
+        for pair in pairs if event["event"] == "answers" and isinstance(pairs, list) else ():
+            prompt, text = _mapping(pair).get("prompt"), _mapping(pair).get("answer")
+            columns.setdefault(f"step {number(event['step'])}", {})[_text(prompt)] = _text(text)
+    for answer in run.answers:
+        columns.setdefault("after", {})[_text(answer.get("prompt"))] = _text(answer.get("after"))
+    prompts = list(dict.fromkeys(prompt for column in columns.values() for prompt in column))
+    return _table(
+        ["prompt", *columns], [[prompt, *(column.get(prompt, "") for column in columns.values())] for prompt in prompts]
+    )
 
 
 def _starts(runs: Sequence[Run], names: Sequence[str]) -> str:
