@@ -254,6 +254,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     from zero_sft.job.loss_checks import LossChecks
     from zero_sft.job.restart_record import RestartRecord
     from zero_sft.job.simulated_faults import SimulatedFaults
+    from zero_sft.job.slow_ranks import SlowRanks
     from zero_sft.job.steps import StepLog
     from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
     from zero_sft.job.watching import WatchSteps
@@ -289,6 +290,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     )
     trainer.add_callback(checks)
     trainer.add_callback(RestartRecord(world, lambda: trainer.newest_checkpoint_step, checks.places))
+    trainer.add_callback(SlowRanks(trainer, world))
     trainer.add_callback(WatchSteps(inputs.log_folder, world, arguments.step_timeout))
     trainer.add_callback(faults)  # after the watch has begun
     log.wait_for_engine()

@@ -49,7 +49,7 @@ class JobTrainer(SavingTrainer):
 
     def __init__(self, *, faults: SimulatedFaults, **kwargs: Any) -> None:
         self._faults, self.step_batches, self.step_losses = faults, [], []
-        self.seconds_waited_for_data = 0.0
+        self.seconds_waited_for_data = self.seconds_in_model = 0.0
         super().__init__(**kwargs)
         self.checkpoints.write_with(faults.failing)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
@@ -126,7 +126,9 @@ class JobTrainer(SavingTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do the Trainer's forward and backward pass of a batch, and keep its loss. Every rank; communicates."""
+        began = time.monotonic()
         loss = super().training_step(*args, **kwargs)
+        self.seconds_in_model += time.monotonic() - began
         self.step_losses.append(loss.detach())
         return loss
 
