@@ -13,6 +13,7 @@ from tests.errors import error_codes
 from tests.launching import ROOT, Started, deepspeed, free_port, shimmed, torchrun
 from tests.slow import slow
 from zero_sft import launcher
+from zero_sft.cluster.early_end import EXIT_STATUS
 
 FAULTY = "tests.cluster.faulty"
 
@@ -61,9 +62,14 @@ def test_nobody_outlives_the_launcher(words, start, tmp_path, how):
     run.wait_for(lambda: "loss" in run.output)
     assert len(run.ranks(FAULTY)) == 2
     run.process.send_signal(getattr(signal, name))
-    assert run.wait(40) != 0
+    status = run.wait(40)
+    assert status != 0
     assert run.left_after(20) == []
-    require_said(run, "cluster.ended_by_signal" if shim else "cluster.launcher_ended", "while training, in step ")
+    if shim and words:  # the ranks get the signal, and save first
+        assert status == EXIT_STATUS
+        assert error_codes(run.output) == ["cluster.ended_early"], run.output[-3000:]
+    else:
+        require_said(run, "cluster.ended_by_signal" if shim else "cluster.launcher_ended", "while training, in step ")
     assert "Traceback" not in run.output
 
 
