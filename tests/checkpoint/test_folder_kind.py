@@ -27,7 +27,7 @@ FOLDERS = {
     "mistral": (("consolidated.safetensors", "params.json", "tekken.json"), ("consolidated.safetensors", "config.json")),
     "deepspeed": (
         ("latest", "zero_to_fp32.py", "global_step5/x.pt"),
-        ("DeepSpeed", "--resume_from_checkpoint", "zero_to_fp32.py"),
+        ("DeepSpeed", "--resume_from_checkpoint", "zero_sft.export"),
     ),
     "trainer": (("trainer_state.json", "rng_state.pth"), ("trainer_state.json", "--resume_from_checkpoint")),
     "run": (("checkpoint-9/config.json", "checkpoint-10/config.json"), ("checkpoint-10, checkpoint-9",)),

@@ -47,5 +47,5 @@ def test_hostile_training_states(tmp_path, text):
     with raises("resume.bad_training_state", TRAINING_STATE_FILE):
         read_training_state(tmp_path)
     path.unlink()
-    with raises("resume.bad_training_state", TRAINING_STATE_FILE):
+    with raises("resume.file_missing", TRAINING_STATE_FILE):
         read_training_state(tmp_path)

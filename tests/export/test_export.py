@@ -47,9 +47,12 @@ def save_in_all_formats(folder, out, bf16, frozen):
     for step in (1, 2):
         take_steps(engine, 1, first=step)
         progress = Progress(step=step, samples=24, loss=None, dtype="bfloat16" if bf16 else "float32")
-        saver.save(
-            engine, tensors, out / "run" / f"checkpoint-{step}", layout, lambda: settings_files(engine.module, None), progress
-        )
+        states = {
+            "trainer_state.json": json.dumps({"global_step": step}).encode(),
+            "training_state.json": b'{"schedule": {}, "engine": {"counters": {}, "loss_scaler": {}, "groups": []}}',
+        }
+        files = settings_files(engine.module, None) | states
+        saver.save(engine, tensors, out / "run" / f"checkpoint-{step}", layout, lambda files=files: files, progress)
         save_pretrained(engine, out / f"plain-{step}", max_file_bytes=10**9)
     engine.save_checkpoint(str(out / "deepspeed"), tag="global_step2")
     engine.destroy()

@@ -82,5 +82,7 @@ def _read(adapter: pydantic.TypeAdapter[Any], path: Path, code: str) -> Any:
         fault = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, fault["loc"]))
         raise CheckpointError(f"{path} can't be used: {place}: {fault['msg']}"[:300], code=code) from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing", code="resume.file_missing") from error
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}", code=code) from error

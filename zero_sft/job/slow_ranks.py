@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("zero_sft.train")
 
 EVERY = 100
-"""The ranks are compared after every so many steps."""
+"""The number of steps after which the ranks are compared."""
 
 BEHIND = 0.2
 """A rank is named if it is this share behind the median rank."""
