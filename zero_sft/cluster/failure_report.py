@@ -149,9 +149,9 @@ def report_orphan(launcher: str) -> bool:
 
 
 def is_failing() -> bool:
-    """Return whether a rank of this node has reported a failure."""
+    """Return whether a rank of this node has reported a failure, or has ended."""
     claim = _job.board or _job.early
-    return claim is not None and claim.is_claimed
+    return (claim is not None and claim.is_claimed) or bool(_dead_ranks())
 
 
 def report_stuck(describe: Callable[[], errors.ZeroSftError], what: str) -> None:
