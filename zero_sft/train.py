@@ -230,11 +230,12 @@ def _remove_earlier_checkpoints(output: Path, inputs: "Inputs", world: World) ->
 def _open_run_folder(parsed: ParsedArguments, trainer: Any, inputs: "Inputs", world: World) -> "RunFolder | None":
     """Begin the files in the log folder that grow while the run goes on; None on ranks other than 0. Does not communicate."""
     from zero_sft.job.run_folder import RunFolder, WriteMetrics
+    from zero_sft.saving.earlier_run import is_in
 
     if not world.is_main:
         return None
     folder, checkpoint = inputs.log_folder, inputs.checkpoint
-    run_folder = RunFolder(folder, is_resumed=checkpoint is not None and checkpoint.folder.parent == folder.parent)
+    run_folder = RunFolder(folder, is_resumed=is_in(checkpoint and checkpoint.folder, folder.parent))
     try:
         copy_log_to(folder / failure.TRAIN_LOG, append=bool(run_folder.starts()))
     except OSError as error:

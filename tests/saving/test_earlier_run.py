@@ -1,9 +1,11 @@
 """An output folder that holds an earlier run is taken only on request; other files are nobody's business."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.errors import raises
-from zero_sft.saving.earlier_run import overwrites_earlier_run, remove_checkpoints
+from zero_sft.saving.earlier_run import is_in, overwrites_earlier_run, remove_checkpoints
 
 
 def make(folder, *names):
@@ -69,3 +71,15 @@ def test_what_is_removed(tmp_path):
     out = make(tmp_path / "out", "checkpoint-5/latest", "checkpoint-12/latest", "checkpoint-best/x", "model.safetensors")
     remove_checkpoints(out)
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-best", "model.safetensors"]
+
+
+def test_a_checkpoint_of_the_folder_by_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "elsewhere").symlink_to("out/checkpoint-2")
+    for name in ("out/checkpoint-2", "link/checkpoint-2", "elsewhere", tmp_path / "out" / "checkpoint-2"):
+        assert is_in(Path(name), Path("out")), name
+        assert is_in(Path(name), tmp_path / "link"), name
+    assert not is_in(None, Path("out"))
+    assert not is_in(Path("other/checkpoint-2"), Path("out"))

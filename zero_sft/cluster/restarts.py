@@ -24,7 +24,7 @@ FOLDER_VARIABLE = "ZERO_SFT_RESTART_FOLDER"
 """Set by `launch.sh --max_restarts`: where rank 0 writes how far it has come."""
 
 MOST_WITHOUT_CHECKPOINT = 3
-"""So many starts in a row may end without a new checkpoint."""
+"""The run is not started again after this number of starts in a row without a new checkpoint."""
 
 _NOT_AGAIN = frozenset({"cluster.ended_by_signal", "cluster.interrupted", "cluster.launcher_ended", "cluster.port_taken"})
 """Codes of ends that somebody has asked for, or that a further start does not change."""

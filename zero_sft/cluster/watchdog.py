@@ -34,10 +34,10 @@ _WRAPPERS = frozenset({"wrapped_fn", "wrapper", "inner", "decorate_context", "lo
 """Functions of libraries that only call another one."""
 
 _STEADY = 3
-"""So many steps have to be known before their median counts."""
+"""The number of steps after which their median counts."""
 
 GATHER_SECONDS = 4.0
-"""Time for the other ranks to write their stacks: they began to wait at about the same time."""
+"""Time for the other ranks to write their stacks, which they begin at about the same time."""
 
 
 class StepTimes:
@@ -126,7 +126,7 @@ def _place_of_main_thread() -> str:
 
 
 def places(folder: Path, ranks: Sequence[int], since: float) -> dict[str, list[int]]:
-    """Return the ranks at each place, by their files, the fewest first. A rank without a new file is at "no file".
+    """Return the ranks at each place, by their files, the fewest first. The place of a rank without a new file is unknown.
 
     Args:
         since: seconds since 1970; an older file is of an earlier run.

@@ -26,7 +26,7 @@ _REDUNDANT_WARNING = "Setting accelerator to CPU"
 
 
 _MOST_EARLY_LINES = 2000
-"""So many lines are kept for a file that may be named later."""
+"""The most lines that are kept for a file which may be named later."""
 
 
 class _Elapsed(logging.Formatter):

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("zero_sft.train")
 
 MOST_IN_A_ROW = 10
-"""So many steps in a row may be skipped; a run in which more are has diverged."""
+"""A run that leaves out this number of steps in a row has diverged."""
 
 MOST_ROLLBACKS = 3
-"""So often a run may go back to a checkpoint."""
+"""The number of times that a run may go back to a checkpoint."""
 
 _LEAST_LOSSES = 20
-"""So many logged losses are needed before one of them counts as a jump."""
+"""The number of logged losses before one of them may count as a jump."""
 
 _NAMED_SAMPLES = 8
 

@@ -38,9 +38,7 @@ def overwrites_earlier_run(
     checkpoints = [] if resumes_if_possible else checkpoints_in(output)
     names = sorted(path.name for path in output.glob("*") if WEIGHTS.fullmatch(path.name))
     names += [path.name for path in checkpoints] + [f"{LOGS}/{name}" for name in _LOG_FILES if (output / LOGS / name).is_file()]
-    # A checkpoint may be a link to another folder, or be named by a link to it.
-    resumes = checkpoint is not None and output.resolve() in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
-    if not names or resumes:
+    if not names or is_in(checkpoint, output):
         return False
     if not overwrite:
         raise ArgumentError(
@@ -58,6 +56,11 @@ def overwrites_earlier_run(
                 code="export.would_remove_the_model",
             )
     return True
+
+
+def is_in(checkpoint: Path | None, output: Path) -> bool:
+    """Return whether a run resumes from a checkpoint in its output folder: it may be a link, or be named by one."""
+    return checkpoint is not None and output.resolve() in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
 
 def remove_checkpoints(output: Path) -> None:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 UNK = "the unk token"
 _PAD, _SPARE = (re.compile(rf"(?i)(?<![a-z])({words})") for words in ("pad", "reserved|unused|dummy"))
 _MOST_UNUSED_IDS = 2**20
-"""More ids than this without a token are an error of the file."""
+"""The most ids without a token; a file with more is damaged."""
 _MEDIA = re.compile(r"(?i)image|img|video|vision|audio|speech")
 
 
