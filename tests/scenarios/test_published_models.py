@@ -18,7 +18,7 @@ READER = str(Path(reader.__file__))
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris, of course."
 STEPS = 40
-LEARNS_SLOWLY = {"gpt-oss-20b": {"learning_rate": 0.03, "max_steps": 50}}
+LEARNS_SLOWLY = {"gpt-oss-20b": {"learning_rate": 0.02, "max_steps": 50, "lr_scheduler_type": "cosine", "warmup_steps": 5}}
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_trained_exported_answers_and_stops(folder):
         before = ANSWER if _prompts_otherwise(folder.name) else None
         found = read_back(folder.parent / "out", before=before)
         assert "error" not in found, found
-        assert found["answer"].endswith(ANSWER)
+        assert found["answer"].endswith(ANSWER), found["answer"]
         assert found["stopped"]
         if OLDER.exists():  # `make older-readers` makes it
             assert read_back(folder.parent / "out", str(OLDER), before) == found
