@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
 from zero_sft.arguments.faults import parse_faults
-from zero_sft.cluster import early_end
+from zero_sft.cluster import early_end, stage_watch
 from zero_sft.cluster import failure_report as failure
+from zero_sft.cluster.launcher_watch import leave
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
@@ -87,7 +88,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
     timeline.end("joining")
-    with _sole_run(parsed.training["output_dir"], world):
+    with stage_watch.watching(leave, parsed.training.get("stage_timeout")), _sole_run(parsed.training["output_dir"], world):
         failure.set_activity("preparing tokenizer and data")
         inputs = read_inputs(parsed, world)
         failure.set_log_folder(inputs.log_folder)
@@ -302,7 +303,7 @@ def _answers(model: Any, inputs: "Inputs") -> list[str]:
     from zero_sft.job.generation import answer
 
     logger.info("answering %s", with_count(len(inputs.prompts), "prompt"))
-    with progress.task("answering prompts"):
+    with progress.task("answering prompts"), stage_watch.during("answering prompts"):
         return answer(model, inputs.tokenizer, inputs.prompts, template=inputs.template, max_new_tokens=ANSWER_TOKENS)
 
 
@@ -428,7 +429,5 @@ def _shown(parsed: ParsedArguments) -> dict[str, Any]:
 if __name__ == "__main__":
     status = main()
     if status:
-        from zero_sft.cluster.launcher_watch import leave
-
         leave(status)  # a normal exit of the interpreter may wait for ranks that are gone
     sys.exit(status)

@@ -55,7 +55,7 @@ def test_places(tmp_path):
     found = places(tmp_path, range(6), since=100)
     assert sorted(map(sorted, found.values())) == [[0, 2, 3], [1], [4, 5]]
     sentence = describe_places(found)
-    assert sentence.startswith("rank 1 is in write_stacks") or sentence.startswith("rank 1 is in _place_of_main_thread")
+    assert sentence.startswith("rank 1 is in write_stacks") or sentence.startswith("rank 1 is in place_of_main_thread")
     assert "rank 0, 2, 3 are in wait (" in sentence
     assert "rank 4, 5 are in an unknown place" in sentence
     text = stacks_file(tmp_path, 2).read_text()

@@ -18,8 +18,7 @@ def main(kind: str, folder: Path) -> None:
     """Train 8 steps with a checkpoint in every second one; the disk fails after the first. Print the output and the status."""
     out = folder / "out"
     out.mkdir()
-    size = "900k" if kind == "cache" else "20m"
-    _run("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", out)
+    _mount(kind, folder / "image", out)
     given = {
         "model_name_or_path": folder / "model", "data_path": folder / "data.json", "logging_steps": 1, "bf16": False,
         "output_dir": folder / "elsewhere" if kind == "cache" else out, "per_device_train_batch_size": 1, "packing": False,
@@ -41,11 +40,29 @@ def main(kind: str, folder: Path) -> None:
         run.kill()
 
 
+def _mount(kind: str, image: Path, out: Path) -> None:
+    """Mount a small file system of the kind that can fail this way."""
+    if kind in ("readonly", "quota"):
+        with image.open("wb") as file:
+            file.truncate(200 << 20)
+        _run(*{"readonly": ["mkfs.ext4", "-q"], "quota": ["mkfs.btrfs", "-q"]}[kind], image)
+        _run("mount", "-o", "loop,errors=remount-ro" if kind == "readonly" else "loop", image, out)
+        if kind == "quota":
+            _run("btrfs", "quota", "enable", out)
+    else:
+        _run("mount", "-t", "tmpfs", "-o", f"size={'900k' if kind == 'cache' else '20m'}", "tmpfs", out)
+
+
 def _fail(kind: str, out: Path) -> None:
     if kind == "full":
         threading.Thread(target=_fill, args=(out / "filler",), daemon=True).start()
     elif kind == "vanished":
         _run("umount", "--lazy", out)
+    elif kind == "readonly":  # what ext4 does when it finds itself damaged, while files are open
+        device = subprocess.run(["findmnt", "-no", "SOURCE", out], capture_output=True, text=True, check=True).stdout.strip()
+        Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error").write_text("1")
+    elif kind == "quota":
+        _run("btrfs", "qgroup", "limit", "500k", "0/5", out)
 
 
 def _fill(path: Path) -> None:

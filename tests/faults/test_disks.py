@@ -1,6 +1,7 @@
 """Disks that are full, read-only or gone: one clear error each, and the checkpoints that were there stay whole."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,16 +22,22 @@ def trained(folder: Path, kind: str, samples: int = 24) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_full_disk(tmp_path):
+@pytest.mark.parametrize(("kind", "reason", "program"), [
+    ("full", "No space left", None), ("readonly", "Read-only file system", "mkfs.ext4"),
+    ("quota", "Disk quota exceeded", "mkfs.btrfs"),
+])  # fmt: skip
+def test_a_disk_that_takes_no_more(tmp_path, kind, reason, program):
     """Checkpoints can't be written, and the run goes on. The model is written elsewhere, and one error says where."""
-    output = trained(tmp_path, "full")
+    if program and not shutil.which(program):
+        pytest.skip(f"needs {program}")
+    output = trained(tmp_path, kind)
     for step in (4, 6, 8):
         assert output.count(f"no checkpoint is saved at step {step}: ") == 1, output[-4000:]
     assert "step 8/8" in output
     assert "status 1" in output
     assert output.count("error: ") == 1, output[-3000:]
     assert error_codes(output)[-1].startswith("export."), error_codes(output)
-    assert "No space left" in output
+    assert reason in output
     assert "Traceback" not in output
     (rescued,) = tmp_path.glob("out-rescued-*")
     assert f"The trained model is complete in {rescued}." in output

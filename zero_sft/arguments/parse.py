@@ -5,6 +5,7 @@ result. One error lists all problems.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -157,13 +158,17 @@ def _unusable_step_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]
         yield ArgumentError(f"--sample_every must be at least 0; got {values['sample_every']}", code="arguments.out_of_range")
     elif values.get("sample_every") and values.get("sample_prompts") is None:
         yield ArgumentError("--sample_every needs prompts: give --sample_prompts", code="arguments.no_effect")
-    factor, limit = values.get("spike_factor"), values.get("step_timeout")
+    factor = values.get("spike_factor")
     if factor is not None and factor != 0 and factor <= 1:
         yield ArgumentError(
             f"--spike_factor must be above 1, or 0 for no warning; got {factor:g}", code="arguments.out_of_range"
         )
-    if limit is not None and limit < 0:
-        yield ArgumentError(f"--step_timeout must be at least 0; got {limit:g}", code="arguments.out_of_range")
+    for name in ("step_timeout", "stage_timeout"):
+        limit = values.get(name)
+        if limit is not None and not 0 <= limit < math.inf:
+            yield ArgumentError(
+                f"--{name} must be a number of seconds, 0 for none; got {limit:g}", code="arguments.out_of_range"
+            )
 
 
 def _out_of_range(values: Mapping[str, Any]) -> Iterator[ArgumentError]:

@@ -103,6 +103,13 @@ class TrainingArguments(SFTConfig):
             "at least 120. 0: never."
         },
     )
+    stage_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds after which a rank that neither reads, writes nor computes is taken to be stuck, outside steps, "
+            "and the run ends; by default 1,800. 0: never."
+        },
+    )
     simulate_fault: str | None = field(
         default=None,
         metadata={

@@ -202,7 +202,7 @@ def _report_error(error: BaseException) -> None:
     elif not isinstance(error, errors.ZeroSftError):
         path = _write_traceback(error)
         if _is_reporter(Scope.THIS_RANK):
-            _report(describe_failure(error, _here(), _activity(error)))
+            _report(describe_failure(error, here(), _activity(error)))
             _print_traceback(error, path)
     elif _is_reporter(error.scope):
         has_joined = _job.board is not None
@@ -293,10 +293,11 @@ def _describe_loss(error: BaseException | None) -> errors.ZeroSftError:
     dead = _dead_ranks()
     if dead:
         return describe_dead_ranks(dead, _activity(error), kernel_kills() - _job.kills_before)
-    return error if isinstance(error, errors.RankLostError) else describe_lost_connection(error, _here(), _activity(error))
+    return error if isinstance(error, errors.RankLostError) else describe_lost_connection(error, here(), _activity(error))
 
 
-def _here() -> str:
+def here() -> str:
+    """Return this rank and its host, for a message."""
     return f"rank {_job.world.rank} on {socket.gethostname()}"
 
 
@@ -337,7 +338,7 @@ def _write_traceback(error: BaseException) -> Path | None:
     path = _job.logs / f"error_rank_{_job.world.rank}.txt"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{_here()}, process {os.getpid()}, while {_activity(error)}\n{_traceback(error)}")
+        path.write_text(f"{here()}, process {os.getpid()}, while {_activity(error)}\n{_traceback(error)}")
         return path
     return None
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from zero_sft import errors
-from zero_sft.cluster import failure_report
+from zero_sft.cluster import failure_report, stage_watch
 from zero_sft.cluster.control_group import all_gather_json, control_group
 from zero_sft.cluster.world import World
 from zero_sft.errors import Scope
@@ -27,6 +27,18 @@ T = TypeVar("T")
 
 STAGE_TIMEOUT = datetime.timedelta(minutes=30)
 """Longest time that ranks wait for the slowest rank at the end of a stage."""
+
+_SLOWEST_BYTES_PER_SECOND = 20e6
+"""The bandwidth of the slowest storage that ranks share: those that have their part wait for the others."""
+
+
+def timeout_for_bytes(nbytes: int) -> datetime.timedelta:
+    """Return the longest time that ranks wait while the others read or write.
+
+    Args:
+        nbytes: the bytes of all ranks together.
+    """
+    return STAGE_TIMEOUT + datetime.timedelta(seconds=nbytes / _SLOWEST_BYTES_PER_SECOND)
 
 
 @dataclass(slots=True)
@@ -59,7 +71,8 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
     exchange, failure = StageExchange(), None
     with failure_report.activity(name):
         try:
-            yield exchange
+            with stage_watch.during(name):
+                yield exchange
         except Exception as error:  # noqa: BLE001 - the other ranks must learn of any failure
             failure = error
         if world.world_size > 1:

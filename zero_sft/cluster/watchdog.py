@@ -72,15 +72,21 @@ class Watchdog:
     def __init__(self, on_stuck: Callable[[str, float], None], poll_seconds: float = 1.0) -> None:
         self._on_stuck, self._poll_seconds = on_stuck, poll_seconds
         self._what, self._limit, self._deadline = "", 0.0, float("inf")
+        self._goes_on: Callable[[], bool] | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="zero_sft-watchdog", daemon=True)
         self._thread.start()
 
-    def expect(self, what: str, seconds: float) -> None:
-        """Begin something that has to be done within this time; what was expected before is done."""
+    def expect(self, what: str, seconds: float, goes_on: Callable[[], bool] | None = None) -> None:
+        """Begin something that has to be done within this time; what was expected before is done.
+
+        Args:
+            goes_on: called in the watching thread when the time is over; if it returns True, the time begins again.
+        """
         with self._lock:
             self._what, self._limit, self._deadline = what, seconds, time.monotonic() + seconds
+            self._goes_on = goes_on
 
     def done(self) -> None:
         """Expect nothing."""
@@ -95,7 +101,9 @@ class Watchdog:
         while not self._ended.wait(self._poll_seconds):
             with self._lock:
                 what, limit, is_late = self._what, self._limit, time.monotonic() > self._deadline
-                if is_late:
+                if is_late and self._goes_on is not None and self._goes_on():
+                    self._deadline, is_late = time.monotonic() + limit, False
+                elif is_late:
                     self._deadline = float("inf")
             if is_late:
                 self._on_stuck(what, limit)
@@ -111,12 +119,13 @@ def write_stacks(folder: Path, rank: int, what: str) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with stacks_file(folder, rank).open("w", encoding="utf-8") as file:
-            file.write(f"{_place_of_main_thread()}\nrank {rank} on {socket.gethostname()}, process {os.getpid()}, {what}\n\n")
+            file.write(f"{place_of_main_thread()}\nrank {rank} on {socket.gethostname()}, process {os.getpid()}, {what}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
 
-def _place_of_main_thread() -> str:
+def place_of_main_thread() -> str:
+    """Return the function in which the main thread is, with its file and line."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return "an unknown place"

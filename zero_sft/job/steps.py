@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from zero_sft.cluster import stage_watch
 from zero_sft.console import progress
 from zero_sft.console.progress import format_duration
 from zero_sft.job.device_use import device_name, peak_flops, peak_memory
@@ -64,6 +65,7 @@ class StepLog(TrainerCallback):
     def wait_for_engine(self) -> None:
         """Show a task for the start of DeepSpeed's engine, until the training begins. Every rank; does not communicate."""
         self._training_stack.enter_context(progress.task("starting the engine"))
+        self._training_stack.enter_context(stage_watch.during("starting the engine"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log the size of the training, and start its task. The Trainer has just started DeepSpeed's engine."""

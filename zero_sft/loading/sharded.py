@@ -6,6 +6,7 @@ their results; `load_sharded` assembles the report at the end.
 """
 
 import contextlib
+import datetime
 import logging
 import time
 from collections import defaultdict
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from zero_sft import transformers_internals
 from zero_sft.checkpoint.index import build_index, find_checkpoint_files
 from zero_sft.checkpoint.scaled import ScaledTensor
-from zero_sft.cluster.stages import StageExchange, collective_stage
+from zero_sft.cluster.stages import StageExchange, collective_stage, timeout_for_bytes
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.quantized import dequantize, quantizer_for
@@ -59,7 +60,7 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
         params = {name: tensors[name] for name in to_read if shards.is_sharded(tensors[name])}
         targets = [(match.resolution.source_maps[name], shards.local_range(param)) for name, param in params.items()]
         reads = plan_reads(targets, match.resolution.stored_tensors)
-    with collective_stage(world, "reading the weights"), watch.phase("read"):
+    with collective_stage(world, "reading the weights", _reading_timeout(match)), watch.phase("read"):
         if request.while_reading is not None:
             request.while_reading()
         _read(params, reads, match, threads)
@@ -133,6 +134,11 @@ def _initialize(
     )
     match.skeleton.sharder.make_zero_parameters(match.skeleton.model)
     return already_complete, reads
+
+
+def _reading_timeout(match: CheckpointMatch) -> datetime.timedelta:
+    """Return the longest time for which a rank with its part waits for the others."""
+    return timeout_for_bytes(sum(identity.size_bytes for identity in match.index.identities.values()))
 
 
 def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: CheckpointMatch, threads: int) -> None:

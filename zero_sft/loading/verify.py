@@ -17,7 +17,7 @@ from safetensors import safe_open
 from zero_sft.checkpoint.file_identity import require_unchanged
 from zero_sft.checkpoint.index import CheckpointIndex
 from zero_sft.cluster.control_group import all_gather_json
-from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.stages import collective_stage, timeout_for_bytes
 from zero_sft.cluster.world import World
 from zero_sft.conversion.convert import convert_group
 from zero_sft.errors import CheckpointError
@@ -45,7 +45,8 @@ def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
     tensors = {name: tensor for name, tensor in match.collect_tensors().items() if name in names}
     with collective_stage(world, "hashing the shards"):
         held = {name: _shard_digest(tensor) for name, tensor in tensors.items()}
-    with collective_stage(world, "reading the checkpoint back") as exchange:
+    nbytes = sum(identity.size_bytes for identity in match.index.identities.values())
+    with collective_stage(world, "reading the checkpoint back", timeout_for_bytes(nbytes)) as exchange:
         exchange.local = _digests_of_files(match, tensors, world)
     expected: dict[str, list[str]] = {}
     for rank_digests in exchange.gathered:

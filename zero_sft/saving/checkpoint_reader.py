@@ -16,7 +16,7 @@ import torch
 from zero_sft.checkpoint.file_identity import stat_identity
 from zero_sft.checkpoint.manifest import Manifest
 from zero_sft.cluster.control_group import all_gather_tensors
-from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.stages import collective_stage, timeout_for_bytes
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.errors import CheckpointError
@@ -40,7 +40,7 @@ def restore_optimizer(engine: Any, folder: Path, manifest: Manifest, world: Worl
         CheckpointError: a file is damaged, or the optimizer has trained other parameters.
     """
     saved = SavedOptimizer.for_rank(folder, manifest.world_size, world)
-    with collective_stage(world, "reading the optimizer's state"):
+    with collective_stage(world, "reading the optimizer's state", timeout_for_bytes(manifest.nbytes)):
         parameters = optimizer_state.trained_parameters(engine)
         formats = saved.formats()
         require_same_parameters(formats, parameters, folder)
@@ -78,7 +78,7 @@ def restore_weights(tensors: Mapping[str, Any], layout: ExportLayout, folder: Pa
     Raises:
         CheckpointError: a file can't be read, or has another layout.
     """
-    with collective_stage(world, f"reading the weights of {folder.name}"):
+    with collective_stage(world, f"reading the weights of {folder.name}", timeout_for_bytes(layout.nbytes)):
         paths = {file.name: folder / file.name for file in layout.files}
         identities = {str(path): stat_identity(path) for path in paths.values()}
         for file in layout.files:
@@ -114,7 +114,7 @@ def restore_own_weights(tensors: Mapping[str, Any], folder: Path, manifest: Mani
     Raises:
         CheckpointError: a file can't be read, or has other tensors than the model.
     """
-    with collective_stage(world, f"reading the weights of {folder.name}"):
+    with collective_stage(world, f"reading the weights of {folder.name}", timeout_for_bytes(manifest.nbytes)):
         saved = SavedOptimizer.for_rank(folder, manifest.world_size, world)
         shapes, wanted = saved.weight_shapes(), {name: shards.current_shape(tensor) for name, tensor in tensors.items()}
         if shapes != wanted:

@@ -36,7 +36,7 @@ from zero_sft.checkpoint.checksum import PartialChecksum, combine
 from zero_sft.checkpoint.file_layout import FileLayout
 from zero_sft.checkpoint.manifest import MANIFEST_FILE, FileRecord, Manifest, optimizer_file
 from zero_sft.cluster.control_group import all_gather_json, broadcast_bytes
-from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.stages import collective_stage, timeout_for_bytes
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.saving import optimizer_files, weight_files
@@ -258,7 +258,8 @@ def agree_on_manifest(
         ExportError: a rank could not write its part. The hidden folder is removed.
     """
     target = content.target
-    stage = collective_stage(world, f"writing {target.name}")
+    nbytes = world.world_size * content.own_nbytes + (content.weights.nbytes if content.weights else 0)
+    stage = collective_stage(world, f"writing {target.name}", timeout_for_bytes(nbytes))
     with removed_on_error(folder.path, content, world), stage as exchange, explain_write_errors(target):
         exchange.local = [dict(terms()), socket.gethostname(), next_date(target.parent) if world.is_main else ""]
     hosts = [host for _, host, _ in exchange.gathered]

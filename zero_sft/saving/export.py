@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES, FileLayout, lay_out
 from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.cluster.control_group import broadcast_bytes
-from zero_sft.cluster.stages import collective_stage
+from zero_sft.cluster.stages import collective_stage, timeout_for_bytes
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.convert import Resolution, published_format, resolve
@@ -113,7 +113,7 @@ def _write_weights(
     if is_shared:
         total = weight_files.part_nbytes(tensors, is_main=world.is_main)
         with (
-            collective_stage(world, f"writing {target}"),
+            collective_stage(world, f"writing {target}", timeout_for_bytes(layout.nbytes)),
             explain_write_errors(target),
             progress.task("writing the model", total, progress.BYTES) as task,
         ):
