@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.errors import raises
+from zero_sft.checkpoint.folder_kind import is_folder
 from zero_sft.checkpoint.index import read_index
 
 
@@ -42,6 +43,14 @@ def test_names_outside_the_folder(tmp_path, name):
     sharded(tmp_path, {"a": name})
     with raises("checkpoint.index_leaves_folder"):
         read_index(tmp_path)
+
+
+def test_a_name_that_no_file_system_takes(tmp_path):
+    sharded(tmp_path, {"a": "a" * 5000})
+    with raises("checkpoint.file_unreadable", "File name too long"):
+        read_index(tmp_path)
+    assert not is_folder(tmp_path / ("a" * 5000))
+    assert is_folder(tmp_path)
 
 
 def test_missing_file(tmp_path):

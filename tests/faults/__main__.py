@@ -50,7 +50,7 @@ def page(kills: Kills, cases: int, rows: list[str]) -> str:
         f"| worst | {max(kills.seconds):.1f} |",
         *(f"| message `{code}` | {count} |" for code, count in codes.most_common()),
         "",
-        "Each run that was killed, and started again, ended with the weights and losses of one that nobody had killed, to the bit.",
+        "Each run that was killed and started again ended with the weights and losses of one without kills, bit for bit.",
         "",
         "### Hostile files",
         "",

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import re
 
@@ -13,7 +14,7 @@ from zero_sft.console.progress import format_bytes, format_duration
 
 LINE = re.compile(
     r"step (?P<step>\d+)/(?P<steps>\d+)  epoch \d+\.\d\d  loss (?P<loss>\d+\.\d{3})  lr (?P<lr>\d\.\de[-+]\d\d)  grad \S+"
-    r"  (?P<rate>[\d,]+) tok/s/rank(  (?P<left>\d+:\d\d) left)?"
+    r"  (?P<rate>[\d,]+) tok/s/rank(  (?P<trained>\d+)% trained)?(  (?P<left>\d+:\d\d) left)?"
 )
 EVALUATION = re.compile(
     r"step (?P<step>\d+)/\d+  epoch \d+\.\d\d  eval loss (?P<loss>\d+\.\d{3})  (?P<samples>\d+) samples in \S+ s"
@@ -69,6 +70,14 @@ def test_the_log_of_a_job_and_its_tokens_over_a_resume(tmp_path):
         for out in ("whole", "resumed")
     }
     assert tokens["resumed"] == tokens["whole"]
+    # The epoch's tokens, as the preparation has counted them, and the share of each log that was trained on.
+    data = re.search(r"([\d,]+) tokens, ([\d,]+) of them trained on", said)
+    computed, trained = (int(number.replace(",", "")) for number in data.groups())
+    shares = [entry["trained_share"] for entry in history if "loss" in entry]
+    new = [after - before for before, after in itertools.pairwise([0, *tokens["whole"].values()])]
+    assert sum(new) == computed
+    assert sum(share * number for share, number in zip(shares, new, strict=True)) == pytest.approx(trained)
+    assert steps[2]["trained"] == f"{100 * shares[0]:.0f}"
     # transformers' estimate, with the elements that the parameters have in the file; padding counts as well.
     weights = load_file(tmp_path / "model" / "model.safetensors")
     numel = sum(tensor.numel() for name, tensor in weights.items() if "embed_tokens" not in name)
@@ -154,12 +163,13 @@ def test_the_line_of_a_large_run_fits_100_columns(monkeypatch):
         log._throughput = steps.Throughput(0, 0.0)
         log._throughput.add(1.0)
         log.on_log(SimpleNamespace(world_size=64), state, None, {
-            "loss": 1.2345, "learning_rate": 1.8e-5, "grad_norm": 1.3239, "epoch": 0.5
+            "loss": 1.2345, "learning_rate": 1.8e-5, "grad_norm": 1.3239, "epoch": 0.5,
+            "trained_share": 0.714,
         })  # fmt: skip
     first, second = said
     metrics = "step 980/9800  epoch 0.50  loss 1.234  lr 1.8e-05  grad 1.32  938 tok/s/GPU  40% MFU"
-    assert first == f"{metrics}  61.2 GiB  5:00:18 left"
-    assert second == f"{metrics}  5:00:18 left", "the memory has not grown"
+    assert first == f"{metrics}  61.2 GiB  71% trained  5:00:18 left"
+    assert second == f"{metrics}  5:00:18 left", "neither the memory nor the trained share has changed"
     assert len(second) <= 100
 
 

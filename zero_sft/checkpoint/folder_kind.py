@@ -126,3 +126,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """List the Trainer's `checkpoint-N` folders in a folder, which need not exist, the highest number first."""
     matches = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*") if path.is_dir())
     return [path for _, path in sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)]
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether the path is a folder; False for a name that no file system takes, which a damaged file may hold."""
+    try:
+        return path.is_dir()
+    except OSError:  # too long
+        return False

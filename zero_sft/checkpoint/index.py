@@ -152,7 +152,9 @@ def of_variant(name: str, variant: str | None) -> str:
 def _weight_files(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
     paths = [index.parent / name for name in sorted(set(weight_map.values()))]
     for path in paths:
-        if not path.is_file():
+        with explain_read_errors(path):
+            is_there = path.is_file()
+        if not is_there:
             problem = "is a folder" if path.is_dir() else f"is not in {index.parent}"
             if path.is_symlink() and not path.is_dir():
                 problem = f"is a link to {path.readlink()}, and that does not exist"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from zero_sft.checkpoint.folder_kind import is_folder
 from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import full_range, partition_numel, shard_range
 from zero_sft.saving import deepspeed_pickles
@@ -33,10 +34,10 @@ def find_states(folder: Path) -> Path | None:
     for name in ("latest_universal", "latest"):
         tag = folder / name
         if tag.is_file():
-            candidates.append(folder / Path(tag.read_text(encoding="utf-8").strip()).name)
+            candidates.append(folder / Path(tag.read_text(encoding="utf-8", errors="replace").strip()).name)
     candidates += sorted(folder.glob("global_step*"), reverse=True)
     for candidate in candidates:
-        if candidate.is_dir() and any(_MODEL_STATES.fullmatch(path.name) for path in candidate.iterdir()):
+        if is_folder(candidate) and any(_MODEL_STATES.fullmatch(path.name) for path in candidate.iterdir()):
             return candidate
     return None
 

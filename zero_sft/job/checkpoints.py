@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from zero_sft.arguments.durations import parse_duration
+from zero_sft.checkpoint.folder_kind import is_folder
 from zero_sft.checkpoint.run_state import read_trainer_state
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
@@ -274,7 +275,7 @@ class SavingTrainer(SFTTrainer):
         if recorded is None:
             return
         places = [checkpoint.parent / Path(recorded).name, Path(recorded)]
-        self.state.best_model_checkpoint = next((str(place) for place in places if place.is_dir()), None)
+        self.state.best_model_checkpoint = next((str(place) for place in places if is_folder(place)), None)
         if self.state.best_model_checkpoint is None:
             logger.warning("%s, the best checkpoint, is not there: the best is looked for from here on", places[0])
             self.state.best_metric = self.state.best_global_step = None

@@ -33,6 +33,9 @@ _STEP_METRICS = (
 )  # fmt: skip
 """The metrics of a training step in a line of the log: the Trainer's name, ours, and the format."""
 
+_SHOWN_CHANGE = 0.05
+"""The share of trained tokens is shown again when it has changed by this."""
+
 _NO_ESTIMATE = "time left: available after two steps"
 
 
@@ -59,6 +62,7 @@ class StepLog(TrainerCallback):
         self._pace = Pace()
         self._throughput = Throughput(0, 0.0)
         self._memory = 0  # the most that a line has shown
+        self._trained_share = -1.0  # that of the last line that has shown it
         self._metrics = ""  # the last logged step and its metrics
         self._not_finite: list[int] = []  # the logged steps whose loss was not finite
 
@@ -98,7 +102,7 @@ class StepLog(TrainerCallback):
             if not math.isfinite(float(logs["loss"])):  # `loss_checks.py` has said more
                 self._not_finite.append(state.global_step)
             rate = self._throughput.tokens_per_second(self._tokens())
-            metrics = _joined(training_metrics(logs), *self._use(rate, args.world_size))
+            metrics = _joined(training_metrics(logs), *self._use(rate, args.world_size), self._trained(logs))
             self._metrics = f"at step {state.global_step}: {metrics}"
             position = _position(logs, state.global_step, state.max_steps)
             line = _joined(position, metrics, _time_left(self._pace, state))
@@ -126,6 +130,14 @@ class StepLog(TrainerCallback):
             self._memory = memory
             parts.append(progress.format_bytes(memory))
         return parts
+
+    def _trained(self, logs: Mapping[str, Any]) -> str:
+        """Describe the share of the tokens that were trained on, where it has changed: with most data it hardly does."""
+        share = logs.get("trained_share")
+        if share is None or abs(share - self._trained_share) < _SHOWN_CHANGE:
+            return ""
+        self._trained_share = share
+        return f"{100 * share:.0f}% trained"
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         """Show the evaluation's progress, in batches of this rank."""

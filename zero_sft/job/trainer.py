@@ -50,6 +50,8 @@ class JobTrainer(SavingTrainer):
     def __init__(self, *, faults: SimulatedFaults, **kwargs: Any) -> None:
         self._faults, self.step_batches, self.step_losses = faults, [], []
         self.seconds_waited_for_data = self.seconds_in_model = 0.0
+        self._trained_tokens: Any = 0  # since the last logged loss; on a GPU a tensor
+        self._tokens_at_loss: int | None = None
         super().__init__(**kwargs)
         self.checkpoints.write_with(faults.failing)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
@@ -94,9 +96,12 @@ class JobTrainer(SavingTrainer):
             DataError: no batch on any rank holds a trained token.
         """
         began = time.monotonic()
+        if self._tokens_at_loss is None:
+            self._tokens_at_loss = self.tokens
         batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
         self.seconds_waited_for_data += time.monotonic() - began
         self.step_batches, self.step_losses = [dict(batch) for batch in batches], []
+        self._trained_tokens += 0 if trained is None else trained  # on a GPU without waiting for it
         # Samples tokenised in advance always hold a trained token. Skip the check for them: `int(trained)` syncs the device.
         dataset: Any = self.train_dataset
         is_lazy = "input_ids" not in dataset.column_names
@@ -107,6 +112,15 @@ class JobTrainer(SavingTrainer):
                 code="data.nothing_trained_on",
             )
         return batches, trained
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does; with a loss also the share of the tokens since the last loss that were trained on."""
+        if "loss" in logs:
+            computed, trained = self.tokens - (self._tokens_at_loss or 0), int(self._trained_tokens)
+            if computed > 0 and trained:
+                logs["trained_share"] = trained / computed
+            self._tokens_at_loss, self._trained_tokens = self.tokens, 0
+        super().log(logs, *args, **kwargs)
 
     def _local_batches(self, batches: Iterator) -> Iterator:
         """Yield this rank's batches with repeated samples masked, and mark an error in the data as local to this rank.
