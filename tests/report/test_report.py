@@ -12,7 +12,7 @@ import pytest
 
 from tests.errors import error_codes, raises
 from zero_sft.commands.report import main
-from zero_sft.report.charts import duration, line_chart, number, ticks
+from zero_sft.report.charts import duration, line_chart, number, tick_label, ticks
 from zero_sft.report.page import page
 from zero_sft.report.runs import read_run
 
@@ -182,3 +182,19 @@ def test_watching(tmp_path):
                 urllib.request.urlopen(address + "../etc/passwd", timeout=10)
         finally:
             server.terminate()
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [
+    (5.5187, 5.5209, ["5.5185", "5.5190", "5.5195", "5.5200"]),
+])  # fmt: skip
+def test_labels_of_ticks_differ(low, high, expected):
+    found = ticks(low, high)
+    assert [tick_label(tick, found) for tick in found][: len(expected)] == expected
+
+
+def test_a_run_keeps_its_colour():
+    """The first run has no points in this chart."""
+    chart = line_chart({"a": [], "b": [(1, 2.0), (2, 3.0)], "c": [(1, 1.0)]}, "loss")
+    assert 'polyline class="series-1"' in chart
+    assert 'i class="series-1"></i>b' in chart
+    assert "series-0" not in chart

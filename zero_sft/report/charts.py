@@ -20,6 +20,7 @@ def line_chart(series: Mapping[str, Points], label: str, *, width: int = WIDTH) 
     """Draw lines over steps, with a legend if there are several. "" without a point.
 
     Args:
+        series: by name; each keeps its colour if others have no points.
         label: of the vertical axis.
     """
     shown = {name: _thinned(points) for name, points in series.items() if points}
@@ -36,17 +37,17 @@ def line_chart(series: Mapping[str, Points], label: str, *, width: int = WIDTH) 
         y = HEIGHT - _BOTTOM - (value - y_low) / ((y_high - y_low) or 1) * (HEIGHT - _TOP - _BOTTOM)
         return round(x, 1), round(y, 1)
 
-    parts = []
+    parts, places = [], {name: index for index, name in enumerate(series)}
     for tick in y_ticks:
         y = place(x_low, tick)[1]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4}">{number(tick)}</text>')
+        parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4}">{tick_label(tick, y_ticks)}</text>')
     for tick in x_ticks:
         x = place(tick, y_low)[0]
         parts.append(f'<text class="tick middle" x="{x}" y="{HEIGHT - _BOTTOM + 16}">{number(tick)}</text>')
-    for index, (name, points) in enumerate(shown.items()):
+    for name, points in shown.items():
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
-        kind = f"series-{index % _COLOURS}"
+        kind = f"series-{places[name] % _COLOURS}"
         if len(points) > 1:
             parts.append(f'<polyline class="{kind}" points="{path}"/>')
         marks = points if len(points) <= 60 else [points[-1]]
@@ -55,7 +56,7 @@ def line_chart(series: Mapping[str, Points], label: str, *, width: int = WIDTH) 
             title = escape(f"{name}: {number(value)} at step {number(step)}")
             parts.append(f'<circle class="{kind}" cx="{x}" cy="{y}" r="2.5"><title>{title}</title></circle>')
     axis = f'<text class="tick middle" x="{(width + _LEFT) / 2}" y="{HEIGHT - 4}">step</text>'
-    return _svg("".join([*parts, axis]), width, HEIGHT, label) + _legend(list(shown))
+    return _svg("".join([*parts, axis]), width, HEIGHT, label) + _legend({name: places[name] for name in shown})
 
 
 def span_chart(rows: Sequence[tuple[str, Sequence[tuple[float, float, str]], Sequence[tuple[float, str]]]], label: str) -> str:
@@ -106,6 +107,15 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.ceil(high / step) + 1)]
 
 
+def tick_label(tick: float, among: Sequence[float]) -> str:
+    """Format a tick so that it differs from its neighbours: 5.5215 between 5.521 and 5.522."""
+    texts = [number(each) for each in among]
+    if len(set(texts)) == len(texts):
+        return number(tick)
+    decimals = -math.floor(math.log10(among[1] - among[0]))
+    return f"{tick:,.{max(0, decimals)}f}"
+
+
 def number(value: float) -> str:
     """Format a number for an axis: 0.5, 1,200, 2e-05."""
     if value and not 1e-3 <= abs(value) < 1e7:
@@ -134,8 +144,8 @@ def _svg(content: str, width: int, height: float, label: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{content}</svg>'
 
 
-def _legend(names: Sequence[str]) -> str:
-    if len(names) < 2:
+def _legend(places: Mapping[str, int]) -> str:
+    if len(places) < 2:
         return ""
-    items = (f'<span><i class="series-{index % _COLOURS}"></i>{escape(name)}</span>' for index, name in enumerate(names))
+    items = (f'<span><i class="series-{index % _COLOURS}"></i>{escape(name)}</span>' for name, index in places.items())
     return f'<p class="legend">{"".join(items)}</p>'

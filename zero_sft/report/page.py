@@ -28,9 +28,10 @@ polyline { fill: none; stroke-width: 1.8; }
 .legend { margin: .25rem 0 0; font-size: 13px; } .legend span { margin-right: 1rem; white-space: nowrap; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .35rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
+td:last-child { min-width: 12rem; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-top: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td { min-width: 3rem; max-width: 40rem; overflow-wrap: break-word; }
+td { max-width: 40rem; overflow-wrap: break-word; }
 @media (max-width: 520px) { .tick { font-size: 15px; } section.wide .tick { font-size: 24px; } body { padding: .75rem; } }
 tr.differs td { font-weight: 600; } pre { white-space: pre-wrap; margin: 0; font: inherit; }
 """
@@ -49,11 +50,12 @@ def page(runs: Sequence[Run], *, refresh_seconds: int = 0) -> str:
         for i in range(6)
     )
     refresh = f'<meta http-equiv="refresh" content="{refresh_seconds}">' if refresh_seconds else ""
+    rates = {name: run.rate for name, run in zip(names, runs, strict=True)}
     sections = [
-        _section("Loss", line_chart(_losses(runs, names), "loss", width=WIDE), wide=True),
+        *_losses(runs, names),
         _section("Learning rate", line_chart(_of_runs(runs, names, "learning_rate"), "learning rate")),
         _section("Norm of the gradient", line_chart(_of_runs(runs, names, "grad_norm"), "norm of the gradient")),
-        _section("Tokens per second, all ranks", line_chart(_kept(names, [run.rate for run in runs]), "tokens per second")),
+        _section("Tokens per second, all ranks", line_chart(rates, "tokens per second")),
         _section("Time", _timeline(runs, names)),
         *(_section(f"Load of {name}" if len(runs) > 1 else "Load", _load(run)) for name, run in zip(names, runs, strict=True)),
         *(_section(f"Answers of {name}" if len(runs) > 1 else "Answers", _answers(run), wide=True)
@@ -82,21 +84,18 @@ def _section(title: str, content: str, *, wide: bool = False) -> str:
     return f"<section{' class=wide' * wide}><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
-def _kept(names: Sequence[str], series: Sequence[Points]) -> dict[str, Points]:
-    return {name: points for name, points in zip(names, series, strict=True) if points}
-
-
 def _of_runs(runs: Sequence[Run], names: Sequence[str], metric: str) -> dict[str, Points]:
-    return _kept(names, [run.series.get(metric, ()) for run in runs])
+    return {name: run.series.get(metric, ()) for name, run in zip(names, runs, strict=True)}
 
 
-def _losses(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Points]:
-    """Return the losses of all runs, and those on held-out samples."""
-    found: dict[str, Points] = {}
-    for name, run in zip(names, runs, strict=True):
-        prefix = f"{name}: " if len(runs) > 1 else ""
-        found |= {f"{prefix}training": run.series.get("loss", ()), f"{prefix}held out": run.series.get("eval_loss", ())}
-    return found
+def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Draw the losses, and those on held-out samples: in one chart for one run, in two for several."""
+    training, held_out = (_of_runs(runs, names, metric) for metric in ("loss", "eval_loss"))
+    if len(runs) == 1:
+        both = {"training": training[names[0]], "held out": held_out[names[0]]}
+        return [_section("Loss", line_chart(both, "loss", width=WIDE), wide=True)]
+    charts = {"Loss": training, "Loss on held-out samples": held_out}
+    return [_section(title, line_chart(series, "loss", width=WIDE), wide=True) for title, series in charts.items()]
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -161,15 +160,8 @@ def _load(run: Run) -> str:
         name: run.load.get(name)
         for name in ("model", "loader", "dtype", "parameters", "seconds", "bytes_read", "requests", "world_size")
     }
-    table = _table(
-        ["", ""],
-        [
-            [name, number(value) if isinstance(value, float) else _text(value)]
-            for name, value in facts.items()
-            if value is not None
-        ],
-    )
-    return chart + table if run.load else ""
+    rows_of_facts = [[name.replace("_", " "), _amount(value)] for name, value in facts.items() if value is not None]
+    return chart + _table(["", ""], rows_of_facts) if run.load else ""
 
 
 def _answers(run: Run) -> str:
@@ -196,8 +188,10 @@ def _starts(runs: Sequence[Run], names: Sequence[str]) -> str:
         for index, start in enumerate(run.starts, start=1):
             versions = start.get("versions")
             libraries = ", ".join(f"{key} {value}" for key, value in versions.items()) if isinstance(versions, dict) else ""
-            cells = [start.get(key) for key in ("began", "ended", "from_step", "step", "host", "ranks", "git_commit")]
-            rows.append([name, str(index), *map(_text, cells), libraries])
+            times = [_text(start.get(key))[:19].replace("T", " ") for key in ("began", "ended")]
+            cells = [start.get(key) for key in ("from_step", "step", "host", "ranks")]
+            commit = _text(start.get("git_commit"))
+            rows.append([name, str(index), *times, *map(_text, cells), commit[:12] + "+" * commit.endswith("+"), libraries])
     return _table(["run", "start", "began", "ended", "from step", "to step", "host", "ranks", "commit", "versions"], rows)
 
 
@@ -217,6 +211,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
+
+
+def _amount(value: Any) -> str:
+    return number(value) if isinstance(value, (int, float)) else _text(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:
