@@ -69,6 +69,15 @@ def without_tokens(text: str) -> str:
     return _TOKEN.sub("hf_***", text)
 
 
+def is_failure(error: BaseException) -> bool:
+    """Return whether an exception is a failure, and no request to end the program.
+
+    A library in Rust (tokenizers, safetensors) that meets what it did not expect raises a PanicException, which is no
+    `Exception`.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 def _restore(cls: type[ZeroSftError], message: str, codes: Sequence[str]) -> ZeroSftError:
     return cls(message, code=codes[0], listed=codes[1:])
 

@@ -22,6 +22,10 @@ def test_exchanges():
     assert all_gather_json(world, {"rank": world.rank}) == [{"rank": r} for r in range(world.world_size)]
 
 
+class PanicException(BaseException):
+    """As libraries in Rust raise it."""
+
+
 @pytest.mark.world_size(3)
 def test_a_failure_on_one_rank_is_raised_by_all():
     world = World.detect()
@@ -35,6 +39,10 @@ def test_a_failure_on_one_rank_is_raised_by_all():
         with collective_stage(world, "dividing"):
             if world.rank == 2:
                 1 / 0  # noqa: B018
+    with raises("cluster.rank_failed", "PanicException: no entry found", "rank 0 of 3"):
+        with collective_stage(world, "encoding"):
+            if world.rank == 0:
+                raise PanicException("no entry found")
     with collective_stage(world, "passing"):
         pass
 

@@ -367,7 +367,17 @@ def huge_id(folder):
     path.write_text(json.dumps(content))
 
 
+def panics(folder):
+    """The file opens; the tokenizers library panics at the first text, since a special token is not described."""
+    path = chatml_folder(folder) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    piece = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    content["post_processor"] = {"type": "TemplateProcessing", "single": [piece], "pair": [], "special_tokens": {}}
+    path.write_text(json.dumps(content))
+
+
 FAULTS = {
+    "panics": (panics, "tokenizer.unusable", "no entry found for key"),
     "missing": (lambda folder: None, "hub.no_such_folder", "model"),
     "broken_json": (broken_json, "tokenizer.unusable", "model"),
     "not_json": (not_json, "tokenizer.unusable", "model"),

@@ -84,8 +84,8 @@ def activity(name: str) -> Iterator[None]:
     job, before, _job.activity = _job, _job.activity, name
     try:
         yield
-    except Exception as error:
-        if not hasattr(error, _ACTIVITY):
+    except BaseException as error:
+        if errors.is_failure(error) and not hasattr(error, _ACTIVITY):
             setattr(error, _ACTIVITY, name)
         raise
     finally:

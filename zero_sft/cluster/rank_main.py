@@ -5,6 +5,7 @@ from collections.abc import Callable
 from zero_sft.cluster import failure_report
 from zero_sft.cluster.launcher_watch import early_claim, watch_launcher
 from zero_sft.cluster.world import World
+from zero_sft.errors import is_failure
 
 
 def run_rank(body: Callable[[World], None]) -> int:
@@ -21,7 +22,9 @@ def run_rank(body: Callable[[World], None]) -> int:
         body(world)
     except KeyboardInterrupt:
         return failure_report.report_interrupt()
-    except Exception as error:  # noqa: BLE001 - one rank reports it, whatever it is
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         return failure_report.report_failure(error)
     failure_report.mark_succeeded()
     return 0

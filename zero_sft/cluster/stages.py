@@ -68,12 +68,15 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
     Raises:
         ZeroSftError: on every rank, if a rank failed or did not finish the stage within `timeout`.
     """
-    exchange, failure = StageExchange(), None
+    exchange = StageExchange()
+    failure: BaseException | None = None
     with failure_report.activity(name):
         try:
             with stage_watch.during(name):
                 yield exchange
-        except Exception as error:  # noqa: BLE001 - the other ranks must learn of any failure
+        except BaseException as error:
+            if not errors.is_failure(error):
+                raise
             failure = error
         if world.world_size > 1:
             _end_together(world, name, timeout, exchange, failure)
@@ -84,7 +87,7 @@ def collective_stage(world: World, name: str, timeout: datetime.timedelta = STAG
 
 
 def _end_together(
-    world: World, name: str, timeout: datetime.timedelta, exchange: StageExchange, failure: Exception | None
+    world: World, name: str, timeout: datetime.timedelta, exchange: StageExchange, failure: BaseException | None
 ) -> None:
     _await_all(name, timeout)
     report = None if failure is None else [type(failure).__name__, str(failure), *getattr(failure, "codes", ())]

@@ -17,11 +17,11 @@ import tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from zero_sft.checkpoint.folder_kind import first_placeholder
-from zero_sft.errors import TokenizerError, ZeroSftError
+from zero_sft.errors import TokenizerError, ZeroSftError, is_failure
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import TOKENIZER
 from zero_sft.printable import excerpt
-from zero_sft.tokenizer.fingerprint import PROBES
+from zero_sft.tokenizer.fingerprint import PROBES, encodings
 from zero_sft.tokenizer.serialize import keep_base_config
 from zero_sft.transformers_internals import set_tokenizer_backend
 
@@ -45,9 +45,12 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
     try:
         tokenizer = _open(folder, settings)
         _require_dense_ids(tokenizer, folder)
+        encodings(tokenizer)  # a damaged file may open and then fail on a text
     except ZeroSftError:
         raise
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except BaseException as error:  # the tokenizers library raises plain Exception, and panics
+        if not is_failure(error):
+            raise
         placeholder = first_placeholder([path for pattern in TOKENIZER for path in sorted(folder.glob(pattern))])
         if placeholder:
             raise TokenizerError(placeholder, code="tokenizer.placeholder_file") from error
