@@ -13,7 +13,7 @@ from zero_sft.checkpoint.index import read_index
 from zero_sft.config import load_config
 from zero_sft.hub.options import HubOptions
 from zero_sft.storage import torch_zip
-from zero_sft.tokenizer.setup import set_up
+from zero_sft.tokenizer.setup import explain_damage, set_up
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4976698672\n"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head></html>\n"
@@ -99,7 +99,7 @@ def test_placeholders_of_the_tokenizer(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (tmp_path / name).write_bytes(POINTER)
-    with raises("tokenizer.placeholder_file", name, "git lfs pull"):
+    with raises("tokenizer.placeholder_file", name, "git lfs pull"), explain_damage(tmp_path):
         set_up(tmp_path, HubOptions(), 64, "right")
 
 

@@ -21,7 +21,7 @@ from zero_sft.rope import require_length
 from zero_sft.storage.default_device import cpu_by_default
 from zero_sft.tokenizer.fingerprint import fingerprint
 from zero_sft.tokenizer.serialize import deserialize, require_faithful, serialize
-from zero_sft.tokenizer.setup import set_up
+from zero_sft.tokenizer.setup import explain_damage, set_up
 from zero_sft.zero.process_group import connect
 
 SerializedTokenizer = tuple[PreTrainedTokenizerBase, bytes]
@@ -53,8 +53,9 @@ class TokenizerSpec:
     def prepare(self, source: ModelSource) -> SerializedTokenizer:
         """Set the tokenizer up and serialize it. Rank 0, on any thread; does not communicate."""
         folder = fetch_files(source, World.alone(), TOKENIZER)
-        tokenizer = set_up(folder, self.options, self.model_max_length, self.padding_side)
-        return tokenizer, serialize(tokenizer, folder.name)
+        with explain_damage(folder):
+            tokenizer = set_up(folder, self.options, self.model_max_length, self.padding_side)
+            return tokenizer, serialize(tokenizer, folder.name)
 
 
 @takes_options(HubOptions)

@@ -5,11 +5,13 @@ Vicuna's does, transformers 5 converts the model with merges in order of id inst
 the leading space. Both are corrected here. Left out: adding tokens, which would need new embedding rows.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,11 @@ _MOST_UNUSED_IDS = 2**20
 _MEDIA = re.compile(r"(?i)image|img|video|vision|audio|speech")
 
 
-def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_side: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in `folder`, ready for training. Rank 0; does not communicate.
-
-    Raises:
-        TokenizerError: the tokenizer can't be loaded, or has no token to pad with.
-    """
-    settings = dataclasses.asdict(options) | {"model_max_length": model_max_length, "padding_side": padding_side}
-    del settings["revision"], settings["subfolder"], settings["variant"]  # the folder is already resolved by them
+@contextlib.contextmanager
+def explain_damage(folder: Path) -> Iterator[None]:
+    """Raise `TokenizerError` in place of any error of the libraries in the body, which works with the tokenizer in `folder`."""
     try:
-        tokenizer = _open(folder, settings)
-        _require_dense_ids(tokenizer, folder)
-        encodings(tokenizer)  # a damaged file may open and then fail on a text
+        yield
     except ZeroSftError:
         raise
     except BaseException as error:  # the tokenizers library raises plain Exception, and panics
@@ -59,6 +54,20 @@ def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_sid
             "the original model; if it comes with code that you trust, give --trust_remote_code True.",
             code="tokenizer.unusable",
         ) from error
+
+
+def set_up(folder: Path, options: HubOptions, model_max_length: int, padding_side: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in `folder`, ready for training. Rank 0; does not communicate.
+
+    Raises:
+        TokenizerError: the tokenizer has no files, ids that are far apart, or no token to pad with.
+        Exception: what the libraries raise; see `explain_damage`.
+    """
+    settings = dataclasses.asdict(options) | {"model_max_length": model_max_length, "padding_side": padding_side}
+    del settings["revision"], settings["subfolder"], settings["variant"]  # the folder is already resolved by them
+    tokenizer = _open(folder, settings)
+    _require_dense_ids(tokenizer, folder)
+    encodings(tokenizer)  # a damaged file may open and then fail on a text
     config = _read_json(folder / "config.json")
     pad, reason = choose_pad_token(tokenizer, (config.get("text_config") or config).get("vocab_size"))
     if pad != tokenizer.pad_token and (tokenizer.pad_token, reason) != (None, UNK):
