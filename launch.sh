@@ -5,6 +5,9 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 #
 # Start the training job on one machine with DeepSpeed's launcher, or on a SLURM cluster with one task per GPU.
@@ -27,11 +30,19 @@ Usage:
   sbatch [sbatch options] launch.sh [arguments of the job]
       On a SLURM cluster, with one rank per GPU. The defaults are one node, 8 GPUs, 8 CPUs per rank and one day. Override
       them before the name of the script: sbatch --nodes=4 --gpus-per-node=4 --time=2:00:00 launch.sh ...
+      Nodes with fewer than 64 CPUs need --ntasks-per-node=<GPUs> --cpus-per-task=<CPUs per GPU> as well.
       A job that stays pending with the reason PartitionTimeLimit needs a smaller --time.
+      Five minutes before its time is over the job saves a checkpoint, queues itself again, and goes on from there.
       Without GPUs: sbatch --gpus-per-node=0 --ntasks-per-node=<ranks> launch.sh ...
 
   ./launch.sh [arguments of the job]
       The same inside an allocation made by salloc. Two runs at the same time in one allocation need different --master_port.
+
+  ./launch.sh --preflight ...
+      Check the nodes for the job with these arguments, in seconds: versions, files, folders, memory, network.
+
+  ./launch.sh --dry_run ...
+      Show what would be started, and where, and start nothing.
 
   ./launch.sh -- --help
       Show the arguments of the job.
@@ -40,6 +51,9 @@ Environment:
   ZERO_SFT_PYTHON      the interpreter (default: .venv/bin/python of the project, else `python` on PATH)
   ZERO_SFT_MODULE      the module to run (default: zero_sft.train)
   ZERO_SFT_CPU_RANKS   the number of ranks on a machine without a GPU (default: 2)
+  CONTAINER            words before each command that runs the interpreter, such as "apptainer exec --nv image.sif"; the
+                       interpreter is then `python` in the container, if ZERO_SFT_PYTHON is not set
+  MAX_REQUEUES         how often a SLURM job may be queued again (default: 20)
   OMP_NUM_THREADS      threads per rank (default: the CPUs of the node, divided among its ranks)
 END
 }
@@ -54,7 +68,10 @@ readonly OPTIONS_WITHOUT_VALUE=" --no_local_rank --no_ssh --no_ssh_check --force
 
 launcher_options=() # as they were written
 max_restarts=0
-was_signalled= # non-empty after a signal that ends the run
+dry_run=
+container=()     # words before each command
+was_signalled= # the signal that ends the run
+was_passed_on= # non-empty when the ranks of SLURM have got it
 job_arguments=()
 declare -A given_options=() # long name of a launcher option -> its value
 
@@ -100,7 +117,11 @@ split_arguments() {
   local name argument
   while (($#)); do
     name=${1%%=*}
-    if [[ $name == --max_restarts ]]; then
+    if [[ $1 == --dry_run ]]; then
+      dry_run=1
+    elif [[ $1 == --preflight ]]; then
+      module=zero_sft.preflight
+    elif [[ $name == --max_restarts ]]; then
       if [[ $1 == *=* ]]; then
         max_restarts=${1#*=}
       else
@@ -137,7 +158,7 @@ split_arguments() {
       for argument in "$@"; do
         # A launcher option after the job's arguments would reach the job, which does not know it.
         name=${argument%%=*}
-        if [[ $name == --* ]] && is_one_of "$name" "--max_restarts $OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
+        if [[ $name == --* ]] && is_one_of "$name" " --dry_run --preflight --max_restarts $OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
           die option_misplaced "$name is an option of the launcher: put it before the arguments of the job"
         fi
       done
@@ -152,7 +173,10 @@ find_project() {
   local folder script_folder submitted=
   script_folder=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
   if [[ -n ${SLURM_JOB_ID:-} && ! -f $script_folder/zero_sft/__init__.py ]]; then
-    submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/[^/ ]*.*|\1|p')
+    submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||p')
+    # The path of the script and its arguments, which all may hold spaces.
+    while [[ $submitted == *" "* && ! -f $submitted ]]; do submitted=${submitted% *}; done
+    submitted=$(dirname "$(readlink -f "$submitted")")
   fi
   for folder in "$script_folder" "$submitted" "${SLURM_SUBMIT_DIR:-}"; do
     if [[ -n $folder && -f $folder/zero_sft/__init__.py ]]; then
@@ -165,7 +189,12 @@ find_project() {
 }
 
 find_python() {
-  if [[ -n ${ZERO_SFT_PYTHON:-} ]]; then
+  if [[ -n ${CONTAINER:-} ]]; then
+    read -r -a container <<<"$CONTAINER"
+    command -v "${container[0]}" >/dev/null || die no_container "CONTAINER: ${container[0]} is not an executable"
+    python=${ZERO_SFT_PYTHON:-python}
+    return
+  elif [[ -n ${ZERO_SFT_PYTHON:-} ]]; then
     python=$(command -v "$ZERO_SFT_PYTHON") || die no_such_python "ZERO_SFT_PYTHON=$ZERO_SFT_PYTHON is not an executable"
   elif [[ -n $project && -x $project/.venv/bin/python ]]; then
     python=$project/.venv/bin/python
@@ -197,13 +226,14 @@ count_gpus() {
 at_least_one() { echo $(($1 > 0 ? $1 : 1)); }
 
 free_port() {
-  "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+  "${container[@]}" "$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 }
 
 run_here() {
   local deepspeed ranks
   deepspeed=$(dirname "$python")/deepspeed # from the interpreter's environment
-  [[ -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
+  [[ -z ${CONTAINER:-} || $python == */* ]] || deepspeed=deepspeed
+  [[ -n ${CONTAINER:-} || -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
     die no_deepspeed_command "no deepspeed command next to $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
 
   ranks=$(count_gpus)
@@ -231,12 +261,23 @@ run_here() {
 start_here() {
   local options=("${launcher_options[@]}")
   [[ -n ${given_options[--master_port]:-} ]] || options+=(--master_port "$(free_port)")
-  run_and_wait "$deepspeed" "${options[@]}" --module "$module" "${job_arguments[@]}"
+  run_and_wait "${container[@]}" "$deepspeed" "${options[@]}" --module "$module" "${job_arguments[@]}"
+}
+
+# Print a command so that a shell would read it as it is.
+show() { # COMMAND...
+  local words
+  printf -v words ' %q' "$@"
+  echo "launch.sh: would start:$words"
 }
 
 # Start the ranks, and start them again after a fault, if --max_restarts allows it. Exit with the status of the last start.
 with_restarts() { # FUNCTION
   local status answer
+  if [[ -n $dry_run ]]; then
+    "$1"
+    exit 0
+  fi
   if ((max_restarts > 0)); then
     ZERO_SFT_RESTART_FOLDER=$(mktemp -d) # here rank 0 writes how far it has come
     export ZERO_SFT_RESTART_FOLDER
@@ -247,10 +288,11 @@ with_restarts() { # FUNCTION
     status=0
     "$1" || status=$?
     # 75: the run has ended early, as it was asked to.
+    [[ $was_signalled != USR1 ]] || ((status == 0)) || requeue "$status"
     if ((max_restarts == 0 || status == 0 || status == 75)) || [[ -n $was_signalled ]]; then
       exit "$status"
     fi
-    answer=$("$python" -m zero_sft.cluster.restarts "$ZERO_SFT_RESTART_FOLDER" "$ZERO_SFT_START" "$status" "$max_restarts") ||
+    answer=$("${container[@]}" "$python" -m zero_sft.cluster.restarts "$ZERO_SFT_RESTART_FOLDER" "$ZERO_SFT_START" "$status" "$max_restarts") ||
       exit "$status"
     [[ $answer != resume ]] || resume_from_newest
   done
@@ -290,15 +332,19 @@ require_words_for_other_machines() { # COMMAND
 # save a checkpoint and end, and continues to wait for the launcher.
 run_and_wait() { # COMMAND...
   local launcher status=0 signal
+  if [[ -n $dry_run ]]; then
+    show "$@"
+    return
+  fi
   export ZERO_SFT_LAUNCHER_PID=$$ # the ranks end with this process
   "$@" <&0 &
   launcher=$!
   for signal in TERM INT HUP; do
     # shellcheck disable=SC2064
-    trap "was_signalled=1; signal_ranks TERM $launcher" "$signal"
+    trap "was_signalled=$signal; signal_ranks TERM $launcher" "$signal"
   done
   # shellcheck disable=SC2064
-  trap "was_signalled=1; signal_ranks USR1 $launcher" USR1
+  trap "was_signalled=USR1; signal_ranks USR1 $launcher" USR1
   while :; do
     status=0
     wait "$launcher" || status=$?
@@ -310,24 +356,38 @@ run_and_wait() { # COMMAND...
 # Send a signal to the ranks that a launcher has started on this machine. Before there are any, or if all are on other
 # machines, end the launcher's children.
 signal_ranks() { # SIGNAL PID
-  local children grandchildren targets=() child process
+  local children=() targets=()
   if [[ $(cat "/proc/$2/comm" 2>/dev/null) == srun ]]; then
-    kill "-$1" "$2" 2>/dev/null || true # srun passes it on
-    return
+    # srun passes SIGUSR1 on to the ranks, and ends them on SIGTERM.
+    if [[ -z $was_passed_on ]]; then
+      was_passed_on=1
+      kill -USR1 "$2" 2>/dev/null || true
+    else
+      kill -TERM "$2" 2>/dev/null || true
+    fi
+    return 0 # in a trap, a plain `return` would give the status of the interrupted command
   fi
+  find_ranks "$2"
   children_of "$2" children
-  for child in "${children[@]}"; do
-    children_of "$child" grandchildren
-    for process in "${grandchildren[@]}"; do
-      # The launcher's child gives this variable to the ranks alone.
-      ! grep -qsz '^CROSS_RANK=' "/proc/$process/environ" || targets+=("$process")
-    done
-  done
   if ((${#targets[@]})); then
     kill "-$1" "${targets[@]}" 2>/dev/null || true
   else
     kill -TERM "${children[@]:-$2}" 2>/dev/null || true
   fi
+}
+
+# Add the ranks below a process to targets; the ranks' own children are left out.
+find_ranks() { # PID
+  local below=() child
+  children_of "$1" below
+  for child in "${below[@]}"; do
+    # The launcher's child gives this variable to the ranks alone.
+    if grep -qsz '^CROSS_RANK=' "/proc/$child/environ"; then
+      targets+=("$child")
+    else
+      find_ranks "$child"
+    fi
+  done
 }
 
 children_of() { # PID NAME_OF_ARRAY
@@ -386,38 +446,105 @@ plan_step() {
   cpus=$((cpus / ranks))
 }
 
+# True in a script that sbatch has started, which can be queued again.
+in_batch_script() { [[ ${ENVIRONMENT:-} == BATCH ]]; }
+
+# Let SLURM start this job again after its signal, if that is allowed. It ends the job, and this script with it.
+requeue() { # STATUS
+  local count=$((${SLURM_RESTART_COUNT:-0} + 1))
+  in_batch_script || return 0
+  if (($1 != 75 && count > 3)); then
+    note "the job was signalled before it had trained, and has been queued again three times: its --time is too short"
+  elif ((count > max_requeues)); then
+    note "the job has been queued again $max_requeues times (MAX_REQUEUES); submit it once more with" \
+      "--resume_from_checkpoint auto"
+  elif scontrol requeue "$SLURM_JOB_ID"; then
+    note "queued again, $count of at most $max_requeues times: the job goes on from its newest checkpoint"
+    sleep 60 # SLURM ends this script
+  else
+    note "the job can't be queued again; submit it once more with --resume_from_checkpoint auto"
+  fi
+}
+
+# Print a free port of this machine: the first one from START on.
+free_port_from() { # START
+  "${container[@]}" "$python" -c '
+import socket, sys
+for port in range(int(sys.argv[1]), 32768):
+    with socket.socket() as tried:
+        try:
+            tried.bind(("", port))
+        except OSError:
+            continue
+        print(port)
+        break' "$1"
+}
+
 run_in_slurm() {
-  local nodes gpus ranks cpus option step=()
+  local nodes gpus ranks cpus option first_port max_requeues=${MAX_REQUEUES:-20} step=()
   for option in "${!given_options[@]}"; do
-    [[ $option == --master_port || $option == --master_addr ]] ||
+    [[ $option == --master_port || $option == --master_addr || $option == --enable_each_rank_log ]] ||
       die option_under_slurm "$option is for DeepSpeed's launcher on one machine; under SLURM give sbatch or salloc" \
         "--nodes and --gpus-per-node instead"
   done
+  [[ $max_requeues =~ ^[0-9]{1,4}$ ]] || die bad_max_requeues "MAX_REQUEUES=$max_requeues is not a number"
+  if ((${SLURM_RESTART_COUNT:-0} > 0)); then
+    # After a failed node, SLURM queues the job again by itself.
+    ((SLURM_RESTART_COUNT <= max_requeues)) ||
+      die too_many_requeues "the job was queued again $SLURM_RESTART_COUNT times, more than MAX_REQUEUES=$max_requeues:" \
+        "look for the cause in its log, then submit it once more with --resume_from_checkpoint auto"
+    note "start $((SLURM_RESTART_COUNT + 1)) of job $SLURM_JOB_ID"
+    resume_from_newest
+  fi
   plan_step
   MASTER_ADDR=${given_options[--master_addr]:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
   # Jobs that share a node have different ids, and the kernel gives client sockets only ports from 32768 upwards.
-  MASTER_PORT=${given_options[--master_port]:-$((20000 + SLURM_JOB_ID % 12000))}
-  export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+  first_port=$((20000 + SLURM_JOB_ID % 12000))
+  MASTER_PORT=${given_options[--master_port]:-}
+  if [[ -z $MASTER_PORT && ${SLURMD_NODENAME:-} == "$MASTER_ADDR" ]]; then
+    MASTER_PORT=$(free_port_from "$first_port")
+  fi
+  export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$first_port} OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 
   step=(--nodes="$nodes" --ntasks=$((nodes * ranks)) --ntasks-per-node="$ranks" --cpus-per-task="$cpus" --export=ALL)
   # Every rank must see all GPUs of its node, and takes the one of its local rank. So drop the requests of the job that would
   # show each task only one GPU. With --gpu-bind=none instead, SLURM 22.05 does not set CUDA_VISIBLE_DEVICES at all.
-  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND
+  unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_CPUS_PER_GPU SLURM_GPU_BIND SLURM_GPUS_PER_NODE
+  unset SLURM_GPUS
   ((gpus == 0)) || step+=(--gpus-per-node="$ranks")
   # A rank that fails, or that ends long before the others, would leave them waiting in a collective.
-  step+=(--kill-on-bad-exit=1 --wait=600 --label)
+  step+=(--kill-on-bad-exit=1 --wait=600)
+  if [[ -n ${given_options[--enable_each_rank_log]:-} ]]; then
+    mkdir -p "${given_options[--enable_each_rank_log]}"
+    step+=(--output="${given_options[--enable_each_rank_log]}/job_%j_rank_%t.log")
+  else
+    step+=(--label)
+  fi
+  if [[ -n $dry_run ]]; then
+    echo "launch.sh: $ranks ranks on each of these nodes: $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')"
+    echo "launch.sh: MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT OMP_NUM_THREADS=$OMP_NUM_THREADS"
+  fi
   with_restarts start_in_slurm
 }
 
+# The shell of a task. Its rank numbers exist only inside the step: expanded in this script they would be 0 for every rank.
+# SLURM signals all processes of a task, so that the shell only has to survive. Ranks that end early, as they were asked to,
+# have status 75, and --kill-on-bad-exit would kill the others, which do the same: so only rank 0 has it, after the others.
+# shellcheck disable=SC2016
+readonly TASK='
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$1
+  trap : TERM USR1 HUP
+  status=0
+  "${@:2}" || status=$?
+  if ((status == 75)); then
+    ((RANK == 0)) || exit 0
+    sleep 3
+  fi
+  exit "$status"'
+
 start_in_slurm() {
-  local command
-  # The rank numbers exist only inside the step: expanded in this script they would be 0 for every rank.
-  # shellcheck disable=SC2016
-  command=(srun "${step[@]}" bash -c '
-    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$1
-    exec "${@:2}"' launch.sh "$ranks" "$python" -u -m "$module" "${job_arguments[@]}")
-  ((max_restarts > 0)) || exec "${command[@]}"
-  run_and_wait "${command[@]}"
+  run_and_wait srun "${step[@]}" bash -c "$TASK" launch.sh "$ranks" \
+    "${container[@]}" "$python" -u -m "$module" "${job_arguments[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Outermost function of a rank's process: from the launcher's variables to the exit status."""
 
+import os
 from collections.abc import Callable
 
 from zero_sft.cluster import failure_report
@@ -13,6 +14,8 @@ def run_rank(body: Callable[[World], None]) -> int:
 
     The rank ends when its launcher ends or on SIGTERM, even while `body` waits for other ranks.
     """
+    # Ranks that wait for rank 0 would print torch's stacks each time they try again.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     watch_launcher()
     claim = early_claim()
     failure_report.begin_job(World.alone(), claim)

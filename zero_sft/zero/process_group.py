@@ -1,7 +1,7 @@
 """Join the ranks: DeepSpeed's default process group, then this package's control group.
 
 DeepSpeed and accelerate read the rank only from the environment. So this module sets RANK, WORLD_SIZE, LOCAL_RANK and
-LOCAL_WORLD_SIZE, and for a single process MASTER_ADDR and MASTER_PORT as well. They stay set until the process ends.
+LOCAL_WORLD_SIZE, and MASTER_ADDR and MASTER_PORT where the launcher has not. They stay set until the process ends.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from zero_sft.cluster.control_group import init_control_group
 from zero_sft.cluster.deepspeed_command import free_port
 from zero_sft.cluster.node_layout import SHARED_MEMORY
+from zero_sft.cluster.rendezvous import meeting_place
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError, Scope
 from zero_sft.printable import with_count
@@ -69,17 +70,7 @@ def require_own_device(world: World) -> None:
 def _start_default_group(world: World) -> None:
     require_own_device(world)
     install_operator_builder()
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
-    if world.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if absent:
-        raise ConfigError(
-            f"{' and '.join(absent)} not set in the environment, so the ranks can't find each other. Start the job with "
-            "./launch.sh, which derives both, or export MASTER_ADDR and MASTER_PORT.",
-            code="cluster.no_master_address",
-        )
+    set_meeting_place(world)
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
@@ -88,6 +79,26 @@ def _start_default_group(world: World) -> None:
         raise _port_is_taken(int(os.environ["MASTER_PORT"])) from error
     dist.barrier()
     _unlink_shared_memory(world.rank)
+
+
+def set_meeting_place(world: World) -> None:
+    """Set the variables by which the ranks find each other, where the launcher has not. Any rank; does not communicate.
+
+    Raises:
+        ConfigError: there is no master address.
+    """
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
+    if world.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    os.environ.update(meeting_place(world, os.environ))
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise ConfigError(
+            f"{' and '.join(absent)} not set in the environment, so the ranks can't find each other. Start the job with "
+            "./launch.sh, which derives both, or export MASTER_ADDR and MASTER_PORT.",
+            code="cluster.no_master_address",
+        )
 
 
 def _unlink_shared_memory(rank: int) -> None:

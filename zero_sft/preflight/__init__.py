@@ -1,0 +1,1 @@
+"""Check a cluster before a run: what each node has, whether the nodes agree, and whether the ranks reach each other."""

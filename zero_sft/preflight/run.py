@@ -1,0 +1,249 @@
+"""The preflight: the ranks meet, exchange the facts of their nodes, and try the network. Every rank.
+
+The ranks meet in a store with a time limit of its own, so that a rank that does not come is named. The facts travel through
+the store, so that the table is there even if no collective works.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
+from zero_sft.cluster.rank_main import run_rank
+from zero_sft.cluster.world import World
+from zero_sft.errors import DistributedError, ZeroSftError
+from zero_sft.preflight.checks import Check, Needs, judge
+from zero_sft.preflight.node_facts import collect
+from zero_sft.printable import first_of, printable, with_count
+
+MEETING_SECONDS = 60
+"""The time for all ranks to come."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the preflight and return the exit status: 0 if nothing would hinder a run. Every rank; communicates."""
+    argv = sys.argv[1:] if argv is None else argv
+    if wants_help(argv):
+        return answer_help(argv)
+    has_failed: list[bool] = []
+    status = run_rank(lambda world: has_failed.append(_run(parse(argv), world)))
+    return status or int(any(has_failed))
+
+
+def _run(parsed: ParsedArguments, world: World) -> bool:
+    """Return whether a check has failed."""
+    began = time.monotonic()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    from zero_sft.zero.process_group import set_meeting_place
+
+    output = Path(parsed.training["output_dir"]).expanduser()
+    facts = _facts(parsed, output) if world.local_rank == 0 else {}
+    set_meeting_place(world)
+    store = _meet(world)
+    facts |= {"time": time.time(), "ranks": world.local_world_size, "devices": _devices()} if facts else {}
+    with _marker(output, world, store) as sees_output:
+        store.set(f"facts/{world.rank}", json.dumps({**facts, "sees_output": sees_output} if facts else {}))
+        checks: list[Check] = []
+        if world.is_main:
+            gathered = [json.loads(store.get(f"facts/{rank}")) for rank in range(world.world_size)]
+            nodes = [each for each in gathered if each]
+            checks = judge(nodes, _needs(parsed, world))
+            _print_table(checks, nodes, world)
+            store.set("failed", "1" if any(check.state == "FAILED" for check in checks) else "0")
+        has_failed = store.get("failed") == b"1"
+        store.set(f"done/{world.rank}", "1")
+        if world.is_main:
+            store.wait([f"done/{rank}" for rank in range(world.world_size)], datetime.timedelta(seconds=MEETING_SECONDS))
+    del store
+    if not has_failed:
+        _try_network(world)
+    if world.is_main:
+        verdict = "a run would fail: see FAILED above" if has_failed else "nothing would hinder a run"
+        _print(f"{verdict} ({time.monotonic() - began:.0f} s)")
+    return has_failed
+
+
+def _facts(parsed: ParsedArguments, output: Path) -> dict[str, Any]:
+    from zero_sft.data.sources.data_path import HubDataset, parse_sources
+
+    name = str(parsed.model.model_name_or_path)
+    model = Path(name).expanduser()
+    sources: list[Path] = []
+    for text in (parsed.data.data_path, parsed.data.eval_data_path):
+        if text:
+            sources += [Path(source.text) for source in parse_sources(text) if not isinstance(source.data, HubDataset)]
+    caches = {"cache": Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()}
+    if parsed.data.data_cache_dir:
+        caches["data cache"] = Path(parsed.data.data_cache_dir).expanduser()
+    is_hub_id = not model.exists() and not name.startswith(("/", ".", "~")) and name.count("/") <= 1
+    return collect(model=None if is_hub_id else model, data=sources, output=output, caches=caches)
+
+
+def _meet(world: World) -> Any:
+    """Return the store in which all ranks have met.
+
+    Raises:
+        DistributedError: some ranks have not come in time; the message names them, and their nodes where SLURM tells them.
+    """
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    limit = datetime.timedelta(seconds=MEETING_SECONDS)
+    try:
+        store = dist.TCPStore(address, port, world.world_size, world.is_main, timeout=limit, wait_for_workers=False)
+    except dist.DistError as error:
+        raise DistributedError(
+            f"rank {world.rank} on {socket.gethostname()} can't reach rank 0 at {address}:{port} within {MEETING_SECONDS} s. "
+            "Check the name, the network between the nodes and their firewall; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+            "choose the interface.",
+            code="preflight.no_rank_0",
+        ) from error
+    store = dist.PrefixStore("preflight", store)
+    store.set(f"here/{world.rank}", socket.gethostname())
+    if not world.is_main:
+        store.get("met")
+        return store
+    deadline = time.monotonic() + MEETING_SECONDS
+    missing = list(range(world.world_size))
+    while missing and time.monotonic() < deadline:
+        missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
+        time.sleep(0.1)
+    store.set("met", "1")
+    if missing:
+        raise DistributedError(
+            f"{with_count(len(missing), 'rank')} of {world.world_size} did not come within {MEETING_SECONDS} s: rank "
+            f"{first_of(missing, 8)}{_nodes_of(missing)}. Check these nodes: is the Python environment there, does the process "
+            "start, does the network reach this node?",
+            code="preflight.ranks_missing",
+        )
+    return store
+
+
+def _nodes_of(ranks: Sequence[int]) -> str:
+    """Return the nodes of ranks, as far as SLURM's variables tell them."""
+    from zero_sft.cluster.rendezvous import hosts_of_list
+
+    nodes = hosts_of_list(os.environ.get("SLURM_STEP_NODELIST", ""))
+    per_node = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+    if not nodes or not per_node.isdecimal():
+        return ""
+    names = dict.fromkeys(nodes[rank // int(per_node)] for rank in ranks if rank // int(per_node) < len(nodes))
+    return f" on {first_of(list(names), 8)}"
+
+
+def _devices() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@contextlib.contextmanager
+def _marker(output: Path, world: World, store: Any) -> Any:
+    """Yield whether this rank sees a file that rank 0 makes next to the output folder."""
+    place = output
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    path: Path | None = None
+    if world.is_main:
+        name = f".zero_sft-preflight-{secrets.token_hex(4)}"
+        with contextlib.suppress(OSError):
+            path = place / name
+            path.write_bytes(b"")
+        store.set("marker", json.dumps([str(place), name]))
+    folder, name = json.loads(store.get("marker"))
+    try:
+        yield (Path(folder) / name).exists()
+    finally:
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+
+def _needs(parsed: ParsedArguments, world: World) -> Needs:
+    """Estimate what the run needs. Rank 0; a model that can't be estimated is no failure."""
+    on_each_node = bool(parsed.training.get("save_on_each_node"))
+    try:
+        from zero_sft.estimate.memory_needs import MemoryModel, TrainingRun
+        from zero_sft.estimate.model import find_model
+        from zero_sft.hub.options import HubOptions
+        from zero_sft.loading.options import LoadOptions
+        from zero_sft.options.keywords import pick_options
+
+        model = find_model(
+            str(parsed.model.model_name_or_path),
+            pick_options(HubOptions, parsed.model),
+            pick_options(LoadOptions, parsed.model),
+        )
+        run = TrainingRun(
+            world_size=world.world_size,
+            ranks_per_node=world.local_world_size,
+            ds_config=parsed.training.get("deepspeed") or "zero3",
+            batch_size=parsed.training.get("per_device_train_batch_size", 1),
+            length=min(parsed.training.get("model_max_length", 2048), 2048),  # activations are on the device
+            checkpointing=True,
+            packing=False,
+            device_bytes=2**60,
+            host_bytes=2**60,
+            save_async=False,
+        )
+        needs = MemoryModel(model).needs(run)
+        state_bytes = 12 if parsed.training.get("save_strategy") != "no" else 0
+        output_bytes = model.numel * (state_bytes + 2 * model.spec.dtype.itemsize)
+        return Needs(host_bytes=needs.host, output_bytes=output_bytes, on_each_node=on_each_node)
+    except ZeroSftError as error:
+        return Needs(reason=str(error).splitlines()[0][:100], on_each_node=on_each_node)
+
+
+def _try_network(world: World) -> None:
+    """Join the ranks as the job does, and sum a number over all of them. Every rank; communicates."""
+    import torch
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    from zero_sft.zero.process_group import connect
+
+    connected = connect(world)
+    accelerator: Any = get_accelerator()
+    device = torch.device(accelerator.current_device_name())
+    began = time.monotonic()
+    total = torch.ones(1, device=device)
+    dist.all_reduce(total)
+    seconds = time.monotonic() - began
+    if int(total) != world.world_size:
+        raise DistributedError(
+            f"a sum over {world.world_size} ranks gave {int(total)}: the network library is broken.", code="preflight.wrong_sum"
+        )
+    if connected.is_main:
+        _print_row(
+            "network",
+            "ok",
+            f"{with_count(world.world_size, 'rank')} have summed a number in {seconds:.2f} s ({dist.get_backend()})",
+        )
+
+
+def _print_table(checks: Sequence[Check], nodes: Sequence[Mapping[str, Any]], world: World) -> None:
+    hosts = [str(node["host"]) for node in nodes]
+    _print(f"{with_count(world.world_size, 'rank')} on {with_count(len(nodes), 'node')}: {first_of(hosts, 16)}")
+    for check in checks:
+        _print_row(check.name, check.state, check.problem or check.found)
+        if check.problem:
+            _print_row("", "", f"→ {check.remedy}")
+
+
+def _print_row(name: str, state: str, text: str) -> None:
+    _print(f"  {name:18} {state:8} {text}")
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(printable(line) + "\n")
+    sys.stdout.flush()
