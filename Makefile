@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-faults soak test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench bench-save scaling clean
+.PHONY: help setup demo test test-slow test-all test-faults test-slurm soak test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench bench-save scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -31,10 +31,13 @@ test: setup ## the tests that a contributor runs: under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: setup older-readers ## the tests that `make test` omits: whole jobs, all cases of a table, exports opened in transformers 4
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"
 
 test-faults: setup ## killed ranks, full disks, hostile files: under 20 minutes
 	$(BIN)/python -m pytest -m "not gpu" tests/faults
+
+test-slurm: setup ## jobs on a real SLURM of two nodes, which the tests start; needs root, slurm-wlm and munge
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 soak: setup ## the same for two hours: 50 kills, 100,000 hostile files; writes docs/reliability.md
 	$(BIN)/python -m tests.faults --kills 50 --cases 100000 --write docs/reliability.md

@@ -2,8 +2,7 @@
 #SBATCH --job-name=zero_sft
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
-#SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
@@ -28,12 +27,12 @@ Usage:
       argument of the job has the name of a launcher option.
 
   sbatch [sbatch options] launch.sh [arguments of the job]
-      On a SLURM cluster, with one rank per GPU. The defaults are one node, 8 GPUs, 8 CPUs per rank and one day. Override
-      them before the name of the script: sbatch --nodes=4 --gpus-per-node=4 --time=2:00:00 launch.sh ...
-      Nodes with fewer than 64 CPUs need --ntasks-per-node=<GPUs> --cpus-per-task=<CPUs per GPU> as well.
+      On a SLURM cluster, with one rank per GPU. The defaults are one node, 8 GPUs, 64 CPUs and one day. Override them
+      before the name of the script: sbatch --nodes=4 --gpus-per-node=4 --cpus-per-task=32 --time=2:00:00 launch.sh ...
+      --cpus-per-task is the number of CPUs on each node, which the ranks share.
       A job that stays pending with the reason PartitionTimeLimit needs a smaller --time.
       Five minutes before its time is over the job saves a checkpoint, queues itself again, and goes on from there.
-      Without GPUs: sbatch --gpus-per-node=0 --ntasks-per-node=<ranks> launch.sh ...
+      Without GPUs: sbatch --gpus-per-node=0 --ntasks-per-node=<ranks> --cpus-per-task=<CPUs per rank> launch.sh ...
 
   ./launch.sh [arguments of the job]
       The same inside an allocation made by salloc. Two runs at the same time in one allocation need different --master_port.
@@ -436,13 +435,12 @@ plan_step() {
       die tasks_of_nodes_differ "the nodes of the job have different numbers of tasks (${tasks//$'\n'/, }): request the" \
         "same number on every node with --ntasks-per-node"
     ranks=$tasks
-  elif [[ $tasks != "$gpus" ]]; then
+  elif [[ $tasks != "$gpus" && $tasks != 1 ]]; then
     note "tasks per node: ${tasks//$'\n'/ or }, GPUs per node: $gpus; starting one rank per GPU"
   fi
   cpus=$(slurm_numbers "$SLURM_JOB_CPUS_PER_NODE" | sed -n 1p)
   ((cpus >= ranks)) ||
-    die too_few_cpus "$cpus CPUs are too few for $ranks ranks on each node: submit with --ntasks-per-node=$ranks" \
-      "--cpus-per-task=<CPUs per rank>"
+    die too_few_cpus "$cpus CPUs are too few for $ranks ranks on each node: submit with --cpus-per-task=<CPUs of a node>"
   cpus=$((cpus / ranks))
 }
 

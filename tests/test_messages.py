@@ -12,7 +12,7 @@ from zero_sft.errors import ArgumentError, ConfigError, DataError, ZeroSftError
 
 TOPICS = {
     "arguments", "checkpoint", "cluster", "config", "data", "ds_config", "estimate", "export", "generation_config", "hub",
-    "launcher", "manifest", "plan", "resume", "rope", "save", "tokenizer", "training", "version",
+    "launcher", "manifest", "plan", "preflight", "resume", "rope", "save", "tokenizer", "training", "version",
 }  # fmt: skip
 
 

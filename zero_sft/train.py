@@ -25,6 +25,7 @@ from zero_sft.arguments.faults import parse_faults
 from zero_sft.cluster import early_end, stage_watch
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.launcher_watch import leave
+from zero_sft.cluster.node_facts import versions
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
@@ -87,6 +88,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     silence_transformers(world)
     # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
+    require_identical(world, "versions of the libraries", versions())
     timeline.end("joining")
     with stage_watch.watching(leave, parsed.training.get("stage_timeout")), _sole_run(parsed.training["output_dir"], world):
         failure.set_activity("preparing tokenizer and data")

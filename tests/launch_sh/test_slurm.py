@@ -57,7 +57,7 @@ def test_one_task_a_node_on_nodes_of_eight_gpus(machine):
             "FAKE_NODES": NODES + "gpu:8(IDX:0-7)",
         }
     )
-    assert "tasks per node: 1, GPUs per node: 8" in printed
+    assert "tasks per node" not in printed
     srun = machine.argv("srun")
     assert [option(srun, name) for name in ("ntasks", "ntasks-per-node", "cpus-per-task")] == ["16", "8", "8"]
     assert machine.env("rank15")["LOCAL_RANK"] == "7"
@@ -74,7 +74,7 @@ def test_fewer_cpus_than_ranks(machine):
         },
     )
     assert "1 CPU" in printed
-    assert "--ntasks-per-node=8" in printed
+    assert "--cpus-per-task=" in printed
 
 
 @pytest.mark.parametrize("gres", ["", "shard:2(IDX:0)"])

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from zero_sft.cluster.node_facts import collect, describe_folder, describe_model, describe_path
 from zero_sft.preflight.checks import Needs, judge
-from zero_sft.preflight.node_facts import collect, describe_folder, describe_model, describe_path
 
 GIB = 2**30
 FOLDER = {"free": 100 * GIB, "problem": ""}

@@ -9,11 +9,9 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "ip")
@@ -148,7 +146,7 @@ class Cluster:
         for node in self.nodes:
             if node in self._processes:
                 listed = self.run("ps", "-eo", "args", on=node).splitlines()[1:]
-                found += [line for line in listed if not re.match(r"bash -c|slurmd|ps |sleep 0\.05|\[", line.strip())]
+                found += [line for line in listed if not re.match(r"bash -c|slurmd|sshd|ps |sleep 0\.05|\[", line.strip())]
         return found
 
     def _environment(self, env: dict[str, str]) -> dict[str, str]:
@@ -157,7 +155,21 @@ class Cluster:
 
     def _begin(self, name: str, command: Sequence[str]) -> None:
         """Start the first process of a node in new namespaces."""
-        unshare = ["unshare", "--mount", "--uts", "--net", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        # the node ends with this process, however that ends
+        unshare = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "--mount",
+            "--uts",
+            "--net",
+            "--ipc",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 [*unshare, "bash", "-c", _NODE, name, str(self.folder), *command],
@@ -281,13 +293,3 @@ PartitionName=urgent Nodes=ALL MaxTime=2-00:00:00 DefaultTime=10 State=UP Priori
 def missing_programs() -> list[str]:
     """Return the programs that a cluster needs and this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
-
-
-@contextlib.contextmanager
-def terminated_with_us() -> Iterator[None]:
-    """End the body on SIGTERM, so that a cluster in it is stopped."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

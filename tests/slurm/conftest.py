@@ -26,7 +26,7 @@ def needs_slurm() -> None:
 def cluster(needs_slurm) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
-        with Cluster(folder) as running:
+        with Cluster(folder, gpus=2) as running:
             yield running
     finally:
         shutil.rmtree(folder, ignore_errors=True)

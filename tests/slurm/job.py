@@ -21,7 +21,7 @@ def words(folder: Path, out: Path, **options: Any) -> list[str]:
 
 
 def submit(cluster: Cluster, log: Path, arguments: list[str], *sbatch: str, cwd: Path | None = None, **env: str) -> int:
-    """Submit launch.sh with one rank a task, and return the job's number."""
+    """Submit launch.sh with one rank a task, without GPUs unless they are asked for, and return the job's number."""
     shape = ("--gpus-per-node=0", "--cpus-per-task=1", "--time=10")
     return cluster.submit(
         *shape, *sbatch, f"--output={log}", ROOT / "launch.sh", *arguments, cwd=cwd,

@@ -40,13 +40,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a run needs.
+    """Memory and disk that a run needs.
 
     Attributes:
         host_bytes: on each node; None if it can't be estimated.
         reason: why not.
         output_bytes: at least, for one checkpoint and the export; None if not known.
-        on_each_node: whether each node has an output folder of its own.
+        on_each_node: whether each node keeps a separate output folder.
     """
 
     host_bytes: int | None = None

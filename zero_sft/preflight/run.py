@@ -1,6 +1,6 @@
 """The preflight: the ranks meet, exchange the facts of their nodes, and try the network. Every rank.
 
-The ranks meet in a store with a time limit of its own, so that a rank that does not come is named. The facts travel through
+The ranks meet in a store that has its time limit, so that a rank that does not come is named. The facts travel through
 the store, so that the table is there even if no collective works.
 """
 
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
+from zero_sft.cluster.node_facts import collect
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
 from zero_sft.errors import DistributedError, ZeroSftError
 from zero_sft.preflight.checks import Check, Needs, judge
-from zero_sft.preflight.node_facts import collect
 from zero_sft.printable import first_of, printable, with_count
 
 MEETING_SECONDS = 60
@@ -170,7 +170,7 @@ def _marker(output: Path, world: World, store: Any) -> Any:
 
 
 def _needs(parsed: ParsedArguments, world: World) -> Needs:
-    """Estimate what the run needs. Rank 0; a model that can't be estimated is no failure."""
+    """Estimate what the run needs. Rank 0; one that fails hinders nothing."""
     on_each_node = bool(parsed.training.get("save_on_each_node"))
     try:
         from zero_sft.estimate.memory_needs import MemoryModel, TrainingRun
