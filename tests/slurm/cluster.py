@@ -155,21 +155,9 @@ class Cluster:
 
     def _begin(self, name: str, command: Sequence[str]) -> None:
         """Start the first process of a node in new namespaces."""
-        # the node ends with this process, however that ends
-        unshare = [
-            "setpriv",
-            "--pdeathsig",
-            "KILL",
-            "unshare",
-            "--mount",
-            "--uts",
-            "--net",
-            "--ipc",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ]
+        ends_with_us = ["setpriv", "--pdeathsig", "KILL"]
+        spaces = ["--mount", "--uts", "--net", "--ipc", "--pid"]
+        unshare = [*ends_with_us, "unshare", *spaces, "--fork", "--kill-child", "--mount-proc"]
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 [*unshare, "bash", "-c", _NODE, name, str(self.folder), *command],
