@@ -54,8 +54,8 @@ def page(kills: Kills, cases: int, rows: list[str]) -> str:
         "",
         "### Hostile files",
         "",
-        f"{cases // len(TARGETS) * len(TARGETS):,} changed files. None ended a process, hung, took more than 4 GiB, or had a file "
-        "opened elsewhere.",
+        f"{cases // len(TARGETS) * len(TARGETS):,} changed files. None ended a process, hung, took more than 4 GiB, or had a "
+        "file opened elsewhere.",
         "",
         "| file | cases | seconds |",
         "| --- | ---: | ---: |",
