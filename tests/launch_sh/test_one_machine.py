@@ -165,3 +165,18 @@ def test_knows_the_options_of_the_installed_launcher(machine):
 def test_status_of_the_launcher_is_passed_on(machine):
     machine.run(FAKE_EXIT="17", status=17)
     assert machine.started() == ["deepspeed"]
+
+
+def test_a_dry_run_starts_nothing(machine):
+    printed = machine.run("--dry_run", "--num_gpus", "3", "--run_name", "two words; *")
+    assert "would start: " in printed
+    assert r"--num_gpus 3 --master_port 45678 --module zero_sft.train --run_name two\ words\;\ \*" in printed
+    assert machine.started() == []
+
+
+def test_a_container(machine):
+    machine.add("box", 'if [[ $2 == -c ]]; then echo 777; else record box "$@"; fi')
+    machine.run("--seed", "1", CONTAINER="box")
+    assert machine.argv("box")[:1] == ["deepspeed"]
+    assert machine.argv("box")[-4:] == ["--module", "zero_sft.train", "--seed", "1"]
+    assert machine.started() == ["box"]

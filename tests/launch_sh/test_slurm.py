@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launch_sh.machine import ALLOCATION, NODES
+from tests.launch_sh.machine import ALLOCATION, FREE_PORT, NODES
 
 
 def option(argv: list[str], name: str) -> str | None:
@@ -136,3 +136,57 @@ def test_copy_in_the_spool_folder_finds_the_project(machine, tmp_path, known):
     machine.run(**ALLOCATION, **env)
     assert machine.env("rank0")["PYTHONPATH"] == str(machine.project)
     assert str(machine.project / ".venv" / "bin" / "python") in machine.argv("srun")
+
+
+def test_a_job_that_is_queued_again_resumes(machine):
+    printed = machine.run(
+        "--model_name_or_path", "x", "--resume_from_checkpoint", "False", **ALLOCATION, SLURM_RESTART_COUNT="2"
+    )
+    assert "start 3 of job 12345" in printed
+    words = machine.argv("rank0")
+    assert words[-4:] == ["--resume_from_checkpoint", "auto", "--overwrite_output_dir", "False"]
+    assert words.count("--resume_from_checkpoint") == 1
+
+
+@pytest.mark.parametrize(("most", "code"), [("2", "too_many_requeues"), ("many", "bad_max_requeues")])
+def test_a_job_is_not_queued_again_for_ever(machine, most, code):
+    machine.refuse(code, **ALLOCATION, SLURM_RESTART_COUNT="3", MAX_REQUEUES=most)
+
+
+def test_ranks_that_end_early_have_one_status(machine):
+    """srun kills the other ranks when one has a status that is not 0; so only rank 0 has it, and it waits for them."""
+    machine.add("sleep", 'record "sleep" "$@"')
+    machine.run(FAKE_EXIT="75", status=75, **ALLOCATION)
+    assert machine.argv("sleep") == ["3"]
+
+
+def test_a_dry_run_shows_the_step(machine):
+    printed = machine.run("--dry_run", "--run_name", "two words", **ALLOCATION)
+    assert "2 ranks on each of these nodes: node7 node8" in printed
+    assert "MASTER_ADDR=node7 MASTER_PORT=20345" in printed
+    assert "would start: srun --nodes=2 --ntasks=4" in printed
+    assert r"two\ words" in printed
+    assert machine.started() == []
+
+
+def test_a_container(machine):
+    machine.add("apptainer", 'record "box$RANK" "$@"')
+    machine.run("--seed", "1", **ALLOCATION, CONTAINER="apptainer exec --nv image.sif")
+    assert machine.argv("box3") == ["exec", "--nv", "image.sif", "python", "-u", "-m", "zero_sft.train", "--seed", "1"]
+
+
+def test_a_container_that_is_missing(machine):
+    machine.refuse("no_container", **ALLOCATION, CONTAINER="singularity exec x")
+
+
+def test_the_preflight_is_the_same_step_with_another_module(machine):
+    machine.run("--preflight", "--seed", "1", **ALLOCATION)
+    assert machine.argv("rank1") == ["-u", "-m", "zero_sft.preflight", "--seed", "1"]
+
+
+def test_a_port_that_is_taken_is_passed_over(machine):
+    """The batch script runs on the first node, so it can look."""
+    machine.run(**ALLOCATION, SLURMD_NODENAME="node7")
+    assert machine.env("rank0")["MASTER_PORT"] == FREE_PORT
+    machine.run(**ALLOCATION, SLURMD_NODENAME="login")
+    assert machine.env("rank0")["MASTER_PORT"] == "20345"
