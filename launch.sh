@@ -272,7 +272,7 @@ show() { # COMMAND...
 
 # Start the ranks, and start them again after a fault, if --max_restarts allows it. Exit with the status of the last start.
 with_restarts() { # FUNCTION
-  local status answer
+  local status
   if [[ -n $dry_run ]]; then
     "$1"
     exit 0
@@ -291,28 +291,10 @@ with_restarts() { # FUNCTION
     if ((max_restarts == 0 || status == 0 || status == 75)) || [[ -n $was_signalled ]]; then
       exit "$status"
     fi
-    answer=$("${container[@]}" "$python" -m zero_sft.cluster.restarts "$ZERO_SFT_RESTART_FOLDER" "$ZERO_SFT_START" "$status" "$max_restarts") ||
+    "${container[@]}" "$python" -m zero_sft.cluster.restarts \
+      "$ZERO_SFT_RESTART_FOLDER" "$ZERO_SFT_START" "$status" "$max_restarts" ||
       exit "$status"
-    [[ $answer != resume ]] || resume_from_newest
   done
-}
-
-# Let the job go on from the newest checkpoint, whatever it was told in its first start.
-resume_from_newest() {
-  local kept=() word skip=
-  for word in "${job_arguments[@]}"; do
-    if [[ -n $skip && $word != --* ]]; then
-      skip=
-      continue
-    fi
-    skip=
-    case $word in
-      --resume_from_checkpoint | --overwrite_output_dir) skip=1 ;;
-      --resume_from_checkpoint=* | --overwrite_output_dir=*) ;;
-      *) kept+=("$word") ;;
-    esac
-  done
-  job_arguments=("${kept[@]}" --resume_from_checkpoint auto --overwrite_output_dir False)
 }
 
 # With pdsh, a shell on each machine parses the words again. Only the shim of `python -m zero_sft.launcher enable` quotes them.
@@ -492,7 +474,6 @@ run_in_slurm() {
       die too_many_requeues "the job was queued again $SLURM_RESTART_COUNT times, more than MAX_REQUEUES=$max_requeues:" \
         "look for the cause in its log, then submit it once more with --resume_from_checkpoint auto"
     note "start $((SLURM_RESTART_COUNT + 1)) of job $SLURM_JOB_ID"
-    resume_from_newest
   fi
   plan_step
   MASTER_ADDR=${given_options[--master_addr]:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}

@@ -69,6 +69,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     """
     from zero_sft.cluster.stages import require_identical
     from zero_sft.job.inputs import read_inputs
+    from zero_sft.job.later_start import resumed_if_started_again
     from zero_sft.job.start_checks import require_room_for_run
     from zero_sft.job.timeline import Timeline
     from zero_sft.zero.process_group import connect
@@ -92,6 +93,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     timeline.end("joining")
     with stage_watch.watching(leave, parsed.training.get("stage_timeout")), _sole_run(parsed.training["output_dir"], world):
         failure.set_activity("preparing tokenizer and data")
+        parsed = resumed_if_started_again(parsed, world)
         inputs = read_inputs(parsed, world)
         failure.set_log_folder(inputs.log_folder)
         timeline.end("inputs")

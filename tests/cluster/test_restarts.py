@@ -12,7 +12,7 @@ LOST = "cluster.rank_lost"
     ("starts", "again", "said"),
     [
         ([Progress(step=7, checkpoint=6, code=LOST)], True, "in step 7: restart 1 of 3, from checkpoint-6"),
-        ([Progress(step=7)], True, "restart 1 of 3, from its beginning"),
+        ([Progress(step=7)], True, "restart 1 of 3, from its newest checkpoint, if it has one"),
         ([Progress()], True, "before its first step"),
         ([Progress(step=7, code="data.unknown_role")], False, "data.unknown_role would not change"),
         ([Progress(step=7, code="training.not_finite")], False, "training.not_finite"),
@@ -41,12 +41,12 @@ def test_the_record_of_a_start(tmp_path, monkeypatch, capsys):
     file.update(step=4, checkpoint=None)
     file.update(step=5, checkpoint=4)
     assert main([str(tmp_path), "1", "1", "2"]) == 0
-    assert capsys.readouterr().out == "resume\n"
+    assert "restart 1 of 2, from checkpoint-4" in capsys.readouterr().err
     monkeypatch.setenv("ZERO_SFT_START", "2")
     assert step_of_last_end() == 5
     note_error(LOST)
     assert main([str(tmp_path), "2", "1", "2"]) == 0, "ended before its first step, with the checkpoint of the start before"
-    assert capsys.readouterr().out == "resume\n"
+    assert "restart 2 of 2, from checkpoint-4" in capsys.readouterr().err
     ProgressFile().update(step=5, checkpoint=4, samples=["a"])
     assert main([str(tmp_path), "2", "1", "2"]) == 1
     said = capsys.readouterr()

@@ -138,14 +138,12 @@ def test_copy_in_the_spool_folder_finds_the_project(machine, tmp_path, known):
     assert str(machine.project / ".venv" / "bin" / "python") in machine.argv("srun")
 
 
-def test_a_job_that_is_queued_again_resumes(machine):
-    printed = machine.run(
-        "--model_name_or_path", "x", "--resume_from_checkpoint", "False", **ALLOCATION, SLURM_RESTART_COUNT="2"
-    )
+def test_a_job_that_is_queued_again(machine):
+    """Its arguments stay; the job finds its checkpoints by SLURM's variables."""
+    printed = machine.run("--overwrite_output_dir", "True", **ALLOCATION, SLURM_RESTART_COUNT="2")
     assert "start 3 of job 12345" in printed
-    words = machine.argv("rank0")
-    assert words[-4:] == ["--resume_from_checkpoint", "auto", "--overwrite_output_dir", "False"]
-    assert words.count("--resume_from_checkpoint") == 1
+    assert machine.argv("rank0")[-2:] == ["--overwrite_output_dir", "True"]
+    assert machine.env("rank0")["SLURM_RESTART_COUNT"] == "2"
 
 
 @pytest.mark.parametrize(("most", "code"), [("2", "too_many_requeues"), ("many", "bad_max_requeues")])

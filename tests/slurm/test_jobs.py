@@ -127,9 +127,9 @@ def test_bad_data_fails_once(cluster, job, tmp_path):
 
 def test_a_rank_that_is_killed_fails_the_job(cluster, job, tmp_path):
     log = tmp_path / "log"
-    arguments = words(job, tmp_path / "out", **{**LONG, "simulate_fault": "kill:rank=3,step=5"})
+    arguments = words(job, tmp_path / "out", **{**LONG, "simulate_fault": "slow:rank=0,step=1,seconds=1; kill:rank=3,step=8"})
     number = submit(cluster, log, arguments, *TWO_BY_TWO)
-    wait_for_step(cluster, log, 4)
+    wait_for_step(cluster, log, 7)
     ended = cluster.wait(number, seconds=30)
     text = log.read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), text
@@ -141,13 +141,17 @@ def test_a_killed_rank_is_started_again_in_place(cluster, job, tmp_path):
     arguments = [
         "--max_restarts",
         "1",
-        *words(job, tmp_path / "out", **{**LONG, "max_steps": 8, "simulate_fault": "kill:rank=3,step=6"}),
+        *words(
+            job,
+            tmp_path / "out",
+            **{**LONG, "max_steps": 8, "simulate_fault": "slow:rank=0,step=1,seconds=1; kill:rank=3,step=7"},
+        ),
     ]
     number = submit(cluster, log, arguments, *TWO_BY_TWO)
     ended = cluster.wait(number, seconds=120)
     text = log.read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), text[-4000:]
-    assert "the run has ended in step 6: restart 1 of 1, from checkpoint-4" in text
+    assert "the run has ended in step 7: restart 1 of 1, from checkpoint-4" in text
 
 
 def test_cancelled_jobs_stay_cancelled(cluster, job, tmp_path):

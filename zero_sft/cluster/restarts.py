@@ -17,11 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zero_sft.cluster.starts import start_number
+from zero_sft.cluster.starts import FOLDER_VARIABLE, start_number
 from zero_sft.printable import first_of, printable, with_count
-
-FOLDER_VARIABLE = "ZERO_SFT_RESTART_FOLDER"
-"""Set by `launch.sh --max_restarts`: where rank 0 writes how far it has come."""
 
 MOST_WITHOUT_CHECKPOINT = 3
 """The run is not started again after this number of starts in a row without a new checkpoint."""
@@ -115,12 +112,12 @@ def decide(starts: Sequence[Progress], max_restarts: int) -> Decision:
         )
     if count > max_restarts:
         return Decision(again=False, reason=f"the run has ended {place}, and {with_count(max_restarts, 'restart')} are used up")
-    source = "its beginning" if last.checkpoint is None else f"checkpoint-{last.checkpoint}"
+    source = "its newest checkpoint, if it has one" if last.checkpoint is None else f"checkpoint-{last.checkpoint}"
     return Decision(again=True, reason=f"the run has ended {place}: restart {count} of {max_restarts}, from {source}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print "resume" or "again", for a start with or without a checkpoint, and return 0; return 1 for no further start."""
+    """Say whether the run is started again, and why. Return 0 for a further start, else 1."""
     folder, start, status, max_restarts = sys.argv[1:] if argv is None else argv
     starts = [read_progress(Path(folder), number) for number in range(1, int(start) + 1)]
     for number in range(1, len(starts)):  # a start that has not begun to train has the checkpoint of the one before
@@ -128,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             starts[number] = replace(starts[number], checkpoint=starts[number - 1].checkpoint)
     decision = decide(starts, int(max_restarts))
     sys.stderr.write(printable(f"launch.sh: {decision.reason} (status {status})\n"))
-    if decision.again:
-        sys.stdout.write("again\n" if starts[-1].checkpoint is None else "resume\n")
     return 0 if decision.again else 1
 
 

@@ -2,8 +2,23 @@
 
 import os
 
+FOLDER_VARIABLE = "ZERO_SFT_RESTART_FOLDER"
+"""Set by `launch.sh --max_restarts`: the folder in which the starts of this job leave how far they have come."""
+
 START_VARIABLE = "ZERO_SFT_START"
 """Set by `launch.sh --max_restarts`: 1 for the first start."""
+
+
+def is_later_start() -> bool:
+    """Return whether this job has been started before, by `launch.sh --max_restarts` or by SLURM."""
+    values = [(os.environ.get(START_VARIABLE, ""), 1), (os.environ.get("SLURM_RESTART_COUNT", ""), 0)]
+    return any(value.isdecimal() and int(value) > first for value, first in values)
+
+
+def job_name() -> str:
+    """Return a name that all starts of this job share, and no other job; "" for a job that is started once."""
+    slurm, folder = os.environ.get("SLURM_JOB_ID", ""), os.environ.get(FOLDER_VARIABLE, "")
+    return f"SLURM job {slurm}" if slurm else folder
 
 
 def start_number() -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from zero_sft.cluster.starts import start_number
+from zero_sft.cluster.starts import job_name, start_number
 from zero_sft.job.loss_plot import plot_loss
 
 logger = logging.getLogger("zero_sft.train")
@@ -59,6 +59,7 @@ class RunFolder:
         entry = {
             "began": _now(),
             "start": start_number(),
+            "job": job_name(),
             "from_step": step,
             "host": socket.gethostname(),
             "ranks": ranks,
@@ -85,9 +86,7 @@ class RunFolder:
 
     def starts(self) -> list[dict[str, Any]]:
         """Return the entries of `run.json`."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return list(json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))["starts"])
-        return []
+        return read_starts(self.folder)
 
     def _write_starts(self, starts: list[dict[str, Any]]) -> None:
         with self._reported():
@@ -105,6 +104,14 @@ class RunFolder:
             if not self._has_failed:
                 logger.warning("the logs can't be written to %s: %s. The run goes on.", self.folder, error)
             self._has_failed = True
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of a log folder's `run.json`; empty for a file that is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        starts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["starts"]
+        return [start for start in starts if isinstance(start, dict)]
+    return []
 
 
 class WriteMetrics(TrainerCallback):
