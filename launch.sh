@@ -129,6 +129,7 @@ split_arguments() {
         shift
       fi
       [[ $max_restarts =~ ^[0-9]{1,4}$ ]] || die bad_max_restarts "--max_restarts $max_restarts is not a number"
+      max_restarts=$((10#$max_restarts))
     elif is_one_of "$name" "$OPTIONS_WITHOUT_VALUE"; then
       launcher_options+=("$1")
       given_options[$name]=true
@@ -188,8 +189,8 @@ find_project() {
 }
 
 find_python() {
-  if [[ -n ${CONTAINER:-} ]]; then
-    read -r -a container <<<"$CONTAINER"
+  read -r -a container <<<"${CONTAINER:-}"
+  if ((${#container[@]})); then
     command -v "${container[0]}" >/dev/null || die no_container "CONTAINER: ${container[0]} is not an executable"
     python=${ZERO_SFT_PYTHON:-python}
     return
@@ -231,8 +232,8 @@ free_port() {
 run_here() {
   local deepspeed ranks
   deepspeed=$(dirname "$python")/deepspeed # from the interpreter's environment
-  [[ -z ${CONTAINER:-} || $python == */* ]] || deepspeed=deepspeed
-  [[ -n ${CONTAINER:-} || -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
+  ((${#container[@]} == 0)) || [[ $python == */* ]] || deepspeed=deepspeed
+  ((${#container[@]})) || [[ -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
     die no_deepspeed_command "no deepspeed command next to $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
 
   ranks=$(count_gpus)
@@ -245,7 +246,7 @@ run_here() {
     ranks=${given_options[--num_gpus]}
   elif ((ranks == 0)); then
     ranks=${ZERO_SFT_CPU_RANKS:-2}
-    [[ $ranks =~ ^[1-9][0-9]*$ ]] || die bad_cpu_ranks "ZERO_SFT_CPU_RANKS=$ranks is not a positive integer"
+    [[ $ranks =~ ^[1-9][0-9]{0,4}$ ]] || die bad_cpu_ranks "ZERO_SFT_CPU_RANKS=$ranks is not a positive integer"
     note "no GPU found: starting $ranks CPU ranks"
     launcher_options+=(--num_gpus "$ranks")
     # Keep hidden GPUs hidden: the launcher overwrites CUDA_VISIBLE_DEVICES for its ranks, with 0,1 for two ranks.
@@ -278,7 +279,8 @@ with_restarts() { # FUNCTION
     exit 0
   fi
   if ((max_restarts > 0)); then
-    ZERO_SFT_RESTART_FOLDER=$(mktemp -d) # here rank 0 writes how far it has come
+    ZERO_SFT_RESTART_FOLDER=$(mktemp -d) || # here rank 0 writes how far it has come
+      die no_temporary_folder "--max_restarts needs a temporary folder: set TMPDIR to one that you may write to"
     export ZERO_SFT_RESTART_FOLDER
     trap 'rm -rf "$ZERO_SFT_RESTART_FOLDER"' EXIT
   fi
@@ -318,8 +320,11 @@ run_and_wait() { # COMMAND...
     return
   fi
   export ZERO_SFT_LAUNCHER_PID=$$ # the ranks end with this process
+  # In a separate process group, the launcher gets no Ctrl-C of the terminal, and no signal that `timeout` sends to all of a group.
+  set -m
   "$@" <&0 &
   launcher=$!
+  set +m
   for signal in TERM INT HUP; do
     # shellcheck disable=SC2064
     trap "was_signalled=$signal; signal_ranks TERM $launcher" "$signal"
@@ -331,6 +336,7 @@ run_and_wait() { # COMMAND...
     wait "$launcher" || status=$?
     kill -0 "$launcher" 2>/dev/null || break # if it still runs, a signal has interrupted wait
   done
+  ((status <= 192)) || status=$((384 - status)) # DeepSpeed's launcher ends with minus the signal that ended a rank
   return "$status"
 }
 
@@ -380,7 +386,7 @@ children_of() { # PID NAME_OF_ARRAY
 # True in a batch script and in the shell of salloc, false inside a step. Some clusters open the shell of salloc on the first
 # node: that shell is a step with a reserved number at the top of the 32-bit range, and may start steps itself.
 in_allocation() {
-  [[ -n ${SLURM_JOB_ID:-} ]] && { [[ -z ${SLURM_STEP_ID:-} ]] || ((SLURM_STEP_ID >= 0xfffffff0)); }
+  [[ -n ${SLURM_JOB_ID:-} ]] && { [[ ! ${SLURM_STEP_ID:-} =~ ^[0-9]+$ ]] || ((SLURM_STEP_ID >= 0xfffffff0)); }
 }
 
 # Print the number of GPUs on each node of the job; more than one line if the nodes differ. scontrol is asked, since SLURM's
@@ -468,7 +474,9 @@ run_in_slurm() {
         "--nodes and --gpus-per-node instead"
   done
   [[ $max_requeues =~ ^[0-9]{1,4}$ ]] || die bad_max_requeues "MAX_REQUEUES=$max_requeues is not a number"
-  if ((${SLURM_RESTART_COUNT:-0} > 0)); then
+  max_requeues=$((10#$max_requeues))
+  [[ ${SLURM_RESTART_COUNT:=0} =~ ^[0-9]{1,6}$ ]] || SLURM_RESTART_COUNT=0
+  if ((SLURM_RESTART_COUNT > 0)); then
     # After a failed node, SLURM queues the job again by itself.
     ((SLURM_RESTART_COUNT <= max_requeues)) ||
       die too_many_requeues "the job was queued again $SLURM_RESTART_COUNT times, more than MAX_REQUEUES=$max_requeues:" \
@@ -540,7 +548,7 @@ main() {
   if in_allocation; then
     run_in_slurm
   fi
-  ((${SLURM_STEP_NUM_TASKS:-1} == 1)) ||
+  [[ ! ${SLURM_STEP_NUM_TASKS:-1} =~ ^[0-9]+$ ]] || ((${SLURM_STEP_NUM_TASKS:-1} == 1)) ||
     die started_by_srun "don't start this script with srun: use sbatch, or run it directly inside salloc"
   run_here
 }

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
-from zero_sft.arguments.faults import parse_faults
+from zero_sft.arguments.faults import parse_faults, require_ranks
 from zero_sft.cluster import early_end, stage_watch
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.launcher_watch import leave
@@ -67,7 +67,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     Raises:
         ZeroSftError: the same on every rank.
     """
-    from zero_sft.cluster.stages import require_identical
+    from zero_sft.cluster.stages import collective_stage, require_identical
     from zero_sft.job.inputs import read_inputs
     from zero_sft.job.later_start import resumed_if_started_again
     from zero_sft.job.start_checks import require_room_for_run
@@ -90,6 +90,9 @@ def run(parsed: ParsedArguments, world: World) -> None:
     # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
     require_identical(world, "versions of the libraries", versions())
+    with collective_stage(world, "checking --simulate_fault"):
+        if parsed.training.get("simulate_fault"):
+            require_ranks(parse_faults(parsed.training["simulate_fault"]), world.world_size)
     timeline.end("joining")
     with stage_watch.watching(leave, parsed.training.get("stage_timeout")), _sole_run(parsed.training["output_dir"], world):
         failure.set_activity("preparing tokenizer and data")
@@ -181,6 +184,7 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
         with gather.summon_full_params(model):
             before = _answers(model, inputs)
         timeline.end("answers before")
+    failure.set_activity("preparing the training")
     set_seed(inputs.arguments.seed)  # again, since the load has drawn random numbers
     trainer = _trainer(model, inputs, world, timeline)
     _remove_earlier_checkpoints(output, inputs, world)
@@ -395,7 +399,8 @@ def _write_log_files(inputs: "Inputs", logs: Mapping[str, Any]) -> str:
             path = folder / f"{name}.json"
             path.unlink(missing_ok=True)
             if content:
-                path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+                text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+                path.write_text(text, encoding="utf-8", errors="backslashreplace")
         is_drawn = plot_loss(logs["history"], curve, _title(inputs))
     except Exception as error:  # noqa: BLE001 - the model is saved, so the run must not end with an error
         logger.warning("the logs can't be written to %s: %s. The model is complete.", folder, error)

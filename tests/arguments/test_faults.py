@@ -1,7 +1,7 @@
 import pytest
 
 from tests.errors import raises
-from zero_sft.arguments.faults import Fault, parse_faults
+from zero_sft.arguments.faults import Fault, parse_faults, require_ranks
 
 
 def test_faults():
@@ -20,3 +20,11 @@ def test_faults():
 def test_no_faults(text):
     with raises("arguments.bad_fault", "--simulate_fault"):
         parse_faults(text)
+
+
+def test_a_rank_that_is_not_there():
+    """The run would end well, and nothing would have been tried."""
+    faults = parse_faults("kill:rank=1,step=2; hang:rank=2,step=3")
+    require_ranks(faults, 3)
+    with raises("arguments.bad_fault", "rank 2", "2 ranks, from 0 on"):
+        require_ranks(faults, 2)

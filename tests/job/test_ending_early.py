@@ -91,6 +91,21 @@ def touch(output):
     (output / "stop").touch()
 
 
+def touch_folder(output):
+    (output / "stop").mkdir()
+
+
+def announce_to_all(_):
+    """As SLURM does: to all processes of a task, with the workers that read data."""
+    import psutil
+
+    workers = psutil.Process().children(recursive=True)
+    assert any("pt_data_worker" in worker.name() or "python" in worker.name() for worker in workers), workers
+    for worker in workers:
+        worker.send_signal(signal.SIGUSR1)
+    send(signal.SIGUSR1)
+
+
 def losses(out: Path) -> list[tuple[float, ...]]:
     history = json.loads((out / "logs" / "history.json").read_text())
     return [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in history if "loss" in entry]
@@ -104,6 +119,26 @@ CASES = [
     (announce, (1, "evaluation", 2), 3),
 ]
 """The request, the rank that gets it and the place, and the step after which the run ends."""
+
+
+@pytest.mark.slow
+def test_workers_that_are_signalled_as_well(folder):
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    asked = {"status": early_end.EXIT_STATUS, "ask": announce_to_all, "when": (1, "step", 2)}
+    run_ranks(2, job, {"folder": folder, "out": "workers", "arguments": OPTIONS | workers, **asked}, 300)
+    assert [path.name for path in (folder / "workers").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.slow
+def test_a_folder_in_the_place_of_the_file(folder, tmp_path):
+    """It ends the run, too, and stays; the next start asks for its removal."""
+    asked = {"status": early_end.EXIT_STATUS, "ask": touch_folder, "when": (0, "step", 2)}
+    run_ranks(1, job, {"folder": folder, "out": "stopped", "arguments": OPTIONS, **asked}, 300)
+    assert [path.name for path in (folder / "stopped").glob("checkpoint-*")] == ["checkpoint-2"]
+    from zero_sft.job import ending_early
+
+    with raises("arguments.stop_is_a_folder", "Remove it"):
+        ending_early.remove_stop_file(folder / "stopped")
 
 
 @pytest.mark.parametrize(("ask", "when", "step"), CASES)
@@ -200,7 +235,7 @@ def test_durations(text, seconds):
     assert parse_duration("max_time", text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "0:00", "-5", "3h", "1:2:3:4", "1-", "1.5"])
+@pytest.mark.parametrize("text", ["", "0", "0:00", "-5", "3h", "1:2:3:4", "1-", "1.5", "9" * 400, "٣"])
 def test_no_durations(text):
     with raises("arguments.bad_duration", "max_time"):
         parse_duration("max_time", text)

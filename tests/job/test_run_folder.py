@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests import small_job
-from zero_sft.job.run_folder import RunFolder
+from zero_sft.job.run_folder import RunFolder, read_starts
 from zero_sft.job.wall_time import WallTime, shares_line
 
 
@@ -74,11 +74,31 @@ def test_a_folder_that_can_not_be_written_is_said_once(tmp_path, caplog):
 
 
 def test_damaged_files_are_begun_again(tmp_path):
-    for content in ("{", "[]", '{"starts": 5}', '{"other": []}'):
+    for content in ("{", "[]", "[" * 200_000, '{"starts": 5}', '{"other": []}'):
         (tmp_path / "run.json").write_text(content)
         run = RunFolder(tmp_path, is_resumed=True)
         run.begin({"a": float("nan")}, 2, {}, 7)
         assert [start["from_step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [7]
+
+
+def test_a_line_that_was_half_written(tmp_path):
+    """The next start begins a new one."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    RunFolder(tmp_path, is_resumed=True).add({"event": "start", "step": 1})
+    assert [json.loads(line).get("step") for line in lines_of(tmp_path)] == [1, 1]
+
+
+def lines_of(folder):
+    """Return the lines that are whole."""
+    text = (folder / "metrics.jsonl").read_text()
+    return [line for line in text.splitlines() if line.endswith("}")]
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    run = RunFolder(tmp_path, is_resumed=False)
+    run.begin({"output_dir": "/data/x\udcff"}, 2, {}, 0)
+    run.add({"name": "\ud800"})
+    assert read_starts(tmp_path)[0]["arguments"]["output_dir"] == "/data/x\udcff"
 
 
 def test_shares():

@@ -180,3 +180,28 @@ def test_a_container(machine):
     assert machine.argv("box")[:1] == ["deepspeed"]
     assert machine.argv("box")[-4:] == ["--module", "zero_sft.train", "--seed", "1"]
     assert machine.started() == ["box"]
+
+
+@pytest.mark.parametrize("env", [
+    {"CONTAINER": " "}, {"SLURM_STEP_NUM_TASKS": "x"}, {"SLURM_RESTART_COUNT": "x"}, {"SLURM_STEP_ID": "x"},
+])  # fmt: skip
+def test_odd_variables_change_nothing(machine, env):
+    machine.run(**env)
+    assert machine.started() == ["deepspeed"]
+
+
+def test_restarts_in_any_notation(machine):
+    """08 is no octal number."""
+    machine.add("mktemp", 'echo "$RECORD"')
+    machine.add("rm", "exit 0")
+    machine.run("--max_restarts", "08")
+    assert machine.started() == ["deepspeed"]
+
+
+def test_no_temporary_folder(machine):
+    machine.add("mktemp", "exit 1")
+    assert "TMPDIR" in machine.refuse("no_temporary_folder", "--max_restarts", "1")
+
+
+def test_more_ranks_than_any_machine_has(machine):
+    machine.refuse("bad_cpu_ranks", ZERO_SFT_CPU_RANKS="9" * 20)

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -198,3 +199,35 @@ def test_a_run_keeps_its_colour():
     assert 'polyline class="series-1"' in chart
     assert 'i class="series-1"></i>b' in chart
     assert "series-0" not in chart
+
+
+@pytest.mark.parametrize("value", [3e-5, 1e-3, 5e-324, 1e99, -2.0, 0.0])
+@pytest.mark.parametrize("count", [1, 3_000, 20_000])
+def test_a_constant_is_a_flat_line(value, count):
+    """The mean of many equal numbers differs from them by rounding."""
+    chart = line_chart({"learning rate": [(step, value) for step in range(count)]}, "learning rate")
+    assert "circle" in chart
+
+
+def test_pipes_and_devices_are_left_out(tmp_path):
+    folder = run(tmp_path / "a")
+    (folder / "logs" / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "logs" / "metrics.jsonl")
+    (folder / "logs" / "history.json").unlink(missing_ok=True)
+    (folder / "logs" / "answers.json").unlink(missing_ok=True)
+    (folder / "logs" / "answers.json").symlink_to("/dev/zero")
+    assert read_run(folder).answers == []
+
+
+def test_half_a_surrogate_pair_and_a_long_number(tmp_path, capsys):
+    folder = run(tmp_path / "a")
+    (folder / "logs" / "run.json").write_text('{"starts": [{"began": "x\\ud800", "host": "y"}]}')
+    (folder / "logs" / "load_report.json").write_text('{"bytes_read": 1' + "0" * 4001 + "}")
+    assert main([str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_a_run_without_logs_among_others(tmp_path, capsys):
+    folder = run(tmp_path / "a")
+    assert main([str(folder), str(tmp_path / "no"), "--out", str(tmp_path / "page.html")]) == 0
+    assert f"left out: {tmp_path / 'no'} has no logs" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 import datetime
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
 from zero_sft.checkpoint.manifest import MANIFEST_FILE
 from zero_sft.saving.checkpoint_folders import leftovers, newest_first, next_date, remove, restore_former, surplus
+from zero_sft.saving.checkpoint_writer import put_in_place
 
 
 def checkpoint(folder, step, minute=None):
@@ -80,3 +82,21 @@ def test_leftovers(tmp_path):
     (tmp_path / ".checkpoint-3.0a1b2c3d.partial").mkdir()
     checkpoint(tmp_path, 3, 0)
     assert [path.name for path in leftovers(tmp_path)] == [".checkpoint-3.0a1b2c3d.partial"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_checkpoint_is_kept(tmp_path, caplog, kind):
+    """Somebody's notes have the name of the next checkpoint."""
+    target = tmp_path / "checkpoint-6"
+    if kind == "folder":
+        target.mkdir()
+    (target / "notes.txt" if kind == "folder" else target).write_text("mine")
+    made = checkpoint(tmp_path, 5, 5)
+    manifest = SimpleNamespace(to_json=lambda: "{}")
+    put_in_place(made, target, manifest)
+    assert (target / "manifest.json").is_file()
+    (kept,) = tmp_path.glob("checkpoint-6-kept-*")
+    assert (kept / "notes.txt" if kind == "folder" else kept).read_text() == "mine"
+    assert "was no checkpoint" in caplog.text
+    put_in_place(checkpoint(tmp_path, 7, 7), target, manifest)
+    assert len(list(tmp_path.glob("checkpoint-6*"))) == 2, "a checkpoint is replaced"

@@ -1,5 +1,6 @@
 """The preflight on a real cluster, and its checks one by one."""
 
+import re
 import time
 from pathlib import Path
 
@@ -34,11 +35,11 @@ def test_nothing_is_wrong(cluster, job, tmp_path):
 
 def test_a_node_without_the_model(cluster, job, tmp_path):
     """The model is on the first node's own disk."""
-    cluster.run("cp", "-r", job / "model", "/local/model", on="node1")
+    cluster.run("cp", "-rT", job / "model", "/local/model", on="node1")
     arguments = words(job, tmp_path / "out", model_name_or_path="/local/model")
     ended, text, _ = preflight(cluster, tmp_path, arguments)
     assert ended["JobState"] == "FAILED", text
-    (line,) = [line for line in text.splitlines() if " model " in line]
+    (line,) = [line for line in text.splitlines() if re.match(r"\d:   model  ", line)]
     assert "FAILED" in line
     assert "node2: /local/model/config.json: No such file or directory" in line
     assert "copy it to every node" in text
@@ -89,7 +90,7 @@ def test_a_rank_that_does_not_come(cluster, job, tmp_path):
 def test_model_folders_that_are_not_shared(cluster, job, tmp_path, what):
     """Each node has its own copy of the model; the tokenizer reaches the second node from the first."""
     for node in cluster.nodes:
-        cluster.run("cp", "-r", job / "model", "/local/model", on=node)
+        cluster.run("cp", "-rT", job / "model", "/local/model", on=node)
     if what == "model without tokenizer":
         cluster.run("bash", "-c", "rm /local/model/*token* /local/model/*.jinja", on="node2")
     number = submit(

@@ -4,7 +4,7 @@ import re
 
 from zero_sft.errors import ArgumentError
 
-_FORM = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_FORM = re.compile(r"(?:(?P<days>[0-9]{1,6})-)?(?P<parts>[0-9]{1,9}(?::[0-9]{1,9}){0,2})")
 
 
 def parse_duration(name: str, text: str) -> float:
@@ -27,7 +27,7 @@ def parse_duration(name: str, text: str) -> float:
         if total > 0:
             return float(total)
     raise ArgumentError(
-        f"--{name} {text} is not a duration as SLURM writes it: minutes, hours:minutes:seconds, or days-hours:minutes:seconds. "
-        "3:50:00 is three hours and fifty minutes.",
+        f"--{name} {text!s:.40} is not a duration as SLURM writes it: minutes, hours:minutes:seconds, or "
+        "days-hours:minutes:seconds. 3:50:00 is three hours and fifty minutes.",
         code="arguments.bad_duration",
     )

@@ -3,18 +3,20 @@
 kill:rank=1,step=5; slow:rank=0,step=8,seconds=30
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zero_sft.errors import ArgumentError
+from zero_sft.printable import with_count
 
 KINDS = {
-    "kill": "is killed with SIGKILL",
-    "hang": "hangs",
-    "nan": "has a loss that is not a number",
-    "oom": "runs out of device memory",
-    "slow": "is slow",
-    "disk_full": "finds a full disk when the next checkpoint is written",
-    "preempt": "gets SIGTERM",
+    "kill": "be killed with SIGKILL",
+    "hang": "hang",
+    "nan": "have a loss that is not a number",
+    "oom": "run out of device memory",
+    "slow": "be slow from then on",
+    "disk_full": "find a full disk when checkpoints are written, from then on",
+    "preempt": "get SIGTERM",
 }
 """The faults, by name, and the effect of each on its rank."""
 
@@ -37,7 +39,7 @@ class Fault:
     seconds: int = 10
 
     def __str__(self) -> str:
-        return f"rank {self.rank} {KINDS[self.kind]} at step {self.step}"
+        return f"at step {self.step} rank {self.rank} will {KINDS[self.kind]}"
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
@@ -49,6 +51,16 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
     return tuple(_parse(part.strip()) for part in text.split(";"))
 
 
+def require_ranks(faults: Sequence[Fault], world_size: int) -> None:
+    """Raise ArgumentError if a fault is of a rank that this run does not have: it would try nothing."""
+    for fault in faults:
+        if fault.rank >= world_size:
+            raise ArgumentError(
+                f"--simulate_fault names rank {fault.rank}, and this run has {with_count(world_size, 'rank')}, from 0 on.",
+                code="arguments.bad_fault",
+            )
+
+
 def _parse(text: str) -> Fault:
     kind, _, rest = text.partition(":")
     pairs = [pair.partition("=") for pair in rest.split(",")]
@@ -57,7 +69,7 @@ def _parse(text: str) -> Fault:
     if not is_usable or not all(value.isdecimal() and len(value) < 10 for value in values.values()):
         raise ArgumentError(
             f"--simulate_fault {text!s:.80}: expected kind:rank=R,step=S with one of {', '.join(KINDS)}, and if wanted start=N "
-            "(of the run; 1 is the first) and seconds=N (slow). Several are separated by semicolons.",
+            "(of the run; 1 is the first) and seconds=N (slow), all whole numbers. Several are separated by semicolons.",
             code="arguments.bad_fault",
         )
     fault = Fault(kind=kind, **{name: int(value) for name, value in values.items()})

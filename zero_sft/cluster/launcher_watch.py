@@ -120,7 +120,8 @@ def _forget_in_child() -> None:
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
         if signal.getsignal(number) is _handled_by_thread:
-            signal.signal(number, signal.SIG_DFL)
+            # SLURM sends SIGUSR1 to all processes of a task: the rank ends its workers itself, after the checkpoint.
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else signal.SIG_DFL)
 
 
 def _handled_by_thread(_number: int, _frame: FrameType | None) -> None:

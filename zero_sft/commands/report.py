@@ -3,18 +3,22 @@
 python -m zero_sft.report runs/a runs/b --out report.html
 """
 
+import html
 import http.server
 import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zero_sft.errors import ExportError
+from zero_sft.errors import ArgumentError, ExportError
 from zero_sft.options.command import Command
 from zero_sft.options.spec import specs_of
 from zero_sft.printable import printable
+
+if TYPE_CHECKING:
+    from zero_sft.report.runs import Run
 
 REFRESH_SECONDS = 10
 
@@ -34,7 +38,7 @@ class ReportArguments:
 def command() -> Command:
     """Return the command and its options."""
     return Command(
-        program="python -m zero_sft.report",
+        program="python -m zero_sft.report RUN [RUN ...]",
         description="Make a page about runs: losses, rates, time, load, answers, arguments; several runs side by side.",
         groups={"Options": list(specs_of(ReportArguments).values())},
         required={"runs": "the --output_dir of a run"},
@@ -52,21 +56,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(options: Any, _notes: Sequence[str]) -> None:
     from zero_sft.report.page import page
-    from zero_sft.report.runs import read_run
 
     folders = [Path(run).expanduser() for run in options.runs]
-    text = page([read_run(folder) for folder in folders])
+    text = page(_runs(folders))
     if options.watch:
         _serve(folders, options.port)
         return
     out = Path(options.out).expanduser()
     try:
-        out.write_text(text, encoding="utf-8")
+        out.write_text(text, encoding="utf-8", errors="replace")  # a name may hold half of a surrogate pair
     except OSError as error:
         raise ExportError(
             f"{out} can't be written: {error.strerror or error}. Name another --out.", code="export.unwritable"
         ) from error
     sys.stdout.write(printable(f"written: {out}") + "\n")
+
+
+def _runs(folders: Sequence[Path]) -> "list[Run]":
+    """Read the runs; one without logs is passed over with a line, if there are others.
+
+    Raises:
+        ArgumentError: none has logs.
+    """
+    from zero_sft.report.runs import read_run
+
+    found, problems = [], []
+    for folder in folders:
+        try:
+            found.append(read_run(folder))
+        except ArgumentError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    for problem in problems:
+        sys.stderr.write(printable(f"left out: {problem}") + "\n")
+    return found
 
 
 def _serve(folders: Sequence[Path], port: int) -> None:
@@ -76,15 +100,18 @@ def _serve(folders: Sequence[Path], port: int) -> None:
         ExportError: the port is taken.
     """
     from zero_sft.report.page import page
-    from zero_sft.report.runs import read_run
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path != "/":
                 self.send_error(404)
                 return
-            content = page([read_run(folder) for folder in folders], refresh_seconds=REFRESH_SECONDS).encode()
-            self.send_response(200)
+            try:
+                text, status = page(_runs(folders), refresh_seconds=REFRESH_SECONDS), 200
+            except ArgumentError as error:  # the logs were removed meanwhile
+                text, status = f"<!doctype html><meta charset=utf-8><p>{html.escape(str(error))}", 503
+            content = text.encode(errors="replace")
+            self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from zero_sft.cluster import early_end
 from zero_sft.cluster.control_group import all_gather_json, start_agreement
 from zero_sft.cluster.world import World
+from zero_sft.errors import ArgumentError
 from zero_sft.printable import first_of
 
 logger = logging.getLogger("zero_sft.train")
@@ -136,15 +137,24 @@ class EndEarly(TrainerCallback):
         self.cause = first_of(causes) or "a request that was withdrawn"
         if self._world.is_main:
             logger.info("the run ends early, on %s: saving a checkpoint", self.cause)
-            self._file.unlink(missing_ok=True)  # the next start is not meant
+            try:
+                self._file.unlink(missing_ok=True)  # the next start is not meant
+            except OSError as error:  # it is a folder, or this user may not
+                logger.warning("%s can't be removed: %s. Remove it before the next start.", self._file, error.strerror or error)
 
 
 def remove_stop_file(output: Path) -> None:
     """Remove a file that asked an earlier run to end. Rank 0.
 
     Raises:
+        ArgumentError: it is a folder.
         OSError: it can't be removed.
     """
+    if (output / STOP_FILE).is_dir():
+        raise ArgumentError(
+            f"{output / STOP_FILE} is a folder, and a file of this name ends a run. Remove it.",
+            code="arguments.stop_is_a_folder",
+        )
     if (output / STOP_FILE).exists():
         logger.warning("%s was there before this run, which removes it", output / STOP_FILE)
         (output / STOP_FILE).unlink(missing_ok=True)

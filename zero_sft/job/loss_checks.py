@@ -113,7 +113,8 @@ class LossChecks(TrainerCallback):
         name = self._roll_back()
         if name is None:
             raise TrainingError(
-                f"{what}, and there is no checkpoint to go back to (--on_nan rollback). Save more often with --save_steps.",
+                f"{what}, and there is no complete checkpoint to go back to (--on_nan rollback). Save the first one "
+                "earlier (--save_steps), or give --on_nan skip.",
                 code="training.no_checkpoint_to_go_back_to",
                 scope=Scope.ALL_RANKS,
             )

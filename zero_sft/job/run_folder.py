@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import platform
 import socket
 import subprocess
@@ -48,6 +49,8 @@ class RunFolder:
             if not is_resumed:
                 for name in (RUN_FILE, METRICS_FILE):
                     (folder / name).unlink(missing_ok=True)
+            else:
+                _end_last_line(folder / METRICS_FILE)
 
     def begin(self, arguments: Mapping[str, Any], ranks: int, data: Mapping[str, Any], step: int) -> None:
         """Add an entry for this start.
@@ -81,7 +84,7 @@ class RunFolder:
     def add(self, values: Mapping[str, Any]) -> None:
         """Add a line to the metrics."""
         line = json.dumps({"time": round(time.time(), 3), **values}, default=_plain)
-        with self._reported(), (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        with self._reported(), (self.folder / METRICS_FILE).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def starts(self) -> list[dict[str, Any]]:
@@ -92,7 +95,9 @@ class RunFolder:
         with self._reported():
             unfinished = self.folder / f".{RUN_FILE}.new"
             unfinished.write_text(
-                json.dumps({"starts": starts}, indent=2, ensure_ascii=False, default=_plain), encoding="utf-8"
+                json.dumps({"starts": starts}, indent=2, ensure_ascii=False, default=_plain),
+                encoding="utf-8",
+                errors="backslashreplace",  # half of a surrogate pair, in a path that is not UTF-8
             )
             unfinished.replace(self.folder / RUN_FILE)
 
@@ -100,15 +105,24 @@ class RunFolder:
     def _reported(self) -> Any:
         try:
             yield
-        except OSError as error:
+        except (OSError, ValueError, RecursionError) as error:
             if not self._has_failed:
                 logger.warning("the logs can't be written to %s: %s. The run goes on.", self.folder, error)
             self._has_failed = True
 
 
+def _end_last_line(path: Path) -> None:
+    """Begin a new line after one that was half written, as a kill or a full disk leaves it."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+
+
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """Return the entries of a log folder's `run.json`; empty for a file that is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         starts = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["starts"]
         return [start for start in starts if isinstance(start, dict)]
     return []

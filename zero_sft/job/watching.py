@@ -75,8 +75,8 @@ class WatchSteps(TrainerCallback):
         def describe() -> DistributedError:
             found = describe_places(places(self._logs, range(self._world.world_size), self._since))
             return DistributedError(
-                f"{what} has taken more than {limit:,.0f} s, so a rank is stuck: {found}. The stacks of all ranks are in "
-                f"{self._logs}/stacks_rank_*.txt. Steps that may take longer need --step_timeout SECONDS.",
+                f"{what} has taken more than {limit:,.0f} s, so a rank is stuck: {found}. The stacks of those that could write "
+                f"them are in {self._logs}/stacks_rank_*.txt. Steps that may take longer need --step_timeout SECONDS.",
                 code="cluster.stuck",
             )
 

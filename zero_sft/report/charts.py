@@ -96,21 +96,22 @@ def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 
     Worked example: 0.3 to 2.1 gives 0, 0.5, 1, 1.5, 2, 2.5.
     """
-    if high <= low:
-        high = low + (abs(low) or 1.0)
+    if high - low <= 1e-9 * max(abs(high), abs(low)):  # a flat line, such as the mean of equal numbers
+        high = low + (abs(low) if abs(low) > 1e-300 else 1.0)
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     if whole:
         step = max(1.0, round(step))
     first = math.floor(low / step)
-    return [round(index * step, 12) for index in range(first, math.ceil(high / step) + 1)]
+    decimals = 12 - math.floor(math.log10(step))
+    return [round(index * step, min(decimals, 320)) for index in range(first, math.ceil(high / step) + 1)]
 
 
 def tick_label(tick: float, among: Sequence[float]) -> str:
     """Format a tick so that it differs from its neighbours: 5.5215 between 5.521 and 5.522."""
     texts = [number(each) for each in among]
-    if len(set(texts)) == len(texts):
+    if len(set(texts)) == len(texts) or among[1] <= among[0]:
         return number(tick)
     decimals = -math.floor(math.log10(among[1] - among[0]))
     return f"{tick:,.{max(0, decimals)}f}"

@@ -210,11 +210,15 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+    try:
+        return "" if value is None else str(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number too long to show"
 
 
 def _amount(value: Any) -> str:
-    return number(value) if isinstance(value, (int, float)) else _text(value)
+    is_number = isinstance(value, (int, float)) and abs(value) < 1e100
+    return number(value) if is_number else _text(value)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:

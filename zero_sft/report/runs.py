@@ -15,6 +15,9 @@ Points = Sequence[tuple[float, float]]
 _LARGEST = 1e100
 """Larger numbers, infinity and NaN are left out: no metric is as large."""
 
+_MOST_BYTES = 2**30
+"""Larger files are left out: the log of a million steps has a quarter of it."""
+
 _SERIES = ("loss", "eval_loss", "learning_rate", "grad_norm")
 
 
@@ -74,6 +77,8 @@ def read_run(folder: Path) -> Run:
 def _metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines that are objects with a time and a step; the last one may be half written."""
     lines = []
+    if not _is_usable(path):
+        return []
     with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             with contextlib.suppress(ValueError, RecursionError):
@@ -114,8 +119,15 @@ def _rate(lines: Sequence[Mapping[str, Any]]) -> Points:
 
 def _json(path: Path) -> Any:
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8")) if _is_usable(path) else None
     return None
+
+
+def _is_usable(path: Path) -> bool:
+    """Return whether a path is a file of a reasonable size: neither a pipe, which never ends, nor a device."""
+    with contextlib.suppress(OSError):
+        return path.is_file() and path.stat().st_size <= _MOST_BYTES
+    return False
 
 
 def _list(content: Any, key: str) -> list[Any]:

@@ -20,7 +20,9 @@ renamed. `checkpoint_saver.py` takes these steps.
 
 import contextlib
 import itertools
+import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -48,6 +50,8 @@ from zero_sft.saving.random_states import random_states
 from zero_sft.saving.weight_files import WeightPart
 from zero_sft.zero import optimizer_state, shards
 from zero_sft.zero.optimizer_state import ParameterState
+
+logger = logging.getLogger("zero_sft.train")
 
 NO_ROOM = "save.no_room"
 """Error code of a checkpoint for which the disk has no room."""
@@ -287,7 +291,7 @@ def _file_records(gathered: Sequence[Mapping[str, tuple[int, int]]]) -> dict[str
 def put_in_place(folder: Path, target: Path, manifest: Manifest) -> None:
     """Write the manifest, and rename the folder. The rank that owns it; does not communicate.
 
-    A folder of this name, of an earlier attempt at the same step, is removed.
+    A checkpoint of this name, of an earlier attempt at the same step, is removed; another folder gets another name.
 
     Raises:
         OSError: it failed; the error names the file.
@@ -305,9 +309,24 @@ def put_in_place(folder: Path, target: Path, manifest: Manifest) -> None:
         if former is not None:
             former.rename(target)
         raise
-    if former is not None:
+    if former is not None and _is_checkpoint(former):
         remove(former)
+    elif former is not None:
+        kept = target.with_name(f"{target.name}-kept-{secrets.token_hex(4)}")
+        former.rename(kept)
+        logger.warning("%s was no checkpoint: what it held is in %s now", target, kept)
     sync(target.parent)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is a checkpoint, or a part of one that a killed run has left."""
+    if folder.is_symlink():  # the link alone is removed
+        return True
+    if not folder.is_dir():
+        return False
+    if any((folder / name).exists() for name in (MANIFEST_FILE, "trainer_state.json", "latest")):
+        return True
+    return any(re.match(r"global_step|optimizer-|model", path.name) for path in folder.iterdir()) or not any(folder.iterdir())
 
 
 def finish_checkpoint(folder: CheckpointFolder, content: CheckpointContent, placed: Callable[[], object], world: World) -> None:

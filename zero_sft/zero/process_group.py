@@ -87,6 +87,7 @@ def set_meeting_place(world: World) -> None:
     Raises:
         ConfigError: there is no master address.
     """
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # with `accelerate launch --cpu`, accelerate would leave DeepSpeed out
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.world_size), LOCAL_RANK=str(world.local_rank))
     if world.world_size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

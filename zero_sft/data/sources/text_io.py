@@ -61,7 +61,9 @@ def readable(path: Path, *, argument: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"no such file: {path}. Check {argument}.", code="data.no_such_file") from error
+        raise DataError(
+            f"no such file: {path}. Check {argument}, which takes the path of a file.", code="data.no_such_file"
+        ) from error
     except IsADirectoryError as error:
         raise DataError(
             f"{path} is a folder; expected a file. Name the file itself.", code="data.folder_in_place_of_file"
