@@ -87,3 +87,36 @@ def test_the_second_signal_ends_it_at_once(folder, start, tmp_path):
     assert run.left_after(5) == []
     assert not list(out.glob("checkpoint-*"))
     assert run.output.count("error: ") == 1, run.output[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_group(folder, start, tmp_path, name):
+    """As `timeout` sends it, and a terminal at Ctrl-C: it counts once."""
+    out = tmp_path / "out"
+    run = start(launch_sh(2, *words(folder, out)), SLOW_SAVE="0")
+    run.wait_for(lambda: "step 3/5000" in run.output)
+    os.killpg(run.process.pid, getattr(signal, name))
+    assert run.wait(60) == EXIT_STATUS, run.output[-3000:]
+    assert run.output.count("ended early: ") == 1, run.output[-3000:]
+    assert "error: " not in run.output, run.output[-3000:]
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert find_damage(checkpoint, read_manifest(checkpoint), verify=True) is None
+    assert run.left_after(10) == []
+
+
+@pytest.mark.slow
+def test_workers_that_are_signalled_as_well(folder, start, tmp_path):
+    """SLURM signals all processes of a task, with those that read data."""
+    out = tmp_path / "out"
+    options = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "True"]
+    run = start(launch_sh(2, *words(folder, out), *options), SLOW_SAVE="0")
+    run.wait_for(lambda: "step 3/5000" in run.output)
+    ranks = run.ranks(SLOW_SAVE)
+    workers = [worker for rank in ranks.values() for worker in rank.children(recursive=True)]
+    assert len(workers) >= 2
+    for process in (*workers, *ranks.values()):
+        process.send_signal(signal.SIGUSR1)
+    assert run.wait(60) == EXIT_STATUS, run.output[-3000:]
+    assert "Traceback" not in run.output, run.output[-3000:]
+    assert len(list(out.glob("checkpoint-*"))) == 1

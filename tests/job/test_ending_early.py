@@ -95,17 +95,6 @@ def touch_folder(output):
     (output / "stop").mkdir()
 
 
-def announce_to_all(_):
-    """As SLURM does: to all processes of a task, with the workers that read data."""
-    import psutil
-
-    workers = psutil.Process().children(recursive=True)
-    assert any("pt_data_worker" in worker.name() or "python" in worker.name() for worker in workers), workers
-    for worker in workers:
-        worker.send_signal(signal.SIGUSR1)
-    send(signal.SIGUSR1)
-
-
 def losses(out: Path) -> list[tuple[float, ...]]:
     history = json.loads((out / "logs" / "history.json").read_text())
     return [(entry["step"], entry["loss"], entry["learning_rate"]) for entry in history if "loss" in entry]
@@ -119,14 +108,6 @@ CASES = [
     (announce, (1, "evaluation", 2), 3),
 ]
 """The request, the rank that gets it and the place, and the step after which the run ends."""
-
-
-@pytest.mark.slow
-def test_workers_that_are_signalled_as_well(folder):
-    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
-    asked = {"status": early_end.EXIT_STATUS, "ask": announce_to_all, "when": (1, "step", 2)}
-    run_ranks(2, job, {"folder": folder, "out": "workers", "arguments": OPTIONS | workers, **asked}, 300)
-    assert [path.name for path in (folder / "workers").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.slow
