@@ -69,7 +69,7 @@ def test_mpirun(job, two_ranks, tmp_path):
 
 
 def test_accelerate(job, two_ranks, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m", MODULE]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "-m", MODULE]
     here(launch, job, tmp_path)
     assert losses(tmp_path / "out") == two_ranks
 
