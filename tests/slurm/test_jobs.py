@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.errors import error_codes
+from tests.slurm.cluster import Cluster
 from tests.slurm.job import losses, submit, words
 from zero_sft.checkpoint.manifest import find_damage, read_manifest
 
@@ -176,3 +179,18 @@ def test_a_folder_with_spaces_and_hard_words(cluster, job, tmp_path):
     assert ended["JobState"] == "COMPLETED", (folder / "log").read_text()
     recorded = json.loads((folder / "out put" / "logs" / "arguments.json").read_text())
     assert recorded["run_name"] == name
+
+
+def test_a_cluster_that_is_laid_out_otherwise(needs_slurm, job, tmp_path):
+    """Three nodes with odd names and one GPU each, of which SLURM hands out the devices; the ranks compute on CPUs."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with Cluster(folder, ("gpu-07", "gpu-08", "c3"), cpus=2, gpus=1, network="10.89.0") as cluster:
+            shape = ("--nodes=3", "--gpus-per-node=1", "--cpus-per-task=2")
+            number = submit(cluster, tmp_path / "log", words(job, tmp_path / "out"), *shape)
+            ended = cluster.wait(number)
+            assert ended["JobState"] == "COMPLETED", (tmp_path / "log").read_text()
+            assert "starting 3 ranks" in (tmp_path / "log").read_text()
+            assert len(losses(tmp_path / "out")) == 4
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
