@@ -65,13 +65,9 @@ def test_one_checkpoint_and_a_status(folder, start, tmp_path, launcher, name, se
     run.wait_for(lambda: "step 3/5000" in run.output)
     run.process.send_signal(getattr(signal, name))
     status = run.wait(100)
-    assert run.output.count("ended early: ") == 1, run.output[-3000:]
-    assert "error: " not in run.output, run.output[-3000:]
     assert "Traceback" not in run.output or launcher == "torchrun", run.output[-3000:]
     assert status == (1 if launcher == "torchrun" else EXIT_STATUS), run.output[-3000:]
-    (checkpoint,) = out.glob("checkpoint-*")
-    assert find_damage(checkpoint, read_manifest(checkpoint), verify=True) is None
-    assert run.left_after(10) == []
+    require_one_whole_checkpoint(run, out)
 
 
 @pytest.mark.slow
@@ -89,6 +85,15 @@ def test_the_second_signal_ends_it_at_once(folder, start, tmp_path):
     assert run.output.count("error: ") == 1, run.output[-3000:]
 
 
+def require_one_whole_checkpoint(run, out: Path) -> None:
+    """Check that a run has ended early once, with a checkpoint, and has left no process."""
+    assert run.output.count("ended early: ") == 1, run.output[-3000:]
+    assert "error: " not in run.output, run.output[-3000:]
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert find_damage(checkpoint, read_manifest(checkpoint), verify=True) is None
+    assert run.left_after(10) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_whole_group(folder, start, tmp_path, name):
@@ -98,11 +103,7 @@ def test_a_signal_to_the_whole_group(folder, start, tmp_path, name):
     run.wait_for(lambda: "step 3/5000" in run.output)
     os.killpg(run.process.pid, getattr(signal, name))
     assert run.wait(60) == EXIT_STATUS, run.output[-3000:]
-    assert run.output.count("ended early: ") == 1, run.output[-3000:]
-    assert "error: " not in run.output, run.output[-3000:]
-    (checkpoint,) = out.glob("checkpoint-*")
-    assert find_damage(checkpoint, read_manifest(checkpoint), verify=True) is None
-    assert run.left_after(10) == []
+    require_one_whole_checkpoint(run, out)
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ def test_all_is_well():
     ("devices", {"gpus": {"count": 8, "names": ["H100"], "driver": "535"}}, "FAILED", "535 on node2"),
     ("network variables", {"variables": {"NCCL_IB_HCA": "x"}}, "WARNING", "NCCL_IB_HCA: none on node1, node3; x on node2"),
     ("model", {"model": {"problem": "/m/config.json: No such file"}}, "FAILED", "node2: /m/config.json: No such file"),
+    ("model", {"model": None}, "FAILED", "node2: no such folder"),
     ("model", {"model": {"config": "bb", "files": 4, "bytes": 16 * GIB}}, "FAILED", "config bb"),
     ("data", {"data": {"/data/a.json": "Permission denied"}}, "FAILED", "node2: /data/a.json: Permission denied"),
     ("output", {"output": {"free": GIB, "problem": "Read-only file system"}}, "FAILED", "node2: Read-only file system"),

@@ -56,15 +56,18 @@ def test_an_output_that_is_not_shared(cluster, job, tmp_path):
     assert ended["JobState"] == "COMPLETED", text
 
 
+def wrapped(cluster, folder: Path, job: Path, line: str) -> tuple[dict[str, str], str, float]:
+    """Run the preflight with a line of shell before each rank's program."""
+    wrapper = folder / "wrapper"
+    wrapper.write_text(f'#!/bin/bash\n{line}\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    python = str(ROOT / ".venv" / "bin" / "python")
+    return preflight(cluster, folder, words(job, folder / "out"), CONTAINER=str(wrapper), ZERO_SFT_PYTHON=python)
+
+
 def test_nodes_with_other_variables(cluster, job, tmp_path):
     """A variable that only the first node's environment sets; the ranks' start is changed by a wrapper."""
-    wrapper = tmp_path / "wrapper"
-    wrapper.write_text('#!/bin/bash\n[[ $(hostname) != node1 ]] || export NCCL_IB_HCA=mlx5_0\nexec "$@"\n')
-    wrapper.chmod(0o755)
-    ended, text, _ = preflight(
-        cluster, tmp_path, words(job, tmp_path / "out"), CONTAINER=str(wrapper),
-        ZERO_SFT_PYTHON=str(ROOT / ".venv" / "bin" / "python"),
-    )  # fmt: skip
+    ended, text, _ = wrapped(cluster, tmp_path, job, "[[ $(hostname) != node1 ]] || export NCCL_IB_HCA=mlx5_0")
     assert ended["JobState"] == "COMPLETED", text
     (line,) = [line for line in text.splitlines() if "network variables" in line]
     assert "WARNING" in line
@@ -73,13 +76,7 @@ def test_nodes_with_other_variables(cluster, job, tmp_path):
 
 def test_a_rank_that_does_not_come(cluster, job, tmp_path):
     """It hangs before it has joined, as a process on a sick node does."""
-    wrapper = tmp_path / "wrapper"
-    wrapper.write_text('#!/bin/bash\n[[ ${RANK:-} != 3 ]] || exec sleep 200\nexec "$@"\n')
-    wrapper.chmod(0o755)
-    ended, text, seconds = preflight(
-        cluster, tmp_path, words(job, tmp_path / "out"), CONTAINER=str(wrapper),
-        ZERO_SFT_PYTHON=str(ROOT / ".venv" / "bin" / "python"),
-    )  # fmt: skip
+    ended, text, seconds = wrapped(cluster, tmp_path, job, "[[ ${RANK:-} != 3 ]] || exec sleep 200")
     assert ended["JobState"] == "FAILED", text
     assert "preflight.ranks_missing" in error_codes(text)
     assert "rank 3 on node2" in text

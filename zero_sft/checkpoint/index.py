@@ -39,6 +39,11 @@ class CheckpointIndex:
     tensors: Mapping[str, StoredTensor]
     duplicate_keys: tuple[str, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """Total bytes of the files."""
+        return sum(identity.size_bytes for identity in self.identities.values())
+
     def digest(self) -> str:
         """Hash all names, dtypes, shapes and offsets: equal on ranks that see the same files, even under different paths."""
         rows = sorted((name, Path(t.file).name, t.dtype, t.shape, t.offset_bytes) for name, t in self.tensors.items())

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from zero_sft.cluster.node_layout import SHARED_MEMORY
+from zero_sft.paths import nearest_existing
 
 PACKAGES = ("zero_sft", "torch", "deepspeed", "transformers", "trl", "accelerate", "safetensors", "tokenizers")
 
@@ -94,9 +95,7 @@ def describe_path(path: Path) -> str:
 
 def describe_folder(folder: Path) -> dict[str, Any]:
     """Return the free bytes where a folder is or would be, and what hinders this user from writing there; "" for nothing."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_existing(folder)
     try:
         probe = place / f".zero_sft-preflight-{secrets.token_hex(4)}"
         probe.write_bytes(b"")

@@ -6,7 +6,6 @@ their results; `load_sharded` assembles the report at the end.
 """
 
 import contextlib
-import datetime
 import logging
 import time
 from collections import defaultdict
@@ -60,7 +59,7 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
         params = {name: tensors[name] for name in to_read if shards.is_sharded(tensors[name])}
         targets = [(match.resolution.source_maps[name], shards.local_range(param)) for name, param in params.items()]
         reads = plan_reads(targets, match.resolution.stored_tensors)
-    with collective_stage(world, "reading the weights", _reading_timeout(match)), watch.phase("read"):
+    with collective_stage(world, "reading the weights", timeout_for_bytes(match.index.nbytes)), watch.phase("read"):
         if request.while_reading is not None:
             request.while_reading()
         _read(params, reads, match, threads)
@@ -134,11 +133,6 @@ def _initialize(
     )
     match.skeleton.sharder.make_zero_parameters(match.skeleton.model)
     return already_complete, reads
-
-
-def _reading_timeout(match: CheckpointMatch) -> datetime.timedelta:
-    """Return the longest time for which a rank with its part waits for the others."""
-    return timeout_for_bytes(sum(identity.size_bytes for identity in match.index.identities.values()))
 
 
 def _read(params: Mapping[str, Any], reads: Sequence[ReadItem], match: CheckpointMatch, threads: int) -> None:

@@ -45,8 +45,7 @@ def verify(match: CheckpointMatch, names: Collection[str], world: World) -> int:
     tensors = {name: tensor for name, tensor in match.collect_tensors().items() if name in names}
     with collective_stage(world, "hashing the shards"):
         held = {name: _shard_digest(tensor) for name, tensor in tensors.items()}
-    nbytes = sum(identity.size_bytes for identity in match.index.identities.values())
-    with collective_stage(world, "reading the checkpoint back", timeout_for_bytes(nbytes)) as exchange:
+    with collective_stage(world, "reading the checkpoint back", timeout_for_bytes(match.index.nbytes)) as exchange:
         exchange.local = _digests_of_files(match, tensors, world)
     expected: dict[str, list[str]] = {}
     for rank_digests in exchange.gathered:

@@ -91,16 +91,19 @@ def _agree(nodes: Facts, value_of: Callable[[Mapping[str, Any]], str]) -> str:
     return "; ".join(f"{value or 'none'} on {first_of(names, 5)}" for value, names in hosts.items())
 
 
+def _differences(nodes: Facts, fact: str) -> str:
+    """Say which of the named values of a fact, such as "versions", are not the same on all nodes."""
+    names = dict.fromkeys(name for node in nodes for name in node[fact])
+    texts = ((name, _agree(nodes, lambda node, name=name: node[fact].get(name, ""))) for name in names)
+    return "; ".join(f"{name}: {text}" for name, text in texts if text)
+
+
 def _versions(nodes: Facts) -> Check:
     own = nodes[0]["versions"]
-    names = list(own)
-    different = [
-        f"{name}: {text}" for name in names if (text := _agree(nodes, lambda node, name=name: node["versions"].get(name, "")))
-    ]
     return Check(
         name="versions",
         found=", ".join(f"{name} {own[name] or 'missing'}" for name in ("python", "torch", "deepspeed", "transformers")),
-        problem="; ".join(different),
+        problem=_differences(nodes, "versions"),
         remedy="install the same versions on all nodes, best in one environment on a shared file system",
     )
 
@@ -127,13 +130,10 @@ def _devices(nodes: Facts) -> Check:
 
 def _variables(nodes: Facts) -> Check:
     names = sorted({name for node in nodes for name in node["variables"]})
-    different = [
-        f"{name}: {text}" for name in names if (text := _agree(nodes, lambda node, name=name: node["variables"].get(name, "")))
-    ]
     return Check(
         name="network variables",
         found=first_of(names, 4) or "none set",
-        problem="; ".join(different),
+        problem=_differences(nodes, "variables"),
         remedy="export the same values on all nodes",
         is_fatal=False,
     )
@@ -143,7 +143,7 @@ def _model(nodes: Facts) -> Check:
     own = nodes[0]["model"]
     if own is None:
         return Check(name="model", found="from the hub: fetched at the start")
-    problem = _where(nodes, lambda node: node["model"].get("problem", "")) or _agree(
+    problem = _where(nodes, lambda node: (node["model"] or {"problem": "no such folder"}).get("problem", "")) or _agree(
         nodes,
         lambda node: f"config {node['model']['config']}, {node['model']['files']} files, {node['model']['bytes']:,} bytes",
     )

@@ -22,7 +22,8 @@ from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
 from zero_sft.cluster.node_facts import collect
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
-from zero_sft.errors import DistributedError, ZeroSftError
+from zero_sft.errors import CheckpointError, DistributedError, ZeroSftError
+from zero_sft.paths import nearest_existing
 from zero_sft.preflight.checks import Check, Needs, judge
 from zero_sft.printable import first_of, printable, with_count
 
@@ -76,9 +77,15 @@ def _run(parsed: ParsedArguments, world: World) -> bool:
 
 def _facts(parsed: ParsedArguments, output: Path) -> dict[str, Any]:
     from zero_sft.data.sources.data_path import HubDataset, parse_sources
+    from zero_sft.hub.options import HubOptions
+    from zero_sft.hub.source import local_folder
+    from zero_sft.options.keywords import pick_options
 
     name = str(parsed.model.model_name_or_path)
-    model = Path(name).expanduser()
+    try:
+        model = local_folder(name, pick_options(HubOptions, parsed.model))
+    except CheckpointError:  # a path that is not there: the table says on which nodes
+        model = Path(name).expanduser()
     sources: list[Path] = []
     for text in (parsed.data.data_path, parsed.data.eval_data_path):
         if text:
@@ -86,8 +93,7 @@ def _facts(parsed: ParsedArguments, output: Path) -> dict[str, Any]:
     caches = {"cache": Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()}
     if parsed.data.data_cache_dir:
         caches["data cache"] = Path(parsed.data.data_cache_dir).expanduser()
-    is_hub_id = not model.exists() and not name.startswith(("/", ".", "~")) and name.count("/") <= 1
-    return collect(model=None if is_hub_id else model, data=sources, output=output, caches=caches)
+    return collect(model=model, data=sources, output=output, caches=caches)
 
 
 def _meet(world: World) -> Any:
@@ -151,9 +157,7 @@ def _devices() -> int:
 @contextlib.contextmanager
 def _marker(output: Path, world: World, store: Any) -> Any:
     """Yield whether this rank sees a file that rank 0 makes next to the output folder."""
-    place = output
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_existing(output)
     path: Path | None = None
     if world.is_main:
         name = f".zero_sft-preflight-{secrets.token_hex(4)}"

@@ -30,6 +30,7 @@ from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError
+from zero_sft.paths import nearest_existing
 from zero_sft.saving.swap_folders import is_supported
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,7 @@ def file_system_of(path: str | Path) -> int:
     Raises:
         OSError: it can't be reached.
     """
-    folder = Path(path).expanduser()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.stat().st_dev
+    return nearest_existing(Path(path).expanduser()).stat().st_dev
 
 
 def make_staging(path: str | Path) -> StagingFolder:

@@ -15,6 +15,7 @@ from pathlib import Path
 from zero_sft.errors import ExportError
 from zero_sft.loading import skeleton
 from zero_sft.loading.request import ModelSpec
+from zero_sft.paths import nearest_existing
 from zero_sft.saving.export import model_layout, published_layout
 from zero_sft.saving.folder import resolved
 from zero_sft.saving.run_record import ADAMW
@@ -80,10 +81,7 @@ def require_room(path: str | Path, sizes: SaveSizes, freed_bytes: int = 0) -> No
     Args:
         freed_bytes: bytes that the run removes before it writes.
     """
-    folder = resolved(path)
-    while not folder.exists():
-        folder = folder.parent
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(nearest_existing(resolved(path)))
     free = usage.free + freed_bytes
     if usage.total == 0 or free >= sizes.nbytes:  # some network file systems report no sizes
         return
