@@ -1,7 +1,7 @@
 """End a run if a rank is stuck in something other than a training step: in a load, a download, a save or an export.
 
-How long these take depends on sizes and on storage, so that no time limit suits all. What tells a stuck rank is that its
-processes neither read nor write nor compute.
+How long these take depends on sizes and on storage, so no time limit suits all. A rank is taken to be stuck when its processes
+neither read nor write nor compute.
 
 Imports neither torch nor transformers.
 """
@@ -21,10 +21,10 @@ IDLE_SECONDS = 1800.0
 """The time after which a rank that has done nothing is taken to be stuck."""
 
 _BYTES_PER_SECOND = 16 * 2**10
-"""Who moves fewer bytes does nothing: progress bars and log lines alone take a few KiB/s."""
+"""A rank that moves fewer bytes is idle, unless it computes: progress bars and log lines alone take a few KiB/s."""
 
 _CPU_SHARE = 0.05
-"""Who uses less of one core does nothing: progress bars and watching threads alone take 1 to 2 %."""
+"""A rank that uses less of one core is idle, unless it moves bytes: progress bars and watching threads alone take 1 to 2 %."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,12 @@ from zero_sft.printable import first_of, printable, with_count
 MEETING_SECONDS = 60
 """The time for all ranks to come."""
 
+ESTIMATE_SECONDS = 600
+"""The longest time that the other ranks wait while rank 0 estimates the memory of a large model."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the preflight and return the exit status: 0 if nothing would hinder a run. Every rank; communicates."""
+    """Run the preflight and return the exit status: 0 if no check has failed. Every rank; communicates."""
     argv = sys.argv[1:] if argv is None else argv
     if wants_help(argv):
         return answer_help(argv)
@@ -53,6 +56,7 @@ def _run(parsed: ParsedArguments, world: World) -> bool:
     set_meeting_place(world)
     store = _meet(world)
     facts |= {"time": time.time(), "ranks": world.local_world_size, "devices": _devices()} if facts else {}
+    store.set_timeout(datetime.timedelta(seconds=ESTIMATE_SECONDS))
     with _marker(output, world, store) as sees_output:
         store.set(f"facts/{world.rank}", json.dumps({**facts, "sees_output": sees_output} if facts else {}))
         checks: list[Check] = []
@@ -174,7 +178,7 @@ def _marker(output: Path, world: World, store: Any) -> Any:
 
 
 def _needs(parsed: ParsedArguments, world: World) -> Needs:
-    """Estimate what the run needs. Rank 0; one that fails hinders nothing."""
+    """Estimate what the run needs. Rank 0; a model that can't be estimated gives needs without sizes."""
     on_each_node = bool(parsed.training.get("save_on_each_node"))
     try:
         from zero_sft.estimate.memory_needs import MemoryModel, TrainingRun
