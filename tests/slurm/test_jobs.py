@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 
-LONG = {"max_steps": 24, "save_strategy": "steps", "save_steps": 4, "simulate_fault": "slow:rank=0,step=1,start=0,seconds=1"}
-"""A run that takes half a minute, since a rank waits a second in each step."""
+LONG = {"max_steps": 16, "save_strategy": "steps", "save_steps": 4, "simulate_fault": "slow:rank=0,step=1,start=0,seconds=1"}
+"""A run that takes a quarter of a minute, since a rank waits a second in each step."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_two_nodes_train_as_one(cluster, job, one_node, tmp_path):
 def test_a_time_limit(cluster, job, whole, tmp_path):
     """The job is signalled before its minute is over, saves, queues itself again, and ends as if nothing had been."""
     log, out = tmp_path / "log", tmp_path / "out"
-    longer = {**LONG, "simulate_fault": "slow:rank=0,step=1,start=0,seconds=3"}
+    longer = {**LONG, "simulate_fault": "slow:rank=0,step=1,start=0,seconds=4"}
     number = submit(cluster, log, words(job, out, **longer), *TWO_BY_TWO, "--time=2", "--signal=B:USR1@50")
     ended = cluster.wait(number, seconds=240)
     text = log.read_text()
@@ -111,7 +111,7 @@ def test_a_node_that_crashes(cluster, job, tmp_path):
         assert (ended["JobState"], ended["NodeList"]) == ("COMPLETED", "node1"), text[-5000:]
         assert int(ended["Restarts"]) >= 1
         assert "starting 2 ranks" in text
-        assert [step for step, _ in losses(out)][-1] == 24
+        assert [step for step, _ in losses(out)][-1] == LONG["max_steps"]
         for checkpoint in out.glob("checkpoint-*"):
             assert find_damage(checkpoint, read_manifest(checkpoint), verify=True) is None
     finally:
