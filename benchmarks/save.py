@@ -63,7 +63,7 @@ def rank_main(folder: Path, work: Path, out: Path, case: Mapping[str, Any], roun
     from zero_sft import load_model
     from zero_sft.checkpoint.manifest import read_manifest
     from zero_sft.cluster.world import World
-    from zero_sft.saving import checkpoint_writer, export, weight_files
+    from zero_sft.saving import checkpoint_writer, export_layout, weight_files
     from zero_sft.saving.checkpoint_reader import restore_optimizer
     from zero_sft.saving.checkpoint_saver import CheckpointSaver, SaveReport
     from zero_sft.saving.folder import sync
@@ -82,8 +82,8 @@ def rank_main(folder: Path, work: Path, out: Path, case: Mapping[str, Any], roun
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     engine.step()
     engine.zero_grad()
-    tensors = export.weights_to_save(engine.module)
-    layout = export.choose_layout(engine.module, export.on_meta(tensors), 5 * 10**9, world)
+    tensors = export_layout.weights_to_save(engine.module)
+    layout = export_layout.choose_layout(engine.module, export_layout.on_meta(tensors), 5 * 10**9, world)
     reports: list[SaveReport] = []
     savers = {
         save_async: CheckpointSaver(

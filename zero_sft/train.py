@@ -70,6 +70,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     from zero_sft.cluster.stages import collective_stage, require_identical
     from zero_sft.job.inputs import read_inputs
     from zero_sft.job.later_start import resumed_if_started_again
+    from zero_sft.job.load_model import load_for_training
     from zero_sft.job.start_checks import require_room_for_run
     from zero_sft.job.timeline import Timeline
     from zero_sft.zero.process_group import connect
@@ -102,7 +103,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
         timeline.end("inputs")
         require_room_for_run(inputs, world)
         failure.set_activity("loading the model")
-        model = _load(parsed, inputs, world)
+        model = load_for_training(parsed, inputs, world)
         timeline.end("load")
         with early_end.deferring():  # the first signal ends the training at a step, and lets an export finish
             _train_and_export(parsed, model, inputs, world, timeline)
@@ -132,41 +133,6 @@ def _device() -> str:
     accelerator: Any = get_accelerator()
     kind = accelerator.device_name().partition(":")[0]
     return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
-
-
-def _load(parsed: ParsedArguments, inputs: "Inputs", world: World) -> Any:
-    """Load the model under the DeepSpeed config that `TrainingArguments` has completed. Every rank; communicates."""
-    from transformers import set_seed
-
-    from zero_sft.checkpoint.manifest import read_manifest
-    from zero_sft.hub.options import HubOptions
-    from zero_sft.hub.source import locate_model
-    from zero_sft.job.start_checks import require_trainable
-    from zero_sft.loading.api import load_model_from
-    from zero_sft.loading.options import LoadOptions
-    from zero_sft.options.keywords import pick_options
-    from zero_sft.saving.checkpoint_reader import restore_own_weights
-    from zero_sft.saving.export import weights_to_save
-
-    set_seed(inputs.arguments.seed)  # the load takes the seed for missing weights from torch's generator
-    logger.info("loading the model")
-    source = inputs.model_source
-    checkpoint = inputs.checkpoint
-    if checkpoint is not None and checkpoint.sharded and not checkpoint.on_each_node:
-        options = HubOptions(trust_remote_code=source.options.trust_remote_code)
-        source = locate_model(str(checkpoint.folder), options, world)
-    model = load_model_from(
-        source,
-        world,
-        ds_config=inputs.arguments.hf_deepspeed_config.config,
-        config=inputs.model_spec.config,
-        options=pick_options(LoadOptions, parsed.model),
-    )
-    require_trainable(model, inputs.arguments)
-    if checkpoint is not None and checkpoint.on_each_node:
-        restore_own_weights(weights_to_save(model), checkpoint.folder, read_manifest(checkpoint.folder), world)
-    model.generation_config = inputs.generation_config  # the loader's, and it also stops at the template's ends of turn
-    return model
 
 
 def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -> None:
@@ -207,7 +173,9 @@ def _train_and_export(parsed: ParsedArguments, model: Any, inputs: "Inputs", wor
     trainer.require_last_step()
     logger.info("writing the model to %s", output)
     failure.set_activity("writing the model")
-    export_or_rescue(trainer.export, output, world)  # before anything else that may fail
+    export_or_rescue(
+        lambda folder: trainer.export_result(folder, merge=parsed.lora.merge_adapter), output, world
+    )  # before anything else that may fail
     failure.set_activity("answering prompts")
     after = _answers_of_engine(trainer, inputs)
     answers = zip(inputs.prompts, before, after, strict=True)
@@ -432,7 +400,7 @@ def _log_results(inputs: "Inputs", logs: Mapping[str, Any], curve: str, best_che
 def _shown(parsed: ParsedArguments) -> dict[str, Any]:
     """Return all arguments except the token, to be compared and logged."""
     model = {key: value for key, value in dataclasses.asdict(parsed.model).items() if key != "token"}
-    return {**model, **dataclasses.asdict(parsed.data), **parsed.training}
+    return {**model, **dataclasses.asdict(parsed.data), **dataclasses.asdict(parsed.lora), **parsed.training}
 
 
 if __name__ == "__main__":

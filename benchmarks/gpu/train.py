@@ -66,7 +66,7 @@ def ours(settings: Settings, attention: str) -> Any:
     tokenizer = _tokenizer()
     return JobTrainer(
         model=model, args=arguments,
-        saved_tokenizer=tokenizer, record=RunRecord.of(model.config, arguments), world=world, train_dataset=rows(settings),
+        saved_tokenizer=tokenizer, record=RunRecord.of(model.config, arguments, {}), world=world, train_dataset=rows(settings),
         processing_class=tokenizer, data_collator=collator_for(model, tokenizer, None),
     )  # fmt: skip
 

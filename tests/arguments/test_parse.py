@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from tests.errors import raises
+from zero_sft.adapters.options import LoraOptions
 from zero_sft.arguments import build_training_arguments, help_text, parse, wants_help
 from zero_sft.arguments.build import adapt_to_device
 from zero_sft.arguments.names import REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS
@@ -66,14 +67,44 @@ def test_fastchats_published_command_is_understood():
     )
 
 
-def test_fastchats_lora_command_passes_once_lora_is_left_out():
-    command = "--fp16 True --q_lora False --flash_attn False --deepspeed ds.json --evaluation_strategy no --tf32 True"
+def test_fastchats_lora_command():
+    command = (
+        "--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --fp16 True --q_lora False --flash_attn False --deepspeed ds.json "
+        "--evaluation_strategy no --tf32 True --lora_target_modules q_proj v_proj --lora_bias none"
+    )
     parsed = parse(command.split())
     assert parsed.training["deepspeed"] == "ds.json"
     assert parsed.model.attn_implementation is None
-    with raises("arguments.no_meaning") as caught:
-        parse(["--lora_r", "8", "--lora_target_modules", "q_proj", "v_proj", "--q_lora", "True"])
-    assert caught.value.codes.count("arguments.no_meaning") == 3
+    assert parsed.lora == LoraOptions(
+        lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_target_modules=["q_proj", "v_proj"], lora_bias="none"
+    )
+    assert not parse([]).lora.enabled
+    with raises("arguments.no_meaning", "--q_lora"):
+        parse(["--lora_r", "8", "--q_lora", "True"])
+
+
+@pytest.mark.parametrize(("words", "code", "value"), [
+    ("--lora_alpha 16", "arguments.no_effect", "--lora_alpha"),
+    ("--use_dora True", "arguments.no_effect", "--use_dora"),
+    ("--lora_r 0", "arguments.out_of_range", "--lora_r"),
+    ("--lora_r 8 --lora_dropout 1", "arguments.out_of_range", "--lora_dropout"),
+    ("--lora_r 8 --lora_weight_path a", "arguments.contradiction", "--lora_r"),
+    ("--lora_weight_path a --use_rslora True", "arguments.contradiction", "--use_rslora"),
+    ("--lora_r 8 --lora_target_parameters a --lora_dropout 0.1", "arguments.contradiction", "--lora_dropout"),
+    ("--lora_r 8 --lora_target_parameters a --use_dora True", "arguments.contradiction", "--use_dora"),
+    ("--lora_r 8 --checkpoint_format deepspeed", "arguments.needs_sharded_checkpoints", "--checkpoint_format"),
+    ("--lora_r 8 --lora_target_modules=", "arguments.empty", "--lora_target_modules"),
+    ("--use_peft True --lora_r 8", "arguments.no_meaning", "--use_peft"),
+])  # fmt: skip
+def test_options_of_lora_that_can_not_be_used(words, code, value):
+    with raises(code, value):
+        parse(words.split())
+
+
+def test_dropout_of_lora():
+    assert parse(["--lora_r", "8"]).lora.dropout == 0.05
+    assert parse(["--lora_r", "8", "--lora_target_parameters", "mlp.experts.down_proj"]).lora.dropout == 0
+    assert parse(["--lora_r", "8", "--merge_adapter", "False", "--use_dora", "False"]).lora.dropout == 0.05
 
 
 def test_what_has_no_meaning_is_refused_with_what_to_use():

@@ -20,7 +20,7 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head></htm
 
 FOLDERS = {
     # kind: the files in it, what the message must name
-    "adapter": (("adapter_config.json", "adapter_model.safetensors"), ("adapter", "'org/base'", "merge_and_unload")),
+    "adapter": (("adapter_config.json", "adapter_model.safetensors"), ("adapter", "'org/base'", "--lora_weight_path")),
     "gguf": (("model.Q4_K_M.gguf", "README.md"), ("GGUF", "model.Q4_K_M.gguf")),
     "diffusers": (("model_index.json",), ("model_index.json", "diffusers", "--subfolder")),
     "meta": (("consolidated.00.pth", "params.json", "tokenizer.model"), ("consolidated.00.pth", "model.safetensors")),
@@ -73,7 +73,7 @@ def test_an_adapter_next_to_the_weights_is_named(tmp_path):
     write(tmp_path, ["adapter_config.json", "model.safetensors"])
     warning = adapter_warning(tmp_path)
     assert "'org/base'" in warning
-    assert "merge_and_unload" in warning
+    assert "zero_sft.export" in warning
 
 
 @pytest.mark.parametrize("content", [POINTER, PAGE, b""])

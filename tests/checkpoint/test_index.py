@@ -87,7 +87,9 @@ def test_not_an_index(tmp_path, text):
         read_index(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "remedy"), [(None, ""), ("adapter_config.json", "merge_and_unload"), ("x.bin", "--variant")])
+@pytest.mark.parametrize(
+    ("name", "remedy"), [(None, ""), ("adapter_config.json", "--lora_weight_path"), ("x.bin", "--variant")]
+)
 def test_no_weights(tmp_path, name, remedy):
     if name:
         (tmp_path / name).write_bytes(b"")

@@ -27,10 +27,10 @@ def save_in_all_formats(folder, out, bf16, frozen):
 
     from zero_sft import load_model, save_pretrained
     from zero_sft.cluster.world import World
-    from zero_sft.saving import export
+    from zero_sft.saving import export_layout
     from zero_sft.saving.checkpoint_saver import CheckpointSaver
     from zero_sft.saving.checkpoint_writer import Progress
-    from zero_sft.saving.settings import settings_files
+    from zero_sft.saving.forms import form_of
     from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())
@@ -42,8 +42,8 @@ def save_in_all_formats(folder, out, bf16, frozen):
         0
     ]
     saver = CheckpointSaver(world, save_async=False, on_error="raise", on_saved=lambda *_: None)
-    tensors = export.weights_to_save(engine.module)
-    layout = export.choose_layout(engine.module, export.on_meta(tensors), 10**9, world)
+    tensors = export_layout.weights_to_save(engine.module)
+    layout = export_layout.choose_layout(engine.module, export_layout.on_meta(tensors), 10**9, world)
     for step in (1, 2):
         take_steps(engine, 1, first=step)
         progress = Progress(step=step, samples=24, loss=None, dtype="bfloat16" if bf16 else "float32")
@@ -51,7 +51,7 @@ def save_in_all_formats(folder, out, bf16, frozen):
             "trainer_state.json": json.dumps({"global_step": step}).encode(),
             "training_state.json": b'{"schedule": {}, "engine": {"counters": {}, "loss_scaler": {}, "groups": []}}',
         }
-        files = settings_files(engine.module, None) | states
+        files = form_of(engine.module).settings_files(None) | states
         saver.save(engine, tensors, out / "run" / f"checkpoint-{step}", layout, lambda files=files: files, progress)
         save_pretrained(engine, out / f"plain-{step}", max_file_bytes=10**9)
     engine.save_checkpoint(str(out / "deepspeed"), tag="global_step2")

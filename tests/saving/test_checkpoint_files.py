@@ -79,23 +79,23 @@ def full_state(engine):
 def save(folder, kind, bf16, tmp):
 
     from zero_sft.cluster.world import World
-    from zero_sft.saving import export
+    from zero_sft.saving import export_layout
     from zero_sft.saving.checkpoint_saver import CheckpointSaver
     from zero_sft.saving.checkpoint_writer import Progress
-    from zero_sft.saving.settings import settings_files
+    from zero_sft.saving.forms import form_of
     from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())
     engine = make_engine(folder, config(kind, tmp / "nvme", world.world_size, bf16))
     take_steps(engine, 2)
-    tensors = export.weights_to_save(engine.module)
-    layout = export.choose_layout(engine.module, export.on_meta(tensors), 60_000, world)
+    tensors = export_layout.weights_to_save(engine.module)
+    layout = export_layout.choose_layout(engine.module, export_layout.on_meta(tensors), 60_000, world)
     saved = []
     saver = CheckpointSaver(
         world, save_async=False, on_error="raise", on_saved=lambda target, report: saved.append((target, report.step))
     )
     progress = Progress(step=2, samples=48, loss=1.0, dtype="bfloat16")
-    saver.save(engine, tensors, tmp / "checkpoint-2", layout, lambda: settings_files(engine.module, None), progress)
+    saver.save(engine, tensors, tmp / "checkpoint-2", layout, lambda: form_of(engine.module).settings_files(None), progress)
     assert saved == [(tmp / "checkpoint-2", 2)]
     state, losses = full_state(engine), take_steps(engine, 3, first=2)
     end = full_state(engine)
@@ -172,13 +172,13 @@ def fail(folder, tmp, step):
     """One rank's part of a checkpoint that rank 0 can't prepare, or rank 1 can't write."""
     from tests.errors import raises
     from zero_sft.cluster.world import World
-    from zero_sft.saving import checkpoint_writer, export
+    from zero_sft.saving import checkpoint_writer, export_layout
     from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())
     engine = make_engine(folder, config("sgd", None, world.world_size, True))
-    tensors = export.weights_to_save(engine.module)
-    layout = export.choose_layout(engine.module, export.on_meta(tensors), 60_000, world)
+    tensors = export_layout.weights_to_save(engine.module)
+    layout = export_layout.choose_layout(engine.module, export_layout.on_meta(tensors), 60_000, world)
 
     def no_space(*_):
         raise OSError(28, "No space left on device", "file")

@@ -26,21 +26,21 @@ def take_a_step(engine):
 def save(folder, out):
     from testing.probes import PeakMemory
     from zero_sft.cluster.world import World
-    from zero_sft.saving import export
+    from zero_sft.saving import export_layout
     from zero_sft.saving.checkpoint_saver import CheckpointSaver
     from zero_sft.saving.checkpoint_writer import Progress
-    from zero_sft.saving.settings import settings_files
+    from zero_sft.saving.forms import form_of
     from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())
     engine = make_engine(folder, config("adam", None, world.world_size, True))
     take_a_step(engine)
-    tensors = export.weights_to_save(engine.module)
-    layout = export.choose_layout(engine.module, export.on_meta(tensors), 10**10, world)
+    tensors = export_layout.weights_to_save(engine.module)
+    layout = export_layout.choose_layout(engine.module, export_layout.on_meta(tensors), 10**10, world)
     saver = CheckpointSaver(world, save_async=False, on_error="raise", on_saved=lambda *_: None)
     progress = Progress(step=1, samples=24, loss=None, dtype="bfloat16")
     with PeakMemory() as peak:
-        saver.save(engine, tensors, out, layout, lambda: settings_files(engine.module, None), progress)
+        saver.save(engine, tensors, out, layout, lambda: form_of(engine.module).settings_files(None), progress)
     assert peak.growth < BOUND, f"{peak.growth / MIB:.0f} MiB"
     engine.destroy()
 

@@ -16,15 +16,18 @@ from zero_sft.checkpoint.manifest import find_damage, read_manifest
 def save_twice(folder, tmp, failures=0, on_error="raise", local=None):
     """Save one state with and without waiting; with waiting for two more steps, and with write errors of rank 1."""
     from zero_sft.cluster.world import World
-    from zero_sft.saving import checkpoint_saver, export
+    from zero_sft.saving import checkpoint_saver, export_layout
     from zero_sft.saving.checkpoint_writer import Progress
     from zero_sft.zero.process_group import connect
 
     world = connect(World.detect())
     engine = make_engine(folder, config("adam", None, world.world_size, True))
     take_steps(engine, 2)
-    tensors = export.weights_to_save(engine.module)
-    given = (export.choose_layout(engine.module, export.on_meta(tensors), 20_000, world), lambda: {"a/b": b"text"})
+    tensors = export_layout.weights_to_save(engine.module)
+    given = (
+        export_layout.choose_layout(engine.module, export_layout.on_meta(tensors), 20_000, world),
+        lambda: {"a/b": b"text"},
+    )
     progress = Progress(step=2, samples=48, loss=1.0, dtype="bfloat16")
     reports, trained, left = [], threading.Event(), [failures * (world.rank == 1)]
 
@@ -89,7 +92,7 @@ def test_an_error_at_both_attempts(tmp_path, on_error):
 
 def save_with(available, save_async, tmp, folder, waits):
     from zero_sft.cluster.world import World
-    from zero_sft.saving import export
+    from zero_sft.saving import export_layout
     from zero_sft.saving.checkpoint_saver import CheckpointSaver
     from zero_sft.saving.checkpoint_writer import Progress
     from zero_sft.storage import host_memory
@@ -98,8 +101,8 @@ def save_with(available, save_async, tmp, folder, waits):
     world = connect(World.detect())
     engine = make_engine(folder, config("adam", None, world.world_size, True))
     take_steps(engine, 1)
-    tensors = export.weights_to_save(engine.module)
-    layout = export.choose_layout(engine.module, export.on_meta(tensors), 60_000, world)
+    tensors = export_layout.weights_to_save(engine.module)
+    layout = export_layout.choose_layout(engine.module, export_layout.on_meta(tensors), 60_000, world)
     reports = []
     saver = CheckpointSaver(
         world, save_async=save_async, on_error="raise", on_saved=lambda target, report: reports.append(report)

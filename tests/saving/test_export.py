@@ -107,7 +107,7 @@ def test_names_that_would_not_load_back_are_not_written(tmp_path):
     from safetensors.torch import load_file
 
     from zero_sft import load_model, save_pretrained
-    from zero_sft.saving import export
+    from zero_sft.saving import export_layout as export
 
     folder = models.save_tiny("mixtral", tmp_path / "mixtral")
     model = load_model(str(folder), ds_config=models.zero3())
@@ -134,7 +134,7 @@ def test_one_rank_alone_that_can_not_write_the_published_names(checkpoint, tmp_p
 
     from zero_sft import load_model, save_pretrained
     from zero_sft.cluster.world import World
-    from zero_sft.saving import export
+    from zero_sft.saving import export_layout as export
 
     model = load_model(str(checkpoint), ds_config=models.zero3())
 

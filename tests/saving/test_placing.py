@@ -15,10 +15,9 @@ from tests.errors import raises
 from tests.saving import models_on_disk as models
 from tests.saving.killed import killed_before_each_step
 from tests.slow import slow, slow_except
-from zero_sft.saving import folder as folders
 from zero_sft.saving import swap_folders
 from zero_sft.saving.folder import Placing, StagingFolder, explain_not_placed, make_staging
-from zero_sft.saving.placing import SETTINGS, put_in_place, require_replaceable
+from zero_sft.saving.placing import ADAPTER_SETTINGS, SETTINGS, put_in_place, require_replaceable
 
 OLD, NEW = 1, 2
 
@@ -276,7 +275,8 @@ def test_an_adapter_in_the_folder_is_refused(tmp_path):
     out = models.write(tmp_path / "out", OLD)
     (out / "adapter_config.json").write_text("{}")
     with raises("export.target_holds_adapter"):
-        folders.require_writable(out)
+        require_replaceable(out, SETTINGS)
+    require_replaceable(out, ADAPTER_SETTINGS)
 
 
 def unshared(*words: object, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.arguments.specifications import ALWAYS_SET, DATA, MODEL, TRAINING, specifications_from_table
+from zero_sft.arguments.specifications import ALWAYS_SET, DATA, LORA, MODEL, TRAINING, specifications_from_table
 from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError
 from zero_sft.options.format_help import in_brief, in_full, wrap_lines, write_help
@@ -34,6 +34,7 @@ The file holds `name: value` lines; the command line overrides it.
 _GROUPS = {
     MODEL: "Model",
     DATA: "Data",
+    LORA: "Adapters (LoRA)",
     TRAINING: "Training, inherited from TRL's SFTConfig and the Trainer",
 }
 
@@ -65,6 +66,7 @@ def _overview(specs: Mapping[str, OptionSpec]) -> str:
     for title, chosen in (
         ("Model", [spec for spec in specs.values() if spec.group == MODEL]),
         ("Data", [spec for spec in specs.values() if spec.group == DATA]),
+        (_GROUPS[LORA], [spec for spec in specs.values() if spec.group == LORA]),
         ("Training", [specs[name] for name in ALWAYS_SET]),
     ):
         parts += [f"{title}:", *in_full(chosen), ""]

@@ -40,9 +40,7 @@ IGNORED = frozenset({"local_rank"})
 """Arguments that old launchers add; all launchers also pass the rank in the environment."""
 
 _ZERO3 = "DeepSpeed ZeRO-3 shards the model; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"
-_LORA = (
-    "this release trains the model's full parameters, sharded over the ranks, without LoRA or quantised weights; leave it out"
-)
+_QUANTIZED = "this release trains with weights in 16 or 32 bits; leave it out"
 _DATA = "this job prepares the data itself; name the files with --data_path and the template with --chat_template"
 _TOKENIZER = "the tokenizer is set up before training, identically on every rank; change it in the model's folder"
 _METRICS = "an evaluation of this job computes only the loss; leave it out"
@@ -62,8 +60,8 @@ def _refuse(reason: str, names: str, passing: tuple[Any, ...] = Refusal(reason="
 
 REFUSALS: dict[str, Refusal] = {
     **_refuse(_ZERO3, "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params sharded_ddp parallelism_config"),
-    **_refuse(_LORA, "q_lora lora_r lora_alpha lora_dropout lora_target_modules lora_weight_path lora_bias use_peft "
-                     "load_in_4bit load_in_8bit"),
+    **_refuse(_QUANTIZED, "q_lora load_in_4bit load_in_8bit"),
+    "use_peft": Refusal(reason="--lora_r turns LoRA on; leave it out"),
     **_refuse(_DATA, "dataset_batch_size", (None,)),
     **_refuse(_DATA, "dataset_kwargs", (None, {"skip_prepare_dataset": True})),
     "dataset_text_field": Refusal(reason="plain text is read from `text`; see --data_format text", passing=(None,)),

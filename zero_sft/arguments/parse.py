@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from zero_sft.adapters.options import LoraOptions, unusable_lora_options
 from zero_sft.arguments.durations import parse_duration
 from zero_sft.arguments.faults import parse_faults
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.names import IGNORED, REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS, refused_accelerator_keys
-from zero_sft.arguments.specifications import ALWAYS_SET, DATA, MODEL, TRAINING, specifications
+from zero_sft.arguments.specifications import ALWAYS_SET, DATA, LORA, MODEL, TRAINING, specifications
 from zero_sft.errors import ArgumentError
 from zero_sft.loading.options import REMOVED_OPTIONS
 from zero_sft.options.resolve import OptionNames
@@ -32,7 +33,8 @@ _STEP_STRATEGIES = {
 _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end", "eval_strategy")
 _NEVER_EMPTY = (
     "output_dir", "model_name_or_path", "data_path", "eval_data_path", "sample_prompts", "data_cache_dir", "cache_dir",
-    "chat_template", "resume_from_checkpoint",
+    "chat_template", "resume_from_checkpoint", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "lora_weight_path",
 )  # fmt: skip
 
 
@@ -46,6 +48,7 @@ class ParsedArguments:
 
     model: ModelArguments
     data: DataArguments
+    lora: LoraOptions
     training: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     given_names: frozenset[str] = frozenset()
@@ -63,7 +66,8 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
     read = names.read(argv)
     values = read.values
     read.require_usable(_unusable_values(values, read.unusable))
-    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, TRAINING: {name: specs[name].default for name in ALWAYS_SET}}
+    always_set = {name: specs[name].default for name in ALWAYS_SET}
+    groups: dict[str, dict[str, Any]] = {MODEL: {}, DATA: {}, LORA: {}, TRAINING: always_set}
     for name, value in values.items():
         groups[specs[name].group][name] = value
     model = ModelArguments(**groups[MODEL])
@@ -71,6 +75,7 @@ def parse(argv: Sequence[str]) -> ParsedArguments:
     return ParsedArguments(
         model=model,
         data=DataArguments(**groups[DATA]),
+        lora=LoraOptions(**groups[LORA]),
         training=MappingProxyType(groups[TRAINING]),
         notes=tuple(dict.fromkeys(read.notes)),
         given_names=frozenset(values),
@@ -97,6 +102,7 @@ def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[
             "--label_smoothing_factor with --eval_strategy fails in DeepSpeed (0.19): leave one out",
             code="arguments.contradiction",
         )
+    yield from unusable_lora_options(values)
     yield from _unusable_checkpoint_options(values)
     yield from _unusable_step_options(values)
     has_metric = values.get("metric_for_best_model") or "metric_for_best_model" in unusable

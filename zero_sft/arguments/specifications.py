@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from zero_sft.adapters.options import LoraOptions
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.names import TRANSLATIONS
 from zero_sft.options.resolve import Translation
@@ -22,7 +23,7 @@ from zero_sft.options.spec import OptionSpec, specs_of
 TABLE = Path(__file__).with_name("inherited.json")
 LIBRARIES = ("transformers", "trl")
 
-MODEL, DATA, TRAINING = "model", "data", "training"
+MODEL, DATA, LORA, TRAINING = "model", "data", "lora", "training"
 """Names of the groups of arguments."""
 
 ALWAYS_SET = ("output_dir", "overwrite_output_dir", "model_max_length", "optim", "deepspeed", "resume_from_checkpoint")
@@ -84,6 +85,6 @@ def _spec(row: Mapping[str, Any]) -> OptionSpec:
 
 
 def _all_groups(inherited: Mapping[str, OptionSpec]) -> Mapping[str, OptionSpec]:
-    """Put the groups Model and Data first. SFTConfig also has `trust_remote_code`, which the group Model owns."""
-    own = {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA)}
+    """Put this project's groups first. SFTConfig also has `trust_remote_code`, which the group Model owns."""
+    own = {**specs_of(ModelArguments, MODEL), **specs_of(DataArguments, DATA), **specs_of(LoraOptions, LORA)}
     return MappingProxyType({**own, **inherited, **own})

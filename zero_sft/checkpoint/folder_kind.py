@@ -12,7 +12,8 @@ from pathlib import Path
 
 from zero_sft.printable import first_of
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""The two files of an adapter (PEFT)."""
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -55,10 +56,9 @@ def describe_folder(folder: Path) -> str:
     if (folder / ADAPTER_CONFIG).is_file():
         base = adapter_base(folder)
         return (
-            f"{folder} is an adapter (PEFT, {ADAPTER_CONFIG}), not a model; its base model is {base}. Merge the two once in "
-            "Python, and name the folder that this writes:\n"
-            f"  from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
-            ".merge_and_unload().save_pretrained('merged')"
+            f"{folder} is an adapter (PEFT, {ADAPTER_CONFIG}), not a model; its base model is {base}. To train on from it, "
+            f"name the base model, and give --lora_weight_path {folder}. Or merge the two, and name what this writes: "
+            f"`python -m zero_sft.export {folder} MERGED --merge_adapter`"
         )
     checkpoints = [path.name for path in checkpoints_in(folder)]
     if checkpoints and not any(folder.glob("*.gguf")):
@@ -86,7 +86,7 @@ def adapter_warning(folder: Path) -> str:
     return (
         f"{folder} holds an adapter next to the model ({ADAPTER_CONFIG}, base model {adapter_base(folder)}). The adapter is "
         "NOT applied: the weights in the folder are loaded. With PEFT installed, transformers would load the base model and "
-        "the adapter. To train from the adapted model, merge it first (merge_and_unload) and name the result; otherwise remove "
+        "the adapter. To train from the adapted model, merge it first (python -m zero_sft.export); otherwise remove "
         "the adapter's files."
     )
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zero_sft.arguments.specifications import shared_options, shared_translations
+from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
 from zero_sft.cluster.world import World
 from zero_sft.console.log import close_console, open_console, silence_transformers
 from zero_sft.errors import ArgumentError
 from zero_sft.options.command import Command
 from zero_sft.options.keywords import pick_options
-from zero_sft.options.spec import specs_of
+from zero_sft.options.spec import emptiness_errors, specs_of
 from zero_sft.printable import excerpt, first_of
 
 logger = logging.getLogger("zero_sft.export")
@@ -37,6 +38,15 @@ class ExportArguments:
         },
     )
     out: str | None = field(default=None, metadata={"help": "Folder for the model; weights in it are replaced."})
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Merge this adapter, a folder of PEFT or of this project, into its base model; in place of CHECKPOINT."
+        },
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "If CHECKPOINT is an adapter's, write its base model with the adapter merged."}
+    )
     average: str | None = field(
         default=None,
         metadata={"help": "Export the mean of a run's checkpoints: last:3, or names such as checkpoint-2,checkpoint-4."},
@@ -60,17 +70,13 @@ def command() -> Command:
     model = shared_options(
         ["model_name_or_path"],
         default=None,
-        help="A folder or a hub id with the model's config and tokenizer, for a checkpoint without them.",
+        help="A folder or a hub id with the model's config and tokenizer, for a checkpoint without them; an adapter's base.",
     )
     hub = shared_options(_HUB)
     return Command(
         program="python -m zero_sft.export",
         description="Export a checkpoint to a model folder, in one process, with one tensor in memory at a time.",
         groups={"Checkpoint and output": list(specs_of(ExportArguments).values()), "Model": [*model, *hub]},
-        required={
-            "checkpoint": "the folder of a checkpoint, such as runs/my-run/checkpoint-500",
-            "out": "the folder for the model",
-        },
         translations=shared_translations([*model, *hub]),
         positional=("checkpoint", "out"),
     )
@@ -94,7 +100,7 @@ def _export(options: Any, notes: Sequence[str]) -> None:
     silence_transformers(World.alone())
     for note in notes:
         logger.info(note)
-    folder, out = Path(options.checkpoint).expanduser(), Path(options.out).expanduser()
+    folder, out, merges = _folders(options)
     checkpoints = _checkpoints(folder, options.average)
     if any(out.resolve() == each.resolve() for each in (*checkpoints, folder)):
         raise ArgumentError(
@@ -116,6 +122,7 @@ def _export(options: Any, notes: Sequence[str]) -> None:
                 out=out,
                 model=options.model_name_or_path,
                 hub=pick_options(HubOptions, options),
+                merge_adapter=merges,
                 dtype=None if options.save_dtype is None else getattr(torch, options.save_dtype),
                 verify=options.verify,
             )
@@ -128,6 +135,36 @@ def _export(options: Any, notes: Sequence[str]) -> None:
         logger.info(
             "uploaded: %s", upload(out, repository, f"Export {checkpoints[-1].name}", files_of_model(out), options.token)
         )
+
+
+def _folders(options: Any) -> tuple[Path, Path, bool]:
+    """Return the checkpoint's folder, that of the model, and whether an adapter is merged.
+
+    Raises:
+        ArgumentError: one is not named, or there are two checkpoints.
+    """
+    checkpoint, out = options.checkpoint, options.out
+    if options.adapter is not None:
+        if out is None:  # the first name without an option
+            checkpoint, out = None, checkpoint
+        if checkpoint is not None:
+            raise ArgumentError(
+                f"--adapter {options.adapter} stands in place of the checkpoint {checkpoint}: name one of the two.",
+                code="arguments.contradiction",
+            )
+        checkpoint = options.adapter
+    missing = [
+        ArgumentError(f"--{name} is required: give {what}", code="arguments.required")
+        for name, value, what in (
+            ("checkpoint", checkpoint, "the folder of a checkpoint, such as runs/my-run/checkpoint-500"),
+            ("out", out, "the folder for the model"),
+        )
+        if value is None
+    ]
+    empty = emptiness_errors({"checkpoint": checkpoint, "out": out}, ("checkpoint", "out"))
+    if problems := [*missing, *empty]:
+        raise ArgumentError.listing(problems, "the arguments can't be used:", code="arguments.unusable")
+    return Path(checkpoint).expanduser(), Path(out).expanduser(), options.merge_adapter or options.adapter is not None
 
 
 def _add_card(out: Path, checkpoint: Path, name: str) -> None:
@@ -160,7 +197,8 @@ def _checkpoints(folder: Path, average: str | None) -> list[Path]:
     if not folder.is_dir():
         raise ArgumentError(f"there is no folder {folder}. Name the folder of a checkpoint.", code="export.no_checkpoint")
     in_run = newest_first(folder)
-    if average is None and (has_states(folder) or not in_run):
+    is_complete = has_states(folder) or (folder / ADAPTER_CONFIG).is_file()
+    if average is None and (is_complete or not in_run):
         return [folder]
     complete: list[Path] = []
     names = None if average is None or _LAST.fullmatch(average) else _names(average, folder)

@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES
+from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
 from zero_sft.checkpoint.manifest import find_damage, has_manifest, read_manifest
 from zero_sft.cluster.world import World
 from zero_sft.config import load_config
@@ -23,15 +25,15 @@ from zero_sft.console import progress
 from zero_sft.errors import CheckpointError, ConfigError, ExportError
 from zero_sft.export.deepspeed_weights import UniversalWeights, ZeroWeights, find_states
 from zero_sft.export.saved_weights import MeanWeights, SavedWeights
-from zero_sft.export.sharded_weights import RankWeights, ShardedWeights
+from zero_sft.export.sharded_weights import FolderWeights, RankWeights, ShardedWeights
 from zero_sft.hub.options import HubOptions
-from zero_sft.hub.source import fetch_files, locate_model
+from zero_sft.hub.source import ModelSource, fetch_files, fetch_weights, locate_model
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import build_on_meta
 from zero_sft.plan.partition import full_range
 from zero_sft.printable import first_of
 from zero_sft.saving import weight_files
-from zero_sft.saving.export import ExportLayout, model_layout, published_layout
+from zero_sft.saving.export_layout import ExportLayout, adapter_layout, model_layout, published_layout
 from zero_sft.saving.folder import explain_not_placed, explain_write_errors, make_staging
 from zero_sft.saving.placing import put_in_place, require_replaceable
 from zero_sft.saving.readable import missing_names
@@ -50,8 +52,10 @@ class ExportRequest:
     """The checkpoints to export, and the form of the model.
 
     Attributes:
-        checkpoints: the folders of the checkpoints; of several, the mean.
-        model: a folder or hub id with config and tokenizer; None: those in the last checkpoint.
+        checkpoints: the folders of the checkpoints, or of adapters; of several, the mean.
+        model: a folder or hub id with config and tokenizer; None: those in the last checkpoint. Of an adapter, the base model;
+            None: that which its config names.
+        merge_adapter: write the base model with the adapter merged, not the adapter alone.
         dtype: of the weights; None: that in which the run trained.
         verify: whether to compare the checkpoints' files with their manifests first.
     """
@@ -60,6 +64,7 @@ class ExportRequest:
     out: Path
     model: str | None
     hub: HubOptions
+    merge_adapter: bool = False
     dtype: torch.dtype | None = None
     max_file_bytes: int = MAX_FILE_BYTES
     verify: bool = True
@@ -73,12 +78,19 @@ def export(request: ExportRequest) -> None:
         ConfigError: there is no config, or none from which a model can be built.
         ExportError: the folder can't be written.
     """
+    is_adapter = (request.checkpoints[-1] / ADAPTER_CONFIG).is_file()
+    if request.merge_adapter and not is_adapter:
+        raise CheckpointError(
+            f"{request.checkpoints[-1]} is not an adapter: it has no {ADAPTER_CONFIG}. Leave --merge_adapter out.",
+            code="export.not_an_adapter",
+        )
+    if is_adapter:
+        _export_adapter(request)
+        return
     trained_dtype = _dtype_of(request.checkpoints[-1])
     dtype = request.dtype or trained_dtype
     use_masters = dtype != trained_dtype or len(request.checkpoints) > 1
-    if request.verify:
-        for folder in request.checkpoints:
-            _require_intact(folder, with_masters=use_masters)
+    _verify(request, use_masters=use_masters)
     settings = _settings_folder(request)
     config = load_config(settings, request.hub)
     spec = ModelSpec(folder=settings, config=config, dtype=dtype, trust_remote_code=request.hub.trust_remote_code)
@@ -86,15 +98,79 @@ def export(request: ExportRequest) -> None:
     members = [_open(folder, model, state, use_masters=use_masters) for folder in request.checkpoints]
     weights = members[0] if len(members) == 1 else MeanWeights(members)
     state = _state_to_write(model, state, weights, request.checkpoints[-1])
+    layout = _layout(model, state, weights, request.max_file_bytes)
+    _write(request.out, layout, weights, state, _settings_files(settings, dtype))
+
+
+def _layout(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor], weights: SavedWeights, max_file_bytes: int
+) -> ExportLayout:
     # Without rules, transformers orders the tensors otherwise than in the run's own export.
     has_rules = bool(internal("get_model_conversion_mapping")(model, add_legacy=False))
     if weights.rules is not None or not has_rules:
         set_weight_conversions(model, weights.rules or ())
-    layout, reason = published_layout(model, state, request.max_file_bytes)
+    layout, reason = published_layout(model, state, max_file_bytes)
     if layout is None:
         logger.warning("the model is written under its own names, not those of its published checkpoint (%s)", reason)
-        layout = model_layout(state, request.max_file_bytes)
-    _write(request.out, layout, weights, state, _settings_files(settings, dtype))
+        layout = model_layout(state, max_file_bytes)
+    return layout
+
+
+def _export_adapter(request: ExportRequest) -> None:
+    """Write an adapter, or its base model with the adapter merged."""
+    from zero_sft.adapters.attach import adapted_on_meta, read_lora_config
+    from zero_sft.export.adapter_weights import AdapterWeights, MergedWeights, stored_dtype
+
+    last = request.checkpoints[-1]
+    dtype, use_masters = request.dtype, request.dtype is not None or len(request.checkpoints) > 1
+    _verify(request, use_masters=use_masters)
+    lora = read_lora_config(last)
+    source = _base_model(request, lora)
+    settings = fetch_files(source, World.alone(), _SETTINGS)
+    spec = ModelSpec(
+        folder=settings,
+        config=load_config(settings, source.options),
+        dtype=dtype or stored_dtype(last),
+        trust_remote_code=source.options.trust_remote_code,
+    )
+    model, _ = build_on_meta(spec)
+    adapted = adapted_on_meta(model, lora, merge=request.merge_adapter)
+    members = [AdapterWeights(folder, adapted, use_masters=use_masters) for folder in request.checkpoints]
+    adapter = members[0] if len(members) == 1 else MeanWeights(members)
+    own_files = settings_in(last)  # the tokenizer's, with the run's chat template
+    if not request.merge_adapter:
+        state = {name: torch.empty(shape, dtype=spec.dtype, device="meta") for name, shape in adapter.shapes.items()}
+        files = own_files | {ADAPTER_CONFIG: (last / ADAPTER_CONFIG).read_bytes()}
+        _write(request.out, adapter_layout(state), adapter, state, files)
+        return
+    folder = fetch_weights(source, World.alone())
+    plain, state = build_on_meta(spec)
+    base = FolderWeights(folder, plain, state, spec.dtype)
+    merged = MergedWeights(base, adapted, adapter, spec.dtype)
+    state = _state_to_write(plain, state, merged, folder)
+    _write(
+        request.out,
+        _layout(plain, state, merged, request.max_file_bytes),
+        merged,
+        state,
+        _settings_files(settings, spec.dtype) | own_files,
+    )
+
+
+def _base_model(request: ExportRequest, lora: Any) -> ModelSource:
+    """Locate the base model of an adapter.
+
+    Raises:
+        CheckpointError: it is neither named nor found.
+    """
+    name = request.model or lora.base_model_name_or_path
+    if not name:
+        raise CheckpointError(
+            f"{request.checkpoints[-1] / ADAPTER_CONFIG} does not name the base model: name it with --model_name_or_path.",
+            code="export.no_base_model",
+        )
+    revision = request.hub.revision or (lora.revision if request.model is None else None)
+    return locate_model(name, dataclasses.replace(request.hub, revision=revision), World.alone())
 
 
 def _write(
@@ -126,6 +202,13 @@ def _write(
         raise
     with explain_not_placed(staging):
         put_in_place(staging)
+
+
+def _verify(request: ExportRequest, *, use_masters: bool) -> None:
+    """Compare the files of all checkpoints with their manifests, if that is wanted."""
+    if request.verify:
+        for folder in request.checkpoints:
+            _require_intact(folder, with_masters=use_masters)
 
 
 def _require_intact(folder: Path, *, with_masters: bool) -> None:
@@ -203,7 +286,7 @@ def _state_to_write(
     if problems:
         raise CheckpointError(
             f"{folder} is not of a {type(model).__name__} with this config: {'; '.join(problems)}. Name the model with which "
-            "the run began: --model_name_or_path. An adapter's checkpoint can't be exported.",
+            "the run began: --model_name_or_path.",
             code="export.other_model",
         )
     return {name: tensor for name, tensor in state.items() if name in weights.shapes and name not in names_not_saved(model)}

@@ -25,8 +25,9 @@ from zero_sft.job import sharded_checkpoints, trainer_internals
 from zero_sft.job.ending_early import EndEarly, EvaluationEndedEarly
 from zero_sft.job.sharded_checkpoints import ShardedCheckpoints
 from zero_sft.rope import text_config
-from zero_sft.saving.export import save_pretrained
+from zero_sft.saving.export import save_form, save_pretrained
 from zero_sft.saving.folder import explain_write_errors, require_writable
+from zero_sft.saving.forms import MergedModel
 from zero_sft.saving.resume_step import step_of_same_sample
 from zero_sft.saving.run_record import RunRecord, read_record, write_record
 from zero_sft.saving.settings import write_settings
@@ -34,6 +35,9 @@ from zero_sft.zero.internals import set_optimizer_defaults
 
 logger = logging.getLogger("zero_sft.train")
 
+
+ADAPTER_FOLDER = "adapter"
+"""The folder in the output folder for the adapter, if a merged model is written next to it."""
 
 _ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
 """Keys of a mixture-of-experts config that TRL overwrites for the training."""
@@ -204,6 +208,23 @@ class SavingTrainer(SFTTrainer):
         model: Any = self.model_wrapped
         with self._without_trl_changes():
             save_pretrained(model, folder, tokenizer=self._saved_tokenizer)
+
+    def export_result(self, folder: Path, *, merge: bool) -> None:
+        """Write what the run has trained to `folder`: the model, or its adapter. Every rank; communicates.
+
+        Args:
+            merge: write the adapter to a folder in it, and a model with the adapter merged.
+        """
+        if not merge:
+            self.export(folder)
+            return
+        from zero_sft.adapters.merge import merge as merge_adapter
+
+        self.export(folder / ADAPTER_FOLDER)
+        logger.info("merging the adapter")
+        merge_adapter(self.model, self._world)
+        with self._without_trl_changes():
+            save_form(MergedModel(self.model), folder, self._saved_tokenizer, self._world)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a checkpoint's config and tokenizer, and in three cases its weights. Every rank; communicates.

@@ -24,6 +24,7 @@ from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import ModelSource, locate_model
 from zero_sft.hub.upload import make_repository
+from zero_sft.job.adapter_checks import AdapterPlan, plan_adapters
 from zero_sft.job.ending_early import remove_stop_file
 from zero_sft.job.generation import read_prompts, require_answerable
 from zero_sft.job.start_checks import check_model, prepare_export_settings
@@ -32,7 +33,7 @@ from zero_sft.options.keywords import pick_options
 from zero_sft.rope import text_config
 from zero_sft.saving.earlier_run import LOGS, overwrites_earlier_run
 from zero_sft.saving.folder import explain_write_errors, require_usable_local_folder, require_writable_everywhere, resolved
-from zero_sft.saving.placing import SETTINGS, require_replaceable
+from zero_sft.saving.placing import ADAPTER_SETTINGS, SETTINGS, require_replaceable
 from zero_sft.saving.resume import AUTO, agree_on_checkpoint
 from zero_sft.saving.resume_step import log_other_steps, step_of_same_sample
 from zero_sft.saving.run_record import RunRecord, read_record, require_same_run, warn_of_other_data
@@ -54,6 +55,7 @@ class Inputs:
         record: describes the run in its checkpoints.
         checkpoint: the run resumes from it.
         overwrites_run: whether this run overwrites an earlier run in the output folder.
+        adapter: the adapters that are trained; None: the model is.
         repository: the repository on the hub to which the model is uploaded; None: it is not.
     """
 
@@ -70,6 +72,7 @@ class Inputs:
     record: RunRecord
     checkpoint: TrainerCheckpoint | None
     overwrites_run: bool
+    adapter: AdapterPlan | None
     repository: str | None
 
     @property
@@ -125,7 +128,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     repository = _make_repository(parsed.training, world)
     checkpoint = _find_checkpoint(parsed, arguments, world)
     overwrites_run = _check_data_and_output(parsed, arguments, data_sources, checkpoint, world)
-    model_source, model_spec, record = _check_model_and_record(parsed, arguments, checkpoint, world)
+    model_source, model_spec, adapter, record = _check_model_and_record(parsed, arguments, checkpoint, world)
     length = arguments.model_max_length
     tokenizer = load_tokenizer_from(model_source, world, model_max_length=length, padding_side=parsed.model.padding_side)
     with collective_stage(world, "choosing the chat template"):
@@ -160,6 +163,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         record=record,
         checkpoint=checkpoint,
         overwrites_run=overwrites_run,
+        adapter=adapter,
         repository=repository,
     )
 
@@ -251,7 +255,8 @@ def _check_data_and_output(
                 model=parsed.model.model_name_or_path,
                 resumes_if_possible=parsed.training["resume_from_checkpoint"] == AUTO,
             )
-            require_replaceable(resolved(output_dir), SETTINGS)
+            writes_model = not parsed.lora.enabled or parsed.lora.merge_adapter
+            require_replaceable(resolved(output_dir), SETTINGS if writes_model else ADAPTER_SETTINGS)
             with explain_write_errors(output_dir):
                 remove_stop_file(Path(output_dir).expanduser())
     overwrites = exchange.gathered[0]
@@ -265,7 +270,7 @@ def _check_data_and_output(
 
 def _check_model_and_record(
     parsed: ParsedArguments, arguments: Any, checkpoint: TrainerCheckpoint | None, world: World
-) -> tuple[ModelSource, ModelSpec, RunRecord]:
+) -> tuple[ModelSource, ModelSpec, AdapterPlan | None, RunRecord]:
     """Locate the model, check that it can be trained, and that its run can be resumed. Every rank; communicates."""
     model = parsed.model
     logger.info("reading the config of %s", model.model_name_or_path)
@@ -273,11 +278,12 @@ def _check_model_and_record(
     length, rope_parameters = arguments.model_max_length, model.rope_parameters
     config = prepare_config_from(model_source, world, model_max_length=length, rope_parameters=rope_parameters)
     model_spec = check_model(model, arguments, config, model_source, world)
-    record = RunRecord.of(text_config(config), arguments)
+    adapter = plan_adapters(parsed.lora, model_spec, world)
+    record = RunRecord.of(text_config(config), arguments, adapter.settings if adapter else {})
     with collective_stage(world, "comparing the run with the checkpoint"):
         if world.is_main and checkpoint is not None:
             require_same_run(checkpoint.folder, record, at_same_sample=checkpoint.sharded)
-    return model_source, model_spec, record
+    return model_source, model_spec, adapter, record
 
 
 def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:

@@ -27,11 +27,11 @@ from zero_sft.saving.checkpoint_folders import remove, surplus
 from zero_sft.saving.checkpoint_reader import read_random_states, restore_optimizer, restore_own_weights, restore_weights
 from zero_sft.saving.checkpoint_saver import CheckpointSaver, SaveReport
 from zero_sft.saving.checkpoint_writer import Progress
-from zero_sft.saving.export import ExportLayout, choose_layout, on_meta, weights_to_save
+from zero_sft.saving.export_layout import ExportLayout, on_meta
 from zero_sft.saving.folder import explain_write_errors
+from zero_sft.saving.forms import form_of
 from zero_sft.saving.random_states import restore_random_states
 from zero_sft.saving.run_record import RECORD_FILE, RunRecord, record_json
-from zero_sft.saving.settings import settings_files
 from zero_sft.zero import optimizer_state
 from zero_sft.zero.engine_state import engine_state, restore_engine_state
 
@@ -53,6 +53,7 @@ class ShardedCheckpoints:
 
     def __init__(self, trainer: Any, tokenizer: Any, record: RunRecord, world: World) -> None:
         self._trainer, self._tokenizer, self._record, self._world = trainer, tokenizer, record, world
+        self._form = form_of(trainer.model)
         self._layout: ExportLayout | None = None  # of the weights, from the first checkpoint on
         self._former_best: str | None = None
         self._settings: Mapping[str, bytes] = {}  # config and tokenizer, which a run does not change
@@ -82,7 +83,7 @@ class ShardedCheckpoints:
         """
         self._saver.wait()
         trainer = self._trainer
-        state, tensors = trainer.state, weights_to_save(trainer.model)
+        state, tensors = trainer.state, self._form.tensors()
         target = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         trainer.store_flos()
         self._keep_best(target)
@@ -105,7 +106,7 @@ class ShardedCheckpoints:
         Raises:
             CheckpointError: a file can't be read, or is of another release.
         """
-        tensors, manifest = weights_to_save(self._trainer.model), read_manifest(folder)
+        tensors, manifest = self._form.tensors(), read_manifest(folder)
         if manifest.hosts:
             restore_own_weights(tensors, folder, manifest, self._world)
         else:
@@ -130,7 +131,7 @@ class ShardedCheckpoints:
 
     def _weights_layout(self, tensors: Mapping[str, Any]) -> ExportLayout:
         if self._layout is None:
-            self._layout = choose_layout(self._trainer.model, on_meta(tensors), MAX_FILE_BYTES, self._world)
+            self._layout = self._form.choose_layout(on_meta(tensors), MAX_FILE_BYTES, self._world)
         return self._layout
 
     def _keep_best(self, target: Path) -> None:
@@ -179,7 +180,7 @@ class ShardedCheckpoints:
         """Return the contents of all files without tensors, by path in the folder. Rank 0."""
         trainer = self._trainer
         if not self._settings:
-            settings = settings_files(trainer.model, self._tokenizer)
+            settings = self._form.settings_files(self._tokenizer)
             self._settings = {**settings, RECORD_FILE: record_json(self._record)}
         training = {"schedule": _schedule(trainer).state_dict(), "engine": engine_state(trainer.model_wrapped)}
         return {

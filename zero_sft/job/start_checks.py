@@ -182,24 +182,34 @@ def require_room_for_run(inputs: "Inputs", world: World) -> None:
         require_room(output, sizes, freed)
 
 
-def _checkpoint_bytes(inputs: "Inputs", export_bytes: int, numel: int) -> int:
+def _checkpoint_bytes(inputs: "Inputs", saved_bytes: int, numel: int) -> int:
+    """Return the least bytes of a checkpoint.
+
+    Args:
+        saved_bytes: of the weights in it.
+        numel: elements that are trained.
+    """
     arguments = inputs.arguments
     if arguments.save_only_model:
-        return export_bytes
+        return saved_bytes
     states = checkpoint_bytes(numel, inputs.record.optimizer)
     if arguments.checkpoint_format == "deepspeed":
         return states
     config = arguments.hf_deepspeed_config
     has_master_weights = config.is_true("bf16.enabled") or config.is_true("fp16.enabled")
-    return export_bytes + (states if has_master_weights else states - 4 * numel)
+    return saved_bytes + (states if has_master_weights else states - 4 * numel)
 
 
 def _save_sizes(inputs: "Inputs", world: World) -> SaveSizes:
     arguments, record = inputs.arguments, inputs.record
     export_bytes, numel = export_sizes(inputs.model_spec)
+    saved_bytes = export_bytes  # of the weights in a checkpoint
+    if inputs.adapter is not None:
+        saved_bytes, numel = inputs.adapter.nbytes, inputs.adapter.numel
+        export_bytes = saved_bytes + (export_bytes if inputs.adapter.merge else 0)
     epochs = record.max_steps / steps_in_epoch(record.rows, arguments, world.world_size)
     first_step = inputs.checkpoint.global_step if inputs.checkpoint else 0
-    bytes_of_checkpoint = _checkpoint_bytes(inputs, export_bytes, numel)
+    bytes_of_checkpoint = _checkpoint_bytes(inputs, saved_bytes, numel)
     if arguments.save_on_each_node and not arguments.save_only_model:
         bytes_of_checkpoint = bytes_of_checkpoint * world.local_world_size // world.world_size
     return SaveSizes(

@@ -23,7 +23,7 @@ from zero_sft.errors import CheckpointError
 from zero_sft.plan.partition import full_range
 from zero_sft.plan.plan import plan_reads
 from zero_sft.printable import first_of
-from zero_sft.saving.export import ExportLayout
+from zero_sft.saving.export_layout import ExportLayout
 from zero_sft.saving.optimizer_files import SavedOptimizer, require_same_parameters
 from zero_sft.saving.weight_files import part_nbytes
 from zero_sft.storage import reader
@@ -96,9 +96,7 @@ def restore_weights(tensors: Mapping[str, Any], layout: ExportLayout, folder: Pa
         nbytes = part_nbytes(tensors, is_main=world.is_main)
         with progress.task("reading the weights", nbytes, progress.BYTES) as task:
             for name, tensor in tensors.items():
-                is_sharded = shards.is_sharded(tensor)
-                whole = (full_range(tensor.numel()), tensor.detach().view(-1))
-                with shards.new_values(tensor) if is_sharded else contextlib.nullcontext(whole) as (flat_range, values):
+                with shards.new_part(tensor) as (flat_range, values):
                     reads = plan_reads([(layout.source_maps[name], flat_range)], stored)
                     reader.fill(reads, {name: values}, threads, identities, advance=task.advance)
 

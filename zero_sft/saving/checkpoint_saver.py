@@ -37,7 +37,7 @@ from zero_sft.saving.checkpoint_writer import (
     removed_on_error,
     write_parts,
 )
-from zero_sft.saving.export import ExportLayout
+from zero_sft.saving.export_layout import ExportLayout
 from zero_sft.saving.folder import explain_write_errors, file_system_of
 from zero_sft.saving.host_copy import CopiedParts, HostCopy, Sizes, copy_nbytes, copy_sizes
 from zero_sft.storage import host_memory

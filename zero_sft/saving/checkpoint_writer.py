@@ -43,7 +43,7 @@ from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.saving import optimizer_files, weight_files
 from zero_sft.saving.checkpoint_folders import FORMER_SUFFIX, PARTIAL_SUFFIX, next_date, remove
-from zero_sft.saving.export import ExportLayout
+from zero_sft.saving.export_layout import ExportLayout
 from zero_sft.saving.folder import explain_write_errors, sync
 from zero_sft.saving.optimizer_files import SavedParameter, SavedTensor
 from zero_sft.saving.random_states import random_states

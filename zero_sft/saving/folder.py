@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import ExportError, NotPlacedError
@@ -96,18 +95,12 @@ def make_staging(path: str | Path) -> StagingFolder:
     """Make an empty staging folder for the folder `path`, on its file system. Rank 0.
 
     Raises:
-        ExportError: `path` is a file, or holds an adapter that readers would load on top of the model.
+        ExportError: `path` is a file.
         OSError: this user may not write there, or the disk is full.
     """
     target = resolved(path)
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file. Name a folder for the model.", code="export.target_is_a_file")
-    if (target / ADAPTER_CONFIG).exists():
-        raise ExportError(
-            f"{target} holds an adapter ({ADAPTER_CONFIG}), which transformers would load on top of the model that is "
-            "written next to it. Name another folder.",
-            code="export.target_holds_adapter",
-        )
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         return StagingFolder(folder=_new_folder(target.parent, target), target=target, preferred=Placing.RENAME)

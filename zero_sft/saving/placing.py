@@ -31,6 +31,7 @@ import shutil
 from collections.abc import Set
 from pathlib import Path
 
+from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG, ADAPTER_FILE
 from zero_sft.checkpoint.index import BIN_FILE, BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
 from zero_sft.errors import ExportError
 from zero_sft.generation_config import GENERATION_CONFIG
@@ -42,11 +43,12 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = re.compile(
     r"(model(-\d{5}-of-\d{5}(-[0-9a-f]{8})?)?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
+    r"|adapter_model\.(safetensors|bin)"
 )
-"""Names that transformers and this package give to weight files and their indices."""
+"""Names that transformers, PEFT and this package give to weight files and their indices."""
 
-_ENTRIES = (BIN_INDEX_FILE, BIN_FILE, INDEX_FILE, SINGLE_FILE)
-"""The files by which a reader finds the weights; it looks for the last of these first."""
+_ENTRIES = (BIN_INDEX_FILE, BIN_FILE, INDEX_FILE, SINGLE_FILE, ADAPTER_FILE)
+"""The files by which a reader finds the weights; of a model, it looks for the last of these first."""
 
 TOKENIZER_FILES = frozenset({
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
@@ -65,16 +67,26 @@ _MOST_LINKS = 20_000
 SETTINGS = frozenset({"config.json", GENERATION_CONFIG, "tokenizer_config.json"})
 """Files that an export of a model with its tokenizer writes, whatever its weight files are called."""
 
+ADAPTER_SETTINGS = frozenset({ADAPTER_CONFIG, "tokenizer_config.json"})
+"""Files that an export of an adapter with the tokenizer writes."""
+
 
 def require_replaceable(target: Path, fresh: Set[str]) -> None:
-    """Refuse to replace a folder in `target` by a file of the model, since the folder's content would be lost. Rank 0.
+    """Refuse to replace a folder in `target` by a file of the model, or to write a model next to an adapter. Rank 0.
 
     Args:
         fresh: the names that the export writes.
 
     Raises:
-        ExportError: a folder has the name of a file that the export writes or removes.
+        ExportError: a folder, whose content would be lost, has the name of a file that the export writes or removes; or an
+            adapter is there, which readers would load on top of the model.
     """
+    if "config.json" in fresh and (target / ADAPTER_CONFIG).exists():
+        raise ExportError(
+            f"{target} holds an adapter ({ADAPTER_CONFIG}), which transformers would load on top of the model that is "
+            "written next to it. Name another folder.",
+            code="export.target_holds_adapter",
+        )
     if folders := _folders_in_place_of_files(target, fresh):
         raise ExportError(
             f"{target} has folders where the model's files belong: {first_of(folders)}. Move them away, or name another folder "
@@ -195,7 +207,7 @@ def _replace_files(folder: Path, target: Path, fresh: Set[str], earlier: Set[str
     3. Move the entry file, which switches to the new weights.
     4. Remove the earlier weights and the staging folder.
     """
-    entry = INDEX_FILE if INDEX_FILE in fresh else SINGLE_FILE
+    entry = next(name for name in (INDEX_FILE, SINGLE_FILE, ADAPTER_FILE) if name in fresh)
     weight_files = {name for name in fresh if WEIGHTS.fullmatch(name) and name != entry}
     settings = sorted(name for name in fresh if not WEIGHTS.fullmatch(name) and _differs(folder / name, target / name))
     stale = sorted(name for name in earlier - fresh if not WEIGHTS.fullmatch(name))

@@ -1,7 +1,8 @@
 """Check, before anything is written, that an export would load back as the same model.
 
 A reader builds the model from its config and fills it by name. If the trained model lacks a name, or has it in another shape,
-the export would load with random weights. PEFT's wrappers rename the weights that they adapt, so adapters are merged first.
+the export would load with random weights. An adapter renames the weights of the model inside PEFT's, which can't be saved alone
+then.
 
 Nothing here communicates.
 """
@@ -23,31 +24,40 @@ from zero_sft.transformers_internals import names_not_saved, patterns_not_missed
 logger = logging.getLogger(__name__)
 
 MERGE_FIRST = (
-    "Merge the adapter first:\n"
+    "Give PEFT's model, of which the adapter is saved. Or merge the adapter first:\n"
     "    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):\n"
     "        merged = model.merge_and_unload()\n"
-    "and export `merged`; or save the adapter alone, with PEFT."
+    "and save `merged`."
 )
 
 _REBUILD = "Export a model whose modules have the names that its class gives them."
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """Unwrap the transformers model from a DeepSpeed engine, DistributedDataParallel or torch.compile.
+def unwrapped(model: nn.Module) -> Any:
+    """Unwrap the model of transformers or PEFT from a DeepSpeed engine, DistributedDataParallel or torch.compile.
 
     Raises:
-        ExportError: the model is of another kind, such as PEFT's.
+        ExportError: the model is of another kind.
     """
     inner: Any = model
-    while not isinstance(inner, PreTrainedModel):
+    while not isinstance(inner, PreTrainedModel) and not is_adapted(inner):
         outer, inner = inner, getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if hasattr(outer, "peft_config") or inner is None:
-            remedy = MERGE_FIRST if hasattr(outer, "peft_config") else "Give the model inside it."
+        if inner is None:
             raise ExportError(
-                f"a {type(outer).__name__} can't be exported: no reader knows the names of its weights. {remedy}",
+                f"a {type(outer).__name__} can't be exported: no reader knows the names of its weights. "
+                "Give the model inside it.",
                 code="export.wrapped_model",
             )
     return inner
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Return whether a model is one that PEFT wraps. PEFT is not imported for others."""
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "peft_config"):
+        return False
+    from zero_sft.adapters import peft_internals
+
+    return peft_internals.is_adapted(model)
 
 
 def require_loads_back(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> None:

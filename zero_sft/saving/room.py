@@ -16,7 +16,7 @@ from zero_sft.errors import ExportError
 from zero_sft.loading import skeleton
 from zero_sft.loading.request import ModelSpec
 from zero_sft.paths import nearest_existing
-from zero_sft.saving.export import model_layout, published_layout
+from zero_sft.saving.export_layout import model_layout, published_layout
 from zero_sft.saving.folder import resolved
 from zero_sft.saving.run_record import ADAMW
 

@@ -59,6 +59,7 @@ class RunRecord:
         samples_a_step: samples per optimizer step over all ranks; with packing, packed rows.
         steps_an_epoch: optimizer steps of a whole epoch.
         settings: training arguments that change the steps, by name.
+        adapter: the settings of the adapters that are trained; empty if the model is, as in records of earlier releases.
         rows, tokens: size of the training data; no tokens are counted if they are made lazily.
         order_samples: samples per step by which samples are grouped by length: the order of an epoch depends on it.
         model, data: the names of the base model and of the data's sources, for the model's card; not compared.
@@ -78,12 +79,13 @@ class RunRecord:
     tokens: int = 0
     order_samples: int = 0
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
     model: str = ""
     data: Sequence[str] = field(default_factory=list[str])
 
     @classmethod
-    def of(cls, text_config: Any, arguments: Any) -> "RunRecord":
-        """Make the record of a run from the text model's config and the Trainer's arguments."""
+    def of(cls, text_config: Any, arguments: Any, adapter: Mapping[str, Any]) -> "RunRecord":
+        """Make the record of a run from the text model's config, the Trainer's arguments and the adapters' settings."""
         config = arguments.hf_deepspeed_config.config
         scheduler = config.get("scheduler") or {}
         optimizer = str((config.get("optimizer") or {}).get("type") or arguments.optim.value).lower()
@@ -95,6 +97,7 @@ class RunRecord:
             schedule=str(scheduler.get("type") or arguments.lr_scheduler_type.value),
             from_ds_config=bool(scheduler),
             config=_comparable(text_config),
+            adapter=adapter,
             learning_rate=arguments.learning_rate,
             samples_a_step=arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
             settings={name: getattr(arguments, name) for name in _SETTINGS},
@@ -152,6 +155,7 @@ def require_same_run(folder: Path, now: RunRecord, *, at_same_sample: bool = Fal
     if then is None:
         return
     _require_same_model(folder, then, now)
+    _require_same_adapter(folder, then, now)
     if then.optimizer != now.optimizer:
         raise ArgumentError(
             f"--resume_from_checkpoint: {folder} is of a run with the optimizer {then.optimizer}, and this one has "
@@ -185,6 +189,27 @@ def _require_same_model(folder: Path, then: RunRecord, now: RunRecord) -> None:
             "Give the model with which the run was started.",
             code="resume.other_model",
         )
+
+
+def _require_same_adapter(folder: Path, then: RunRecord, now: RunRecord) -> None:
+    """Compare the adapters of two runs.
+
+    Raises:
+        ArgumentError: one of them trains adapters and the other does not, or these are others.
+    """
+    names = [name for name in then.adapter.keys() | now.adapter.keys() if then.adapter.get(name) != now.adapter.get(name)]
+    if not names:
+        return
+    if not then.adapter or not now.adapter:
+        was, remedy = ("LoRA", "give its options") if then.adapter else ("without LoRA", "leave --lora_r out")
+        difference = f"{was}: {remedy}"
+    else:
+        values = [f"{name} {excerpt(then.adapter.get(name))} (here {excerpt(now.adapter.get(name))})" for name in sorted(names)]
+        difference = f"with other adapters: {first_of(values)}. Give the same options of LoRA"
+    raise ArgumentError(
+        f"--resume_from_checkpoint: {folder} is of a run {difference}, or start a new run in another --output_dir.",
+        code="resume.other_adapter",
+    )
 
 
 def _changed_config(then: RunRecord, now: RunRecord) -> list[tuple[str, Any, Any]]:

@@ -46,6 +46,25 @@ def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
     _copy_processor(folder, model.config)
 
 
+def write_adapter_settings(
+    folder: Path, adapter: Any, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Write an adapter's config and the tokenizer to the folder. Rank 0.
+
+    Args:
+        adapter: PEFT's config, as it is saved.
+        config: the base model's.
+
+    Raises:
+        ExportError: one of them can't be saved.
+    """
+    with _explained("the adapter's config"):
+        adapter.save_pretrained(folder)
+    if tokenizer is not None:
+        with _explained("the tokenizer"):
+            _write_tokenizer(folder, tokenizer, config)
+
+
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _MEDIA = ("vision_config", "audio_config")
 
@@ -192,14 +211,6 @@ def _around(ids: Any, others: Any) -> str:
     ids, others = list(ids or ()), list(others or ())
     first = next((index for index, (id_, other) in enumerate(zip(ids, others, strict=False)) if id_ != other), 0)
     return ", ".join(map(str, ids[max(0, first - 1) : first + 3])) + ", ..."
-
-
-def settings_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
-    """Return the contents of the files that `write_settings` writes, by path in the folder. Rank 0."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_settings(folder, model, tokenizer)
-        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def settings_in(folder: Path) -> dict[str, bytes]:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zero_sft.checkpoint.folder_kind import ADAPTER_FILE
 from zero_sft.checkpoint.index import INDEX_FILE, SINGLE_FILE
 from zero_sft.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -177,7 +178,7 @@ def _inspect_manifest(folder: Path) -> TrainerCheckpoint:
 
 def _unlisted(manifest: Manifest) -> str | None:
     """Return the first file that a manifest should list and does not; None if it lists all."""
-    if not manifest.hosts and not manifest.files.keys() & {SINGLE_FILE, INDEX_FILE}:
+    if not manifest.hosts and not manifest.files.keys() & {SINGLE_FILE, INDEX_FILE, ADAPTER_FILE}:
         return SINGLE_FILE
     ranks = range(min(manifest.world_size, len(manifest.files) + 1))  # one of these is missing if the number is hostile
     names = itertools.chain(
@@ -271,7 +272,7 @@ def require_intact(path: Path) -> None:
 def _require_states(folder: Path) -> None:
     if has_states(folder):
         return
-    if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE, ADAPTER_FILE)):
         raise IncompleteCheckpointError(
             "it holds weights without the optimizer's state (--save_only_model)", code=WEIGHTS_ALONE
         )

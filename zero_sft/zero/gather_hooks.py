@@ -13,11 +13,12 @@ order, since each forward communicates.
 
 import functools
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, register_external_parameter
 from torch import nn
 
 from zero_sft.zero import shards
@@ -30,12 +31,29 @@ SMALL_BYTES = 2 * 2**30
 
 
 def install_gather_hooks(model: nn.Module) -> None:
-    """Let modules gather their parameters around forward, until an engine takes over. Every rank; does not communicate."""
+    """Let modules gather their parameters around forward, until an engine takes over. Every rank; does not communicate.
+
+    Modules that have the hooks already keep them.
+    """
     _patch_engine_start()
     for module in model.modules():
-        if any(shards.is_sharded(param) for param in module.parameters(recurse=False)):
+        if _HANDLES not in module.__dict__ and any(map(shards.is_sharded, _gathered_with(module))):
             hooks = [module.register_forward_pre_hook(_before), module.register_forward_hook(_after, always_call=True)]
             setattr(module, _HANDLES, hooks)
+
+
+def gather_with(module: nn.Module, params: Iterable[nn.Parameter]) -> None:
+    """Let parameters of other modules be gathered around a module's forward as well, here and by an engine.
+
+    DeepSpeed's other means, leaf modules, reduce gradients before they are computed where the module's input needs none.
+    """
+    for param in params:
+        register_external_parameter(module, param)
+
+
+def _gathered_with(module: nn.Module) -> list[nn.Parameter]:
+    external = module.__dict__.get("_external_params", {})
+    return [*module.parameters(recurse=False), *external.values()]
 
 
 def remove_gather_hooks(model: nn.Module) -> None:
@@ -46,8 +64,7 @@ def remove_gather_hooks(model: nn.Module) -> None:
 
 
 def _before(module: nn.Module, args: Any) -> None:
-    params = module.parameters(recurse=False)
-    gathered = [param for param in params if shards.is_sharded(param) and shards.is_partitioned(param)]
+    gathered = [param for param in _gathered_with(module) if shards.is_sharded(param) and shards.is_partitioned(param)]
     for has_secondary in (False, True):  # with hpZ, a copy inside the node is gathered instead, in a call without the others
         group = [param for param in gathered if shards.has_secondary_shard(param) == has_secondary]
         if group:

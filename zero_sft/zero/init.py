@@ -10,6 +10,10 @@ allocation, no copy and no collective.
 child's weight (sinusoidal positions, weight norm) therefore find that weight in full.
 """
 
+# DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
+# pyright: reportAttributeAccessIssue=false
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,3 +56,24 @@ class ShardedInit(Init):
         dtype = self.dtype if param.is_floating_point() else param.dtype
         shards.replace_contents(param, torch.empty(0, dtype=dtype, device=self.local_device))  # it leaves the meta device
         shards.mark_partitioned(param, self)
+
+
+def shard_parameters(model: nn.Module) -> None:
+    """Shard the parameters that were added to a model after its load. Every rank, with equal values; does not communicate.
+
+    A model of the stock loader is left as it is: DeepSpeed shards its new parameters when the engine starts.
+    """
+    init = next((param.ds_sharded_init for param in model.parameters() if hasattr(param, "ds_sharded_init")), None)
+    if init is None:
+        return
+    new = {name: param for name, param in model.named_parameters() if not is_zero_param(param)}
+    values = {name: param.detach() for name, param in new.items()}
+    for param in new.values():
+        init.make_zero_parameter(param)
+
+    def fill(targets: Mapping[str, torch.Tensor]) -> None:
+        for name, target in targets.items():
+            own = shards.local_range(new[name])
+            target[: own.numel].copy_(values[name].reshape(-1)[own.start : own.stop])
+
+    shards.fill_shards(new, fill)

@@ -170,13 +170,17 @@ def current_values(param: nn.Parameter) -> Iterator[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def new_values(param: nn.Parameter) -> Iterator[tuple[FlatRange, torch.Tensor]]:
+def new_values(param: nn.Parameter, *, keep: bool = False) -> Iterator[tuple[FlatRange, torch.Tensor]]:
     """Provide a flat range and a tensor to write its new values to. They are the parameter's when the context ends.
 
     The range is that of this rank's shard; of a gathered parameter, it is the full one. Every rank must write its own.
+
+    Args:
+        keep: whether the tensor has the present values at first.
     """
     if is_gathered(param):
-        values = torch.empty(param.ds_numel, dtype=param.dtype, device=param.device)
+        present = param.detach().reshape(-1)
+        values = present.clone() if keep else torch.empty_like(present)
         yield full_range(param.ds_numel), values
         param.data.copy_(values.view(param.shape))
         own = local_range(param)
@@ -185,6 +189,16 @@ def new_values(param: nn.Parameter) -> Iterator[tuple[FlatRange, torch.Tensor]]:
         return
     with new_shard(param) as (flat_range, values):
         yield flat_range, values
+
+
+@contextlib.contextmanager
+def new_part(tensor: torch.Tensor) -> Iterator[tuple[FlatRange, torch.Tensor]]:
+    """Provide what `new_values` does; of a tensor that is not sharded, the full range and its flat memory."""
+    if not is_sharded(tensor):
+        yield full_range(tensor.numel()), tensor.detach().view(-1)
+        return
+    with new_values(tensor) as part:
+        yield part
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Train low-rank adapters (LoRA) on a sharded base model, with PEFT."""
