@@ -12,6 +12,12 @@
 # Start the training job on one machine with DeepSpeed's launcher, or on a SLURM cluster with one task per GPU.
 # DeepSpeed's SLURM launcher is not used: it ignores --module and passes neither the ranks nor the master's address.
 
+if [ -z "${BASH_VERSION:-}" ]; then
+  echo "launch.sh: this script needs bash: start it as ./launch.sh or bash launch.sh [launcher.not_bash]" >&2
+  exit 2
+fi
+was_signalled= # the signal that ends the run
+trap 'was_signalled=USR1' USR1 # SLURM may signal a job before its ranks are there
 set -euo pipefail
 shopt -s extglob
 
@@ -65,11 +71,14 @@ readonly OPTIONS_WITH_VALUE=" -H --hostfile -i --include -e --exclude --num_node
 readonly OPTIONS_WITHOUT_VALUE=" --no_local_rank --no_ssh --no_ssh_check --force_multi --save_pid --bind_cores_to_rank
  -q --quiet "
 
+# Options of sbatch that the job has no options like.
+readonly OPTIONS_OF_SBATCH=" --time --nodes --ntasks-per-node --cpus-per-task --gpus-per-node --gres --partition --account --qos
+ --mem --signal --requeue --no-requeue --dependency --array --exclusive --constraint "
+
 launcher_options=() # as they were written
 max_restarts=0
 dry_run=
 container=()     # words before each command
-was_signalled= # the signal that ends the run
 was_passed_on= # non-empty when the ranks of SLURM have got it
 job_arguments=()
 declare -A given_options=() # long name of a launcher option -> its value
@@ -160,11 +169,22 @@ split_arguments() {
         name=${argument%%=*}
         if [[ $name == --* ]] && is_one_of "$name" " --dry_run --preflight --max_restarts $OPTIONS_WITH_VALUE$OPTIONS_WITHOUT_VALUE"; then
           die option_misplaced "$name is an option of the launcher: put it before the arguments of the job"
+        elif is_one_of "$name" "$OPTIONS_OF_SBATCH"; then
+          die option_of_sbatch "$name is an option of sbatch: put it before launch.sh"
         fi
       done
       ;;
   esac
   job_arguments=("$@")
+}
+
+# The job as SLURM's commands take it. The last task of an array has the array's own number as SLURM_JOB_ID.
+job_id() {
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} && -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  else
+    echo "$SLURM_JOB_ID"
+  fi
 }
 
 # Set project to the folder that holds the package, or to an empty string if the package must be installed. SLURM runs a
@@ -173,7 +193,7 @@ find_project() {
   local folder script_folder submitted=
   script_folder=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
   if [[ -n ${SLURM_JOB_ID:-} && ! -f $script_folder/zero_sft/__init__.py ]]; then
-    submitted=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=||p')
+    submitted=$(scontrol show job "$(job_id)" | sed -n 's|^ *Command=||p' | sed -n 1p)
     # The path of the script and its arguments, which all may hold spaces.
     while [[ $submitted == *" "* && ! -f $submitted ]]; do submitted=${submitted% *}; done
     submitted=$(dirname "$(readlink -f "$submitted")")
@@ -189,6 +209,9 @@ find_project() {
 }
 
 find_python() {
+  [[ ${CONTAINER:-} != *[$'\n\'"']* ]] ||
+    die container_quoted "CONTAINER can't have quotes or several lines, since its words are split at spaces: put the command" \
+      "into a script, and name that"
   read -r -a container <<<"${CONTAINER:-}"
   if ((${#container[@]})); then
     command -v "${container[0]}" >/dev/null || die no_container "CONTAINER: ${container[0]} is not an executable"
@@ -202,6 +225,9 @@ find_python() {
     python=$(command -v python || command -v python3) ||
       die no_python "no python on PATH: activate an environment, or set ZERO_SFT_PYTHON"
   fi
+  [[ -n $project ]] || "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("zero_sft"))' ||
+    die no_package "$python has no zero_sft, and this script is not in its project: make a link to launch.sh instead of a copy," \
+      "or set ZERO_SFT_PYTHON to an environment in which the package is installed"
   # DeepSpeed compiles its operators with the first ninja on PATH; a different version would compile them again.
   PATH=$(dirname "$python"):$PATH
   export PATH
@@ -234,9 +260,13 @@ run_here() {
   deepspeed=$(dirname "$python")/deepspeed # from the interpreter's environment
   ((${#container[@]} == 0)) || [[ $python == */* ]] || deepspeed=deepspeed
   ((${#container[@]})) || [[ -x $deepspeed ]] || deepspeed=$(command -v deepspeed) ||
-    die no_deepspeed_command "no deepspeed command next to $python: pip install deepspeed there, or set ZERO_SFT_PYTHON"
+    die no_deepspeed_command "no deepspeed command next to $python: run 'make setup' in the project, or set ZERO_SFT_PYTHON"
 
   ranks=$(count_gpus)
+  [[ -z ${given_options[--hostfile]+set} || -r ${given_options[--hostfile]} ]] ||
+    die no_hostfile "--hostfile ${given_options[--hostfile]}: no such file, or not readable"
+  [[ ! ${given_options[--master_port]:-1} =~ ^[0-9]{1,5}$ ]] || ((10#${given_options[--master_port]:-1} < 65536)) ||
+    die bad_port "--master_port ${given_options[--master_port]}: a port is a number below 65536"
   if [[ -n ${given_options[--hostfile]:-}${given_options[--num_nodes]:-} || -e /job/hostfile ]]; then
     ranks= # several machines: the hostfile sets the number
   elif [[ -n ${given_options[--include]:-} ]]; then
@@ -248,6 +278,7 @@ run_here() {
     ranks=${ZERO_SFT_CPU_RANKS:-2}
     [[ $ranks =~ ^[1-9][0-9]{0,4}$ ]] || die bad_cpu_ranks "ZERO_SFT_CPU_RANKS=$ranks is not a positive integer"
     note "no GPU found: starting $ranks CPU ranks"
+    [[ -z ${given_options[--exclude]:-} ]] || die nothing_to_exclude "--exclude: this machine has no GPU to leave out"
     launcher_options+=(--num_gpus "$ranks")
     # Keep hidden GPUs hidden: the launcher overwrites CUDA_VISIBLE_DEVICES for its ranks, with 0,1 for two ranks.
     [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
@@ -286,8 +317,11 @@ with_restarts() { # FUNCTION
   fi
   for ((ZERO_SFT_START = 1; ; ZERO_SFT_START++)); do
     ((max_restarts == 0)) || export ZERO_SFT_START
-    status=0
-    "$1" || status=$?
+    status=138 # ended by SIGUSR1
+    if [[ -z $was_signalled ]]; then
+      status=0
+      "$1" || status=$?
+    fi
     # 75: the run has ended early, as it was asked to.
     [[ $was_signalled != USR1 ]] || ((status == 0)) || requeue "$status"
     if ((max_restarts == 0 || status == 0 || status == 75)) || [[ -n $was_signalled ]]; then
@@ -314,52 +348,56 @@ require_words_for_other_machines() { # COMMAND
 # the other, and kills each after 30 seconds. On a signal this script therefore sends SIGTERM or SIGUSR1 to all ranks, which
 # save a checkpoint and end, and continues to wait for the launcher.
 run_and_wait() { # COMMAND...
-  local launcher status=0 signal
+  local parent status="" signal failure in out result
   if [[ -n $dry_run ]]; then
     show "$@"
     return
   fi
   export ZERO_SFT_LAUNCHER_PID=$$ # the ranks end with this process
-  # In a separate process group, the launcher gets no Ctrl-C of the terminal, and no signal that `timeout` sends to all of a group.
-  set -m
-  "$@" <&0 &
-  launcher=$!
-  set +m
+  # In a separate session, the launcher gets no Ctrl-C of the terminal, and no signal that `timeout` sends to all of a group.
+  # Its status comes through a pipe: bash 5.2 loses the status of a process that ends while `wait` handles a signal.
+  exec {in}<&0 {out}>&1
+  # shellcheck disable=SC2016
+  exec {result}< <(exec setsid bash -c 'status=0; "${@:3}" <&"$1" >&"$2" || status=$?; echo "$status"' launch.sh "$in" "$out" "$@")
+  parent=$!
   for signal in TERM INT HUP; do
     # shellcheck disable=SC2064
-    trap "was_signalled=$signal; signal_ranks TERM $launcher" "$signal"
+    trap "was_signalled=$signal; signal_ranks TERM $parent" "$signal"
   done
   # shellcheck disable=SC2064
-  trap "was_signalled=USR1; signal_ranks USR1 $launcher" USR1
-  while :; do
-    status=0
-    wait "$launcher" || status=$?
-    kill -0 "$launcher" 2>/dev/null || break # if it still runs, a signal has interrupted wait
+  trap "was_signalled=USR1; signal_ranks USR1 $parent" USR1
+  while [[ -z $status ]]; do # a signal interrupts `read`
+    failure=0
+    read -r -u "$result" status || failure=$?
+    ((failure == 0 || failure > 128)) || status=137 # the parent of the launcher was killed
   done
+  exec {in}<&- {out}>&- {result}<&-
   ((status <= 192)) || status=$((384 - status)) # DeepSpeed's launcher ends with minus the signal that ended a rank
   return "$status"
 }
 
 # Send a signal to the ranks that a launcher has started on this machine. Before there are any, or if all are on other
 # machines, end the launcher's children.
-signal_ranks() { # SIGNAL PID
-  local children=() targets=()
-  if [[ $(cat "/proc/$2/comm" 2>/dev/null) == srun ]]; then
+signal_ranks() { # SIGNAL PID_OF_THE_LAUNCHER'S_PARENT
+  local launcher children=() targets=()
+  children_of "$2" children
+  launcher=${children[0]:-$2}
+  if [[ $(cat "/proc/$launcher/comm" 2>/dev/null) == srun ]]; then
     # srun passes SIGUSR1 on to the ranks, and ends them on SIGTERM.
     if [[ -z $was_passed_on ]]; then
       was_passed_on=1
-      kill -USR1 "$2" 2>/dev/null || true
-    else
-      kill -TERM "$2" 2>/dev/null || true
+      kill -USR1 "$launcher" 2>/dev/null || true
+    elif [[ $1 != USR1 ]]; then # SLURM may announce the end more than once
+      kill -TERM "$launcher" 2>/dev/null || true
     fi
     return 0 # in a trap, a plain `return` would give the status of the interrupted command
   fi
-  find_ranks "$2"
-  children_of "$2" children
+  find_ranks "$launcher"
+  children_of "$launcher" children
   if ((${#targets[@]})); then
     kill "-$1" "${targets[@]}" 2>/dev/null || true
   else
-    kill -TERM "${children[@]:-$2}" 2>/dev/null || true
+    kill -TERM "${children[@]:-$launcher}" 2>/dev/null || true
   fi
 }
 
@@ -393,7 +431,7 @@ in_allocation() {
 # variables depend on how the GPUs were requested and are missing in the shell of salloc. A line of its output:
 # "Nodes=node[1-2] CPU_IDs=0-7 Mem=0 GRES=gpu:a100:8(IDX:0-7),shard:2(IDX:0)".
 slurm_gpus_per_node() {
-  scontrol show job -d "$SLURM_JOB_ID" | awk '
+  scontrol show job -d "$(job_id)" | awk '
     /^ *Nodes=/ {
       sub(/.* GRES=/, ""); gsub(/\([^)]*\)/, "")
       gpus = 0
@@ -428,36 +466,61 @@ plan_step() {
   fi
   cpus=$(slurm_numbers "$SLURM_JOB_CPUS_PER_NODE" | sed -n 1p)
   ((cpus >= ranks)) ||
-    die too_few_cpus "$cpus CPUs are too few for $ranks ranks on each node: submit with --cpus-per-task=<CPUs of a node>"
+    die too_few_cpus "each node of the job has fewer CPUs ($cpus) than ranks ($ranks): submit with" \
+      "--cpus-per-task=<CPUs of a node>"
   cpus=$((cpus / ranks))
 }
 
 # True in a script that sbatch has started, which can be queued again.
 in_batch_script() { [[ ${ENVIRONMENT:-} == BATCH ]]; }
 
+# Count the starts in a row that were signalled before they had trained. The job's comment keeps the number, since a job that is
+# queued again begins with its first environment; without a comment for it, three such starts of all are too many.
+count_starts_without_training() { # STATUS
+  local comment number
+  comment=$(scontrol show job "$(job_id)" | sed -n 's|^ *Comment=||p' | sed -n 1p) || comment=
+  number=$((${comment//[!0-9]/} + 0))
+  [[ $comment == "$COMMENT"* ]] || number=0
+  if (($1 == 75)); then
+    starts_without_training=0
+  elif [[ -z $comment || $comment == "$COMMENT"* ]]; then
+    starts_without_training=$((number + 1))
+  else
+    starts_without_training=$((${SLURM_RESTART_COUNT:-0} + 1))
+    return
+  fi
+  ((starts_without_training == number)) ||
+    scontrol update "JobId=$(job_id)" "Comment=$COMMENT$starts_without_training" 2>/dev/null || true
+}
+readonly COMMENT="starts without training: "
+
 # Let SLURM start this job again after its signal, if that is allowed. It ends the job, and this script with it.
 requeue() { # STATUS
-  local count=$((${SLURM_RESTART_COUNT:-0} + 1))
-  in_batch_script || return 0
-  if (($1 != 75 && count > 3)); then
-    note "the job was signalled before it had trained, and has been queued again three times: its --time is too short"
+  local count=$((${SLURM_RESTART_COUNT:-0} + 1)) starts_without_training=0 printed
+  in_batch_script && [[ $module != zero_sft.preflight ]] || return 0
+  count_starts_without_training "$1"
+  if ((starts_without_training > 3 || (starts_without_training > 0 && count > max_requeues))); then
+    note "the job was signalled $starts_without_training times before it had trained: its --time must be longer than its start" \
+      "and the time of --signal"
   elif ((count > max_requeues)); then
     note "the job has been queued again $max_requeues times (MAX_REQUEUES); submit it once more with" \
       "--resume_from_checkpoint auto"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
-    note "queued again, $count of at most $max_requeues times: the job goes on from its newest checkpoint"
+  elif printed=$(scontrol requeue "$(job_id)" 2>&1); then
+    note "queued again, $count of at most $max_requeues times: the job" \
+      "$( (($1 == 75)) && echo 'goes on from its newest checkpoint' || echo 'starts again')"
     sleep 60 # SLURM ends this script
   else
-    note "the job can't be queued again; submit it once more with --resume_from_checkpoint auto"
+    note "SLURM does not queue the job again ($printed); submit it once more with --resume_from_checkpoint auto"
   fi
 }
 
-# Print a free port of this machine: the first one from START on.
+# Print a free port of this machine: START, or one far from those with which the next jobs begin.
 free_port_from() { # START
   "${container[@]}" "$python" -c '
-import socket, sys
-for port in range(int(sys.argv[1]), 32768):
+import random, socket, sys
+for port in [int(sys.argv[1]), *random.sample(range(32000, 32768), 100)]:
     with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             tried.bind(("", port))
         except OSError:
@@ -473,6 +536,14 @@ run_in_slurm() {
       die option_under_slurm "$option is for DeepSpeed's launcher on one machine; under SLURM give sbatch or salloc" \
         "--nodes and --gpus-per-node instead"
   done
+  [[ -z ${SLURM_HET_SIZE:-} ]] ||
+    die heterogeneous_job "this is a job of several components ($SLURM_HET_SIZE), whose nodes can't train together: submit one" \
+      "with equal nodes"
+  if [[ -z ${SLURM_JOB_NUM_NODES:-} || -z ${SLURM_JOB_NODELIST:-} || -z ${SLURM_JOB_CPUS_PER_NODE:-} ]] ||
+    ! scontrol show job "$(job_id)" >/dev/null 2>&1; then
+    die job_has_ended "SLURM_JOB_ID=$SLURM_JOB_ID is not a job that SLURM knows: the variable is left over from one that has" \
+      "ended. Leave its shell, or: unset SLURM_JOB_ID"
+  fi
   [[ $max_requeues =~ ^[0-9]{1,4}$ ]] || die bad_max_requeues "MAX_REQUEUES=$max_requeues is not a number"
   max_requeues=$((10#$max_requeues))
   [[ ${SLURM_RESTART_COUNT:=0} =~ ^[0-9]{1,6}$ ]] || SLURM_RESTART_COUNT=0
@@ -502,7 +573,8 @@ run_in_slurm() {
   # A rank that fails, or that ends long before the others, would leave them waiting in a collective.
   step+=(--kill-on-bad-exit=1 --wait=600)
   if [[ -n ${given_options[--enable_each_rank_log]:-} ]]; then
-    mkdir -p "${given_options[--enable_each_rank_log]}"
+    mkdir -p "${given_options[--enable_each_rank_log]}" ||
+      die no_log_folder "--enable_each_rank_log ${given_options[--enable_each_rank_log]}: the folder can't be made"
     step+=(--output="${given_options[--enable_each_rank_log]}/job_%j_rank_%t.log")
   else
     step+=(--label)

@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zero_sft.config import prepare_config
-    from zero_sft.loading.api import load_model, load_pretrained
+    from zero_sft.library.api import load_model, load_pretrained
     from zero_sft.saving.export import save_pretrained
     from zero_sft.tokenizer import load_tokenizer
+    from zero_sft.zero.shards import full_shape
 
 __version__ = "0.1.0"
 
-__all__ = ["load_model", "load_pretrained", "load_tokenizer", "prepare_config", "save_pretrained"]
+__all__ = ["full_shape", "load_model", "load_pretrained", "load_tokenizer", "prepare_config", "save_pretrained"]
 
 _MODULES = {
-    "load_model": "zero_sft.loading.api",
-    "load_pretrained": "zero_sft.loading.api",
+    "full_shape": "zero_sft.zero.shards",
+    "load_model": "zero_sft.library.api",
+    "load_pretrained": "zero_sft.library.api",
     "load_tokenizer": "zero_sft.tokenizer",
     "prepare_config": "zero_sft.config",
     "save_pretrained": "zero_sft.saving.export",

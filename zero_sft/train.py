@@ -14,6 +14,8 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +27,12 @@ from zero_sft.arguments.faults import parse_faults, require_ranks
 from zero_sft.cluster import early_end, stage_watch
 from zero_sft.cluster import failure_report as failure
 from zero_sft.cluster.launcher_watch import leave
-from zero_sft.cluster.node_facts import versions
+from zero_sft.cluster.node_facts import granted_gpus, versions
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.console.log import close_console, copy_log_to, open_console, silence_transformers
-from zero_sft.errors import ArgumentError, DistributedError
+from zero_sft.errors import ArgumentError, ConfigError, DistributedError
 from zero_sft.launcher import launch_note
 from zero_sft.printable import with_count
 
@@ -86,7 +88,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
     logger.info("starting %s", ranks)
     with failure.activity("joining the ranks"), progress.task("starting DeepSpeed"):
         world = connect(world)
-    logger.info("%s on %s", ranks, _device())
+    logger.info("%s on %s", ranks, _device(world))
     silence_transformers(world)
     # Ranks with different arguments would call different collectives and hang.
     require_identical(world, "arguments", _shown(parsed))
@@ -126,12 +128,26 @@ def _sole_run(output_dir: str, world: World) -> Iterator[None]:
         yield
 
 
-def _device() -> str:
-    """Describe the device that DeepSpeed has chosen, for the log."""
+def _device(world: World) -> str:
+    """Describe the device that DeepSpeed has chosen, for the log. Every rank; communicates.
+
+    Raises:
+        ConfigError: it has chosen the CPU, though SLURM has given GPUs to the job.
+    """
     from deepspeed.accelerator import get_accelerator
+
+    from zero_sft.cluster.stages import collective_stage
 
     accelerator: Any = get_accelerator()
     kind = accelerator.device_name().partition(":")[0]
+    with collective_stage(world, "looking at the devices"):
+        if kind == "cpu" and (granted := granted_gpus(os.environ)):
+            raise ConfigError(
+                f"SLURM has given {with_count(granted, 'GPU')} of {socket.gethostname()} to this job, and torch "
+                f"{versions()['torch']} finds none. Install a torch for the nodes' CUDA release, not one for CPUs (+cpu), and "
+                "see what nvidia-smi says there; to train on the CPUs, export DS_ACCELERATOR=cpu.",
+                code="cluster.gpus_not_found",
+            )
     return "CPU: DeepSpeed finds no GPU" if kind == "cpu" else f"{kind} ({accelerator.communication_backend_name()})"
 
 

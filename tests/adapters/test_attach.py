@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import models
+from tests.slow import slow
 
 IDS = torch.arange(3, 15).view(1, -1)
 LR = 0.05
@@ -21,6 +22,9 @@ CASES = {
     "experts": ("mixtral", {"lora_r": 4, "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
     "pattern": ("gpt_neox", {"lora_r": 4, "lora_target_modules": [r".*layers\.1\..*query_key_value"]}),
 }
+
+
+QUICK = ("lora", "dora", "experts", "embedding")
 
 
 def save_calm(kind, folder):
@@ -61,8 +65,8 @@ def plain_steps(folder, given, steps=3):
     return outputs, values
 
 
-@pytest.mark.world_size(1, 2, 3)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in CASES])
 def test_as_plain_peft(folder, case):
     import deepspeed
 

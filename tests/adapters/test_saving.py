@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests import models
-from tests.adapters.test_attach import CASES, IDS, options, save_calm
+from tests.adapters.test_attach import CASES, IDS, QUICK, options, save_calm
 from tests.errors import raises
+from tests.slow import slow
 
 
 def adapted_model(folder, case, dtype=torch.float32, seed=11):
@@ -33,8 +34,8 @@ def logits(model):
         return model(input_ids=IDS).logits.float().clone()
 
 
-@pytest.mark.world_size(1, 2, 3)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.world_size(3)
+@pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in CASES])
 def test_plain_peft_reads_and_merges_the_same(folder, tmp_path, case):
     """Plain PEFT opens the saved adapter; what it computes and merges is what the sharded model computes and merges."""
     from peft import PeftModel
@@ -78,7 +79,7 @@ def test_plain_peft_reads_and_merges_the_same(folder, tmp_path, case):
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("case", ["lora", "dora", "experts"])
+@pytest.mark.parametrize("case", ["dora", slow("lora"), slow("experts")])
 def test_merged_in_bfloat16(folder, tmp_path, case):
     """The arithmetic is PEFT's in 16 bits as well."""
     from peft import PeftModel

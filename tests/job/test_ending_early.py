@@ -197,11 +197,14 @@ def test_a_run_without_a_checkpoint_does_not_say_that_it_can_go_on(folder):
     assert not list((folder / "full").glob("checkpoint-*"))
 
 
-def test_the_second_signal_is_not_kept():
+def test_the_same_signal_again_is_not_kept():
+    """Another one is the same request: at scancel SLURM sends SIGTERM, and launch.sh passes SIGUSR1 on."""
     assert not early_end.record(signal.SIGTERM), "no run defers it"
     with early_end.deferring():
         assert not early_end.record(signal.SIGHUP), "the terminal is gone"
         assert early_end.record(signal.SIGUSR1)
+        assert early_end.record(signal.SIGTERM)
+        assert not early_end.record(signal.SIGUSR1)
         assert not early_end.record(signal.SIGTERM)
         assert early_end.recorded_signal() == "SIGUSR1"
     with early_end.deferring():

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.errors import error_codes
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch.sh"
-TOOLS = ("bash", "awk", "cat", "dirname", "env", "grep", "readlink", "sed", "sort", "tr")
+TOOLS = ("bash", "awk", "cat", "dirname", "env", "grep", "readlink", "sed", "setsid", "sort", "tr")
 FREE_PORT = "45678"
 CPUS = 8  # of "this machine"
 

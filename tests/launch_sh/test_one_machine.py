@@ -8,6 +8,8 @@ import pytest
 
 from tests.launch_sh.machine import CPUS, FREE_PORT, NO_DRIVER, SMI
 
+HOSTS = __file__  # some file that can be read
+
 
 def test_two_cpu_ranks_without_a_gpu(machine):
     printed = machine.run("--model_name_or_path", "x", "--run_name", "two words", "")
@@ -119,6 +121,11 @@ def test_launcher_options_stand_before_the_jobs_arguments(machine, given, launch
         (["--lr", "1", "--master_port=3"], "option_misplaced", "--master_port"),
         (["--module", "x"], "option_of_the_script", "--module"),
         (["--num_gpus", "2", "-m", "x"], "option_of_the_script", "-m"),
+        (["train.yaml", "--time=10"], "option_of_sbatch", "--time"),
+        (["train.yaml", "--gpus-per-node", "8"], "option_of_sbatch", "--gpus-per-node"),
+        (["--hostfile", "/nowhere", "train.yaml"], "no_hostfile", "/nowhere:"),
+        (["--master_port", "99999"], "bad_port", "99999:"),
+        (["--exclude", "localhost:0"], "nothing_to_exclude", "no"),
     ],
 )
 def test_misplaced_launcher_options(machine, given, code, option):
@@ -126,19 +133,19 @@ def test_misplaced_launcher_options(machine, given, code, option):
 
 
 def test_hostfile_decides_the_ranks(machine):
-    machine.run("-H", "/hosts", "--lr", "1")
-    assert machine.argv("deepspeed")[:4] == ["-H", "/hosts", "--master_port", FREE_PORT]
+    machine.run("-H", HOSTS, "--lr", "1")
+    assert machine.argv("deepspeed")[:4] == ["-H", HOSTS, "--master_port", FREE_PORT]
     assert "OMP_NUM_THREADS" not in machine.env("deepspeed")
 
 
 @pytest.mark.parametrize("word", ["two words", '{"a": 1}', "$HOME", "a;b", "*", "it's", "", "100%n"])
 def test_words_that_a_shell_on_other_machines_would_change(machine, word):
     """Unless DeepSpeed's command has the shim, which quotes them."""
-    assert f"'{word}'" in machine.refuse("argument_a_shell_changes", "-H", "/hosts", "--lr", word)
+    assert f"'{word}'" in machine.refuse("argument_a_shell_changes", "-H", HOSTS, "--lr", word)
     machine.run("--lr", word)
     assert machine.argv("deepspeed")[-1] == word, "on this machine no shell reads it"
     machine.add("deepspeed", '# zero_sft launcher shim\nrecord deepspeed "$@"', machine.project / ".venv" / "bin")
-    machine.run("-H", "/hosts", "--lr", word)
+    machine.run("-H", HOSTS, "--lr", word)
     assert machine.argv("deepspeed")[-1] == word
 
 
@@ -156,7 +163,7 @@ def test_knows_the_options_of_the_installed_launcher(machine):
         for name in names:
             # without those that the script gives itself, refuses, or leaves to the job
             if name.startswith("-") and name not in ("--module", "--no_python", "--log_level"):
-                given += [name] if flag else [name, "1"]
+                given += [name] if flag else [name, HOSTS if name in ("-H", "--hostfile") else "1"]
     assert len(given) > 20
     machine.run(*given, "--lr", "1")
     assert machine.argv("deepspeed") == [*given, "--module", "zero_sft.train", "--lr", "1"]

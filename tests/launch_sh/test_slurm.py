@@ -73,7 +73,7 @@ def test_fewer_cpus_than_ranks(machine):
             "FAKE_NODES": NODES + "gpu:8(IDX:0-7)",
         },
     )
-    assert "1 CPU" in printed
+    assert "(1)" in printed
     assert "--cpus-per-task=" in printed
 
 
@@ -149,6 +149,73 @@ def test_a_job_that_is_queued_again(machine):
 @pytest.mark.parametrize(("most", "code"), [("2", "too_many_requeues"), ("many", "bad_max_requeues")])
 def test_a_job_is_not_queued_again_for_ever(machine, most, code):
     machine.refuse(code, **ALLOCATION, SLURM_RESTART_COUNT="3", MAX_REQUEUES=most)
+
+
+REQUEUES = """
+    case "$*" in
+      requeue*) record requeue "$@" ;;
+      update*) record update "$@" ;;
+      "show hostnames"*) printf '%s\\n' node7 node8 ;;
+      "show job -d"*) echo "$FAKE_NODES" ;;
+      "show job"*) printf '%s\\n' "JobId=12345 JobName=zero_sft" "   Comment=$FAKE_COMMENT" ;;
+    esac"""
+SIGNALLED = 'trap "" USR1; record srun "$@"; kill -USR1 "$ZERO_SFT_LAUNCHER_PID"; exit "$FAKE_EXIT"'
+
+
+def signalled(machine, status, **env):
+    """What the script prints when its step gets SIGUSR1 and ends with a status."""
+    machine.add("scontrol", REQUEUES)
+    machine.add("srun", SIGNALLED)
+    machine.add("sleep", "exit 0")
+    given = {"ENVIRONMENT": "BATCH", "FAKE_COMMENT": "", "FAKE_EXIT": str(status), **env}
+    return machine.run(status=status, **{**ALLOCATION, **given})
+
+
+def test_a_task_of_an_array_queues_itself_again_alone(machine):
+    """The last task has the array's number as SLURM_JOB_ID, by which SLURM would queue all of them."""
+    printed = signalled(machine, 75, SLURM_ARRAY_JOB_ID="12345", SLURM_ARRAY_TASK_ID="3")
+    assert machine.argv("requeue") == ["requeue", "12345_3"]
+    assert "the job goes on from its newest checkpoint" in printed
+
+
+@pytest.mark.parametrize(("comment", "written"), [("", "1"), ("starts without training: 2", "3"), ("mine", None)])
+def test_starts_that_were_signalled_before_they_trained(machine, comment, written):
+    """They are counted in a row, in the job's comment if the user has none."""
+    printed = signalled(machine, 138, FAKE_COMMENT=comment, SLURM_RESTART_COUNT="2")
+    assert machine.argv("requeue") == ["requeue", "12345"]
+    assert "the job starts again" in printed
+    updated = ["update", "JobId=12345", f"Comment=starts without training: {written}"]
+    assert machine.argv("update") == updated if written else "update" not in machine.started()
+
+
+@pytest.mark.parametrize(("comment", "count"), [("starts without training: 3", "9"), ("mine", "3")])
+def test_too_many_starts_without_training(machine, comment, count):
+    printed = signalled(machine, 138, FAKE_COMMENT=comment, SLURM_RESTART_COUNT=count)
+    assert "requeue" not in machine.started()
+    assert "was signalled 4 times before it had trained" in printed
+
+
+def test_a_start_that_has_trained_begins_the_count_again(machine):
+    signalled(machine, 75, FAKE_COMMENT="starts without training: 3", SLURM_RESTART_COUNT="7")
+    assert machine.argv("requeue") == ["requeue", "12345"]
+    assert machine.argv("update")[-1] == "Comment=starts without training: 0"
+
+
+def test_a_preflight_is_not_queued_again(machine):
+    machine.add("scontrol", REQUEUES)
+    machine.add("srun", SIGNALLED)
+    machine.run("--preflight", status=75, **ALLOCATION, ENVIRONMENT="BATCH", FAKE_COMMENT="", FAKE_EXIT="75")
+    assert "requeue" not in machine.started()
+
+
+@pytest.mark.parametrize(("env", "code", "value"), [
+    ({"SLURM_HET_SIZE": "2"}, "heterogeneous_job", "2"),
+    ({"SLURM_JOB_NUM_NODES": ""}, "job_has_ended", "unset SLURM_JOB_ID"),
+    ({"SLURM_JOB_ID": "999"}, "job_has_ended", "SLURM_JOB_ID=999"),
+    ({"CONTAINER": "env A='1 2'"}, "container_quoted", "CONTAINER"),
+])  # fmt: skip
+def test_what_is_refused(machine, env, code, value):
+    assert value in machine.refuse(code, **{**ALLOCATION, **env})
 
 
 def test_ranks_that_end_early_have_one_status(machine):

@@ -14,7 +14,8 @@ FACTS = {
     "versions": {"python": "3.12.1", "torch": "2.11", "deepspeed": "0.19.8", "transformers": "5.23.0"},
     "model": {"config": "aa", "files": 4, "bytes": 16 * GIB}, "data": {"/data/a.json": ""}, "output": FOLDER,
     "caches": {"cache": FOLDER}, "memory": 500 * GIB, "shared_memory": 64 * GIB, "open_files": 65_536,
-    "stale": {"count": 0, "bytes": 0}, "gpus": {"count": 8, "names": ["H100"], "driver": "570"}, "variables": {},
+    "stale": {"count": 0, "bytes": 0}, "gpus": {"count": 8, "names": ["H100"], "driver": "570"}, "granted_gpus": 8,
+    "variables": {},
     "time": 1000.0, "sees_output": True, "devices": 8, "ranks": 8,
 }  # fmt: skip
 NEEDS = Needs(host_bytes=200 * GIB, output_bytes=50 * GIB)
@@ -38,7 +39,8 @@ def test_all_is_well():
 @pytest.mark.parametrize(("name", "change", "state", "text"), [
     ("versions", {"versions": {**FACTS["versions"], "torch": "2.10"}}, "FAILED", "torch: 2.11 on node1, node3; 2.10 on node2"),
     ("devices", {"devices": 4}, "FAILED", "node2: 4 devices for 8 ranks"),
-    ("devices", {"gpus": {}, "devices": 0}, "FAILED", "570 on node1, node3; no GPU on node2"),
+    ("devices", {"gpus": {}, "devices": 0, "granted_gpus": 0}, "FAILED", "570 on node1, node3; no GPU on node2"),
+    ("devices", {"gpus": {}, "devices": 0}, "FAILED", "node2: SLURM has given 8 GPUs, and torch 2.11 finds none"),
     ("devices", {"gpus": {"count": 8, "names": ["H100"], "driver": "535"}}, "FAILED", "535 on node2"),
     ("network variables", {"variables": {"NCCL_IB_HCA": "x"}}, "WARNING", "NCCL_IB_HCA: none on node1, node3; x on node2"),
     ("model", {"model": {"problem": "/m/config.json: No such file"}}, "FAILED", "node2: /m/config.json: No such file"),

@@ -222,7 +222,7 @@ def test_what_can_not_be_saved_is_found_before_the_weights_are_read(tmp_path, fa
 
     from zero_sft import train
     from zero_sft.cluster.world import World
-    from zero_sft.loading import api
+    from zero_sft.job import load_model
 
     file, content, message = FAULTS[fault]
     if World.detect().is_main:
@@ -237,7 +237,7 @@ def test_what_can_not_be_saved_is_found_before_the_weights_are_read(tmp_path, fa
     errors = io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(errors))
-        loads = stack.enter_context(mock.patch.object(api, "load_model_from"))
+        loads = stack.enter_context(mock.patch.object(load_model, "load_model_from"))
         if content is None:
             stack.enter_context(mock.patch.object(PreTrainedConfig, "to_json_file", unsaveable))
         given = {"model_name_or_path": tmp_path / "model", "data_path": tmp_path / "data.json", "output_dir": tmp_path / "out"}

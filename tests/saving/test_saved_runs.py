@@ -35,7 +35,7 @@ def refused(folder: Path, out: str, arguments: dict[str, Any], code: str, value:
     import torch.distributed as dist
 
     said = io.StringIO()
-    with contextlib.redirect_stderr(said), mock.patch("zero_sft.loading.api.load_model_from") as load:
+    with contextlib.redirect_stderr(said), mock.patch("zero_sft.job.load_model.load_model_from") as load:
         with pytest.raises(AssertionError):
             small_job.train(folder, out, **arguments)
     assert not load.called

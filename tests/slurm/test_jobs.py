@@ -160,12 +160,17 @@ def test_a_killed_rank_is_started_again_in_place(cluster, job, tmp_path):
 
 
 def test_cancelled_jobs_stay_cancelled(cluster, job, tmp_path):
+    """They save a checkpoint first: SLURM's SIGTERM and the signal that launch.sh passes on are one request."""
     log = tmp_path / "log"
     number = submit(cluster, log, words(job, tmp_path / "out", **LONG), *TWO_BY_TWO)
     wait_for_step(cluster, log, 2)
     cluster.run("scancel", number)
     ended = cluster.wait(number, seconds=60)
-    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), log.read_text()
+    text = log.read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), text
+    saved = list((tmp_path / "out").glob("checkpoint-*"))
+    assert saved, text
+    assert find_damage(saved[0], read_manifest(saved[0]), verify=True) is None
 
 
 def test_a_folder_with_spaces_and_hard_words(cluster, job, tmp_path):

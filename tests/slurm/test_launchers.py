@@ -116,7 +116,8 @@ def test_an_array_of_jobs(cluster, job, tmp_path):
     """A sweep over two learning rates, as docs/slurm.md shows it."""
     script = tmp_path / "sweep.sh"
     script.write_text(
-        "#!/bin/bash\nrates=(0.001 0.01)\nrate=${rates[$SLURM_ARRAY_TASK_ID]}\n"
+        "#!/bin/bash\n#SBATCH --signal=B:USR1@30 --requeue --open-mode=append\n"
+        "rates=(0.001 0.01)\nrate=${rates[$SLURM_ARRAY_TASK_ID]}\n"
         f'exec {ROOT}/launch.sh "$@" --learning_rate "$rate" --output_dir {tmp_path}/rate-"$rate"\n'
     )
     arguments = [word for word in words(job, tmp_path / "unused")]

@@ -69,7 +69,7 @@ def _with_free_port(parse_args: Any) -> Any:
         is_port_given = any(word.partition("=")[0] == "--master_port" for word in launcher_words)
         hostfile = getattr(parsed, "hostfile", "")
         is_one_machine = not any(Path(name).is_file() for name in (hostfile, _JOB_HOSTFILE) if name)
-        if is_one_machine and (not is_port_given or not _is_free(parsed.master_port)):
+        if is_one_machine and (not is_port_given or not is_free(parsed.master_port)):
             port = free_port()
             if is_port_given:
                 sys.stderr.write(f"deepspeed: the master port {parsed.master_port} is taken, so this job takes {port}\n")
@@ -79,7 +79,8 @@ def _with_free_port(parse_args: Any) -> Any:
     return parse
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Return whether nothing listens on a port of this machine."""
     with socket.socket() as probe, contextlib.suppress(OSError, OverflowError):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store: closed connections don't matter
         probe.bind(("", port))

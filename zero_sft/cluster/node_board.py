@@ -103,9 +103,14 @@ def open_board(world: World, all_gather: Callable[[World, Any], list[Any]]) -> N
     if world.leads_node:
         with contextlib.suppress(OSError):
             handle, name = tempfile.mkstemp(prefix="zero_sft-board-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
-            os.write(handle, b"\0")
-            os.close(handle)
             path = Path(name)
+            try:
+                os.write(handle, b"\0")
+            except OSError:  # no room
+                path.unlink()
+                path = None
+            finally:
+                os.close(handle)
     paths, pids = zip(*all_gather(world, [str(path or ""), os.getpid()]), strict=True)
     board = None
     with contextlib.suppress(OSError, ValueError, psutil.Error):

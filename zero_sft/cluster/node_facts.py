@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import secrets
 import shutil
@@ -53,6 +54,7 @@ def collect(*, model: Path | None, data: Sequence[Path], output: Path, caches: M
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "stale": stale_files(),
         "gpus": gpus(),
+        "granted_gpus": granted_gpus(os.environ),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_FABRIC)},
     }
 
@@ -84,10 +86,11 @@ def describe_path(path: Path) -> str:
     """Return what is wrong with a file or folder that is to be read; "" for nothing."""
     try:
         if path.is_dir():
-            next(iter(path.iterdir()), None)
-        else:
-            with path.open("rb") as file:
-                file.read(1)
+            return "" if any(path.iterdir()) else "the folder is empty"
+        if path.exists() and not path.is_file():
+            return "not a file"
+        with path.open("rb") as file:
+            file.read(1)
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -95,7 +98,12 @@ def describe_path(path: Path) -> str:
 
 def describe_folder(folder: Path) -> dict[str, Any]:
     """Return the free bytes where a folder is or would be, and what hinders this user from writing there; "" for nothing."""
-    place = nearest_existing(folder)
+    try:
+        place = nearest_existing(folder)
+    except OSError as error:  # a name that is too long
+        return {"free": 0, "problem": error.strerror or str(error)}
+    if not place.is_dir():
+        return {"free": 0, "problem": f"{place} is not a folder"}
     try:
         probe = place / f".zero_sft-preflight-{secrets.token_hex(4)}"
         probe.write_bytes(b"")
@@ -127,6 +135,12 @@ def _mapped_files() -> set[str]:
         with contextlib.suppress(psutil.Error, OSError):
             found |= {region.path for region in process.memory_maps() if region.path.startswith(str(SHARED_MEMORY))}
     return found
+
+
+def granted_gpus(environ: Mapping[str, str]) -> int:
+    """Return the number of GPUs that SLURM has given to this job on this node; 0 if they are not to be used."""
+    count = environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(count) if re.fullmatch(r"[0-9]{1,4}", count) and environ.get("DS_ACCELERATOR") != "cpu" else 0
 
 
 def gpus() -> dict[str, Any]:

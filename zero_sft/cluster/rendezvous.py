@@ -47,11 +47,12 @@ def meeting_place(world: World, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _derived(world: World, environ: Mapping[str, str]) -> tuple[str, str]:
-    if any(environ.get(name) for name in _MPI_RANKS):
+    nodes, job, step = (environ.get(name, "") for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"))
+    is_srun = nodes and job.isdecimal() and step.isdecimal() and "MPI_LOCALRANKID" not in environ  # sets PMI_RANK as well
+    if any(environ.get(name) for name in (_MPI_RANKS[:2] if is_srun else _MPI_RANKS)):
         # mpirun is the parent of all ranks of a machine. It tells ranks of other machines nothing about the first one.
         is_one_machine = world.local_world_size == world.world_size
         return ("127.0.0.1", str(FIRST_PORT + os.getppid() % PORTS)) if is_one_machine else ("", "")
-    nodes, job, step = (environ.get(name, "") for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"))
     if nodes and job.isdecimal() and step.isdecimal():
         return hosts_of_list(nodes)[0], str(FIRST_PORT + (int(job) + 997 * int(step)) % PORTS)
     return "", ""

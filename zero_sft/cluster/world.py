@@ -81,7 +81,8 @@ class World:
         # DeepSpeed's launcher sets CROSS_RANK; torchrun sets GROUP_RANK, and its LOCAL_WORLD_SIZE counts, not LOCAL_SIZE.
         started_by_deepspeed = "CROSS_RANK" in env and "GROUP_RANK" not in env
         for launcher in (_DEEPSPEED, *_LAUNCHERS) if started_by_deepspeed else _LAUNCHERS:
-            if launcher.rank in env and any(name in env for name in launcher.world_size):
+            is_srun = launcher is _HYDRA and "MPI_LOCALRANKID" not in env and _is_slurm_task(env)  # with --mpi=pmi2
+            if launcher.rank in env and any(name in env for name in launcher.world_size) and not is_srun:
                 return launcher.read(env)
         if _is_slurm_task(env):
             return _SLURM.read({**env, **_slurm_node_tasks(env)})

@@ -15,7 +15,8 @@ from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import locate_model
 from zero_sft.job.inputs import Inputs
 from zero_sft.job.start_checks import require_trainable
-from zero_sft.loading.api import load_model_from
+from zero_sft.library.model_methods import install_model_methods
+from zero_sft.loading.load import load_model_from
 from zero_sft.loading.options import LoadOptions
 from zero_sft.options.keywords import pick_options
 from zero_sft.saving.checkpoint_reader import restore_own_weights
@@ -42,6 +43,7 @@ def load_for_training(parsed: ParsedArguments, inputs: Inputs, world: World) -> 
         config=inputs.model_spec.config,
         options=pick_options(LoadOptions, parsed.model),
     )
+    install_model_methods(model, world)
     require_trainable(model, inputs.arguments)
     model.generation_config = inputs.generation_config  # the loader's, and it also stops at the template's ends of turn
     if parsed.lora.enabled:

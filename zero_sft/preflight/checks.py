@@ -12,6 +12,13 @@ Facts = Sequence[Mapping[str, Any]]
 
 MOST_SECONDS_APART = 10.0
 LEAST_OPEN_FILES = 1024
+
+_REMEDY = "correct what the message says"
+
+UNSEEN_GPUS_REMEDY = (
+    "install a torch for the nodes' CUDA release, not one for CPUs (+cpu), and see what nvidia-smi says there; to train on the "
+    "CPUs, export DS_ACCELERATOR=cpu"
+)
 LEAST_SHARED_BYTES = 2**30
 
 
@@ -47,22 +54,29 @@ class Needs:
         reason: why not.
         output_bytes: at least, for one checkpoint and the export; None if not known.
         on_each_node: whether each node keeps a separate output folder.
+        problem: what is wrong with the model or the DeepSpeed config; "" for nothing.
     """
 
     host_bytes: int | None = None
     reason: str = ""
     output_bytes: int | None = None
     on_each_node: bool = False
+    problem: str = ""
 
 
-def judge(nodes: Facts, needs: Needs) -> list[Check]:
-    """Return all checks, in the order in which a start would meet their problems."""
+def judge(nodes: Facts, needs: Needs, data_problem: str = "") -> list[Check]:
+    """Return all checks, in the order in which a start would meet their problems.
+
+    Args:
+        data_problem: what is wrong with the beginning of the data; "" for nothing.
+    """
     return [
         _versions(nodes),
         _devices(nodes),
         _variables(nodes),
         _model(nodes),
-        _data(nodes),
+        _data(nodes, data_problem),
+        Check(name="arguments", found="the model and the DeepSpeed config can be used", problem=needs.problem, remedy=_REMEDY),
         *_output(nodes, needs),
         *_caches(nodes),
         _memory(nodes, needs),
@@ -119,6 +133,8 @@ def _devices(nodes: Facts) -> Check:
         devices = node["devices"]
         return f"{devices} devices for {node['ranks']} ranks" if node["gpus"] and devices < node["ranks"] else ""
 
+    if problem := _where(nodes, unseen_gpus):
+        return Check(name="devices", found=found, problem=problem, remedy=UNSEEN_GPUS_REMEDY)
     problem = _where(nodes, too_few) or _agree(nodes, lambda node: str(node["gpus"].get("driver", "no GPU")))
     return Check(
         name="devices",
@@ -126,6 +142,14 @@ def _devices(nodes: Facts) -> Check:
         problem=problem,
         remedy="ask for as many GPUs as ranks on each node, of one kind, and let each rank see all of its node",
     )
+
+
+def unseen_gpus(node: Mapping[str, Any]) -> str:
+    """Return "" unless SLURM has given GPUs to a node where DeepSpeed finds none."""
+    granted = node["granted_gpus"]
+    if not granted or (node["gpus"] and node["devices"]):
+        return ""
+    return f"SLURM has given {with_count(granted, 'GPU')}, and torch {node['versions']['torch']} finds none"
 
 
 def _variables(nodes: Facts) -> Check:
@@ -156,14 +180,19 @@ def _model(nodes: Facts) -> Check:
     )
 
 
-def _data(nodes: Facts) -> Check:
+def _data(nodes: Facts, first_problem: str) -> Check:
     count = len(nodes[0]["data"])
     problem = _where(nodes, lambda node: ", ".join(f"{path}: {text}" for path, text in node["data"].items() if text))
+    is_everywhere = all(any(node["data"].values()) for node in nodes)
+    if not problem and first_problem:
+        return Check(name="data", problem=first_problem, remedy=_REMEDY)
     return Check(
         name="data",
         found=with_count(count, "local source") if count else "from the hub",
         problem=problem,
-        remedy="put the data on a file system that all nodes share, or copy it to every node",
+        remedy="check the path; relative ones start from the folder where the job was submitted"
+        if is_everywhere
+        else "put the data on a file system that all nodes share, or copy it to every node",
     )
 
 

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.arguments import ParsedArguments, answer_help, parse, wants_help
+from zero_sft.cluster.deepspeed_command import is_free
 from zero_sft.cluster.node_facts import collect
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
-from zero_sft.errors import CheckpointError, DistributedError, ZeroSftError
+from zero_sft.errors import ArgumentError, CheckpointError, DistributedError, ZeroSftError
 from zero_sft.paths import nearest_existing
 from zero_sft.preflight.checks import Check, Needs, judge
-from zero_sft.printable import first_of, printable, with_count
+from zero_sft.printable import excerpt, first_of, printable, with_count
 
 MEETING_SECONDS = 60
 """The time for all ranks to come."""
@@ -51,7 +52,10 @@ def _run(parsed: ParsedArguments, world: World) -> bool:
     warnings.filterwarnings("ignore")
     from zero_sft.zero.process_group import set_meeting_place
 
-    output = Path(parsed.training["output_dir"]).expanduser()
+    try:
+        output = Path(parsed.training["output_dir"]).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ArgumentError(f"--output_dir {parsed.training['output_dir']}: {error}", code="arguments.wrong_value") from error
     facts = _facts(parsed, output) if world.local_rank == 0 else {}
     set_meeting_place(world)
     store = _meet(world)
@@ -63,7 +67,7 @@ def _run(parsed: ParsedArguments, world: World) -> bool:
         if world.is_main:
             gathered = [json.loads(store.get(f"facts/{rank}")) for rank in range(world.world_size)]
             nodes = [each for each in gathered if each]
-            checks = judge(nodes, _needs(parsed, world))
+            checks = judge(nodes, _needs(parsed, world), _first_samples_problem(parsed))
             _print_table(checks, nodes, world)
             store.set("failed", "1" if any(check.state == "FAILED" for check in checks) else "0")
         has_failed = store.get("failed") == b"1"
@@ -108,8 +112,12 @@ def _meet(world: World) -> Any:
     """
     import torch.distributed as dist
 
+    from zero_sft.zero.process_group import port_taken
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = datetime.timedelta(seconds=MEETING_SECONDS)
+    if world.is_main and not is_free(port):
+        raise port_taken(port)
     try:
         store = dist.TCPStore(address, port, world.world_size, world.is_main, timeout=limit, wait_for_workers=False)
     except dist.DistError as error:
@@ -166,6 +174,9 @@ def _marker(output: Path, world: World, store: Any) -> Any:
     if world.is_main:
         name = f".zero_sft-preflight-{secrets.token_hex(4)}"
         with contextlib.suppress(OSError):
+            for left in place.glob(".zero_sft-preflight-*"):  # by one that was killed
+                if time.time() - left.stat().st_mtime > 3600:
+                    left.unlink()
             path = place / name
             path.write_bytes(b"")
         store.set("marker", json.dumps([str(place), name]))
@@ -174,7 +185,25 @@ def _marker(output: Path, world: World, store: Any) -> Any:
         yield (Path(folder) / name).exists()
     finally:
         if path is not None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _first_samples_problem(parsed: ParsedArguments) -> str:
+    """Return what is wrong with the beginning of a local source of data; "" for nothing."""
+    from zero_sft.data.sources.data_path import parse_sources
+    from zero_sft.data.sources.local_files import LocalFiles
+    from zero_sft.data.sources.objects import read_objects
+
+    try:
+        for text in filter(None, (parsed.data.data_path, parsed.data.eval_data_path)):
+            for source in parse_sources(text):
+                if isinstance(source.data, LocalFiles):
+                    for path in source.data.chosen().files[:1]:
+                        next(read_objects(path), None)
+    except ZeroSftError as error:
+        return " ".join(error.with_code.split())
+    return ""
 
 
 def _needs(parsed: ParsedArguments, world: World) -> Needs:
@@ -209,7 +238,9 @@ def _needs(parsed: ParsedArguments, world: World) -> Needs:
         output_bytes = model.numel * (state_bytes + 2 * model.spec.dtype.itemsize)
         return Needs(host_bytes=needs.host, output_bytes=output_bytes, on_each_node=on_each_node)
     except ZeroSftError as error:
-        return Needs(reason=str(error).splitlines()[0][:100], on_each_node=on_each_node)
+        runs_nevertheless = error.code == "estimate.activations_uncountable"
+        reason, problem = (excerpt(error), "") if runs_nevertheless else ("see arguments", " ".join(error.with_code.split()))
+        return Needs(reason=reason, problem=problem, on_each_node=on_each_node)
 
 
 def _try_network(world: World) -> None:
@@ -235,7 +266,7 @@ def _try_network(world: World) -> None:
         _print_row(
             "network",
             "ok",
-            f"{with_count(world.world_size, 'rank')} have summed a number in {seconds:.2f} s ({dist.get_backend()})",
+            f"a number summed on {with_count(world.world_size, 'rank')} in {seconds:.2f} s ({dist.get_backend()})",
         )
 
 

@@ -26,6 +26,9 @@ from zero_sft.zero import shards
 _HANDLES, _GATHERED = "_zero_sft_gather_hooks", "_zero_sft_gathered"
 """Attributes of a module: the handles of its hooks, and for each forward that has not ended the parameters gathered for it."""
 
+_ENGINE = "_zero_sft_engine"
+"""Attribute of the modules of a model around which an engine has started."""
+
 SMALL_BYTES = 2 * 2**30
 """A model up to this size may be gathered in full on every rank for a while."""
 
@@ -88,10 +91,17 @@ def _patch_engine_start() -> None:
     @functools.wraps(original)
     def setup_zero_stage3_hooks(self: DeepSpeedZeRoOffload) -> None:
         remove_gather_hooks(self.module)
+        for module in self.module.modules():
+            module.__dict__[_ENGINE] = True
         original(self)
 
     setup_zero_stage3_hooks.removes_gather_hooks = True  # type: ignore[attr-defined]
     DeepSpeedZeRoOffload.setup_zero_stage3_hooks = setup_zero_stage3_hooks
+
+
+def has_engine(model: nn.Module) -> bool:
+    """Return whether a DeepSpeed engine has started around the model."""
+    return _ENGINE in model.__dict__
 
 
 def is_small(model: nn.Module) -> bool:

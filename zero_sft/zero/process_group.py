@@ -5,7 +5,10 @@ LOCAL_WORLD_SIZE, and MASTER_ADDR and MASTER_PORT where the launcher has not. Th
 """
 
 import contextlib
+import errno
+import logging
 import os
+import re
 import socket
 from typing import Any
 
@@ -22,6 +25,8 @@ from zero_sft.cluster.world import World
 from zero_sft.errors import ConfigError, Scope
 from zero_sft.printable import with_count
 from zero_sft.zero.operators import install_operator_builder
+
+logger = logging.getLogger(__name__)
 
 
 def connect(world: World) -> World:
@@ -76,7 +81,7 @@ def _start_default_group(world: World) -> None:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error) and "address already in use" not in str(error):
             raise
-        raise _port_is_taken(int(os.environ["MASTER_PORT"])) from error
+        raise port_taken(int(os.environ["MASTER_PORT"])) from error
     dist.barrier()
     _unlink_shared_memory(world.rank)
 
@@ -100,6 +105,29 @@ def set_meeting_place(world: World) -> None:
             "./launch.sh, which derives both, or export MASTER_ADDR and MASTER_PORT.",
             code="cluster.no_master_address",
         )
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise ConfigError(
+            f"MASTER_PORT={port} is not a port: a number from 1 to 65535. Unset it, and start the job with ./launch.sh, which "
+            "chooses one.",
+            code="cluster.bad_port",
+        )
+    if world.is_main and world.world_size > 1 and not _is_own_address(address):
+        logger.warning(
+            "MASTER_ADDR=%s does not look like an address of %s, where rank 0 runs: if the ranks wait for each other, name an "
+            "address of it", address, socket.gethostname(),
+        )  # fmt: skip
+
+
+def _is_own_address(address: str) -> bool:
+    """Return whether a name is that of this machine; True if that can't be known."""
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(place)
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
 
 
 def _unlink_shared_memory(rank: int) -> None:
@@ -114,7 +142,7 @@ def _unlink_shared_memory(rank: int) -> None:
         (SHARED_MEMORY / f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink()
 
 
-def _port_is_taken(port: int) -> ConfigError:
+def port_taken(port: int) -> ConfigError:
     """Make the error of rank 0, the only rank that listens on the master port."""
     return ConfigError(
         f"the master port {port} of {socket.gethostname()} is taken{_listener(port)}. Use another port for this job: "

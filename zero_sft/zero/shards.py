@@ -11,7 +11,7 @@ communicates.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
@@ -30,6 +30,19 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the full tensor's shape, partitioned or not."""
     return tuple(tensor.ds_shape) if is_sharded(tensor) else tuple(tensor.shape)
+
+
+@contextlib.contextmanager
+def shown_in_full_shape(params: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Let partitioned parameters have their full shapes, without contents, while something asks for no more."""
+    shown = [(param, param.data) for param in params if is_sharded(param) and not is_gathered(param)]
+    for param, data in shown:
+        param.data = torch.empty(1, dtype=data.dtype, device=data.device).expand(full_shape(param))
+    try:
+        yield
+    finally:
+        for param, data in shown:
+            param.data = data
 
 
 def full_numel(tensor: torch.Tensor) -> int:
