@@ -11,8 +11,8 @@ from tests.messages import CLASSES, SENTENCES, listed, sites
 from zero_sft.errors import ArgumentError, ConfigError, DataError, ZeroSftError
 
 TOPICS = {
-    "arguments", "checkpoint", "cluster", "config", "data", "ds_config", "estimate", "export", "generation_config", "hub",
-    "launcher", "manifest", "plan", "preflight", "resume", "rope", "save", "tokenizer", "training", "version",
+    "adapter", "arguments", "checkpoint", "cluster", "config", "data", "ds_config", "estimate", "export", "generation_config",
+    "hub", "launcher", "manifest", "model", "plan", "preflight", "resume", "rope", "save", "tokenizer", "training", "version",
 }  # fmt: skip
 
 

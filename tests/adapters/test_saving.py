@@ -53,10 +53,8 @@ def test_plain_peft_reads_and_merges_the_same(folder, tmp_path, case):
     computed = logits(adapted)
     save_pretrained(adapted, tmp_path / "adapter")
     torch.distributed.barrier()
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "base_config.json"}
     saved_config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved_config["base_model_name_or_path"] == str(folder)
     assert saved_config["inference_mode"] is True

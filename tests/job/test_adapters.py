@@ -14,6 +14,7 @@ from tests import small_job
 from tests.saving.test_saved_runs import run_refused
 from tests.slow import slow
 from zero_sft.checkpoint.manifest import find_damage, read_manifest
+from zero_sft.commands.export import main as export
 
 LORA = {
     "lora_r": 4, "lora_dropout": 0.0, "per_device_train_batch_size": 2, "packing": False, "max_steps": 6, "learning_rate": 0.01,
@@ -96,6 +97,17 @@ def test_merged_at_the_end(folder, whole):
     assert not (out / "adapter_config.json").exists()
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(model), logits(opened(folder, whole)), rtol=1e-4, atol=1e-4)
+
+
+def test_scaled_positions_are_kept_for_whoever_merges(folder, tmp_path):
+    """An adapter does not hold its base model's config; the run's stands next to it, and the export takes it."""
+    out = run(folder, "scaled", model_max_length=1024, max_steps=1, save_strategy="no")
+    assert "scaled RoPE" in (out / "logs" / "train.log").read_text()
+    assert json.loads((out / "base_config.json").read_text())["rope_parameters"]["factor"] == 2
+    assert export(["--adapter", str(out), str(tmp_path / "merged")]) == 0
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config
+    assert config.rope_parameters["factor"] == 2
+    assert config.use_cache is True
 
 
 def test_trained_on_from_an_adapter(folder, whole):

@@ -129,6 +129,11 @@ def _optim_args_problems(arguments: Any) -> Iterator[ArgumentError]:
 
     A key is read if it makes a difference: a value that can't be right is passed on, or raises an error.
     """
+    if arguments.learning_rates and "optimizer" in arguments.hf_deepspeed_config.config:
+        yield ArgumentError(
+            "--learning_rates does nothing with the section `optimizer` of the DeepSpeed config: leave one of the two out",
+            code="arguments.no_effect",
+        )
     pairs = [pair.split("=", 1) for pair in (arguments.optim_args or "").replace(" ", "").split(",") if "=" in pair]
     optim = arguments.optim.value
     if pairs and "optimizer" in arguments.hf_deepspeed_config.config:

@@ -16,6 +16,7 @@ from zero_sft.arguments.durations import parse_duration
 from zero_sft.arguments.faults import parse_faults
 from zero_sft.arguments.groups import DataArguments, ModelArguments
 from zero_sft.arguments.names import IGNORED, REFUSALS, REFUSED_OPTIMIZERS, TRANSLATIONS, refused_accelerator_keys
+from zero_sft.arguments.patterns import unusable_patterns
 from zero_sft.arguments.specifications import ALWAYS_SET, DATA, LORA, MODEL, TRAINING, specifications
 from zero_sft.errors import ArgumentError
 from zero_sft.loading.options import REMOVED_OPTIONS
@@ -34,7 +35,7 @@ _NEED_EVALUATION_DATA = ("do_eval", "eval_on_start", "load_best_model_at_end", "
 _NEVER_EMPTY = (
     "output_dir", "model_name_or_path", "data_path", "eval_data_path", "sample_prompts", "data_cache_dir", "cache_dir",
     "chat_template", "resume_from_checkpoint", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
-    "lora_weight_path",
+    "lora_weight_path", "unfreeze",
 )  # fmt: skip
 
 
@@ -103,6 +104,7 @@ def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[
             code="arguments.contradiction",
         )
     yield from unusable_lora_options(values)
+    yield from unusable_patterns(values)
     yield from _unusable_checkpoint_options(values)
     yield from _unusable_step_options(values)
     has_metric = values.get("metric_for_best_model") or "metric_for_best_model" in unusable

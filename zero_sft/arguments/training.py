@@ -117,6 +117,19 @@ class TrainingArguments(SFTConfig):
             "and preempt."
         },
     )
+    unfreeze: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train only the parameters whose names this regular expression fits in any place: 'layers\\.(3[0-9])\\.'."
+        },
+    )
+    learning_rates: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates of parameters by regular expressions of their names, the first that fits: "
+            "'{\"embed_tokens\": 1e-6}'. Others have --learning_rate; the schedule scales both."
+        },
+    )
     report_to: str | list[str] = field(
         default="none", metadata={"help": "Services that receive the metrics: none, all, or names such as wandb, tensorboard."}
     )

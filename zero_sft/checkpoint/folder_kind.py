@@ -15,6 +15,9 @@ from zero_sft.printable import first_of
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 """The two files of an adapter (PEFT)."""
 
+BASE_CONFIG = "base_config.json"
+"""The base model's config as an adapter was trained with it, next to the adapter: with its RoPE scaling, for instance."""
+
 _LFS = b"version https://git-lfs.github.com/spec/"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _HTML = (b"<!doctype", b"<html", b"<?xml")

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from zero_sft.checkpoint.file_layout import MAX_FILE_BYTES
-from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
+from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG, BASE_CONFIG
 from zero_sft.checkpoint.manifest import find_damage, has_manifest, read_manifest
 from zero_sft.cluster.world import World
 from zero_sft.config import load_config
@@ -140,7 +140,8 @@ def _export_adapter(request: ExportRequest) -> None:
     own_files = settings_in(last)  # the tokenizer's, with the run's chat template
     if not request.merge_adapter:
         state = {name: torch.empty(shape, dtype=spec.dtype, device="meta") for name, shape in adapter.shapes.items()}
-        files = own_files | {ADAPTER_CONFIG: (last / ADAPTER_CONFIG).read_bytes()}
+        names = [name for name in (ADAPTER_CONFIG, BASE_CONFIG) if (last / name).is_file()]
+        files = own_files | {name: (last / name).read_bytes() for name in names}
         _write(request.out, adapter_layout(state), adapter, state, files)
         return
     folder = fetch_weights(source, World.alone())
@@ -148,13 +149,8 @@ def _export_adapter(request: ExportRequest) -> None:
     base = FolderWeights(folder, plain, state, spec.dtype)
     merged = MergedWeights(base, adapted, adapter, spec.dtype)
     state = _state_to_write(plain, state, merged, folder)
-    _write(
-        request.out,
-        _layout(plain, state, merged, request.max_file_bytes),
-        merged,
-        state,
-        _settings_files(settings, spec.dtype) | own_files,
-    )
+    files = _settings_files(settings, spec.dtype, last / BASE_CONFIG) | own_files
+    _write(request.out, _layout(plain, state, merged, request.max_file_bytes), merged, state, files)
 
 
 def _base_model(request: ExportRequest, lora: Any) -> ModelSource:
@@ -292,10 +288,15 @@ def _state_to_write(
     return {name: tensor for name, tensor in state.items() if name in weights.shapes and name not in names_not_saved(model)}
 
 
-def _settings_files(folder: Path, dtype: torch.dtype) -> dict[str, bytes]:
-    """Return config and tokenizer, with the dtype of the weights in the config."""
+def _settings_files(folder: Path, dtype: torch.dtype, config_as_trained: Path | None = None) -> dict[str, bytes]:
+    """Return config and tokenizer, with the dtype of the weights in the config.
+
+    Args:
+        config_as_trained: stands for the config in the folder, if it exists.
+    """
     files = settings_in(folder)
-    config = json.loads(files["config.json"])
+    is_there = config_as_trained is not None and config_as_trained.is_file()
+    config = json.loads(config_as_trained.read_bytes() if config_as_trained is not None and is_there else files["config.json"])
     name = str(dtype).removeprefix("torch.")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from zero_sft.adapters.options import LoraOptions
+from zero_sft.checkpoint.folder_kind import BASE_CONFIG
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
+from zero_sft.config import load_config
+from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import build_on_meta
+from zero_sft.rope import text_config
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -31,7 +35,7 @@ class AdapterPlan:
     merge: bool
 
 
-def plan_adapters(options: LoraOptions, spec: ModelSpec, world: World) -> AdapterPlan | None:
+def plan_adapters(options: LoraOptions, spec: ModelSpec, source: ModelSource, world: World) -> AdapterPlan | None:
     """Add the adapters to a model without weights, and return what they are; None without LoRA. Every rank; communicates.
 
     Raises:
@@ -44,8 +48,11 @@ def plan_adapters(options: LoraOptions, spec: ModelSpec, world: World) -> Adapte
     from zero_sft.adapters.files import read_adapter_header
     from zero_sft.adapters.peft_internals import saved_tensors
 
+    folder = fetch_files(source, world, CONFIG)
     with collective_stage(world, "planning the adapters") as exchange:
         if world.is_main:
+            if not options.merge_adapter:
+                _warn_of_scaling(folder, spec, source)
             config = lora_config(options)
             model, _ = build_on_meta(spec)
             tensors = saved_tensors(adapted_on_meta(model, config, merge=options.merge_adapter))
@@ -55,3 +62,13 @@ def plan_adapters(options: LoraOptions, spec: ModelSpec, world: World) -> Adapte
             exchange.local = [recorded_settings(config), numel * spec.dtype.itemsize, numel]
     settings, nbytes, numel = exchange.gathered[0]
     return AdapterPlan(settings=settings, nbytes=nbytes, numel=numel, merge=options.merge_adapter)
+
+
+def _warn_of_scaling(folder: Path, spec: ModelSpec, source: ModelSource) -> None:
+    """Warn if the adapter is trained on other positions than its base model has for those who load the two."""
+    stored = getattr(text_config(load_config(folder, source.options)), "rope_parameters", None)
+    if stored != getattr(text_config(spec.config), "rope_parameters", None):
+        logger.warning(
+            "the adapter is trained on a base model with scaled RoPE, which an adapter does not hold: whoever loads the two "
+            "has to set rope_parameters as in %s next to it. --merge_adapter True writes a model that has them.", BASE_CONFIG,
+        )  # fmt: skip

@@ -24,6 +24,7 @@ from zero_sft.errors import EndedEarlyError, ExportError, Scope
 from zero_sft.job import sharded_checkpoints, trainer_internals
 from zero_sft.job.ending_early import EndEarly, EvaluationEndedEarly
 from zero_sft.job.sharded_checkpoints import ShardedCheckpoints
+from zero_sft.job.trained_part import set_rates
 from zero_sft.rope import text_config
 from zero_sft.saving.export import save_form, save_pretrained
 from zero_sft.saving.folder import explain_write_errors, require_writable
@@ -83,6 +84,15 @@ class SavingTrainer(SFTTrainer):
             yield
         finally:
             config.update(training_values)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the Trainer's optimizer, with the rates of `--learning_rates`."""
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(model)
+        rates = self.args.learning_rates  # type: ignore[attr-defined]
+        if is_new and rates:
+            trained: Any = self.model if model is None else model
+            set_rates(optimizer, trained.named_parameters(), rates)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the Trainer's scheduler. Some schedules read the optimizer's `defaults`, which DeepSpeed's optimizer lacks."""

@@ -15,6 +15,7 @@ from zero_sft.hub.options import HubOptions
 from zero_sft.hub.source import locate_model
 from zero_sft.job.inputs import Inputs
 from zero_sft.job.start_checks import require_trainable
+from zero_sft.job.trained_part import freeze_others
 from zero_sft.library.model_methods import install_model_methods
 from zero_sft.loading.load import load_model_from
 from zero_sft.loading.options import LoadOptions
@@ -50,6 +51,8 @@ def load_for_training(parsed: ParsedArguments, inputs: Inputs, world: World) -> 
         return _with_adapters(model, parsed.lora, inputs, world)
     if checkpoint is not None and checkpoint.on_each_node:
         _restore_from_own_files(model, checkpoint, world)
+    if inputs.arguments.unfreeze is not None:
+        freeze_others(model, inputs.arguments.unfreeze)
     return model
 
 

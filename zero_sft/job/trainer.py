@@ -68,23 +68,25 @@ class JobTrainer(SavingTrainer):
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TokenCount))
 
     @functools.cached_property
-    def _numel_without_embeddings(self) -> int:
+    def _flops_per_token(self) -> int:
+        """Operations per token: 2 per parameter and pass, without embeddings. A frozen parameter gets no gradient."""
         model: Any = self.model
         embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
-        return sum(full_numel(param) for param in model.parameters() if id(param) not in embeddings)
+        params = [param for param in model.parameters() if id(param) not in embeddings]
+        return sum((6 if param.requires_grad else 4) * full_numel(param) for param in params)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Return transformers' estimate for a batch: 6 operations per token and parameter, without embeddings.
+        """Return the operations of a batch: of a model that is trained as a whole, transformers' estimate.
 
         transformers counts the elements that a parameter has on this rank at present: none if it is partitioned.
         """
-        return 6 * inputs["input_ids"].numel() * self._numel_without_embeddings
+        return inputs["input_ids"].numel() * self._flops_per_token
 
     @property
     def flops_per_token(self) -> int | None:
         """Operations for a token, as in `floating_point_ops`; None for a model with experts, of which a token uses a part."""
         model: Any = self.model
-        return None if has_idle_experts(text_config(model.config)) else 6 * self._numel_without_embeddings
+        return None if has_idle_experts(text_config(model.config)) else self._flops_per_token
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Write no model card, since TRL's card would be taken for a description of the exported model."""

@@ -16,7 +16,7 @@ from zero_sft.transformers_internals import TESTED
 OVERRIDDEN = (
     "_run_epoch", "_save_checkpoint", "_init_training_state", "_prepare_for_training", "_load_rng_state",
     "_load_best_model", "_finalize_training", "_maybe_log_save_evaluate",
-    "store_flos", "create_scheduler", "_load_optimizer_and_scheduler",
+    "store_flos", "create_optimizer", "create_scheduler", "_load_optimizer_and_scheduler",
     "save_model", "_get_train_sampler", "training_step", "get_batch_samples",
     "compute_loss", "log", "evaluation_loop", "get_eval_dataloader", "prediction_step", "create_model_card",
     "floating_point_ops",

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG, BASE_CONFIG
 from zero_sft.printable import with_count
 from zero_sft.saving.placing import WEIGHTS
 from zero_sft.saving.run_record import RunRecord
@@ -17,13 +18,20 @@ from zero_sft.saving.settings import settings_in
 
 CARD_FILE = "README.md"
 CURVE_FILE = "loss.png"
+_OTHERS = (CARD_FILE, CURVE_FILE, ADAPTER_CONFIG, BASE_CONFIG)
 _MARK = "<!-- written by zero_sft -->"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _RELEASES = ("zero_sft", "transformers", "trl", "deepspeed", "torch")
 
 
 def model_card(
-    name: str, record: RunRecord, history: Sequence[Mapping[str, Any]], *, ranks: int | None, curve: str | None = None
+    name: str,
+    record: RunRecord,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    ranks: int | None,
+    curve: str | None = None,
+    is_adapter: bool = False,
 ) -> str:
     """Return the card's Markdown.
 
@@ -32,19 +40,21 @@ def model_card(
         history: the Trainer's log.
         ranks: the number of GPUs; None if it is not known.
         curve: the file of the loss curve, next to the card.
+        is_adapter: whether the folder holds an adapter, not a model.
     """
     base = _public(record.model)
     datasets = [each for each in record.data if _HUB_ID.fullmatch(each)]
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front = ["library_name: peft" if is_adapter else "library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"base_model: {base}"] * bool(_HUB_ID.fullmatch(base))
     front += ["datasets:", *(f"- {each}" for each in dict.fromkeys(datasets))] if datasets else []
-    front += ["tags:", "- sft", "- deepspeed"]
+    front += ["tags:", "- sft", "- deepspeed", *["- lora"] * bool(record.adapter)]
     rows = {
         "base model": base or record.model_type,
         "data": ", ".join(_public(each) for each in record.data) or "?",
         "samples": _samples(record),
         "steps": f"{_last_step(history, record):,} of {record.samples_a_step:,} samples",
         "longest sample": f"{record.settings.get('model_max_length', '?')} tokens",
+        "adapter": f"LoRA, rank {record.adapter['r']}, alpha {record.adapter['lora_alpha']}" if record.adapter else "",
         "optimizer": f"{record.optimizer}, learning rate {record.learning_rate:g}, schedule {record.schedule}",
         "loss": _course([entry["loss"] for entry in history if "loss" in entry]),
         "loss on held-out samples": _course([entry["eval_loss"] for entry in history if "eval_loss" in entry]),
@@ -115,11 +125,13 @@ def add_card(
     has_curve = curve is not None and curve.is_file()
     if curve is not None and has_curve:
         shutil.copyfile(curve, folder / curve.name)
-    text = model_card(name, record, history, ranks=ranks, curve=curve.name if curve is not None and has_curve else None)
+    curve_name = curve.name if curve is not None and has_curve else None
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    text = model_card(name, record, history, ranks=ranks, curve=curve_name, is_adapter=is_adapter)
     path.write_text(text, encoding="utf-8")
 
 
 def files_of_model(folder: Path) -> list[str]:
     """Return the paths of a model's files in its folder: weights, config, tokenizer, code, card and loss curve. Rank 0."""
-    names = {path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) or path.name in (CARD_FILE, CURVE_FILE)}
+    names = {path.name for path in folder.iterdir() if WEIGHTS.fullmatch(path.name) or path.name in _OTHERS}
     return sorted(names | settings_in(folder).keys())

@@ -37,7 +37,7 @@ _NOT_COMPARED = re.compile(
 """Keys of a model's config that neither a training step nor an export's values depend on."""
 _CHANGEABLE = re.compile(r"rope_.*|max_position_embeddings|.*(dropout|drop|pdrop|coef|jitter|noise).*")
 """Keys of a model's config that users change between runs: for other lengths, and for the training alone."""
-_SETTINGS = ("model_max_length", "seed", "data_seed", "weight_decay")
+_SETTINGS = ("model_max_length", "seed", "data_seed", "weight_decay", "unfreeze", "learning_rates")
 _STATEFUL_SCHEDULES = frozenset({"reduce_lr_on_plateau", "greedy"})
 """Schedules whose state is more than a step counter."""
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from zero_sft.checkpoint.folder_kind import BASE_CONFIG
 from zero_sft.conversion.quantized import config_parts
 from zero_sft.errors import ExportError, ZeroSftError
 from zero_sft.generation_config import GENERATION_CONFIG, write_generation_config
@@ -49,7 +50,7 @@ def write_settings(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
 def write_adapter_settings(
     folder: Path, adapter: Any, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
-    """Write an adapter's config and the tokenizer to the folder. Rank 0.
+    """Write an adapter's config, its base model's config and the tokenizer to the folder. Rank 0.
 
     Args:
         adapter: PEFT's config, as it is saved.
@@ -60,9 +61,20 @@ def write_adapter_settings(
     """
     with _explained("the adapter's config"):
         adapter.save_pretrained(folder)
+    with _explained("the base model's config"):
+        _write_json(folder / BASE_CONFIG, json.loads(_exported(config).to_json_string(use_diff=False)))
     if tokenizer is not None:
         with _explained("the tokenizer"):
             _write_tokenizer(folder, tokenizer, config)
+
+
+def _exported(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a copy of a config without what is set for training alone."""
+    copied = copy.deepcopy(config)
+    for part in (copied, text_config(copied)):
+        if getattr(part, "use_cache", None) is False:
+            part.use_cache = True  # off only while training, as in FastChat
+    return copied
 
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -104,12 +116,10 @@ def _write(
     model: PreTrainedModel | None = None,
 ) -> None:
     """Write copies that are consistent with each other and, if there is a model, with its class and weights."""
-    config, generation_config = copy.deepcopy(config), copy.deepcopy(generation_config)
+    config, generation_config = _exported(config), copy.deepcopy(generation_config)
     parts = (config, text_config(config))
     tied = None if model is None else heads_are_tied(model)
     for part in parts:
-        if getattr(part, "use_cache", None) is False:
-            part.use_cache = True  # off only while training, as in FastChat
         if tied is not None and hasattr(part, "tie_word_embeddings"):
             part.tie_word_embeddings = tied
     if model is not None:
