@@ -8,6 +8,7 @@ import torch
 
 from tests import models
 from tests.errors import raises
+from zero_sft.adapters.options import LoraOptions
 from zero_sft.estimate.activations import LiveMemory, peak_bytes
 from zero_sft.estimate.engine_memory import Sizes, training_memory, zero_settings
 from zero_sft.estimate.memory_needs import MemoryModel, TrainingRun
@@ -107,6 +108,57 @@ def estimated(folder, zero, batch_size, length, checkpointing):
 def test_within_a_tenth_of_a_measured_run(folder, buckets, batch_size, length, checkpointing):
     expected = estimated(folder, BUCKETS[buckets], batch_size, length, checkpointing).device_peak
     found = measured(folder, BUCKETS[buckets], batch_size, length, checkpointing)
+    assert abs(expected / found - 1) < 0.1, (os.environ["RANK"], expected / 2**20, found / 2**20)
+
+
+LORA = {"lora_r": 16, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
+
+
+def measured_with_adapters(folder, zero, batch_size, length, checkpointing):
+    """As `measured`, of a run that trains adapters, checkpointed as TRL does it."""
+    import deepspeed
+
+    from testing import probes
+    from zero_sft import load_model
+    from zero_sft.adapters.attach import add_adapters, lora_config
+
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)
+    libc.mallopt(-1, 2**17)
+    ds = {
+        "zero_optimization": {"stage": 3, **zero}, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": batch_size,
+    }  # fmt: skip
+    import peft  # noqa: F401 - its modules do not count
+
+    with probes.PeakMemory() as peak:
+        model = add_adapters(load_model(str(folder), ds_config=ds), lora_config(LoraOptions(**LORA)), seed=1)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.train()
+        optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], fused=True)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
+        tokens = torch.arange(batch_size * length).view(batch_size, length)
+        for _ in range(2):
+            loss = engine(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss)
+            del loss
+            engine.step()
+    engine.destroy()
+    return peak.growth
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize(("batch_size", "length", "checkpointing"), [(8, 256, True), (4, 256, False)])
+def test_adapters_within_a_tenth_of_a_measured_run(folder, batch_size, length, checkpointing):
+    lora = LoraOptions(**LORA)
+    model = MemoryModel(find_model(str(folder), HubOptions()), lora)
+    zero = BUCKETS["by the model's width"]
+    activations = peak_bytes(model.spec, batch_size=batch_size, length=length, checkpointing=checkpointing, lora=lora)
+    settings = zero_settings({"zero_optimization": {"stage": 3, **zero}}, WIDTH)
+    expected = training_memory(model.sizes(2, activations), settings, 2, on_cpu=True).device_peak
+    found = measured_with_adapters(folder, zero, batch_size, length, checkpointing)
     assert abs(expected / found - 1) < 0.1, (os.environ["RANK"], expected / 2**20, found / 2**20)
 
 

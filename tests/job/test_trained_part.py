@@ -86,7 +86,7 @@ def test_patterns_that_can_not_be_used(words, code):
 
 
 @pytest.mark.parametrize(
-    "option", [{"unfreeze": "no_such"}, {"learning_rates": '{"no_such": 0.1}'}], ids=lambda given: [*given][0]
+    "option", [{"unfreeze": "no_such"}, {"learning_rates": json.dumps({"no_such": 0.1})}], ids=["unfreeze", "rates"]
 )
 def test_a_pattern_that_fits_nothing(folder, option):
     run_refused(folder, "refused", "arguments.pattern_fits_nothing", "no_such", **OPTIONS | option)

@@ -100,7 +100,7 @@ def add_adapters(model: Any, config: LoraConfig, *, seed: int) -> Any:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        adapted = _wrapped(model, config)
+        adapted = wrapped(model, config)
     # The backward hooks of the first module that has adapters need an input with a gradient: with activation checkpointing, and
     # of DeepSpeed's leaf modules (experts), whose gradients would be reduced before they are there.
     adapted.enable_input_require_grads()
@@ -123,7 +123,7 @@ def adapted_on_meta(model: Any, config: LoraConfig, *, merge: bool = False) -> A
         ExportError: the adapter can't be merged.
     """
     with torch.device("meta"):
-        adapted = _wrapped(model, config, on_meta=True)
+        adapted = wrapped(model, config, on_meta=True)
     if merge:
         require_mergeable(adapted)
     return adapted
@@ -135,7 +135,12 @@ def recorded_settings(config: LoraConfig) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, (set, list, tuple)) else value for name, value in values.items()}
 
 
-def _wrapped(model: Any, config: LoraConfig, *, on_meta: bool = False) -> Any:
+def wrapped(model: Any, config: LoraConfig, *, on_meta: bool = False) -> Any:
+    """Wrap a model in PEFT's, with new adapters. Any rank.
+
+    Raises:
+        ArgumentError: as `add_adapters`.
+    """
     peft_internals.check()
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)

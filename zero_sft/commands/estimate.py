@@ -33,6 +33,7 @@ _TRAINING = (
     "save_async",
     "local_save_dir",
 )
+_LORA = ("lora_r", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "lora_bias", "use_dora")
 
 
 LARGEST_WORLD_SIZE = 131_072
@@ -67,7 +68,7 @@ def command() -> Command:
         default=None,
         help=f"Models: folders, config.json files, hub ids, names out of {models}, or `shipped` for all of these names.",
     )
-    model, training = [*names, *shared_options(_MODEL)], shared_options(_TRAINING)
+    model, training = [*names, *shared_options(_MODEL)], [*shared_options(_TRAINING), *shared_options(_LORA)]
     return Command(
         program="python -m zero_sft.estimate",
         description="Estimate what loading and training with ZeRO-3 need on every rank, from headers or only a config.",

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 
+from zero_sft.adapters.options import LoraOptions
 from zero_sft.errors import ConfigError
 from zero_sft.loading import skeleton
 from zero_sft.loading.request import ModelSpec
@@ -53,8 +54,11 @@ class LiveMemory(TorchDispatchMode):
         self.now -= nbytes
 
 
-def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: bool) -> int:
+def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: bool, lora: LoraOptions | None = None) -> int:
     """Return a rank's peak bytes of activations, logits and incomplete gradients in one pass over (batch_size, length).
+
+    Args:
+        lora: the adapters, if any are trained: autograd keeps less for frozen weights, and TRL's checkpointing is reentrant.
 
     Raises:
         ConfigError: the model's code can't run without data.
@@ -62,14 +66,21 @@ def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: 
     config: PreTrainedConfig = copy.deepcopy(spec.config)
     config.use_cache = False
     spec = dataclasses.replace(spec, config=config)
+    adapted: Any = None
+    if lora is not None and lora.enabled:
+        from zero_sft.adapters.attach import adapted_on_meta, lora_config
+
+        adapted = adapted_on_meta(skeleton.build_on_meta(spec)[0], lora_config(lora))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
             model: Any = skeleton.instantiate(spec)
-            for param in model.parameters():
+            if adapted is not None:
+                model = _with_adapters(model, adapted)
+            for param in filter(lambda param: param.requires_grad, model.parameters()):
                 param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
             model.train()
             if checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": adapted is not None})
             live = LiveMemory()
             for tensor in (*model.parameters(), *model.buffers()):
                 live.leave_out(tensor)
@@ -82,3 +93,25 @@ def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: 
             code="estimate.activations_uncountable",
         ) from error
     return live.peak
+
+
+def _with_adapters(model: Any, adapted: Any) -> Any:
+    """Give a model with adapters on meta the fake tensors of the model without them, and new ones.
+
+    PEFT moves and converts what it makes, which fails for fake tensors, and does not for those on meta.
+    """
+    from zero_sft.adapters.peft_internals import base_name  # PEFT, which an estimate without adapters does not need
+
+    buffers, params = dict(model.named_buffers()), dict[int, torch.nn.Parameter]()
+    dtype = next(model.parameters()).dtype  # of the adapters as well; on meta they have torch's default
+    for prefix, module in adapted.named_modules():
+        for name, param in module._parameters.items():
+            if param is not None and id(param) not in params:
+                is_new = base_name(f"{prefix}.{name}") is None
+                contents = torch.empty(param.shape, dtype=dtype if is_new else param.dtype)
+                params[id(param)] = torch.nn.Parameter(contents, requires_grad=param.requires_grad)
+            module._parameters[name] = None if param is None else params[id(param)]
+        for name in module._buffers:
+            module._buffers[name] = buffers[str(base_name(f"{prefix}.{name}"))]
+    adapted.enable_input_require_grads()
+    return adapted

@@ -23,11 +23,24 @@ MOMENT_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of the model: elements of each parameter, bytes per element, and activation bytes of a pass."""
+    """Sizes of the model.
+
+    Attributes:
+        numels: elements of each parameter.
+        itemsize: bytes per element.
+        activation_bytes: of a pass.
+        trained_numels: elements of each parameter that is trained; None: all are.
+    """
 
     numels: Sequence[int]
     itemsize: int
     activation_bytes: int
+    trained_numels: Sequence[int] | None = None
+
+    @property
+    def trained(self) -> Sequence[int]:
+        """Elements of each trained parameter."""
+        return self.numels if self.trained_numels is None else self.trained_numels
 
     @property
     def numel(self) -> int:
@@ -35,9 +48,9 @@ class Sizes:
         return sum(self.numels)
 
     def sub_groups(self, world_size: int, size: int) -> list[int]:
-        """Return a rank's padded elements in each sub-group of the engine. A sub-group is full once it reaches `size`."""
+        """Return a rank's padded elements in each sub-group of the optimizer. A sub-group is full once it reaches `size`."""
         groups = [0]
-        for numel in self.numels:
+        for numel in self.trained:
             if groups[-1] >= size:
                 groups.append(0)
             groups[-1] += partition_numel(numel, world_size)
@@ -106,18 +119,20 @@ def training_memory(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: int, *,
     """
     groups = sizes.sub_groups(world_size, int(zero.sub_group_size))
     width, model_bytes = sizes.itemsize, sizes.numel * sizes.itemsize
+    trained_bytes = sum(sizes.trained) * width
     bucket = int(zero.reduce_bucket_size) * width
-    filled = min(bucket, model_bytes)
+    filled = min(bucket, trained_bytes)
+    shard = sum(partition_numel(numel, world_size) for numel in sizes.numels)
     device: dict[str, int] = {}
     host: dict[str, int] = {}
-    (device if _device(zero.offload_param) == "none" else host).update(_param_bytes(zero, groups, width, on_cpu))
+    (device if _device(zero.offload_param) == "none" else host).update(_param_bytes(zero, shard, groups, width, on_cpu))
     (device if _device(zero.offload_optimizer) == "none" else host).update(_state_bytes(zero, groups, width, on_cpu))
     device["reduction bucket"] = filled if on_cpu else bucket
     gathered = min(model_bytes, (int(zero.max_live_parameters) + max(sizes.numels)) * width)
     forward_and_backward = {"gathered parameters": gathered, "activations": sizes.activation_bytes}
     reduced = (2 if on_cpu else 1) * filled
     phases = {"forward and backward": forward_and_backward, "last reduction": {"gradients being reduced": reduced}}
-    if filled < model_bytes:  # the bucket is also reduced during the backward pass
+    if filled < trained_bytes:  # the bucket is also reduced during the backward pass
         forward_and_backward["gradients being reduced"] = reduced
     if "optimizer" in device:
         phases["optimizer's step"] = {"gradients of a group": (4 + width) * max(groups)}
@@ -130,9 +145,9 @@ def checkpoint_copy_bytes(sizes: Sizes, zero: DeepSpeedZeroConfig, world_size: i
     return shard * (sizes.itemsize + (4 if sizes.itemsize < 4 else 0) + MOMENT_BYTES)
 
 
-def _param_bytes(zero: DeepSpeedZeroConfig, groups: Sequence[int], width: int, on_cpu: bool) -> dict[str, int]:
-    """Return the bytes of a rank's parameters: in the engine's buffer and in the swap buffers for NVMe."""
-    shard, offload = sum(groups), zero.offload_param
+def _param_bytes(zero: DeepSpeedZeroConfig, shard: int, groups: Sequence[int], width: int, on_cpu: bool) -> dict[str, int]:
+    """Return the bytes of a rank's `shard` elements: in the engine's buffer and in the swap buffers for NVMe."""
+    offload = zero.offload_param
     if offload is None or _device(offload) == "none":
         return {"parameters": width * shard}
     if _device(offload) == "cpu":

@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 import torch
 
+from zero_sft.adapters.options import LoraOptions
 from zero_sft.ds_config import engine_dtype, load_ds_config
 from zero_sft.estimate.activations import peak_bytes
 from zero_sft.estimate.engine_memory import Memory, Sizes, checkpoint_copy_bytes, training_memory, zero_settings
 from zero_sft.estimate.model import EstimatedModel
+from zero_sft.loading.request import ModelSpec
+from zero_sft.loading.skeleton import build_on_meta
 from zero_sft.rope import text_config
 from zero_sft.saving.checkpoint_saver import MEMORY_SHARE
 
@@ -53,14 +56,43 @@ class MemoryNeeds:
 class MemoryModel:
     """Memory model of a training. Activations are counted once per batch shape and cached."""
 
-    def __init__(self, model: EstimatedModel) -> None:
+    def __init__(self, model: EstimatedModel, lora: LoraOptions | None = None) -> None:
+        """Take a model, and the adapters that are trained.
+
+        Raises:
+            ArgumentError: the model has no modules for these adapters.
+        """
         self._model = model
-        self._peak_bytes = functools.cache(functools.partial(peak_bytes, model.spec))
+        self._peak_bytes = functools.cache(functools.partial(peak_bytes, model.spec, lora=lora))
+        self._numels = [param.numel() for param in model.parameters.values()]
+        self._trained_numels: list[int] | None = None
+        if lora is not None and lora.enabled:
+            from zero_sft.adapters.attach import adapted_on_meta, lora_config  # PEFT, which other estimates do not need
+
+            params = list(adapted_on_meta(build_on_meta(model.spec)[0], lora_config(lora)).parameters())
+            self._numels = [param.numel() for param in params]
+            self._trained_numels = [param.numel() for param in params if param.requires_grad]
+
+    @property
+    def trained_numel(self) -> int | None:
+        """Elements of the adapters; None without adapters."""
+        return None if self._trained_numels is None else sum(self._trained_numels)
 
     def activation_bytes(self, run: TrainingRun) -> int:
         """Return a rank's activation bytes of one pass. Packed rows add a mask of (length, length) that separates samples."""
         mask = 3 * run.batch_size * run.length**2 if run.packing else 0  # 1 byte as booleans, 2 bytes added to the scores
         return mask + self._peak_bytes(batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model before its weights are read."""
+        return self._model.spec
+
+    def sizes(self, itemsize: int, activation_bytes: int) -> Sizes:
+        """Return the sizes of the model, with its adapters."""
+        return Sizes(
+            numels=self._numels, trained_numels=self._trained_numels, itemsize=itemsize, activation_bytes=activation_bytes
+        )
 
     def needs(self, run: TrainingRun) -> MemoryNeeds:
         """Estimate the memory of a run.
@@ -70,11 +102,7 @@ class MemoryModel:
         """
         ds = load_ds_config(run.ds_config)
         dtype = engine_dtype(ds, str(self._model.spec.dtype).removeprefix("torch."))
-        sizes = Sizes(
-            numels=[param.numel() for param in self._model.parameters.values()],
-            itemsize=getattr(torch, dtype).itemsize,
-            activation_bytes=self.activation_bytes(run),
-        )
+        sizes = self.sizes(getattr(torch, dtype).itemsize, self.activation_bytes(run))
         zero = zero_settings(ds, text_config(self._model.spec.config).hidden_size)
         memory = training_memory(sizes, zero, run.world_size)
         ranks = min(run.ranks_per_node, run.world_size)

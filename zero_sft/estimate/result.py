@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from zero_sft.adapters.options import LoraOptions
 from zero_sft.data.packing import resolve_packing
 from zero_sft.estimate.memory_needs import INTERPRETER_BYTES, RUNTIME_BYTES, MemoryModel, MemoryNeeds, TrainingRun
 from zero_sft.estimate.model import EstimatedModel, find_model
@@ -33,6 +34,7 @@ class Result:
     other_activations: int
     remedies: Sequence[str]
     planning_seconds: float
+    adapter_numel: int | None = None
 
     @property
     def device(self) -> dict[str, int]:
@@ -65,6 +67,8 @@ class Result:
             f"{model.name}: {model.numel / 1e9:,.1f} B parameters, {model.tensors:,} tensors in "
             f"{with_count(model.files, 'file')} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
         )
+        if self.adapter_numel is not None:
+            yield f"LoRA: {self.adapter_numel / 1e6:,.1f} M parameters are trained"
         yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} per node"
         yield ""
         yield f"  load, each rank {'least':>26}{'median':>12}{'most':>12}"
@@ -108,7 +112,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
     hub = pick_options(HubOptions, options)
     profile = parse_storage(options.storage)
     model = find_model(name, hub, pick_options(LoadOptions, options))
-    memory_model = MemoryModel(model)
+    memory_model = MemoryModel(model, pick_options(LoraOptions, options))
     packing = resolve_packing(
         options.packing, text_config(model.spec.config), attention=options.attn_implementation, lazy=False
     )
@@ -139,6 +143,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             other_activations=memory_model.activation_bytes(dataclasses.replace(run, checkpointing=not run.checkpointing)),
             remedies=[] if needs.fits else list(memory_model.remedies(run)),
             planning_seconds=planning_seconds,
+            adapter_numel=memory_model.trained_numel,
         )
 
 
