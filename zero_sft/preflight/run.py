@@ -9,6 +9,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -23,12 +24,13 @@ from zero_sft.cluster.deepspeed_command import is_free
 from zero_sft.cluster.node_facts import collect
 from zero_sft.cluster.rank_main import run_rank
 from zero_sft.cluster.world import World
-from zero_sft.errors import ArgumentError, CheckpointError, DistributedError, ZeroSftError
+from zero_sft.errors import ArgumentError, CheckpointError, ConfigError, DistributedError, ZeroSftError
 from zero_sft.paths import nearest_existing
 from zero_sft.preflight.checks import Check, Needs, judge
 from zero_sft.printable import excerpt, first_of, printable, with_count
 
 MEETING_SECONDS = 60
+MEETING_VARIABLE = "ZERO_SFT_PREFLIGHT_SECONDS"
 """The time for all ranks to come."""
 
 ESTIMATE_SECONDS = 600
@@ -73,7 +75,7 @@ def _run(parsed: ParsedArguments, world: World) -> bool:
         has_failed = store.get("failed") == b"1"
         store.set(f"done/{world.rank}", "1")
         if world.is_main:
-            store.wait([f"done/{rank}" for rank in range(world.world_size)], datetime.timedelta(seconds=MEETING_SECONDS))
+            store.wait([f"done/{rank}" for rank in range(world.world_size)], datetime.timedelta(seconds=_meeting_seconds()))
     del store
     if not has_failed:
         _try_network(world)
@@ -81,6 +83,18 @@ def _run(parsed: ParsedArguments, world: World) -> bool:
         verdict = "a run would fail: see FAILED above" if has_failed else "nothing would hinder a run"
         _print(f"{verdict} ({time.monotonic() - began:.0f} s)")
     return has_failed
+
+
+def _meeting_seconds() -> int:
+    """Return how long ranks wait for each other.
+
+    Raises:
+        ConfigError: the variable for it is not a number.
+    """
+    text = os.environ.get(MEETING_VARIABLE, str(MEETING_SECONDS))
+    if not re.fullmatch(r"[1-9][0-9]{0,4}", text):
+        raise ConfigError(f"{MEETING_VARIABLE}={text} is not a number of seconds: unset it.", code="preflight.bad_seconds")
+    return int(text)
 
 
 def _facts(parsed: ParsedArguments, output: Path) -> dict[str, Any]:
@@ -115,14 +129,15 @@ def _meet(world: World) -> Any:
     from zero_sft.zero.process_group import port_taken
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = datetime.timedelta(seconds=MEETING_SECONDS)
+    seconds = _meeting_seconds()
+    limit = datetime.timedelta(seconds=seconds)
     if world.is_main and not is_free(port):
         raise port_taken(port)
     try:
         store = dist.TCPStore(address, port, world.world_size, world.is_main, timeout=limit, wait_for_workers=False)
     except dist.DistError as error:
         raise DistributedError(
-            f"rank {world.rank} on {socket.gethostname()} can't reach rank 0 at {address}:{port} within {MEETING_SECONDS} s. "
+            f"rank {world.rank} on {socket.gethostname()} can't reach rank 0 at {address}:{port} within {seconds} s. "
             "Check the name, the network between the nodes and their firewall; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
             "choose the interface.",
             code="preflight.no_rank_0",
@@ -132,7 +147,7 @@ def _meet(world: World) -> Any:
     if not world.is_main:
         store.get("met")
         return store
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + seconds
     missing = list(range(world.world_size))
     while missing and time.monotonic() < deadline:
         missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
@@ -140,7 +155,7 @@ def _meet(world: World) -> Any:
     store.set("met", "1")
     if missing:
         raise DistributedError(
-            f"{with_count(len(missing), 'rank')} of {world.world_size} did not come within {MEETING_SECONDS} s: rank "
+            f"{with_count(len(missing), 'rank')} of {world.world_size} did not come within {seconds} s: rank "
             f"{first_of(missing, 8)}{_nodes_of(missing)}. Check these nodes: is the Python environment there, does the process "
             "start, does the network reach this node?",
             code="preflight.ranks_missing",
