@@ -24,7 +24,7 @@ CASES = {
 }
 
 
-QUICK = ("lora", "dora", "experts", "embedding")
+QUICK = ("dora", "experts")
 
 
 def save_calm(kind, folder):

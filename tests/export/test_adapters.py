@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests import models, small_job
 from tests.errors import error_codes
 from tests.job.test_adapters import run
+from tests.slow import slow
 from zero_sft.commands.export import main
 
 BF16 = {"bf16": True, "max_steps": 2, "save_steps": 1, "use_dora": True, "lora_modules_to_save": "lm_head"}
@@ -40,6 +41,7 @@ def test_a_checkpoint_is_the_adapter(trained, tmp_path):
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == (trained / "chat_template.jinja").read_text()
 
 
+@pytest.mark.slow
 def test_master_weights_and_their_mean(trained, tmp_path):
     """In fp32, rounded to what the checkpoint has in 16 bits; and the mean of two checkpoints."""
     tensors = {}
@@ -54,7 +56,7 @@ def test_master_weights_and_their_mean(trained, tmp_path):
         torch.testing.assert_close(tensors["mean"][name], (tensors["1"][name] + tensor) / 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32)])
 def test_merged_as_peft_merges(folder, trained, tmp_path, dtype):
     words = [str(trained / "checkpoint-2"), str(tmp_path / "out"), "--merge_adapter", "True"]
     words += ["--save_dtype", "float32"] if dtype is torch.float32 else []
@@ -73,7 +75,7 @@ def test_merged_as_peft_merges(folder, trained, tmp_path, dtype):
     assert (tmp_path / "out" / "chat_template.jinja").exists()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "qwen2"])
+@pytest.mark.parametrize("kind", ["mixtral", slow("llama"), slow("gpt2"), slow("qwen2")])
 def test_an_adapter_of_peft(tmp_path, kind):
     """`--adapter`: the base model is the one that its config names; experts are written one by one, as published."""
     torch.manual_seed(5)

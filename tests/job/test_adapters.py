@@ -83,7 +83,8 @@ def test_the_end_is_that_of_the_uninterrupted_run(folder, whole):
     assert equal(adapter(again), adapter(whole))
 
 
-@pytest.mark.parametrize("ranks", [1, slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_another_number_of_ranks(folder, whole, ranks):
     arguments = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // ranks}
     run(folder, f"on{ranks}", ranks, resume_from_checkpoint=whole / "checkpoint-2", **arguments)
@@ -99,6 +100,7 @@ def test_merged_at_the_end(folder, whole):
     torch.testing.assert_close(logits(model), logits(opened(folder, whole)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scaled_positions_are_kept_for_whoever_merges(folder, tmp_path):
     """An adapter does not hold its base model's config; the run's stands next to it, and the export takes it."""
     out = run(folder, "scaled", model_max_length=1024, max_steps=1, save_strategy="no")
@@ -110,6 +112,7 @@ def test_scaled_positions_are_kept_for_whoever_merges(folder, tmp_path):
     assert config.use_cache is True
 
 
+@pytest.mark.slow
 def test_trained_on_from_an_adapter(folder, whole):
     """The first loss is the one that the trained adapter gives: below all of the first run's but the last."""
     out = run(folder, "on_from", lora_weight_path=whole, lora_r=None, lora_dropout=None, save_strategy="no", max_steps=2)
@@ -139,8 +142,8 @@ def test_variants_resume(folder, arguments):
 
 @pytest.mark.parametrize(("arguments", "code", "value"), [
     ({"lora_target_modules": "no_such_proj"}, "adapter.no_such_modules", "q_proj, k_proj"),
-    ({"lora_target_modules": "lm_head"}, "adapter.on_output_embeddings", "--lora_modules_to_save"),
-    ({"lora_r": None, "lora_weight_path": "model"}, "adapter.config_unusable", "adapter_config.json"),
+    slow({"lora_target_modules": "lm_head"}, "adapter.on_output_embeddings", "--lora_modules_to_save"),
+    slow({"lora_r": None, "lora_weight_path": "model"}, "adapter.config_unusable", "adapter_config.json"),
 ], ids=["no such modules", "output embeddings", "no adapter"])  # fmt: skip
 def test_refused_before_the_weights_are_read(folder, arguments, code, value):
     if "lora_weight_path" in arguments:
@@ -148,6 +151,7 @@ def test_refused_before_the_weights_are_read(folder, arguments, code, value):
     run_refused(folder, "refused", code, value, **LORA | arguments)
 
 
+@pytest.mark.slow
 def test_other_adapters_are_not_resumed(folder, whole):
     checkpoint = whole / "checkpoint-2"
     for arguments, value in (

@@ -53,6 +53,7 @@ def test_unfrozen_layers(folder):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_rates_by_pattern(folder):
     """A rate of 0 leaves the embeddings as they are; the log has the rate of the others."""
     out = run(folder, "rates", learning_rates=json.dumps({"embed_tokens|lm_head": 0.0, r"layers\.0\.": 0.001}))
@@ -85,6 +86,7 @@ def test_patterns_that_can_not_be_used(words, code):
         parse(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "option", [{"unfreeze": "no_such"}, {"learning_rates": json.dumps({"no_such": 0.1})}], ids=["unfreeze", "rates"]
 )

@@ -110,7 +110,7 @@ def test_load_state_dict(folder):
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["qwen2", slow("llama")])
 @pytest.mark.parametrize(("rows", "options"), [
     (150, {}), (150, {"pad_to_multiple_of": 32}), (150, {"mean_resizing": False}), (100, {}),
 ], ids=["mean", "padded", "normal", "fewer"])  # fmt: skip

@@ -30,8 +30,8 @@ from zero_sft.preflight.checks import Check, Needs, judge
 from zero_sft.printable import excerpt, first_of, printable, with_count
 
 MEETING_SECONDS = 60
+"""The time for all ranks to come, unless the variable has another."""
 MEETING_VARIABLE = "ZERO_SFT_PREFLIGHT_SECONDS"
-"""The time for all ranks to come."""
 
 ESTIMATE_SECONDS = 600
 """The longest time that the other ranks wait while rank 0 estimates the memory of a large model."""
