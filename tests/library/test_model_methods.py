@@ -147,6 +147,20 @@ def test_resize_token_embeddings(folder, tmp_path, rows, options):
         model.resize_token_embeddings(rows + 1)
 
 
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_a_deleted_model_is_freed_at_once(folder):
+    """Its methods make no cycle of references."""
+    import gc
+    import weakref
+
+    model, _ = loaded(folder)
+    reference = weakref.ref(model)
+    gc.disable()
+    del model
+    assert reference() is None
+
+
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("architecture", ["llama"])
 def test_refused_with_what_to_do(folder):

@@ -20,7 +20,8 @@ Left out: methods of submodules, which are torch's.
 
 import functools
 import sys
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -53,11 +54,21 @@ def install_model_methods(model: PreTrainedModel, world: World) -> None:
         "__deepcopy__": _refuse_copy,
     }
     for name, method in methods.items():
-        setattr(model, name, functools.partial(method, model))
+        setattr(model, name, _bound(method, model))
     model.register_state_dict_pre_hook(_require_full)
     for module in model.modules():
         if not type(module).__module__.startswith("torch.nn.") and next(module.parameters(recurse=False), None) is not None:
-            module.extra_repr = functools.partial(_extra_repr, module)
+            module.extra_repr = _bound(_extra_repr, module)
+
+
+def _bound(method: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """Bind a method to a module without a cycle of references: a model that is deleted has to free its memory at once."""
+    reference = weakref.ref(module)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(reference(), *args, **kwargs)
+
+    return call
 
 
 def _extra_repr(module: nn.Module) -> str:
