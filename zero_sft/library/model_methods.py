@@ -11,7 +11,7 @@ attributes of this one model, so that its class stays as it is. What DeepSpeed i
 | `load_state_dict` | each rank takes its part of the full tensors; not after an engine has started |
 | `save_pretrained` | `zero_sft.save_pretrained`, on every rank |
 | `resize_token_embeddings` | transformers' own, and the new parameters are sharded; not after an engine has started |
-| `to`, `half`, `cuda`, ... | an error if they would change dtype or device |
+| `to`, `cuda`, `cpu` | an error if they would move the shards; another dtype is that of a later save |
 | `copy.deepcopy` | an error |
 | `print(model)` | modules that show their weights' shapes show the full ones |
 
@@ -240,16 +240,18 @@ def _require_no_engine(model: nn.Module, method: str, remedy: str) -> None:
 
 
 def _apply(model: PreTrainedModel, function: Any, recurse: bool = True) -> Any:
-    """Apply a conversion of `to`, `half` or `cuda`, unless it changes the dtype or the device of the parameters."""
+    """Apply a conversion of `to`, `half` or `cuda`, unless it moves the parameters to another device.
+
+    After another dtype, the shards stay as they are, and are cast when the model is saved.
+    """
     for param in model.parameters():
         if shards.is_sharded(param):
-            converted = function(torch.empty(0, dtype=param.dtype, device=param.device))
-            if converted.dtype != param.dtype or converted.device != param.device:
+            device = function(torch.empty(0, dtype=param.dtype, device=param.device)).device
+            if device != param.device:
                 raise ArgumentError(
-                    f"a sharded model can't be converted from {param.dtype} on {param.device} to {converted.dtype} on "
-                    f"{converted.device}: its shards stay as they are. Load it with dtype=..., under a DeepSpeed config with "
-                    "the device that you want.",
-                    code="model.converted",
+                    f"a sharded model can't be moved from {param.device} to {device}: its shards stay where they are. Load it "
+                    "under a DeepSpeed config with the device that you want.",
+                    code="model.moved",
                 )
     return type(model)._apply(model, function, recurse)
 
