@@ -43,13 +43,15 @@ def require_mergeable(adapted: Any) -> None:
 def merge(adapted: Any, world: World) -> None:
     """Add the adapter to the base weights, in place; then forward uses these alone. Every rank; communicates.
 
-    A training can't go on afterwards.
+    A training can't go on afterwards. What is merged already stays as it is: an export that failed is tried again elsewhere.
 
     Raises:
         ExportError: as `require_mergeable`.
     """
     require_mergeable(adapted)
     for _, layer in reversed(list(peft_internals.adapted_layers(adapted))):  # of nested ones the inner first
+        if peft_internals.is_merged(layer):
+            continue
         own = [param for name, param in layer.named_parameters() if not name.startswith("base_layer.")]
         with torch.no_grad(), GatheredParameters(own):
             _merge_layer(layer, world)

@@ -158,6 +158,11 @@ def dora_magnitude(layer: Any) -> DoraMagnitude | None:
     return None
 
 
+def is_merged(layer: Any) -> bool:
+    """Return whether a wrapped module's adapter is in the weight."""
+    return bool(layer.merged_adapters)
+
+
 def mark_merged(layer: Any) -> None:
     """Let forward compute without a wrapped module's adapter, which is in the weight."""
     layer.merged_adapters.extend(layer.r)
