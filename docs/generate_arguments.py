@@ -55,7 +55,7 @@ FastChat's published commands date from transformers 4. The job translates these
 
 REFUSED = """\
 These names exist in transformers, TRL or FastChat, and have no meaning in this job.
-A value that asks for nothing passes (`--q_lora False`).
+A value that asks for nothing passes (`--load_in_8bit False`).
 """
 
 

@@ -29,6 +29,8 @@ _MODULES = {
     "WeightConverter": "transformers.core_model_loading",
     "AutoHfQuantizer": "transformers.quantizers.auto",
     "AutoQuantizationConfig": "transformers.quantizers.auto",
+    "get_keys_to_not_convert": "transformers.quantizers.base",
+    "should_convert_module": "transformers.quantizers.quantizers_utils",
     "Fp8Dequantize": "transformers.integrations.finegrained_fp8",
     "LoadStateDictInfo": "transformers.modeling_utils",
     "meta_device_safe_creation_ops": "transformers.initialization",
@@ -99,6 +101,14 @@ def tie_weights(model: Any, missing: Iterable[str], unexpected: Iterable[str]) -
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     return sorted(info.missing_keys), sorted(info.unexpected_keys)
+
+
+def quantized_linears(model: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """Yield the linear modules that transformers would store in 4 bits, with their names: all but the output embeddings."""
+    kept = [*internal("get_keys_to_not_convert")(model), *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and internal("should_convert_module")(name, kept):
+            yield name, module
 
 
 def tied_names(model: Any) -> dict[str, str]:

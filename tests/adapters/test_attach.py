@@ -27,10 +27,10 @@ CASES = {
 QUICK = ("dora", "experts")
 
 
-def save_calm(kind, folder):
+def save_calm(kind, folder, **changes):
     """Save a model with the values of its class's initialisation, so that rounding stays small through some steps."""
     torch.manual_seed(9)
-    AutoModelForCausalLM.from_config(models.tiny_config(kind)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(models.tiny_config(kind, **changes)).save_pretrained(folder)
     return folder
 
 

@@ -79,8 +79,7 @@ def test_fastchats_lora_command():
         lora_r=8, lora_alpha=16, lora_dropout=0.05, lora_target_modules=["q_proj", "v_proj"], lora_bias="none"
     )
     assert not parse([]).lora.enabled
-    with raises("arguments.no_meaning", "--q_lora"):
-        parse(["--lora_r", "8", "--q_lora", "True"])
+    assert parse(["--lora_r", "8", "--q_lora", "True"]).model.load_in_4bit
 
 
 @pytest.mark.parametrize(("words", "code", "value"), [

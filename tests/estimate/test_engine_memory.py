@@ -14,6 +14,7 @@ from zero_sft.estimate.engine_memory import Sizes, training_memory, zero_setting
 from zero_sft.estimate.memory_needs import MemoryModel, TrainingRun
 from zero_sft.estimate.model import find_model
 from zero_sft.hub.options import HubOptions
+from zero_sft.loading.options import LoadOptions
 
 WIDTH = 768
 BUCKETS = {
@@ -50,13 +51,20 @@ OFFLOADED = {
 }  # fmt: skip
 
 
-def measured(folder, zero, batch_size, length, checkpointing):
-    """The most memory of this rank over what it had before the load, in two steps of training."""
+def measured(folder, zero, batch_size, length, checkpointing, lora=None, **load):
+    """The most memory of this rank over what it had before the load, in two steps of training.
+
+    A run that trains adapters is checkpointed as TRL does it.
+    """
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     from testing import probes
     from zero_sft import load_model
+    from zero_sft.adapters.attach import add_adapters, lora_config
+
+    if load:
+        import bitsandbytes  # noqa: F401 - as PEFT: modules do not count
 
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed goes back to the kernel, so that it can be seen
@@ -66,12 +74,15 @@ def measured(folder, zero, batch_size, length, checkpointing):
         "train_micro_batch_size_per_gpu": batch_size,
     }  # fmt: skip
     with probes.PeakMemory() as peak:
-        model = load_model(str(folder), ds_config=ds)
+        model = load_model(str(folder), ds_config=ds, **load)
+        if lora is not None:
+            model = add_adapters(model, lora_config(lora), seed=1)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": lora is not None})
         model.train()
         offloaded = "offload_optimizer" in zero  # then DeepSpeed wants an optimizer of its own
-        optimizer = DeepSpeedCPUAdam(model.parameters()) if offloaded else torch.optim.AdamW(model.parameters(), fused=True)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        optimizer = DeepSpeedCPUAdam(trained) if offloaded else torch.optim.AdamW(trained, fused=True)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
         tokens = torch.arange(batch_size * length).view(batch_size, length)
         for _ in range(2):
@@ -111,54 +122,25 @@ def test_within_a_tenth_of_a_measured_run(folder, buckets, batch_size, length, c
     assert abs(expected / found - 1) < 0.1, (os.environ["RANK"], expected / 2**20, found / 2**20)
 
 
-LORA = {"lora_r": 16, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
-
-
-def measured_with_adapters(folder, zero, batch_size, length, checkpointing):
-    """As `measured`, of a run that trains adapters, checkpointed as TRL does it."""
-    import deepspeed
-
-    from testing import probes
-    from zero_sft import load_model
-    from zero_sft.adapters.attach import add_adapters, lora_config
-
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 2**16)
-    libc.mallopt(-1, 2**17)
-    ds = {
-        "zero_optimization": {"stage": 3, **zero}, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
-        "train_micro_batch_size_per_gpu": batch_size,
-    }  # fmt: skip
-    import peft  # noqa: F401 - its modules do not count
-
-    with probes.PeakMemory() as peak:
-        model = add_adapters(load_model(str(folder), ds_config=ds), lora_config(LoraOptions(**LORA)), seed=1)
-        if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        model.train()
-        optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], fused=True)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds)
-        tokens = torch.arange(batch_size * length).view(batch_size, length)
-        for _ in range(2):
-            loss = engine(input_ids=tokens, labels=tokens).loss
-            engine.backward(loss)
-            del loss
-            engine.step()
-    engine.destroy()
-    return peak.growth
+LORA = LoraOptions(lora_r=16, lora_dropout=0.0, lora_target_modules=["all-linear"])
 
 
 @pytest.mark.slow
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize(("batch_size", "length", "checkpointing"), [(8, 256, True), (4, 256, False)])
-def test_adapters_within_a_tenth_of_a_measured_run(folder, batch_size, length, checkpointing):
-    lora = LoraOptions(**LORA)
-    model = MemoryModel(find_model(str(folder), HubOptions()), lora)
+@pytest.mark.parametrize(
+    ("batch_size", "length", "checkpointing", "load"),
+    [(8, 256, True, {}), (4, 256, False, {}), (4, 256, True, {"load_in_4bit": True}), (4, 256, False, {"load_in_4bit": True})],
+)
+def test_adapters_within_a_tenth_of_a_measured_run(folder, batch_size, length, checkpointing, load):
+    options = LoadOptions(**load)
+    model = MemoryModel(find_model(str(folder), HubOptions()), LORA, options)
     zero = BUCKETS["by the model's width"]
-    activations = peak_bytes(model.spec, batch_size=batch_size, length=length, checkpointing=checkpointing, lora=lora)
+    activations = peak_bytes(
+        model.spec, batch_size=batch_size, length=length, checkpointing=checkpointing, lora=LORA, load_options=options
+    )
     settings = zero_settings({"zero_optimization": {"stage": 3, **zero}}, WIDTH)
     expected = training_memory(model.sizes(2, activations), settings, 2, on_cpu=True).device_peak
-    found = measured_with_adapters(folder, zero, batch_size, length, checkpointing)
+    found = measured(folder, zero, batch_size, length, checkpointing, lora=LORA, **load)
     assert abs(expected / found - 1) < 0.1, (os.environ["RANK"], expected / 2**20, found / 2**20)
 
 

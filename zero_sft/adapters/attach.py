@@ -20,7 +20,9 @@ from zero_sft.adapters.merge import require_mergeable
 from zero_sft.adapters.options import LoraOptions
 from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
 from zero_sft.errors import ArgumentError, CheckpointError
+from zero_sft.four_bit.linear import Linear4bit
 from zero_sft.json_text import JsonError, parse_json
+from zero_sft.printable import first_of
 from zero_sft.zero.gather_hooks import gather_with, install_gather_hooks
 from zero_sft.zero.init import shard_parameters
 
@@ -142,6 +144,12 @@ def wrapped(model: Any, config: LoraConfig, *, on_meta: bool = False) -> Any:
         ArgumentError: as `add_adapters`.
     """
     peft_internals.check()
+    if config.use_dora and _in_4_bits(model):
+        raise ArgumentError(
+            "DoRA needs the lengths of the weights' rows, and these weights are in 4 bits. Leave --load_in_4bit out, or train "
+            "an adapter without DoRA.",
+            code="adapter.dora_in_4_bits",
+        )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
     except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as error:
@@ -152,6 +160,12 @@ def wrapped(model: Any, config: LoraConfig, *, on_meta: bool = False) -> Any:
             "--lora_target_modules.",
             code="adapter.no_such_modules",
         ) from error
+    if trained := [name for name, module in _in_4_bits(adapted) if module.weight.requires_grad]:
+        raise ArgumentError(
+            f"--lora_modules_to_save: {first_of(trained, 1)} is in 4 bits, which can't be trained. Leave it out, or leave "
+            "--load_in_4bit out.",
+            code="adapter.trains_4_bits",
+        )
     if peft_internals.is_adapted_layer(_head(adapted)):
         raise ArgumentError(
             "an adapter on the output embeddings would not be trained, since TRL computes the loss from their weight alone. "
@@ -159,6 +173,10 @@ def wrapped(model: Any, config: LoraConfig, *, on_meta: bool = False) -> Any:
             code="adapter.on_output_embeddings",
         )
     return adapted
+
+
+def _in_4_bits(model: nn.Module) -> list[tuple[str, Linear4bit]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
 
 def _head(adapted: Any) -> Any:

@@ -32,6 +32,8 @@ def require_mergeable(adapted: Any) -> None:
         problem = peft_internals.obstacle_to_merging(layer)
         if not problem and uses[id(peft_internals.adapted_parameter(layer))] > 1:
             problem = "belongs to a weight that another module shares, which would change as well"
+        if not problem and shards.holds_codes(peft_internals.adapted_parameter(layer)):
+            problem = "belongs to a weight in 4 bits"
         if problem:
             raise ExportError(
                 f"the adapter of {peft_internals.base_name(name + '.base_layer.')} {problem}, so it can't be merged. Save the "

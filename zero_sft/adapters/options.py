@@ -98,11 +98,31 @@ def unusable_lora_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
     if dropout is not None and not 0 <= dropout < 1:
         yield ArgumentError(f"--lora_dropout must be at least 0 and below 1; got {dropout:g}", code="arguments.out_of_range")
     yield from _unusable_with_parameters(values, dropout)
+    yield from _unusable_in_4_bits(values, adapters=has_rank or has_path)
     if (has_rank or has_path) and values.get("checkpoint_format") == "deepspeed":
         yield ArgumentError(
             "--checkpoint_format deepspeed would hold the frozen model in each checkpoint: leave it out with --lora_r",
             code="arguments.needs_sharded_checkpoints",
         )
+
+
+def _unusable_in_4_bits(values: Mapping[str, Any], *, adapters: bool) -> Iterator[ArgumentError]:
+    """Weights in 4 bits are never trained, and nothing is added to them."""
+    if not values.get("load_in_4bit"):
+        for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if values.get(name) is not None:
+                yield ArgumentError(f"--{name} does nothing without --load_in_4bit True", code="arguments.no_effect")
+        return
+    if not adapters:
+        yield ArgumentError(
+            "--load_in_4bit freezes the weights that it quantises: give --lora_r to train adapters", code="arguments.no_effect"
+        )
+    for name, remedy in (
+        ("merge_adapter", "leave it out, and merge into the unquantised weights: python -m zero_sft.export --adapter"),
+        ("use_dora", "leave one of the two out: DoRA needs the lengths of the weights' rows"),
+    ):
+        if values.get(name):
+            yield ArgumentError(f"--{name} can't be used with --load_in_4bit: {remedy}", code="arguments.contradiction")
 
 
 def _unusable_with_parameters(values: Mapping[str, Any], dropout: float | None) -> Iterator[ArgumentError]:

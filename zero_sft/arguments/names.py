@@ -2,7 +2,7 @@
 
 FastChat's published commands date from transformers 4. Names that transformers or TRL have changed since are translated, with a
 line in the log. Old or current names that have no meaning under ZeRO-3 are refused, and the error says what to use instead. A
-value of a refused name that asks for nothing (`--q_lora False`) passes.
+value of a refused name that asks for nothing (`--load_in_8bit False`) passes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,9 +30,11 @@ TRANSLATIONS: dict[str, Translation] = {
     "chat_template_path": Translation(name="chat_template"),
     "model_revision": Translation(name="revision"),
     "use_liger": Translation(name="use_liger_kernel"),
+    "use_bnb_nested_quant": Translation(name="bnb_4bit_use_double_quant"),
     # this package, before its first release
     "long": Translation(name="overlong"),
     # FastChat
+    "q_lora": Translation(name="load_in_4bit"),
     "flash_attn": Translation(name="attn_implementation", values={True: "flash_attention_2", False: None}),
 }
 
@@ -40,7 +42,7 @@ IGNORED = frozenset({"local_rank"})
 """Arguments that old launchers add; all launchers also pass the rank in the environment."""
 
 _ZERO3 = "DeepSpeed ZeRO-3 shards the model; leave it out, and choose with --deepspeed (zero3, zero3_offload, a file)"
-_QUANTIZED = "this release trains with weights in 16 or 32 bits; leave it out"
+_8_BITS = "weights in 8 bits can't be sharded; see --load_in_4bit"
 _DATA = "this job prepares the data itself; name the files with --data_path and the template with --chat_template"
 _TOKENIZER = "the tokenizer is set up before training, identically on every rank; change it in the model's folder"
 _METRICS = "an evaluation of this job computes only the loss; leave it out"
@@ -60,7 +62,7 @@ def _refuse(reason: str, names: str, passing: tuple[Any, ...] = Refusal(reason="
 
 REFUSALS: dict[str, Refusal] = {
     **_refuse(_ZERO3, "fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params sharded_ddp parallelism_config"),
-    **_refuse(_QUANTIZED, "q_lora load_in_4bit load_in_8bit"),
+    **_refuse(_8_BITS, "load_in_8bit"),
     "use_peft": Refusal(reason="--lora_r turns LoRA on; leave it out"),
     **_refuse(_DATA, "dataset_batch_size", (None,)),
     **_refuse(_DATA, "dataset_kwargs", (None, {"skip_prepare_dataset": True})),

@@ -23,7 +23,10 @@ from zero_sft.printable import with_count
 if TYPE_CHECKING:
     from zero_sft.estimate.result import Result
 
-_MODEL = ("trust_remote_code", "revision", "token", "cache_dir", "variant", "dtype", "attn_implementation")
+_MODEL = (
+    "trust_remote_code", "revision", "token", "cache_dir", "variant", "dtype", "attn_implementation", "load_in_4bit",
+    "bnb_4bit_use_double_quant",
+)  # fmt: skip
 _TRAINING = (
     "deepspeed",
     "per_device_train_batch_size",
@@ -98,6 +101,10 @@ def _report(options: Any, notes: Sequence[str]) -> None:
         sys.stderr.write(f"{note}\n")
     for line in _remarks(options):
         sys.stderr.write(f"{line}\n")
+    if options.load_in_4bit and options.lora_r is None:
+        raise ArgumentError(
+            "--load_in_4bit freezes the weights that it quantises: give --lora_r to train adapters", code="arguments.no_effect"
+        )
     models = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
     _check_outputs(options, len(models) * len(options.world_size))
     results = _estimate(models, options)

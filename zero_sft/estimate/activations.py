@@ -18,7 +18,10 @@ from transformers import PreTrainedConfig
 
 from zero_sft.adapters.options import LoraOptions
 from zero_sft.errors import ConfigError
+from zero_sft.four_bit.linear import Linear4bit
 from zero_sft.loading import skeleton
+from zero_sft.loading.four_bit import make_all_4bit
+from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
 
 
@@ -54,11 +57,27 @@ class LiveMemory(TorchDispatchMode):
         self.now -= nbytes
 
 
-def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: bool, lora: LoraOptions | None = None) -> int:
+class _CountedLinear4bit(Linear4bit):
+    """A linear module in 4 bits whose dequantised weight has a size and no values."""
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(self.layout.shape, dtype=dtype)
+
+
+def peak_bytes(
+    spec: ModelSpec,
+    *,
+    batch_size: int,
+    length: int,
+    checkpointing: bool,
+    lora: LoraOptions | None = None,
+    load_options: LoadOptions | None = None,
+) -> int:
     """Return a rank's peak bytes of activations, logits and incomplete gradients in one pass over (batch_size, length).
 
     Args:
         lora: the adapters, if any are trained: autograd keeps less for frozen weights, and TRL's checkpointing is reentrant.
+        load_options: whether the model is in 4 bits; then the weight of a module exists while it computes.
 
     Raises:
         ConfigError: the model's code can't run without data.
@@ -70,7 +89,8 @@ def peak_bytes(spec: ModelSpec, *, batch_size: int, length: int, checkpointing: 
     if lora is not None and lora.enabled:
         from zero_sft.adapters.attach import adapted_on_meta, lora_config
 
-        adapted = adapted_on_meta(skeleton.build_on_meta(spec)[0], lora_config(lora))
+        base = make_all_4bit(skeleton.build_on_meta(spec)[0], load_options or LoadOptions())
+        adapted = adapted_on_meta(base, lora_config(lora))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
             model: Any = skeleton.instantiate(spec)
@@ -111,6 +131,8 @@ def _with_adapters(model: Any, adapted: Any) -> Any:
                 contents = torch.empty(param.shape, dtype=dtype if is_new else param.dtype)
                 params[id(param)] = torch.nn.Parameter(contents, requires_grad=param.requires_grad)
             module._parameters[name] = None if param is None else params[id(param)]
+        if isinstance(module, Linear4bit):
+            module.__class__ = _CountedLinear4bit
         for name in module._buffers:
             module._buffers[name] = buffers[str(base_name(f"{prefix}.{name}"))]
     adapted.enable_input_require_grads()

@@ -13,6 +13,8 @@ from zero_sft.ds_config import engine_dtype, load_ds_config
 from zero_sft.estimate.activations import peak_bytes
 from zero_sft.estimate.engine_memory import Memory, Sizes, checkpoint_copy_bytes, training_memory, zero_settings
 from zero_sft.estimate.model import EstimatedModel
+from zero_sft.loading.four_bit import make_all_4bit
+from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import build_on_meta
 from zero_sft.rope import text_config
@@ -56,20 +58,21 @@ class MemoryNeeds:
 class MemoryModel:
     """Memory model of a training. Activations are counted once per batch shape and cached."""
 
-    def __init__(self, model: EstimatedModel, lora: LoraOptions | None = None) -> None:
-        """Take a model, and the adapters that are trained.
+    def __init__(self, model: EstimatedModel, lora: LoraOptions | None = None, load_options: LoadOptions | None = None) -> None:
+        """Take a model, the adapters that are trained, and whether the model is in 4 bits.
 
         Raises:
             ArgumentError: the model has no modules for these adapters.
         """
         self._model = model
-        self._peak_bytes = functools.cache(functools.partial(peak_bytes, model.spec, lora=lora))
+        self._peak_bytes = functools.cache(functools.partial(peak_bytes, model.spec, lora=lora, load_options=load_options))
         self._numels = [param.numel() for param in model.parameters.values()]
         self._trained_numels: list[int] | None = None
         if lora is not None and lora.enabled:
             from zero_sft.adapters.attach import adapted_on_meta, lora_config  # PEFT, which other estimates do not need
 
-            params = list(adapted_on_meta(build_on_meta(model.spec)[0], lora_config(lora)).parameters())
+            base = make_all_4bit(build_on_meta(model.spec)[0], load_options or LoadOptions())
+            params = list(adapted_on_meta(base, lora_config(lora)).parameters())
             self._numels = [param.numel() for param in params]
             self._trained_numels = [param.numel() for param in params if param.requires_grad]
 

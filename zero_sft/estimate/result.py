@@ -35,6 +35,7 @@ class Result:
     remedies: Sequence[str]
     planning_seconds: float
     adapter_numel: int | None = None
+    in_4_bits: bool = False
 
     @property
     def device(self) -> dict[str, int]:
@@ -68,7 +69,8 @@ class Result:
             f"{with_count(model.files, 'file')} (headers {model.headers}), {stored / 1e9:,.1f} GB to be read"
         )
         if self.adapter_numel is not None:
-            yield f"LoRA: {self.adapter_numel / 1e6:,.1f} M parameters are trained"
+            base = ", the linear modules are in 4 bits" if self.in_4_bits else ""
+            yield f"LoRA: {self.adapter_numel / 1e6:,.1f} M parameters are trained{base}"
         yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} per node"
         yield ""
         yield f"  load, each rank {'least':>26}{'median':>12}{'most':>12}"
@@ -111,8 +113,9 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
     """
     hub = pick_options(HubOptions, options)
     profile = parse_storage(options.storage)
-    model = find_model(name, hub, pick_options(LoadOptions, options))
-    memory_model = MemoryModel(model, pick_options(LoraOptions, options))
+    load_options = pick_options(LoadOptions, options)
+    model = find_model(name, hub, load_options)
+    memory_model = MemoryModel(model, pick_options(LoraOptions, options), load_options)
     packing = resolve_packing(
         options.packing, text_config(model.spec.config), attention=options.attn_implementation, lazy=False
     )
@@ -144,6 +147,7 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             remedies=[] if needs.fits else list(memory_model.remedies(run)),
             planning_seconds=planning_seconds,
             adapter_numel=memory_model.trained_numel,
+            in_4_bits=load_options.load_in_4bit,
         )
 
 

@@ -11,6 +11,8 @@ from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.config import load_config
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
+from zero_sft.loading import four_bit
+from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import build_on_meta
 from zero_sft.rope import text_config
@@ -35,7 +37,9 @@ class AdapterPlan:
     merge: bool
 
 
-def plan_adapters(options: LoraOptions, spec: ModelSpec, source: ModelSource, world: World) -> AdapterPlan | None:
+def plan_adapters(
+    options: LoraOptions, load_options: LoadOptions, spec: ModelSpec, source: ModelSource, world: World
+) -> AdapterPlan | None:
     """Add the adapters to a model without weights, and return what they are; None without LoRA. Every rank; communicates.
 
     Raises:
@@ -54,12 +58,15 @@ def plan_adapters(options: LoraOptions, spec: ModelSpec, source: ModelSource, wo
             if not options.merge_adapter:
                 _warn_of_scaling(folder, spec, source)
             config = lora_config(options)
-            model, _ = build_on_meta(spec)
+            if load_options.load_in_4bit:
+                four_bit.require_bitsandbytes()
+            model = four_bit.make_all_4bit(build_on_meta(spec)[0], load_options)
             tensors = saved_tensors(adapted_on_meta(model, config, merge=options.merge_adapter))
             if options.lora_weight_path is not None:
                 read_adapter_header(Path(options.lora_weight_path).expanduser(), tensors)
             numel = sum(tensor.numel() for tensor in tensors.values())
-            exchange.local = [recorded_settings(config), numel * spec.dtype.itemsize, numel]
+            settings = {**recorded_settings(config), **four_bit.recorded_settings(load_options)}
+            exchange.local = [settings, numel * spec.dtype.itemsize, numel]
     settings, nbytes, numel = exchange.gathered[0]
     return AdapterPlan(settings=settings, nbytes=nbytes, numel=numel, merge=options.merge_adapter)
 

@@ -29,6 +29,7 @@ from zero_sft.job.ending_early import remove_stop_file
 from zero_sft.job.generation import read_prompts, require_answerable
 from zero_sft.job.start_checks import check_model, prepare_export_settings
 from zero_sft.job.trained_part import require_matches
+from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
 from zero_sft.options.keywords import pick_options
 from zero_sft.rope import text_config
@@ -279,7 +280,7 @@ def _check_model_and_record(
     length, rope_parameters = arguments.model_max_length, model.rope_parameters
     config = prepare_config_from(model_source, world, model_max_length=length, rope_parameters=rope_parameters)
     model_spec = check_model(model, arguments, config, model_source, world)
-    adapter = plan_adapters(parsed.lora, model_spec, model_source, world)
+    adapter = plan_adapters(parsed.lora, pick_options(LoadOptions, model), model_spec, model_source, world)
     require_matches(arguments, parsed.lora, model_spec, world)
     record = RunRecord.of(text_config(config), arguments, adapter.settings if adapter else {})
     with collective_stage(world, "comparing the run with the checkpoint"):

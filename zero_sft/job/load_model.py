@@ -23,7 +23,7 @@ from zero_sft.options.keywords import pick_options
 from zero_sft.saving.checkpoint_reader import restore_own_weights
 from zero_sft.saving.forms import form_of
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
-from zero_sft.zero.shards import full_numel
+from zero_sft.zero.shards import weight_numel
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -72,8 +72,8 @@ def _with_adapters(model: Any, options: LoraOptions, inputs: Inputs, world: Worl
         load_adapter(adapted, checkpoint.folder, world)
     elif options.lora_weight_path is not None:
         load_adapter(adapted, Path(options.lora_weight_path).expanduser(), world)
-    trained = sum(full_numel(param) for param in adapted.parameters() if param.requires_grad)
-    total = sum(full_numel(param) for param in adapted.parameters())
+    trained = sum(weight_numel(param) for param in adapted.parameters() if param.requires_grad)
+    total = sum(weight_numel(param) for param in adapted.parameters())
     logger.info("LoRA: %s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{total:,}", 100 * trained / total)
     return adapted
 

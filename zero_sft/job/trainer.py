@@ -26,7 +26,7 @@ from zero_sft.job.simulated_faults import SimulatedFaults
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
 from zero_sft.rope import text_config
 from zero_sft.transformers_internals import configured_attention
-from zero_sft.zero.shards import full_numel
+from zero_sft.zero.shards import weight_numel
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -73,7 +73,7 @@ class JobTrainer(SavingTrainer):
         model: Any = self.model
         embeddings = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
         params = [param for param in model.parameters() if id(param) not in embeddings]
-        return sum((6 if param.requires_grad else 4) * full_numel(param) for param in params)
+        return sum((6 if param.requires_grad else 4) * weight_numel(param) for param in params)
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return the operations of a batch: of a model that is trained as a whole, transformers' estimate.

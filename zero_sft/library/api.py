@@ -96,6 +96,8 @@ def load_model(
         strict: raise an error if a name is missing or unexpected.
         verify: read the checkpoint back and compare hashes with every shard, by code that is independent of the load's.
         ignore_mismatched_sizes: initialise tensors whose stored shape differs from the model's, instead of raising an error.
+        load_in_4bit: store the weights of linear modules in 4 bits, quantised by bitsandbytes while they are read. They are
+            frozen: train adapters. `bnb_4bit_quant_type` ("nf4" or "fp4") and `bnb_4bit_use_double_quant` are its settings.
         buffer_mib: MiB that the load may hold next to its shards, at least 16. One reading thread takes 16 MiB; there
             are at most as many threads as cores. Modules being initialised and tensors computed once per node do not count.
         trust_remote_code, cache_dir, revision, token, local_files_only, subfolder, variant: as in `from_pretrained`.

@@ -81,7 +81,7 @@ def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclud
     """Count the elements of the model's full parameters, with the arguments of transformers' method."""
     left_out = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     return sum(
-        shards.full_numel(param)
+        shards.weight_numel(param)
         for name, param in model.named_parameters()
         if (param.requires_grad or not only_trainable) and not (exclude_embeddings and name in left_out)
     )

@@ -19,6 +19,7 @@ from zero_sft.cluster.stages import collective_stage, dotted
 from zero_sft.cluster.world import World
 from zero_sft.config import config_settings, prepare_config_from
 from zero_sft.ds_config import load_ds_config, resolve_auto, settings_to_match
+from zero_sft.errors import ConfigError
 from zero_sft.hub.source import ModelSource, fetch_weights
 from zero_sft.loading.dtype import weights_dtype
 from zero_sft.loading.options import LoadOptions
@@ -47,7 +48,7 @@ def load_model_from(
     folder = fetch_weights(source, world)
     if config is None:
         config = prepare_config_from(source, world)
-    resolved_ds_config, dtype, seed = _resolve_engine_settings(ds_config, options.dtype, config, world)
+    resolved_ds_config, dtype, seed = _resolve_engine_settings(ds_config, options, config, world)
     for warning in filter(None, (internals.untested(), transformers_internals.untested())):
         if world.is_main:
             logger.warning(warning)
@@ -78,7 +79,7 @@ def load_model_from(
 
 
 def _resolve_engine_settings(
-    ds_config: str | Path | Mapping[str, Any], dtype: object, config: PreTrainedConfig, world: World
+    ds_config: str | Path | Mapping[str, Any], options: LoadOptions, config: PreTrainedConfig, world: World
 ) -> tuple[dict[str, Any], str, int]:
     """Return the DeepSpeed config without "auto", its engine's dtype name and rank 0's seed. Every rank; communicates.
 
@@ -89,11 +90,24 @@ def _resolve_engine_settings(
     with collective_stage(world, "reading the DeepSpeed config") as exchange:
         exchange.local = torch.initial_seed()
         loaded = load_ds_config(ds_config)
-        dtype_name = weights_dtype(dtype, config, loaded)
+        dtype_name = weights_dtype(options.dtype, config, loaded)
         resolved = resolve_auto(loaded, dtype_name, world.node_group_size, world.world_size)
+        if options.load_in_4bit:
+            _require_exact_gathers(resolved)
         settings = dotted({"ds_config": settings_to_match(resolved), "config": config_settings(config)})
         exchange.must_match = ("settings of the load", settings)
     return resolved, dtype_name, exchange.gathered[0]
+
+
+def _require_exact_gathers(ds_config: Mapping[str, Any]) -> None:
+    """Refuse a config by which DeepSpeed quantises what it gathers: codes of 4 bits would become other codes."""
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if ds_config["zero_optimization"].get(key):
+            raise ConfigError(
+                f"the DeepSpeed config sets zero_optimization.{key}, which would change weights that are in 4 bits. Leave it "
+                "out, or leave load_in_4bit out.",
+                code="ds_config.quantises_4_bits",
+            )
 
 
 def _attach_report(model: PreTrainedModel, request: LoadRequest, keys: KeyReport, stats: LoadStats, world: World) -> None:

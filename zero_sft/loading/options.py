@@ -51,8 +51,24 @@ class LoadOptions:
         default=64, metadata={"help": f"MiB that the load may hold next to its shards: {READER_MIB} for each reading thread."}
     )
 
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Store the weights of linear modules in 4 bits (QLoRA, with bitsandbytes), sharded; needs LoRA."},
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "The numbers that 4 bits stand for."})
+    bnb_4bit_use_double_quant: bool = field(
+        default=True, metadata={"help": "Quantise the scales of the 4-bit weights as well: 4.13 bits a weight instead of 4.5."}
+    )
+
     def __post_init__(self) -> None:
         require_types(self, LoadOptions)
+        for name, value, default in (("loader", "stock", "sharded"), ("verify", True, False)):
+            if self.load_in_4bit and getattr(self, name) == value:
+                raise ArgumentError(
+                    f"load_in_4bit can't be used with {name}={value!r}: leave one of the two out (the default of {name} is "
+                    f"{default!r})",
+                    code="arguments.contradiction",
+                )
         if self.buffer_mib < READER_MIB:
             raise ArgumentError(
                 f"buffer_mib must be a whole number, at least {READER_MIB}; got {self.buffer_mib!r}",
@@ -61,7 +77,10 @@ class LoadOptions:
 
     def to_match(self) -> dict[str, object]:
         """Return the options that must be equal on all ranks. A node with less memory may have a smaller buffer."""
-        names = ("attn_implementation", "loader", "strict", "verify", "ignore_mismatched_sizes")
+        names = (
+            "attn_implementation", "loader", "strict", "verify", "ignore_mismatched_sizes",
+            "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+        )  # fmt: skip
         return {"dtype": str(self.dtype).removeprefix("torch."), **{name: getattr(self, name) for name in names}}
 
     def reading_threads(self, cpu_cores: int) -> int:

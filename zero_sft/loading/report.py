@@ -28,6 +28,7 @@ class KeyReport:
         tied_keys: names that share the tensor of another name, stored or not.
         cast_keys: names that are stored in another dtype.
         dequantized_keys: names that were multiplied by their scales while they were read.
+        quantized_keys: names that were quantised to 4 bits while they were read.
         untraceable_keys: names that were computed from whole stored tensors, with the bytes that a node held for each.
         operations: conversions that were applied, such as merging experts.
         verified: number of tensors that were read back and found equal; None without `verify`.
@@ -41,6 +42,7 @@ class KeyReport:
     tied_keys: list[str] = field(default_factory=list)
     cast_keys: list[str] = field(default_factory=list)
     dequantized_keys: list[str] = field(default_factory=list)
+    quantized_keys: list[str] = field(default_factory=list)
     untraceable_keys: list[tuple[str, int]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
     verified: int | None = None
@@ -163,6 +165,7 @@ class LoadReport(LoadStats, KeyReport):
             ("tied", self.tied_keys),
             ("stored in another dtype, cast while reading", self.cast_keys),
             ("dequantised while reading", self.dequantized_keys),
+            ("quantised to 4 bits while reading", self.quantized_keys),
             ("computed from whole tensors, once per node", [name for name, _ in self.untraceable_keys]),
             ("conversions", self.operations),
         ]
@@ -174,8 +177,8 @@ def _speed(value: float) -> str:
 
 
 def _read_speed(ranks: Sequence[Numbers]) -> float:
-    """Return the bytes per second of the phase `read`, on all these ranks together."""
-    slowest = max(rank.get("stage read", 0.0) for rank in ranks)
+    """Return the bytes per second of the phases that read weights, on all these ranks together."""
+    slowest = max(rank.get("stage read", 0.0) + rank.get("stage quantise", 0.0) for rank in ranks)
     return sum(rank["bytes_read"] for rank in ranks) / slowest if slowest else 0.0
 
 
@@ -214,6 +217,7 @@ _PHASE_TITLES = {
     "initialise": "initialise what the checkpoint lacks",
     "plan": "plan the reads",
     "read": "read the weights",
+    "quantise": "read and quantise to 4 bits",
     "compute": "compute what can't be read in place",
     "finish": "tie weights, finish the model",
     "verify": "verify the shards against the files",

@@ -6,6 +6,7 @@ their results; `load_sharded` assembles the report at the end.
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import defaultdict
@@ -24,7 +25,8 @@ from zero_sft.cluster.world import World
 from zero_sft.console import progress
 from zero_sft.conversion.quantized import dequantize, quantizer_for
 from zero_sft.errors import CheckpointError
-from zero_sft.loading import skeleton
+from zero_sft.four_bit.linear import Linear4bit
+from zero_sft.loading import four_bit, skeleton
 from zero_sft.loading.headers import read_headers_together
 from zero_sft.loading.match import CheckpointMatch, left_out_parts, match_checkpoint
 from zero_sft.loading.report import KeyReport, LoadStats
@@ -53,9 +55,14 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
     match = _match(request, world, watch)
     with watch.collective("initialise", "initialising what the checkpoint lacks"):
         already_complete, initial_reads = _initialize(match, request, threads, watch)
+        in_4_bits: Mapping[str, Linear4bit] = {}
+        if options.load_in_4bit:
+            in_4_bits = four_bit.make_4bit_modules(match, options, already_complete)
+        sharder = match.skeleton.sharder
+        sharder.make_zero_parameters(match.skeleton.model)
         tensors = match.collect_tensors()
     with watch.collective("plan", "planning the reads"):
-        to_read = [name for name in match.resolution.source_maps if name not in already_complete]
+        to_read = [name for name in match.resolution.source_maps if name not in already_complete | in_4_bits.keys()]
         params = {name: tensors[name] for name in to_read if shards.is_sharded(tensors[name])}
         targets = [(match.resolution.source_maps[name], shards.local_range(param)) for name, param in params.items()]
         reads = plan_reads(targets, match.resolution.stored_tensors)
@@ -63,6 +70,9 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
         if request.while_reading is not None:
             request.while_reading()
         _read(params, reads, match, threads)
+    if in_4_bits:
+        with watch.phase("quantise"):
+            reads = (*reads, *four_bit.read_4bit(in_4_bits, match, options, sharder.local_device, world))
     computed = ComputeCosts(reads=(), held_bytes={})
     if match.resolution.untraceable:
         with watch.phase("compute"):
@@ -77,7 +87,9 @@ def load_sharded(request: LoadRequest, world: World) -> tuple[PreTrainedModel, K
     all_reads = (*initial_reads, *reads, *computed.reads)
     bytes_read = sum(read.total_nbytes for read in all_reads)
     stats = LoadStats(requests=len(all_reads), bytes_read=bytes_read, seconds=watch.seconds, stages=watch.phases)
-    return match.skeleton.model, _key_report(match, equal_ties, missing, unexpected, computed, verified), stats
+    keys = _key_report(match, equal_ties, missing, unexpected, computed, verified)
+    keys = dataclasses.replace(keys, quantized_keys=sorted(in_4_bits))
+    return match.skeleton.model, keys, stats
 
 
 def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> CheckpointMatch:
@@ -106,7 +118,7 @@ def _match(request: LoadRequest, world: World, watch: "Stopwatch") -> Checkpoint
 def _initialize(
     match: CheckpointMatch, request: LoadRequest, threads: int, watch: "Stopwatch"
 ) -> tuple[set[str], list[ReadItem]]:
-    """Compute buffers, initialise missing weights, partition the model. Return complete stored names and the reads."""
+    """Compute buffers and initialise missing weights. Return complete stored names and the reads."""
     resolution, reads = match.resolution, []
 
     def load(memory: Mapping[str, torch.Tensor]) -> None:
@@ -131,7 +143,6 @@ def _initialize(
         device=match.skeleton.sharder.local_device,
         seed=request.seed,
     )
-    match.skeleton.sharder.make_zero_parameters(match.skeleton.model)
     return already_complete, reads
 
 

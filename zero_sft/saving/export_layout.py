@@ -22,6 +22,7 @@ from zero_sft.checkpoint.header import StoredTensor
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.conversion.convert import Resolution, published_format, resolve
+from zero_sft.errors import ExportError
 from zero_sft.plan.plan import SourceMap
 from zero_sft.plan.regions import identity_regions
 from zero_sft.printable import first_of
@@ -53,6 +54,9 @@ def weights_to_save(model: nn.Module, named: Iterable[tuple[str, Any]] | None = 
 
     Args:
         named: the tensors by name; by default those of the model's state dict.
+
+    Raises:
+        ExportError: weights are in 4 bits.
     """
     tied = set(tied_names(model))
     ignored = names_not_saved(model)
@@ -63,6 +67,12 @@ def weights_to_save(model: nn.Module, named: Iterable[tuple[str, Any]] | None = 
         if torch.is_tensor(tensor) and name not in ignored and not (name in tied and id(tensor) in written):
             written.add(id(tensor))
             tensors[name] = tensor
+    if in_codes := [name for name, tensor in tensors.items() if shards.holds_codes(tensor)]:
+        raise ExportError(
+            f"the model is in 4 bits ({first_of(in_codes, 1)}), so it can't be saved as a model. Save its adapter; to merge it "
+            "into the unquantised weights: python -m zero_sft.export --adapter",
+            code="export.in_4_bits",
+        )
     return tensors
 
 

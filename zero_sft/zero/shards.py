@@ -50,9 +50,24 @@ def full_numel(tensor: torch.Tensor) -> int:
     return math.prod(full_shape(tensor))
 
 
+def represent(param: nn.Parameter, numel: int) -> None:
+    """Say that a parameter stands for `numel` weights, of which it holds codes."""
+    param.represented_numel = numel
+
+
+def holds_codes(tensor: torch.Tensor) -> bool:
+    """True if a tensor holds codes, not values: it can neither be trained nor saved as a weight."""
+    return hasattr(tensor, "represented_numel")
+
+
+def weight_numel(tensor: torch.Tensor) -> int:
+    """Return the number of weights of a full tensor: its elements, unless it holds the codes of more."""
+    return getattr(tensor, "represented_numel", None) or full_numel(tensor)
+
+
 def parameter_numel(model: nn.Module) -> int:
-    """Return the number of elements of the model's full parameters. Tied parameters count once."""
-    return sum(full_numel(param) for param in model.parameters())
+    """Return the number of weights of the model's full parameters. Tied parameters count once."""
+    return sum(weight_numel(param) for param in model.parameters())
 
 
 def num_partitions(tensor: torch.Tensor) -> int:
