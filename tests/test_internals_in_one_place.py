@@ -15,7 +15,7 @@ PACKAGE = Path(zero_sft.__file__).parent
 LISTS = {"transformers_internals.py", "job/trainer_internals.py"}
 
 _DEFINED = re.compile(r"(?:def |class |self\.|cls\.)(_[a-zA-Z]\w*)|^ *(_[A-Za-z]\w*)\s*[:=]", re.MULTILINE)
-_TORCHS = {"_parameters", "_buffers", "_last_lr"}
+_TORCHS = {"_parameters", "_buffers", "_modules", "_last_lr"}
 """Names of torch that transformers also uses."""
 
 

@@ -11,14 +11,16 @@ order, since each forward communicates.
 # DeepSpeed stores its state in attributes of parameters, which type stubs do not declare.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters, register_external_parameter
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from zero_sft.zero import shards
@@ -93,10 +95,45 @@ def _patch_engine_start() -> None:
         remove_gather_hooks(self.module)
         for module in self.module.modules():
             module.__dict__[_ENGINE] = True
-        original(self)
+            if _holds_experts(module):
+                set_z3_leaf_module(module, True)
+        with _modules_without_parameters_hidden(self.module):
+            original(self)
 
     setup_zero_stage3_hooks.removes_gather_hooks = True  # type: ignore[attr-defined]
     DeepSpeedZeRoOffload.setup_zero_stage3_hooks = setup_zero_stage3_hooks
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Return whether a module has experts as its own parameters, as transformers 5 merges them.
+
+    DeepSpeed gives a leaf module's parameters a gradient of zeros where a rank has used none of them. Else this rank would not
+    take part in their reduction, and the others would wait for it.
+    """
+    return "Experts" in type(module).__name__ and any(map(shards.is_sharded, module.parameters(recurse=False)))
+
+
+@contextlib.contextmanager
+def _modules_without_parameters_hidden(model: nn.Module) -> Iterator[None]:
+    """Keep DeepSpeed's hooks off modules that have nothing to gather.
+
+    DeepSpeed compares the order of hooked modules between ranks, and prefetches by it. A mixture of experts may call its
+    activation once for each expert that is in use, which differs between ranks: DeepSpeed raises an error, or the ranks gather
+    in different orders and wait for each other forever.
+    """
+    hidden = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module._modules.items()
+        if child is not None and not any(map(_gathered_with, child.modules()))
+    ]
+    for module, name, _ in hidden:
+        module._modules[name] = None
+    try:
+        yield
+    finally:
+        for module, name, child in hidden:
+            module._modules[name] = child
 
 
 def has_engine(model: nn.Module) -> bool:
