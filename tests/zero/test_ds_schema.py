@@ -49,10 +49,10 @@ WRONG = {
     "section in zero": ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, "bad_value", ("offload_param", "'cpu'")),
     "data types": ({"data_types": {"grad_accum_dtype": "fp64"}}, "bad_value", ("grad_accum_dtype", "'fp64'", "fp32")),
     "data type": ({"data_types": {"param_dtype": ["bf16"]}}, "bad_value", ("data_types.param_dtype", "fp32")),
-    "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, "unsupported_parallelism", ("autotp_size is 2", "ZeRO-3")),
-    "tp": ({"tensor_parallel": {"tp": {"tp_size": 4}}}, "unsupported_parallelism", ("tensor_parallel.tp.tp_size is 4",)),
-    "sequences": ({"sequence_parallel_size": 2}, "unsupported_parallelism", ("sequence_parallel_size is 2",)),
-    "experts": ({"expert_parallel": {"enabled": True}}, "unsupported_parallelism", ("expert_parallel.enabled",)),
+    "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, "unsupported_feature", ("autotp_size is 2", "ZeRO-3")),
+    "tp": ({"tensor_parallel": {"tp": {"tp_size": 4}}}, "unsupported_feature", ("tensor_parallel.tp.tp_size is 4",)),
+    "sequences": ({"sequence_parallel_size": 2}, "unsupported_feature", ("sequence_parallel_size is 2",)),
+    "experts": ({"expert_parallel": {"enabled": True}}, "unsupported_feature", ("expert_parallel.enabled",)),
     "aio": ({"aio": {"threads": 1}}, "unknown_key", ("aio.threads",)),
     "checkpointing": (
         {"activation_checkpointing": {"partition": True}}, "unknown_key", ("activation_checkpointing.partition",)

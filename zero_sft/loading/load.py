@@ -19,6 +19,7 @@ from zero_sft.cluster.stages import collective_stage, dotted
 from zero_sft.cluster.world import World
 from zero_sft.config import config_settings, prepare_config_from
 from zero_sft.ds_config import load_ds_config, resolve_auto, settings_to_match
+from zero_sft.ds_features import contradictions, refused_features
 from zero_sft.errors import ConfigError
 from zero_sft.hub.source import ModelSource, fetch_weights
 from zero_sft.loading.dtype import weights_dtype
@@ -92,6 +93,8 @@ def _resolve_engine_settings(
         loaded = load_ds_config(ds_config)
         dtype_name = weights_dtype(options.dtype, config, loaded)
         resolved = resolve_auto(loaded, dtype_name, world.node_group_size, world.world_size)
+        for error in (*refused_features(resolved), *contradictions(resolved)):
+            raise error
         if options.load_in_4bit:
             _require_exact_gathers(resolved)
         settings = dotted({"ds_config": settings_to_match(resolved), "config": config_settings(config)})

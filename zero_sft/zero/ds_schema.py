@@ -4,7 +4,7 @@ DeepSpeed validates its config only when the engine starts, after the weights ar
 Here DeepSpeed's parser runs at the start, section by section, so all problems are listed at once. DeepSpeed ignores unknown
 keys outside of its pydantic models. They are refused here, because a misspelt key has no effect.
 
-Left out: whether a combination of features can train (for example ZeRO-3 with `compile`). Only the engine can check that.
+Features that this package does not train with are in `ds_features`.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 import pydantic
 import torch
 
+from zero_sft.ds_features import contradictions, refused_features
 from zero_sft.errors import ConfigError
 from zero_sft.zero.ds_classes import optimizer_class, parameter_names, scheduler_class
 
@@ -60,7 +61,8 @@ def schema_problems(config: Mapping[str, Any]) -> list[ConfigError]:
         problems += [
             *_nvme_problems(settings["zero_optimization"]),
             *_dtype_problems(settings),
-            *_parallelism_problems(settings),
+            *refused_features(settings),
+            *contradictions(settings),
         ]
     return problems
 
@@ -203,27 +205,6 @@ def _dtype_problems(config: Mapping[str, Any]) -> list[ConfigError]:
         if dtype is torch.int8:
             problems.append(_bad_value(f"data_types.{name}", value, "bf16, fp16 or fp32"))
     return problems
-
-
-def _parallelism_problems(config: Mapping[str, Any]) -> list[ConfigError]:
-    """Refuse what splits the model or the samples in other ways: the loader's shards and the job's batches are ZeRO-3's."""
-    tensor, expert = (config.get(section) or {} for section in ("tensor_parallel", "expert_parallel"))
-    tp = tensor.get("tp")
-    sizes = {
-        "tensor_parallel.autotp_size": tensor.get("autotp_size"),
-        "tensor_parallel.tp.tp_size": tp.get("tp_size") if isinstance(tp, Mapping) else None,
-        "sequence_parallel_size": config.get("sequence_parallel_size"),
-    }
-    found = [(name, size) for name, size in sizes.items() if isinstance(size, int) and size > 1]
-    found += [("expert_parallel.enabled", True)] if expert.get("enabled") else []
-    return [
-        ConfigError(
-            f"{name} is {value!r}, but this package trains with ZeRO-3 alone: each rank holds a part of every parameter and "
-            "trains on its own samples. Remove the key.",
-            code="ds_config.unsupported_parallelism",
-        )
-        for name, value in found
-    ]
 
 
 def _optimizer_problems(config: Mapping[str, Any]) -> list[ConfigError]:
