@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all test-faults test-slurm soak test-arch test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench bench-save scaling clean
+.PHONY: help setup demo test test-slow test-all test-faults test-slurm soak test-arch compatibility test-gpu bench-gpu gpu-environment wheels lint arguments docs format bench bench-save scaling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -57,6 +57,9 @@ older-readers: .venv-4/.installed
 
 test-arch: setup ## every causal LM type of transformers against plain loading; writes docs/architectures.md
 	$(BIN)/python -m tests.sweep --write docs/architectures.md
+
+compatibility: setup ## every set-up of ZeRO-3 with every method and caller; writes docs/compatibility.md, in half an hour
+	$(BIN)/python -m tests.compatibility --write docs/compatibility.md
 
 # What runs on GPUs: .venv, or, where a folder of wheels was brought, an environment on top of the torch of GPU_PYTHON.
 GPU_PYTHON ?= python3

@@ -113,3 +113,11 @@ def require_async_io() -> None:
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio's development files are not installed")
+
+
+def plain_again(folder: Path, dtype: torch.dtype):
+    """Load with plain `from_pretrained` while a model is sharded."""
+    from zero_sft.transformers_internals import zero3_under
+
+    with zero3_under(None):
+        return plain(folder, dtype)

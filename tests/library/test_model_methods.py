@@ -196,3 +196,34 @@ def test_save_pretrained(folder, tmp_path):
         model.save_pretrained(tmp_path / "other", variant="fp16")
     with raises("arguments.wrong_value", "max_shard_size"):
         model.save_pretrained(tmp_path / "other", max_shard_size="many")
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("architecture", ["llama"])
+@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
+def test_compiled(folder, backend):
+    """By torch before the engine's start, and by the engine's own method afterwards."""
+    import deepspeed
+
+    from zero_sft import load_model
+
+    plain = models.plain(folder, torch.float32)
+    ds = models.zero3(
+        bf16=False, train_micro_batch_size_per_gpu=1, optimizer={"type": "SGD", "params": {"lr": 0.01}}, gradient_clipping=0.0,
+        zero_allow_untested_optimizer=True, zero_optimization={"stage3_param_persistence_threshold": 0},
+    )  # fmt: skip
+    model = load_model(str(folder), ds_config=ds, dtype=torch.float32)
+    with torch.no_grad():
+        found = torch.compile(model, backend=backend)(input_ids=IDS).logits
+        torch.testing.assert_close(found, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    engine = deepspeed.initialize(model=model, config=ds, model_parameters=model.parameters())[0]
+    engine.compile(backend=backend)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)
+    for _ in range(2):
+        found, expected = (each(input_ids=IDS, labels=IDS).loss for each in (engine, plain))
+        torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+        engine.backward(found)
+        engine.step()
+        expected.backward()
+        optimizer.step()
+        optimizer.zero_grad()
