@@ -37,6 +37,15 @@ class ModelArguments(LoadOptions, HubOptions, _ModelName):
         default="right",
         metadata={"help": "The tokenizer's padding side, which the export keeps; training always pads on the right."},
     )
+    add_tokens: list[str] | None = field(
+        default=None, metadata={"help": "Tokens to add to the tokenizer; the embedding gets rows for them."}
+    )
+    add_special_tokens: list[str] | None = field(
+        default=None, metadata={"help": "The same, of tokens that a decoded text leaves out, such as marks of turns."}
+    )
+    resize_vocab: bool = field(
+        default=False, metadata={"help": "Give the embedding rows for all tokens of the tokenizer, if it has too few."}
+    )
     rope_parameters: dict[str, Any] | None = field(
         default=None,
         metadata={"help": 'RoPE scaling as JSON: \'{"rope_type": "yarn", "factor": 4.0}\'. Overrides the automatic scaling.'},

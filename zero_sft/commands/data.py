@@ -32,6 +32,7 @@ BINS = 12
 _BAR = 40  # characters of the longest bar
 
 _HUB = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
+_TOKENS = ("add_tokens", "add_special_tokens", "resize_vocab")
 _DATA = ("data_path", "chat_template", "data_format", "train_on", "on_bad_sample", "overlong", "packing", "dataset_num_proc",
          "data_cache_dir")  # fmt: skip
 _TRAINING = ("model_max_length", "per_device_train_batch_size", "seed", "data_seed")
@@ -47,7 +48,7 @@ class ReportArguments:
 
 def command() -> Command:
     """Return the command and its options."""
-    model = [*shared_options(["model_name_or_path"], default=None), *shared_options(_HUB)]
+    model = [*shared_options(["model_name_or_path"], default=None), *shared_options(_HUB), *shared_options(_TOKENS)]
     data, training = shared_options(_DATA), shared_options(_TRAINING)
     return Command(
         program="python -m zero_sft.data",
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(options: Any, notes: Sequence[str]) -> None:
     from rich.console import Console
 
+    from zero_sft.arguments.vocabulary import added_tokens, required_rows
     from zero_sft.config import prepare_config_from
     from zero_sft.data.mixture import DatasetSpec, prepare_sources
     from zero_sft.data.packing import resolve_packing
@@ -87,14 +89,15 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     options.lazy_preprocess = False  # the report needs the lengths
     source = locate_model(options.model_name_or_path, pick_options(HubOptions, options), World.alone())
-    tokenizer_spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right")
+    tokenizer_spec = TokenizerSpec.of(source, options.model_max_length, padding_side="right", added=added_tokens(options))
     tokenizer_spec.require_valid()
     tokenizer, _ = tokenizer_spec.prepare(source)
     config = text_config(prepare_config_from(source, World.alone(), model_max_length=options.model_max_length))
     # The job's decision, unless it is given --attn_implementation, which the report does not take.
     packing = resolve_packing(options.packing, config, attention=None, lazy=False)
     template = choose_template(options.chat_template, tokenizer)
-    sources, rows = parse_sources(options.data_path), getattr(config, "vocab_size", None)
+    sources = parse_sources(options.data_path)
+    rows = required_rows(options, tokenizer, config, has_adapters=False) or getattr(config, "vocab_size", None)
     spec = DatasetSpec.from_options(options, options, sources=sources, pack=packing.enabled, embedding_rows=rows)
     prepared = prepare_sources(spec, tokenizer, template)
     samples, lengths = prepared.samples, prepared.samples["length"]

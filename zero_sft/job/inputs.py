@@ -11,6 +11,7 @@ from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import ParsedArguments, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
 from zero_sft.arguments.ds_conflicts import count_steps, steps_in_epoch
+from zero_sft.arguments.vocabulary import added_tokens, required_rows, with_rows
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
@@ -57,6 +58,7 @@ class Inputs:
         record: describes the run in its checkpoints.
         checkpoint: the run resumes from it.
         overwrites_run: whether this run overwrites an earlier run in the output folder.
+        stored_rows: rows of the embedding in the model's files; `model_spec` has more if tokens were added.
         adapter: the adapters that are trained; None: the model is.
         repository: the repository on the hub to which the model is uploaded; None: it is not.
     """
@@ -64,6 +66,7 @@ class Inputs:
     arguments: Any
     model_source: ModelSource
     model_spec: ModelSpec
+    stored_rows: int | None
     tokenizer: Any
     saved_tokenizer: Any
     template: Template
@@ -130,9 +133,9 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     repository = _make_repository(parsed.training, world)
     checkpoint = _find_checkpoint(parsed, arguments, world)
     overwrites_run = _check_data_and_output(parsed, arguments, data_sources, checkpoint, world)
-    model_source, model_spec, adapter, record = _check_model_and_record(parsed, arguments, checkpoint, world)
-    length = arguments.model_max_length
-    tokenizer = load_tokenizer_from(model_source, world, model_max_length=length, padding_side=parsed.model.padding_side)
+    model_source, stored_spec = _check_model(parsed, arguments, world)
+    tokenizer, model_spec = _load_tokenizer(parsed, arguments, model_source, stored_spec, world)
+    adapter, record = _check_record(parsed, arguments, model_source, model_spec, checkpoint, world)
     with collective_stage(world, "choosing the chat template"):
         template = choose_template(parsed.data.chat_template, tokenizer)
         if world.is_main:
@@ -144,7 +147,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     training_data = _training_data(preparation, data_sources.training, world)
     if _groups_by_length(parsed, training_data):
         arguments.train_sampling_strategy = "group_by_length"
-    record = _with_size(record, training_data, arguments, world.world_size)
+    record = _with_size(record, training_data, arguments)
     data = [source.data.name if isinstance(source.data, HubDataset) else Path(source.data.name).name
             for source in data_sources.training]  # fmt: skip
     base = model_source.name if model_source.folder is None else model_source.folder.resolve().name
@@ -155,6 +158,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         arguments=arguments,
         model_source=model_source,
         model_spec=model_spec,
+        stored_rows=getattr(text_config(stored_spec.config), "vocab_size", None),
         tokenizer=tokenizer,
         saved_tokenizer=saved_tokenizer,
         template=template,
@@ -270,36 +274,61 @@ def _check_data_and_output(
     return overwrites
 
 
-def _check_model_and_record(
-    parsed: ParsedArguments, arguments: Any, checkpoint: TrainerCheckpoint | None, world: World
-) -> tuple[ModelSource, ModelSpec, AdapterPlan | None, RunRecord]:
-    """Locate the model, check that it can be trained, and that its run can be resumed. Every rank; communicates."""
+def _check_model(parsed: ParsedArguments, arguments: Any, world: World) -> tuple[ModelSource, ModelSpec]:
+    """Locate the model, and check that it can be trained. Every rank; communicates."""
     model = parsed.model
     logger.info("reading the config of %s", model.model_name_or_path)
-    model_source = locate_model(model.model_name_or_path, pick_options(HubOptions, model), world)
+    source = locate_model(model.model_name_or_path, pick_options(HubOptions, model), world)
     length, rope_parameters = arguments.model_max_length, model.rope_parameters
-    config = prepare_config_from(model_source, world, model_max_length=length, rope_parameters=rope_parameters)
-    model_spec = check_model(model, arguments, config, model_source, world)
-    adapter = plan_adapters(parsed.lora, pick_options(LoadOptions, model), model_spec, model_source, world)
-    require_matches(arguments, parsed.lora, model_spec, world)
-    record = RunRecord.of(text_config(config), arguments, adapter.settings if adapter else {})
+    config = prepare_config_from(source, world, model_max_length=length, rope_parameters=rope_parameters)
+    return source, check_model(model, arguments, config, source, world)
+
+
+def _load_tokenizer(
+    parsed: ParsedArguments, arguments: Any, source: ModelSource, spec: ModelSpec, world: World
+) -> tuple[Any, ModelSpec]:
+    """Load the tokenizer with its added tokens; return it, and the model with rows for them. Every rank; communicates."""
+    tokenizer = load_tokenizer_from(
+        source,
+        world,
+        model_max_length=arguments.model_max_length,
+        padding_side=parsed.model.padding_side,
+        added=added_tokens(parsed.model),
+    )
+    with collective_stage(world, "comparing the tokenizer with the model"):
+        rows = required_rows(parsed.model, tokenizer, spec.config, has_adapters=parsed.lora.enabled)
+    return tokenizer, replace(spec, config=with_rows(spec.config, rows))
+
+
+def _check_record(
+    parsed: ParsedArguments,
+    arguments: Any,
+    source: ModelSource,
+    spec: ModelSpec,
+    checkpoint: TrainerCheckpoint | None,
+    world: World,
+) -> tuple[AdapterPlan | None, RunRecord]:
+    """Check what is trained, and that the run can be resumed. Every rank; communicates."""
+    adapter = plan_adapters(parsed.lora, pick_options(LoadOptions, parsed.model), spec, source, world)
+    require_matches(arguments, parsed.lora, spec, world)
+    record = RunRecord.of(text_config(spec.config), arguments, adapter.settings if adapter else {})
     with collective_stage(world, "comparing the run with the checkpoint"):
         if world.is_main and checkpoint is not None:
             require_same_run(checkpoint.folder, record, at_same_sample=checkpoint.sharded)
-    return model_source, model_spec, adapter, record
+    return adapter, record
 
 
 def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:
     """Prepare the training data, packed if that is possible and fills a batch. Every rank; communicates."""
-    options, spec = preparation.parsed.data, preparation.model_spec
-    batch_size = preparation.arguments.per_device_train_batch_size
+    options, spec, arguments = preparation.parsed.data, preparation.model_spec, preparation.arguments
+    batch_size = arguments.per_device_train_batch_size
     packing = resolve_packing(
         options.packing, text_config(spec.config), attention=spec.attn_implementation, lazy=options.lazy_preprocess
     )
     prepared = preparation.prepare("training data", sources, world, pack=packing.enabled)
-    packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), world.world_size * batch_size)
+    packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), arguments.data_ranks * batch_size)
     data = prepared if packing.enabled else prepared.unpacked()
-    require_one_batch(data, world_size=world.world_size, per_device_batch_size=batch_size)
+    require_one_batch(data, world_size=arguments.data_ranks, per_device_batch_size=batch_size)
     logger.info("  %s", data.packing_note or f"not packed: {packing.reason}")
     return data
 
@@ -329,15 +358,15 @@ def _order_samples(record: RunRecord, checkpoint: TrainerCheckpoint | None) -> i
     return record.samples_a_step if then is None else then.order_samples or then.samples_a_step or record.samples_a_step
 
 
-def _with_size(record: RunRecord, data: PreparedDataset, arguments: Any, world_size: int) -> RunRecord:
+def _with_size(record: RunRecord, data: PreparedDataset, arguments: Any) -> RunRecord:
     """Return the record with the size of the data and the number of steps. Pure."""
     rows = len(data.rows)
     return replace(
         record,
         rows=rows,
         tokens=sum(report.tokens or 0 for report in data.reports),
-        max_steps=count_steps(rows, arguments, world_size),
-        steps_an_epoch=steps_in_epoch(rows, arguments, world_size),
+        max_steps=count_steps(rows, arguments, arguments.data_ranks),
+        steps_an_epoch=steps_in_epoch(rows, arguments, arguments.data_ranks),
     )
 
 
@@ -352,4 +381,4 @@ def _check_size(record: RunRecord, preparation: _Preparation, checkpoint: Traine
         warn_of_other_data(then, record, last_step)
     with collective_stage(world, "counting the steps"):
         name = ds_config_name(parsed.training)
-        require_matching_schedule(arguments, name, record.rows, world.world_size, parsed.given_names)
+        require_matching_schedule(arguments, name, record.rows, preparation.arguments.data_ranks, parsed.given_names)

@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from zero_sft.adapters.options import LoraOptions
 from zero_sft.arguments import ParsedArguments
+from zero_sft.arguments.vocabulary import with_rows
 from zero_sft.checkpoint.manifest import read_manifest
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
@@ -20,10 +21,12 @@ from zero_sft.library.model_methods import install_model_methods
 from zero_sft.loading.load import load_model_from
 from zero_sft.loading.options import LoadOptions
 from zero_sft.options.keywords import pick_options
+from zero_sft.rope import text_config
 from zero_sft.saving.checkpoint_reader import restore_own_weights
 from zero_sft.saving.forms import form_of
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.zero.shards import weight_numel
+from zero_sft.zero.tiled_mlp import tile_mlps
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -34,18 +37,26 @@ def load_for_training(parsed: ParsedArguments, inputs: Inputs, world: World) -> 
     logger.info("loading the model")
     source = inputs.model_source
     checkpoint = inputs.checkpoint
-    if checkpoint is not None and checkpoint.sharded and not checkpoint.on_each_node and not parsed.lora.enabled:
+    # A checkpoint of the whole model has the rows of added tokens.
+    holds_rows = checkpoint is not None and checkpoint.sharded and not checkpoint.on_each_node and not parsed.lora.enabled
+    if checkpoint is not None and holds_rows:
         options = HubOptions(trust_remote_code=source.options.trust_remote_code)
         source = locate_model(str(checkpoint.folder), options, world)
     model = load_model_from(
         source,
         world,
         ds_config=inputs.arguments.hf_deepspeed_config.config,
-        config=inputs.model_spec.config,
+        config=inputs.model_spec.config if holds_rows else with_rows(inputs.model_spec.config, inputs.stored_rows),
         options=pick_options(LoadOptions, parsed.model),
     )
     install_model_methods(model, world)
+    rows = getattr(text_config(inputs.model_spec.config), "vocab_size", None)
+    if not holds_rows and rows != inputs.stored_rows:
+        model.resize_token_embeddings(rows)
     require_trainable(model, inputs.arguments)
+    if inputs.arguments.tiled_mlp:
+        logger.info("%d MLPs compute at most %d tokens at a time", tile_mlps(model, inputs.arguments.tiled_mlp),
+                    inputs.arguments.tiled_mlp)  # fmt: skip
     model.generation_config = inputs.generation_config  # the loader's, and it also stops at the template's ends of turn
     if parsed.lora.enabled:
         return _with_adapters(model, parsed.lora, inputs, world)

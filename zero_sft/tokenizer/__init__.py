@@ -6,7 +6,7 @@ compare a `fingerprint` to prove that all have the same tokenizer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from zero_sft.hub.source import TOKENIZER, ModelSource, fetch_files, locate_mode
 from zero_sft.options.keywords import read_keywords, takes_options
 from zero_sft.rope import require_length
 from zero_sft.storage.default_device import cpu_by_default
+from zero_sft.tokenizer.added_tokens import AddedTokens
 from zero_sft.tokenizer.fingerprint import fingerprint
 from zero_sft.tokenizer.serialize import deserialize, require_faithful, serialize
 from zero_sft.tokenizer.setup import explain_damage, set_up
@@ -36,11 +37,20 @@ class TokenizerSpec:
     options: HubOptions
     model_max_length: int
     padding_side: str
+    added: AddedTokens = field(default_factory=AddedTokens)
 
     @classmethod
-    def of(cls, source: ModelSource, model_max_length: int, padding_side: str) -> "TokenizerSpec":
+    def of(
+        cls, source: ModelSource, model_max_length: int, padding_side: str, added: AddedTokens | None = None
+    ) -> "TokenizerSpec":
         """Make the spec for a located model."""
-        return cls(name=source.name, options=source.options, model_max_length=model_max_length, padding_side=padding_side)
+        return cls(
+            name=source.name,
+            options=source.options,
+            model_max_length=model_max_length,
+            padding_side=padding_side,
+            added=added or AddedTokens(),
+        )
 
     def require_valid(self) -> None:
         """Raise `ArgumentError` if a setting is out of range."""
@@ -55,6 +65,7 @@ class TokenizerSpec:
         folder = fetch_files(source, World.alone(), TOKENIZER)
         with explain_damage(folder):
             tokenizer = set_up(folder, self.options, self.model_max_length, self.padding_side)
+            self.added.add_to(tokenizer)
             return tokenizer, serialize(tokenizer, folder.name)
 
 
@@ -89,10 +100,10 @@ def load_tokenizer(
 
 
 def load_tokenizer_from(
-    source: ModelSource, world: World, *, model_max_length: int, padding_side: str
+    source: ModelSource, world: World, *, model_max_length: int, padding_side: str, added: AddedTokens | None = None
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a located model, as `load_tokenizer` does. Every rank; communicates."""
-    spec = TokenizerSpec.of(source, model_max_length, padding_side)
+    """Load the tokenizer of a located model, as `load_tokenizer` does, with the `added` tokens. Every rank; communicates."""
+    spec = TokenizerSpec.of(source, model_max_length, padding_side, added)
     return broadcast_tokenizer(world, spec, lambda: spec.prepare(source))
 
 

@@ -2,7 +2,7 @@
 
 The ids must be those with which the model was trained. If a folder has a SentencePiece model but no `tokenizer.json`, as
 Vicuna's does, transformers 5 converts the model with merges in order of id instead of score, and for some model types without
-the leading space. Both are corrected here. Left out: adding tokens, which would need new embedding rows.
+the leading space. Both are corrected here. `added_tokens` adds tokens.
 """
 
 import contextlib
