@@ -254,6 +254,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     from zero_sft.job.watching import WatchSteps
 
     arguments = inputs.arguments
+    multiple_of = math.lcm(arguments.pad_to_multiple_of or 1, arguments.sequence_parallel_size)
     faults = SimulatedFaults(parse_faults(arguments.simulate_fault) if arguments.simulate_fault else (), world)
     try:
         trainer = JobTrainer(
@@ -266,7 +267,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
             train_dataset=inputs.training_data.rows,
             eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
             processing_class=inputs.tokenizer,
-            data_collator=collator_for(model, inputs.tokenizer, inputs.arguments.pad_to_multiple_of),
+            data_collator=collator_for(model, inputs.tokenizer, multiple_of),
             callbacks=[LogLastStep()],
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank

@@ -38,6 +38,7 @@ _MODULES = {
     "guard_torch_init_functions": "transformers.initialization",
     "local_torch_dtype": "transformers.modeling_utils",
     "apply_patches": "transformers.modeling_utils",
+    "ALL_ATTENTION_FUNCTIONS": "transformers.modeling_utils",
     "patch_output_recorders": "transformers.modeling_utils",
     "_get_model_class": "transformers.models.auto.auto_factory",
     "get_class_from_dynamic_module": "transformers.dynamic_module_utils",
@@ -160,6 +161,16 @@ def model_mapping(auto: Any) -> Any:
 def configured_attention(config: Any) -> str | None:
     """Return the attention that a config names."""
     return getattr(config, "_attn_implementation", None)
+
+
+def attention_function(name: str) -> Any:
+    """Return the function that computes an attention."""
+    return internal("ALL_ATTENTION_FUNCTIONS")[name]
+
+
+def replace_attention(name: str, function: Any) -> None:
+    """Let all models of this process compute the attention of this name with another function."""
+    internal("ALL_ATTENTION_FUNCTIONS")[name] = function
 
 
 def set_attention(config: Any, name: str) -> None:

@@ -26,6 +26,7 @@ from zero_sft.options.spec import emptiness_errors, positivity_errors
 _POSITIVE = (
     "model_max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "num_train_epochs", "save_total_limit", "dataset_num_proc", "dataloader_prefetch_factor", "torch_empty_cache_steps",
+    "sequence_parallel_size", "tiled_mlp",
 )  # fmt: skip
 _STEP_STRATEGIES = {
     "logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": None, "warmup_steps": None

@@ -130,6 +130,19 @@ class TrainingArguments(SFTConfig):
             "'{\"embed_tokens\": 1e-6}'. Others have --learning_rate; the schedule scales both."
         },
     )
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Ranks that share each sequence (Ulysses), so that longer ones fit: of 8 ranks, with 4, two groups read "
+            "different batches."
+        },
+    )
+    tiled_mlp: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compute the MLPs this number of tokens at a time, twice in each pass: needs less memory for long rows."
+        },
+    )
     report_to: str | list[str] = field(
         default="none", metadata={"help": "Services that receive the metrics: none, all, or names such as wandb, tensorboard."}
     )
@@ -150,6 +163,11 @@ class TrainingArguments(SFTConfig):
     dataset_kwargs: dict[str, Any] | str | None = field(
         default_factory=lambda: {"skip_prepare_dataset": True}, metadata={"help": "The data is already prepared."}
     )
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of ranks, or of groups of ranks, that read different batches."""
+        return self.world_size // self.sequence_parallel_size
 
     def __post_init__(self) -> None:
         """Set TRL's name for the length. The parent classes look for devices and register the DeepSpeed config."""

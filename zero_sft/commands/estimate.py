@@ -35,6 +35,8 @@ _TRAINING = (
     "packing",
     "save_async",
     "local_save_dir",
+    "sequence_parallel_size",
+    "tiled_mlp",
 )
 _LORA = ("lora_r", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save", "lora_bias", "use_dora")
 
@@ -81,7 +83,7 @@ def command() -> Command:
             "world_size": "the total number of GPUs, such as --world_size 64",
         },
         positive=("world_size", "ranks_per_node", "per_device_train_batch_size", "model_max_length", "gpu_memory_gib",
-                  "host_memory_gib"),
+                  "host_memory_gib", "sequence_parallel_size", "tiled_mlp"),
         largest={"world_size": LARGEST_WORLD_SIZE},
         translations={
             **shared_translations([*model, *training]),

@@ -23,6 +23,7 @@ from zero_sft.loading import skeleton
 from zero_sft.loading.four_bit import make_all_4bit
 from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
+from zero_sft.zero.tiled_mlp import tile_mlps
 
 
 class LiveMemory(TorchDispatchMode):
@@ -72,11 +73,15 @@ def peak_bytes(
     checkpointing: bool,
     lora: LoraOptions | None = None,
     load_options: LoadOptions | None = None,
+    tiled_mlp: int | None = None,
+    fused_head: bool = False,
 ) -> int:
     """Return a rank's peak bytes of activations, logits and incomplete gradients in one pass over (batch_size, length).
 
     Args:
         lora: the adapters, if any are trained: autograd keeps less for frozen weights, and TRL's checkpointing is reentrant.
+        fused_head: whether the loss is computed as TRL does it, in chunks of tokens; else from all logits at once.
+        tiled_mlp: the tokens that an MLP computes at a time.
         load_options: whether the model is in 4 bits; then the weight of a module exists while it computes.
 
     Raises:
@@ -86,6 +91,8 @@ def peak_bytes(
     config.use_cache = False
     spec = dataclasses.replace(spec, config=config)
     adapted: Any = None
+    if fused_head:
+        from trl.trainer.utils import add_fused_lm_head  # TRL takes seconds to import
     if lora is not None and lora.enabled:
         from zero_sft.adapters.attach import adapted_on_meta, lora_config
 
@@ -96,9 +103,13 @@ def peak_bytes(
             model: Any = skeleton.instantiate(spec)
             if adapted is not None:
                 model = _with_adapters(model, adapted)
+            if fused_head:
+                add_fused_lm_head(model.get_base_model() if adapted is not None else model)
             for param in filter(lambda param: param.requires_grad, model.parameters()):
                 param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
             model.train()
+            if tiled_mlp is not None:
+                tile_mlps(model, tiled_mlp)
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": adapted is not None})
             live = LiveMemory()
@@ -106,7 +117,7 @@ def peak_bytes(
                 live.leave_out(tensor)
             with live:
                 tokens = torch.zeros(batch_size, length, dtype=torch.long)
-                model(input_ids=tokens, labels=tokens).loss.backward()
+                model(input_ids=tokens, labels=tokens, **({"fused_lm_head": True} if fused_head else {})).loss.backward()
     except Exception as error:  # the code of a model may raise anything
         raise ConfigError(
             f"the activations of {spec.config.model_type} can't be counted: {type(error).__name__}: {error}",

@@ -43,6 +43,8 @@ class TrainingRun:
     device_bytes: int
     host_bytes: int
     save_async: bool | Literal["auto"] = "auto"
+    sequence_parallel_size: int = 1
+    tiled_mlp: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,9 @@ class MemoryModel:
             ArgumentError: the model has no modules for these adapters.
         """
         self._model = model
-        self._peak_bytes = functools.cache(functools.partial(peak_bytes, model.spec, lora=lora, load_options=load_options))
+        self._peak_bytes = functools.cache(
+            functools.partial(peak_bytes, model.spec, lora=lora, load_options=load_options, fused_head=True)
+        )
         self._numels = [param.numel() for param in model.parameters.values()]
         self._trained_numels: list[int] | None = None
         if lora is not None and lora.enabled:
@@ -84,7 +88,11 @@ class MemoryModel:
     def activation_bytes(self, run: TrainingRun) -> int:
         """Return a rank's activation bytes of one pass. Packed rows add a mask of (length, length) that separates samples."""
         mask = 3 * run.batch_size * run.length**2 if run.packing else 0  # 1 byte as booleans, 2 bytes added to the scores
-        return mask + self._peak_bytes(batch_size=run.batch_size, length=run.length, checkpointing=run.checkpointing)
+        # Attention sees the whole length of a part of the heads: as many bytes as a part of the length of all heads.
+        length = -(-run.length // run.sequence_parallel_size)
+        return mask + self._peak_bytes(
+            batch_size=run.batch_size, length=length, checkpointing=run.checkpointing, tiled_mlp=run.tiled_mlp
+        )
 
     @property
     def spec(self) -> ModelSpec:

@@ -71,7 +71,8 @@ class Result:
         if self.adapter_numel is not None:
             base = ", the linear modules are in 4 bits" if self.in_4_bits else ""
             yield f"LoRA: {self.adapter_numel / 1e6:,.1f} M parameters are trained{base}"
-        yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} per node"
+        shared = f", of which {run.sequence_parallel_size} share each sequence" if run.sequence_parallel_size > 1 else ""
+        yield f"on {run.world_size:,} GPUs, {run.ranks_per_node} per node{shared}"
         yield ""
         yield f"  load, each rank {'least':>26}{'median':>12}{'most':>12}"
         for title, values, unit in (
@@ -131,6 +132,8 @@ def estimate(name: str, options: Any) -> Iterator[Result]:
             device_bytes=int(options.gpu_memory_gib * GIB),
             host_bytes=int(options.host_memory_gib * GIB),
             save_async=options.save_async if options.local_save_dir is None else False,
+            sequence_parallel_size=options.sequence_parallel_size,
+            tiled_mlp=options.tiled_mlp,
         )
         started = time.perf_counter()
         loads = simulate_load(model, world_size)

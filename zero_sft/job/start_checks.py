@@ -24,6 +24,7 @@ from zero_sft.data.templates.choose import Template
 from zero_sft.errors import ArgumentError, ConfigError
 from zero_sft.generation_config import eos_token_ids, inconsistent_settings, read_generation_config, stop_at, turn_ends
 from zero_sft.hub.source import CONFIG, ModelSource, fetch_files
+from zero_sft.job.sequence_parallel import require_shareable
 from zero_sft.loading.dtype import weights_dtype
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import attention_of, require_attention, resolve_class
@@ -63,6 +64,7 @@ def check_model(options: ModelArguments, arguments: Any, config: Any, source: Mo
         if not getattr(config, "auto_map", None):
             cls, part = resolve_class(config, None, source.folder or source.name, trust_remote_code=False)
             require_activation_checkpointing(cls, arguments)
+            require_shareable(part, cls, attention, arguments.sequence_parallel_size, world.world_size)
             if attention:
                 require_attention(cls, part, attention)
         _require_hidden_size(arguments.hf_deepspeed_config, config)
@@ -207,7 +209,7 @@ def _save_sizes(inputs: "Inputs", world: World) -> SaveSizes:
     if inputs.adapter is not None:
         saved_bytes, numel = inputs.adapter.nbytes, inputs.adapter.numel
         export_bytes = saved_bytes + (export_bytes if inputs.adapter.merge else 0)
-    epochs = record.max_steps / steps_in_epoch(record.rows, arguments, world.world_size)
+    epochs = record.max_steps / steps_in_epoch(record.rows, arguments, arguments.data_ranks)
     first_step = inputs.checkpoint.global_step if inputs.checkpoint else 0
     bytes_of_checkpoint = _checkpoint_bytes(inputs, saved_bytes, numel)
     if arguments.save_on_each_node and not arguments.save_only_model:

@@ -272,7 +272,7 @@ def _plan_line(args: Any, state: Any, row_name: str) -> str:
     """Format the line with the number of steps and the batch size of a training."""
     if state.global_step >= state.max_steps:
         return f"training: no step is left, the run has reached step {state.global_step:,} of {state.max_steps:,}"
-    ranks, per_rank, accumulation = args.world_size, args.per_device_train_batch_size, args.gradient_accumulation_steps
+    ranks, per_rank, accumulation = args.data_ranks, args.per_device_train_batch_size, args.gradient_accumulation_steps
     factors = [with_count(ranks, "rank"), f"{per_rank} on each"]
     factors += [f"{accumulation} times before each update"] if accumulation > 1 else []
     steps = f"steps {state.global_step + 1:,} to {state.max_steps:,}" if state.global_step else f"{state.max_steps:,} steps"

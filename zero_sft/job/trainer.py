@@ -3,6 +3,7 @@
 `job/checkpoints.py` adds the checkpoints. Importing this module imports TRL.
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -22,8 +23,9 @@ from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError, Scope
 from zero_sft.job.checkpoints import SavingTrainer
 from zero_sft.job.device_use import has_idle_experts
+from zero_sft.job.sequence_parallel import DataRank, SharedSequences
 from zero_sft.job.simulated_faults import SimulatedFaults
-from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens
+from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens, share_batches
 from zero_sft.rope import text_config
 from zero_sft.transformers_internals import configured_attention
 from zero_sft.zero.shards import weight_numel
@@ -50,6 +52,7 @@ class JobTrainer(SavingTrainer):
     def __init__(self, *, faults: SimulatedFaults, **kwargs: Any) -> None:
         self._faults, self.step_batches, self.step_losses = faults, [], []
         self.seconds_waited_for_data = self.seconds_in_model = 0.0
+        self._whole_batches: list[dict[str, Any]] = []  # of a step whose sequences are shared between ranks
         self._trained_tokens: Any = 0  # since the last logged loss; on a GPU a tensor
         self._tokens_at_loss: int | None = None
         super().__init__(**kwargs)
@@ -57,6 +60,12 @@ class JobTrainer(SavingTrainer):
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
         self.remove_callback(ProgressCallback)
         self.add_callback(TokenCount())
+        parts = self.args.sequence_parallel_size  # type: ignore[attr-defined]  # of this package's arguments
+        self._place = DataRank.of(self.args.process_index, self.args.world_size, parts)
+        self._shared = None
+        if self._place.parts > 1:
+            self._shared = SharedSequences(self.model, self._place, self._world)
+            share_batches(self.accelerator, self._place)
 
     @property
     def tokens(self) -> int:
@@ -102,7 +111,8 @@ class JobTrainer(SavingTrainer):
             self._tokens_at_loss = self.tokens
         batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
         self.seconds_waited_for_data += time.monotonic() - began
-        self.step_batches, self.step_losses = [dict(batch) for batch in batches], []
+        self.step_batches, self.step_losses = self._whole_batches or [dict(batch) for batch in batches], []
+        self._whole_batches = []
         self._trained_tokens += 0 if trained is None else trained  # on a GPU without waiting for it
         # Samples tokenised in advance always hold a trained token. Skip the check for them: `int(trained)` syncs the device.
         dataset: Any = self.train_dataset
@@ -135,15 +145,19 @@ class JobTrainer(SavingTrainer):
         samples, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
         try:
             for batch in batches:
-                yield self._mask_in_last_batch(batch, samples, size, self.args.dataloader_drop_last)
+                whole = self._mask_in_last_batch(batch, samples, size, self.args.dataloader_drop_last)
+                if self._shared is not None:
+                    self._whole_batches.append(whole)
+                yield whole if self._shared is None else self._shared.own_part(whole)
         except DataError as error:
             message = str(error).rpartition("DataError: ")[2].strip()  # without the traceback of a worker process
             raise DataError(message, code=error.code or "data.unusable_sample", scope=Scope.THIS_RANK) from None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do the Trainer's forward and backward pass of a batch, and keep its loss. Every rank; communicates."""
         began = time.monotonic()
-        loss = super().training_step(*args, **kwargs)
+        with contextlib.nullcontext() if self._shared is None else self._shared.exchanging(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self.seconds_in_model += time.monotonic() - began
         self.step_losses.append(loss.detach())
         return loss
@@ -193,8 +207,14 @@ class JobTrainer(SavingTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run TRL's prediction step with repeated samples masked, and sum up the loss. Every rank; communicates."""
         inputs = self._mask_in_last_batch(inputs, self._evaluated["samples"], self.args.eval_batch_size, drop_last=False)
-        tokens = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
-        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if self._shared is None:
+            tokens = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        else:
+            inputs = self._shared.own_part(inputs)
+            tokens = int((inputs["shift_labels"] != IGNORE_INDEX).sum())
+            with self._shared.exchanging(inputs):
+                result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
             self._evaluated["loss"] += float(result[0]) * tokens
             self._evaluated["tokens"] += tokens
@@ -203,8 +223,8 @@ class JobTrainer(SavingTrainer):
     def _mask_in_last_batch(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:
         """Mask the repeated samples in this rank's last batch; `drop_last` leaves none. Any rank; does not communicate."""
         is_last = self.accelerator.gradient_state.end_of_dataloader and not drop_last
-        rank, ranks = self.args.process_index, self.args.world_size
-        return mask_repeated_samples(batch, samples, size=size, rank=rank, ranks=ranks, is_last=is_last)
+        place = self._place
+        return mask_repeated_samples(batch, samples, size=size, rank=place.rank, ranks=place.ranks, is_last=is_last)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Return this module's sampler for "group_by_length", else the Trainer's. Any rank; does not communicate."""

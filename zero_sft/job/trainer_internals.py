@@ -9,8 +9,10 @@ from typing import Any
 
 import transformers
 import trl
+from accelerate.data_loader import prepare_data_loader
 
 from zero_sft.errors import UnsupportedVersionError
+from zero_sft.job.sequence_parallel import DataRank
 from zero_sft.transformers_internals import TESTED
 
 OVERRIDDEN = (
@@ -40,6 +42,28 @@ def require(trainer: object, names: tuple[str, ...]) -> None:
                 "release.",
                 code="version.trainer_moved",
             )
+
+
+def share_batches(accelerator: Any, place: DataRank) -> None:
+    """Let all ranks of a group read the same batches: accelerate gives each process others."""
+
+    def prepare(loader: Any, device_placement: bool | None = None, slice_fn_for_dispatch: Any = None) -> Any:
+        prepared = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=place.ranks,
+            process_index=place.rank,
+            put_on_device=accelerator.device_placement if device_placement is None else device_placement,
+            rng_types=accelerator.rng_types.copy(),
+            even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+        )
+        accelerator._dataloaders.append(prepared)
+        return prepared
+
+    accelerator.prepare_data_loader = prepare
 
 
 def computed_tokens(trainer: Any) -> int:

@@ -99,7 +99,7 @@ class RunRecord:
             config=_comparable(text_config),
             adapter=adapter,
             learning_rate=arguments.learning_rate,
-            samples_a_step=arguments.world_size * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+            samples_a_step=arguments.data_ranks * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
             settings={name: getattr(arguments, name) for name in _SETTINGS},
         )
 
