@@ -47,9 +47,9 @@ def document(outcomes: Mapping[tuple[str, str], Outcome], trainers: Mapping[str,
     equal = sorted(name for name, result in experts.items() if result == "equal")
     lines += [
         "", "## Mixtures of experts", "",
-        f"Two steps (doge: one) on 2 ranks, of which each uses a few experts that the other does not use: {len(equal)} of {len(experts)} "
-        "types end at the values of unsharded training. The experts are computed in a loop over those that are in use, the "
-        "harder case.", "", ", ".join(equal) + ".",
+        f"Two steps (doge: one) on 2 ranks, of which each uses a few experts that the other does not use: {len(equal)} of "
+        f"{len(experts)} types end at the values of unsharded training. The experts are computed in a loop over those that are "
+        "in use, the harder case.", "", ", ".join(equal) + ".",
     ]  # fmt: skip
     lines += [f"- {name}: {result}" for name, result in experts.items() if result != "equal"]
     return _START + "\n".join(lines) + "\n"
