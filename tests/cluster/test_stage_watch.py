@@ -45,6 +45,7 @@ def test_a_rank_that_writes(watch, tmp_path):
     assert watch.said == []
 
 
+@pytest.mark.slow
 def test_a_rank_whose_worker_computes(watch):
     """Data is prepared in other processes."""
     program = "import time; end = time.monotonic() + 8\nwhile time.monotonic() < end: pass"
@@ -53,6 +54,7 @@ def test_a_rank_whose_worker_computes(watch):
     assert watch.said == []
 
 
+@pytest.mark.slow
 def test_nothing_is_watched_outside_stages(watch):
     with watch.during("loading"):
         pass

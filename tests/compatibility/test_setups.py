@@ -16,7 +16,7 @@ from tests.compatibility.trials import outcome
 from tests.errors import raises
 from tests.library.test_trainers import TRAINERS
 
-QUICK = {("both: cpu", "all parameters"), ("hpZ", "LoRA"), ("three ranks, which divide no size", "QLoRA")}
+QUICK = {("both: cpu", "all parameters")}
 TRIED = [name for name, setup in SETUPS.items() if not setup.refused and not setup.gpu_only]
 DAY = int(os.environ.get("ZERO_SFT_SLOW_ORDER", "0"))
 

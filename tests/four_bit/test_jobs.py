@@ -44,6 +44,7 @@ def test_the_losses_are_close_to_those_of_the_unquantised_model(folder, whole):
     assert found == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_end_is_that_of_the_uninterrupted_run(folder, whole):
     """Bit for bit; and another quantisation is another run."""
     arguments = {"q_lora": True, "lora_target_modules": "all-linear", "bf16": True}

@@ -57,6 +57,7 @@ def test_the_export_has_rows_for_the_tokens(folder, whole):
     assert model.get_output_embeddings().weight.shape[0] == rows
 
 
+@pytest.mark.slow
 def test_the_end_is_that_of_the_uninterrupted_run(folder, whole):
     """Bit for bit."""
     again = run(folder, "again", resume_from_checkpoint=whole / "checkpoint-2")

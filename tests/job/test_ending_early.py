@@ -105,7 +105,7 @@ CASES = [
     slow(announce, (0, "step", 1), 1),
     slow(touch, (0, "step", 4), 4),
     slow(terminate, (1, "step", 6), 6),
-    (announce, (1, "evaluation", 2), 3),
+    slow(announce, (1, "evaluation", 2), 3),
 ]
 """The request, the rank that gets it and the place, and the step after which the run ends."""
 

@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("ranks", "parts", "arguments"),
     [
-        (2, 2, {}),
+        slow(2, 2, {}),
         slow(4, 4, {}),
         slow(4, 2, {"per_device_train_batch_size": 1}),
         (2, 2, {"packing": True, "per_device_train_batch_size": 1, "max_steps": 3, "model_max_length": 128}),

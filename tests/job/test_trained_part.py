@@ -41,6 +41,7 @@ def changed(folder: Path, out: Path) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+@pytest.mark.slow
 def test_unfrozen_layers(folder):
     """The last layer and the norm alone are trained; a resumed run ends as one that was not interrupted, bit for bit."""
     pattern = {"unfreeze": r"layers\.1\.|^model\.norm"}

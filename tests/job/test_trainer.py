@@ -12,6 +12,7 @@ from zero_sft.cluster.world import World
 from zero_sft.data.collator import Collator
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import DataError
+from zero_sft.job.sequence_parallel import DataRank
 from zero_sft.job.trainer import JobTrainer, mask_repeated_samples
 
 ROWS = [{"input_ids": [number] * number, "labels": [number] * number, "seq_lengths": [number]} for number in range(1, 9)]
@@ -39,7 +40,7 @@ def test_rows_that_are_only_repeated(flat):
 @pytest.mark.parametrize(("end", "drop_last", "labels"), [(True, False, [0]), (False, False, [0, 1]), (True, True, [0, 1])])
 def test_only_the_last_batches_of_an_epoch_are_filled_up(end, drop_last, labels):
     trainer: Any = SimpleNamespace(
-        args=SimpleNamespace(world_size=2, process_index=1),
+        _place=DataRank.of(rank=1, world_size=2, parts=1),
         accelerator=SimpleNamespace(gradient_state=SimpleNamespace(end_of_dataloader=end)),
     )
     batch = JobTrainer._mask_in_last_batch(trainer, {"labels": torch.arange(2)}, 7, 2, drop_last)

@@ -200,7 +200,7 @@ def test_save_pretrained(folder, tmp_path):
 
 @pytest.mark.world_size(2)
 @pytest.mark.parametrize("architecture", ["llama"])
-@pytest.mark.parametrize("backend", ["eager", slow("inductor")])
+@pytest.mark.parametrize("backend", [slow("eager"), slow("inductor")])
 def test_compiled(folder, backend):
     """By torch before the engine's start, and by the engine's own method afterwards."""
     import deepspeed

@@ -77,6 +77,7 @@ def merge(folder: Path, name: str, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_nodes_that_share_the_folder_make_an_ordinary_checkpoint(shared):
     assert read_manifest(shared / "checkpoint-6").hosts == {}
     assert equal(shared / "checkpoint-6", shared)

@@ -95,7 +95,9 @@ def _memory_footprint(model: PreTrainedModel, return_buffers: bool = True) -> in
 
 def _require_full(model: nn.Module, prefix: str, keep_vars: bool) -> None:
     """Raise unless a state dict would hold the full tensors. Called by `state_dict`."""
-    if keep_vars or not any(_is_empty(param) for param in model.parameters()) or _is_called_by_deepspeed():
+    if keep_vars or not any(_is_empty(param) for param in model.parameters()):
+        return
+    if _is_called_by_deepspeed() or _is_called_by("peft.", "set_peft_model_state_dict"):
         return
     raise ArgumentError(
         "state_dict() of a sharded model would hold empty tensors. To save the model, call zero_sft.save_pretrained(model, "
@@ -111,11 +113,20 @@ def _is_empty(param: nn.Parameter) -> bool:
 
 def _is_called_by_deepspeed() -> bool:
     """Return whether one of the callers is DeepSpeed, which knows what a partitioned parameter is."""
+    return _is_called_by("deepspeed.")
+
+
+def _is_called_by(package: str, function: str | None = None) -> bool:
+    """Return whether one of the callers is of a package, and is the function, if one is named.
+
+    PEFT asks for the names alone when it loads an adapter; when it saves one, it would write empty tensors.
+    """
     frame: Any = sys._getframe(1)
     for _ in range(_FRAMES):
         if frame is None:
             return False
-        if frame.f_globals.get("__name__", "").startswith("deepspeed."):
+        is_named = function is None or frame.f_code.co_name == function
+        if is_named and frame.f_globals.get("__name__", "").startswith(package):
             return True
         frame = frame.f_back
     return False

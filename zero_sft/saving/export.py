@@ -22,15 +22,15 @@ from zero_sft.cluster.control_group import broadcast_bytes
 from zero_sft.cluster.stages import collective_stage, timeout_for_bytes
 from zero_sft.cluster.world import World
 from zero_sft.console import progress
-from zero_sft.errors import ExportError, NotPlacedError, ZeroSftError
+from zero_sft.errors import ArgumentError, ExportError, NotPlacedError, ZeroSftError
 from zero_sft.options.keywords import require_instance, require_path, wrong_value
 from zero_sft.saving import weight_files
 from zero_sft.saving.export_layout import ExportLayout, on_meta
 from zero_sft.saving.folder import explain_not_placed, explain_write_errors, find_staging, make_staging
-from zero_sft.saving.forms import SavedForm, form_of
+from zero_sft.saving.forms import MergedModel, SavedForm, form_of
 from zero_sft.saving.gathered_parts import write_gathered
 from zero_sft.saving.placing import put_in_place, require_replaceable
-from zero_sft.saving.readable import unwrapped
+from zero_sft.saving.readable import is_adapted, unwrapped
 from zero_sft.storage.default_device import cpu_by_default
 from zero_sft.zero.process_group import connect
 
@@ -44,11 +44,16 @@ def save_pretrained(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    merge_adapter: bool = False,
 ) -> None:
     """Write `model` (a loaded model, or a DeepSpeed engine around one) to the folder `path`. Every rank; communicates.
 
     Of a model that PEFT wraps, the adapter is written. If not all ranks see `path` on one file system, rank 0 writes all.
     Weights in the folder are replaced; its other files stay.
+
+    Args:
+        merge_adapter: write a complete model instead, with the adapter merged. It is merged in place, into the shards: a
+            training of it can't go on.
 
     Raises:
         ExportError: the folder can't be written, or the export would not load as this model.
@@ -64,7 +69,17 @@ def save_pretrained(
         require_instance("tokenizer", tokenizer, PreTrainedTokenizerBase, "a tokenizer of transformers, or None")
         if type(max_file_bytes) is not int or max_file_bytes < 1:
             raise wrong_value("max_file_bytes", max_file_bytes, "a whole number of bytes, at least 1")
-        form = form_of(unwrapped(model))
+        saved = unwrapped(model)
+        if merge_adapter and not is_adapted(saved):
+            raise ArgumentError(
+                "merge_adapter=True needs a model with an adapter, as PEFT makes it: leave it out.", code="arguments.no_effect"
+            )
+        form = form_of(saved)
+    if merge_adapter:
+        from zero_sft.adapters.merge import merge  # PEFT, which other models do not need
+
+        merge(saved, world)
+        form = MergedModel(saved)
     save_form(form, target, tokenizer, world, max_file_bytes=max_file_bytes)
 
 
