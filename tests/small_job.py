@@ -1,9 +1,11 @@
 """Run a small training job in a folder, with an fp32 model and conversations of very different lengths."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from testing.runner import run_ranks
 from tests import models
 from tests.data import tiny
 
@@ -38,6 +40,16 @@ def train(folder: Path, out: str, **arguments: Any) -> None:
         "seed": 3, **arguments,
     }  # fmt: skip
     assert job.main([word for name, value in given.items() for word in (f"--{name}", str(value))]) == 0
+
+
+def run(folder: Path, out: str, ranks: int, arguments: Mapping[str, Any]) -> Path:
+    """Run the job on some ranks, and return its output folder."""
+    run_ranks(ranks, _train, {"folder": folder, "out": out, "arguments": dict(arguments)}, 400)
+    return folder / out
+
+
+def _train(folder: Path, out: str, arguments: Mapping[str, Any]) -> None:
+    train(folder, out, **arguments)
 
 
 def history(folder: Path, out: str) -> list[dict[str, Any]]:

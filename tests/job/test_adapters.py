@@ -9,7 +9,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from testing.runner import run_ranks
 from tests import small_job
 from tests.saving.test_saved_runs import run_refused
 from tests.slow import slow
@@ -23,13 +22,8 @@ LORA = {
 IDS = torch.arange(3, 40).view(1, -1)
 
 
-def job(folder, out, arguments):
-    small_job.train(folder, out, **arguments)
-
-
 def run(folder: Path, out: str, ranks: int = 2, **arguments) -> Path:
-    run_ranks(ranks, job, {"folder": folder, "out": out, "arguments": LORA | arguments}, 400)
-    return folder / out
+    return small_job.run(folder, out, ranks, LORA | arguments)
 
 
 def adapter(out: Path) -> dict[str, torch.Tensor]:

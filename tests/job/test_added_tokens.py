@@ -7,7 +7,6 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from testing.runner import run_ranks
 from tests import small_job
 from tests.errors import raises
 from tests.saving.test_saved_runs import run_refused
@@ -21,13 +20,8 @@ GIVEN = {
 }  # fmt: skip
 
 
-def job(folder, out, arguments):
-    small_job.train(folder, out, **arguments)
-
-
 def run(folder: Path, out: str, **arguments) -> Path:
-    run_ranks(2, job, {"folder": folder, "out": out, "arguments": GIVEN | arguments}, 400)
-    return folder / out
+    return small_job.run(folder, out, 2, GIVEN | arguments)
 
 
 @pytest.fixture(scope="module", params=["llama", slow("qwen2")])

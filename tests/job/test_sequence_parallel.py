@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from testing.runner import run_ranks
 from tests import small_job
 from tests.errors import raises
 from tests.slow import slow
@@ -19,14 +18,8 @@ GIVEN = {
 }  # fmt: skip
 
 
-def job(folder, out, arguments):
-    small_job.train(folder, out, **arguments)
-
-
 def run(folder: Path, out: str, ranks: int, parts: int, **arguments) -> Path:
-    given = GIVEN | {"sequence_parallel_size": parts} | arguments
-    run_ranks(ranks, job, {"folder": folder, "out": out, "arguments": given}, 400)
-    return folder / out
+    return small_job.run(folder, out, ranks, GIVEN | {"sequence_parallel_size": parts} | arguments)
 
 
 @pytest.fixture(scope="module")

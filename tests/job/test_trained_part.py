@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from testing.runner import run_ranks
 from tests import small_job
 from tests.errors import raises
 from tests.saving.test_saved_runs import run_refused
@@ -20,13 +19,8 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def job(folder, out, arguments):
-    small_job.train(folder, out, **arguments)
-
-
 def run(folder: Path, out: str, **arguments) -> Path:
-    run_ranks(2, job, {"folder": folder, "out": out, "arguments": OPTIONS | arguments}, 400)
-    return folder / out
+    return small_job.run(folder, out, 2, OPTIONS | arguments)
 
 
 @pytest.fixture(scope="module")

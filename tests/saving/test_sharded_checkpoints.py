@@ -41,13 +41,8 @@ DECAYING = {
 }
 
 
-def job(folder, out, arguments):
-    small_job.train(folder, out, **arguments)
-
-
 def run(folder: Path, out: str, ranks: int = 2, **arguments) -> Path:
-    run_ranks(ranks, job, {"folder": folder, "out": out, "arguments": OPTIONS | arguments}, 400)
-    return folder / out
+    return small_job.run(folder, out, ranks, OPTIONS | arguments)
 
 
 @pytest.fixture(scope="module")

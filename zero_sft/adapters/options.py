@@ -98,7 +98,7 @@ def unusable_lora_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
     if dropout is not None and not 0 <= dropout < 1:
         yield ArgumentError(f"--lora_dropout must be at least 0 and below 1; got {dropout:g}", code="arguments.out_of_range")
     yield from _unusable_with_parameters(values, dropout)
-    yield from _unusable_in_4_bits(values, adapters=has_rank or has_path)
+    yield from unusable_in_4_bits(values, adapters=has_rank or has_path)
     if (has_rank or has_path) and values.get("checkpoint_format") == "deepspeed":
         yield ArgumentError(
             "--checkpoint_format deepspeed would hold the frozen model in each checkpoint: leave it out with --lora_r",
@@ -106,8 +106,8 @@ def unusable_lora_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
         )
 
 
-def _unusable_in_4_bits(values: Mapping[str, Any], *, adapters: bool) -> Iterator[ArgumentError]:
-    """Weights in 4 bits are never trained, and nothing is added to them."""
+def unusable_in_4_bits(values: Mapping[str, Any], *, adapters: bool) -> Iterator[ArgumentError]:
+    """Yield an error for each option that weights in 4 bits exclude: they are never trained, and nothing is added to them."""
     if not values.get("load_in_4bit"):
         for name in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
             if values.get(name) is not None:

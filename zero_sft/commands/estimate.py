@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.adapters.options import unusable_in_4_bits
 from zero_sft.arguments.specifications import shared_options, shared_translations
 from zero_sft.console import progress
 from zero_sft.errors import ArgumentError
@@ -103,10 +104,9 @@ def _report(options: Any, notes: Sequence[str]) -> None:
         sys.stderr.write(f"{note}\n")
     for line in _remarks(options):
         sys.stderr.write(f"{line}\n")
-    if options.load_in_4bit and options.lora_r is None:
-        raise ArgumentError(
-            "--load_in_4bit freezes the weights that it quantises: give --lora_r to train adapters", code="arguments.no_effect"
-        )
+    if options.load_in_4bit:
+        for error in unusable_in_4_bits(vars(options), adapters=options.lora_r is not None):
+            raise error
     models = [model for name in options.model_name_or_path for model in (shipped_models() if name == "shipped" else [name])]
     _check_outputs(options, len(models) * len(options.world_size))
     results = _estimate(models, options)

@@ -23,7 +23,6 @@ from zero_sft.loading import skeleton
 from zero_sft.loading.four_bit import make_all_4bit
 from zero_sft.loading.options import LoadOptions
 from zero_sft.loading.request import ModelSpec
-from zero_sft.zero.tiled_mlp import tile_mlps
 
 
 class LiveMemory(TorchDispatchMode):
@@ -109,6 +108,8 @@ def peak_bytes(
                 param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
             model.train()
             if tiled_mlp is not None:
+                from zero_sft.zero.tiled_mlp import tile_mlps  # DeepSpeed's sequence parallelism
+
                 tile_mlps(model, tiled_mlp)
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": adapted is not None})

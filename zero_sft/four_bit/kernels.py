@@ -40,19 +40,17 @@ def dequantize(stored: torch.Tensor, layout: FourBitLayout, quant_type: str, dty
     if codes.data_ptr() % BLOCK:  # after a gather of several parameters, the bytes may begin anywhere
         codes = codes.clone()
     if layout.double:
-        absmax, scales, mean = parts
+        scale_codes, scales, mean = parts
         nested = functional.QuantState(
             absmax=_fp32(scales), code=_scale_code(stored.device), blocksize=SCALE_BLOCK, dtype=torch.float32
         )
-        state = functional.QuantState(
-            absmax=absmax.clone(), state2=nested, offset=_fp32(mean)[0], shape=torch.Size(layout.shape), dtype=dtype,
-            blocksize=BLOCK, quant_type=quant_type, code=functional.get_4bit_type(quant_type, device=stored.device),
-        )  # fmt: skip
+        absmax, doubled = scale_codes.clone(), {"state2": nested, "offset": _fp32(mean)[0]}
     else:
-        state = functional.QuantState(
-            absmax=_fp32(parts[0]), shape=torch.Size(layout.shape), dtype=dtype, blocksize=BLOCK, quant_type=quant_type,
-            code=functional.get_4bit_type(quant_type, device=stored.device),
-        )  # fmt: skip
+        absmax, doubled = _fp32(parts[0]), {}
+    state = functional.QuantState(
+        absmax=absmax, shape=torch.Size(layout.shape), dtype=dtype, blocksize=BLOCK, quant_type=quant_type,
+        code=functional.get_4bit_type(quant_type, device=stored.device), **doubled,
+    )  # fmt: skip
     return functional.dequantize_4bit(codes.view(-1, 1), state)
 
 

@@ -26,7 +26,6 @@ from zero_sft.saving.checkpoint_reader import restore_own_weights
 from zero_sft.saving.forms import form_of
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint
 from zero_sft.zero.shards import weight_numel
-from zero_sft.zero.tiled_mlp import tile_mlps
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -55,6 +54,8 @@ def load_for_training(parsed: ParsedArguments, inputs: Inputs, world: World) -> 
         model.resize_token_embeddings(rows)
     require_trainable(model, inputs.arguments)
     if inputs.arguments.tiled_mlp:
+        from zero_sft.zero.tiled_mlp import tile_mlps
+
         logger.info("%d MLPs compute at most %d tokens at a time", tile_mlps(model, inputs.arguments.tiled_mlp),
                     inputs.arguments.tiled_mlp)  # fmt: skip
     model.generation_config = inputs.generation_config  # the loader's, and it also stops at the template's ends of turn

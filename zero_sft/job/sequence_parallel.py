@@ -20,7 +20,6 @@ from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import ArgumentError, TrainingError
 from zero_sft.rope import text_config
 from zero_sft.transformers_internals import attention_function, configured_attention, replace_attention
-from zero_sft.zero.ulysses import UlyssesAttention
 
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _LATENT = ("kv_lora_rank", "qk_rope_head_dim")
@@ -86,6 +85,8 @@ class SharedSequences:
     def __init__(self, model: Any, place: DataRank, world: World) -> None:
         """Make the groups, and let the model's attention exchange parts. Every rank; communicates."""
         from deepspeed import comm
+
+        from zero_sft.zero.ulysses import UlyssesAttention  # other runs need none of DeepSpeed's sequence parallelism
 
         self.place = place
         self._config = text_config(model.config)
