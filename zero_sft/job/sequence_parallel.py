@@ -108,7 +108,7 @@ class SharedSequences:
 
     @contextlib.contextmanager
     def exchanging(self, batch: dict[str, Any]) -> Iterator[None]:
-        """Let attention see the whole sequences of a batch in the body, which gets a batch without their positions.
+        """Let attention see the whole sequences while the body runs. Removes `whole_positions` from the batch.
 
         Raises:
             TrainingError: a layer computed attention otherwise.

@@ -55,7 +55,7 @@ def _tile(module: nn.Module, tokens: int) -> None:
 
 
 def tile_count(total: int, tokens: int) -> int:
-    """Return the number of tiles, which `torch.chunk` really makes: DeepSpeed drops gradients if there are fewer. Pure.
+    """Return a number of tiles that `torch.chunk` makes exactly: DeepSpeed drops gradients if it makes fewer. Pure.
 
     Worked example: 10 tokens, at most 3 at a time: 4 tiles of 3, 3, 3 and 1. 10 tokens in 7 tiles would be 5 tiles of 2.
     """

@@ -3,8 +3,8 @@
 Before attention the ranks of a group exchange parts of the sequence for heads: each has the whole sequence of some heads. After
 attention they exchange back. Everything else of a model works on a rank's own part.
 
-DeepSpeed's class does the exchanges. It drops masks, so packed samples and sliding windows would see tokens that they must not
-see; `UlyssesAttention` makes the mask of the whole sequence where the attention does not do without.
+DeepSpeed's class does the exchanges. It drops masks, so that tokens would see other packed samples, and tokens outside of
+sliding windows. `UlyssesAttention` makes the mask of the whole sequence for attention functions that need one.
 """
 
 import contextlib
