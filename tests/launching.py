@@ -1,4 +1,4 @@
-"""Start the real job with the real launchers in a separate process group, and check that no process of it survives."""
+"""Start the real job with the real launchers in a separate session, and check that no process of it survives."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 MODULE = "zero_sft.train"
+
+_MARK = "ZERO_SFT_TEST_STARTED"
+"""Variable by which the processes of one `Started` are found; its value differs for each."""
 
 
 def free_port() -> int:
@@ -57,6 +61,7 @@ class Started:
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
         variables |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **env}
         self._log = log
+        variables[_MARK] = self._mark = uuid.uuid4().hex
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 list(command), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables,
@@ -78,12 +83,11 @@ class Started:
         return found
 
     def _members(self) -> list[psutil.Process]:
+        # By a variable, since `launch.sh` and torchrun start processes in new sessions, and a parent may have ended.
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
-                if os.getsid(process.pid) == self.process.pid:
+                if os.getsid(process.pid) == self.process.pid or process.environ().get(_MARK) == self._mark:
                     self._seen.add(process)
-        with contextlib.suppress(psutil.Error):  # torchrun starts each rank in a new session
-            self._seen.update(psutil.Process(self.process.pid).children(recursive=True))
         return [process for process in self._seen if _lives(process)]
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 150) -> None:
