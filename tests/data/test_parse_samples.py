@@ -13,7 +13,7 @@ from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED, Conversation, PromptCompletion, Turn
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
-from zero_sft.data.samples.sample_formats import SAMPLE_FORMATS, DataFormat
+from zero_sft.data.samples.sample_formats import SAMPLE_FORMATS, DataFormat, ReadOptions
 from zero_sft.data.sources.data_path import parse_sources
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.packaged_file import packaged_file
@@ -135,12 +135,12 @@ def test_missing_empty_and_unreadable_files(tmp_path):
         ([{"dialog": ONE}], "unknown_format", ["'dialog'", "rename", "`conversations`"]),
         ([{"id": 1, "turns": MESSAGES}], "unknown_format", ["`turns`", "rename", "`messages`"]),
         ([{"conversations": [{"from": "human"}]}], "turn_without_text", ["turn 1", '"value"', "got {'from': 'human'}"]),
-        ([{"conversations": [{"role": "user", "content": "x"}]}], "bad_turn", ["turn 1", '"from"']),
-        ([{"messages": [{"role": "user", "content": ["x"]}]}], "turn_not_only_text", ["turn 1", '"content"']),
+        ([{"conversations": [{"speaker": "user", "content": "x"}]}], "bad_turn", ["turn 1", '"from"']),
+        ([{"messages": [{"role": "user", "content": [7]}]}], "turn_not_only_text", ["turn 1, part 1", "got 7"]),
         ([{"messages": [{"role": "user", "content": None}]}], "turn_without_text", ["turn 1", "None"]),
         ([{"conversations": ["x"]}], "bad_turn", ["turn 1", "got x"]),
-        ([{"conversations": [{"from": "robot", "value": "x"}]}], "unknown_role", ["'robot'", "human, user, gpt"]),
-        ([{"messages": [{"role": "human", "content": "x"}]}], "unknown_role", ["'human'", "user, assistant"]),
+        ([{"conversations": [{"from": "robot", "value": "x"}]}], "unknown_role", ["'robot'", "user, human, assistant, gpt"]),
+        ([{"messages": [{"role": "robot", "content": "x"}]}], "unknown_role", ["'robot'", "user, human"]),
         (
             [{"id": "z", "conversations": [*ONE, ONE[1]]}],
             "roles_do_not_alternate",
@@ -155,7 +155,7 @@ def test_missing_empty_and_unreadable_files(tmp_path):
             ["expected assistant, got system"],
         ),
         ([{"messages": [MESSAGES[0], {"role": "tool", "content": "x"}]}], "roles_do_not_alternate", ["got tool"]),
-        ([{"messages": MESSAGES, "tools": [{"name": "f"}]}], "key_of_another_format", ["sample 1: `tools`", "messages"]),
+        ([{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}], "key_of_another_format", ["sample 1: `tools`"]),
         ([{"conversations": ONE, "history": [["a", "b"]]}], "key_of_another_format", ["`history`", "sharegpt"]),
         ([{"prompt": "a", "completion": "b", "system": "c"}], "key_of_another_format", ["`system`", "prompt_completion"]),
         ([{"messages": [{"role": "system", "content": "x"}, *MESSAGES], "system": "y"}], "second_system_text", []),
@@ -167,8 +167,8 @@ def test_missing_empty_and_unreadable_files(tmp_path):
         ('{"text": "a", "text": "b"}', "bad_json_value", ["line 1", "'text'"]),
         (
             [{"messages": [MESSAGES[0], {"role": "assistant", "content": None, "tool_calls": [1]}]}],
-            "key_refused",
-            ["`tool_calls`"],
+            "bad_call",
+            ["turn 2, `tool_calls`, call 1", "got 1"],
         ),
         ([{"instruction": "a", "output": None}], "unknown_format", ["the keys 'instruction', 'output' (null)"]),
         ([{"messages": [{"role": "system", "content": "x"}] * 2 + MESSAGES}], "second_system_text", ["turn 2"]),
@@ -226,11 +226,11 @@ def test_a_layout_can_be_forced(tmp_path):
     both = {"conversations": ONE, "text": "x"}
     path = written(tmp_path, [both, {"text": "y"}])
     assert_refused(path, "several_formats", "sample 1", "`conversations` of sharegpt", "`text` of text")
-    reading = SampleParser(data_format="text").read(LocalFiles(path=path).objects())
+    reading = SampleParser(options=ReadOptions(data_format="text")).read(LocalFiles(path=path).objects())
     assert [each.completion for each in reading.samples] == ["x", "y"]
     assert reading.unread_keys == {"conversations": 1}, "said in the log"
     with raises("data.unknown_format", "sample 2", "--data_format sharegpt", "'text'"):
-        SampleParser(data_format="sharegpt").read(LocalFiles(path=path).objects())
+        SampleParser(options=ReadOptions(data_format="sharegpt")).read(LocalFiles(path=path).objects())
 
 
 @pytest.mark.parametrize("module", [gzip, bz2, lzma])
@@ -293,7 +293,7 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
         )
 
 
-@pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 0.5}, {"tool_calls": [{"name": "f"}]}, {"thinking": "hm"}])
+@pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 0.5}, {"cot": "hm"}])
 def test_turns_that_would_be_trained_on_wrongly(tmp_path, turn):
     (key,) = turn
     code = "bad_value_of_key" if key in ("train", "weight") else "key_refused"

@@ -8,7 +8,7 @@ import pytest
 from tests.data.tiny import CHATML, byte_tokenizer, conversation
 from tests.errors import raises
 from zero_sft.data.samples.conversation import ASSISTANT, TOOL, Conversation, Turn
-from zero_sft.data.templates import jinja, probe
+from zero_sft.data.templates import jinja, probe, render
 from zero_sft.data.templates.choose import choose_template
 from zero_sft.data.templates.jinja import ChatTemplate
 from zero_sft.data.templates.probe import find_turn_ends
@@ -265,7 +265,7 @@ def test_choice():
         choose_template("model", byte_tokenizer())
     with raises("data.no_such_template", "nowhere.jinja"):
         choose_template("nowhere.jinja", byte_tokenizer())
-    with raises("data.unknown_template", "vicuna, chatml, llama3, model"):
+    with raises("data.unknown_template", "vicuna, chatml, llama3, hermes, model"):
         choose_template("alpaca", byte_tokenizer())
 
 
@@ -318,7 +318,7 @@ def test_vicunas_stop_is_one_token_of_the_model():
 )
 def test_a_template_that_loops_ends(monkeypatch, source):
     """Within the time limit, in one error; and another timer of the process goes on."""
-    monkeypatch.setattr(probe, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(render, "RENDER_SECONDS", 0.5)
     rung = []
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(None))
     try:

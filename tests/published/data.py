@@ -69,10 +69,10 @@ DATA: dict[str, PublishedData] = {
         sample={"instruction": Q2, "input": "", "output": A2, "system": SYSTEM, "history": [[Q, A]]}, kind="json"
     ),
     "LLaMA-Factory sharegpt with tools": PublishedData(
-        sample={"conversations": [{"from": "human", "value": Q}, {"from": "function_call", "value": "{}"},
+        sample={"conversations": [{"from": "human", "value": Q}, {"from": "function_call", "value": '{"name": "add"}'},
                                   {"from": "observation", "value": "4"}, {"from": "gpt", "value": A}],
                 "system": SYSTEM, "tools": json.dumps([{"name": "add"}])},
-        answers=None, refused=("data.key_of_another_format", "tools"),
+        answers=None, refused=("data.template_without_calls", "hermes"),
     ),
     "dolly-15k": PublishedData(
         sample={"instruction": Q, "context": "", "response": A, "category": "closed_qa"},
@@ -107,7 +107,7 @@ DATA: dict[str, PublishedData] = {
     ),
     "OpenAI parts": PublishedData(
         sample={"messages": [{"role": "user", "content": [{"type": "text", "text": Q}]}, {"role": "assistant", "content": A}]},
-        answers=None, refused=("data.turn_in_parts", "content"),
+        answers=(A,),
     ),
     "LLaVA": PublishedData(
         sample={"id": "1", "image": "coco/1.jpg", "conversations": _sharegpt()},

@@ -71,6 +71,16 @@ class DataArguments:
     data_format: DataFormat | None = field(
         default=None, metadata={"help": "The format of all samples; by default, it is detected for each sample."}
     )
+    tools: Literal["render", "ignore"] = field(
+        default="render", metadata={"help": "Give a sample's tools to the chat template, or ignore them: its texts have them."}
+    )
+    reasoning: Literal["field", "inline", "drop"] = field(
+        default="field",
+        metadata={"help": "Thoughts in a field: give them to the template, write them into the text, or drop them."},
+    )
+    merge_turns: bool = field(
+        default=False, metadata={"help": "Join consecutive turns of the same speaker, instead of refusing the sample."}
+    )
     train_on: Literal["all", "last"] = field(
         default="all", metadata={"help": "The answers of a conversation that count in the loss."}
     )
@@ -95,7 +105,7 @@ class DataArguments:
     chat_template: str | None = field(
         default=None,
         metadata={
-            "help": "vicuna, chatml, llama3, model or a Jinja file; by default the model's template if it has one, else vicuna."
+            "help": "vicuna, chatml, llama3, hermes (has tools), model or a Jinja file; by default the model's, else vicuna."
         },
     )
     sample_prompts: str | None = field(

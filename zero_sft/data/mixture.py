@@ -15,6 +15,7 @@ from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.samples.embedded_tokens import id_limit
 from zero_sft.data.samples.overlong import TRUNCATE
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
+from zero_sft.data.samples.sample_formats import ReadOptions
 from zero_sft.data.sources.data_path import Source, require_sources
 from zero_sft.data.templates.choose import Template
 from zero_sft.data.workers import usable_processes
@@ -61,7 +62,13 @@ class DatasetSpec:
             sources=sources,
             model_max_length=training.model_max_length,
             root=cache.cache_root(data.data_cache_dir),
-            parser=SampleParser(data_format=data.data_format, train_on=data.train_on, on_bad_sample=data.on_bad_sample),
+            parser=SampleParser(
+                options=ReadOptions(
+                    data_format=data.data_format, tools=data.tools, reasoning=data.reasoning, merge_turns=data.merge_turns
+                ),
+                train_on=data.train_on,
+                on_bad_sample=data.on_bad_sample,
+            ),
             overlong=data.overlong,
             lazy=data.lazy_preprocess,
             seed=sampling_seed(training),

@@ -15,7 +15,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data.report import CUT_OFF, NO_ANSWER, TOO_LONG, DataReport, total
-from zero_sft.data.samples.conversation import SYSTEM, Conversation, PromptCompletion, Sample, Turn
+from zero_sft.data.samples.conversation import SYSTEM, Conversation, PromptCompletion, Sample, ToolCall, Turn
 from zero_sft.data.samples.embedded_tokens import require_embedded
 from zero_sft.data.samples.overlong import DROP, SPLIT, TRUNCATE, split_rounds
 from zero_sft.data.samples.parse import SampleParser, apply_to_usable
@@ -79,6 +79,7 @@ class Pipeline:
             samples=len(parsed.samples) + len(parsed.bad),
             dropped_turns=parsed.dropped_turns,
             unread_keys=parsed.unread_keys,
+            changes=parsed.changes,
             bad=len(parsed.bad),
             first_bad=tuple(parsed.bad),
             dropped={NO_ANSWER: len(parsed.samples) - len(answered)},
@@ -210,4 +211,5 @@ def _sample_from_fields(fields: dict) -> Sample:
     """Restore a sample from its `asdict`."""
     if "turns" not in fields:
         return PromptCompletion(**fields)
-    return Conversation(turns=tuple(Turn(**turn) for turn in fields["turns"]), where=fields["where"])
+    turns = ({**turn, "calls": tuple(ToolCall(**call) for call in turn["calls"])} for turn in fields["turns"])
+    return Conversation(**{**fields, "turns": tuple(Turn(**turn) for turn in turns)})

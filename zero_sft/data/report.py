@@ -29,6 +29,7 @@ class DataReport:
     - `first_bad`: errors of the first few bad samples. `dropped_parts`: parts of split samples that were dropped, by reason.
     - `kept`: rows. `turns`: turns of the kept samples, without system texts. `dropped`: samples without a kept row, by reason.
     - `unread_keys`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
+    - `changes`: what the options have changed in the samples, and what looks wrong, by description.
     - `has_trained`: something is trained on in at least one sample; lazy tokenising finds this as well.
     - `shortest` sample and `longest` kept row: in tokens, before truncation.
     """
@@ -48,6 +49,7 @@ class DataReport:
     dropped_parts: Mapping[str, int] = field(default_factory=dict)
     unread_keys: Mapping[str, int] = field(default_factory=dict)
     dropped_turns: Mapping[str, int] = field(default_factory=dict)
+    changes: Mapping[str, int] = field(default_factory=dict)
     empty_answers: int = 0
     tokens: int | None = None
     trained_tokens: int | None = None
@@ -101,6 +103,7 @@ class DataReport:
         if any(self.dropped_turns.values()):
             turns = {reason: self.dropped_turns.get(reason, 0) for reason in (LEADING, UNANSWERED)}
             lines.append("turns dropped: " + list_counts(turns))
+        lines += [f"{count:,} {what}" for what, count in self.changes.items() if count]
         if self.dropped_thoughts:
             lines.append(
                 f"the template leaves out the thoughts of {with_count(self.dropped_thoughts, 'answer')}, of {self.thoughts:,} "

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from zero_sft.errors import DataError
 
@@ -14,41 +15,64 @@ LEADING, UNANSWERED = "leading, not the user's", "last, unanswered"
 THOUGHTS_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """The fields of a message from which chat templates read thoughts."""
 
-Messages = Sequence[Mapping[str, str]]
-"""A conversation as chat templates take it: a `role`, a `content` and perhaps thoughts in a field, by message."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation as chat templates take it: by message a `role`, a `content`, perhaps thoughts in a field, and `tool_calls`."""
 
 _FOLLOWS = {None: (USER,), USER: (ASSISTANT,), ASSISTANT: (USER, TOOL), TOOL: (ASSISTANT, TOOL)}
 """The roles that may follow each role; None stands for the beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of a tool in an answer. `arguments` is a JSON object as text. `call_id` may be empty."""
+
+    name: str
+    arguments: str
+    call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """The text of one speaker. `role` is one of this module's constants. Answers are trained on unless `left_out_of_loss`."""
+    """The text of one speaker. `role` is one of this module's constants. Answers are trained on unless `left_out_of_loss`.
+
+    An answer may have `thoughts`, given to the template apart from the text, and `calls` of tools. A tool's turn may have the
+    tool's `name` and the `call_id` of the call that it answers.
+    """
 
     role: str
     text: str
     left_out_of_loss: bool = False
+    thoughts: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    call_id: str = ""
 
-    def has_text(self, *, blank_counts: bool) -> bool:
-        """Whether the turn has a text. With `blank_counts`, white space alone counts as a text."""
-        return bool(self.text if blank_counts else self.text.strip())
+    def has_content(self, *, blank_counts: bool) -> bool:
+        """Whether the turn has a text or calls. With `blank_counts`, white space alone counts as a text."""
+        return bool(self.calls or (self.text if blank_counts else self.text.strip()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """At most one system text, then turns of users, assistant and tools, ending with an answer; `where` is for messages."""
+    """At most one system text, then turns of users, assistant and tools, ending with an answer; `where` is for messages.
+
+    `tools` is the list of tools that the assistant may call, and `template_kwargs` an object of variables for the chat
+    template; both are JSON as text, or empty.
+    """
 
     turns: tuple[Turn, ...]
     where: str
+    tools: str = ""
+    template_kwargs: str = ""
 
     def is_answered(self, *, blank_counts: bool) -> bool:
         """Whether there is an answer to train on. With `blank_counts`, white space alone counts as an answer."""
         answers = (turn for turn in self.turns if turn.role == ASSISTANT and not turn.left_out_of_loss)
-        return any(turn.has_text(blank_counts=blank_counts) for turn in answers)
+        return any(turn.has_content(blank_counts=blank_counts) for turn in answers)
 
     def count_empty_answers(self, *, blank_counts: bool) -> int:
-        """Count the answers without a text."""
-        return sum(not turn.has_text(blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
+        """Count the answers without a text and calls."""
+        return sum(not turn.has_content(blank_counts=blank_counts) for turn in self.turns if turn.role == ASSISTANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +95,16 @@ class PromptCompletion:
 Sample = Conversation | PromptCompletion
 
 
-def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> tuple[tuple[Turn, ...], Counter[str]]:
+def dialogue(
+    turns: Sequence[Turn], numbers: Sequence[int], where: str, words: Mapping[str, str]
+) -> tuple[tuple[Turn, ...], Counter[str]]:
     """Check the order of the turns and drop those that can't be used.
 
     Returns an optional system text followed by alternating questions and answers, with tool turns between answers, and the
     number of dropped turns by kind. As in FastChat, a leading turn that isn't the user's is dropped. Turns of users and tools
     after the last answer are dropped, however many there are; in FastChat they can cost the whole conversation.
 
-    `words` are the data's names of roles, if they differ from ours; for messages.
+    `numbers` are the turns' numbers in the data, and `words` the data's names of roles, if they differ from ours; for messages.
 
     Worked example: gpt, human, gpt, human, human → human, gpt; 1 leading, 2 unanswered.
 
@@ -90,23 +116,26 @@ def dialogue(turns: Sequence[Turn], where: str, words: Mapping[str, str]) -> tup
     leading = 1 if rest and rest[0].role != USER else 0
     if leading and rest[0].role == SYSTEM:
         raise DataError(
-            f"{where}, turn {start + 1}: a second system text; expected one at most. Join them, or remove one.",
+            f"{where}, turn {numbers[start]}: a second system text; expected one at most. Join them, remove one, or give "
+            "--merge_turns True.",
             code="data.second_system_text",
         )
-    rest = rest[leading:]
-    answered = max((number for number, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
+    rest, numbers = rest[leading:], numbers[start + leading :]
+    answered = max((position for position, turn in enumerate(rest, start=1) if turn.role == ASSISTANT), default=0)
     previous_role = None
-    for number, turn in enumerate(rest):
-        is_tail = answered and number >= answered and turn.role != SYSTEM
+    for position, turn in enumerate(rest):
+        is_tail = answered and position >= answered and turn.role != SYSTEM
         if not is_tail and turn.role not in _FOLLOWS[previous_role]:
             expected = " or ".join(words.get(role, role) for role in _FOLLOWS[previous_role])
-            remedy = "Join or remove consecutive turns of the same speaker."
+            remedy = "Join or remove consecutive turns of the same speaker, or give --merge_turns True."
             if turn.role == SYSTEM:
                 remedy = "Move the system text before the first turn."
             elif turn.role == TOOL:
                 remedy = "A tool turn must follow an answer or another tool turn."
+            elif previous_role == TOOL:
+                remedy = "An answer must follow what a tool has returned."
             raise DataError(
-                f"{where}, turn {start + leading + number + 1}: roles must alternate; expected {expected}, got "
+                f"{where}, turn {numbers[position]}: roles must alternate; expected {expected}, got "
                 f"{words.get(turn.role, turn.role)}. {remedy}",
                 code="data.roles_do_not_alternate",
             )

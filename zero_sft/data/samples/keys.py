@@ -21,8 +21,9 @@ _REMEDY = {
     Meaning.TOKENS: "Remove the key.",
     Meaning.MEDIA: "Remove the sample, or only the key if the texts don't need it.",
     Meaning.SYSTEM_TEXT: "Make it the first turn, with the role system, or remove the key.",
-    Meaning.THOUGHTS: "Write the thoughts at the beginning of the answer, between <think> and </think>, or remove the key.",
-    Meaning.TOOLS: "Write it into the texts, or remove the key.",
+    Meaning.THOUGHTS: "Put the thoughts into the answer: at its beginning, between <think> and </think>, or as "
+    "`reasoning_content` next to its text. Or remove the key.",
+    Meaning.TOOLS: "Write it into the texts, into `tools` or into `chat_template_kwargs`, or remove the key.",
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from zero_sft.data.samples.conversation import ASSISTANT, PromptCompletion, Sample
-from zero_sft.data.samples.sample_formats import ParsedSample, read_sample
+from zero_sft.data.samples.sample_formats import DEFAULT_OPTIONS, ParsedSample, ReadOptions, read_sample
 from zero_sft.errors import DataError
 
 Item = TypeVar("Item")
@@ -17,7 +17,8 @@ Result = TypeVar("Result")
 class ParsedSamples:
     """Samples in order, the names of their formats, and the error messages of skipped objects (`bad`).
 
-    `dropped_turns` counts dropped turns by reason; `unread_keys` counts the samples that have a key that was not read, by key.
+    `dropped_turns` counts dropped turns by reason; `unread_keys` counts the samples that have a key that was not read, by key;
+    `changes` is as in `ParsedSample`.
     """
 
     samples: tuple[Sample, ...]
@@ -25,6 +26,7 @@ class ParsedSamples:
     bad: list[str]
     dropped_turns: Mapping[str, int]
     unread_keys: Mapping[str, int]
+    changes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +34,12 @@ class SampleParser:
     """Options for reading samples.
 
     Args:
-        data_format: the format that all samples must have, see `sample_formats`; None detects it for each sample.
+        options: how an object is read.
         train_on: "all" answers, or only the "last" of each sample.
         on_bad_sample: "error", or "skip", which reports the skipped samples.
     """
 
-    data_format: str | None = None
+    options: ReadOptions = DEFAULT_OPTIONS
     train_on: str = "all"
     on_bad_sample: str = "error"
 
@@ -60,6 +62,7 @@ class SampleParser:
             bad=bad,
             dropped_turns=sum((sample.dropped_turns for _, sample in parsed), Counter[str]()),
             unread_keys=Counter(key for _, sample in parsed for key in sample.unread_keys),
+            changes=sum((sample.changes for _, sample in parsed), Counter[str]()),
         )
 
     def _parse(self, located: tuple[Any, str]) -> tuple[str, ParsedSample]:
@@ -67,7 +70,7 @@ class SampleParser:
         raw, where = located
         if isinstance(raw, DataError):  # of a line that is not JSON
             raise raw
-        return read_sample(raw, where, self.data_format)
+        return read_sample(raw, where, self.options)
 
 
 def apply_to_usable(

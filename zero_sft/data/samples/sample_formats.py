@@ -10,13 +10,16 @@
   is a `text` that contains all texts of the first.
 - An Alpaca sample is one question (the instruction with the input below it) and one answer, after an optional `history` of such
   pairs.
-- The first three formats may have a `system` text next to the turns.
+- The first three formats may have a `system` text next to the turns. Conversations may have `tools`, see `tools`, and
+  `chat_template_kwargs`, an object of variables for the chat template.
 - Plain text (`text`, and prompts and completions that are strings) is used as it is, without a template.
 - For other keys, see `keys` and `turns`.
 """
 
+import contextlib
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -24,7 +27,6 @@ from typing import Any, Literal
 from zero_sft.data.samples.conversation import (
     ASSISTANT,
     SYSTEM,
-    TOOL,
     USER,
     Conversation,
     PromptCompletion,
@@ -34,8 +36,19 @@ from zero_sft.data.samples.conversation import (
 )
 from zero_sft.data.samples.key_meanings import is_empty
 from zero_sft.data.samples.keys import check_keys, contains_texts
-from zero_sft.data.samples.turns import parse_turns, require_unicode
+from zero_sft.data.samples.tools import (
+    TOOL_KEYS,
+    count_unknown_calls,
+    parse_tools,
+    require_answered,
+    tool_names,
+    with_tool_names,
+    without_nulls,
+)
+from zero_sft.data.samples.turn import require_unicode
+from zero_sft.data.samples.turns import ParsedTurns, Reasoning, parse_turns
 from zero_sft.errors import DataError
+from zero_sft.json_text import JsonError, parse_json
 from zero_sft.printable import excerpt, first_of
 
 DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"]
@@ -43,12 +56,29 @@ DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "tex
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """The user's options for reading samples: `--data_format`, `--tools`, `--reasoning`, `--merge_turns`."""
+
+    data_format: str | None = None
+    tools: Literal["render", "ignore"] = "render"
+    reasoning: Reasoning = "field"
+    merge_turns: bool = False
+
+
+DEFAULT_OPTIONS = ReadOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedSample:
-    """A sample, the number of its dropped turns by reason (see `dialogue`), and its keys that were not read."""
+    """A sample, the number of its dropped turns by reason (see `dialogue`), and its keys that were not read.
+
+    `changes` counts what the options have changed, and what looks wrong, by description.
+    """
 
     sample: Sample
     dropped_turns: Counter[str] = field(default_factory=Counter)
     unread_keys: tuple[str, ...] = ()
+    changes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,30 +87,39 @@ class SampleFormat:
 
     keys: tuple[str, ...]
     example: str
-    parse: Callable[[Mapping[str, Any], str], ParsedSample]
+    parse: Callable[[Mapping[str, Any], str, ReadOptions], ParsedSample]
     optional_keys: tuple[str, ...] = ()
 
 
-_SHAREGPT_ROLES = {
-    "human": USER, "user": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bard": ASSISTANT, "bing": ASSISTANT,
-    "assistant": ASSISTANT, "system": SYSTEM, "tool": TOOL,
-}  # fmt: skip
-_MESSAGE_ROLES = {role: role for role in (USER, ASSISTANT, SYSTEM, TOOL)}
+_TEMPLATE_KWARGS = "chat_template_kwargs"
+_CONVERSATION_KEYS = (*TOOL_KEYS, _TEMPLATE_KWARGS)
+"""The optional keys of a conversation, next to its turns."""
+
+_RESERVED = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "conversation",
+    "chat_template",
+    "tokenize",
+    "continue_final_message",
+)
 
 
-def read_sample(sample: Any, where: str, data_format: str | None = None) -> tuple[str, ParsedSample]:
-    """Parse an object of a file, in a format that None detects by the object's keys; return the format's name and the sample.
+def read_sample(sample: Any, where: str, options: ReadOptions = DEFAULT_OPTIONS) -> tuple[str, ParsedSample]:
+    """Parse an object of a file, by default in the format that its keys show; return the format's name and the sample.
 
     Raises:
         DataError: the object has no known format, or does not follow its format.
     """
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.", code="data.sample_not_an_object")
+    data_format = options.data_format
     names = [data_format] if data_format else list(SAMPLE_FORMATS)
     matching = [name for name in names if _has_keys(sample, name)]
     full = [name for name in matching if not any(is_empty(sample[key]) for key in SAMPLE_FORMATS[name].keys)]
     if len(full) == 2 and full[1] == "text" and isinstance(sample["text"], str):
-        parsed = SAMPLE_FORMATS[full[0]].parse(sample, where)
+        parsed = SAMPLE_FORMATS[full[0]].parse(sample, where, options)
         full = full[:1] if contains_texts(sample["text"], _texts_of(parsed.sample)) else full
     if len(full) > 1:
         raise DataError(
@@ -91,10 +130,10 @@ def read_sample(sample: Any, where: str, data_format: str | None = None) -> tupl
     if matching:
         name = (full or matching)[0]
         sample_format = SAMPLE_FORMATS[name]
-        read = ("id", *sample_format.keys, *sample_format.optional_keys)
+        read = ("id", *sample_format.keys, *_optional_keys_of(sample, name))
         check = partial(check_keys, sample, where, format_name=name, read=read, is_chosen=data_format is not None)
         check(texts=None)  # before parsing, so that a sample with `tools` is refused for this key and not for one of its turns
-        parsed = sample_format.parse(sample, where)
+        parsed = sample_format.parse(sample, where, options)
         unread_keys = check(texts=_texts_of(parsed.sample))
         return name, replace(parsed, unread_keys=(*parsed.unread_keys, *unread_keys)) if unread_keys else parsed
     keys = first_of((f"{excerpt(repr(key))}{' (null)' * (value is None)}" for key, value in sample.items()), 8)
@@ -127,30 +166,36 @@ def _has_keys(sample: Mapping[str, Any], format_name: str) -> bool:
     return all(sample.get(key) is not None for key in SAMPLE_FORMATS[format_name].keys)
 
 
+def _optional_keys_of(sample: Mapping[str, Any], format_name: str) -> tuple[str, ...]:
+    is_plain_text = format_name == "prompt_completion" and not isinstance(sample["completion"], list)
+    return () if is_plain_text else SAMPLE_FORMATS[format_name].optional_keys
+
+
 def _keys_of(format_name: str) -> str:
     return " and ".join(f"`{key}`" for key in SAMPLE_FORMATS[format_name].keys)
 
 
 def _texts_of(sample: Sample) -> list[str]:
-    return [sample.prompt, sample.completion] if isinstance(sample, PromptCompletion) else [turn.text for turn in sample.turns]
+    if isinstance(sample, PromptCompletion):
+        return [sample.prompt, sample.completion]
+    return [text for turn in sample.turns for text in (turn.text, turn.thoughts)]
 
 
-def _parse_sharegpt(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    turns, notes = parse_turns(sample["conversations"], "conversations", ("from", "value"), _SHAREGPT_ROLES, where)
-    return _conversation(_with_system(sample, turns, where), where, notes, {USER: "human", ASSISTANT: "gpt"})
+def _parse_sharegpt(sample: Mapping[str, Any], where: str, options: ReadOptions) -> ParsedSample:
+    turns = _turns(sample, "conversations", where, options, names=("from", "value"))
+    return _conversation(sample, turns, where, options, {USER: "human", ASSISTANT: "gpt"})
 
 
-def _parse_messages(sample: Mapping[str, Any], where: str) -> ParsedSample:
-    turns, notes = _parse_messages_of(sample, "messages", where)
-    return _conversation(_with_system(sample, turns, where), where, notes)
+def _parse_messages(sample: Mapping[str, Any], where: str, options: ReadOptions) -> ParsedSample:
+    return _conversation(sample, _turns(sample, "messages", where, options), where, options)
 
 
-def _parse_alpaca(sample: Mapping[str, Any], where: str) -> ParsedSample:
+def _parse_alpaca(sample: Mapping[str, Any], where: str, options: ReadOptions) -> ParsedSample:
     texts = {key: _text_or_empty(sample, key, where) for key in ("instruction", "input", "output")}
     question = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
     pairs = (*_history(sample, where), (question, texts["output"]))
     turns = [Turn(role=role, text=text) for pair in pairs for role, text in zip((USER, ASSISTANT), pair, strict=True)]
-    return _conversation(_with_system(sample, turns, where), where)
+    return _conversation(sample, ParsedTurns(turns=turns, numbers=list(range(1, len(turns) + 1))), where, options)
 
 
 def _history(sample: Mapping[str, Any], where: str) -> list:
@@ -175,23 +220,17 @@ def _history(sample: Mapping[str, Any], where: str) -> list:
     return pairs
 
 
-def _with_system(sample: Mapping[str, Any], turns: list[Turn], where: str) -> list[Turn]:
-    """Put the sample's `system` text, if it has one, before the turns."""
-    text = _text_or_empty(sample, "system", where)
-    if text and turns and turns[0].role == SYSTEM:
-        raise DataError(
-            f"{where}: two system texts, one as the first turn and one as `system`. Remove one.",
-            code="data.second_system_text",
-        )
-    return [Turn(role=SYSTEM, text=text), *turns] if text else turns
-
-
-def _parse_prompt_completion(sample: Mapping[str, Any], where: str) -> ParsedSample:
+def _parse_prompt_completion(sample: Mapping[str, Any], where: str, options: ReadOptions) -> ParsedSample:
     keys = ("prompt", "completion")
     if all(isinstance(sample[key], list) for key in keys):
-        (prompt_turns, prompt_notes), (turns, notes) = (_parse_messages_of(sample, key, where) for key in keys)
-        prompt_turns = [replace(turn, left_out_of_loss=True) for turn in prompt_turns]
-        return _conversation([*prompt_turns, *turns], where, (*prompt_notes, *notes))
+        prompt, completion = (_turns(sample, key, where, options) for key in keys)
+        turns = ParsedTurns(
+            turns=[*(replace(turn, left_out_of_loss=True) for turn in prompt.turns), *completion.turns],
+            numbers=[*prompt.numbers, *completion.numbers],
+            unread_keys=(*prompt.unread_keys, *completion.unread_keys),
+            changes=prompt.changes + completion.changes,
+        )
+        return _conversation(sample, turns, where, options)
     message_keys = [key for key in keys if isinstance(sample[key], list | Mapping)]
     if message_keys and any(isinstance(sample[key], str) for key in keys):
         raise DataError(
@@ -203,7 +242,7 @@ def _parse_prompt_completion(sample: Mapping[str, Any], where: str) -> ParsedSam
     return ParsedSample(sample=PromptCompletion(prompt=prompt, completion=completion, where=where))
 
 
-def _parse_text(sample: Mapping[str, Any], where: str) -> ParsedSample:
+def _parse_text(sample: Mapping[str, Any], where: str, _options: ReadOptions) -> ParsedSample:
     return ParsedSample(sample=PromptCompletion(prompt="", completion=_text(sample["text"], "text", where), where=where))
 
 
@@ -212,22 +251,25 @@ SAMPLE_FORMATS = {
         keys=("conversations",),
         parse=_parse_sharegpt,
         example='{"conversations": [{"from": "human", "value": ...}, ...]}',
-        optional_keys=("system",),
+        optional_keys=("system", *_CONVERSATION_KEYS),
     ),
     "messages": SampleFormat(
         keys=("messages",),
         parse=_parse_messages,
         example='{"messages": [{"role": "user", "content": ...}, ...]}',
-        optional_keys=("system",),
+        optional_keys=("system", *_CONVERSATION_KEYS),
     ),
     "alpaca": SampleFormat(
         keys=("instruction", "output"),
         parse=_parse_alpaca,
         example='{"instruction": ..., "input": ..., "output": ...}',
-        optional_keys=("input", "history", "system"),
+        optional_keys=("input", "history", "system", *_CONVERSATION_KEYS),
     ),
     "prompt_completion": SampleFormat(
-        keys=("prompt", "completion"), parse=_parse_prompt_completion, example='{"prompt": ..., "completion": ...}'
+        keys=("prompt", "completion"),
+        parse=_parse_prompt_completion,
+        example='{"prompt": ..., "completion": ...}',
+        optional_keys=_CONVERSATION_KEYS,
     ),
     "text": SampleFormat(keys=("text",), parse=_parse_text, example='{"text": ...}'),
 }
@@ -235,15 +277,76 @@ SAMPLE_FORMATS = {
 EXPECTED = f"{', '.join(_EXAMPLES)} or {_LAST_EXAMPLE}"
 
 
+def _turns(
+    sample: Mapping[str, Any], key: str, where: str, options: ReadOptions, names: tuple[str, str] = ("role", "content")
+) -> ParsedTurns:
+    return parse_turns(sample[key], key, where, names=names, reasoning=options.reasoning, merge=options.merge_turns)
+
+
 def _conversation(
-    turns: list[Turn], where: str, unread_keys: tuple[str, ...] = (), words: Mapping[str, str] | None = None
+    sample: Mapping[str, Any],
+    parsed: ParsedTurns,
+    where: str,
+    options: ReadOptions,
+    words: Mapping[str, str] | None = None,
 ) -> ParsedSample:
-    kept, dropped = dialogue(turns, where, words or {})
-    return ParsedSample(sample=Conversation(turns=kept, where=where), dropped_turns=dropped, unread_keys=unread_keys)
+    """Make a conversation of turns, and of what stands next to them: a system text, tools, variables for the template."""
+    turns, numbers = parsed.turns, parsed.numbers
+    system = _text_or_empty(sample, "system", where)
+    if system and turns and turns[0].role == SYSTEM:
+        raise DataError(
+            f"{where}: two system texts, one as the first turn and one as `system`. Remove one.",
+            code="data.second_system_text",
+        )
+    if system:
+        turns, numbers = [Turn(role=SYSTEM, text=system), *turns], [0, *numbers]
+    kept, dropped = dialogue(turns, numbers, where, words or {})
+    tools, changes = parse_tools(sample, where), parsed.changes
+    if tools and options.tools == "ignore":
+        tools, changes = "", changes + Counter({"samples whose `tools` are not given to the template (--tools ignore)": 1})
+    _require_new_tools(tools, kept, where)
+    require_answered(kept, where)
+    return ParsedSample(
+        sample=Conversation(
+            turns=tuple(with_tool_names(kept)), where=where, tools=tools, template_kwargs=_template_kwargs(sample, where)
+        ),
+        dropped_turns=dropped,
+        unread_keys=parsed.unread_keys,
+        changes=changes + count_unknown_calls(kept, tools),
+    )
 
 
-def _parse_messages_of(sample: Mapping[str, Any], key: str, where: str) -> tuple[list[Turn], tuple[str, ...]]:
-    return parse_turns(sample[key], key, ("role", "content"), _MESSAGE_ROLES, where)
+def _require_new_tools(tools: str, turns: Sequence[Turn], where: str) -> None:
+    """Raise `DataError` if the system text lists the tools already, as in Hermes' data: the template would list them twice."""
+    text = turns[0].text if tools and turns and turns[0].role == SYSTEM else ""
+    if text and all(f'"{name}"' in text for name in tool_names(tools)):
+        raise DataError(
+            f"{where}: the system text already has the tools of `tools`, so the chat template would show them twice. Give "
+            "--tools ignore to keep those of the text, or remove them from the text.",
+            code="data.tools_in_system_text",
+        )
+
+
+def _template_kwargs(sample: Mapping[str, Any], where: str) -> str:
+    """Return the variables for the chat template as JSON text; raises `DataError` for something else than an object."""
+    value = sample.get(_TEMPLATE_KWARGS)
+    if is_empty(value):
+        return ""
+    if isinstance(value, str):
+        with contextlib.suppress(JsonError):
+            value = parse_json(value)
+    if not isinstance(value, Mapping):
+        raise DataError(
+            f"{where}: `{_TEMPLATE_KWARGS}` must be an object, or its JSON as text; got {excerpt(value)}.",
+            code="data.bad_template_kwargs",
+        )
+    reserved = next((key for key in value if key in _RESERVED), None)
+    if reserved:
+        raise DataError(
+            f"{where}: `{_TEMPLATE_KWARGS}` has the key `{reserved}`, which the rendering itself sets. Remove it.",
+            code="data.bad_template_kwargs",
+        )
+    return json.dumps(without_nulls(value), ensure_ascii=False, sort_keys=True)
 
 
 def _text_or_empty(sample: Mapping[str, Any], key: str, where: str) -> str:

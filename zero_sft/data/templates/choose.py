@@ -6,25 +6,13 @@ from typing import Any
 from zero_sft.data.samples.conversation import Conversation, Sample
 from zero_sft.data.sources.text_io import read_text
 from zero_sft.data.templates.jinja import ChatTemplate
+from zero_sft.data.templates.named import NAMED
 from zero_sft.data.templates.probe import probe_template
 from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.data.templates.vicuna import VICUNA, VicunaTemplate, vicuna_turn_end
 from zero_sft.errors import DataError
 
 MODEL = "model"
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-NAMED = {"chatml": (CHATML, "<|im_end|>"), "llama3": (LLAMA3, "<|eot_id|>")}
-"""Templates by name, each with the token that ends a turn; the tokenizer must have this token."""
 
 Template = VicunaTemplate | ChatTemplate
 

@@ -9,7 +9,8 @@ the template can't render stand-ins.
 import json
 from collections.abc import Mapping, Sequence
 
-from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, Messages
+from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, Conversation, Messages
+from zero_sft.data.templates.calls import CallHandling
 from zero_sft.data.templates.rendered import Span
 from zero_sft.errors import DataError
 
@@ -20,7 +21,7 @@ def require_places(shown: Sequence[int] | None, messages: Messages, where: str) 
         return
     shown_indices = frozenset(shown)
     for index, message in enumerate(messages):
-        if message["content"].strip() and message["role"] != ASSISTANT and index not in shown_indices:
+        if message["role"] != ASSISTANT and message["content"].strip() and index not in shown_indices:
             raise DataError(
                 f"{where}, message {index + 1}: the chat template leaves out the text of the {message['role']}. Give "
                 "--chat_template a template that shows it, or remove the text from the data.",
@@ -43,10 +44,11 @@ def require_all_shown(
         limits.append(limit)
     position = 0
     for index, limit in zip(order, reversed(limits), strict=True):
-        role, content = messages[index]["role"], messages[index]["content"].strip()
+        role = messages[index]["role"]
         if role == ASSISTANT:
             position = spans[index][1] if index in spans else position
             continue
+        content = messages[index]["content"].strip()
         is_anywhere = shown is None and role == SYSTEM  # some templates put it into a later turn
         end = _end_of(content, text, *((0, len(text)) if is_anywhere else (position, limit)))
         if end is None:
@@ -56,6 +58,42 @@ def require_all_shown(
                 code="data.template_changes_texts",
             )
         position = position if is_anywhere else end
+
+
+def require_place_for_calls(conversation: Conversation, handling: CallHandling) -> None:
+    """Raise `DataError` if a conversation has calls of tools, and the template does not render calls."""
+    if handling.form is not None:
+        return
+    for index, turn in enumerate(conversation.turns):
+        if turn.calls:
+            raise DataError(
+                f"{conversation.where}, message {index + 1}: the chat template does not render calls of tools. Give "
+                "--chat_template a template that does, such as hermes, or write the calls into the text of the answer.",
+                code="data.template_without_calls",
+            )
+
+
+def require_tools(text: str, spans: Mapping[int, Span], conversation: Conversation) -> None:
+    """Raise `DataError` if the template leaves out a tool, a parameter of one, or an argument of a call."""
+    start = max((begin for begin, _ in spans.values()), default=len(text))  # some show tools before the last question alone
+    for tool in json.loads(conversation.tools or "[]"):
+        properties = (tool["function"].get("parameters") or {}).get("properties") or {}
+        missing = [name for name in (tool["function"]["name"], *properties) if name not in text[:start]]
+        if missing:
+            raise DataError(
+                f"{conversation.where}: the chat template leaves out {missing[0]!r} of the tool {tool['function']['name']!r}. "
+                "Give --chat_template a template that shows tools, such as hermes, or --tools ignore if the texts show them.",
+                code="data.template_drops_tools",
+            )
+    for index, (begin, end) in spans.items():
+        for call in conversation.turns[index].calls:
+            missing = [name for name in json.loads(call.arguments) if name not in text[begin:end]]
+            if missing:
+                raise DataError(
+                    f"{conversation.where}, message {index + 1}: the chat template leaves out the argument {missing[0]!r} of a "
+                    f"call of {call.name!r}. Give --chat_template another template.",
+                    code="data.template_drops_arguments",
+                )
 
 
 def _end_of(content: str, text: str, start: int, limit: int) -> int | None:

@@ -8,25 +8,32 @@ Most templates write the same text around all conversations of one shape. So the
 stand-ins replace all messages; it is made once per shape, and cached. Only if that text does not match, the conversation itself
 is rendered with stand-ins for its answers alone.
 
-`{% generation %}` markers are not needed. The text that ends an answer, and the generation prompt before it, are found once
-per template, with a conversation of two questions.
+`{% generation %}` markers are not needed. Where a template has them, they say what is trained on in an answer. The text that
+ends an answer, and the generation prompt before it, are found once per template, with a conversation of two questions.
 
 Thoughts, between `<think>` and `</think>` at the beginning of an answer, are passed to the template in the form that it takes
 (`thoughts`). They are trained on if the template keeps them; most templates drop those of earlier answers, since the model
 never sees them again.
+
+Calls of tools are written by the template, but the model has to write them, so everything from the generation prompt to the end
+of such an answer is trained on. For the second rendering, stand-ins replace the names and the texts in the arguments.
 """
 
 import contextlib
 import functools
+import json
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, USER, Conversation, Messages
-from zero_sft.data.templates.completeness import require_all_shown, require_places
-from zero_sft.data.templates.locate import TextPiece, locate_answers, rewriting_error
-from zero_sft.data.templates.probe import STAND_IN, TemplateTraits, render_chat
+from zero_sft.data.templates.chat import DEFAULT_FORM, Chat, chat_of
+from zero_sft.data.templates.completeness import require_all_shown, require_place_for_calls, require_places, require_tools
+from zero_sft.data.templates.locate import locate_answers, rewriting_error
+from zero_sft.data.templates.probe import TemplateTraits, probe_template
+from zero_sft.data.templates.render import has_marks, marked_spans, render_chat
 from zero_sft.data.templates.rendered import RenderedText
+from zero_sft.data.templates.stand_ins import STAND_IN, TextPiece, around_stand_ins
 from zero_sft.data.templates.thoughts import Answers, split_answer
 from zero_sft.errors import DataError
 
@@ -57,6 +64,11 @@ class ChatTemplate:
     trains_on_blanks = False  # most templates strip texts, so nothing of white space would be left
 
     @property
+    def has_marks(self) -> bool:
+        """Whether the template itself marks what is trained on, with `{% generation %}`."""
+        return has_marks(str(self.jinja(self.tokenizer)))
+
+    @property
     def turn_ends(self) -> tuple[str, ...]:
         """The texts that end an answer: one, or two if answers in the middle and the last answer end differently."""
         return self.traits.turn_ends
@@ -71,37 +83,46 @@ class ChatTemplate:
         turns, where = conversation.turns, conversation.where
         if not turns:
             return RenderedText(text="")
+        traits = _traits_with(self, conversation.template_kwargs)
         answers = {
-            index: split_answer(turn.text, self.traits.thoughts, f"{where}, message {index + 1}")
+            index: split_answer(turn, traits.thoughts, f"{where}, message {index + 1}")
             for index, turn in enumerate(turns)
-            if turn.role == ASSISTANT and turn.text.strip()
+            if turn.role == ASSISTANT and (turn.text.strip() or turn.thoughts or turn.calls)
         }
-        messages = [
-            answers[index].message(turn.role) if index in answers else {"role": turn.role, "content": turn.text}
-            for index, turn in enumerate(turns)
-        ]
-        text = self.apply(messages, where)
-        usual = _texts_around(self, tuple((message["role"], bool(message["content"])) for message in messages))
+        require_place_for_calls(conversation, traits.calls)
+        chat = chat_of(conversation, answers, traits.calls.form or DEFAULT_FORM)
+        text = self.apply(chat, where)
+        has_calls = any(turn.calls for turn in turns)
+        shape = tuple((message["role"], bool(message["content"])) for message in chat.messages)
+        # the text around a tool's turn may depend on the call before it
+        usual = None if has_calls else _texts_around(self, shape, conversation.tools, conversation.template_kwargs)
         shown = usual and usual.shown
-        require_places(shown, messages, where)
-        located = self._locate(text, usual, messages, answers, where)
+        require_places(shown, chat.messages, where)
+        located = self._locate(text, usual, chat, answers, traits, where)
         spans = dict(zip(answers, located.spans, strict=True))
-        require_all_shown(text, shown, messages, spans, where)
-        return replace(located, spans=tuple(span for index, span in spans.items() if not turns[index].left_out_of_loss))
+        require_all_shown(text, shown, chat.messages, spans, where)
+        require_tools(text, spans, conversation)
+        kept = [span for index, span in spans.items() if not turns[index].left_out_of_loss]
+        if self.has_marks:
+            marked = marked_spans(self.tokenizer, self.jinja(self.tokenizer), chat, where)
+            kept = [mark for mark in marked if any(mark[0] < stop and mark[1] > start for start, stop in kept)]
+        return replace(located, spans=tuple(kept))
 
     def prompt(self, question: str) -> str:
         """Render one question and the generation prompt, after which the model writes its answer."""
-        return self.apply([{"role": USER, "content": question}], "a prompt", generation_prompt=True)
+        return self.apply(Chat(messages=[{"role": USER, "content": question}]), "a prompt", generation_prompt=True)
 
     def jinja(self, tokenizer: Any) -> Any:
         """Return the Jinja source of the template."""
         return self.source or tokenizer.chat_template
 
-    def apply(self, messages: Messages, where: str, *, generation_prompt: bool = False) -> str:
-        """Render messages; raises as `render_chat` does."""
-        return render_chat(self.tokenizer, self.source, messages, where, generation_prompt=generation_prompt)
+    def apply(self, chat: Chat, where: str, *, generation_prompt: bool = False) -> str:
+        """Render a chat; raises as `render_chat` does."""
+        return render_chat(self.tokenizer, self.source, chat, where, generation_prompt=generation_prompt)
 
-    def _locate(self, text: str, usual: TextsAround | None, messages: Messages, answers: Answers, where: str) -> RenderedText:
+    def _locate(
+        self, text: str, usual: TextsAround | None, chat: Chat, answers: Answers, traits: TemplateTraits, where: str
+    ) -> RenderedText:
         """Locate the span of each answer, with the `usual` texts around conversations of this shape, or else with its own.
 
         Worked example (ChatML, one answer "Hello."): with a stand-in the text is "...assistant\n", stand-in, "<|im_end|>\n".
@@ -110,54 +131,58 @@ class ChatTemplate:
         if not answers:
             return RenderedText(text=text)
         # White space at a text's ends could belong to the text or to the template.
-        is_stripped = all(message["content"] == message["content"].strip() for message in messages)
+        messages = chat.messages
+        is_stripped = usual is not None and all(message["content"] == message["content"].strip() for message in messages)
         if is_stripped and not any(answer.thoughts for answer in answers.values()):
             around = _around_answers(usual, messages, answers)
             if around:
                 pieces = [TextPiece(turn=index, text=answer.text) for index, answer in answers.items()]
                 with contextlib.suppress(DataError):  # the template depends on the texts, so render these with stand-ins
-                    return locate_answers(text, around, pieces, answers, self.traits, where)
-        around, pieces = self._replace_answers(messages, answers, where)
-        return locate_answers(text, around, pieces, answers, self.traits, where)
+                    return locate_answers(text, around, pieces, answers, traits, where)
+        found = around_stand_ins(chat, answers, lambda replaced: self.apply(replaced, where))
+        if found is None:
+            raise rewriting_error(where, next(iter(answers)), answers, has_calls=chat.has_tools)
+        headers = {} if traits.generation_prompt else self._headers(chat)
+        return locate_answers(text, *found, answers, traits, where, headers=headers)
 
-    def _replace_answers(self, messages: Messages, answers: Answers, where: str) -> tuple[list[str], list[TextPiece]]:
-        """Render the messages with stand-ins for the answers; return the texts around the stand-ins, and the pieces to find.
+    def _headers(self, chat: Chat) -> dict[int, str]:
+        """Return what a template without a generation prompt writes between a message and the calls after it.
 
-        There is one text more than pieces. Thoughts in a field get a stand-in as well; if the template leaves them out, there
-        is no piece for them.
+        By the index of the message with calls. It is found with a text in place of the calls, in the conversation up to there.
         """
-        word = STAND_IN
-        while any(word in value for message in messages for value in message.values()):
-            word += "r"
-        replaced = [dict(message) for message in messages]
-        for index, answer in answers.items():
-            stand_in = f"{word}{index}{word}"
-            replaced[index]["content"] = stand_in if answer.field else answer.content.removesuffix(answer.text) + stand_in
-            if answer.field:
-                replaced[index][answer.field] = f"{word}{index}t{word}"
-        around = re.split(rf"{word}(\d+t?){word}", self.apply(replaced, where))
-        names, pieces = around[1::2], []
-        shown = frozenset(names)  # expected: each answer once, in order, right after its thoughts if they are shown
-        expected = [name for index in answers for name in (f"{index}t", f"{index}")]
-        if names != [name for name in expected if name in shown or name.isdecimal()]:
-            raise rewriting_error(where, next(iter(answers)), answers)
-        for name in names:
-            index, is_thoughts = int(name.removesuffix("t")), name.endswith("t")
-            text = answers[index].thoughts if is_thoughts else answers[index].text
-            pieces.append(TextPiece(turn=index, text=text, is_thoughts=is_thoughts))
-        return around[::2], pieces
+        headers = {}
+        for index, message in enumerate(chat.messages):
+            if "tool_calls" in message and index:
+                with contextlib.suppress(DataError):
+                    messages = [*chat.messages[:index], {"role": ASSISTANT, "content": STAND_IN}]
+                    before, _, _ = self.apply(chat.with_messages(messages), "a conversation").partition(STAND_IN)
+                    _, content, header = before.rpartition(chat.messages[index - 1]["content"])
+                    headers |= {index: header} if content and header else {}
+        return headers
+
+
+@functools.lru_cache(maxsize=20)
+def _traits_with(template: ChatTemplate, variables: str) -> TemplateTraits:
+    """Return the template's traits with the variables that a sample sets, in JSON. The process keeps the latest."""
+    if not variables:
+        return template.traits
+    return probe_template(template.tokenizer, template.source, json.loads(variables))
 
 
 @functools.lru_cache(maxsize=500)
-def _texts_around(template: ChatTemplate, shape: tuple[tuple[str, bool], ...]) -> TextsAround | None:
-    """Render stand-ins for all messages of a conversation; None if the template rejects them.
+def _texts_around(
+    template: ChatTemplate, shape: tuple[tuple[str, bool], ...], tools: str, variables: str
+) -> TextsAround | None:
+    """Render stand-ins for all messages of a conversation without calls; None if the template rejects them.
 
-    `shape` has the role of each message, and whether it has a text. The process keeps the latest; nobody clears it.
+    `shape` has the role of each message, and whether it has a text; `tools` and `variables` are JSON. The process keeps the
+    latest; nobody clears it.
     """
     word = STAND_IN
     stand_ins = [{"role": role, "content": f"{word}{n}{word}" if text else ""} for n, (role, text) in enumerate(shape)]
+    chat = Chat(messages=stand_ins, tools=json.loads(tools or "null"), variables=json.loads(variables or "{}"))
     with contextlib.suppress(DataError):
-        around = re.split(rf"{word}(\d+){word}", template.apply(stand_ins, "a conversation"))
+        around = re.split(rf"{word}(\d+){word}", template.apply(chat, "a conversation"))
         return TextsAround(around=tuple(around[::2]), shown=tuple(map(int, around[1::2])))
     return None
 

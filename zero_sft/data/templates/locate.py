@@ -1,72 +1,114 @@
 """Locate the answers in the text that a chat template writes, by the texts around them. Pure."""
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zero_sft.data.templates.probe import VICUNA_INSTEAD, TemplateTraits
+from zero_sft.data.templates.probe import TemplateTraits
+from zero_sft.data.templates.render import HERMES_INSTEAD, VICUNA_INSTEAD
 from zero_sft.data.templates.rendered import RenderedText
+from zero_sft.data.templates.stand_ins import CALL, ECHO, THOUGHTS, TextPiece
 from zero_sft.data.templates.thoughts import CLOSE, OPEN, Answers, empty_answer_error, find_thoughts
 from zero_sft.errors import DataError
 
+_EMPTY_BLOCK = re.compile(rf"\s*(?:{OPEN}\s*)?{CLOSE}\s*")  # the prompt may have opened it
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextPiece:
-    """A text to locate: an answer, or its thoughts if the message has a field for them."""
+class _Place:
+    """The half-open range of characters of a piece."""
 
-    turn: int
-    text: str
-    is_thoughts: bool = False
+    piece: TextPiece
+    start: int
+    stop: int
 
 
 def locate_answers(
-    text: str, around: Sequence[str], pieces: Sequence[TextPiece], answers: Answers, traits: TemplateTraits, where: str
+    text: str,
+    around: Sequence[str],
+    pieces: Sequence[TextPiece],
+    answers: Answers,
+    traits: TemplateTraits,
+    where: str,
+    *,
+    headers: Mapping[int, str] | None = None,
 ) -> RenderedText:
     """Locate all answers in a text that must consist of exactly the `around` texts and the pieces between them.
 
     Args:
         around: one text more than there are pieces.
+        headers: the texts in front of answers that begin with a call, by index, for a template without a generation prompt.
 
     Raises:
         DataError: the text is something else, or an answer is empty or without an end.
     """
-    if not text.startswith(around[0]):
-        raise rewriting_error(where, pieces[0].turn, answers)
-    spans, ends, kept = [], [], 0
-    end, start, thoughts_begin = 0, len(around[0]), None
-    for piece, after in zip(pieces, around[1:], strict=True):
-        length = _match_length(text, start, piece.text, after, is_last=piece is pieces[-1])
-        if length is None:
-            raise rewriting_error(where, piece.turn, answers)
-        if piece.is_thoughts:
-            thoughts_begin = end + _after_prompt(text[end:start], traits.generation_prompt)
-            kept += 1
-            start += length + len(after)
-            continue
-        begin = thoughts_begin
-        if begin is None:
-            answer, before = answers[piece.turn], text[end:start]
-            thoughts = "" if answer.field else answer.thoughts
-            position = find_thoughts(before, thoughts) if thoughts else None
-            if OPEN in thoughts.replace(OPEN, "", 1) and thoughts.strip() not in before:
-                # templates take the text after the last "<think>" for the thoughts
-                raise rewriting_error(where, piece.turn, answers)
-            kept += position is not None and answer.has_thoughts
-            begin = end + _begin(before, len(before) if position is None else position, traits.generation_prompt)
-        end, thoughts_begin = start + length, None
-        if not text[begin:end].strip():
-            raise empty_answer_error(f"{where}, message {piece.turn + 1}")
-        spans.append((begin, end + _turn_end_length(after, traits.turn_ends, where)))
-        ends.append((piece.turn, spans[-1][1]))
-        start = end + len(after)
+    places = _find_pieces(text, around, pieces, answers, where)
+    by_turn = [list(group) for _, group in itertools.groupby(places, key=lambda place: place.piece.turn)]
+    starts = [*(group[0].start for group in by_turn[1:]), len(text)]
+    spans, ends, kept, previous = [], [], 0, 0
+    for group, next_start in zip(by_turn, starts, strict=True):
+        turn, last = group[0].piece.turn, group[-1]
+        header = (headers or {}).get(turn, traits.generation_prompt)
+        begin, has_thoughts = _find_begin(text[previous : group[0].start], group[0].piece, answers, header, where)
+        begin += previous
+        if not text[begin : last.stop].strip():
+            raise empty_answer_error(f"{where}, message {turn + 1}")
+        after = text[last.stop : next_start]
+        length = (
+            _call_end_length(after, traits.calls.ends, where)
+            if last.piece.kind == CALL
+            else _turn_end_length(after, traits.turn_ends, where)
+        )
+        spans.append((begin, last.stop + length))
+        ends.append((turn, spans[-1][1]))
+        kept += has_thoughts
+        previous = last.stop
     thoughts_count = sum(answer.has_thoughts for answer in answers.values())
     return RenderedText(
         text=text, spans=tuple(spans), ends=tuple(ends), thoughts=thoughts_count, dropped_thoughts=thoughts_count - kept
     )
 
 
-def _match_length(text: str, start: int, answer: str, after: str, *, is_last: bool) -> int | None:
-    """Return the length of the answer at `start`, followed by `after`, perhaps stripped of white space; None if not there."""
-    for body in dict.fromkeys((answer, answer.strip(), answer.rstrip(), answer.lstrip())):
+def _find_pieces(text: str, around: Sequence[str], pieces: Sequence[TextPiece], answers: Answers, where: str) -> list[_Place]:
+    """Find the places of the pieces, without those of echoes; raises `DataError`."""
+    if not text.startswith(around[0]):
+        raise rewriting_error(where, pieces[0].turn, answers)
+    places, start = [], len(around[0])
+    for piece, after in zip(pieces, around[1:], strict=True):
+        length = _match_length(text, start, piece, after, is_last=piece is pieces[-1])
+        if length is None:
+            raise rewriting_error(where, piece.turn, answers, has_calls=piece.kind in (CALL, ECHO))
+        if piece.kind != ECHO:
+            places.append(_Place(piece=piece, start=start, stop=start + length))
+        start += length + len(after)
+    return places
+
+
+def _find_begin(before: str, first: TextPiece, answers: Answers, prompt: str, where: str) -> tuple[int, bool]:
+    """Find where an answer begins in the text `before` its `first` piece, and whether that text has the answer's thoughts."""
+    answer = answers[first.turn]
+    if first.kind == THOUGHTS:
+        return _after_prompt(before, prompt), True
+    thoughts = "" if answer.field else answer.thoughts
+    position = find_thoughts(before, thoughts) if thoughts else None
+    if OPEN in thoughts.replace(OPEN, "", 1) and thoughts.strip() not in before:
+        # templates take the text after the last "<think>" for the thoughts
+        raise rewriting_error(where, first.turn, answers)
+    has_thoughts = position is not None and answer.has_thoughts
+    if first.kind == CALL:
+        header = next((part for part in (prompt, prompt.partition(OPEN)[0]) if part and part in before), None)
+        if header is None:
+            raise rewriting_error(where, first.turn, answers, has_calls=True)
+        begin = before.rindex(header) + len(header)
+        empty = None if has_thoughts else _EMPTY_BLOCK.match(before, begin)
+        return empty.end() if empty else begin, has_thoughts
+    return _begin(before, len(before) if position is None else position, prompt), has_thoughts
+
+
+def _match_length(text: str, start: int, piece: TextPiece, after: str, *, is_last: bool) -> int | None:
+    """Return the length of the piece at `start`, followed by `after`, in one of its forms; None if it is not there."""
+    for body in piece.forms:
         end = start + len(body)
         if text.startswith(body, start) and text.startswith(after, end) and (not is_last or end + len(after) == len(text)):
             return len(body)
@@ -96,7 +138,19 @@ def _turn_end_length(after: str, turn_ends: Sequence[str], where: str) -> int:
     for turn_end in turn_ends:
         if after.startswith(turn_end):
             return len(turn_end)
-    raise DataError(
+    raise _endless_error(where)
+
+
+def _call_end_length(after: str, ends: Sequence[str], where: str) -> int:
+    """Return the length of what the template writes after the last text of a call, up to the text that ends the answer."""
+    found = [after.index(end) + len(end) for end in ends if end in after]
+    if not found:
+        raise _endless_error(where)
+    return min(found)
+
+
+def _endless_error(where: str) -> DataError:
+    return DataError(
         f"{where}: the chat template writes nothing that marks the end of an answer, so the model could not learn to stop."
         " Write {{ eos_token }} after answers and check that the tokenizer has the template's special tokens, or give"
         " --chat_template another template.",
@@ -104,12 +158,12 @@ def _turn_end_length(after: str, turn_ends: Sequence[str], where: str) -> int:
     )
 
 
-def rewriting_error(where: str, index: int, answers: Answers) -> DataError:
+def rewriting_error(where: str, index: int, answers: Answers, *, has_calls: bool = False) -> DataError:
     """Make the error for a template that does not write the answer at `index` as it is."""
     tags = f"The answer contains {CLOSE}, which the template may treat specially. "
     return DataError(
         f"{where}, message {index + 1}: the chat template rewrites the turns of this conversation, so the assistant's answer "
         f"can't be located reliably in its text. {tags if index in answers and CLOSE in answers[index].content else ''}"
-        f"{VICUNA_INSTEAD}",
+        f"{HERMES_INSTEAD if has_calls else VICUNA_INSTEAD}",
         code="data.template_rewrites_turns",
     )

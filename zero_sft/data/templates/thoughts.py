@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from zero_sft.data.samples.conversation import Turn
 from zero_sft.errors import DataError
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -63,12 +64,30 @@ Answers = Mapping[int, Answer]
 """The answers of a conversation that have a text, by the index of their turn."""
 
 
-def split_answer(content: str, handling: ThoughtsHandling, where: str) -> Answer:
+def split_answer(turn: Turn, handling: ThoughtsHandling, where: str) -> Answer:
     """Split an answer into thoughts and text, as the template handles them; `where` names the message.
 
     Raises:
-        DataError: thoughts for which the template has no place, or tags that don't mark the thoughts clearly.
+        DataError: thoughts for which the template has no place, tags that don't mark the thoughts clearly, or thoughts alone.
     """
+    if not turn.thoughts:
+        return _split_text(turn.text, handling, where, has_calls=bool(turn.calls))
+    if not turn.text.strip() and not turn.calls:
+        raise empty_answer_error(where)
+    if handling.field:
+        return Answer(content=turn.text, text=turn.text, thoughts=turn.thoughts.strip(), field=handling.field)
+    if handling.is_parsed:
+        text = f"{OPEN}\n{turn.thoughts.strip()}\n{CLOSE}\n\n{turn.text.lstrip()}"
+        return _split_text(text, handling, where, has_calls=bool(turn.calls))
+    raise DataError(
+        f"{where}: the answer has thoughts in a field, and the chat template has no place for them. Give --reasoning inline, "
+        "which writes them into the text, or --reasoning drop.",
+        code="data.template_takes_no_thoughts",
+    )
+
+
+def _split_text(content: str, handling: ThoughtsHandling, where: str, *, has_calls: bool) -> Answer:
+    """Split the text of an answer; raises `DataError`."""
     if CLOSE not in content and OPEN not in content:
         return Answer(content=content, text=content)
     if not handling.as_text and _ONLY_CLOSED.match(content):
@@ -96,7 +115,7 @@ def split_answer(content: str, handling: ThoughtsHandling, where: str) -> Answer
             "from the data. Give --chat_template a template that takes thoughts, or remove them.",
             code="data.template_takes_no_thoughts",
         )
-    if not text.strip():
+    if not text.strip() and not has_calls:
         raise empty_answer_error(where)
     inner = block[1].strip()
     return Answer(content=text, thoughts=inner, text=text, field=handling.field if inner else None)

@@ -49,10 +49,22 @@ class VicunaTemplate:
 
     def render(self, conversation: Conversation) -> RenderedText:
         """Render as FastChat does: for an empty text, the space before it and the separator after it are left out."""
-        if any(turn.role == TOOL for turn in conversation.turns):
+        if conversation.tools or any(turn.role == TOOL or turn.calls for turn in conversation.turns):
             raise DataError(
-                f"{conversation.where}: the Vicuna template has no turns of tools. Give --chat_template a template that has.",
+                f"{conversation.where}: the Vicuna template has no turns, calls or lists of tools. Give --chat_template a "
+                "template that has, such as hermes.",
                 code="data.vicuna_without_tools",
+            )
+        if any(turn.thoughts for turn in conversation.turns):
+            raise DataError(
+                f"{conversation.where}: an answer has thoughts in a field, and the Vicuna template has no place for them. Give "
+                "--reasoning inline, which writes them into the text, or --reasoning drop.",
+                code="data.template_takes_no_thoughts",
+            )
+        if conversation.template_kwargs:
+            raise DataError(
+                f"{conversation.where}: the Vicuna template has no variables. Remove `chat_template_kwargs`.",
+                code="data.vicuna_without_variables",
             )
         system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
         pieces, spans, ends = [f"{system} "], [], []
