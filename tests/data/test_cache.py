@@ -51,7 +51,7 @@ def test_it_is_found_again_with_the_same_rows_and_report(data, monkeypatch):
     assert found.rows[:] == made.rows[:]
     assert found.reports == made.reports
     batch = make_pipeline(tokenizer, model_max_length=400).make_rows(list(LocalFiles(path=data).objects()))
-    assert batch.rows.to_pydict() == made.rows[:]
+    assert batch.rows.drop_columns(["weights"]).to_pydict() == made.rows[:]  # all weigh 1
 
 
 def test_a_moved_file_is_the_same_data(data):

@@ -58,7 +58,7 @@ def test_lazy_gives_the_same_samples(tmp_path, template):
         for each in (False, True)
     )
     assert len(lazy) == len(eager) == 2
-    assert lazy[:] == {key: eager[:][key] for key in ("input_ids", "labels")}
+    assert lazy[:] == {key: eager[:][key] for key in ("input_ids", "labels", "weights")}
     assert len(lazy[1]["input_ids"]) == 300
     assert lazy.__getitems__([1, 0]) == [lazy[1], lazy[0]]
     assert pickle.loads(pickle.dumps(lazy))[0] == lazy[0]  # noqa: S301 - as the data loader's workers get it

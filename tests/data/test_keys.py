@@ -38,7 +38,7 @@ def answer(**marks):
 # As they are written for ms-swift, xtuner, axolotl, OpenAI, LLaMA-Factory, TRL (preferences, KTO, vision), FastChat's kin.
 REFUSED = [
     *[{**layout, key: value} for layout in (TURNS, {"conversations": SHAREGPT}, ALPACA, PAIR) for key, value in (
-        ("label", False), ("kto_tag", "false"), ("weight", 0.5), ("loss", False), ("loss_scale", 0), ("mask", True),
+        ("label", False), ("kto_tag", "false"), ("sample_weight", 0.5), ("loss", False), ("loss_scale", 0), ("mask", True),
         ("train", "false"), ("images", ["a.png"]), ("image", "a.png"), ("videos", ["a.mp4"]), ("audios", [{"path": "a.wav"}]),
         ("objects", {"bbox": [[0, 0, 1, 1]]}), ("system_prompt", "Be brief."), ("chosen", MESSAGES), ("rejected", "No."),
         ("rejected_response", "No."), ("text", "other"), ("response", "other"), ("labels", [1, 2]), ("loss_mask", [0, 1]),
@@ -266,10 +266,15 @@ def test_an_answers_marks_are_read(tmp_path, marks, trained):
             {"loss": 0.5}, {"loss_scale": 2}, {"weight": "half"}, {"train": "no"}, {"mask": 1}, {"mask": [0, 1]},
         )),
         *(("key_refused", marks) for marks in (
-            {"train_detail": [{"begin_offset": 0, "end_offset": 3, "train": False}]}, {"loss_mask": 0}, {"trainable": False},
+            {"loss_mask": 0}, {"trainable": False},
             {"ignore": True}, {"images": ["a.png"]}, {"name": "Bob"}, {"chosen": "x"}, {"my_note": "x"}, {"label": False},
         )),
-        ("contradicting_keys", {"train": True, "weight": 0}),
+        *(("bad_train_detail", {"train_detail": detail}) for detail in (
+            [{"begin_offset": 0, "end_offset": 6, "train": True}], [{"begin_offset": 1, "train": True}], "x", [[0, 1]],
+            [{"begin_offset": 2, "end_offset": 1, "train": True}], [{"begin_offset": 0, "end_offset": 3, "train": "x"}],
+            [{"begin_offset": 0, "end_offset": 3, "train": True}, {"begin_offset": 3, "end_offset": 4, "train": False}],
+        )),
+        ("contradicting_keys", {"train": True, "weight": 0}), ("contradicting_keys", {"loss_scale": 0.5, "weight": 0.4}),
     ],
     ids=str,
 )  # fmt: skip

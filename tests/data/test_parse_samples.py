@@ -195,12 +195,12 @@ def talk(*texts):
         ({"system": "Be.", "instruction": "Hi", "output": "x"}, (Turn(role="system", text="Be."), *talk("Hi", "x"))),
         (
             {"prompt": [*MESSAGES, MESSAGES[0]], "completion": MESSAGES[1:]},
-            (TURNS[0], Turn(role="assistant", text="Hello.", left_out_of_loss=True), *TURNS),
+            (TURNS[0], Turn(role="assistant", text="Hello.", weight=0.0), *TURNS),
         ),
         ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "bing", "value": "Hello."}]}, TURNS),
         (
             {"messages": [MESSAGES[0], {**MESSAGES[1], "train": False}, MESSAGES[0], {**MESSAGES[1], "weight": 0}, *MESSAGES]},
-            (*2 * (TURNS[0], Turn(role="assistant", text="Hello.", left_out_of_loss=True)), *TURNS),
+            (*2 * (TURNS[0], Turn(role="assistant", text="Hello.", weight=0.0)), *TURNS),
         ),
         (
             {"messages": [*MESSAGES, {"role": "tool", "content": "7"}, {"role": "tool", "content": "8"}, MESSAGES[1]]},
@@ -293,7 +293,7 @@ def test_bad_samples_are_skipped_and_told(tmp_path):
         )
 
 
-@pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 0.5}, {"cot": "hm"}])
+@pytest.mark.parametrize("turn", [{"train": "no"}, {"weight": 1.5}, {"cot": "hm"}])
 def test_turns_that_would_be_trained_on_wrongly(tmp_path, turn):
     (key,) = turn
     code = "bad_value_of_key" if key in ("train", "weight") else "key_refused"

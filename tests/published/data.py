@@ -33,7 +33,7 @@ def _sharegpt(**more: Any) -> list[dict[str, Any]]:
     return _turns(Q, A, Q2, A2, names=("human", "gpt"), keys=("from", "value"), **more)
 
 
-_DETAIL = [{"begin_offset": 0, "end_offset": 2, "train": False}]
+_DETAIL = [{"begin_offset": 0, "end_offset": len(A) - 1, "train": True}]
 _PREFERRED = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
 
 DATA: dict[str, PublishedData] = {
@@ -103,7 +103,7 @@ DATA: dict[str, PublishedData] = {
     "axolotl, train_detail": PublishedData(
         sample={"messages": [{"role": "user", "content": Q},
                              {"role": "assistant", "content": A, "train_detail": _DETAIL}]},
-        answers=None, refused=("data.key_refused", "train_detail"),
+        answers=(A,),
     ),
     "OpenAI parts": PublishedData(
         sample={"messages": [{"role": "user", "content": [{"type": "text", "text": Q}]}, {"role": "assistant", "content": A}]},

@@ -18,6 +18,7 @@ from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
 from zero_sft.data.samples.sample_formats import ReadOptions
 from zero_sft.data.sources.data_path import Source, require_sources
 from zero_sft.data.templates.choose import Template
+from zero_sft.data.tokenize import WEIGHTS
 from zero_sft.data.workers import usable_processes
 from zero_sft.errors import DataError
 
@@ -138,7 +139,7 @@ def open_sources(
 
 def _mix_and_pack(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify: bool = True) -> PreparedDataset:
     """Mix the sources, and pack the samples if the spec says so; packed rows come from the cache if it has them."""
-    mixed = mix(parts, [source.weight for source in spec.sources], spec.seed)
+    mixed = _without_unused_weights(mix(parts, [source.weight for source in spec.sources], spec.seed))
     if not spec.pack:
         return mixed
 
@@ -147,6 +148,14 @@ def _mix_and_pack(parts: Sequence[PreparedDataset], spec: DatasetSpec, *, verify
 
     rows, *_ = cache.find_or_store(spec.root, _packed_key(spec, mixed.keys), write, verify=verify)
     return replace(mixed, rows=rows, packing_note=packed_line(len(mixed.samples), rows, spec.model_max_length))
+
+
+def _without_unused_weights(prepared: PreparedDataset) -> PreparedDataset:
+    """Leave out the column of weights if all weigh 1, so that the loss needs none."""
+    if any(report.weighted for report in prepared.reports) or WEIGHTS not in prepared.samples.column_names:
+        return prepared
+    samples = prepared.samples.remove_columns(WEIGHTS)
+    return replace(prepared, samples=samples, rows=samples)
 
 
 def _packed_key(spec: DatasetSpec, keys: Sequence[str]) -> str:

@@ -6,11 +6,12 @@ with ALiBi, with positions that the model counts itself, or with a state that ru
 previous one. So only model types that are known to keep samples apart are packed; `tests/isolation.py` determines them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zero_sft.console import progress
+from zero_sft.data.tokenize import WEIGHTS
 from zero_sft.errors import ArgumentError
 from zero_sft.printable import with_count
 
@@ -111,15 +112,24 @@ def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
 def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = None) -> "datasets.Dataset":
     """Pack samples into rows of at most `model_max_length` tokens.
 
-    Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples. The rows are written to `file`; None
-    leaves the choice to `datasets`.
+    Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples; and `weights`, if the samples have them.
+    The rows are written to `file`; None leaves the choice to `datasets`.
     """
     from trl import pack_dataset
 
     batch_size = max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length))
     options = {"cache_file_name": file, "batch_size": batch_size, "load_from_cache_file": False}
+    columns = [name for name in ("input_ids", "labels", WEIGHTS) if name in dataset.column_names]
     with progress.task("packing the samples"):
-        return pack_dataset(dataset.select_columns(["input_ids", "labels"]), model_max_length, "bfd", options)
+        samples = dataset.select_columns(columns)
+        if WEIGHTS in columns:
+            samples = samples.map(_with_weights, load_from_cache_file=False)
+        return pack_dataset(samples, model_max_length, "bfd", options)
+
+
+def _with_weights(sample: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the weights of a sample's tokens, which are null if all weigh 1."""
+    return {WEIGHTS: sample[WEIGHTS] or [1.0] * len(sample["input_ids"])}
 
 
 def packed_line(samples: int, packed: "datasets.Dataset", model_max_length: int) -> str:

@@ -1,8 +1,8 @@
 """Turn objects of a file into rows of a dataset, with plain data and pure functions that can be sent to worker processes.
 
-A row of a pipeline is a tokenised sample: `input_ids`, `labels`, `length`, and its `place` for messages. With lazy tokenising
-it is the sample as JSON text, and `Pipeline.__call__`, which datasets calls as a transform, makes ids and labels when they are
-needed.
+A row of a pipeline is a tokenised sample: `input_ids`, `labels`, `weights`, `length`, and its `place` for messages. With lazy
+tokenising it is the sample as JSON text, and `Pipeline.__call__`, which datasets calls as a transform, makes ids and labels
+when they are needed.
 """
 
 import json
@@ -21,10 +21,13 @@ from zero_sft.data.samples.overlong import DROP, SPLIT, TRUNCATE, split_rounds
 from zero_sft.data.samples.parse import SampleParser, apply_to_usable
 from zero_sft.data.templates.choose import Template, render
 from zero_sft.data.templates.rendered import RenderedText
-from zero_sft.data.tokenize import TokenizedSample, tokenize_rendered
+from zero_sft.data.tokenize import WEIGHTS, TokenizedSample, tokenize_rendered
 
 _IDS = pyarrow.list_(pyarrow.int32())
-TOKENS = pyarrow.schema([("input_ids", _IDS), ("labels", _IDS), ("length", pyarrow.int32()), ("place", pyarrow.string())])
+TOKENS = pyarrow.schema(
+    [("input_ids", _IDS), ("labels", _IDS), (WEIGHTS, pyarrow.list_(pyarrow.float32())), ("length", pyarrow.int32())]
+    + [("place", pyarrow.string())]
+)
 TEXTS = pyarrow.schema([("sample", pyarrow.string())])
 
 _SUMMED = ("trained_tokens", "cut_tokens", "cut_trained_tokens", "thoughts", "dropped_thoughts")
@@ -134,6 +137,7 @@ class Pipeline:
         columns = {
             "input_ids": [sample.input_ids for sample in kept],
             "labels": [sample.labels for sample in kept],
+            WEIGHTS: [sample.weights for sample in kept],
             "length": [len(sample.input_ids) for sample in kept],
             "place": places,
         }
@@ -145,6 +149,7 @@ class Pipeline:
             tokens=sum(columns["length"]),
             cut_samples=sum(sample.cut_tokens > 0 for sample in kept),
             **{name: sum(getattr(sample, name) for sample in kept) for name in _SUMMED},
+            weighted=sum(sample.weights is not None for sample in kept),
             has_trained=bool(kept),
             shortest=min((sample.full_length for _, sample in tokenized), default=None),
             longest=max((sample.full_length for sample in kept), default=None),
@@ -199,11 +204,12 @@ class Pipeline:
         )
 
     def __call__(self, rows: Mapping[str, list]) -> dict[str, list]:
-        """Tokenise rows of `TEXTS` that are needed now; return columns of ids and labels."""
+        """Tokenise rows of `TEXTS` that are needed now; return columns of ids, labels and weights."""
         tokenized, _ = self._tokenize([_sample_from_fields(json.loads(text)) for text in rows["sample"]])
         return {
             "input_ids": [sample.input_ids for _, sample in tokenized],
             "labels": [sample.labels for _, sample in tokenized],
+            WEIGHTS: [sample.weights for _, sample in tokenized],
         }
 
 
@@ -211,5 +217,15 @@ def _sample_from_fields(fields: dict) -> Sample:
     """Restore a sample from its `asdict`."""
     if "turns" not in fields:
         return PromptCompletion(**fields)
-    turns = ({**turn, "calls": tuple(ToolCall(**call) for call in turn["calls"])} for turn in fields["turns"])
-    return Conversation(**{**fields, "turns": tuple(Turn(**turn) for turn in turns)})
+    return Conversation(**{**fields, "turns": tuple(map(_turn_from_fields, fields["turns"]))})
+
+
+def _turn_from_fields(fields: dict) -> Turn:
+    ranges = fields["trained_ranges"]
+    return Turn(
+        **{
+            **fields,
+            "calls": tuple(ToolCall(**call) for call in fields["calls"]),
+            "trained_ranges": None if ranges is None else tuple((start, stop) for start, stop in ranges),
+        }
+    )

@@ -30,6 +30,7 @@ class DataReport:
     - `kept`: rows. `turns`: turns of the kept samples, without system texts. `dropped`: samples without a kept row, by reason.
     - `unread_keys`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
     - `changes`: what the options have changed in the samples, and what looks wrong, by description.
+    - `weighted`: kept rows with weights other than 0 and 1.
     - `has_trained`: something is trained on in at least one sample; lazy tokenising finds this as well.
     - `shortest` sample and `longest` kept row: in tokens, before truncation.
     """
@@ -58,6 +59,7 @@ class DataReport:
     cut_samples: int | None = None
     cut_tokens: int | None = None
     cut_trained_tokens: int | None = None
+    weighted: int = 0
     has_trained: bool = False
     shortest: int | None = None
     longest: int | None = None
@@ -103,6 +105,8 @@ class DataReport:
         if any(self.dropped_turns.values()):
             turns = {reason: self.dropped_turns.get(reason, 0) for reason in (LEADING, UNANSWERED)}
             lines.append("turns dropped: " + list_counts(turns))
+        if self.weighted:
+            lines.append(f"{with_count(self.weighted, 'row')} with weights other than 0 and 1")
         lines += [f"{count:,} {what}" for what, count in self.changes.items() if count]
         if self.dropped_thoughts:
             lines.append(

@@ -20,10 +20,15 @@ CharsOf = Callable[[int], tuple[int, int] | None]
 IGNORE_INDEX = -100
 """The label of a token that isn't trained on; PyTorch's cross entropy skips it."""
 
+WEIGHTS = "weights"
+"""The column with the weights of a row's tokens in the loss: null for a sample whose trained tokens all weigh 1."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedSample:
     """One sample as tokens. `labels[i]` is `input_ids[i]` for the `trained_tokens` tokens to train on, else -100.
+
+    `weights` are those of the tokens in the loss; None if all that are trained on weigh 1.
 
     `cut_tokens` counts the tokens truncated beyond `model_max_length`, and `cut_trained_tokens` those of them that would have
     been trained on. `thoughts` and `dropped_thoughts` are as in `RenderedText`. `ends` is set only for truncated samples: for
@@ -38,6 +43,7 @@ class TokenizedSample:
     thoughts: int = 0
     dropped_thoughts: int = 0
     ends: tuple[tuple[int, int], ...] = ()
+    weights: list[float] | None = None
 
     @property
     def full_length(self) -> int:
@@ -76,8 +82,9 @@ def tokenize_rendered(
             while ids and chars_of(len(ids) - 1) is None:  # a special token added at the end; the text already has its end
                 ids.pop()
             ranges, start = [], 0
-            for span in rendered[index].spans:
-                ranges.append(_trained_range(chars_of, ids, span, added_ids, start))
+            spans = rendered[index].spans
+            for span, whole in zip(spans, rendered[index].whole_tokens or (False,) * len(spans), strict=True):
+                ranges.append(_trained_range(chars_of, ids, span, added_ids, start, whole=whole))
                 start = ranges[-1][1]
             samples[index] = _label(ids, ranges, model_max_length, rendered[index])
             if len(ids) > model_max_length:
@@ -136,13 +143,18 @@ def _token_ends(chars_of: CharsOf, count: int, ends: Sequence[tuple[int, int]]) 
 
 
 def _trained_range(
-    chars_of: CharsOf, ids: Sequence[int], span: tuple[int, int], added_ids: Collection[int], start: int
+    chars_of: CharsOf, ids: Sequence[int], span: tuple[int, int], added_ids: Collection[int], start: int, *, whole: bool
 ) -> tuple[int, int]:
-    """Find the tokens of a span, without an added token that begins before the span.
+    """Find the tokens of a span, without an added token that begins before the span; with `whole`, without any other such.
 
     Some added tokens, such as Phi-3's header, include the white space after them and so overlap the span.
     """
     first, stop = token_range(chars_of, len(ids), span, max(0, start - 1))
+    if whole:
+        while first < stop and (chars_of(first) or span)[0] < span[0]:
+            first += 1
+        while first < stop and (chars_of(stop - 1) or span)[1] > span[1]:
+            stop -= 1
     while first < stop and (chars_of(first) or span)[0] < span[0] and ids[first] in added_ids:
         first += 1
     return first, stop
@@ -153,6 +165,10 @@ def _label(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: 
     for first, stop in ranges:
         start = max(first, 1)  # the first token has no context to be predicted from
         labels[start:stop] = ids[start:stop]
+    weights = [0.0] * len(ids) if any(weight != 1 for weight in rendered.weights) else None
+    for (first, stop), weight in zip(ranges, rendered.weights, strict=False):
+        if weights is not None:
+            weights[max(first, 1) : stop] = [weight] * (stop - max(first, 1))
     kept, cut = labels[:model_max_length], labels[model_max_length:]
     return TokenizedSample(
         input_ids=ids[:model_max_length],
@@ -162,4 +178,5 @@ def _label(ids: list[int], ranges: Sequence[tuple[int, int]], model_max_length: 
         cut_trained_tokens=len(cut) - cut.count(IGNORE_INDEX),
         thoughts=rendered.thoughts,
         dropped_thoughts=rendered.dropped_thoughts,
+        weights=weights and weights[:model_max_length],
     )

@@ -15,6 +15,7 @@ import torch
 
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
+from zero_sft.data.collator import LOSS_WEIGHTS
 from zero_sft.data.packing import is_flash
 from zero_sft.data.tokenize import IGNORE_INDEX
 from zero_sft.errors import ArgumentError, TrainingError
@@ -132,7 +133,8 @@ def own_part(batch: dict[str, Any], place: DataRank) -> dict[str, Any]:
 
     Returns:
         `input_ids`, `position_ids` and `shift_labels`, each (rows, length / parts). `shift_labels` has for each token the label
-        of the next one, which may be in the next part. `labels` is the same; `whole_positions` is (rows, length).
+        of the next one, which may be in the next part. So have `loss_weights`, if the batch has them. `labels` is
+        `shift_labels`; `whole_positions` is (rows, length).
     """
     labels = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
     positions = batch.get("position_ids")
@@ -141,7 +143,12 @@ def own_part(batch: dict[str, Any], place: DataRank) -> dict[str, Any]:
     length = labels.shape[1] // place.parts
     own = slice(place.part * length, (place.part + 1) * length)
     shifted = labels[:, own].contiguous()
+    weights = {}
+    if LOSS_WEIGHTS in batch:
+        shifted_weights = torch.nn.functional.pad(batch[LOSS_WEIGHTS], (0, 1))[:, 1:]
+        weights = {LOSS_WEIGHTS: shifted_weights[:, own].contiguous()}
     return {
+        **weights,
         "input_ids": batch["input_ids"][:, own].contiguous(),
         "position_ids": positions[:, own].contiguous(),
         "shift_labels": shifted,

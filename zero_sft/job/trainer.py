@@ -9,23 +9,24 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from zero_sft.data.collator import Collator
+from zero_sft.data.collator import LOSS_WEIGHTS, Collator
 from zero_sft.data.mixture import sampling_seed
 from zero_sft.data.packing import is_flash
-from zero_sft.data.tokenize import IGNORE_INDEX
+from zero_sft.data.tokenize import IGNORE_INDEX, WEIGHTS
 from zero_sft.errors import DataError, Scope
 from zero_sft.job.checkpoints import SavingTrainer
 from zero_sft.job.device_use import has_idle_experts
 from zero_sft.job.sequence_parallel import DataRank, SharedSequences
 from zero_sft.job.simulated_faults import SimulatedFaults
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens, share_batches
+from zero_sft.job.weighted_loss import WeightedModel, require_weights_possible, sum_of_weights, weight_of_batch
 from zero_sft.rope import text_config
 from zero_sft.transformers_internals import configured_attention
 from zero_sft.zero.shards import weight_numel
@@ -55,11 +56,13 @@ class JobTrainer(SavingTrainer):
         self._whole_batches: list[dict[str, Any]] = []  # of a step whose sequences are shared between ranks
         self._trained_tokens: Any = 0  # since the last logged loss; on a GPU a tensor
         self._tokens_at_loss: int | None = None
+        self._weight_scale: torch.Tensor | None = None
         super().__init__(**kwargs)
         self.checkpoints.write_with(faults.failing)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
         self.remove_callback(ProgressCallback)
         self.add_callback(TokenCount())
+        require_weights_possible(kwargs["train_dataset"].column_names, WEIGHTS, kwargs["args"].loss_type)
         parts = self.args.sequence_parallel_size  # type: ignore[attr-defined]  # of this package's arguments
         self._place = DataRank.of(self.args.process_index, self.args.world_size, parts)
         self._shared = None
@@ -110,6 +113,7 @@ class JobTrainer(SavingTrainer):
         if self._tokens_at_loss is None:
             self._tokens_at_loss = self.tokens
         batches, trained = super().get_batch_samples(self._local_batches(epoch_iterator), *args, **kwargs)
+        self._weight_scale = self._scale_of_weights(batches, trained)
         self.seconds_waited_for_data += time.monotonic() - began
         self.step_batches, self.step_losses = self._whole_batches or [dict(batch) for batch in batches], []
         self._whole_batches = []
@@ -124,6 +128,16 @@ class JobTrainer(SavingTrainer):
                 code="data.nothing_trained_on",
             )
         return batches, trained
+
+    def _scale_of_weights(self, batches: list[dict[str, Any]], trained: Any) -> torch.Tensor | None:
+        """Return the number of a step's trained tokens for each unit of their weights; None without weights. Communicates.
+
+        TRL divides the loss by the number of tokens.
+        """
+        weights = sum_of_weights(batches)
+        if weights is None or trained is None:
+            return None
+        return trained / self.accelerator.gather(weights.to(self.args.device)).sum()  # type: ignore[union-attr]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does; with a loss also the share of the tokens since the last loss that were trained on."""
@@ -171,7 +185,12 @@ class JobTrainer(SavingTrainer):
         rows = len(inputs["labels"]) if model.training and is_packed else 1
         tokens_before = self.tokens
         set_computed_tokens(self, tokens_before)  # TRL's count starts at 0 in a resumed run
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if LOSS_WEIGHTS in inputs:
+            weights = inputs[LOSS_WEIGHTS] * (self._weight_scale if model.training and self._weight_scale is not None else 1)
+            inputs = {name: value for name, value in inputs.items() if name != LOSS_WEIGHTS}
+            loss = super().compute_loss(cast(Any, WeightedModel(model, weights)), inputs, *args, **kwargs)
+        else:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
         if rows > 1:
             set_computed_tokens(self, tokens_before + rows * (computed_tokens(self) - tokens_before))
             set_logged_tokens(self, computed_tokens(self))
@@ -184,16 +203,16 @@ class JobTrainer(SavingTrainer):
         The Trainer reports the mean of the batches' means, which depends on how samples are spread over batches and ranks. The
         routers' auxiliary loss depends on that as well, so it is left out.
         """
-        self._evaluated = {"samples": len(dataloader.dataset), "loss": 0.0, "tokens": 0}
+        self._evaluated = {"samples": len(dataloader.dataset), "loss": 0.0, "weight": 0.0}
         aux_loss_enabled, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
             result = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self.aux_loss_enabled = aux_loss_enabled
-        sums = torch.tensor([self._evaluated["loss"], self._evaluated["tokens"]], dtype=torch.float64, device=self.args.device)
-        loss, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
+        sums = torch.tensor([self._evaluated["loss"], self._evaluated["weight"]], dtype=torch.float64, device=self.args.device)
+        loss, weight = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
         if result.metrics and f"{metric_key_prefix}_loss" in result.metrics:
-            result.metrics[f"{metric_key_prefix}_loss"] = loss / tokens if tokens else math.nan
+            result.metrics[f"{metric_key_prefix}_loss"] = loss / weight if weight else math.nan
         return result
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -208,16 +227,16 @@ class JobTrainer(SavingTrainer):
         """Run TRL's prediction step with repeated samples masked, and sum up the loss. Every rank; communicates."""
         inputs = self._mask_in_last_batch(inputs, self._evaluated["samples"], self.args.eval_batch_size, drop_last=False)
         if self._shared is None:
-            tokens = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())
+            tokens, weight = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum()), float(weight_of_batch(inputs))
             result = super().prediction_step(model, inputs, *args, **kwargs)
         else:
             inputs = self._shared.own_part(inputs)
-            tokens = int((inputs["shift_labels"] != IGNORE_INDEX).sum())
+            tokens, weight = int((inputs["shift_labels"] != IGNORE_INDEX).sum()), float(weight_of_batch(inputs))
             with self._shared.exchanging(inputs):
                 result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
             self._evaluated["loss"] += float(result[0]) * tokens
-            self._evaluated["tokens"] += tokens
+            self._evaluated["weight"] += weight
         return result
 
     def _mask_in_last_batch(self, batch: dict[str, Any], samples: int, size: int, drop_last: bool) -> dict[str, Any]:

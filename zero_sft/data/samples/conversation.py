@@ -35,17 +35,24 @@ class ToolCall:
 class Turn:
     """The text of one speaker. `role` is one of this module's constants. Answers are trained on unless `left_out_of_loss`.
 
-    An answer may have `thoughts`, given to the template apart from the text, and `calls` of tools. A tool's turn may have the
-    tool's `name` and the `call_id` of the call that it answers.
+    `weight`, from 0 to 1, is the answer's in the loss. `trained_ranges` are the half-open ranges of characters of the text that
+    are trained on; None stands for the whole answer. An answer may have `thoughts`, given to the template apart from the text,
+    and `calls` of tools. A tool's turn may have the tool's `name` and the `call_id` of the call that it answers.
     """
 
     role: str
     text: str
-    left_out_of_loss: bool = False
+    weight: float = 1.0
+    trained_ranges: tuple[tuple[int, int], ...] | None = None
     thoughts: str = ""
     calls: tuple[ToolCall, ...] = ()
     name: str = ""
     call_id: str = ""
+
+    @property
+    def left_out_of_loss(self) -> bool:
+        """Whether nothing of the turn is trained on."""
+        return self.weight == 0 or self.trained_ranges == ()
 
     def has_content(self, *, blank_counts: bool) -> bool:
         """Whether the turn has a text or calls. With `blank_counts`, white space alone counts as a text."""
@@ -57,18 +64,19 @@ class Conversation:
     """At most one system text, then turns of users, assistant and tools, ending with an answer; `where` is for messages.
 
     `tools` is the list of tools that the assistant may call, and `template_kwargs` an object of variables for the chat
-    template; both are JSON as text, or empty.
+    template; both are JSON as text, or empty. `weight`, above 0 and up to 1, multiplies those of the answers.
     """
 
     turns: tuple[Turn, ...]
     where: str
     tools: str = ""
     template_kwargs: str = ""
+    weight: float = 1.0
 
     def is_answered(self, *, blank_counts: bool) -> bool:
         """Whether there is an answer to train on. With `blank_counts`, white space alone counts as an answer."""
         answers = (turn for turn in self.turns if turn.role == ASSISTANT and not turn.left_out_of_loss)
-        return any(turn.has_content(blank_counts=blank_counts) for turn in answers)
+        return self.weight > 0 and any(turn.has_content(blank_counts=blank_counts) for turn in answers)
 
     def count_empty_answers(self, *, blank_counts: bool) -> int:
         """Count the answers without a text and calls."""
@@ -82,10 +90,11 @@ class PromptCompletion:
     prompt: str
     completion: str
     where: str
+    weight: float = 1.0
 
     def is_answered(self, **_: bool) -> bool:
         """Whether there is a completion to train on."""
-        return bool(self.completion.strip())
+        return self.weight > 0 and bool(self.completion.strip())
 
     def count_empty_answers(self, **_: bool) -> int:
         """Return 1 if the completion has no text, else 0."""

@@ -35,7 +35,6 @@ def word_set(text: str) -> frozenset[str]:
 _CLASSES = word_set("label kto_tag")
 """Keys of ratings that, next to a plain text, may be its class instead."""
 _NAMES_OF: Mapping[Meaning, frozenset[str]] = {
-    Meaning.MASK: word_set("train_detail"),
     Meaning.RATING: _CLASSES | word_set("accepted is_accepted approved is_approved"),
     Meaning.TOKENS: word_set("input_ids labels attention_mask completion_mask assistant_masks assistant_mask"),
     Meaning.MEDIA: word_set("objects bbox"),

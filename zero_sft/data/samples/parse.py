@@ -97,7 +97,7 @@ def _train_on_last_answer(sample: Sample) -> Sample:
     if isinstance(sample, PromptCompletion):
         return sample
     last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)
-    turns = [turn if number == last else replace(turn, left_out_of_loss=True) for number, turn in enumerate(sample.turns)]
+    turns = [turn if number == last else replace(turn, weight=0.0) for number, turn in enumerate(sample.turns)]
     return replace(sample, turns=tuple(turns))
 
 

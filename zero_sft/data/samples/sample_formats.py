@@ -36,6 +36,7 @@ from zero_sft.data.samples.conversation import (
 )
 from zero_sft.data.samples.key_meanings import is_empty
 from zero_sft.data.samples.keys import check_keys, contains_texts
+from zero_sft.data.samples.marks import WEIGHT, weight_of_sample
 from zero_sft.data.samples.tools import (
     TOOL_KEYS,
     count_unknown_calls,
@@ -130,7 +131,7 @@ def read_sample(sample: Any, where: str, options: ReadOptions = DEFAULT_OPTIONS)
     if matching:
         name = (full or matching)[0]
         sample_format = SAMPLE_FORMATS[name]
-        read = ("id", *sample_format.keys, *_optional_keys_of(sample, name))
+        read = ("id", WEIGHT, *sample_format.keys, *_optional_keys_of(sample, name))
         check = partial(check_keys, sample, where, format_name=name, read=read, is_chosen=data_format is not None)
         check(texts=None)  # before parsing, so that a sample with `tools` is refused for this key and not for one of its turns
         parsed = sample_format.parse(sample, where, options)
@@ -225,7 +226,7 @@ def _parse_prompt_completion(sample: Mapping[str, Any], where: str, options: Rea
     if all(isinstance(sample[key], list) for key in keys):
         prompt, completion = (_turns(sample, key, where, options) for key in keys)
         turns = ParsedTurns(
-            turns=[*(replace(turn, left_out_of_loss=True) for turn in prompt.turns), *completion.turns],
+            turns=[*(replace(turn, weight=0.0) for turn in prompt.turns), *completion.turns],
             numbers=[*prompt.numbers, *completion.numbers],
             unread_keys=(*prompt.unread_keys, *completion.unread_keys),
             changes=prompt.changes + completion.changes,
@@ -239,11 +240,14 @@ def _parse_prompt_completion(sample: Mapping[str, Any], where: str, options: Rea
             code="data.prompt_and_completion_differ",
         )
     prompt, completion = (_text(sample[key], key, where) for key in keys)
-    return ParsedSample(sample=PromptCompletion(prompt=prompt, completion=completion, where=where))
+    return ParsedSample(
+        sample=PromptCompletion(prompt=prompt, completion=completion, where=where, weight=weight_of_sample(sample, where))
+    )
 
 
 def _parse_text(sample: Mapping[str, Any], where: str, _options: ReadOptions) -> ParsedSample:
-    return ParsedSample(sample=PromptCompletion(prompt="", completion=_text(sample["text"], "text", where), where=where))
+    text, weight = _text(sample["text"], "text", where), weight_of_sample(sample, where)
+    return ParsedSample(sample=PromptCompletion(prompt="", completion=text, where=where, weight=weight))
 
 
 SAMPLE_FORMATS = {
@@ -308,7 +312,11 @@ def _conversation(
     require_answered(kept, where)
     return ParsedSample(
         sample=Conversation(
-            turns=tuple(with_tool_names(kept)), where=where, tools=tools, template_kwargs=_template_kwargs(sample, where)
+            turns=tuple(with_tool_names(kept)),
+            where=where,
+            tools=tools,
+            template_kwargs=_template_kwargs(sample, where),
+            weight=weight_of_sample(sample, where),
         ),
         dropped_turns=dropped,
         unread_keys=parsed.unread_keys,

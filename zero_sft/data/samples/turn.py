@@ -10,7 +10,7 @@ from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, THOUGHTS_FIELDS, TOOL, USER, Turn
 from zero_sft.data.samples.key_meanings import Meaning, is_empty, meaning_of, word_set
-from zero_sft.data.samples.marks import MARKS, is_left_out_of_loss
+from zero_sft.data.samples.marks import MARKS, RANGES, trained_ranges, weight_of_turn
 from zero_sft.data.samples.tools import CALL_KEYS, parse_call_text, parse_calls
 from zero_sft.errors import DataError
 from zero_sft.printable import excerpt
@@ -52,7 +52,7 @@ def parse_turn(raw: Any, place: str, names: tuple[str, str]) -> tuple[str, Turn,
             f"{place}: unknown role {excerpt(repr(role_name))}; expected one of {', '.join(ROLES)}.", code="data.unknown_role"
         )
     is_answer = role in (ASSISTANT, CALL)
-    read = {*names, *MARKS, *((*CALL_KEYS, *THOUGHTS_FIELDS) if is_answer else _TOOL_NOTES if role == TOOL else ())}
+    read = {*names, *MARKS, RANGES, *((*CALL_KEYS, *THOUGHTS_FIELDS) if is_answer else _TOOL_NOTES if role == TOOL else ())}
     unread = _unread_keys(raw, place, read=read)
     calls = parse_calls(raw, place) if role == ASSISTANT else ()
     content = _join_parts(text, place, raw, names)
@@ -60,10 +60,11 @@ def parse_turn(raw: Any, place: str, names: tuple[str, str]) -> tuple[str, Turn,
         raise _bad_turn(raw, place, names)
     content = content or ""
     require_unicode(content, place)
-    left_out = is_left_out_of_loss(raw, place, is_answer=is_answer)
+    weight = weight_of_turn(raw, place, is_answer=is_answer)
+    ranges = trained_ranges(raw, content, place, is_answer=is_answer)
     if role == CALL:
-        return role, Turn(role=ASSISTANT, text="", calls=parse_call_text(content, place), left_out_of_loss=left_out), unread
-    turn = Turn(role=role, text=content, left_out_of_loss=left_out, calls=calls)
+        return role, Turn(role=ASSISTANT, text="", calls=parse_call_text(content, place), weight=weight), unread
+    turn = Turn(role=role, text=content, weight=weight, trained_ranges=ranges, calls=calls)
     if is_answer:
         turn = replace(turn, thoughts=_thoughts(raw, content, place))
     elif role == TOOL:

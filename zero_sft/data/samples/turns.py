@@ -71,10 +71,10 @@ def _place_thoughts(turn: Turn, reasoning: Reasoning, changes: Counter[str]) -> 
 
 
 def _join(turn: Turn, other: Turn, place: str) -> Turn:
-    """Join a turn with the next one of the same speaker; raises `DataError` if only one of them is trained on."""
-    if turn.left_out_of_loss != other.left_out_of_loss:
+    """Join a turn with the next one of the same speaker; raises `DataError` if their marks for the loss differ."""
+    if turn.weight != other.weight or turn.trained_ranges != other.trained_ranges:
         raise DataError(
-            f"{place}: this turn continues the previous one, but only one of them is trained on. Mark both alike.",
+            f"{place}: this turn continues the previous one, but is marked otherwise for the loss. Mark both alike.",
             code="data.joined_turns_differ",
         )
     return replace(

@@ -33,7 +33,8 @@ def render(sample: Sample, template: Template, tokenizer: Any) -> RenderedText:
         stop = len(text.rstrip())
     spans = ((len(sample.prompt), stop),) if sample.completion and stop > len(sample.prompt) else ()
     starts_with_bos = bool(bos) and text.startswith(bos)
-    return RenderedText(text=text, spans=spans, adds_special_tokens=not starts_with_bos)
+    weights = () if sample.weight == 1 else (sample.weight,) * len(spans)
+    return RenderedText(text=text, spans=spans, weights=weights, adds_special_tokens=not starts_with_bos)
 
 
 def choose_template(name: str | None, tokenizer: Any) -> Template:

@@ -23,16 +23,16 @@ import contextlib
 import functools
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, USER, Conversation, Messages
 from zero_sft.data.templates.chat import DEFAULT_FORM, Chat, chat_of
 from zero_sft.data.templates.completeness import require_all_shown, require_place_for_calls, require_places, require_tools
-from zero_sft.data.templates.locate import locate_answers, rewriting_error
+from zero_sft.data.templates.locate import LocatedAnswers, locate_answers, rewriting_error
 from zero_sft.data.templates.probe import TemplateTraits, probe_template
 from zero_sft.data.templates.render import has_marks, marked_spans, render_chat
-from zero_sft.data.templates.rendered import RenderedText
+from zero_sft.data.templates.rendered import RenderedText, TrainedSpans
 from zero_sft.data.templates.stand_ins import STAND_IN, TextPiece, around_stand_ins
 from zero_sft.data.templates.thoughts import Answers, split_answer
 from zero_sft.errors import DataError
@@ -102,11 +102,24 @@ class ChatTemplate:
         spans = dict(zip(answers, located.spans, strict=True))
         require_all_shown(text, shown, chat.messages, spans, where)
         require_tools(text, spans, conversation)
-        kept = [span for index, span in spans.items() if not turns[index].left_out_of_loss]
-        if self.has_marks:
-            marked = marked_spans(self.tokenizer, self.jinja(self.tokenizer), chat, where)
-            kept = [mark for mark in marked if any(mark[0] < stop and mark[1] > start for start, stop in kept)]
-        return replace(located, spans=tuple(kept))
+        marked = marked_spans(self.tokenizer, self.jinja(self.tokenizer), chat, where) if self.has_marks else None
+        trained = TrainedSpans()
+        for index, (start, stop), body in zip(answers, located.spans, located.bodies, strict=True):
+            pieces = [(start, stop)] if marked is None else [mark for mark in marked if mark[0] < stop and mark[1] > start]
+            if turns[index].trained_ranges is not None and (answers[index].thoughts or turns[index].calls):
+                raise DataError(
+                    f"{where}, message {index + 1}: `train_detail` marks parts of an answer that has thoughts or calls. Remove "
+                    "them, or the marks.",
+                    code="data.ranges_next_to_thoughts",
+                )
+            trained = trained.with_answer(turns[index], pieces, body, text, conversation.weight)
+        return RenderedText(
+            text=text,
+            **trained.fields(),
+            ends=located.ends,
+            thoughts=located.thoughts,
+            dropped_thoughts=located.dropped_thoughts,
+        )
 
     def prompt(self, question: str) -> str:
         """Render one question and the generation prompt, after which the model writes its answer."""
@@ -122,14 +135,14 @@ class ChatTemplate:
 
     def _locate(
         self, text: str, usual: TextsAround | None, chat: Chat, answers: Answers, traits: TemplateTraits, where: str
-    ) -> RenderedText:
+    ) -> LocatedAnswers:
         """Locate the span of each answer, with the `usual` texts around conversations of this shape, or else with its own.
 
         Worked example (ChatML, one answer "Hello."): with a stand-in the text is "...assistant\n", stand-in, "<|im_end|>\n".
         The text begins with the first of these, ends with the last, and between is "Hello."; the span is "Hello.<|im_end|>".
         """
         if not answers:
-            return RenderedText(text=text)
+            return LocatedAnswers()
         # White space at a text's ends could belong to the text or to the template.
         messages = chat.messages
         is_stripped = usual is not None and all(message["content"] == message["content"].strip() for message in messages)

@@ -7,12 +7,27 @@ from dataclasses import dataclass
 
 from zero_sft.data.templates.probe import TemplateTraits
 from zero_sft.data.templates.render import HERMES_INSTEAD, VICUNA_INSTEAD
-from zero_sft.data.templates.rendered import RenderedText
-from zero_sft.data.templates.stand_ins import CALL, ECHO, THOUGHTS, TextPiece
+from zero_sft.data.templates.rendered import Span
+from zero_sft.data.templates.stand_ins import CALL, ECHO, TEXT, THOUGHTS, TextPiece
 from zero_sft.data.templates.thoughts import CLOSE, OPEN, Answers, empty_answer_error, find_thoughts
 from zero_sft.errors import DataError
 
 _EMPTY_BLOCK = re.compile(rf"\s*(?:{OPEN}\s*)?{CLOSE}\s*")  # the prompt may have opened it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocatedAnswers:
+    """The places of a conversation's answers, in order.
+
+    `spans` are what is trained on of each, `bodies` the places of their texts (None: calls alone), and `ends` the index of each
+    answer's turn and the character at which it ends. `thoughts` and `dropped_thoughts` are as in `RenderedText`.
+    """
+
+    spans: tuple[Span, ...] = ()
+    bodies: tuple[Span | None, ...] = ()
+    ends: tuple[tuple[int, int], ...] = ()
+    thoughts: int = 0
+    dropped_thoughts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +48,7 @@ def locate_answers(
     where: str,
     *,
     headers: Mapping[int, str] | None = None,
-) -> RenderedText:
+) -> LocatedAnswers:
     """Locate all answers in a text that must consist of exactly the `around` texts and the pieces between them.
 
     Args:
@@ -46,7 +61,7 @@ def locate_answers(
     places = _find_pieces(text, around, pieces, answers, where)
     by_turn = [list(group) for _, group in itertools.groupby(places, key=lambda place: place.piece.turn)]
     starts = [*(group[0].start for group in by_turn[1:]), len(text)]
-    spans, ends, kept, previous = [], [], 0, 0
+    spans, bodies, ends, kept, previous = [], [], [], 0, 0
     for group, next_start in zip(by_turn, starts, strict=True):
         turn, last = group[0].piece.turn, group[-1]
         header = (headers or {}).get(turn, traits.generation_prompt)
@@ -61,12 +76,17 @@ def locate_answers(
             else _turn_end_length(after, traits.turn_ends, where)
         )
         spans.append((begin, last.stop + length))
+        bodies.append(next(((place.start, place.stop) for place in group if place.piece.kind == TEXT), None))
         ends.append((turn, spans[-1][1]))
         kept += has_thoughts
         previous = last.stop
     thoughts_count = sum(answer.has_thoughts for answer in answers.values())
-    return RenderedText(
-        text=text, spans=tuple(spans), ends=tuple(ends), thoughts=thoughts_count, dropped_thoughts=thoughts_count - kept
+    return LocatedAnswers(
+        spans=tuple(spans),
+        bodies=tuple(bodies),
+        ends=tuple(ends),
+        thoughts=thoughts_count,
+        dropped_thoughts=thoughts_count - kept,
     )
 
 

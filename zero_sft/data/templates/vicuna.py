@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.data.samples.conversation import ASSISTANT, SYSTEM, TOOL, USER, Conversation
-from zero_sft.data.templates.rendered import RenderedText
+from zero_sft.data.templates.rendered import RenderedText, TrainedSpans
 from zero_sft.errors import DataError
 
 VICUNA = "vicuna"
@@ -67,7 +67,7 @@ class VicunaTemplate:
                 code="data.vicuna_without_variables",
             )
         system = next((turn.text for turn in conversation.turns if turn.role == SYSTEM), VICUNA_SYSTEM)
-        pieces, spans, ends = [f"{system} "], [], []
+        pieces, answers, ends = [f"{system} "], [], []
         length = len(pieces[0])
         for number, turn in enumerate(conversation.turns):
             if turn.role == USER:
@@ -79,11 +79,14 @@ class VicunaTemplate:
             start, length = length + len("ASSISTANT:"), length + len(pieces[-1])
             if turn.role == ASSISTANT and turn.text:
                 ends.append((number, length))
-                if not turn.left_out_of_loss:
-                    spans.append((start, length))
+                answers.append((turn, (start, length)))
+        text, trained = "".join(pieces), TrainedSpans()
+        for turn, (start, stop) in answers:
+            body = (start + 1, start + 1 + len(turn.text))
+            trained = trained.with_answer(turn, [(start, stop)], body, text, conversation.weight)
         return RenderedText(
-            text="".join(pieces),
-            spans=tuple(spans),
+            text=text,
+            **trained.fields(),
             adds_special_tokens=self.adds_special_tokens,
             ends=tuple(ends),
         )
