@@ -104,8 +104,8 @@ def test_a_place_is_named_once(tmp_path):
 def test_missing_empty_and_unreadable_files(tmp_path):
     assert_refused(tmp_path / "none.json", "no_such_file", "none.json")
     assert_refused(tmp_path, "no_data_files", str(tmp_path))
-    (tmp_path / "a.csv").touch()
-    assert_refused(tmp_path, "no_data_files", "a.csv")
+    (tmp_path / "a.txt").touch()
+    assert_refused(tmp_path, "no_data_files", "a.txt")
     os.mkfifo(tmp_path / "pipe")
     assert_refused(tmp_path / "pipe", "not_a_regular_file", "pipe")
     for content in ("", " \n\n"):
@@ -249,10 +249,10 @@ def test_compressed_lines(tmp_path, module):
 
 def test_what_a_folder_has_besides_is_named(tmp_path):
     written(tmp_path, [{"conversations": ONE}])
-    for name in ("README.md", "more.csv", ".hidden"):
+    for name in ("README.md", "more.txt", ".hidden"):
         (tmp_path / name).write_text("x")
     prepared = prepare(tmp_path, byte_tokenizer(), model_max_length=500)
-    assert "2 other files in it left out: README.md, more.csv" in prepared.lines()
+    assert "2 other files in it left out: README.md, more.txt" in prepared.lines()
 
 
 def test_parquet_and_folders(tmp_path):

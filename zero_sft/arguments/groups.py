@@ -71,6 +71,10 @@ class DataArguments:
     data_format: DataFormat | None = field(
         default=None, metadata={"help": "The format of all samples; by default, it is detected for each sample."}
     )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "Names of the data's columns, such as prompt=question,completion=answer or messages=chat.turns."},
+    )
     tools: Literal["render", "ignore"] = field(
         default="render", metadata={"help": "Give a sample's tools to the chat template, or ignore them: its texts have them."}
     )

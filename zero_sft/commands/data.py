@@ -33,8 +33,8 @@ _BAR = 40  # characters of the longest bar
 
 _HUB = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 _TOKENS = ("add_tokens", "add_special_tokens", "resize_vocab")
-_DATA = ("data_path", "chat_template", "data_format", "tools", "reasoning", "merge_turns", "train_on", "on_bad_sample",
-         "overlong", "packing", "dataset_num_proc", "data_cache_dir")  # fmt: skip
+_DATA = ("data_path", "chat_template", "data_format", "columns", "tools", "reasoning", "merge_turns", "train_on",
+         "on_bad_sample", "overlong", "packing", "dataset_num_proc", "data_cache_dir")  # fmt: skip
 _TRAINING = ("model_max_length", "per_device_train_batch_size", "seed", "data_seed")
 
 

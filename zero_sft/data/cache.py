@@ -58,7 +58,14 @@ def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
         data.identity(),
         _tokenizer_identity(pipeline.tokenizer),
         [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
-        [asdict(pipeline.parser), pipeline.model_max_length, pipeline.overlong, pipeline.lazy, pipeline.id_limit],
+        [
+            asdict(pipeline.parser),
+            pipeline.model_max_length,
+            pipeline.overlong,
+            pipeline.lazy,
+            pipeline.id_limit,
+            pipeline.embedding_rows,
+        ],
     )
 
 

@@ -12,10 +12,11 @@ from zero_sft.data import cache
 from zero_sft.data.dataset import PreparedDataset, dataset_of_entry, prepare_source
 from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.samples.columns import parse_columns
 from zero_sft.data.samples.embedded_tokens import id_limit
 from zero_sft.data.samples.overlong import TRUNCATE
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
-from zero_sft.data.samples.sample_formats import ReadOptions
+from zero_sft.data.samples.sample_formats import FORMAT_KEYS, ReadOptions
 from zero_sft.data.sources.data_path import Source, require_sources
 from zero_sft.data.templates.choose import Template
 from zero_sft.data.tokenize import WEIGHTS
@@ -65,7 +66,11 @@ class DatasetSpec:
             root=cache.cache_root(data.data_cache_dir),
             parser=SampleParser(
                 options=ReadOptions(
-                    data_format=data.data_format, tools=data.tools, reasoning=data.reasoning, merge_turns=data.merge_turns
+                    data_format=data.data_format,
+                    columns=parse_columns(data.columns, FORMAT_KEYS),
+                    tools=data.tools,
+                    reasoning=data.reasoning,
+                    merge_turns=data.merge_turns,
                 ),
                 train_on=data.train_on,
                 on_bad_sample=data.on_bad_sample,
@@ -98,6 +103,7 @@ class DatasetSpec:
             model_max_length=self.model_max_length,
             overlong=self.overlong,
             lazy=self.lazy,
+            embedding_rows=self.embedding_rows,
             id_limit=id_limit(tokenizer, self.embedding_rows),
         )
 

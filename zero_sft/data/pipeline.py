@@ -15,13 +15,13 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from zero_sft.data.report import CUT_OFF, NO_ANSWER, TOO_LONG, DataReport, total
-from zero_sft.data.samples.conversation import SYSTEM, Conversation, PromptCompletion, Sample, ToolCall, Turn
-from zero_sft.data.samples.embedded_tokens import require_embedded
+from zero_sft.data.samples.conversation import SYSTEM, Conversation, PromptCompletion, Sample, TokenIds, ToolCall, Turn
+from zero_sft.data.samples.embedded_tokens import require_embedded, require_ids
 from zero_sft.data.samples.overlong import DROP, SPLIT, TRUNCATE, split_rounds
 from zero_sft.data.samples.parse import SampleParser, apply_to_usable
 from zero_sft.data.templates.choose import Template, render
 from zero_sft.data.templates.rendered import RenderedText
-from zero_sft.data.tokenize import WEIGHTS, TokenizedSample, tokenize_rendered
+from zero_sft.data.tokenize import WEIGHTS, TokenizedSample, label_ids, tokenize_rendered
 
 _IDS = pyarrow.list_(pyarrow.int32())
 TOKENS = pyarrow.schema(
@@ -52,6 +52,7 @@ class Pipeline:
         lazy: postpone tokenising until a row is needed.
         id_limit: token ids from here on are refused, since the model has no embedding for them. None: the tokenizer has no
             such ids, so none is checked.
+        embedding_rows: of the model, for samples that are tokenised already; None: not known.
     """
 
     parser: SampleParser
@@ -61,6 +62,7 @@ class Pipeline:
     overlong: str = TRUNCATE
     lazy: bool = False
     id_limit: int | None = None
+    embedding_rows: int | None = None
 
     @property
     def schema(self) -> pyarrow.Schema:
@@ -185,22 +187,32 @@ class Pipeline:
     ) -> tuple[list[tuple[Sample, TokenizedSample]], list[str]]:
         """Tokenise samples in order. With `skip_bad`, leave bad samples out and return their errors; else raise the first."""
         rendered, bad_messages = self._render(samples, skip_bad=skip_bad)
-        texts = [text for _, text in rendered]
-        pairs = zip(
-            (sample for sample, _ in rendered), tokenize_rendered(texts, self.tokenizer, self.model_max_length), strict=True
-        )
+        texts = [text for _, text in rendered if text is not None]
+        of_texts = iter(tokenize_rendered(texts, self.tokenizer, self.model_max_length))
+        pairs = ((sample, self._take(sample) if isinstance(sample, TokenIds) else next(of_texts)) for sample, _ in rendered)
         tokenized, embedding_errors = apply_to_usable(self._require_embedded, pairs, skip_bad=skip_bad)
         return tokenized, [*bad_messages, *embedding_errors]
 
+    def _take(self, sample: TokenIds) -> TokenizedSample:
+        """Return a sample that is tokenised already, truncated."""
+        return label_ids(sample.input_ids, sample.labels, sample.weight, self.model_max_length)
+
     def _require_embedded(self, pair: tuple[Sample, TokenizedSample]) -> tuple[Sample, TokenizedSample]:
         sample, tokenized = pair
-        require_embedded(tokenized.input_ids, self.tokenizer, self.id_limit, sample.where)
+        if isinstance(sample, TokenIds):
+            require_ids(sample.input_ids, self.embedding_rows, sample.where)
+        else:
+            require_embedded(tokenized.input_ids, self.tokenizer, self.id_limit, sample.where)
         return pair
 
-    def _render(self, samples: Sequence[Sample], *, skip_bad: bool) -> tuple[list[tuple[Sample, RenderedText]], list[str]]:
-        """Render samples as text; `skip_bad` is as in `_tokenize`."""
+    def _render(
+        self, samples: Sequence[Sample], *, skip_bad: bool
+    ) -> tuple[list[tuple[Sample, RenderedText | None]], list[str]]:
+        """Render samples as text, None for one that is tokenised already; `skip_bad` is as in `_tokenize`."""
         return apply_to_usable(
-            lambda sample: (sample, render(sample, self.template, self.tokenizer)), samples, skip_bad=skip_bad
+            lambda sample: (sample, None if isinstance(sample, TokenIds) else render(sample, self.template, self.tokenizer)),
+            samples,
+            skip_bad=skip_bad,
         )
 
     def __call__(self, rows: Mapping[str, list]) -> dict[str, list]:
@@ -215,6 +227,8 @@ class Pipeline:
 
 def _sample_from_fields(fields: dict) -> Sample:
     """Restore a sample from its `asdict`."""
+    if "input_ids" in fields:
+        return TokenIds(**{**fields, **{name: tuple(fields[name]) for name in ("input_ids", "labels")}})
     if "turns" not in fields:
         return PromptCompletion(**fields)
     return Conversation(**{**fields, "turns": tuple(map(_turn_from_fields, fields["turns"]))})

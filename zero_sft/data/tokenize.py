@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from zero_sft.data.samples.conversation import IGNORE_INDEX
 from zero_sft.data.templates.rendered import RenderedText
 from zero_sft.errors import DataError
 
 CharsOf = Callable[[int], tuple[int, int] | None]
 """Returns a token's half-open range of characters; None for a special token that the tokenizer adds."""
-
-IGNORE_INDEX = -100
-"""The label of a token that isn't trained on; PyTorch's cross entropy skips it."""
 
 WEIGHTS = "weights"
 """The column with the weights of a row's tokens in the loss: null for a sample whose trained tokens all weigh 1."""
@@ -90,6 +88,20 @@ def tokenize_rendered(
             if len(ids) > model_max_length:
                 samples[index] = replace(samples[index], ends=_token_ends(chars_of, len(ids), rendered[index].ends))
     return [samples[index] for index in range(len(rendered))]
+
+
+def label_ids(ids: Sequence[int], labels: Sequence[int], weight: float, model_max_length: int) -> TokenizedSample:
+    """Return a sample that is tokenised already, truncated at the end to `model_max_length` tokens."""
+    labels = [IGNORE_INDEX, *labels[1:]]  # the first token has no context to be predicted from
+    kept, cut = labels[:model_max_length], labels[model_max_length:]
+    return TokenizedSample(
+        input_ids=list(ids[:model_max_length]),
+        labels=kept,
+        trained_tokens=len(kept) - kept.count(IGNORE_INDEX),
+        cut_tokens=len(cut),
+        cut_trained_tokens=len(cut) - cut.count(IGNORE_INDEX),
+        weights=None if weight == 1 else [weight * (label != IGNORE_INDEX) for label in kept],
+    )
 
 
 def token_range(chars_of: CharsOf, count: int, span: tuple[int, int], start: int = 0) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Samples in one form for all file formats: a conversation, or plain text as prompt and completion. Plain data."""
+"""Samples in one form for all file formats: a conversation, plain text as prompt and completion, or tokens. Plain data."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_sft.errors import DataError
+
+IGNORE_INDEX = -100
+"""The label of a token that isn't trained on; PyTorch's cross entropy skips it."""
 
 SYSTEM, USER, ASSISTANT, TOOL = "system", "user", "assistant", "tool"
 
@@ -101,7 +104,25 @@ class PromptCompletion:
         return int(not self.completion.strip())
 
 
-Sample = Conversation | PromptCompletion
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenIds:
+    """A sample that is tokenised already; a label is its token's id, or -100 for a token that is not trained on."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    where: str
+    weight: float = 1.0
+
+    def is_answered(self, **_: bool) -> bool:
+        """Whether there is a token to train on; the first has no context to be predicted from."""
+        return self.weight > 0 and any(label != IGNORE_INDEX for label in self.labels[1:])
+
+    def count_empty_answers(self, **_: bool) -> int:
+        """Return 0: what its answers are is not known."""
+        return 0
+
+
+Sample = Conversation | PromptCompletion | TokenIds
 
 
 def dialogue(

@@ -10,6 +10,17 @@ from typing import Any
 from zero_sft.errors import DataError
 
 
+def require_ids(ids: Sequence[int], rows: int | None, where: str) -> None:
+    """Raise `DataError` if a sample that was tokenised elsewhere has an id for which the embedding has no row."""
+    wrong = next((token_id for token_id in ids if token_id < 0 or (rows is not None and token_id >= rows)), None)
+    if wrong is not None:
+        raise DataError(
+            f"{where}: `input_ids` has the id {wrong}, but the model's embedding has {rows} rows. Tokenise with the model's "
+            "tokenizer.",
+            code="data.token_without_embedding",
+        )
+
+
 def id_limit(tokenizer: Any, embedding_rows: int | None) -> int | None:
     """Return `embedding_rows` if the tokenizer has a token beyond them; else None, since no id needs a check."""
     if embedding_rows is None or max(tokenizer.get_vocab().values(), default=0) < embedding_rows:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from zero_sft.data.samples.conversation import ASSISTANT, PromptCompletion, Sample
+from zero_sft.data.samples.conversation import ASSISTANT, Conversation, Sample
 from zero_sft.data.samples.sample_formats import DEFAULT_OPTIONS, ParsedSample, ReadOptions, read_sample
 from zero_sft.errors import DataError
 
@@ -94,7 +94,7 @@ def apply_to_usable(
 
 def _train_on_last_answer(sample: Sample) -> Sample:
     """Leave all answers of a conversation but the last one out of the loss."""
-    if isinstance(sample, PromptCompletion):
+    if not isinstance(sample, Conversation):
         return sample
     last = max((number for number, turn in enumerate(sample.turns) if turn.role == ASSISTANT), default=0)
     turns = [turn if number == last else replace(turn, weight=0.0) for number, turn in enumerate(sample.turns)]

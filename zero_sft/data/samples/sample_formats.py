@@ -5,6 +5,7 @@
     alpaca              {"instruction": ..., "input": ..., "output": ...}
     prompt_completion   {"prompt": ..., "completion": ...}, both text, or both lists of messages
     text                {"text": ...}
+    token_ids           {"input_ids": [...], "labels": [...]}, or a mask instead of the labels, see `token_ids`
 
 - An object with the keys of two formats is refused, unless the user names the format, one of the values is empty, or the second
   is a `text` that contains all texts of the first.
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from zero_sft.data.samples.columns import Columns, rename_columns
 from zero_sft.data.samples.conversation import (
     ASSISTANT,
     SYSTEM,
@@ -31,12 +33,14 @@ from zero_sft.data.samples.conversation import (
     Conversation,
     PromptCompletion,
     Sample,
+    TokenIds,
     Turn,
     dialogue,
 )
 from zero_sft.data.samples.key_meanings import is_empty
 from zero_sft.data.samples.keys import check_keys, contains_texts
 from zero_sft.data.samples.marks import WEIGHT, weight_of_sample
+from zero_sft.data.samples.token_ids import MASKS, parse_token_ids
 from zero_sft.data.samples.tools import (
     TOOL_KEYS,
     count_unknown_calls,
@@ -52,15 +56,16 @@ from zero_sft.errors import DataError
 from zero_sft.json_text import JsonError, parse_json
 from zero_sft.printable import excerpt, first_of
 
-DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text"]
+DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text", "token_ids"]
 """The values of `--data_format`, the keys of `SAMPLE_FORMATS`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadOptions:
-    """The user's options for reading samples: `--data_format`, `--tools`, `--reasoning`, `--merge_turns`."""
+    """The user's options for reading samples: `--data_format`, `--columns`, `--tools`, `--reasoning`, `--merge_turns`."""
 
     data_format: str | None = None
+    columns: Columns = ()
     tools: Literal["render", "ignore"] = "render"
     reasoning: Reasoning = "field"
     merge_turns: bool = False
@@ -115,7 +120,7 @@ def read_sample(sample: Any, where: str, options: ReadOptions = DEFAULT_OPTIONS)
     """
     if not isinstance(sample, Mapping):
         raise DataError(f"{where}: expected {EXPECTED}; got {type(sample).__name__}.", code="data.sample_not_an_object")
-    data_format = options.data_format
+    sample, data_format = rename_columns(sample, options.columns, where), options.data_format
     names = [data_format] if data_format else list(SAMPLE_FORMATS)
     matching = [name for name in names if _has_keys(sample, name)]
     full = [name for name in matching if not any(is_empty(sample[key]) for key in SAMPLE_FORMATS[name].keys)]
@@ -177,6 +182,8 @@ def _keys_of(format_name: str) -> str:
 
 
 def _texts_of(sample: Sample) -> list[str]:
+    if isinstance(sample, TokenIds):
+        return []
     if isinstance(sample, PromptCompletion):
         return [sample.prompt, sample.completion]
     return [text for turn in sample.turns for text in (turn.text, turn.thoughts)]
@@ -250,6 +257,10 @@ def _parse_text(sample: Mapping[str, Any], where: str, _options: ReadOptions) ->
     return ParsedSample(sample=PromptCompletion(prompt="", completion=text, where=where, weight=weight))
 
 
+def _parse_token_ids(sample: Mapping[str, Any], where: str, _options: ReadOptions) -> ParsedSample:
+    return ParsedSample(sample=parse_token_ids(sample, where, weight_of_sample(sample, where)))
+
+
 SAMPLE_FORMATS = {
     "sharegpt": SampleFormat(
         keys=("conversations",),
@@ -276,7 +287,14 @@ SAMPLE_FORMATS = {
         optional_keys=_CONVERSATION_KEYS,
     ),
     "text": SampleFormat(keys=("text",), parse=_parse_text, example='{"text": ...}'),
+    "token_ids": SampleFormat(
+        keys=("input_ids",),
+        parse=_parse_token_ids,
+        example='{"input_ids": [...], "labels": [...]}',
+        optional_keys=("labels", *MASKS, "attention_mask", "length"),
+    ),
 }
+FORMAT_KEYS = frozenset(key for each in SAMPLE_FORMATS.values() for key in (WEIGHT, *each.keys, *each.optional_keys))
 *_EXAMPLES, _LAST_EXAMPLE = (sample_format.example for sample_format in SAMPLE_FORMATS.values())
 EXPECTED = f"{', '.join(_EXAMPLES)} or {_LAST_EXAMPLE}"
 

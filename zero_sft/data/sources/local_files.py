@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, read_objects
+from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, TABLES, ending_of, read_objects
 from zero_sft.data.sources.splits import ChosenSplit, choose_split
 from zero_sft.data.sources.text_io import COMPRESSED, readable
 from zero_sft.errors import DataError
 
-_TEXTS = (".json", ".jsonl")
+_TEXTS = (".json", ".jsonl", *TABLES)
 _ENDINGS = (*_TEXTS, PARQUET, *(text + compressed for text in _TEXTS for compressed in COMPRESSED))
 
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -88,6 +88,8 @@ class LocalFiles:
 def _chosen_in(folder: Path, split: str | None) -> ChosenSplit:
     visible_files = sorted(filter(_is_file, _walk(folder)))
     data_files = [file for file in visible_files if is_named_as_data(file)]
+    # A table next to other data is about it, more often than not; the log names it among the files that are left out.
+    data_files = [file for file in data_files if ending_of(file) not in TABLES] or data_files
     if not data_files and any(file.suffix == ".arrow" for file in visible_files):
         raise DataError(
             f"{folder} was written by save_to_disk, which only the library `datasets` reads. Write it with to_parquet instead.",
@@ -106,7 +108,7 @@ def _chosen_in(folder: Path, split: str | None) -> ChosenSplit:
             "read as data. Move that model or run out of the data folder, or name the data files themselves.",
             code="data.model_inside_data",
         )
-    left_out = (str(file.relative_to(folder)) for file in visible_files if not is_named_as_data(file))
+    left_out = (str(file.relative_to(folder)) for file in visible_files if file not in data_files)
     return replace(chosen, left_out=tuple(left_out))
 
 

@@ -1,9 +1,10 @@
-"""Read the objects of one local file: JSON (one list, or one object per line) or Parquet.
+"""Read the objects of one local file: JSON (one list, or one object per line), Parquet, CSV or TSV.
 
 The content, not the file name, decides between a JSON list and JSON lines; the file name's ending decides how text is
 decompressed. Every object comes with its place for messages: its line or sample number, counted from 1.
 """
 
+import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from zero_sft.json_text import JsonError, NestingError, parse_json
 from zero_sft.printable import excerpt, printable
 
 PARQUET = ".parquet"
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""The separator of tables in text, by the ending of the file's name."""
 DATA_OPTIONS = "--data_path and --eval_data_path"
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -45,7 +48,9 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     is_parquet = path.suffix.lower() == PARQUET
     _require_kind(path, is_parquet=is_parquet)
     name = printable(str(path), keep="")
-    for sample, place in _read_parquet(path) if is_parquet else _read_json(path):
+    separator = TABLES.get(ending_of(path))
+    rows = _read_parquet(path) if is_parquet else _read_table(path, separator) if separator else _read_json(path)
+    for sample, place in rows:
         yield sample, f"{name}, {place}{_id_suffix(sample)}"
 
 
@@ -111,6 +116,45 @@ def _parse_line(line: str, path: Path, number: int) -> Any:
     return _parse_json(line.rstrip("\n"), path, first_line=number)
 
 
+def ending_of(path: Path) -> str:
+    """Return the ending of a file's name, without that of a compression."""
+    uncompressed = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return uncompressed.suffix.lower()
+
+
+def _read_table(path: Path, separator: str) -> Iterator[tuple[Any, str]]:
+    """Read rows of CSV or TSV, with the names of the columns in the first line; every value is a text."""
+    with open_text(path, argument=DATA_OPTIONS, newline="") as file:
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            names = next(reader, None)
+            if not names:
+                raise DataError(
+                    f"{path} is empty; expected the names of the columns in its first line.", code="data.empty_file"
+                )
+            if len(set(names)) < len(names):
+                raise DataError(
+                    f"{path} has duplicate names among its columns {', '.join(map(excerpt, names))}. Rename them.",
+                    code="data.duplicate_columns",
+                )
+            for row in reader:
+                if not row:
+                    continue
+                sample: Any = dict(zip(names, row, strict=False))
+                if len(row) != len(names):
+                    sample = DataError(
+                        f"{path}, line {reader.line_num}: {len(row)} values, but there are {len(names)} columns: "
+                        f"{', '.join(map(excerpt, names))}. Quote values that have the separator in them.",
+                        code="data.bad_table_row",
+                    )
+                yield sample, f"line {reader.line_num}"
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, line {reader.line_num}: not valid {ending_of(path)[1:].upper()}: {error}. Repair that line.",
+                code="data.bad_table",
+            ) from error
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
     import pyarrow
     from pyarrow import parquet
@@ -151,7 +195,7 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
         raise DataError(
             f"{path}, line {first_line + error.line - 1}: not JSON: {error}, at column {error.column}; got "
             f"{_excerpt(text, error.position)}. Expected one JSON list, or one JSON object per line. Name Parquet files "
-            ".parquet; convert other formats, such as CSV.",
+            ".parquet, and tables .csv or .tsv.",
             code="data.not_json",
         ) from error
 

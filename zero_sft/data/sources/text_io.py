@@ -13,12 +13,12 @@ from typing import Any, TextIO
 from zero_sft.errors import DataError
 
 
-def _open_zstd(path: Path, _: str, *, encoding: str, errors: str) -> TextIO:
+def _open_zstd(path: Path, _: str, *, encoding: str, errors: str, newline: str | None) -> TextIO:
     """Open as `gzip.open` does in text mode. Uses pyarrow's decompressor, since Python before 3.14 does not have one."""
     import pyarrow
 
     stream: Any = pyarrow.CompressedInputStream(path.open("rb"), "zstd")
-    return io.TextIOWrapper(stream, encoding=encoding, errors=errors)
+    return io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline=newline)
 
 
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
@@ -41,13 +41,13 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
 
 
 @contextlib.contextmanager
-def open_text(path: Path, *, argument: str, errors: str = "strict") -> Iterator[TextIO]:
+def open_text(path: Path, *, argument: str, errors: str = "strict", newline: str | None = None) -> Iterator[TextIO]:
     """Open a text file for the block, decompressed if its name says so. Raises as `readable` does.
 
-    `errors` is `open`'s parameter for bytes that are not UTF-8.
+    `errors` and `newline` are `open`'s parameters, for bytes that are not UTF-8 and for line ends.
     """
     opener = COMPRESSED.get(path.suffix.lower(), open)
-    with readable(path, argument=argument), opener(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+    with readable(path, argument=argument), opener(path, "rt", encoding="utf-8-sig", errors=errors, newline=newline) as file:
         yield file
 
 

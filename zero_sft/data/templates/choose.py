@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from zero_sft.data.samples.conversation import Conversation, Sample
+from zero_sft.data.samples.conversation import Conversation, PromptCompletion
 from zero_sft.data.sources.text_io import read_text
 from zero_sft.data.templates.jinja import ChatTemplate
 from zero_sft.data.templates.named import NAMED
@@ -17,7 +17,7 @@ MODEL = "model"
 Template = VicunaTemplate | ChatTemplate
 
 
-def render(sample: Sample, template: Template, tokenizer: Any) -> RenderedText:
+def render(sample: Conversation | PromptCompletion, template: Template, tokenizer: Any) -> RenderedText:
     """Render a conversation with the template; plain text stays as it is, with an end-of-sequence token if it lacks one.
 
     Raises:
