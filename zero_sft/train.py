@@ -37,6 +37,7 @@ from zero_sft.launcher import launch_note
 from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
+    from zero_sft.data.dataset import PreparedDataset
     from zero_sft.job.inputs import Inputs
     from zero_sft.job.run_folder import RunFolder
     from zero_sft.job.timeline import Timeline
@@ -265,7 +266,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
             record=inputs.record,
             world=world,
             train_dataset=inputs.training_data.rows,
-            eval_dataset=inputs.evaluation_data.rows if inputs.evaluation_data else None,
+            eval_dataset=_evaluation_rows(inputs.evaluation_data),
             processing_class=inputs.tokenizer,
             data_collator=collator_for(model, inputs.tokenizer, multiple_of),
             callbacks=[LogLastStep()],
@@ -412,6 +413,12 @@ def _log_results(inputs: "Inputs", logs: Mapping[str, Any], curve: str, best_che
         logger.info("the exported model is that of %s, the best of the run (--load_best_model_at_end)", best)
     logs_folder = inputs.log_folder
     logger.info("model:      %s\nloss curve: %s\nlogs:       %s", logs_folder.parent, curve, logs_folder)
+
+
+def _evaluation_rows(sets: Mapping[str, "PreparedDataset"]) -> Any:
+    """Return the Trainer's evaluation data: None, one dataset, or several by name."""
+    rows = {name: prepared.rows for name, prepared in sets.items()}
+    return rows.get("", rows or None)
 
 
 def _shown(parsed: ParsedArguments) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import copy
 import importlib.util
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -179,10 +179,26 @@ def _loader_problems(arguments: Any) -> Iterator[ArgumentError]:
 def _metric_problems(arguments: Any) -> Iterator[ArgumentError]:
     """Check the metric that chooses the best model, before the first evaluation fails hours later."""
     metric = arguments.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in _METRICS:
+    if metric is not None and not metric.removeprefix("eval_").endswith(_METRICS):  # the job checks the names of sets
         names = ", ".join(_METRICS)
         yield ArgumentError(
             f"--metric_for_best_model {metric}: an evaluation of this job returns {names}, each with or without eval_",
+            code="arguments.unknown_metric",
+        )
+
+
+def require_metric_of_sets(metric: str | None, sets: Collection[str]) -> None:
+    """Raise `ArgumentError` if the metric that chooses the best model is that of a set which is not evaluated. Pure.
+
+    Args:
+        sets: the names of the sets in `--eval_data_path`; "" for one without a name.
+    """
+    name = (metric or "").removeprefix("eval_")
+    of_set = next((name.removesuffix(f"_{end}") for end in _METRICS if name.endswith(f"_{end}")), "")
+    if name not in _METRICS and of_set and of_set not in sets:
+        known = ", ".join(["loss", *(f"{each}_loss" for each in sets if each)])
+        raise ArgumentError(
+            f"--metric_for_best_model {metric}: --eval_data_path has no set {of_set}; expected {known}.",
             code="arguments.unknown_metric",
         )
 

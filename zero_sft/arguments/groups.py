@@ -59,11 +59,11 @@ class DataArguments:
     data_path: str | None = field(
         default=None,
         metadata={
-            "help": "JSON, JSONL or Parquet, or a folder of these; several as a.json:0.7,b:0.3. Default: the shipped samples."
+            "help": "JSON, JSONL, Parquet or CSV, or a folder of these; several as a.json:0.7,b:0.3. Default: the shipped samples."
         },
     )
     eval_data_path: str | None = field(
-        default=None, metadata={"help": "Samples for the evaluation (--eval_strategy); none by default."}
+        default=None, metadata={"help": "Samples to evaluate on (--eval_strategy); several sets as chat=a.json,tide=b.json."}
     )
     lazy_preprocess: bool = field(
         default=False, metadata={"help": "Tokenise each sample when it is needed, instead of all at the start."}

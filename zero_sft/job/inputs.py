@@ -4,12 +4,14 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import ParsedArguments, build_training_arguments
 from zero_sft.arguments.build import ds_config_name, require_matching_schedule
+from zero_sft.arguments.dry_run import require_metric_of_sets
 from zero_sft.arguments.ds_conflicts import count_steps, steps_in_epoch
 from zero_sft.arguments.vocabulary import added_tokens, required_rows, with_rows
 from zero_sft.cluster.stages import collective_stage
@@ -19,7 +21,14 @@ from zero_sft.data.dataset import PreparedDataset, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import packing_unless_too_few, resolve_packing
 from zero_sft.data.prepare_distributed import prepare_distributed
-from zero_sft.data.sources.data_path import HubDataset, Source, parse_sources, require_outputs_outside, require_sources
+from zero_sft.data.sources.data_path import (
+    HubDataset,
+    Source,
+    parse_evaluation,
+    parse_sources,
+    require_outputs_outside,
+    require_sources,
+)
 from zero_sft.data.templates.choose import Template, choose_template
 from zero_sft.errors import ArgumentError
 from zero_sft.hub.options import HubOptions
@@ -71,7 +80,7 @@ class Inputs:
     saved_tokenizer: Any
     template: Template
     training_data: PreparedDataset
-    evaluation_data: PreparedDataset | None
+    evaluation_data: dict[str, PreparedDataset]
     prompts: tuple[str, ...]
     generation_config: Any
     record: RunRecord
@@ -88,10 +97,15 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _DataSources:
-    """The data sources for training and for evaluation; None: no evaluation data."""
+    """The data sources for training, and those of the sets for evaluation, by name."""
 
     training: tuple[Source, ...]
-    evaluation: tuple[Source, ...] | None
+    evaluation: dict[str, tuple[Source, ...]]
+
+    @property
+    def all_evaluation(self) -> tuple[Source, ...]:
+        """The sources of all sets for evaluation."""
+        return tuple(chain.from_iterable(self.evaluation.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +200,9 @@ def _build_arguments(parsed: ParsedArguments, world: World) -> tuple[Any, tuple[
         _require_other_folder(parsed.model.model_name_or_path, training["output_dir"])
         data_sources = _DataSources(
             training=parse_sources(data.training_path),
-            evaluation=None if data.eval_data_path is None else parse_sources(data.eval_data_path),
+            evaluation={} if data.eval_data_path is None else parse_evaluation(data.eval_data_path),
         )
+        require_metric_of_sets(arguments.metric_for_best_model, data_sources.evaluation)
     return arguments, prompts, data_sources
 
 
@@ -251,9 +266,9 @@ def _check_data_and_output(
     with collective_stage(world, "checking the data and the output folder") as exchange:
         if world.is_main:
             require_no_checkpoint(Path(output_dir).expanduser(), "Name the run's folder with --output_dir.")
-            require_outputs_outside((*data_sources.training, *(data_sources.evaluation or ())), output_dir)
+            require_outputs_outside((*data_sources.training, *data_sources.all_evaluation), output_dir)
             require_sources(data_sources.training)
-            require_sources(data_sources.evaluation or (), to_evaluate=True)
+            require_sources(data_sources.all_evaluation, to_evaluate=True)
             exchange.local = overwrites_earlier_run(
                 output_dir,
                 checkpoint and checkpoint.folder,
@@ -340,16 +355,19 @@ def _groups_by_length(parsed: ParsedArguments, data: PreparedDataset) -> bool:
     return not (data.is_packed or options.lazy_preprocess or is_chosen)
 
 
-def _evaluation_data(preparation: _Preparation, sources: tuple[Source, ...] | None, world: World) -> PreparedDataset | None:
-    """Prepare the evaluation data; None without such data or without an evaluation. Every rank; communicates."""
-    if sources is None:
-        return None
+def _evaluation_data(
+    preparation: _Preparation, sets: Mapping[str, tuple[Source, ...]], world: World
+) -> dict[str, PreparedDataset]:
+    """Prepare the sets of evaluation data, by name; none without an evaluation. Every rank; communicates."""
     arguments = preparation.arguments
-    if arguments.eval_strategy == "no" and not arguments.eval_on_start:
+    if sets and arguments.eval_strategy == "no" and not arguments.eval_on_start:
         if world.is_main:
             logger.warning("--eval_data_path has no effect without --eval_strategy: the run does not evaluate")
-        return None
-    return preparation.prepare("evaluation data", sources, world)
+        return {}
+    return {
+        name: preparation.prepare(" ".join(filter(None, ("evaluation data", name))), sources, world)
+        for name, sources in sets.items()
+    }
 
 
 def _order_samples(record: RunRecord, checkpoint: TrainerCheckpoint | None) -> int:

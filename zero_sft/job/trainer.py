@@ -57,6 +57,7 @@ class JobTrainer(SavingTrainer):
         self._trained_tokens: Any = 0  # since the last logged loss; on a GPU a tensor
         self._tokens_at_loss: int | None = None
         self._weight_scale: torch.Tensor | None = None
+        self._evaluated_sets: list[tuple[float, float]] = []  # the summed loss and weight of each set
         super().__init__(**kwargs)
         self.checkpoints.write_with(faults.failing)
         self.remove_callback(PrinterCallback)  # both print dicts; `job/steps.py` logs lines
@@ -211,9 +212,21 @@ class JobTrainer(SavingTrainer):
             self.aux_loss_enabled = aux_loss_enabled
         sums = torch.tensor([self._evaluated["loss"], self._evaluated["weight"]], dtype=torch.float64, device=self.args.device)
         loss, weight = self.accelerator.reduce(sums, reduction="sum").tolist()  # type: ignore[union-attr]
+        self._evaluated_sets.append((loss, weight))
         if result.metrics and f"{metric_key_prefix}_loss" in result.metrics:
             result.metrics[f"{metric_key_prefix}_loss"] = loss / weight if weight else math.nan
         return result
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate as the Trainer does; of several named sets, log the mean loss of all trained tokens as well. Every rank."""
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return super().evaluate(eval_dataset, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._evaluated_sets = []
+        metrics = super().evaluate(None, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, weight = (sum(values) for values in zip(*self._evaluated_sets, strict=True))
+        overall = {f"{metric_key_prefix}_loss": loss / weight if weight else math.nan}
+        self.log(dict(overall))
+        return {**metrics, **overall}
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Build the Trainer's loader without `--dataloader_drop_last`: that option is about training steps."""

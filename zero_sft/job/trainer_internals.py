@@ -20,7 +20,7 @@ OVERRIDDEN = (
     "_load_best_model", "_finalize_training", "_maybe_log_save_evaluate",
     "store_flos", "create_optimizer", "create_scheduler", "_load_optimizer_and_scheduler",
     "save_model", "_get_train_sampler", "training_step", "get_batch_samples",
-    "compute_loss", "log", "evaluation_loop", "get_eval_dataloader", "prediction_step", "create_model_card",
+    "compute_loss", "log", "evaluate", "evaluation_loop", "get_eval_dataloader", "prediction_step", "create_model_card",
     "floating_point_ops",
 )  # fmt: skip
 """Methods of the trainers that the job's trainer overrides."""

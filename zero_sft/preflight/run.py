@@ -98,7 +98,7 @@ def _meeting_seconds() -> int:
 
 
 def _facts(parsed: ParsedArguments, output: Path) -> dict[str, Any]:
-    from zero_sft.data.sources.data_path import HubDataset, parse_sources
+    from zero_sft.data.sources.data_path import HubDataset
     from zero_sft.hub.options import HubOptions
     from zero_sft.hub.source import local_folder
     from zero_sft.options.keywords import pick_options
@@ -111,7 +111,7 @@ def _facts(parsed: ParsedArguments, output: Path) -> dict[str, Any]:
     sources: list[Path] = []
     for text in (parsed.data.data_path, parsed.data.eval_data_path):
         if text:
-            sources += [Path(source.text) for source in parse_sources(text) if not isinstance(source.data, HubDataset)]
+            sources += [Path(source.text) for source in all_sources(text) if not isinstance(source.data, HubDataset)]
     caches = {"cache": Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()}
     if parsed.data.data_cache_dir:
         caches["data cache"] = Path(parsed.data.data_cache_dir).expanduser()
@@ -206,13 +206,13 @@ def _marker(output: Path, world: World, store: Any) -> Any:
 
 def _first_samples_problem(parsed: ParsedArguments) -> str:
     """Return what is wrong with the beginning of a local source of data; "" for nothing."""
-    from zero_sft.data.sources.data_path import parse_sources
+    from zero_sft.data.sources.data_path import all_sources
     from zero_sft.data.sources.local_files import LocalFiles
     from zero_sft.data.sources.objects import read_objects
 
     try:
         for text in filter(None, (parsed.data.data_path, parsed.data.eval_data_path)):
-            for source in parse_sources(text):
+            for source in all_sources(text):
                 if isinstance(source.data, LocalFiles):
                     for path in source.data.chosen().files[:1]:
                         next(read_objects(path), None)

@@ -18,6 +18,7 @@ DataSource = LocalFiles | HubDataset
 _MIN_WEIGHT_RATIO = 1e-6
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HUB_URL = re.compile(r"(hf://|https?://(www\.)?(huggingface\.co|hf\.co)/)datasets/(?P<id>[\w.-]+/[\w.-]+?)([@/?#:].*)?")
+_NAMED = re.compile(r"\w+=.+")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>\w[\w.-]*)(?=:))?(:(?P<split>\w[\w.-]*))?")
 
 
@@ -62,6 +63,37 @@ def parse_sources(text: str) -> tuple[Source, ...]:
             code="data.weights_too_far_apart",
         )
     return sources
+
+
+def parse_evaluation(text: str) -> dict[str, tuple[Source, ...]]:
+    """Parse the value of `--eval_data_path`: sources as in `parse_sources`, or sets by name, `tide=a.jsonl,chat=b.json`.
+
+    Every rank calls it once; does not communicate. The name of a set that was given no name is "". The sources of one name are
+    one set.
+
+    Raises:
+        DataError: as `parse_sources`, or names for only some of the sources.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    named = [part for part in parts if _NAMED.fullmatch(part) and not _exists(part)]
+    if _exists(text) or not named:
+        return {"": parse_sources(text)}
+    if len(named) < len(parts):
+        raise DataError(
+            f"--eval_data_path {text}: {len(named)} of {len(parts)} sources have a name. Give all a name, such as "
+            "chat=a.json,tide=b.json, or none.",
+            code="data.names_missing",
+        )
+    sets: dict[str, tuple[Source, ...]] = {}
+    for part in named:
+        name, _, path = part.partition("=")
+        sets[name] = (*sets.get(name, ()), *parse_sources(path))
+    return sets
+
+
+def all_sources(text: str) -> tuple[Source, ...]:
+    """Return all sources in the value of `--data_path` or `--eval_data_path`; raises as `parse_evaluation`."""
+    return tuple(source for sources in parse_evaluation(text).values() for source in sources)
 
 
 def require_sources(sources: Sequence[Source], *, to_evaluate: bool = False) -> None:
