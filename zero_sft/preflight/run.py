@@ -98,7 +98,7 @@ def _meeting_seconds() -> int:
 
 
 def _facts(parsed: ParsedArguments, output: Path) -> dict[str, Any]:
-    from zero_sft.data.sources.data_path import HubDataset
+    from zero_sft.data.sources.data_path import HubDataset, all_sources
     from zero_sft.hub.options import HubOptions
     from zero_sft.hub.source import local_folder
     from zero_sft.options.keywords import pick_options
