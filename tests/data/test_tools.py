@@ -348,3 +348,19 @@ def test_a_string_that_looks_like_a_mark():
     except DataError:
         return
     assert first.count("<|im_end|>") == 2
+
+
+def test_variables_for_the_template(tmp_path):
+    """They are given to it, and those that it does not know are counted."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    sample = {"messages": turns, "chat_template_kwargs": {"reasoning_effort": "high", "depth": 3}}
+    assert "Reasoning: high" in shown(sample, "gptoss")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([sample, {"messages": turns, "chat_template_kwargs": '{"depth": 1}'}, {"messages": turns}]))
+    tokenizer, _ = model_of("gptoss")
+    lines = prepare(path, tokenizer, model_max_length=4000).lines()
+    assert "2 samples with `depth` in chat_template_kwargs, which the template does not use" in lines
+    assert not any("reasoning_effort" in line for line in lines)
+    for value in ([1], "x", {"tools": [1]}, {"add_generation_prompt": True}):
+        with raises("data.bad_template_kwargs", "sample 1"):
+            trained({"messages": turns, "chat_template_kwargs": value or {}})

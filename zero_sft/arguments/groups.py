@@ -59,7 +59,7 @@ class DataArguments:
     data_path: str | None = field(
         default=None,
         metadata={
-            "help": "JSON, JSONL, Parquet, CSV, or a folder of these; several as a.json:0.7,b:0.3. Default: the shipped samples."
+            "help": "JSON, JSONL, Parquet, CSV, or a folder of these; several: a.json:0.7,b:0.3. Default: the shipped samples."
         },
     )
     eval_data_path: str | None = field(

@@ -30,6 +30,8 @@ TOKENS = pyarrow.schema(
 )
 TEXTS = pyarrow.schema([("sample", pyarrow.string())])
 
+_UNUSED = "which the template does not use"
+
 _SUMMED = ("trained_tokens", "cut_tokens", "cut_trained_tokens", "thoughts", "dropped_thoughts")
 """The counts of a `TokenizedSample` that a report sums."""
 
@@ -158,9 +160,14 @@ class Pipeline:
         )
 
     def _report(self, used: Sequence[Sample], bad_messages: Sequence[str]) -> DataReport:
-        """Report on the turns of the samples that are used, and on the errors of bad samples."""
-        turns = (turn for sample in used if isinstance(sample, Conversation) for turn in sample.turns)
+        """Report on the turns of the samples that are used, on variables without a use, and on the errors of bad samples."""
+        conversations = [sample for sample in used if isinstance(sample, Conversation)]
+        turns = (turn for sample in conversations for turn in sample.turns)
+        unused = (name for each in conversations if each.template_kwargs for name in self.template.unused_variables(each))
         return DataReport(
+            changes=Counter(
+                f"samples with `{name}` in chat_template_kwargs, which the template does not use" for name in unused
+            ),
             turns=sum(turn.role != SYSTEM for turn in turns),
             empty_answers=sum(sample.count_empty_answers(blank_counts=self.template.trains_on_blanks) for sample in used),
             bad=len(bad_messages),

@@ -68,6 +68,11 @@ class ChatTemplate:
         """Whether the template itself marks what is trained on, with `{% generation %}`."""
         return has_marks(str(self.jinja(self.tokenizer)))
 
+    def unused_variables(self, conversation: Conversation) -> list[str]:
+        """Return the names of a conversation's variables that do not occur in the template."""
+        source, variables = str(self.jinja(self.tokenizer)), json.loads(conversation.template_kwargs or "{}")
+        return [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", source)]
+
     @property
     def turn_ends(self) -> tuple[str, ...]:
         """The texts that end an answer: one, or two if answers in the middle and the last answer end differently."""

@@ -47,6 +47,10 @@ class VicunaTemplate:
         """The texts that end an answer."""
         return (self.turn_end,)
 
+    def unused_variables(self, _conversation: Conversation) -> list[str]:
+        """Return no names: a conversation with variables is refused."""
+        return []
+
     def render(self, conversation: Conversation) -> RenderedText:
         """Render as FastChat does: for an empty text, the space before it and the separator after it are left out."""
         if conversation.tools or any(turn.role == TOOL or turn.calls for turn in conversation.turns):
