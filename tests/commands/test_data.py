@@ -129,3 +129,36 @@ def test_histogram():
     assert histogram([60, 65])[0] == (60, 60, 1)
     assert sum(count for _, _, count in histogram(list(range(1, 1000)))) == 999
     assert len(histogram(list(range(1, 1000)))) <= 12
+
+
+def test_a_page_and_ids(model, tmp_path, capsys):
+    """The page shows what is trained on, with its weight; nothing of the data becomes markup."""
+    data, page = tmp_path / "data.json", tmp_path / "page.html"
+    turns = [{"role": "user", "content": "Hi<script>"}, {"role": "assistant", "content": "Yo<b>"}]
+    data.write_text(json.dumps([{"messages": turns}, {"messages": turns, "weight": 0.25}]))
+    command = [
+        "--model_name_or_path",
+        str(model),
+        "--data_path",
+        str(data),
+        "--model_max_length",
+        "100",
+        "--show",
+        "2",
+        "--ids",
+    ]
+    assert main([*command, "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "⟦Yo<b><|im_end|>⟧" in shown
+    assert "⟦0.25: Yo<b><|im_end|>⟧" in shown
+    assert shown.count(" ".join(map(str, byte_tokenizer(CHATML)("Yo<b>", add_special_tokens=False).input_ids))) == 2
+    text = page.read_text()
+    assert "<mark>Yo&lt;b&gt;&lt;|im_end|&gt;</mark>" in text
+    assert "<mark class=light title='weight 0.25'>Yo&lt;b&gt;" in text
+    assert "<script" not in text
+    assert "Hi&lt;script&gt;" in text
+    assert text.count('<rect class="bar"') == 1
+    assert "1 row with weights other than 0 and 1" in text
+    with_error = [*command, "--html", str(tmp_path / "nowhere" / "page.html")]
+    assert main(with_error) == 2
+    assert error_codes(capsys.readouterr().err) == ["export.unwritable"]

@@ -15,6 +15,7 @@ from zero_sft.arguments.specifications import shared_options, shared_translation
 from zero_sft.cluster.world import World
 from zero_sft.console.log import open_console, silence_transformers
 from zero_sft.console.plots import new_figure, save_figure
+from zero_sft.errors import ExportError
 from zero_sft.options.command import Command
 from zero_sft.options.keywords import pick_options
 from zero_sft.options.spec import specs_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("zero_sft.data")
 
 BINS = 12
+SAMPLES_OF_PAGE = 20
 _BAR = 40  # characters of the longest bar
 
 _HUB = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -43,6 +45,8 @@ class ReportArguments:
     """Options of the report."""
 
     show: int = field(default=0, metadata={"help": "Print this many samples, with the trained tokens in colour or ⟦brackets⟧."})
+    ids: bool = field(default=False, metadata={"help": "Print the token ids below the samples that are shown."})
+    html: str | None = field(default=None, metadata={"help": "File for a page with the report, the lengths and 20 samples."})
     plot: str | None = field(default=None, metadata={"help": "File for a plot of the histogram of lengths."})
 
 
@@ -101,14 +105,53 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     spec = DatasetSpec.from_options(options, options, sources=sources, pack=packing.enabled, embedding_rows=rows)
     prepared = prepare_sources(spec, tokenizer, template)
     samples, lengths = prepared.samples, prepared.samples["length"]
-    for line in [*prepared.lines(), *prepared.warnings(), *_notes(packing, prepared, options)]:
+    lines = [*prepared.lines(), *prepared.warnings(), *_notes(packing, prepared, options)]
+    for line in lines:
         console.print(printable(line), markup=False)
     _print_histogram(lengths, console)
     for number in range(min(options.show, len(samples))):
-        _print_sample(number, samples[number], tokenizer, console)
+        _print_sample(number, samples[number], tokenizer, console, ids=options.ids)
+    if options.html:
+        _write_page(Path(options.html), options, lines, prepared, tokenizer)
+        console.print(f"page: {options.html}", markup=False)
     if options.plot:
         _draw(lengths, Path(options.plot), f"{len(lengths):,} samples of {options.data_path}")
         console.print(f"lengths drawn in {options.plot}", markup=False)
+
+
+def _write_page(path: Path, options: Any, lines: Sequence[str], prepared: "PreparedDataset", tokenizer: Any) -> None:
+    """Write the page of `--html`; raise `ExportError` if it can't be written."""
+    from zero_sft.report.samples import ShownPart, ShownSample, samples_page
+
+    samples = prepared.samples
+    shown = [
+        ShownSample(
+            place=str(sample["place"]),
+            tokens=len(sample["input_ids"]),
+            parts=tuple(ShownPart(text=text, weight=weight) for text, weight in _parts(sample, tokenizer)),
+        )
+        for sample in (samples[number] for number in range(min(SAMPLES_OF_PAGE, len(samples))))
+    ]
+    page = samples_page(f"Training data: {options.data_path}", lines, histogram(samples["length"]), shown)
+    try:
+        path.expanduser().write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ExportError(
+            f"{path} can't be written: {error.strerror or error}. Name another --html.", code="export.unwritable"
+        ) from error
+
+
+def _parts(sample: Any, tokenizer: Any) -> list[tuple[str, float]]:
+    """Decode a sample in parts of tokens that have one weight in the loss; 0 stands for what is not trained on."""
+    from zero_sft.data.tokenize import IGNORE_INDEX, WEIGHTS
+
+    labels, weights = sample["labels"], sample.get(WEIGHTS) or [1.0] * len(sample["labels"])
+    given = [float(weight) * (label != IGNORE_INDEX) for label, weight in zip(labels, weights, strict=True)]
+    parts = []
+    for weight, run in itertools.groupby(zip(sample["input_ids"], given, strict=True), key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
+        parts.append((printable(text), weight))
+    return parts
 
 
 def _notes(packing: "PackingDecision", prepared: "PreparedDataset", options: Any) -> list[str]:
@@ -168,18 +211,17 @@ def _print_histogram(lengths: Sequence[int], console: "Console") -> None:
         console.print(f"  {first:>9,} to {last:>9,}  {count:>9,}  {bar}", markup=False)
 
 
-def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console") -> None:
+def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console", *, ids: bool) -> None:
     from rich.text import Text
 
-    from zero_sft.data.tokenize import IGNORE_INDEX
-
     text = Text(f"\nsample {number + 1}, {len(sample['input_ids']):,} tokens\n", style="bold")
-    labelled = zip(sample["input_ids"], sample["labels"], strict=True)
-    for is_trained, run in itertools.groupby(labelled, key=lambda pair: pair[1] != IGNORE_INDEX):
-        words = printable(tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False))
-        if is_trained and not console.is_terminal:
-            words = f"⟦{words}⟧"
-        text.append(words, style="not bold black on green" if is_trained else "not bold")
+    for words, weight in _parts(sample, tokenizer):
+        if weight and not console.is_terminal:
+            words = f"⟦{words}⟧" if weight == 1 else f"⟦{weight:g}: {words}⟧"
+        style = "not bold black on green" if weight == 1 else "not bold black on yellow" if weight else "not bold"
+        text.append(words, style=style)
+    if ids:
+        text.append("\n" + " ".join(map(str, sample["input_ids"])), style="not bold dim")
     console.print(text)
 
 

@@ -91,6 +91,17 @@ def span_chart(rows: Sequence[tuple[str, Sequence[tuple[float, float, str]], Seq
     return _svg("".join(parts), WIDTH, height, label)
 
 
+def bar_chart(bars: Sequence[tuple[str, int]], label: str) -> str:
+    """Draw horizontal bars, each with its name and its number. "" without a bar."""
+    most, height, parts = max((count for _, count in bars), default=0) or 1, 24 * len(bars) + 8, []
+    for index, (name, count) in enumerate(bars):
+        y, length = 4 + 24 * index, round(count / most * (WIDE - 320), 1)
+        parts.append(f'<text class="tick end" x="190" y="{y + 13}">{escape(name)}</text>')
+        parts.append(f'<rect class="bar" x="200" y="{y}" width="{length}" height="18" rx="3"/>')
+        parts.append(f'<text class="tick" x="{206 + length}" y="{y + 13}">{count:,}</text>')
+    return _svg("".join(parts), WIDE, height, label) if bars else ""
+
+
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Return three to seven round numbers that enclose a range.
 

@@ -1,40 +1,12 @@
 """Make one HTML page about runs, which needs no other file and no script. Pure."""
 
-import datetime
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from zero_sft.report.charts import WIDE, duration, line_chart, number, span_chart
+from zero_sft.report.html import html_page, section
 from zero_sft.report.runs import Points, Run
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6577; --line: #dfe3ea; --back: #ffffff; --card: #f6f7f9;
-  --c0: #2563eb; --c1: #d9480f; --c2: #0f8a5f; --c3: #9333ea; --c4: #b8860b; --c5: #c2255c; }
-@media (prefers-color-scheme: dark) { :root {
-  --ink: #e6e9ef; --soft: #9aa4b5; --line: #333c4b; --back: #12161d; --card: #1a2029;
-  --c0: #7aa7ff; --c1: #ff9a62; --c2: #4fd1a1; --c3: #c792ff; --c4: #e6bf4b; --c5: #ff7da8; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--back); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .25rem; } h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
-p.soft, .tick { color: var(--soft); fill: var(--soft); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; min-width: 0; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; margin-top: 1rem; }
-section.wide { grid-column: 1 / -1; }
-svg { width: 100%; height: auto; display: block; } .tick { font-size: 11px; } .end { text-anchor: end; }
-.middle { text-anchor: middle; } .grid { stroke: var(--line); } .mark { stroke: var(--ink); stroke-width: 2; }
-polyline { fill: none; stroke-width: 1.8; }
-.legend { margin: .25rem 0 0; font-size: 13px; } .legend span { margin-right: 1rem; white-space: nowrap; }
-.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 2px; margin-right: .35rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 13px; }
-td:last-child { min-width: 12rem; }
-th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-top: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td { max-width: 40rem; overflow-wrap: break-word; }
-@media (max-width: 520px) { .tick { font-size: 15px; } section.wide .tick { font-size: 24px; } body { padding: .75rem; } }
-tr.differs td { font-weight: 600; } pre { white-space: pre-wrap; margin: 0; font: inherit; }
-"""
 
 
 def page(runs: Sequence[Run], *, refresh_seconds: int = 0) -> str:
@@ -53,35 +25,23 @@ def page(runs: Sequence[Run], *, refresh_seconds: int = 0) -> str:
     rates = {name: run.rate for name, run in zip(names, runs, strict=True)}
     sections = [
         *_losses(runs, names),
-        _section("Learning rate", line_chart(_of_runs(runs, names, "learning_rate"), "learning rate")),
-        _section("Norm of the gradient", line_chart(_of_runs(runs, names, "grad_norm"), "norm of the gradient")),
-        _section("Tokens per second, all ranks", line_chart(rates, "tokens per second")),
-        _section("Time", _timeline(runs, names)),
-        *(_section(f"Load of {name}" if len(runs) > 1 else "Load", _load(run)) for name, run in zip(names, runs, strict=True)),
-        *(_section(f"Answers of {name}" if len(runs) > 1 else "Answers", _answers(run), wide=True)
+        section("Learning rate", line_chart(_of_runs(runs, names, "learning_rate"), "learning rate")),
+        section("Norm of the gradient", line_chart(_of_runs(runs, names, "grad_norm"), "norm of the gradient")),
+        section("Tokens per second, all ranks", line_chart(rates, "tokens per second")),
+        section("Time", _timeline(runs, names)),
+        *(section(f"Load of {name}" if len(runs) > 1 else "Load", _load(run)) for name, run in zip(names, runs, strict=True)),
+        *(section(f"Answers of {name}" if len(runs) > 1 else "Answers", _answers(run), wide=True)
           for name, run in zip(names, runs, strict=True)),
-        _section("Starts", _starts(runs, names), wide=True),
-        _section("Arguments", _arguments(runs, names), wide=True),
+        section("Starts", _starts(runs, names), wide=True),
+        section("Arguments", _arguments(runs, names), wide=True),
     ]  # fmt: skip
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"{refresh}<title>{escape(', '.join(names))}</title><style>{_STYLE}{colours}</style></head><body>"
-        f'<h1>{escape(", ".join(names))}</h1><p class="soft">{escape(_summary(runs))} Made {now} UTC.</p>'
-        f"<main>{''.join(sections)}</main></body></html>\n"
-    )
+    return html_page(", ".join(names), _summary(runs), sections, style=colours, head=refresh)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """Return a name for each run: that of its folder, or its whole path where two are alike."""
     short = [run.folder.resolve().name or str(run.folder) for run in runs]
     return [name if short.count(name) == 1 else str(run.folder) for name, run in zip(short, runs, strict=True)]
-
-
-def _section(title: str, content: str, *, wide: bool = False) -> str:
-    return f"<section{' class=wide' * wide}><h2>{escape(title)}</h2>{content}</section>" if content else ""
 
 
 def _of_runs(runs: Sequence[Run], names: Sequence[str], metric: str) -> dict[str, Points]:
@@ -93,9 +53,9 @@ def _losses(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     training, held_out = (_of_runs(runs, names, metric) for metric in ("loss", "eval_loss"))
     if len(runs) == 1:
         both = {"training": training[names[0]], "held out": held_out[names[0]]}
-        return [_section("Loss", line_chart(both, "loss", width=WIDE), wide=True)]
+        return [section("Loss", line_chart(both, "loss", width=WIDE), wide=True)]
     charts = {"Loss": training, "Loss on held-out samples": held_out}
-    return [_section(title, line_chart(series, "loss", width=WIDE), wide=True) for title, series in charts.items()]
+    return [section(title, line_chart(series, "loss", width=WIDE), wide=True) for title, series in charts.items()]
 
 
 def _summary(runs: Sequence[Run]) -> str:
