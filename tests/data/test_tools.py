@@ -248,7 +248,7 @@ def test_a_call_of_a_tool_that_is_not_offered_is_counted(tmp_path):
     path.write_text(json.dumps([chat(call("nowhere", {})), chat(WEATHER)]))
     tokenizer, _ = model_of("qwen3")
     lines = prepare(path, tokenizer, model_max_length=4000).lines()
-    assert "1 calls of a tool that is not among the sample's tools" in lines
+    assert "1 call of a tool that is not among the sample's tools" in lines
 
 
 def test_tools_that_the_system_text_has_already(tmp_path):

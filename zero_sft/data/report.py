@@ -29,7 +29,7 @@ class DataReport:
     - `first_bad`: errors of the first few bad samples. `dropped_parts`: parts of split samples that were dropped, by reason.
     - `kept`: rows. `turns`: turns of the kept samples, without system texts. `dropped`: samples without a kept row, by reason.
     - `unread_keys`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
-    - `changes`: what the options have changed in the samples, and what looks wrong, by description.
+    - `changes`: what the options have changed in the samples, and what looks wrong, by description, which begins with a plural.
     - `weighted`: kept rows with weights other than 0 and 1.
     - `has_trained`: something is trained on in at least one sample; lazy tokenising finds this as well.
     - `shortest` sample and `longest` kept row: in tokens, before truncation.
@@ -107,7 +107,7 @@ class DataReport:
             lines.append("turns dropped: " + list_counts(turns))
         if self.weighted:
             lines.append(f"{with_count(self.weighted, 'row')} with weights other than 0 and 1")
-        lines += [f"{count:,} {what}" for what, count in self.changes.items() if count]
+        lines += [_change_line(what, count) for what, count in self.changes.items() if count]
         if self.dropped_thoughts:
             lines.append(
                 f"the template leaves out the thoughts of {with_count(self.dropped_thoughts, 'answer')}, of {self.thoughts:,} "
@@ -151,6 +151,12 @@ def total(reports: Sequence[DataReport]) -> DataReport:
         elif values and isinstance(values[0], int):
             merged[name] = sum(values)
     return replace(reports[0], **merged)
+
+
+def _change_line(what: str, count: int) -> str:
+    """Format a count with its description, which begins with a plural: "calls of ...", 1 → "1 call of ..."."""
+    noun, _, rest = what.partition(" ")
+    return f"{with_count(count, noun.removesuffix('s'))} {rest}"
 
 
 def _unread_line(unread_keys: Mapping[str, int]) -> str:
