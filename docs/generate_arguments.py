@@ -10,7 +10,15 @@ from pathlib import Path
 
 from zero_sft.arguments.help import help_text
 from zero_sft.arguments.names import IGNORED, REFUSALS, TRANSLATIONS
-from zero_sft.arguments.specifications import ALWAYS_SET, DATA, MODEL, TRAINING, installed_versions, specifications_from_table
+from zero_sft.arguments.specifications import (
+    ALWAYS_SET,
+    DATA,
+    LORA,
+    MODEL,
+    TRAINING,
+    installed_versions,
+    specifications_from_table,
+)
 from zero_sft.commands import data as data_command
 from zero_sft.commands import estimate as estimate_command
 from zero_sft.options.command import Command
@@ -66,10 +74,14 @@ def main() -> None:
     shown = [spec for name, spec in specs.items() if name not in hidden]
     inherited = [spec for spec in shown if spec.group == TRAINING and spec.name not in ALWAYS_SET]
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    unplaced = [spec.name for spec in shown if spec.group not in (MODEL, DATA, LORA, TRAINING)]
+    if unplaced:
+        raise SystemExit(f"no section of docs/arguments.md has {', '.join(unplaced)}")
     parts = [
         HEAD.format(versions=versions),
         _section("Model", _table(spec for spec in shown if spec.group == MODEL)),
         _section("Data", _table(spec for spec in shown if spec.group == DATA)),
+        _section("Adapters (LoRA)", _table(spec for spec in shown if spec.group == LORA)),
         _section("Training", _table(specs[name] for name in ALWAYS_SET)),
         _section("Training, inherited", INHERITED, _table(inherited, short=True)),
         _section("Names that have changed", FORMER, _former()),

@@ -82,6 +82,18 @@ def test_the_page_explains_every_key(name):
     assert name in quoted
 
 
+def test_the_keys_of_stage_2_for_offload():
+    """As DeepSpeed reads them when its engine starts: by then the Trainer has chosen an optimizer that it refuses."""
+    former = {"stage": 3, "cpu_offload": True, "cpu_offload_params": True, "cpu_offload_use_pin_memory": True}
+    on_cpu = {"device": "cpu", "pin_memory": True}
+    assert load_ds_config({"zero_optimization": former})["zero_optimization"] == {
+        "stage": 3, "offload_optimizer": on_cpu, "offload_param": on_cpu
+    }  # fmt: skip
+    given = {"stage": 3, "cpu_offload": True, "offload_optimizer": {"device": "nvme"}}
+    assert load_ds_config({"zero_optimization": given})["zero_optimization"]["offload_optimizer"] == {"device": "nvme"}
+    assert load_ds_config({"zero_optimization": {"stage": 3, "cpu_offload": False}})["zero_optimization"] == {"stage": 3}
+
+
 @pytest.mark.parametrize("name", ["zero3_nvme", "zero3_offload"])
 def test_offload_takes_the_trainers_optimizer(name):
     config = load_ds_config(name)

@@ -53,9 +53,18 @@ def load_ds_config(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             code="ds_config.not_stage_3",
         )
     if zero is not None:
+        _replace_former_keys(zero)
         for section in [name for name in ("offload_param", "offload_optimizer") if zero.get(name, "") is None]:
             del zero[section]  # DeepSpeed reads null as absent; transformers and accelerate fail at it
     return _plain_precision(config, where)
+
+
+def _replace_former_keys(zero: dict[str, Any]) -> None:
+    """Replace the keys by which configs of stage 2 turn on offload, as DeepSpeed does when its engine starts."""
+    pinned = bool(zero.pop("cpu_offload_use_pin_memory", False))
+    for former, section in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
+        if isinstance(zero.get(former), bool) and zero.pop(former) and zero.get(section) is None:
+            zero[section] = {"device": "cpu", "pin_memory": pinned}
 
 
 def _plain_precision(config: dict[str, Any], where: str) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def ours(settings: Settings, attention: str) -> Any:
     from zero_sft.arguments import build_training_arguments, parse
     from zero_sft.cluster.world import World
     from zero_sft.ds_config import load_ds_config
+    from zero_sft.job.simulated_faults import SimulatedFaults
     from zero_sft.job.trainer import JobTrainer, collator_for
     from zero_sft.saving.run_record import RunRecord
     from zero_sft.zero.process_group import connect
@@ -65,7 +66,7 @@ def ours(settings: Settings, attention: str) -> Any:
     model = load_model(str(settings.folder), ds_config=arguments.hf_deepspeed_config.config, attn_implementation=attention)
     tokenizer = _tokenizer()
     return JobTrainer(
-        model=model, args=arguments,
+        model=model, args=arguments, faults=SimulatedFaults((), world),
         saved_tokenizer=tokenizer, record=RunRecord.of(model.config, arguments, {}), world=world, train_dataset=rows(settings),
         processing_class=tokenizer, data_collator=collator_for(model, tokenizer, None),
     )  # fmt: skip

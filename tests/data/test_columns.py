@@ -97,6 +97,14 @@ def test_bad_tables(tmp_path, text, code, values):
         rows_of(path)
 
 
+def test_a_long_text_in_a_table(tmp_path):
+    """Longer than Python's default for a field."""
+    path = tmp_path / "data.csv"
+    path.write_text(f"prompt,completion\na,{'b' * 200_000}\n")
+    (row,) = rows_of(path)
+    assert len(row["input_ids"]) == 200
+
+
 def test_a_table_next_to_other_data_is_left_out(tmp_path):
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "Hello."}))
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
@@ -153,6 +161,7 @@ def test_tokens_are_truncated_and_weighted():
         ({"input_ids": IDS, "labels": IDS, "completion_mask": [0, 1, 1, 1]}, "labels_twice"),
         ({"input_ids": IDS, "attention_mask": [1, 1, 1, 0]}, "padded_tokens"),
         ({"input_ids": ["a"]}, "not_token_ids"),
+        ({"input_ids": [True, False]}, "not_token_ids"),
         ({"input_ids": [1, 999]}, "token_without_embedding"),
         ({"input_ids": [1, -1]}, "token_without_embedding"),
         ({"input_ids": IDS, "pixel_values": [1]}, "key_of_another_format"),

@@ -211,7 +211,13 @@ def test_a_parquet_file_gives_the_tokens_of_its_json(tmp_path):
     assert len(rows[0]) == 3
 
 
+def nested(depth):
+    return {} if depth == 0 else {"a": nested(depth - 1)}
+
+
 BAD = {
+    "data.nested_too_deep": chat(call("weather", nested(500))),
+    "data.not_as_json": chat(call("weather", {"a": float("nan")})),
     "data.bad_arguments": chat(call("weather", [1])),
     "data.text_is_not_json": chat(call("weather", "{'city': 1}")),
     "data.bad_call": chat({"type": "function"}),
@@ -364,3 +370,11 @@ def test_variables_for_the_template(tmp_path):
     for value in ([1], "x", {"tools": [1]}, {"add_generation_prompt": True}):
         with raises("data.bad_template_kwargs", "sample 1"):
             trained({"messages": turns, "chat_template_kwargs": value or {}})
+
+
+@pytest.mark.parametrize("bad", [{"function": {"arguments": {}}}, {"name": None}, None])
+def test_a_call_without_a_name(bad):
+    """Not taken for an answer without calls, which would be dropped."""
+    sample = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [bad]}]}
+    with raises("data.bad_call", "sample 1, turn 2"):
+        trained(sample)

@@ -98,6 +98,8 @@ def test_an_adapter_of_peft(tmp_path, kind):
     ("{adapter} {out} --adapter {adapter}", "arguments.contradiction"),
     ("--adapter {adapter}", "arguments.required"),
     ("--adapter nowhere {out}", "export.no_checkpoint"),
+    ("--adapter {trained} {model}", "export.into_the_models_folder"),
+    ("{trained}/checkpoint-2 {out} --average last:3", "export.no_checkpoint"),
     ("--adapter {adapter} {out} --model_name_or_path {other}", "adapter.other_model"),
 ])  # fmt: skip
 def test_refused(folder, trained, tmp_path, capsys, words, code):
@@ -106,7 +108,9 @@ def test_refused(folder, trained, tmp_path, capsys, words, code):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     capsys.readouterr()
-    given = {"adapter": adapter, "model": folder / "model", "other": other, "out": tmp_path / "out"}
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    given = {"adapter": adapter, "trained": trained, "model": folder / "model", "other": other, "out": tmp_path / "out"}
     assert main(words.format(**given).split())
     assert code in error_codes(capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights

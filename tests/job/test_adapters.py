@@ -136,9 +136,11 @@ def test_variants_resume(folder, arguments):
 
 @pytest.mark.parametrize(("arguments", "code", "value"), [
     ({"lora_target_modules": "no_such_proj"}, "adapter.no_such_modules", "q_proj, k_proj"),
+    slow({"lora_target_modules": "q_proj nothing"}, "adapter.no_such_modules", "no module is called nothing"),
+    slow({"lora_modules_to_save": "embed_token"}, "adapter.no_such_modules", "embed_token."),
     slow({"lora_target_modules": "lm_head"}, "adapter.on_output_embeddings", "--lora_modules_to_save"),
     slow({"lora_r": None, "lora_weight_path": "model"}, "adapter.config_unusable", "adapter_config.json"),
-], ids=["no such modules", "output embeddings", "no adapter"])  # fmt: skip
+], ids=["no such modules", "one such module", "no such module to save", "output embeddings", "no adapter"])  # fmt: skip
 def test_refused_before_the_weights_are_read(folder, arguments, code, value):
     if "lora_weight_path" in arguments:
         arguments = {**arguments, "lora_weight_path": folder / arguments["lora_weight_path"], "lora_dropout": None}

@@ -58,6 +58,8 @@ def test_rates_by_pattern(folder):
     before, after = load_file(folder / "model" / "model.safetensors"), load_file(out / "model.safetensors")
     moved = [(after[name] - before[name]).abs().mean() for name in sorted(names) if name.endswith("up_proj.weight")]
     assert moved[0] * 3 < moved[1], "a tenth of the rate"
+    assert next(entry["learning_rate"] for entry in small_job.history(folder, "rates") if "loss" in entry) == 0.01
+    assert "learning rates: 0.01 of " in (out / "logs" / "train.log").read_text()
 
 
 def test_groups_keep_their_settings():
@@ -66,13 +68,14 @@ def test_groups_keep_their_settings():
     optimizer = torch.optim.AdamW(groups, lr=1.0)
     set_rates(optimizer, params.items(), {"^b": 0.5, "a|b": 0.25})
     found = [(group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
-    assert found == [(0.25, 0.1, 1), (0.5, 0.1, 1), (1.0, 0.0, 1)]
+    assert found == [(1.0, 0.0, 1), (0.25, 0.1, 1), (0.5, 0.1, 1)], "the usual rate first: the Trainer logs that of the first"
 
 
 @pytest.mark.parametrize(("words", "code"), [
     (["--unfreeze", "layers.(3"], "arguments.bad_pattern"),
     (["--unfreeze", "norm", "--lora_r", "4"], "arguments.contradiction"),
     (["--learning_rates", '{"a(": 1e-3}'], "arguments.bad_pattern"),
+    (["--lora_r", "4", "--lora_target_modules", ".*(q_proj"], "arguments.bad_pattern"),
     (["--learning_rates", '{"a": -1}'], "arguments.out_of_range"),
     (["--learning_rates", '{"a": "much"}'], "arguments.out_of_range"),
 ])  # fmt: skip
@@ -87,3 +90,13 @@ def test_patterns_that_can_not_be_used(words, code):
 )
 def test_a_pattern_that_fits_nothing(folder, option):
     run_refused(folder, "refused", "arguments.pattern_fits_nothing", "no_such", **OPTIONS | option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [{"unfreeze": "lm_head"}, {"learning_rates": '{"lm_head": 0.1}'}], ids=["unfreeze", "rates"])
+def test_the_name_of_a_tied_weight(tmp_path, option):
+    """The output embeddings of a tied model are trained under the name of the input embeddings."""
+    folder = small_job.make(tmp_path, 8)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    run_refused(folder, "refused", "arguments.pattern_fits_nothing", "model.embed_tokens.weight", **OPTIONS | option)

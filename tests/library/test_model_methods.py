@@ -215,7 +215,8 @@ def test_compiled(folder, backend):
     model = load_model(str(folder), ds_config=ds, dtype=torch.float32)
     with torch.no_grad():
         found = torch.compile(model, backend=backend)(input_ids=IDS).logits
-        torch.testing.assert_close(found, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+        tolerance = 1e-4 if backend == "inductor" else 1e-5  # inductor's kernels round otherwise
+        torch.testing.assert_close(found, plain(input_ids=IDS).logits, rtol=tolerance, atol=tolerance)
     engine = deepspeed.initialize(model=model, config=ds, model_parameters=model.parameters())[0]
     engine.compile(backend=backend)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01)

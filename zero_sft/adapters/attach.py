@@ -131,6 +131,24 @@ def adapted_on_meta(model: Any, config: LoraConfig, *, merge: bool = False) -> A
     return adapted
 
 
+def require_all_found(adapted: Any, options: LoraOptions) -> None:
+    """Check that each given name of modules fits one: PEFT passes over a name if another fits.
+
+    Raises:
+        ArgumentError: a name fits no module.
+    """
+    names = [f".{name}." for name, _ in adapted.named_modules()]
+    given = {"lora_target_modules": _targets(options), "lora_modules_to_save": options.lora_modules_to_save}
+    for option, wanted in given.items():
+        missing = [name for name in wanted or () if not any(f".{name}." in each for each in names)]
+        if missing and not isinstance(wanted, str):
+            raise ArgumentError(
+                f"--{option}: no module is called {missing[0]}. The linear modules are called "
+                f"{', '.join(_linear_names(adapted.get_base_model()))}.",
+                code="adapter.no_such_modules",
+            )
+
+
 def recorded_settings(config: LoraConfig) -> dict[str, Any]:
     """Return the settings on which a checkpoint of the adapter depends, as JSON holds them."""
     values = {name: getattr(config, name) for name in _RECORDED}

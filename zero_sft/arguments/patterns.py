@@ -16,7 +16,10 @@ def unusable_patterns(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
             "--lora_modules_to_save",
             code="arguments.contradiction",
         )
-    for option, patterns in (("unfreeze", [values.get("unfreeze")]), ("learning_rates", list(rates))):
+    targets = values.get("lora_target_modules") or []
+    targets = targets if len(targets) == 1 else []  # several are names, not expressions
+    options = (("unfreeze", [values.get("unfreeze")]), ("learning_rates", list(rates)), ("lora_target_modules", targets))
+    for option, patterns in options:
         for pattern in filter(None, patterns):
             try:
                 re.compile(pattern)

@@ -129,7 +129,8 @@ def _export(options: Any, notes: Sequence[str]) -> None:
         )
     finally:
         close_console()
-    logger.info("model: %s", out)
+    is_adapter = not (out / "config.json").exists()
+    logger.info("%s: %s", "adapter, to be merged with --merge_adapter True" if is_adapter else "model", out)
     if repository is not None:
         _add_card(out, checkpoints[-1], repository.rpartition("/")[2])
         logger.info(
@@ -224,6 +225,11 @@ def _checkpoints(folder: Path, average: str | None) -> list[Path]:
         raise ArgumentError(f"{folder} has no complete checkpoint.", code="export.no_checkpoint")
     count = 1 if average is None else len(names) if names else int(average.removeprefix("last:"))
     if count < 1 or len(complete) < count:
+        if not complete and has_states(folder):
+            raise ArgumentError(
+                f"{folder} is a checkpoint; --average takes several of one run. Name the run's folder, {folder.parent}.",
+                code="export.no_checkpoint",
+            )
         raise ArgumentError(
             f"{folder} has {len(complete)} complete checkpoints, and {count} are asked for. Give --average last:N with a "
             "number from 1 to that.",

@@ -161,6 +161,8 @@ def silence_transformers(world: World) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    # At its import, which PEFT does, it warns that it has no kernel for CPUs, whether 4 bits are used or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # also disables the hub's bars
     if world.is_main and sys.stderr.isatty():
         enable_progress_bars()

@@ -22,7 +22,7 @@ from zero_sft.checkpoint.manifest import find_damage, has_manifest, read_manifes
 from zero_sft.cluster.world import World
 from zero_sft.config import load_config
 from zero_sft.console import progress
-from zero_sft.errors import CheckpointError, ConfigError, ExportError
+from zero_sft.errors import ArgumentError, CheckpointError, ConfigError, ExportError
 from zero_sft.export.deepspeed_weights import UniversalWeights, ZeroWeights, find_states
 from zero_sft.export.saved_weights import MeanWeights, SavedWeights
 from zero_sft.export.sharded_weights import FolderWeights, RankWeights, ShardedWeights
@@ -126,6 +126,7 @@ def _export_adapter(request: ExportRequest) -> None:
     _verify(request, use_masters=use_masters)
     lora = read_lora_config(last)
     source = _base_model(request, lora)
+    _require_other_folder(request.out, source)
     settings = fetch_files(source, World.alone(), _SETTINGS)
     spec = ModelSpec(
         folder=settings,
@@ -151,6 +152,15 @@ def _export_adapter(request: ExportRequest) -> None:
     state = _state_to_write(plain, state, merged, folder)
     files = _settings_files(settings, spec.dtype, last / BASE_CONFIG) | own_files
     _write(request.out, _layout(plain, state, merged, request.max_file_bytes), merged, state, files)
+
+
+def _require_other_folder(out: Path, source: ModelSource) -> None:
+    """Raise `ArgumentError` if the merged model would replace the adapter's base model."""
+    if source.folder is not None and out.resolve() == source.folder.resolve():
+        raise ArgumentError(
+            f"{out} is the folder of the adapter's base model, whose weights would be replaced. Name another folder.",
+            code="export.into_the_models_folder",
+        )
 
 
 def _base_model(request: ExportRequest, lora: Any) -> ModelSource:

@@ -48,7 +48,7 @@ def plan_adapters(
     """
     if not options.enabled:
         return None
-    from zero_sft.adapters.attach import adapted_on_meta, lora_config, recorded_settings
+    from zero_sft.adapters.attach import adapted_on_meta, lora_config, recorded_settings, require_all_found
     from zero_sft.adapters.files import read_adapter_header
     from zero_sft.adapters.peft_internals import saved_tensors
 
@@ -61,7 +61,9 @@ def plan_adapters(
             if load_options.load_in_4bit:
                 four_bit.require_bitsandbytes()
             model = four_bit.make_all_4bit(build_on_meta(spec)[0], load_options)
-            tensors = saved_tensors(adapted_on_meta(model, config, merge=options.merge_adapter))
+            adapted = adapted_on_meta(model, config, merge=options.merge_adapter)
+            require_all_found(adapted, options)
+            tensors = saved_tensors(adapted)
             if options.lora_weight_path is not None:
                 read_adapter_header(Path(options.lora_weight_path).expanduser(), tensors)
             numel = sum(tensor.numel() for tensor in tensors.values())

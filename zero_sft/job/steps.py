@@ -274,9 +274,17 @@ def _plan_line(args: Any, state: Any, row_name: str) -> str:
         return f"training: no step is left, the run has reached step {state.global_step:,} of {state.max_steps:,}"
     ranks, per_rank, accumulation = args.data_ranks, args.per_device_train_batch_size, args.gradient_accumulation_steps
     factors = [with_count(ranks, "rank"), f"{per_rank} on each"]
+    if args.sequence_parallel_size > 1:
+        factors = [
+            f"{args.world_size} ranks, {args.sequence_parallel_size} of which share each row",
+            f"{per_rank} in each group",
+        ]
     factors += [f"{accumulation} times before each update"] if accumulation > 1 else []
-    steps = f"steps {state.global_step + 1:,} to {state.max_steps:,}" if state.global_step else f"{state.max_steps:,} steps"
-    return f"training: {steps}, {ranks * per_rank * accumulation:,} {row_name} per step ({' x '.join(factors)})"
+    steps = (
+        f"steps {state.global_step + 1:,} to {state.max_steps:,}" if state.global_step else with_count(state.max_steps, "step")
+    )
+    rows = with_count(ranks * per_rank * accumulation, row_name.removesuffix("s"))
+    return f"training: {steps}, {rows} per step ({' x '.join(factors)})"
 
 
 def _joined(*parts: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from zero_sft.cluster.world import World
 from zero_sft.errors import ArgumentError
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import build_on_meta
-from zero_sft.printable import first_of
+from zero_sft.printable import first_of, with_count
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -30,10 +31,11 @@ def require_matches(arguments: Any, lora: LoraOptions, spec: ModelSpec, world: W
     with collective_stage(world, "looking for the parameters to train"):
         if world.is_main:
             names = list(_trained_names(spec, lora))
+            tied = _tied_names(spec)
             if arguments.unfreeze is not None:
-                names = _fitting(arguments.unfreeze, names, "--unfreeze")
+                names = _fitting(arguments.unfreeze, names, "--unfreeze", tied)
             for pattern in rates:
-                _fitting(pattern, names, "--learning_rates")
+                _fitting(pattern, names, "--learning_rates", tied)
 
 
 def _trained_names(spec: ModelSpec, lora: LoraOptions) -> Iterator[str]:
@@ -46,9 +48,25 @@ def _trained_names(spec: ModelSpec, lora: LoraOptions) -> Iterator[str]:
     return (name for name, param in model.named_parameters() if param.requires_grad)
 
 
-def _fitting(pattern: str, names: Iterable[str], option: str) -> list[str]:
-    names = list(names)
+def _tied_names(spec: ModelSpec) -> dict[str, str]:
+    """Return the names of parameters that are tied to others, each with the name under which the weight is trained."""
+    model: Any = build_on_meta(spec)[0]
+    model.tie_weights()
+    first: dict[int, str] = {}
+    names = ((name, first.setdefault(id(param), name)) for name, param in model.named_parameters(remove_duplicate=False))
+    return {name: trained for name, trained in names if name != trained}
+
+
+def _fitting(pattern: str, names: Iterable[str], option: str, tied: Mapping[str, str]) -> list[str]:
+    names = [name for name in names if name not in tied]
     fitting = [name for name in names if re.search(pattern, name)]
+    alias = next((name for name in tied if re.search(pattern, name)), None)
+    if not fitting and alias is not None:
+        raise ArgumentError(
+            f"{option}: the pattern {pattern!r} fits {alias} alone, whose weight is tied to {tied[alias]} and trained under "
+            "that name. Fit that name.",
+            code="arguments.pattern_fits_nothing",
+        )
     if not fitting:
         raise ArgumentError(
             f"{option}: the pattern {pattern!r} fits the name of no trained parameter, such as {first_of(names, 3)}.",
@@ -71,6 +89,8 @@ def freeze_others(model: Any, pattern: str) -> None:
 def set_rates(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Any]], rates: Mapping[str, float]) -> None:
     """Give parameters their own base rate: that of the first pattern that fits. Pure, apart from the optimizer's groups.
 
+    A group with the rate of all others comes first: the Trainer logs the rate of the first group.
+
     Args:
         named: the parameters by name.
     """
@@ -83,4 +103,11 @@ def set_rates(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Any]]
             rate = next((rate for pattern, rate in rates.items() if re.search(pattern, name)), group["lr"])
             parts.setdefault(rate, []).append(param)
         groups += [{**group, "params": params, "lr": rate} for rate, params in parts.items()]
+    usual = {group["lr"] for group in optimizer.param_groups}
+    groups.sort(key=lambda group: group["lr"] not in usual)
     optimizer.param_groups[:] = groups
+    numbers = Counter({group["lr"]: 0 for group in groups})
+    for group in groups:
+        numbers[group["lr"]] += len(group["params"])
+    described = ", ".join(f"{rate:g} of {with_count(count, 'parameter')}" for rate, count in numbers.items())
+    logger.info("learning rates: %s", described)

@@ -71,8 +71,10 @@ def _bound(method: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def _extra_repr(module: nn.Module) -> str:
+def _extra_repr(module: nn.Module | None) -> str:
     """Describe a module in full shapes; some norms show that of their weight."""
+    if module is None:  # a copy of a module that is gone
+        return ""
     with shards.shown_in_full_shape(module.parameters(recurse=False)):
         return type(module).extra_repr(module)
 

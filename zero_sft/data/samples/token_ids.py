@@ -54,7 +54,7 @@ def parse_token_ids(sample: Mapping[str, Any], where: str, weight: float) -> Tok
 def _numbers(sample: Mapping[str, Any], key: str, where: str, length: int | None = None) -> list[int]:
     """Return a list of whole numbers; raises `DataError`."""
     value = sample[key]
-    if not isinstance(value, list) or not value or any(not isinstance(each, int) for each in value):
+    if not isinstance(value, list) or not value or any(type(each) is not int for each in value):
         raise DataError(f"{where}: `{key}` must be a list of whole numbers; got {excerpt(value)}.", code="data.not_token_ids")
     if length is not None and len(value) != length:
         raise DataError(

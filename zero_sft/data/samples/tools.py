@@ -31,6 +31,7 @@ CALL_KEYS = ("tool_calls", "function_call")
 """The keys of a turn under which calls stand."""
 
 _CALL_EXAMPLE = '{"name": ..., "arguments": {...}}'
+_DEEPEST = 100
 _NOTES_OF_CALLS = word_set("id call_id type index")
 _UNKNOWN_TOOL = "calls of a tool that is not among the sample's tools"
 
@@ -50,7 +51,9 @@ def parse_tools(sample: Mapping[str, Any], where: str) -> str:
             raise DataError(
                 f"{where}: `{key}` must be a list of tools, or its JSON as text; got {excerpt(value)}.", code="data.bad_tools"
             )
-        parsed = [_parse_tool(without_nulls(tool), f"{where}, tool {number}") for number, tool in enumerate(tools, start=1)]
+        parsed = [
+            _parse_tool(_plain(tool, where, key), f"{where}, tool {number}") for number, tool in enumerate(tools, start=1)
+        ]
         return _to_text(parsed, where, key) if parsed else ""
     return ""
 
@@ -66,7 +69,10 @@ def parse_calls(turn: Mapping[str, Any], place: str) -> tuple[ToolCall, ...]:
     Raises:
         DataError: calls under two keys, or something that is not a call.
     """
-    given = {key: turn[key] for key in CALL_KEYS if key in turn and not is_empty(turn[key])}
+    # a call without a name and arguments is a mistake, unlike an object that Arrow has filled with nulls
+    nothing = (None, "", [], {})
+    given = {key: turn[key] for key in CALL_KEYS if turn.get(key) not in nothing}
+    given = {key: value for key, value in given.items() if isinstance(value, list | str) or not is_empty(value)}
     if len(given) > 1:
         raise DataError(
             f"{place}: calls under both `tool_calls` and `function_call`. Keep one of them.", code="data.calls_twice"
@@ -133,11 +139,13 @@ def count_unknown_calls(turns: Sequence[Turn], tools: str) -> Counter[str]:
     return Counter({_UNKNOWN_TOOL: sum(call.name not in names for turn in turns for call in turn.calls) if names else 0})
 
 
-def without_nulls(value: Any) -> Any:
-    """Remove the keys whose value is null from an object, and from all objects in it."""
+def without_nulls(value: Any, depth: int = 0) -> Any:
+    """Remove the keys whose value is null from an object, and from those in it; raises ValueError if it is nested deeply."""
+    if depth > _DEEPEST:
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
     if isinstance(value, Mapping):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: without_nulls(each, depth + 1) for key, each in value.items() if each is not None}
+    return [without_nulls(each, depth + 1) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _parse_tool(tool: Any, place: str) -> dict[str, Any]:
@@ -175,7 +183,7 @@ def _parse_arguments(value: Any, place: str) -> str:
     if isinstance(value, str) and value.strip():
         arguments = _from_text(value, place, "arguments")
     else:
-        arguments = without_nulls(value) if value else {}
+        arguments = _plain(value, place, "arguments") if value else {}
     if not isinstance(arguments, Mapping):
         raise DataError(
             f"{place}: `arguments` must be a JSON object, or its text; got {excerpt(value)}.", code="data.bad_arguments"
@@ -197,9 +205,17 @@ def _from_text(value: Any, place: str, key: str) -> Any:
         ) from error
 
 
+def _plain(value: Any, place: str, key: str) -> Any:
+    """Return a value without nulls; raises `DataError` if it is nested too deeply."""
+    try:
+        return without_nulls(value)
+    except ValueError as error:
+        raise DataError(f"{place}: `{key}` can't be used: {error}. Simplify it.", code="data.nested_too_deep") from error
+
+
 def _to_text(value: Any, place: str, key: str) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:  # a date of a Parquet file, or half a character
         raise DataError(

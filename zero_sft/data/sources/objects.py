@@ -124,6 +124,7 @@ def ending_of(path: Path) -> str:
 
 def _read_table(path: Path, separator: str) -> Iterator[tuple[Any, str]]:
     """Read rows of CSV or TSV, with the names of the columns in the first line; every value is a text."""
+    csv.field_size_limit(2**31 - 1)  # of the process; by default 128 KiB, less than a long text
     with open_text(path, argument=DATA_OPTIONS, newline="") as file:
         reader = csv.reader(file, delimiter=separator, strict=True)
         try:
