@@ -136,7 +136,7 @@ def test_variants_resume(folder, arguments):
 
 @pytest.mark.parametrize(("arguments", "code", "value"), [
     ({"lora_target_modules": "no_such_proj"}, "adapter.no_such_modules", "q_proj, k_proj"),
-    slow({"lora_target_modules": "q_proj nothing"}, "adapter.no_such_modules", "no module is called nothing"),
+    slow({"lora_target_modules": '["q_proj", "nothing"]'}, "adapter.no_such_modules", "no module is called nothing"),
     slow({"lora_modules_to_save": "embed_token"}, "adapter.no_such_modules", "embed_token."),
     slow({"lora_target_modules": "lm_head"}, "adapter.on_output_embeddings", "--lora_modules_to_save"),
     slow({"lora_r": None, "lora_weight_path": "model"}, "adapter.config_unusable", "adapter_config.json"),
