@@ -9,9 +9,11 @@ from pyarrow import parquet
 
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline, prepare, trained_text
 from tests.errors import raises
+from zero_sft.data.dataset import prepare_source
 from zero_sft.data.samples.columns import parse_columns
 from zero_sft.data.samples.parse import SampleParser
 from zero_sft.data.samples.sample_formats import FORMAT_KEYS, ReadOptions, read_sample
+from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.tokenize import WEIGHTS, TokenizedSample
 
 
@@ -186,3 +188,13 @@ def test_tokens_next_to_texts(tmp_path):
     ]
     assert texts == [["Hello.<|im_end|>"], ["Bye.</s>"]]
     assert rows[1]["input_ids"] == IDS
+
+
+def test_tokens_that_were_prepared_for_a_larger_model(tmp_path):
+    """The rows are found again, but not taken."""
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"input_ids": [1, 150]}]))
+    pipelines = [make_pipeline(byte_tokenizer(), model_max_length=100, embedding_rows=rows) for rows in (200, 100)]
+    prepare_source(LocalFiles(path=path), pipelines[0], tmp_path / "cache")
+    with raises("data.token_without_embedding", "150", "100 rows"):
+        prepare_source(LocalFiles(path=path), pipelines[1], tmp_path / "cache")

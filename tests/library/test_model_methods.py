@@ -228,3 +228,18 @@ def test_compiled(folder, backend):
         expected.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.slow
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_calls_that_can_not_be_answered(folder):
+    model, _ = loaded(folder)
+    for rows in (0, -5, 300.5, True):
+        with raises("model.bad_size", repr(rows)):
+            model.resize_token_embeddings(rows)
+    with raises("model.gone", "in a variable"):
+        loaded(folder)[0].resize_token_embeddings(300)
+    copied = copy.deepcopy(model.model.norm)
+    del model
+    assert "RMSNorm" in repr(copied)

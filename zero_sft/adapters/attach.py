@@ -22,7 +22,7 @@ from zero_sft.checkpoint.folder_kind import ADAPTER_CONFIG
 from zero_sft.errors import ArgumentError, CheckpointError
 from zero_sft.four_bit.linear import Linear4bit
 from zero_sft.json_text import JsonError, parse_json
-from zero_sft.printable import first_of
+from zero_sft.printable import excerpt, first_of
 from zero_sft.zero.gather_hooks import gather_with, install_gather_hooks
 from zero_sft.zero.init import shard_parameters
 
@@ -86,6 +86,12 @@ def read_lora_config(folder: Path) -> LoraConfig:
         raise CheckpointError(
             f"{folder} is an adapter of the kind {kind}; this job trains LoRA alone. Load it in your own code, with PEFT.",
             code="adapter.not_lora",
+        )
+    if type(config.r) is not int or config.r < 1 or not isinstance(config.lora_alpha, int | float):
+        raise CheckpointError(
+            f"{path} has r {excerpt(repr(config.r))} and lora_alpha {excerpt(repr(config.lora_alpha))}; expected numbers, as "
+            "PEFT and this job write them.",
+            code="adapter.config_unusable",
         )
     config.inference_mode = False
     return config
@@ -162,6 +168,12 @@ def wrapped(model: Any, config: LoraConfig, *, on_meta: bool = False) -> Any:
         ArgumentError: as `add_adapters`.
     """
     peft_internals.check()
+    if config.layer_replication:
+        raise ArgumentError(
+            "the adapter repeats layers of its base model (layer_replication), which is untested here. Merge it with PEFT, and "
+            "train the model that results.",
+            code="adapter.repeats_layers",
+        )
     if config.use_dora and _in_4_bits(model):
         raise ArgumentError(
             "DoRA needs the lengths of the weights' rows, and these weights are in 4 bits. Leave --load_in_4bit out, or train "
@@ -172,6 +184,8 @@ def wrapped(model: Any, config: LoraConfig, *, on_meta: bool = False) -> Any:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=on_meta)
     except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as error:
         reason = _sentence(error)
+        if not config.target_modules and not config.target_parameters:
+            reason = "PEFT has no default modules for models of this type, so some have to be named"
         names = ", ".join(_linear_names(model))
         raise ArgumentError(
             f"LoRA can't be added to {type(model).__name__}: {reason}. Its linear modules are called {names}: see "

@@ -64,7 +64,6 @@ def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
             pipeline.overlong,
             pipeline.lazy,
             pipeline.id_limit,
-            pipeline.embedding_rows,
         ],
     )
 

@@ -18,6 +18,7 @@ from zero_sft.console import progress
 from zero_sft.data import cache
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.report import CUT_OFF, TOO_LONG, DataReport, list_counts, total
+from zero_sft.data.samples.embedded_tokens import require_ids
 from zero_sft.data.samples.sample_formats import EXPECTED
 from zero_sft.data.sources.data_path import DataSource
 from zero_sft.data.workers import make_batches
@@ -115,6 +116,8 @@ def dataset_of_entry(
             f"{entry} is damaged: {error}. Delete that folder; the next run prepares the data again.",
             code="data.cache_entry_damaged",
         ) from error
+    if report.highest_id is not None and pipeline.embedding_rows is not None and report.highest_id >= pipeline.embedding_rows:
+        require_ids([report.highest_id], pipeline.embedding_rows, data.name)  # of another model, for which they were prepared
     chosen = data.chosen()
     report = replace(
         report,

@@ -114,6 +114,7 @@ class Pipeline:
             lengths.append(tokenized.full_length)
         return {"sample": [json.dumps(asdict(sample)) for sample in usable]}, replace(
             self._report(usable, bad_messages),
+            highest_id=_highest_id(usable),
             has_trained=has_trained,
             shortest=None if has_trained else min(lengths, default=None),
         )
@@ -155,6 +156,7 @@ class Pipeline:
             **{name: sum(getattr(sample, name) for sample in kept) for name in _SUMMED},
             weighted=sum(sample.weights is not None for sample in kept),
             has_trained=bool(kept),
+            highest_id=_highest_id(used),
             shortest=min((sample.full_length for _, sample in tokenized), default=None),
             longest=max((sample.full_length for sample in kept), default=None),
         )
@@ -230,6 +232,11 @@ class Pipeline:
             "labels": [sample.labels for _, sample in tokenized],
             WEIGHTS: [sample.weights for _, sample in tokenized],
         }
+
+
+def _highest_id(samples: Sequence[Sample]) -> int | None:
+    """Return the highest id of the samples that were tokenised already; None without any."""
+    return max((max(sample.input_ids) for sample in samples if isinstance(sample, TokenIds)), default=None)
 
 
 def _sample_from_fields(fields: dict) -> Sample:

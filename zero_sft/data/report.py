@@ -32,6 +32,7 @@ class DataReport:
     - `changes`: what the options have changed in the samples, and what looks wrong, by description, which begins with a plural.
     - `weighted`: kept rows with weights other than 0 and 1.
     - `has_trained`: something is trained on in at least one sample; lazy tokenising finds this as well.
+    - `highest_id`: the highest id of samples that were tokenised already, None without any.
     - `shortest` sample and `longest` kept row: in tokens, before truncation.
     """
 
@@ -63,6 +64,7 @@ class DataReport:
     has_trained: bool = False
     shortest: int | None = None
     longest: int | None = None
+    highest_id: int | None = None
 
     def lines(self) -> list[str]:
         """Format the report for the log: the totals, then a line for each kind of thing that was left out, if any."""
@@ -135,6 +137,7 @@ _MERGED: Mapping[str, Callable[[list[Any]], Any]] = {
     "has_trained": any,
     "shortest": min,
     "longest": max,
+    "highest_id": max,
 }
 """The fields of a report that are neither summed nor the same in all batches, and how the values of batches are merged."""
 

@@ -62,11 +62,20 @@ def install_model_methods(model: PreTrainedModel, world: World) -> None:
 
 
 def _bound(method: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-    """Bind a method to a module without a cycle of references: a model that is deleted has to free its memory at once."""
+    """Bind a method to a module without a cycle of references: a model that is deleted has to free its memory at once.
+
+    The method raises `ArgumentError` if the module is gone: it was called on a model that no variable holds.
+    """
     reference = weakref.ref(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return method(reference(), *args, **kwargs)
+        module = reference()
+        if module is None and method is not _extra_repr:
+            raise ArgumentError(
+                "the model is gone, since nothing refers to it. Keep what `load_model` returns in a variable.",
+                code="model.gone",
+            )
+        return method(module, *args, **kwargs)
 
     return call
 
@@ -231,6 +240,10 @@ def _resize_token_embeddings(
     New rows are drawn from rank 0's random generator.
     """
     _require_no_engine(model, "resize_token_embeddings", "Resize them before deepspeed.initialize.")
+    if new_num_tokens is not None and (type(new_num_tokens) is not int or new_num_tokens < 1):
+        raise ArgumentError(
+            f"resize_token_embeddings({new_num_tokens!r}): expected a number of rows, at least 1.", code="model.bad_size"
+        )
     own_state = torch.get_rng_state()
     state = broadcast_bytes(world, own_state.numpy().tobytes() if world.is_main else None)
     torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
