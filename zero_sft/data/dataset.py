@@ -116,8 +116,8 @@ def dataset_of_entry(
             f"{entry} is damaged: {error}. Delete that folder; the next run prepares the data again.",
             code="data.cache_entry_damaged",
         ) from error
-    if report.highest_id is not None and pipeline.embedding_rows is not None and report.highest_id >= pipeline.embedding_rows:
-        require_ids([report.highest_id], pipeline.embedding_rows, data.name)  # of another model, for which they were prepared
+    if report.highest_id is not None:  # the rows may have been prepared for another model
+        require_ids([report.highest_id], pipeline.embedding_rows, data.name)
     chosen = data.chosen()
     report = replace(
         report,

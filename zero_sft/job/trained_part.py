@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from zero_sft.errors import ArgumentError
 from zero_sft.loading.request import ModelSpec
 from zero_sft.loading.skeleton import build_on_meta
 from zero_sft.printable import first_of, with_count
+from zero_sft.transformers_internals import tied_names
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -30,17 +31,17 @@ def require_matches(arguments: Any, lora: LoraOptions, spec: ModelSpec, world: W
         return
     with collective_stage(world, "looking for the parameters to train"):
         if world.is_main:
-            names = list(_trained_names(spec, lora))
-            tied = _tied_names(spec)
+            model: Any = build_on_meta(spec)[0]
+            tied = tied_names(model)
+            names = [name for name in _trained_names(model, lora) if name not in tied]
             if arguments.unfreeze is not None:
                 names = _fitting(arguments.unfreeze, names, "--unfreeze", tied)
             for pattern in rates:
                 _fitting(pattern, names, "--learning_rates", tied)
 
 
-def _trained_names(spec: ModelSpec, lora: LoraOptions) -> Iterator[str]:
-    """Yield the names of the parameters that are trained without `--unfreeze`."""
-    model: Any = build_on_meta(spec)[0]
+def _trained_names(model: Any, lora: LoraOptions) -> Iterator[str]:
+    """Yield the names of the parameters that are trained without `--unfreeze`; adds the adapters to the model."""
     if lora.enabled:
         from zero_sft.adapters.attach import adapted_on_meta, lora_config
 
@@ -48,17 +49,12 @@ def _trained_names(spec: ModelSpec, lora: LoraOptions) -> Iterator[str]:
     return (name for name, param in model.named_parameters() if param.requires_grad)
 
 
-def _tied_names(spec: ModelSpec) -> dict[str, str]:
-    """Return the names of parameters that are tied to others, each with the name under which the weight is trained."""
-    model: Any = build_on_meta(spec)[0]
-    model.tie_weights()
-    first: dict[int, str] = {}
-    names = ((name, first.setdefault(id(param), name)) for name, param in model.named_parameters(remove_duplicate=False))
-    return {name: trained for name, trained in names if name != trained}
+def _fitting(pattern: str, names: Sequence[str], option: str, tied: Mapping[str, str]) -> list[str]:
+    """Return the names that a pattern fits; raise `ArgumentError` if it fits none.
 
-
-def _fitting(pattern: str, names: Iterable[str], option: str, tied: Mapping[str, str]) -> list[str]:
-    names = [name for name in names if name not in tied]
+    Args:
+        tied: for the names of parameters that are tied to others, the names under which these are trained.
+    """
     fitting = [name for name in names if re.search(pattern, name)]
     alias = next((name for name in tied if re.search(pattern, name)), None)
     if not fitting and alias is not None:
@@ -87,9 +83,9 @@ def freeze_others(model: Any, pattern: str) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Any]], rates: Mapping[str, float]) -> None:
-    """Give parameters their own base rate: that of the first pattern that fits. Pure, apart from the optimizer's groups.
+    """Give parameters their own base rate: that of the first pattern that fits. Changes the optimizer's groups.
 
-    A group with the rate of all others comes first: the Trainer logs the rate of the first group.
+    Groups with the optimizer's usual rate come first: the Trainer logs the rate of the first group.
 
     Args:
         named: the parameters by name.

@@ -26,7 +26,7 @@ from zero_sft.job.device_use import has_idle_experts
 from zero_sft.job.sequence_parallel import DataRank, SharedSequences
 from zero_sft.job.simulated_faults import SimulatedFaults
 from zero_sft.job.trainer_internals import computed_tokens, set_computed_tokens, set_logged_tokens, share_batches
-from zero_sft.job.weighted_loss import WeightedModel, require_weights_possible, sum_of_weights, weight_of_batch
+from zero_sft.job.weighted_loss import WeightedModel, is_trained, require_weights_possible, sum_of_weights, weight_of_batch
 from zero_sft.rope import text_config
 from zero_sft.transformers_internals import configured_attention
 from zero_sft.zero.shards import weight_numel
@@ -239,14 +239,11 @@ class JobTrainer(SavingTrainer):
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run TRL's prediction step with repeated samples masked, and sum up the loss. Every rank; communicates."""
         inputs = self._mask_in_last_batch(inputs, self._evaluated["samples"], self.args.eval_batch_size, drop_last=False)
-        if self._shared is None:
-            tokens, weight = int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum()), float(weight_of_batch(inputs))
-            result = super().prediction_step(model, inputs, *args, **kwargs)
-        else:
+        if self._shared is not None:
             inputs = self._shared.own_part(inputs)
-            tokens, weight = int((inputs["shift_labels"] != IGNORE_INDEX).sum()), float(weight_of_batch(inputs))
-            with self._shared.exchanging(inputs):
-                result = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens, weight = int(is_trained(inputs).sum()), float(weight_of_batch(inputs))
+        with contextlib.nullcontext() if self._shared is None else self._shared.exchanging(inputs):
+            result = super().prediction_step(model, inputs, *args, **kwargs)
         if tokens:
             self._evaluated["loss"] += float(result[0]) * tokens
             self._evaluated["weight"] += weight

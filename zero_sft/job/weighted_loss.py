@@ -47,11 +47,14 @@ def sum_of_weights(batches: Sequence[dict[str, Any]]) -> torch.Tensor | None:
 
 def weight_of_batch(batch: dict[str, Any]) -> torch.Tensor:
     """Return the sum of the weights of a batch's trained tokens, (), float64; their number if it has no weights."""
-    labels = batch.get("shift_labels", batch["labels"][:, 1:])
-    is_trained = (labels != IGNORE_INDEX).double()
-    if LOSS_WEIGHTS not in batch:
-        return is_trained.sum()
-    return (is_trained * batch[LOSS_WEIGHTS][:, -labels.shape[1] :]).sum()
+    trained = is_trained(batch)
+    weights = batch[LOSS_WEIGHTS][:, -trained.shape[1] :] if LOSS_WEIGHTS in batch else 1.0
+    return (trained.double() * weights).sum()
+
+
+def is_trained(batch: dict[str, Any]) -> torch.Tensor:
+    """Return which labels of a batch are trained on, bool: (rows, length - 1), or (rows, length) with `shift_labels`."""
+    return batch.get("shift_labels", batch["labels"][:, 1:]) != IGNORE_INDEX
 
 
 def require_weights_possible(column_names: Sequence[str], column: str, loss_type: str) -> None:

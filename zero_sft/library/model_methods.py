@@ -58,32 +58,32 @@ def install_model_methods(model: PreTrainedModel, world: World) -> None:
     model.register_state_dict_pre_hook(_require_full)
     for module in model.modules():
         if not type(module).__module__.startswith("torch.nn.") and next(module.parameters(recurse=False), None) is not None:
-            module.extra_repr = _bound(_extra_repr, module)
+            module.extra_repr = _bound(_extra_repr, module, when_gone=str)  # of a copy, which refers to the original
 
 
-def _bound(method: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+def _refuse_gone() -> NoReturn:
+    raise ArgumentError(
+        "the model is gone, since nothing refers to it. Keep what `load_model` returns in a variable.", code="model.gone"
+    )
+
+
+def _bound(method: Callable[..., Any], module: nn.Module, when_gone: Callable[[], Any] = _refuse_gone) -> Callable[..., Any]:
     """Bind a method to a module without a cycle of references: a model that is deleted has to free its memory at once.
 
-    The method raises `ArgumentError` if the module is gone: it was called on a model that no variable holds.
+    Args:
+        when_gone: is called instead if the module is gone: the method was called on a model that no variable holds.
     """
     reference = weakref.ref(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         module = reference()
-        if module is None and method is not _extra_repr:
-            raise ArgumentError(
-                "the model is gone, since nothing refers to it. Keep what `load_model` returns in a variable.",
-                code="model.gone",
-            )
-        return method(module, *args, **kwargs)
+        return when_gone() if module is None else method(module, *args, **kwargs)
 
     return call
 
 
-def _extra_repr(module: nn.Module | None) -> str:
+def _extra_repr(module: nn.Module) -> str:
     """Describe a module in full shapes; some norms show that of their weight."""
-    if module is None:  # a copy of a module that is gone
-        return ""
     with shards.shown_in_full_shape(module.parameters(recurse=False)):
         return type(module).extra_repr(module)
 

@@ -13,6 +13,9 @@ from zero_sft.printable import excerpt, first_of
 TURN_KEYS = ("role", "content")
 """The keys of a turn that may have other names in the data."""
 
+_LISTS_OF_TURNS = ("messages", "conversations", "prompt", "completion")
+"""The keys of a sample that may hold turns."""
+
 Columns = tuple[tuple[str, str], ...]
 """Pairs of a format's key and the data's key or path."""
 
@@ -24,7 +27,7 @@ def parse_columns(text: str | None, known: frozenset[str]) -> Columns:
         ArgumentError: not pairs with `=` between them, an unknown key, or a key that is given twice.
     """
     columns = []
-    for part in (text or "").split(",") if text else ():
+    for part in text.split(",") if text else ():
         key, separator, path = (piece.strip() for piece in part.partition("="))
         if not separator or not key or not path or not all(path.split(".")):
             raise ArgumentError(
@@ -63,9 +66,6 @@ def rename_columns(sample: Any, columns: Columns, where: str) -> Any:
             if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value) and key in _LISTS_OF_TURNS:
                 renamed[key] = [{of_turns.get(name, name): each for name, each in turn.items()} for turn in value]
     return renamed
-
-
-_LISTS_OF_TURNS = ("messages", "conversations", "prompt", "completion")
 
 
 def _value(sample: Mapping[str, Any], path: str, key: str, where: str) -> Any:

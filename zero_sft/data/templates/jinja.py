@@ -31,7 +31,7 @@ from zero_sft.data.templates.chat import DEFAULT_FORM, Chat, chat_of
 from zero_sft.data.templates.completeness import require_all_shown, require_place_for_calls, require_places, require_tools
 from zero_sft.data.templates.locate import LocatedAnswers, locate_answers, rewriting_error
 from zero_sft.data.templates.probe import TemplateTraits, probe_template
-from zero_sft.data.templates.render import has_marks, marked_spans, render_chat
+from zero_sft.data.templates.render import marked_spans, render_chat
 from zero_sft.data.templates.rendered import RenderedText, TrainedSpans
 from zero_sft.data.templates.stand_ins import STAND_IN, TextPiece, around_stand_ins
 from zero_sft.data.templates.thoughts import Answers, split_answer
@@ -62,11 +62,6 @@ class ChatTemplate:
     source: str | None = None
     adds_special_tokens = False  # chat templates write special tokens themselves
     trains_on_blanks = False  # most templates strip texts, so nothing of white space would be left
-
-    @property
-    def has_marks(self) -> bool:
-        """Whether the template itself marks what is trained on, with `{% generation %}`."""
-        return has_marks(str(self.jinja(self.tokenizer)))
 
     def unused_variables(self, conversation: Conversation) -> list[str]:
         """Return the names of a conversation's variables that do not occur in the template."""
@@ -107,7 +102,7 @@ class ChatTemplate:
         spans = dict(zip(answers, located.spans, strict=True))
         require_all_shown(text, shown, chat.messages, spans, where)
         require_tools(text, spans, conversation)
-        marked = marked_spans(self.tokenizer, self.jinja(self.tokenizer), chat, where) if self.has_marks else None
+        marked = marked_spans(self.tokenizer, self.jinja(self.tokenizer), chat, where) if traits.has_marks else None
         trained = TrainedSpans()
         for index, (start, stop), body in zip(answers, located.spans, located.bodies, strict=True):
             pieces = [(start, stop)] if marked is None else [mark for mark in marked if mark[0] < stop and mark[1] > start]

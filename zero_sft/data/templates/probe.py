@@ -9,7 +9,7 @@ from typing import Any
 from zero_sft.data.samples.conversation import ASSISTANT, THOUGHTS_FIELDS, USER, Messages
 from zero_sft.data.templates.calls import CallHandling, common_prefix, probe_calls
 from zero_sft.data.templates.chat import Chat
-from zero_sft.data.templates.render import VICUNA_INSTEAD, render_chat
+from zero_sft.data.templates.render import VICUNA_INSTEAD, has_marks, render_chat
 from zero_sft.data.templates.stand_ins import STAND_IN
 from zero_sft.data.templates.thoughts import CLOSE, OPEN, ThoughtsHandling
 from zero_sft.errors import DataError
@@ -21,12 +21,14 @@ class TemplateTraits:
 
     `generation_prompt` comes before an answer. `turn_ends` are the texts that may end one, the usual one first; the model must
     write them itself. `thoughts` tells how the template handles the thoughts of an answer, and `calls` calls of tools.
+    `has_marks`: the template itself marks what the assistant writes, with `{% generation %}`.
     """
 
     generation_prompt: str
     turn_ends: tuple[str, ...]
     thoughts: ThoughtsHandling
     calls: CallHandling
+    has_marks: bool
 
 
 def probe_template(tokenizer: Any, source: str | None, variables: Mapping[str, Any] | None = None) -> TemplateTraits:
@@ -64,6 +66,7 @@ def probe_template(tokenizer: Any, source: str | None, variables: Mapping[str, A
         turn_ends=turn_ends,
         thoughts=_probe_thoughts(render),
         calls=probe_calls(render, turn_ends, marks),
+        has_marks=has_marks(str(source or tokenizer.chat_template)),
     )
 
 
