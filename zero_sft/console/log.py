@@ -110,6 +110,8 @@ def open_console(world: World, *, bars: bool = True) -> None:
     package_logger.setLevel(logging.INFO if world.is_main else logging.ERROR)  # only rank 0 logs what all ranks warn of
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # At its import, which PEFT does, it warns that it has no kernel for CPUs, whether 4 bits are used or not.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("deepspeed", "DeepSpeed"):
         logging.getLogger(name).addFilter(_is_not_redundant)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if world.is_main else "false")
@@ -161,8 +163,6 @@ def silence_transformers(world: World) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    # At its import, which PEFT does, it warns that it has no kernel for CPUs, whether 4 bits are used or not.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()  # also disables the hub's bars
     if world.is_main and sys.stderr.isatty():
         enable_progress_bars()
