@@ -155,9 +155,9 @@ def _unread_keys(turn: Mapping[str, Any], place: str, *, read: set[str]) -> list
 
 def _why_refused(key: str, meaning: Meaning | None) -> str:
     if key in (*THOUGHTS_FIELDS, *CALL_KEYS):
-        return f"`{key}` is read only of answers. Move it to the answer, or remove it."
+        return f"`{key}` is read only in answers. Move it to the answer, or remove it."
     if key in _TOOL_NOTES:
-        return f"`{key}` is read only of a tool's turn. Remove it, or write it into the text."
+        return f"`{key}` is read only in the turn of a tool. Remove it, or write it into the text."
     if meaning == Meaning.MASK:
         return f'`{key}` is not read in a turn: it is {meaning}. Use "train": true or false instead, or remove it.'
     if meaning:
