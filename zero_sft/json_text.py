@@ -5,6 +5,7 @@ Python function. The callers add the file, and raise an error of their topic.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from zero_sft.printable import excerpt
@@ -15,11 +16,13 @@ class JsonError(ValueError):
 
     Attributes:
         position: the index of the character at fault; None if the reason names what is wrong instead.
+        is_open_string: whether the text ends within a string, which begins at `position`.
     """
 
     def __init__(self, reason: str, text: str = "", position: int | None = None) -> None:
         super().__init__(reason)
         self.position = position
+        self.is_open_string = reason.startswith("unterminated string")
         self.line = 1 if position is None else text.count("\n", 0, position) + 1
         self.column = 1 if position is None else position - text.rfind("\n", 0, position)
 
@@ -43,8 +46,17 @@ def parse_json(text: str) -> Any:
     Raises:
         JsonError: the text is not JSON, or Python can't hold it.
     """
+    return _parse(json.loads, text, object_pairs_hook=_without_duplicate_keys)
+
+
+def parse_json_at(text: str, start: int) -> tuple[Any, int]:
+    """Parse the JSON value at `start`; return it, and the index of the character after it. Raises as `parse_json` does."""
+    return _parse(_DECODER.raw_decode, text, start)
+
+
+def _parse(parser: Callable[..., Any], text: str, *args: Any, **kwargs: Any) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicate_keys)
+        return parser(text, *args, **kwargs)
     except json.JSONDecodeError as error:
         raise JsonError(_reason(error), text, error.pos) from error
     except RecursionError as error:
@@ -63,6 +75,9 @@ def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         duplicate = next(key for key in keys if keys.count(key) > 1)
         raise DuplicateKeyError(f"the key {excerpt(repr(duplicate))} is given twice in one object")
     return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicate_keys)
 
 
 def _reason(error: json.JSONDecodeError) -> str:

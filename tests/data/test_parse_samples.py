@@ -386,12 +386,10 @@ def test_one_line_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("https://example.org/a.jsonl", "Download it"),
-        ("s3://bucket/a.jsonl:0.5,b.jsonl:0.5", "Download it"),
-        ("hf://datasets/org/name", "Write org/name, or org/name:split"),
-        ("hf://datasets/org/name@main/data/train.jsonl", "Write org/name, or"),
-        ("hf://datasets/org/name:0.5", "Write org/name, or"),
-        ("https://huggingface.co/datasets/org/name/tree/main", "Write org/name, or"),
+        ("ftp://example.org/a.jsonl", "Download it, or use one of s3://"),
+        ("simplecache::https://example.org/a.jsonl:0.5,b.jsonl:0.5", "Download it"),
+        ("https://huggingface.co/datasets/org/name/tree/main", "write org/name, or"),
+        ("https://hf.co/datasets/org/name", "write org/name, or"),
         ("file:///data/a.jsonl", "Write /data/a.jsonl."),
         ("FILE:///data/a.jsonl", "Write /data/a.jsonl."),
     ],

@@ -102,13 +102,19 @@ def prepare_source(data: DataSource, pipeline: Pipeline, root: Path, *, processe
         logger.info("  prepared before, in %s", root / key)
     else:
         logger.info("  prepared in %.0f s, kept in %s", time.monotonic() - start, root / key)
-    return dataset_of_entry(dataset, summary, root / key, data, pipeline)
+    prepared = dataset_of_entry(dataset, summary, root / key, data, pipeline)
+    chosen = data.chosen()
+    (report,) = prepared.reports
+    return replace(prepared, reports=(replace(report, left_out=chosen.left_out, note=chosen.note),))
 
 
 def dataset_of_entry(
     dataset: "datasets.Dataset", summary: Mapping[str, Any], entry: Path, data: DataSource, pipeline: Pipeline
 ) -> PreparedDataset:
-    """Make the prepared dataset of a cache entry; its report gets this run's names of the source and the template."""
+    """Make the prepared dataset of a cache entry; its report gets this run's names of the source and the template.
+
+    The source is not looked at, since many ranks do this at the same time.
+    """
     try:
         report = DataReport(**{**summary, **{name: tuple(summary[name]) for name in ("formats", "first_bad")}})
     except (TypeError, LookupError) as error:
@@ -118,13 +124,10 @@ def dataset_of_entry(
         ) from error
     if report.highest_id is not None:  # the rows may have been prepared for another model
         require_ids([report.highest_id], pipeline.embedding_rows, data.name)
-    chosen = data.chosen()
     report = replace(
         report,
         file=data.name,
         template=pipeline.template.name,
-        left_out=chosen.left_out,
-        note=chosen.note,
         first_bad=tuple(message.replace(report.file, data.name, 1) for message in report.first_bad),  # the file may have moved
     )
     transform = pipeline if pipeline.lazy else None

@@ -205,15 +205,14 @@ def _marker(output: Path, world: World, store: Any) -> Any:
 
 
 def _first_samples_problem(parsed: ParsedArguments) -> str:
-    """Return what is wrong with the beginning of a local source of data; "" for nothing."""
-    from zero_sft.data.sources.data_path import all_sources
-    from zero_sft.data.sources.local_files import LocalFiles
+    """Return what is wrong with the beginning of a source of data, of a dataset on the hub not; "" for nothing."""
+    from zero_sft.data.sources.data_path import HubDataset, all_sources
     from zero_sft.data.sources.objects import read_objects
 
     try:
         for text in filter(None, (parsed.data.data_path, parsed.data.eval_data_path)):
             for source in all_sources(text):
-                if isinstance(source.data, LocalFiles):
+                if not isinstance(source.data, HubDataset):
                     for path in source.data.chosen().files[:1]:
                         next(read_objects(path), None)
     except ZeroSftError as error:

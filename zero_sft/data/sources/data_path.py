@@ -11,13 +11,16 @@ from pathlib import Path
 
 from zero_sft.data.sources.hub_dataset import HubDataset
 from zero_sft.data.sources.local_files import LocalFiles, is_named_as_data
+from zero_sft.data.sources.remote_files import RemoteFiles
 from zero_sft.errors import DataError
+from zero_sft.remote import LIBRARIES, redacted, scheme_of
 
-DataSource = LocalFiles | HubDataset
+DataSource = LocalFiles | RemoteFiles | HubDataset
 
 _MIN_WEIGHT_RATIO = 1e-6
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_HUB_URL = re.compile(r"(hf://|https?://(www\.)?(huggingface\.co|hf\.co)/)datasets/(?P<id>[\w.-]+/[\w.-]+?)([@/?#:].*)?")
+_HUB_PAGE = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/datasets/(?P<id>[\w.-]+/[\w.-]+)(/?|[/?#](?!resolve/).*)")
+_HUB_DATASET = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w.%~-]+))?(:(?P<split>\w[\w.-]*))?/?")
+_REMOTE = re.compile(r"(?P<url>.+?)(:(?P<split>[A-Za-z_][\w.-]*))?")
 _NAMED = re.compile(r"\w+=.+")
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>\w[\w.-]*)(?=:))?(:(?P<split>\w[\w.-]*))?")
 
@@ -38,8 +41,8 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     different sources.
 
     Raises:
-        DataError: an empty part, a URL such as https://..., a weight that is not a positive number, or weights for only some
-            of the sources.
+        DataError: an empty part, a URL of an unknown kind, a weight that is not a positive number, or weights for only some of
+            the sources.
     """
     if not text.strip():
         raise DataError(
@@ -48,17 +51,18 @@ def parse_sources(text: str) -> tuple[Source, ...]:
         )
     if _exists(text):
         return (Source(data=_data(text), text=text),)
-    sources = tuple(_parse_source(part.strip(), text) for part in text.split(","))
+    shown = _shown(text)
+    sources = tuple(_parse_source(part.strip(), shown) for part in text.split(","))
     weights = [source.weight for source in sources if source.weight is not None]
     if 0 < len(weights) < len(sources):
         raise DataError(
-            f"{text}: {len(weights)} of {len(sources)} sources have a weight. Give all a weight (a number after a colon), or "
+            f"{shown}: {len(weights)} of {len(sources)} sources have a weight. Give all a weight (a number after a colon), or "
             "none.",
             code="data.weights_missing",
         )
     if weights and min(weights) < _MIN_WEIGHT_RATIO * max(weights):
         raise DataError(
-            f"{text}: the weights {max(weights):g} and {min(weights):g} are too far apart. Leave out the source with the "
+            f"{shown}: the weights {max(weights):g} and {min(weights):g} are too far apart. Leave out the source with the "
             "smaller one.",
             code="data.weights_too_far_apart",
         )
@@ -80,7 +84,7 @@ def parse_evaluation(text: str) -> dict[str, tuple[Source, ...]]:
         return {"": parse_sources(text)}
     if len(named) < len(parts):
         raise DataError(
-            f"--eval_data_path {text}: {len(named)} of {len(parts)} sources have a name. Give all a name, such as "
+            f"--eval_data_path {_shown(text)}: {len(named)} of {len(parts)} sources have a name. Give all a name, such as "
             "chat=a.json,tide=b.json, or none.",
             code="data.names_missing",
         )
@@ -122,46 +126,61 @@ def require_outputs_outside(sources: Sequence[Source], output_dir: str) -> None:
         source.data.require_outside(Path(output_dir), option="--output_dir", code="data.output_inside_data")
 
 
+def _shown(text: str) -> str:
+    """Return sources as the user wrote them, but without what may be secret in their URLs."""
+    return ",".join(redacted(part) if scheme_of(part.strip()) else part for part in text.split(","))
+
+
 def _exists(text: str) -> bool:
     return Path(text).expanduser().exists()
 
 
-def _parse_source(part: str, text: str) -> Source:
+def _parse_source(part: str, shown: str) -> Source:
+    """Parse one source; `shown` are all of them, for messages."""
     name, colon, weight_text = part.rpartition(":")
-    if _URL.match(part) and not _exists(part):
-        raise _url_error(part)
     if not part:
-        raise DataError(f"{text!r} has an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path")
+        raise DataError(f"{shown!r} has an empty path. Write a.json,b.jsonl or a.json:0.7,b.jsonl:0.3.", code="data.no_path")
     try:
         weight = float(weight_text) if colon and not _exists(part) else None
     except ValueError:
         weight = None
     if weight is None:
-        return Source(data=_data(part), text=part)
+        return Source(data=_data(part), text=_shown(part))
     if not name or not math.isfinite(weight) or weight <= 0:
         raise DataError(
-            f"{part}: expected a weight above 0 after a path; got {weight_text!r}. Write for example a.json:0.7,b.jsonl:0.3.",
+            f"{_shown(part)}: expected a weight above 0 after a path; got {weight_text!r}. Write for example "
+            "a.json:0.7,b.jsonl:0.3.",
             code="data.bad_weight",
         )
-    return Source(data=_data(name), weight=weight, text=part)
+    return Source(data=_data(name), weight=weight, text=_shown(part))
 
 
-def _url_error(part: str) -> DataError:
-    """Make the error for a URL such as `https://...`."""
-    hub_url = _HUB_URL.fullmatch(part)
-    remedy = "Download it, and name the file or folder."
-    if hub_url is not None:
-        remedy = f"Write {hub_url['id']}, or {hub_url['id']}:split, or download it and name the file or folder."
-    elif part.lower().startswith("file://"):
-        remedy = f"Write {part[len('file://') :]}."
-    return DataError(
-        f"{part}: URLs are not read. Expected a file, a folder (folder:split) or a hub dataset (org/name:split). {remedy}",
+def _at_url(url: str) -> DataSource:
+    """Return the source at a URL; raise `DataError` for one that can't be read."""
+    if (hub_dataset := _HUB_DATASET.fullmatch(url)) is not None:
+        return HubDataset(id=hub_dataset["id"], split=hub_dataset["split"] or "train", revision=hub_dataset["revision"])
+    page = _HUB_PAGE.fullmatch(url)
+    if page is None and scheme_of(url) in LIBRARIES:
+        match = _REMOTE.fullmatch(url)
+        is_web = scheme_of(url) in ("http", "https")  # which has no folders, and so no splits
+        return RemoteFiles(url=url) if is_web or match is None else RemoteFiles(url=match["url"], split=match["split"])
+    if page is not None:
+        remedy = f"It is a page about a dataset: write {page['id']}, or {page['id']}:split."
+    elif scheme_of(url) == "file":
+        remedy = f"Write {url[len('file://') :]}."
+    else:
+        remedy = f"Download it, or use one of {', '.join(f'{scheme}://' for scheme in LIBRARIES)}."
+    raise DataError(
+        f"{redacted(url)} can't be read. Expected a file, a folder (folder:split), a URL or a hub dataset (org/name:split). "
+        f"{remedy}",
         code="data.address_not_read",
     )
 
 
 def _data(name: str) -> DataSource:
     """Return the local file or folder of that name; if there is none, the hub dataset that the name may stand for."""
+    if scheme_of(name) and not _exists(name):
+        return _at_url(name)
     path, match = Path(name).expanduser(), _HUB_ID.fullmatch(name)
     folder, _, split = name.rpartition(":")
     if folder and split and not path.exists() and Path(folder).expanduser().is_dir():

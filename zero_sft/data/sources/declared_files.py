@@ -17,7 +17,7 @@ from zero_sft.data.sources.text_io import readable
 from zero_sft.errors import DataError
 from zero_sft.printable import excerpt
 
-README, _YAML = "README.md", ".huggingface.yaml"
+README, YAML = "README.md", ".huggingface.yaml"
 TRAIN = "train"
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 _REMEDY = "Repair it, or remove that file and name the data files by their paths."
@@ -40,8 +40,8 @@ class DeclaredFiles:
         return {pattern: _matching(posixpath.join(self.data_dir, pattern), names) for pattern in self.patterns[split]}
 
 
-def declared_in(folder: Path) -> DeclaredFiles | None:
-    """Read the files that a folder's README declares; None if it declares none.
+def declared_in(folder: Path, *, shown: str = "") -> DeclaredFiles | None:
+    """Read the files that a folder's README declares; None if it declares none. `shown` is the folder's name for messages.
 
     Raises:
         DataError: invalid YAML, or several configurations.
@@ -55,8 +55,8 @@ def declared_in(folder: Path) -> DeclaredFiles | None:
     if len(configs) > 1:
         names = ", ".join(excerpt(config.get("config_name")) for config in configs)
         raise DataError(
-            f"{folder} has several configurations according to its {source.name}: {names}. Name the folder or the files of "
-            "one configuration.",
+            f"{shown or folder} has several configurations according to its {source.name}: {names}. Name the folder or the "
+            "files of one configuration.",
             code="data.several_configurations",
         )
     (config,) = configs
@@ -123,7 +123,7 @@ def _read_metadata(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     import yaml
     from huggingface_hub import metadata_load
 
-    readme, override = folder / README, folder / _YAML
+    readme, override = folder / README, folder / YAML
     source, metadata = readme, {}
     try:
         if readme.is_file():

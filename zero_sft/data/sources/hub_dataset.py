@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubDataset:
-    """One split of a dataset in one configuration; None stands for the default or only configuration.
+    """One split of a dataset in one configuration; None stands for the default or only configuration, or newest revision.
 
     For a gated dataset, set HF_TOKEN or run `hf auth login`.
     """
@@ -24,18 +24,20 @@ class HubDataset:
     id: str
     split: str = "train"
     config: str | None = None
+    revision: str | None = None
 
     @property
     def name(self) -> str:
         """The name for messages."""
-        return ":".join(filter(None, (self.id, self.config, self.split)))
+        named = f"{self.id}@{self.revision}" if self.revision else self.id
+        return ":".join(filter(None, (named, self.config, self.split)))
 
     def objects(self) -> Iterator[tuple[Any, str]]:
         """Yield each row with its place for messages, "org/name:split, sample 3"; raises `DataError` as `_loaded` does."""
         for number, row in enumerate(_loaded(self), start=1):
             yield row, f"{self.name}, sample {number}"
 
-    def chosen(self) -> ChosenSplit:
+    def chosen(self) -> ChosenSplit[Path]:
         """Return an empty choice: no files are ignored, and the name includes the split."""
         return ChosenSplit()
 
@@ -62,7 +64,7 @@ def _loaded(source: HubDataset) -> "datasets.Dataset":
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(source.id, source.config, split=source.split)
+        return datasets.load_dataset(source.id, source.config, split=source.split, revision=source.revision)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = next(iter(printable(str(error)).strip().splitlines()), type(error).__name__)
         raise DataError(

@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from zero_sft.data.sources.declared_files import DeclaredFiles, declared_in
 from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, TABLES, ending_of, read_objects
-from zero_sft.data.sources.splits import ChosenSplit, choose_split
+from zero_sft.data.sources.splits import ChosenSplit, File, choose_split
 from zero_sft.data.sources.text_io import COMPRESSED, readable
 from zero_sft.errors import DataError
 
@@ -29,7 +30,7 @@ _MODEL_FILES = frozenset(
 """Files that transformers and the Trainer write into the folder of a model or of a run."""
 
 
-def is_named_as_data(path: Path) -> bool:
+def is_named_as_data(path: PurePath) -> bool:
     """Whether a file is a data file, judged by its name."""
     return path.name.lower().endswith(_ENDINGS) and path.name not in _ABOUT_DATA
 
@@ -46,7 +47,7 @@ class LocalFiles:
         """The name for messages."""
         return f"{self.path}:{self.split}" if self.split else str(self.path)
 
-    def chosen(self) -> ChosenSplit:
+    def chosen(self) -> ChosenSplit[Path]:
         """Choose the files to read: the path itself, or all data files of one split in and below a folder, sorted.
 
         Raises:
@@ -85,31 +86,51 @@ class LocalFiles:
             )
 
 
-def _chosen_in(folder: Path, split: str | None) -> ChosenSplit:
-    visible_files = sorted(filter(_is_file, _walk(folder)))
-    data_files = [file for file in visible_files if is_named_as_data(file)]
-    # A table next to other data is about it, more often than not; the log names it among the files that are left out.
-    data_files = [file for file in data_files if ending_of(file) not in TABLES] or data_files
-    if not data_files and any(file.suffix == ".arrow" for file in visible_files):
+def _chosen_in(folder: Path, split: str | None) -> ChosenSplit[Path]:
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(filter(_is_file, _walk(folder)))}
+    if any(name.endswith(".arrow") for name in files) and not any(is_named_as_data(PurePath(name)) for name in files):
         raise DataError(
             f"{folder} was written by save_to_disk, which only the library `datasets` reads. Write it with to_parquet instead.",
             code="data.saved_to_disk",
         )
+    return choose_among(files, str(folder), split, lambda: declared_in(folder))
+
+
+def choose_among(
+    files: Mapping[str, File], folder: str, split: str | None, declared: Callable[[], DeclaredFiles | None]
+) -> ChosenSplit[File]:
+    """Choose the data files of one split among all files of a folder.
+
+    Args:
+        files: the files, by their path inside the folder.
+        folder: its name for messages.
+        declared: returns the files that its README declares.
+
+    Raises:
+        DataError: no data files; a model's files among them; an ambiguous split.
+    """
+    data_files = {name: file for name, file in files.items() if is_named_as_data(PurePath(name))}
+    # A table next to other data is about it, more often than not; the log names it among the files that are left out.
+    texts = {name: file for name, file in data_files.items() if ending_of(name) not in TABLES}
+    data_files = texts or data_files
     if not data_files:
-        but = f", only files such as {visible_files[0].name}" if visible_files else ""
+        but = f", only files such as {PurePath(next(iter(files))).name}" if files else ""
         raise DataError(
             f"{folder} has no {', '.join(_TEXTS)} or {PARQUET} file{but}. Check {DATA_OPTIONS}.", code="data.no_data_files"
         )
-    chosen = choose_split(folder, data_files, split)
-    model_file = next((file for file in chosen.files if file.name in _MODEL_FILES), None)
+    chosen = choose_split(folder, data_files, declared(), split)
+    model_file = next((file for name, file in data_files.items() if _is_of_model(name) and file in chosen.files), None)
     if model_file is not None:
         raise DataError(
             f"{model_file} belongs to a model or a run (--output_dir), but is inside the data folder {folder} and would be "
             "read as data. Move that model or run out of the data folder, or name the data files themselves.",
             code="data.model_inside_data",
         )
-    left_out = (str(file.relative_to(folder)) for file in visible_files if file not in data_files)
-    return replace(chosen, left_out=tuple(left_out))
+    return replace(chosen, left_out=tuple(name for name in files if name not in data_files))
+
+
+def _is_of_model(name: str) -> bool:
+    return PurePath(name).name in _MODEL_FILES
 
 
 def _stat(file: Path) -> tuple[int, int, int, int]:

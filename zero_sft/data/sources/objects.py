@@ -1,4 +1,4 @@
-"""Read the objects of one local file: JSON (one list, or one object per line), Parquet, CSV or TSV.
+"""Read the objects of one file, local or remote: JSON (one list, or one object per line), Parquet, CSV or TSV.
 
 The content, not the file name, decides between a JSON list and JSON lines; the file name's ending decides how text is
 decompressed. Every object comes with its place for messages: its line or sample number, counted from 1.
@@ -6,11 +6,12 @@ decompressed. Every object comes with its place for messages: its line or sample
 
 import csv
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from zero_sft.data.samples.sample_formats import EXPECTED
-from zero_sft.data.sources.text_io import COMPRESSED, open_text
+from zero_sft.data.sources.json_list import ListReader
+from zero_sft.data.sources.text_io import COMPRESSED, DataFile, open_text
 from zero_sft.errors import DataError
 from zero_sft.json_text import JsonError, NestingError, parse_json
 from zero_sft.printable import excerpt, printable
@@ -37,7 +38,7 @@ _BEGINNINGS = {
 }
 
 
-def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
+def read_objects(path: DataFile) -> Iterator[tuple[Any, str]]:
     """Yield each object with its place, "<file>, sample 3" or "<file>, line 3 (id 'a')".
 
     The `DataError` of a line that is not valid JSON takes the object's place, so that later lines can still be read.
@@ -48,13 +49,13 @@ def read_objects(path: Path) -> Iterator[tuple[Any, str]]:
     is_parquet = path.suffix.lower() == PARQUET
     _require_kind(path, is_parquet=is_parquet)
     name = printable(str(path), keep="")
-    separator = TABLES.get(ending_of(path))
+    separator = TABLES.get(ending_of(path.name))
     rows = _read_parquet(path) if is_parquet else _read_table(path, separator) if separator else _read_json(path)
     for sample, place in rows:
         yield sample, f"{name}, {place}{_id_suffix(sample)}"
 
 
-def _require_kind(path: Path, *, is_parquet: bool) -> None:
+def _require_kind(path: DataFile, *, is_parquet: bool) -> None:
     """Refuse what is not the JSON or Parquet that its name promises. Skip unreadable files: reading them raises the error."""
     try:
         with path.open("rb") as file:
@@ -73,7 +74,7 @@ def _require_kind(path: Path, *, is_parquet: bool) -> None:
             raise DataError(f"{path} is {kind}.", code="data.unsupported_kind")
 
 
-def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_json(path: DataFile) -> Iterator[tuple[Any, str]]:
     with open_text(path, argument=DATA_OPTIONS, errors="surrogateescape") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
@@ -89,14 +90,18 @@ def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
     yield from _read_list(path) if first.startswith("[") else _read_lines(path)
 
 
-def _read_list(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_list(path: DataFile) -> Iterator[tuple[Any, str]]:
+    """Read item by item, since the file may be larger than memory."""
     with open_text(path, argument=DATA_OPTIONS) as file:
-        text = file.read()
-    for number, sample in enumerate(_parse_json(text, path, first_line=1), start=1):
-        yield sample, f"sample {number}"
+        reader, number = ListReader(file), 0
+        try:
+            for number, sample in enumerate(reader, start=1):
+                yield sample, f"sample {number}"
+        except JsonError as error:
+            raise _not_json(error, path, reader.line, reader.column, reader.text, f"sample {number + 1}") from error
 
 
-def _read_lines(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_lines(path: DataFile) -> Iterator[tuple[Any, str]]:
     """Read line by line, since the file may be larger than memory."""
     with open_text(path, argument=DATA_OPTIONS, errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
@@ -108,21 +113,21 @@ def _read_lines(path: Path) -> Iterator[tuple[Any, str]]:
                 yield sample, f"line {number}"
 
 
-def _parse_line(line: str, path: Path, number: int) -> Any:
+def _parse_line(line: str, path: DataFile, number: int) -> Any:
     try:
         line.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{path}, line {number} is not UTF-8. Save the file as UTF-8.", code="data.not_utf8") from error
-    return _parse_json(line.rstrip("\n"), path, first_line=number)
+    return _parse_json(line.rstrip("\n"), path, number)
 
 
-def ending_of(path: Path) -> str:
+def ending_of(name: str) -> str:
     """Return the ending of a file's name, without that of a compression."""
-    uncompressed = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
-    return uncompressed.suffix.lower()
+    path = PurePath(name)
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def _read_table(path: Path, separator: str) -> Iterator[tuple[Any, str]]:
+def _read_table(path: DataFile, separator: str) -> Iterator[tuple[Any, str]]:
     """Read rows of CSV or TSV, with the names of the columns in the first line; every value is a text."""
     csv.field_size_limit(2**31 - 1)  # of the process; by default 128 KiB, less than a long text
     with open_text(path, argument=DATA_OPTIONS, newline="") as file:
@@ -151,18 +156,18 @@ def _read_table(path: Path, separator: str) -> Iterator[tuple[Any, str]]:
                 yield sample, f"line {reader.line_num}"
         except csv.Error as error:
             raise DataError(
-                f"{path}, line {reader.line_num}: not valid {ending_of(path)[1:].upper()}: {error}. Repair that line.",
+                f"{path}, line {reader.line_num}: not valid {ending_of(path.name)[1:].upper()}: {error}. Repair that line.",
                 code="data.bad_table",
             ) from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_parquet(path: DataFile) -> Iterator[tuple[Any, str]]:
     import pyarrow
     from pyarrow import parquet
 
     opened = False
     try:
-        with parquet.ParquetFile(path) as file:
+        with path.open("rb") as content, parquet.ParquetFile(content) as file:
             names = file.schema_arrow.names
             opened = True
             if len(set(names)) < len(names):
@@ -182,23 +187,27 @@ def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
         ) from error
 
 
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
+def _parse_json(text: str, path: DataFile, line: int) -> Any:
     try:
         return parse_json(text)
-    except NestingError as error:
-        raise DataError(
-            f"{path}, line {first_line}: JSON is nested too deeply for conversations. Expected {EXPECTED}.",
-            code="data.json_nested_too_deep",
-        ) from error
     except JsonError as error:
-        if error.position is None:  # a number with thousands of digits, or a duplicate key
-            raise DataError(f"{path}, line {first_line}: invalid JSON: {error}.", code="data.bad_json_value") from error
-        raise DataError(
-            f"{path}, line {first_line + error.line - 1}: not JSON: {error}, at column {error.column}; got "
-            f"{_excerpt(text, error.position)}. Expected one JSON list, or one JSON object per line. Name Parquet files "
-            ".parquet, and tables .csv or .tsv.",
-            code="data.not_json",
-        ) from error
+        raise _not_json(error, path, line, error.column, text) from error
+
+
+def _not_json(error: JsonError, path: DataFile, line: int, column: int, text: str, sample: str = "") -> DataError:
+    """Explain a fault at a place in the file, in the JSON `text`; `sample` is the number of the one that it is in, if known."""
+    place = f"{path}, {sample} (line {line})" if sample else f"{path}, line {line}"
+    if isinstance(error, NestingError):
+        return DataError(
+            f"{place}: JSON is nested too deeply for conversations. Expected {EXPECTED}.", code="data.json_nested_too_deep"
+        )
+    if error.position is None:  # a number with thousands of digits, or a duplicate key
+        return DataError(f"{place}: invalid JSON: {error}.", code="data.bad_json_value")
+    return DataError(
+        f"{path}, line {line}: not JSON: {error}, at column {column}; got {_excerpt(text, error.position)}. Expected one JSON "
+        "list, or one JSON object per line. Name Parquet files .parquet, and tables .csv or .tsv.",
+        code="data.not_json",
+    )
 
 
 def _excerpt(text: str, position: int) -> str:

@@ -1,4 +1,4 @@
-"""Choose the files of one split in a folder that is laid out like a dataset on the hub. Reads a README; otherwise pure.
+"""Choose the files of one split in a folder that is laid out like a dataset on the hub. Pure.
 
 If a README declares files, only these belong to the dataset (`declared_files`). Otherwise the names tell the split, by the
 rules of the library `datasets`: `data/train-00000-of-00002.parquet`, `train.jsonl`, `my_test.json`, folders `train/` and
@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import Generic, TypeVar
 
-from zero_sft.data.sources.declared_files import TRAIN, declared_in
+from zero_sft.data.sources.declared_files import TRAIN, DeclaredFiles
 from zero_sft.errors import DataError
 from zero_sft.printable import excerpt, with_count
 
@@ -24,43 +25,53 @@ _KEYWORDS = {
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}")
 _WORD_SEPARATORS = re.compile(r"[-._ 0-9]+")
 
+File = TypeVar("File")
+"""A file: a local path or a remote file."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChosenSplit:
+class ChosenSplit(Generic[File]):
     """The files to read; `left_out` are names of files in the folder that are not data.
 
     `note` is a line for the log if splits are left out or if several are read. `held_out` is a split that is left out by
     default, since the user has not named one.
     """
 
-    files: tuple[Path, ...] = ()
+    files: tuple[File, ...] = ()
     note: str = ""
     held_out: str | None = None
     left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Splits:
+class _Splits(Generic[File]):
     """The files of each split; the key None holds files that belong to no split.
 
     `undeclared` counts the files that the README, `source`, does not declare. `unmatched` lists, for each split, the patterns
     that match no file.
     """
 
-    files: Mapping[str | None, Sequence[Path]]
+    files: Mapping[str | None, Sequence[File]]
     undeclared: int = 0
     unmatched: Mapping[str | None, Sequence[str]] = field(default_factory=dict)
     source: Path | None = None
 
 
-def choose_split(folder: Path, files: Sequence[Path], requested: str | None) -> ChosenSplit:
+def choose_split(
+    folder: str, files: Mapping[str, File], declared: DeclaredFiles | None, requested: str | None
+) -> ChosenSplit[File]:
     """Return the files of the `requested` split; if it is None and there are several splits, those of `train`.
+
+    Args:
+        folder: its name for messages.
+        files: the data files in and below it, by their path inside it.
+        declared: the files that its README declares.
 
     Raises:
         DataError: no such split; several splits without a `train`; several configurations; an invalid README, or one that
             declares missing files.
     """
-    by_split = _group_by_split(folder, files)
+    by_split = _group_by_split(files, declared)
     splits = sorted(name for name in by_split.files if name is not None)
     if requested is not None:
         split = requested if requested in splits else _keyword(requested) or requested
@@ -88,20 +99,18 @@ def choose_split(folder: Path, files: Sequence[Path], requested: str | None) -> 
     return chosen
 
 
-def _group_by_split(folder: Path, files: Sequence[Path]) -> _Splits:
+def _group_by_split(by_name: Mapping[str, File], declared: DeclaredFiles | None) -> _Splits[File]:
     """Group the files by split: as the README declares them, otherwise by their names."""
-    declared = declared_in(folder)
-    by_name = {file.relative_to(folder).as_posix(): file for file in files}
     if declared is None or not declared.patterns:
         top = declared.data_dir if declared else ""
-        by_split = defaultdict[str | None, list[Path]](list)
+        by_split = defaultdict[str | None, list[File]](list)
         for name, file in by_name.items():
             if PurePosixPath(name).is_relative_to(top):
                 by_split[split_of(PurePosixPath(name).relative_to(top).as_posix())].append(file)
         found = sum(map(len, by_split.values()))
         return _Splits(
             files=by_split or {None: []},
-            undeclared=len(files) - found,
+            undeclared=len(by_name) - found,
             unmatched={} if found else {None: [f"{top}/"]},
             source=declared and declared.source,
         )
@@ -111,11 +120,11 @@ def _group_by_split(folder: Path, files: Sequence[Path]) -> _Splits:
         unmatched[split] = [pattern for pattern, names in names_of.items() if not names]
         declared_names = set(chain.from_iterable(names_of.values()))
         by_split[split] = [file for name, file in by_name.items() if name in declared_names]
-    undeclared = len(set(files).difference(*by_split.values()))
+    undeclared = len(set(by_name.values()).difference(*by_split.values()))
     return _Splits(files=by_split, undeclared=undeclared, unmatched=unmatched, source=declared.source)
 
 
-def _select(folder: Path, by_split: _Splits, selected: set[str | None]) -> ChosenSplit:
+def _select(folder: str, by_split: _Splits[File], selected: set[str | None]) -> ChosenSplit[File]:
     """Take the files of the selected splits, unless a declared one is missing, and note for the log what is left out."""
     missing = [pattern for split in by_split.files if split in selected for pattern in by_split.unmatched.get(split, ())]
     if missing:
@@ -128,7 +137,7 @@ def _select(folder: Path, by_split: _Splits, selected: set[str | None]) -> Chose
     others = {split or "without a split's name": len(files) for split, files in by_split.files.items() if split not in selected}
     if by_split.undeclared:
         others[f"not declared in {by_split.source.name if by_split.source else ''}"] = by_split.undeclared
-    files = tuple(sorted({file for split in selected for file in by_split.files[split]}))
+    files = tuple(sorted({file for split in selected for file in by_split.files[split]}, key=str))
     if not others:
         return ChosenSplit(files=files)
     left_out = ", ".join(f"{name} ({with_count(count, 'file')})" for name, count in sorted(others.items()))

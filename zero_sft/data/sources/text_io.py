@@ -6,26 +6,47 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, Literal, Protocol, TextIO
 
 from zero_sft.errors import DataError
 
 
-def _open_zstd(path: Path, _: str, *, encoding: str, errors: str, newline: str | None) -> TextIO:
-    """Open as `gzip.open` does in text mode. Uses pyarrow's decompressor, since Python before 3.14 does not have one."""
+class DataFile(Protocol):
+    """A file of the user, local (`Path`) or remote (`RemoteFile`); `str` gives its name for messages."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        ...
+
+    @property
+    def suffix(self) -> str:
+        """The ending of its name, such as ".gz"."""
+        ...
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Open it, at its beginning; it can seek."""
+        ...
+
+
+def _open_zstd(file: BinaryIO) -> Any:
+    """Decompress with pyarrow, since Python before 3.14 has no decompressor for it."""
     import pyarrow
 
-    stream: Any = pyarrow.CompressedInputStream(path.open("rb"), "zstd")
-    return io.TextIOWrapper(stream, encoding=encoding, errors=errors, newline=newline)
+    return pyarrow.CompressedInputStream(file, "zstd")
 
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
-"""The opener for each file name ending of compressed text."""
+COMPRESSED: Mapping[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+"""The function that decompresses an open file, for each ending of a compressed file's name."""
 
 
-def read_text(path: Path, *, expected: str, argument: str) -> str:
+def read_text(path: DataFile, *, expected: str, argument: str) -> str:
     """Read a UTF-8 text file, with or without a byte order mark. Any rank; does not communicate.
 
     `expected` is the expected content and `argument` the option that named the file, for the error message.
@@ -41,18 +62,19 @@ def read_text(path: Path, *, expected: str, argument: str) -> str:
 
 
 @contextlib.contextmanager
-def open_text(path: Path, *, argument: str, errors: str = "strict", newline: str | None = None) -> Iterator[TextIO]:
+def open_text(path: DataFile, *, argument: str, errors: str = "strict", newline: str | None = None) -> Iterator[TextIO]:
     """Open a text file for the block, decompressed if its name says so. Raises as `readable` does.
 
     `errors` and `newline` are `open`'s parameters, for bytes that are not UTF-8 and for line ends.
     """
-    opener = COMPRESSED.get(path.suffix.lower(), open)
-    with readable(path, argument=argument), opener(path, "rt", encoding="utf-8-sig", errors=errors, newline=newline) as file:
-        yield file
+    decompress = COMPRESSED.get(path.suffix.lower(), contextlib.nullcontext)
+    with readable(path, argument=argument), path.open("rb") as file, decompress(file) as content:
+        with io.TextIOWrapper(content, encoding="utf-8-sig", errors=errors, newline=newline) as text:
+            yield text
 
 
 @contextlib.contextmanager
-def readable(path: Path, *, argument: str) -> Iterator[None]:
+def readable(path: DataFile, *, argument: str) -> Iterator[None]:
     """Turn the errors of reading a file within the block into one clear error.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Files at URLs, from servers on loopback."""
