@@ -251,6 +251,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     from zero_sft.job.simulated_faults import SimulatedFaults
     from zero_sft.job.slow_ranks import SlowRanks
     from zero_sft.job.steps import StepLog
+    from zero_sft.job.stream_place import StreamPosition
     from zero_sft.job.trainer import JobTrainer, LogLastStep, collator_for
     from zero_sft.job.watching import WatchSteps
 
@@ -274,11 +275,13 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # about the arguments, so the same on every rank
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     row_name = "packed rows" if inputs.training_data.is_packed else "samples"
+    if inputs.stream_place is not None:
+        trainer.add_callback(StreamPosition(inputs.training_data.rows, inputs.record.samples_a_step, inputs.stream_place.data))
     log = StepLog(lambda: trainer.tokens, row_name, timeline, lambda: trainer.flops_per_token)
     trainer.add_callback(log)
     checks = LossChecks(
         trainer,
-        inputs.training_data.samples,
+        inputs.training_data.recent_samples,
         world,
         on_nan=arguments.on_nan,
         spike_factor=arguments.spike_factor,

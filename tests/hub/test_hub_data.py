@@ -80,3 +80,62 @@ def test_what_the_hub_has_not(repo):
             assert error_codes(shown) == ["data.hub_dataset_unavailable"]
             assert value in shown
             assert "Traceback" not in shown
+
+
+SAME_ROWS = """
+import itertools, json, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from zero_sft.data.mixture import DatasetSpec, prepare_sources
+from zero_sft.data.sources.data_path import parse_sources
+from zero_sft.data.stream import Stream
+from zero_sft.data.templates.choose import choose_template
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+template = choose_template(None, tokenizer)
+found = []
+for text in sys.argv[3:]:
+    spec = DatasetSpec(sources=parse_sources(text), model_max_length=5000, root=Path(sys.argv[2]))
+    columns = ["input_ids", "labels"]
+    found.append(prepare_sources(spec, tokenizer, template).rows.select_columns(columns).to_list())
+    first = next(iter(Stream(spec, spec.pipeline(tokenizer, template), shuffle=False)))
+    found.append(first.rows.select(columns).to_pylist())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_same_samples_give_the_same_tokens_from_everywhere(tmp_path):
+    """As JSON lines, Parquet and a dataset of the hub, prepared and streamed; calls have other arguments in each row."""
+    from datasets import Dataset
+
+    tool = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {
+        "type": "object", "properties": {"at": {"type": "string"}}}}}  # fmt: skip
+    rows = [
+        {"tools": [tool] if n else [], "messages": [
+            {"role": "user", "content": f"{n}?", "tool_calls": None},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"type": "function", "function": {"name": "look", "arguments": {("at", "to")[n % 2]: str(n)}}}]},
+            {"role": "tool", "content": "seen", "tool_calls": None},
+            {"role": "assistant", "content": f"It is {n}.", "tool_calls": None}]}
+        for n in range(1, 5)
+    ]  # fmt: skip
+    (tmp_path / "repo").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "repo" / "train.parquet")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    from zero_sft.data.templates.named import HERMES
+
+    tiny.byte_tokenizer(HERMES).save_pretrained(tmp_path / "model")
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "home" / "datasets"),
+           "HF_HUB_OFFLINE": "0"}  # fmt: skip
+    with standin.serve(standin.Hub({REPO: [(standin.commit_hash("1"), tmp_path / "repo")]})) as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", SAME_ROWS, tmp_path / "model", tmp_path / "cache", tmp_path / "rows.jsonl",
+             tmp_path / "repo" / "train.parquet", REPO, f"hf://datasets/{REPO}/train.parquet"],
+            env={**env, "HF_ENDPOINT": hub.url}, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, *others = json.loads(done.stdout.splitlines()[-1])
+    assert len(first) == 4
+    assert len(others) == 7
+    assert all(other == first for other in others)

@@ -68,6 +68,10 @@ class DataArguments:
     lazy_preprocess: bool = field(
         default=False, metadata={"help": "Tokenise each sample when it is needed, instead of all at the start."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Tokenise samples while the model is trained, without storing them; needs --max_steps."},
+    )
     data_format: DataFormat | None = field(
         default=None, metadata={"help": "The format of all samples; by default, it is detected for each sample."}
     )

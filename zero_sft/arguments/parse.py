@@ -106,6 +106,7 @@ def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[
         )
     yield from unusable_lora_options(values)
     yield from unusable_patterns(values)
+    yield from _unusable_with_streaming(values)
     yield from _unusable_checkpoint_options(values)
     yield from _unusable_step_options(values)
     has_metric = values.get("metric_for_best_model") or "metric_for_best_model" in unusable
@@ -126,6 +127,30 @@ def _unusable_values(values: Mapping[str, Any], unusable: Set[str]) -> Iterator[
     yield from _evaluation_precision(values)
     if isinstance(values.get("accelerator_config"), Mapping):
         yield from refused_accelerator_keys(values["accelerator_config"])
+
+
+def _unusable_with_streaming(values: Mapping[str, Any]) -> Iterator[ArgumentError]:
+    """Yield an error for each option that --streaming can't go with: a stream has neither a length nor an end."""
+    if not values.get("streaming"):
+        return
+    if values.get("max_steps", -1) == -1:
+        yield ArgumentError(
+            "--streaming True does not know how many samples there are: give the length of the run with --max_steps",
+            code="arguments.streaming_without_steps",
+        )
+    refused = [("lazy_preprocess", True), ("train_sampling_strategy", "group_by_length")]
+    refused += [(name, "epoch") for name in ("save_strategy", "eval_strategy", "logging_strategy")]
+    for name, value in refused:
+        if values.get(name) == value:
+            yield ArgumentError(
+                f"--{name} {value} does not go with --streaming True: leave one out", code="arguments.contradiction"
+            )
+    if values.get("dataloader_num_workers"):
+        yield ArgumentError(
+            f"--dataloader_num_workers {values['dataloader_num_workers']} does not go with --streaming True, which has "
+            "processes for it (--dataset_num_proc): leave one out",
+            code="arguments.contradiction",
+        )
 
 
 def _unusable_checkpoint_options(values: Mapping[str, Any]) -> Iterator[ArgumentError]:

@@ -7,7 +7,7 @@ answer stays in the dataset, without labels. The rows are memory-mapped from a f
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,21 +65,30 @@ class PreparedDataset:
         """Return the reports and notes as lines for the log."""
         return [*(line for report in self.reports for line in report.lines()), *self.notes]
 
+    def recent_samples(self) -> "datasets.Dataset":
+        """Return the samples, among which those of a batch are looked for."""
+        return self.samples
+
     def warnings(self) -> list[str]:
         """Return warnings, as lines, about data that looks wrong."""
-        warnings = []
-        for report in self.reports:
-            if report.bad > _WARNING_SHARE * report.samples:
-                warnings.append(f"{report.file}: {report.bad / report.samples:.0%} of the samples are bad and were skipped")
-            if report.untrained_share > _WARNING_SHARE:
-                share = f"{report.untrained_share:.0%} of the {'usable ' if report.bad else ''}samples"
-                warnings.append(f"{report.file}: nothing is trained on in {share} ({list_counts(report.untrained)})")
-            if report.thoughts and report.dropped_thoughts == report.thoughts:
-                warnings.append(
-                    f"{report.file}: the template {report.template} leaves out the thoughts of all {report.thoughts:,} answers "
-                    "that have some, so they are not trained on"
-                )
-        return warnings
+        return warnings_of(self.reports)
+
+
+def warnings_of(reports: Sequence[DataReport]) -> list[str]:
+    """Return warnings, as lines, about data that looks wrong according to the reports on its sources."""
+    warnings = []
+    for report in reports:
+        if report.bad > _WARNING_SHARE * report.samples:
+            warnings.append(f"{report.file}: {report.bad / report.samples:.0%} of the samples are bad and were skipped")
+        if report.untrained_share > _WARNING_SHARE:
+            share = f"{report.untrained_share:.0%} of the {'usable ' if report.bad else ''}samples"
+            warnings.append(f"{report.file}: nothing is trained on in {share} ({list_counts(report.untrained)})")
+        if report.thoughts and report.dropped_thoughts == report.thoughts:
+            warnings.append(
+                f"{report.file}: the template {report.template} leaves out the thoughts of all {report.thoughts:,} answers "
+                "that have some, so they are not trained on"
+            )
+    return warnings
 
 
 def prepare_source(data: DataSource, pipeline: Pipeline, root: Path, *, processes: int = 1) -> PreparedDataset:
@@ -147,7 +156,7 @@ def _write_rows(file: Path, data: DataSource, state: Any, pipeline: Pipeline, pr
                 task.advance(batch.report.samples)
                 writer.write_batch(batch.rows)
                 reports.append(batch.report)
-    report = _total_report(data, reports, pipeline)
+    report = report_of_source(data, reports, pipeline.model_max_length)
     if data.state() != state:
         raise DataError(
             f"{data.name} changed while it was read. Start again when no other process writes to it.",
@@ -156,7 +165,7 @@ def _write_rows(file: Path, data: DataSource, state: Any, pipeline: Pipeline, pr
     return report.kept, asdict(report)
 
 
-def _total_report(data: DataSource, reports: list[DataReport], pipeline: Pipeline) -> DataReport:
+def report_of_source(data: DataSource, reports: list[DataReport], model_max_length: int) -> DataReport:
     """Sum the batches' reports into the report of the source; raise `DataError` if there is nothing to train on."""
     report = total([DataReport(file=data.name), *reports])
     if report.samples == report.bad:
@@ -170,7 +179,7 @@ def _total_report(data: DataSource, reports: list[DataReport], pipeline: Pipelin
     if report.kept and not report.has_trained:  # lazy: all samples were tokenised as a check, none has trained tokens
         report = replace(report, kept=0, dropped={**report.dropped, CUT_OFF: report.kept})
     if not report.kept:
-        raise DataError(_nothing_left(report, pipeline.model_max_length), code="data.nothing_left")
+        raise DataError(_nothing_left(report, model_max_length), code="data.nothing_left")
     return report
 
 

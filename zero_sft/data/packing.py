@@ -17,6 +17,7 @@ from zero_sft.printable import with_count
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 PACKABLE_MODEL_TYPES = frozenset(
     """
@@ -46,7 +47,7 @@ functions of flash-attn. The separate flash attention classes of `gpt_neo` and `
 """
 
 _BATCH_SAMPLES = 20_000  # samples packed together, unless they are very long
-_BATCH_TOKENS = 2**30  # Arrow's offsets into a column have 32 bits
+_BATCH_TOKENS = 2**28  # so that they fit into memory; Arrow's offsets into a column have 32 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,22 +110,38 @@ def _obstacle(config: Any, attention: str | None, lazy: bool) -> str:
     return ""
 
 
+def samples_packed_together(model_max_length: int) -> int:
+    """Return the number of samples among which those for a row are chosen."""
+    return max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length))
+
+
 def pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None = None) -> "datasets.Dataset":
     """Pack samples into rows of at most `model_max_length` tokens.
 
     Each row has `input_ids`, `labels` and `seq_lengths`, the lengths of its samples; and `weights`, if the samples have them.
     The rows are written to `file`; None leaves the choice to `datasets`.
     """
+    with progress.task("packing the samples"):
+        return _pack(dataset, model_max_length, file)
+
+
+def pack_table(samples: "pyarrow.Table", model_max_length: int) -> "pyarrow.Table":
+    """Pack the samples of a table in memory, as `pack` does; any thread may call it."""
+    import datasets
+
+    return _pack(datasets.Dataset(samples), model_max_length, None).with_format("arrow")[:]
+
+
+def _pack(dataset: "datasets.Dataset", model_max_length: int, file: str | None) -> "datasets.Dataset":
     from trl import pack_dataset
 
-    batch_size = max(1, min(_BATCH_SAMPLES, _BATCH_TOKENS // model_max_length))
+    batch_size = samples_packed_together(model_max_length)
     options = {"cache_file_name": file, "batch_size": batch_size, "load_from_cache_file": False}
     columns = [name for name in ("input_ids", "labels", WEIGHTS) if name in dataset.column_names]
-    with progress.task("packing the samples"):
-        samples = dataset.select_columns(columns)
-        if WEIGHTS in columns:
-            samples = samples.map(_with_weights, load_from_cache_file=False)
-        return pack_dataset(samples, model_max_length, "bfd", options)
+    samples = dataset.select_columns(columns)
+    if WEIGHTS in columns:
+        samples = samples.map(_with_weights, load_from_cache_file=False)
+    return pack_dataset(samples, model_max_length, "bfd", options)
 
 
 def _with_weights(sample: Mapping[str, Any]) -> dict[str, list[float]]:

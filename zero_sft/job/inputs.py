@@ -1,12 +1,13 @@
 """Read and check all inputs of the job except the weights: configs, tokenizer, chat template and data."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zero_sft import ds_config as ds_configs
 from zero_sft.arguments import ParsedArguments, build_training_arguments
@@ -19,7 +20,7 @@ from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
 from zero_sft.data.dataset import PreparedDataset, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
-from zero_sft.data.packing import packing_unless_too_few, resolve_packing
+from zero_sft.data.packing import PackingDecision, packing_unless_too_few, resolve_packing
 from zero_sft.data.prepare_distributed import prepare_distributed
 from zero_sft.data.sources.data_path import (
     HubDataset,
@@ -47,10 +48,14 @@ from zero_sft.saving.earlier_run import LOGS, overwrites_earlier_run
 from zero_sft.saving.folder import explain_write_errors, require_usable_local_folder, require_writable_everywhere, resolved
 from zero_sft.saving.placing import ADAPTER_SETTINGS, SETTINGS, require_replaceable
 from zero_sft.saving.resume import AUTO, agree_on_checkpoint
-from zero_sft.saving.resume_step import log_other_steps, step_of_same_sample
+from zero_sft.saving.resume_step import ENDLESS, log_other_steps, step_of_same_sample
 from zero_sft.saving.run_record import RunRecord, read_record, require_same_run, warn_of_other_data
 from zero_sft.saving.trainer_checkpoint import TrainerCheckpoint, require_no_checkpoint
 from zero_sft.tokenizer import load_tokenizer_from
+
+if TYPE_CHECKING:
+    from zero_sft.data.streamed import StreamedData
+    from zero_sft.job.stream_place import StreamPlace
 
 logger = logging.getLogger("zero_sft.train")
 
@@ -70,6 +75,7 @@ class Inputs:
         stored_rows: rows of the embedding in the model's files; `model_spec` has more if tokens were added.
         adapter: the adapters that are trained; None: the model is.
         repository: the repository on the hub to which the model is uploaded; None: it is not.
+        stream_place: where the run begins in its training data, if that is streamed.
     """
 
     arguments: Any
@@ -79,7 +85,7 @@ class Inputs:
     tokenizer: Any
     saved_tokenizer: Any
     template: Template
-    training_data: PreparedDataset
+    training_data: "PreparedDataset | StreamedData"
     evaluation_data: dict[str, PreparedDataset]
     prompts: tuple[str, ...]
     generation_config: Any
@@ -88,6 +94,7 @@ class Inputs:
     overwrites_run: bool
     adapter: AdapterPlan | None
     repository: str | None
+    stream_place: "StreamPlace | None"
 
     @property
     def log_folder(self) -> Path:
@@ -118,15 +125,26 @@ class _Preparation:
     template: Template
     model_spec: ModelSpec
 
-    def prepare(self, title: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
-        """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
-        dataset_spec = DatasetSpec.from_options(
+    def spec(self, sources: tuple[Source, ...], *, pack: bool) -> DatasetSpec:
+        """Return what determines the rows of `sources`."""
+        return DatasetSpec.from_options(
             self.parsed.data,
             self.arguments,
             sources=sources,
             pack=pack,
             embedding_rows=getattr(text_config(self.model_spec.config), "vocab_size", None),
         )
+
+    def packing(self) -> PackingDecision:
+        """Decide whether the training data is packed; raise `ArgumentError` if that is wanted but not possible."""
+        options, spec = self.parsed.data, self.model_spec
+        return resolve_packing(
+            options.packing, text_config(spec.config), attention=spec.attn_implementation, lazy=options.lazy_preprocess
+        )
+
+    def prepare(self, title: str, sources: tuple[Source, ...], world: World, *, pack: bool = False) -> PreparedDataset:
+        """Prepare the data of `sources`, and log its report under `title`. Every rank; communicates."""
+        dataset_spec = self.spec(sources, pack=pack)
         logger.info("%s: %s", title, dataset_spec.name)
         prepared = prepare_distributed(dataset_spec, self.tokenizer, self.template, world)
         for line in prepared.lines():
@@ -158,10 +176,14 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
     preparation = _Preparation(
         parsed=parsed, arguments=arguments, tokenizer=tokenizer, template=template, model_spec=model_spec
     )
-    training_data = _training_data(preparation, data_sources.training, world)
-    if _groups_by_length(parsed, training_data):
-        arguments.train_sampling_strategy = "group_by_length"
-    record = _with_size(record, training_data, arguments)
+    stream_place = None
+    if parsed.data.streaming:
+        training_data, record, stream_place = _streamed_data(preparation, data_sources.training, record, checkpoint, world)
+    else:
+        training_data = _training_data(preparation, data_sources.training, world)
+        if _groups_by_length(parsed, training_data):
+            arguments.train_sampling_strategy = "group_by_length"
+        record = _with_size(record, training_data, arguments)
     data = [source.data.name if isinstance(source.data, HubDataset) else Path(source.data.name).name
             for source in data_sources.training]  # fmt: skip
     base = model_source.name if model_source.folder is None else model_source.folder.resolve().name
@@ -185,6 +207,7 @@ def read_inputs(parsed: ParsedArguments, world: World) -> Inputs:
         overwrites_run=overwrites_run,
         adapter=adapter,
         repository=repository,
+        stream_place=stream_place,
     )
 
 
@@ -335,17 +358,58 @@ def _check_record(
 
 def _training_data(preparation: _Preparation, sources: tuple[Source, ...], world: World) -> PreparedDataset:
     """Prepare the training data, packed if that is possible and fills a batch. Every rank; communicates."""
-    options, spec, arguments = preparation.parsed.data, preparation.model_spec, preparation.arguments
-    batch_size = arguments.per_device_train_batch_size
-    packing = resolve_packing(
-        options.packing, text_config(spec.config), attention=spec.attn_implementation, lazy=options.lazy_preprocess
-    )
+    options, arguments = preparation.parsed.data, preparation.arguments
+    batch_size, packing = arguments.per_device_train_batch_size, preparation.packing()
     prepared = preparation.prepare("training data", sources, world, pack=packing.enabled)
     packing = packing_unless_too_few(packing, options.packing, len(prepared.rows), arguments.data_ranks * batch_size)
     data = prepared if packing.enabled else prepared.unpacked()
     require_one_batch(data, world_size=arguments.data_ranks, per_device_batch_size=batch_size)
     logger.info("  %s", data.packing_note or f"not packed: {packing.reason}")
     return data
+
+
+def _streamed_data(
+    preparation: _Preparation,
+    sources: tuple[Source, ...],
+    record: RunRecord,
+    checkpoint: TrainerCheckpoint | None,
+    world: World,
+) -> "tuple[StreamedData, RunRecord, StreamPlace]":
+    """Begin to stream the training data where the run goes on. Every rank; communicates.
+
+    Sets `arguments.train_sampling_strategy`, since the stream itself shuffles.
+
+    Returns:
+        The data, the record with the steps, and the place in the data.
+    """
+    from zero_sft.data.streamed import stream_data
+    from zero_sft.job.stream_place import find_place
+
+    arguments = preparation.arguments
+    packing = preparation.packing()
+    spec = preparation.spec(sources, pack=packing.enabled)
+    logger.info("training data, streamed: %s", spec.name)
+    record = replace(record, max_steps=arguments.max_steps, steps_an_epoch=ENDLESS)
+    shuffle = arguments.train_sampling_strategy != "sequential"
+    arguments.train_sampling_strategy = "sequential"
+    with collective_stage(world, "finding the place in the data"):
+        weights, sizes = [source.weight for source in sources], [source.data.sizes() for source in sources]
+        identity = json.loads(json.dumps([shuffle, spec.seed, packing.enabled, weights, sizes]))
+        place = find_place(checkpoint and checkpoint.folder, record, identity, world.is_main)
+    data = stream_data(
+        spec,
+        spec.pipeline(preparation.tokenizer, preparation.template),
+        world,
+        length=arguments.max_steps * record.samples_a_step,
+        rows_a_step=record.samples_a_step,
+        shuffle=shuffle,
+        states=place.states,
+        begin_at=place.row,
+    )
+    for line in (line for report in data.reports for line in report.lines()):
+        logger.info("  %s", line)
+    logger.info("  %s", "packed block by block" if packing.enabled else f"not packed: {packing.reason}")
+    return data, record, place
 
 
 def _groups_by_length(parsed: ParsedArguments, data: PreparedDataset) -> bool:

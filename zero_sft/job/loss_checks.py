@@ -44,7 +44,7 @@ class LossChecks(TrainerCallback):
     """React to numbers that are not usable. Every rank; communicates only when there are some.
 
     Args:
-        samples: the training samples before they are packed.
+        samples: returns the training samples before they are packed, of streamed data those in memory.
         on_nan: "stop" ends the run; "skip" trains on without the step; "rollback" restores the newest checkpoint first.
         spike_factor: a loss above this many times the median of the last ones is a warning; 0: none is.
         roll_back: restores the newest checkpoint, and returns its name; None if there is none.
@@ -53,7 +53,7 @@ class LossChecks(TrainerCallback):
     def __init__(
         self,
         trainer: "JobTrainer",
-        samples: "datasets.Dataset",
+        samples: "Callable[[], datasets.Dataset]",
         world: World,
         *,
         on_nan: Literal["stop", "skip", "rollback"],
@@ -151,7 +151,7 @@ class LossChecks(TrainerCallback):
             place
             for number in numbers
             if number < len(batches)
-            for place in find_places(self._samples, samples_of_batch(batches[number]))
+            for place in find_places(self._samples(), samples_of_batch(batches[number]))
         ]
 
 

@@ -160,6 +160,7 @@ class JobTrainer(SavingTrainer):
         samples, size = len(self.train_dataset), self.args.train_batch_size  # type: ignore[arg-type]
         try:
             for batch in batches:
+                require_weights_possible(batch.keys(), LOSS_WEIGHTS, self.args.loss_type)  # type: ignore[attr-defined]
                 whole = self._mask_in_last_batch(batch, samples, size, self.args.dataloader_drop_last)
                 if self._shared is not None:
                     self._whole_batches.append(whole)

@@ -6,6 +6,9 @@ from zero_sft.saving.run_record import RunRecord
 
 logger = logging.getLogger(__name__)
 
+ENDLESS = 2**62
+"""The steps of an epoch of data that is streamed."""
+
 
 def step_of_same_sample(step: int, then: RunRecord, now: RunRecord) -> int:
     """Return the number of steps of this run before the sample that came after `step` steps of the earlier run. Pure.

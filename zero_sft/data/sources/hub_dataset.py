@@ -32,10 +32,18 @@ class HubDataset:
         named = f"{self.id}@{self.revision}" if self.revision else self.id
         return ":".join(filter(None, (named, self.config, self.split)))
 
-    def objects(self) -> Iterator[tuple[Any, str]]:
-        """Yield each row with its place for messages, "org/name:split, sample 3"; raises `DataError` as `_loaded` does."""
-        for number, row in enumerate(_loaded(self), start=1):
+    def objects(self, *, start: int = 0, streaming: bool = False) -> Iterator[tuple[Any, str]]:
+        """Yield each row from number `start` on with its place for messages, "org/name:split, sample 3".
+
+        With `streaming`, the dataset is not downloaded as a whole. Raises `DataError` as `_load` does.
+        """
+        rows = _load(self, streaming=True).skip(start) if streaming else _loaded(self).skip(start) if start else _loaded(self)
+        for number, row in enumerate(rows, start=start + 1):
             yield row, f"{self.name}, sample {number}"
+
+    def sizes(self) -> list[Any]:
+        """Return JSON-able names, which tell a run that is resumed whether the data is the same."""
+        return [self.name]
 
     def chosen(self) -> ChosenSplit[Path]:
         """Return an empty choice: no files are ignored, and the name includes the split."""
@@ -60,11 +68,18 @@ def _loaded(source: HubDataset) -> "datasets.Dataset":
 
     Nobody clears it. The rows are memory-mapped from the cache of `datasets`.
     """
+    return _load(source, streaming=False)
+
+
+def _load(source: HubDataset, *, streaming: bool) -> Any:
+    """Load a dataset, or with `streaming` open it; raise `DataError` if that is not possible."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(source.id, source.config, split=source.split, revision=source.revision)
+        return datasets.load_dataset(
+            source.id, source.config, split=source.split, revision=source.revision, streaming=streaming
+        )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = next(iter(printable(str(error)).strip().splitlines()), type(error).__name__)
         raise DataError(

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from zero_sft.data.sources.declared_files import DeclaredFiles, declared_in
-from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, TABLES, ending_of, read_objects
+from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, TABLES, Skip, ending_of, read_objects
 from zero_sft.data.sources.splits import ChosenSplit, File, choose_split
 from zero_sft.data.sources.text_io import COMPRESSED, readable
 from zero_sft.errors import DataError
@@ -62,10 +62,11 @@ class LocalFiles:
             )
         return ChosenSplit(files=(self.path,))
 
-    def objects(self) -> Iterator[tuple[Any, str]]:
-        """Yield each object of all files with its place, as `read_objects` does."""
+    def objects(self, *, start: int = 0, streaming: bool = False) -> Iterator[tuple[Any, str]]:
+        """Yield each object of all files from number `start` on with its place, as `read_objects` does."""
+        skip = Skip(start)
         for file in self.chosen().files:
-            yield from read_objects(file)
+            yield from read_objects(file, skip)
 
     def identity(self) -> list[Any]:
         """Return JSON-able digests of the files' contents; they do not depend on the folder or on dates."""
@@ -74,6 +75,10 @@ class LocalFiles:
     def state(self) -> list[Any]:
         """Return values that change when the files are written to, without reading the files; raises `DataError`."""
         return [(file, _stat(file)) for file in self.chosen().files]
+
+    def sizes(self) -> list[Any]:
+        """Return JSON-able names and sizes of the files, which tell a run that is resumed whether the data is the same."""
+        return [[file.name, _stat(file)[2]] for file in self.chosen().files]
 
     def require_outside(self, root: Path, *, option: str, code: str) -> None:
         """Raise an error with that code if files written below `root`, the value of `option`, would be read as data."""

@@ -38,8 +38,22 @@ _BEGINNINGS = {
 }
 
 
-def read_objects(path: DataFile) -> Iterator[tuple[Any, str]]:
-    """Yield each object with its place, "<file>, sample 3" or "<file>, line 3 (id 'a')".
+class Skip:
+    """A number of objects that are passed over, without parsing them where that is possible. Reading counts `left` down."""
+
+    def __init__(self, left: int = 0) -> None:
+        self.left = left
+
+    def takes(self) -> bool:
+        """Whether the next object is passed over; counts it."""
+        if self.left:
+            self.left -= 1
+            return True
+        return False
+
+
+def read_objects(path: DataFile, skip: Skip | None = None) -> Iterator[tuple[Any, str]]:
+    """Yield each object with its place, "<file>, sample 3" or "<file>, line 3 (id 'a')", after those that `skip` takes.
 
     The `DataError` of a line that is not valid JSON takes the object's place, so that later lines can still be read.
 
@@ -50,7 +64,11 @@ def read_objects(path: DataFile) -> Iterator[tuple[Any, str]]:
     _require_kind(path, is_parquet=is_parquet)
     name = printable(str(path), keep="")
     separator = TABLES.get(ending_of(path.name))
-    rows = _read_parquet(path) if is_parquet else _read_table(path, separator) if separator else _read_json(path)
+    skip = skip or Skip()
+    if is_parquet:
+        rows = _read_parquet(path, skip)
+    else:
+        rows = _read_table(path, separator, skip) if separator else _read_json(path, skip)
     for sample, place in rows:
         yield sample, f"{name}, {place}{_id_suffix(sample)}"
 
@@ -74,7 +92,7 @@ def _require_kind(path: DataFile, *, is_parquet: bool) -> None:
             raise DataError(f"{path} is {kind}.", code="data.unsupported_kind")
 
 
-def _read_json(path: DataFile) -> Iterator[tuple[Any, str]]:
+def _read_json(path: DataFile, skip: Skip) -> Iterator[tuple[Any, str]]:
     with open_text(path, argument=DATA_OPTIONS, errors="surrogateescape") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
     if not first:
@@ -87,25 +105,26 @@ def _read_json(path: DataFile) -> Iterator[tuple[Any, str]]:
             "only the list, or each object on one line.",
             code="data.object_over_lines",
         )
-    yield from _read_list(path) if first.startswith("[") else _read_lines(path)
+    yield from _read_list(path, skip) if first.startswith("[") else _read_lines(path, skip)
 
 
-def _read_list(path: DataFile) -> Iterator[tuple[Any, str]]:
+def _read_list(path: DataFile, skip: Skip) -> Iterator[tuple[Any, str]]:
     """Read item by item, since the file may be larger than memory."""
     with open_text(path, argument=DATA_OPTIONS) as file:
         reader, number = ListReader(file), 0
         try:
             for number, sample in enumerate(reader, start=1):
-                yield sample, f"sample {number}"
+                if not skip.takes():
+                    yield sample, f"sample {number}"
         except JsonError as error:
             raise _not_json(error, path, reader.line, reader.column, reader.text, f"sample {number + 1}") from error
 
 
-def _read_lines(path: DataFile) -> Iterator[tuple[Any, str]]:
+def _read_lines(path: DataFile, skip: Skip) -> Iterator[tuple[Any, str]]:
     """Read line by line, since the file may be larger than memory."""
     with open_text(path, argument=DATA_OPTIONS, errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
+            if line.strip() and not skip.takes():
                 try:
                     sample = _parse_line(line, path, number)
                 except DataError as error:
@@ -127,7 +146,7 @@ def ending_of(name: str) -> str:
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
-def _read_table(path: DataFile, separator: str) -> Iterator[tuple[Any, str]]:
+def _read_table(path: DataFile, separator: str, skip: Skip) -> Iterator[tuple[Any, str]]:
     """Read rows of CSV or TSV, with the names of the columns in the first line; every value is a text."""
     csv.field_size_limit(2**31 - 1)  # of the process; by default 128 KiB, less than a long text
     with open_text(path, argument=DATA_OPTIONS, newline="") as file:
@@ -144,7 +163,7 @@ def _read_table(path: DataFile, separator: str) -> Iterator[tuple[Any, str]]:
                     code="data.duplicate_columns",
                 )
             for row in reader:
-                if not row:
+                if not row or skip.takes():
                     continue
                 sample: Any = dict(zip(names, row, strict=False))
                 if len(row) != len(names):
@@ -161,7 +180,7 @@ def _read_table(path: DataFile, separator: str) -> Iterator[tuple[Any, str]]:
             ) from error
 
 
-def _read_parquet(path: DataFile) -> Iterator[tuple[Any, str]]:
+def _read_parquet(path: DataFile, skip: Skip) -> Iterator[tuple[Any, str]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -175,9 +194,16 @@ def _read_parquet(path: DataFile) -> Iterator[tuple[Any, str]]:
                     f"{path} has duplicate names among its columns {', '.join(map(excerpt, names))}. Rename them.",
                     code="data.duplicate_columns",
                 )
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
-                yield row, f"sample {number}"
+            number = 0
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if skip.left >= rows:
+                    skip.left, number = skip.left - rows, number + rows
+                    continue
+                for row in (row for batch in file.iter_batches(row_groups=[group]) for row in batch.to_pylist()):
+                    number += 1
+                    if not skip.takes():
+                        yield row, f"sample {number}"
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}. Check {DATA_OPTIONS}.", code="data.no_such_file") from error
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: a bad value in a column

@@ -10,7 +10,7 @@ from typing import Any
 
 from zero_sft.data.sources.declared_files import README, YAML, DeclaredFiles, declared_in
 from zero_sft.data.sources.local_files import choose_among
-from zero_sft.data.sources.objects import DATA_OPTIONS, read_objects
+from zero_sft.data.sources.objects import DATA_OPTIONS, Skip, read_objects
 from zero_sft.data.sources.splits import ChosenSplit
 from zero_sft.data.sources.text_io import readable
 from zero_sft.remote import RemoteFile
@@ -44,10 +44,11 @@ class RemoteFiles:
         visible = {name: file for name, file in files.items() if not _is_hidden(name)}
         return choose_among(visible, str(top), self.split, lambda: _declared(top, files))
 
-    def objects(self) -> Iterator[tuple[Any, str]]:
-        """Yield each object of all files with its place, as `read_objects` does."""
+    def objects(self, *, start: int = 0, streaming: bool = False) -> Iterator[tuple[Any, str]]:
+        """Yield each object of all files from number `start` on with its place, as `read_objects` does."""
+        skip = Skip(start)
         for file in self.chosen().files:
-            yield from read_objects(file)
+            yield from read_objects(file, skip)
 
     def identity(self) -> list[Any]:
         """Return the URLs of the files, and digests of their contents, those of the server if it gives any."""
@@ -56,6 +57,10 @@ class RemoteFiles:
     def state(self) -> list[Any]:
         """Return values that change when the files are written to, without reading the files; raises `DataError`."""
         return [(file, _version(file)) for file in self.chosen().files]
+
+    def sizes(self) -> list[Any]:
+        """Return JSON-able names and versions of the files, which tell a run that is resumed whether the data is the same."""
+        return [[file.name, *_version(file)] for file in self.chosen().files]
 
     def require_outside(self, root: Path, *, option: str, code: str) -> None:
         """Do nothing: no local folder is inside a remote one."""
