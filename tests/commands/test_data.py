@@ -1,6 +1,7 @@
 """`python -m zero_sft.data`: what it counts, shows and draws."""
 
 import json
+import re
 
 import pytest
 
@@ -158,7 +159,49 @@ def test_a_page_and_ids(model, tmp_path, capsys):
     assert "<script" not in text
     assert "Hi&lt;script&gt;" in text
     assert text.count('<rect class="bar"') == 1
+    assert text.count('<rect class="share"') == 1
     assert "1 row with weights other than 0 and 1" in text
     with_error = [*command, "--html", str(tmp_path / "nowhere" / "page.html")]
     assert main(with_error) == 2
     assert error_codes(capsys.readouterr().err) == ["export.unwritable"]
+
+
+def test_dropped_samples_are_shown_with_the_reason(model, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": "a", "completion": "b" * 10},
+        {"prompt": "long" * 30, "completion": "never seen"},
+        {"prompt": "first", "completion": ""},
+        {"prompt": "second", "completion": ""},
+        {"messages": 3},
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    command = ["--model_name_or_path", str(model), "--data_path", str(data), "--model_max_length", "60"]
+    assert main([*command, "--on_bad_sample", "skip", "--show_dropped", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert f"dropped, cut off before the first answer: {data}, line 2\n" in shown
+    assert '"completion": "never seen"' in shown
+    assert f"dropped, without an answer to train on: {data}, line 3\n" in shown
+    assert '"prompt": "first"' in shown
+    assert '"prompt": "second"' not in shown
+    assert f"skipped, since it is bad:\n{data}, line 5: " in shown
+    data.write_text(json.dumps(rows[0]))
+    assert main([*command, "--show_dropped", "3"]) == 0
+    assert "no sample was dropped" in capsys.readouterr().out
+
+
+def test_the_page_shows_the_mixture_and_the_kinds_of_text(model, tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\nHm, so.\n</think>\n\nYo"}]
+    for name, count in (("a", 30), ("b", 10)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"messages": turns}] * count))
+    data = f"{tmp_path}/a.json:0.5,{tmp_path}/b.json:0.5"
+    page = tmp_path / "page.html"
+    command = ["--model_name_or_path", str(model), "--data_path", data, "--model_max_length", "100", "--html", str(page)]
+    assert main(command) == 0
+    text = page.read_text()
+    shares = [float(share) for share in re.findall(r'aria-label="([0-9.]+)%"', text)]
+    assert len(shares) == 2
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert all(35 < share < 65 for share in shares)
+    assert text.count("<i class=thoughts>Hm, so.</i>") == 20
+    assert "<i class=thoughts>thoughts</i>" in text

@@ -9,7 +9,9 @@ import trl
 from tests.data.tiny import CHATML, byte_tokenizer, conversation, prepare
 from tests.data.tiny import trained_text as trained_tokens
 from tests.errors import raises
+from zero_sft.data.samples.parse import DEFAULT_PARSER
 from zero_sft.data.templates.choose import choose_template
+from zero_sft.data.templates.named import HERMES
 from zero_sft.data.tokenize import tokenize_rendered
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -165,3 +167,20 @@ def test_an_answer_of_white_space_is_counted_as_an_empty_one(tmp_path, template)
         assert (report.kept, report.empty_answers, report.dropped) == (3, 0, {})
     else:
         assert (report.kept, report.empty_answers, report.dropped) == (2, 1, {"without an answer to train on": 1})
+
+
+def test_thoughts_before_a_call_alone_are_counted_as_kept():
+    """In the text of an answer that has no other text, but a call."""
+    call = {"type": "function", "function": {"name": "now", "arguments": {}}}
+    tool = {"type": "function", "function": {"name": "now", "description": "The time.", "parameters": {"type": "object"}}}
+    sample = {"tools": [tool], "messages": [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "<think>\nI look.\n</think>", "tool_calls": [call]},
+        {"role": "tool", "content": "12"},
+        {"role": "assistant", "content": "Noon."},
+    ]}  # fmt: skip
+    tokenizer = byte_tokenizer(HERMES)
+    (parsed,) = DEFAULT_PARSER.read([(sample, "data.json, sample 1")]).samples
+    rendered = choose_template(None, tokenizer).render(parsed)
+    assert (rendered.thoughts, rendered.dropped_thoughts) == (1, 0)
+    assert rendered.text[slice(*rendered.spans[0])].startswith("<think>\nI look.\n</think>\n<tool_call>")

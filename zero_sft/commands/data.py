@@ -4,9 +4,10 @@ python -m zero_sft.data --model_name_or_path /models/Llama-3.1-8B --data_path my
 """
 
 import itertools
+import json
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from zero_sft.data.dataset import PreparedDataset
+    from zero_sft.data.mixture import DatasetSpec
     from zero_sft.data.packing import PackingDecision
+    from zero_sft.report.samples import ShownPart, ShownSample
 
 logger = logging.getLogger("zero_sft.data")
 
 BINS = 12
 SAMPLES_OF_PAGE = 20
 _BAR = 40  # characters of the longest bar
+_MOST_OF_DROPPED = 2000  # characters that are shown of a dropped sample
 
 _HUB = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 _TOKENS = ("add_tokens", "add_special_tokens", "resize_vocab")
@@ -45,6 +49,7 @@ class ReportArguments:
     """Options of the report."""
 
     show: int = field(default=0, metadata={"help": "Print this many samples, with the trained tokens in colour or ⟦brackets⟧."})
+    show_dropped: int = field(default=0, metadata={"help": "Print this many dropped samples for each reason, at most 20."})
     ids: bool = field(default=False, metadata={"help": "Print the token ids below the samples that are shown."})
     html: str | None = field(default=None, metadata={"help": "File for a page with the report, the lengths and 20 samples."})
     plot: str | None = field(default=None, metadata={"help": "File for a plot of the histogram of lengths."})
@@ -109,30 +114,82 @@ def _report(options: Any, notes: Sequence[str]) -> None:
     for line in lines:
         console.print(printable(line), markup=False)
     _print_histogram(lengths, console)
-    for number in range(min(options.show, len(samples))):
-        _print_sample(number, samples[number], tokenizer, console, ids=options.ids)
+    shown_count = min(max(options.show, SAMPLES_OF_PAGE if options.html else 0), len(samples))
+    shown = _shown_samples(samples.select(range(shown_count)), spec, tokenizer)
+    for number, sample in enumerate(shown[: options.show]):
+        _print_sample(number, sample, console, samples[number]["input_ids"] if options.ids else ())
+    _print_dropped(prepared, spec, options.show_dropped, console)
     if options.html:
-        _write_page(Path(options.html), options, lines, prepared, tokenizer)
+        _write_page(Path(options.html), options, lines, prepared, shown[:SAMPLES_OF_PAGE])
         console.print(f"page: {options.html}", markup=False)
     if options.plot:
         _draw(lengths, Path(options.plot), f"{len(lengths):,} samples of {options.data_path}")
         console.print(f"lengths drawn in {options.plot}", markup=False)
 
 
-def _write_page(path: Path, options: Any, lines: Sequence[str], prepared: "PreparedDataset", tokenizer: Any) -> None:
-    """Write the page of `--html`; raise `ExportError` if it can't be written."""
-    from zero_sft.report.samples import ShownPart, ShownSample, samples_page
+def _shown_samples(samples: Any, spec: "DatasetSpec", tokenizer: Any) -> "list[ShownSample]":
+    """Decode samples, and find in them tools, calls, results and thoughts."""
+    from zero_sft.report.kinds import find_kinds
+    from zero_sft.report.samples import ShownSample
 
-    samples = prepared.samples
-    shown = [
-        ShownSample(
-            place=str(sample["place"]),
-            tokens=len(sample["input_ids"]),
-            parts=tuple(ShownPart(text=text, weight=weight) for text, weight in _parts(sample, tokenizer)),
+    objects = find_objects(spec, [str(sample["place"]) for sample in samples])
+    shown = []
+    for sample in samples:
+        parts, place = _parts(sample, tokenizer), str(sample["place"])
+        found = spec.parser.read([(objects[place], place)]).samples if place in objects else ()
+        kinds = find_kinds(found[0] if found else None, "".join(text for text, _ in parts))
+        shown.append(ShownSample(place=place, tokens=len(sample["input_ids"]), parts=tuple(_cut(parts, kinds))))
+    return shown
+
+
+def find_objects(spec: "DatasetSpec", places: Sequence[str]) -> dict[str, Any]:
+    """Read the sources until the objects at these places are found, and return them by their places."""
+    wanted, found = set(places), {}
+    for source in spec.sources:
+        if wanted:
+            for value, place in source.data.objects():
+                if place in wanted:
+                    wanted.remove(place)
+                    found[place] = value
+                    if not wanted:
+                        break
+    return found
+
+
+def _cut(parts: Sequence[tuple[str, float]], kinds: Sequence[tuple[int, int, str]]) -> "Iterator[ShownPart]":
+    """Cut the parts of a text, with their weights, where a kind begins or ends."""
+    from zero_sft.report.samples import ShownPart
+
+    start, borders = 0, sorted({border for first, stop, _ in kinds for border in (first, stop)})
+    for text, weight in parts:
+        stop = start + len(text)
+        inner = [border for border in borders if start < border < stop]
+        for first, last in itertools.pairwise([start, *inner, stop]):
+            kind = next((kind for begin, end, kind in kinds if begin <= first and last <= end), "")
+            yield ShownPart(text=text[first - start : last - start], weight=weight, kind=kind)
+        start = stop
+
+
+def _write_page(
+    path: Path, options: Any, lines: Sequence[str], prepared: "PreparedDataset", shown: "Sequence[ShownSample]"
+) -> None:
+    """Write the page of `--html`; raise `ExportError` if it can't be written."""
+    from zero_sft.report.samples import ShownSource, samples_page
+
+    rows = prepared.source_rows or [report.kept for report in prepared.reports]
+    sources = [
+        ShownSource(
+            name=report.file,
+            samples=report.samples,
+            kept=report.kept,
+            tokens=report.tokens or 0,
+            trained_tokens=report.trained_tokens or 0,
+            share=count / sum(rows),
         )
-        for sample in (samples[number] for number in range(min(SAMPLES_OF_PAGE, len(samples))))
+        for report, count in zip(prepared.reports, rows, strict=True)
     ]
-    page = samples_page(f"Training data: {options.data_path}", lines, histogram(samples["length"]), shown)
+    bins = histogram(prepared.samples["length"])
+    page = samples_page(f"Training data: {options.data_path}", lines, sources, bins, shown)
     try:
         path.expanduser().write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -211,18 +268,49 @@ def _print_histogram(lengths: Sequence[int], console: "Console") -> None:
         console.print(f"  {first:>9,} to {last:>9,}  {count:>9,}  {bar}", markup=False)
 
 
-def _print_sample(number: int, sample: Any, tokenizer: Any, console: "Console", *, ids: bool) -> None:
+_STYLES = {"": "", "tools": " blue", "call": " bold magenta", "result": " cyan", "thoughts": " italic"}
+"""The style of a part of each kind, without the colour behind it."""
+
+
+def _print_sample(number: int, sample: "ShownSample", console: "Console", ids: Sequence[int]) -> None:
     from rich.text import Text
 
-    text = Text(f"\nsample {number + 1}, {len(sample['input_ids']):,} tokens\n", style="bold")
-    for words, weight in _parts(sample, tokenizer):
+    text = Text(f"\nsample {number + 1}, {sample.tokens:,} tokens\n", style="bold")
+    for weight, run in itertools.groupby(sample.parts, key=lambda part: part.weight):
+        parts = list(run)
         if weight and not console.is_terminal:
-            words = f"⟦{words}⟧" if weight == 1 else f"⟦{weight:g}: {words}⟧"
-        style = "not bold black on green" if weight == 1 else "not bold black on yellow" if weight else "not bold"
-        text.append(words, style=style)
+            words = "".join(part.text for part in parts)
+            text.append(f"⟦{words}⟧" if weight == 1 else f"⟦{weight:g}: {words}⟧", style="not bold")
+            continue
+        behind = " on green" if weight == 1 else " on yellow" if weight else ""
+        for part in parts:
+            front = _STYLES[part.kind] or (" black" if weight else "")
+            text.append(part.text, style=f"not bold{front}{behind}")
     if ids:
-        text.append("\n" + " ".join(map(str, sample["input_ids"])), style="not bold dim")
+        text.append("\n" + " ".join(map(str, ids)), style="not bold dim")
     console.print(text)
+
+
+def _print_dropped(prepared: "PreparedDataset", spec: "DatasetSpec", count: int, console: "Console") -> None:
+    """Print the first dropped samples for each reason, and those that can't be used with their errors."""
+    if count < 1:
+        return
+    dropped = [
+        (reason, place)
+        for report in prepared.reports
+        for reason, places in report.dropped_places.items()
+        for place in places[:count]
+    ]
+    objects = find_objects(spec, [place for _, place in dropped])
+    for reason, place in dropped:
+        words = json.dumps(objects.get(place), ensure_ascii=False, indent=1, default=str)
+        console.print(f"\ndropped, {reason}: {place}", style="bold", markup=False)
+        console.print(printable(words if len(words) <= _MOST_OF_DROPPED else f"{words[:_MOST_OF_DROPPED]} ..."), markup=False)
+    for message in (message for report in prepared.reports for message in report.first_bad[:count]):
+        console.print("\nskipped, since it is bad:", style="bold", markup=False)
+        console.print(printable(message), markup=False)
+    if not dropped and not any(report.first_bad for report in prepared.reports):
+        console.print("\nno sample was dropped", markup=False)
 
 
 def _draw(lengths: Sequence[int], path: Path, title: str) -> None:

@@ -39,15 +39,16 @@ class PreparedDataset:
     """The samples, and the rows that are trained on: packed samples, or the samples themselves.
 
     `samples` has the columns `input_ids`, `labels` and, unless lazy, `length` and `place`. Packed `rows` have `seq_lengths`
-    instead of these two. `reports` has one report per source, and `notes` describe the mixture. `packing_note` tells how full
-    the rows are; it is empty without packing. `transform` tokenises the rows of a lazy dataset. `keys` are the cache keys of
-    the sources' rows.
+    instead of these two. `reports` has one report per source, `notes` describe the mixture, and `source_rows` has the number of
+    samples of each source in it. `packing_note` tells how full the rows are; it is empty without packing. `transform` tokenises
+    the rows of a lazy dataset. `keys` are the cache keys of the sources' rows.
     """
 
     samples: "datasets.Dataset"
     rows: "datasets.Dataset"
     reports: tuple[DataReport, ...]
     notes: tuple[str, ...] = ()
+    source_rows: tuple[int, ...] = ()
     packing_note: str = ""
     transform: Pipeline | None = None
     keys: list[str] = field(default_factory=list)
@@ -137,7 +138,12 @@ def dataset_of_entry(
         report,
         file=data.name,
         template=pipeline.template.name,
-        first_bad=tuple(message.replace(report.file, data.name, 1) for message in report.first_bad),  # the file may have moved
+        # the file may have moved
+        first_bad=tuple(message.replace(report.file, data.name, 1) for message in report.first_bad),
+        dropped_places={
+            reason: [place.replace(report.file, data.name, 1) for place in places]
+            for reason, places in report.dropped_places.items()
+        },
     )
     transform = pipeline if pipeline.lazy else None
     samples = dataset.with_transform(pipeline) if transform else dataset

@@ -182,9 +182,10 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
         return parts[0]
     unformatted = [part.samples.with_format(None) for part in parts]
     mixed, notes = datasets.concatenate_datasets(unformatted), ()
+    counts = [len(part) for part in unformatted]
     if None not in weights:
         names = [part.reports[0].file for part in parts]
-        mixed, notes = _interleave(unformatted, [weight or 0.0 for weight in weights], seed, names)
+        mixed, counts, notes = _interleave(unformatted, [weight or 0.0 for weight in weights], seed, names)
     transform = parts[0].transform
     samples = mixed.with_transform(transform) if transform else mixed
     return PreparedDataset(
@@ -192,6 +193,7 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
         rows=samples,
         reports=tuple(report for part in parts for report in part.reports),
         notes=notes,
+        source_rows=tuple(counts),
         transform=transform,
         keys=[key for part in parts for key in part.keys],
     )
@@ -199,8 +201,8 @@ def mix(parts: Sequence[PreparedDataset], weights: Sequence[float | None], seed:
 
 def _interleave(
     parts: Sequence["datasets.Dataset"], weights: Sequence[float], seed: int, names: Sequence[str]
-) -> tuple["datasets.Dataset", tuple[str, ...]]:
-    """Draw rows by weight until each has been drawn; return the mixture and a line for the log on each part."""
+) -> tuple["datasets.Dataset", list[int], tuple[str, ...]]:
+    """Draw rows by weight until each has been drawn; return the mixture, and for each part its rows and a line for the log."""
     import datasets
 
     rows = [len(part) * sum(weights) / weight for part, weight in zip(parts, weights, strict=True)]
@@ -218,9 +220,10 @@ def _interleave(
         seed=seed,
         stopping_strategy="all_exhausted",
     )
-    counts = Counter(mixed[_SOURCE])
+    drawn = Counter(mixed[_SOURCE])
+    counts = [drawn[number] for number in range(len(parts))]
     lines = (
-        f"{name}: {counts[number]:,} of {len(mixed):,} rows of the mixture, each sample {counts[number] / len(part):.1f} times"
-        for number, (name, part) in enumerate(zip(names, parts, strict=True))
+        f"{name}: {count:,} of {len(mixed):,} rows of the mixture, each sample {count / len(part):.1f} times"
+        for name, part, count in zip(names, parts, counts, strict=True)
     )
-    return mixed.remove_columns(_SOURCE), tuple(lines)
+    return mixed.remove_columns(_SOURCE), counts, tuple(lines)

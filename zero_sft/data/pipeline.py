@@ -7,14 +7,14 @@ when they are needed.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from zero_sft.data.report import CUT_OFF, NO_ANSWER, TOO_LONG, DataReport, total
+from zero_sft.data.report import CUT_OFF, MOST_PLACES, NO_ANSWER, TOO_LONG, DataReport, total
 from zero_sft.data.samples.conversation import SYSTEM, Conversation, PromptCompletion, Sample, TokenIds, ToolCall, Turn
 from zero_sft.data.samples.embedded_tokens import require_embedded, require_ids
 from zero_sft.data.samples.overlong import DROP, SPLIT, TRUNCATE, split_rounds
@@ -90,6 +90,7 @@ class Pipeline:
             bad=len(parsed.bad),
             first_bad=tuple(parsed.bad),
             dropped={NO_ANSWER: len(parsed.samples) - len(answered)},
+            dropped_places=_places((NO_ANSWER, sample) for sample in parsed.samples if not self._is_answered(sample)),
         )
         return RowBatch(rows=rows, report=total([parsing, replace(report, kept=rows.num_rows)]))
 
@@ -126,7 +127,9 @@ class Pipeline:
         fitting = [pair for pair in tokenized if self.overlong != DROP or not pair[1].cut_tokens]
         parted, split_errors = apply_to_usable(lambda pair: (*pair, self._split(*pair)), fitting, skip_bad=skip_bad)
         used, kept, places, split_samples = list[Sample](), list[TokenizedSample](), list[str](), 0
-        dropped, dropped_parts = Counter({TOO_LONG: len(tokenized) - len(fitting)}), Counter[str]()
+        too_long = [(TOO_LONG, sample) for sample, tokens in tokenized if self.overlong == DROP and tokens.cut_tokens]
+        dropped, dropped_parts = Counter({TOO_LONG: len(too_long)}), Counter[str]()
+        without = list[tuple[str, Sample]]()
         for sample, whole, parts in parted:
             answered = [tokens for part, tokens in parts if self._is_answered(part)]
             trained = [tokens for tokens in answered if tokens.trained_tokens]
@@ -138,7 +141,8 @@ class Pipeline:
                 split_samples += len(parts) > 1
                 dropped_parts[CUT_OFF] += len(answered) - len(trained)
             else:
-                dropped[CUT_OFF if whole.cut_tokens else NO_ANSWER] += 1
+                without.append((CUT_OFF if whole.cut_tokens else NO_ANSWER, sample))
+        dropped.update(reason for reason, _ in without)
         columns = {
             "input_ids": [sample.input_ids for sample in kept],
             "labels": [sample.labels for sample in kept],
@@ -150,6 +154,7 @@ class Pipeline:
             self._report(used, [*bad_messages, *split_errors]),
             split=split_samples,
             dropped=dropped,
+            dropped_places=_places([*too_long, *without]),
             dropped_parts=dropped_parts,
             tokens=sum(columns["length"]),
             cut_samples=sum(sample.cut_tokens > 0 for sample in kept),
@@ -232,6 +237,15 @@ class Pipeline:
             "labels": [sample.labels for _, sample in tokenized],
             WEIGHTS: [sample.weights for _, sample in tokenized],
         }
+
+
+def _places(dropped: Iterable[tuple[str, Sample]]) -> dict[str, list[str]]:
+    """Return the places of the first few dropped samples, by reason."""
+    places: dict[str, list[str]] = {}
+    for reason, sample in dropped:
+        if len(places.setdefault(reason, [])) < MOST_PLACES:
+            places[reason].append(sample.where)
+    return places
 
 
 def _highest_id(samples: Sequence[Sample]) -> int | None:

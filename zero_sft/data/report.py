@@ -19,6 +19,9 @@ MOST_SHOWN = 3
 
 MOST_KEYS_SHOWN = 20
 
+MOST_PLACES = 20
+"""The number of dropped samples whose places are kept, for each reason."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
@@ -28,6 +31,7 @@ class DataReport:
     - `samples`: all samples. They include the `bad` ones, which were skipped, and those that were `split`.
     - `first_bad`: errors of the first few bad samples. `dropped_parts`: parts of split samples that were dropped, by reason.
     - `kept`: rows. `turns`: turns of the kept samples, without system texts. `dropped`: samples without a kept row, by reason.
+    - `dropped_places`: the places of the first few dropped samples, by reason.
     - `unread_keys`: for each key that was not read, the number of samples. `dropped_turns`: dropped turns, by reason.
     - `changes`: what the options have changed in the samples, and what looks wrong, by description, which begins with a plural.
     - `weighted`: kept rows with weights other than 0 and 1.
@@ -48,6 +52,7 @@ class DataReport:
     bad: int = 0
     first_bad: tuple[str, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped_places: Mapping[str, Sequence[str]] = field(default_factory=dict)
     dropped_parts: Mapping[str, int] = field(default_factory=dict)
     unread_keys: Mapping[str, int] = field(default_factory=dict)
     dropped_turns: Mapping[str, int] = field(default_factory=dict)
@@ -133,6 +138,10 @@ class DataReport:
 
 _MERGED: Mapping[str, Callable[[list[Any]], Any]] = {
     "formats": lambda values: tuple(sorted({*chain.from_iterable(values)})),
+    "dropped_places": lambda values: {
+        reason: list(chain.from_iterable(value.get(reason, ()) for value in values))[:MOST_PLACES]
+        for reason in dict.fromkeys(chain.from_iterable(values))
+    },
     "first_bad": lambda values: tuple(chain.from_iterable(values))[:MOST_SHOWN],
     "has_trained": any,
     "shortest": min,

@@ -111,7 +111,7 @@ def _find_begin(before: str, first: TextPiece, answers: Answers, prompt: str, wh
     if first.kind == THOUGHTS:
         return _after_prompt(before, prompt), True
     thoughts = "" if answer.field else answer.thoughts
-    position = find_thoughts(before, thoughts) if thoughts else None
+    position = find_thoughts(before, thoughts, at_end=first.kind != CALL) if thoughts else None
     if OPEN in thoughts.replace(OPEN, "", 1) and thoughts.strip() not in before:
         # templates take the text after the last "<think>" for the thoughts
         raise rewriting_error(where, first.turn, answers)

@@ -130,11 +130,14 @@ def empty_answer_error(where: str) -> DataError:
     )
 
 
-def find_thoughts(before: str, thoughts: str) -> int | None:
-    """Find the last position of the thoughts, with their tags, in the template's text; None if they are left out."""
+def find_thoughts(before: str, thoughts: str, *, at_end: bool) -> int | None:
+    """Find the last position of the thoughts, with their tags, in the template's text; None if they are left out.
+
+    `at_end`: nothing but white space follows them in the text `before` the answer.
+    """
     expected, positions = _BLOCK.fullmatch(thoughts), [tag.start() for tag in re.finditer(OPEN, before)]
     for position in reversed(positions):
-        block = _BLOCK.fullmatch(before, position)
+        block = _BLOCK.fullmatch(before, position) if at_end else _BLOCK.match(before, position)
         if block and expected and block[1].strip() == expected[1].strip():
             return position
     return None
