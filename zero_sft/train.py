@@ -276,7 +276,7 @@ def _trainer(model: Any, inputs: "Inputs", world: World, timeline: "Timeline") -
         raise ArgumentError(f"the trainer refuses these arguments: {error}", code="arguments.trainer_refuses") from error
     row_name = "packed rows" if inputs.training_data.is_packed else "samples"
     if inputs.stream_place is not None:
-        trainer.add_callback(StreamPosition(inputs.training_data.rows, inputs.record.samples_a_step, inputs.stream_place.data))
+        trainer.add_callback(StreamPosition(inputs.training_data, inputs.record.samples_a_step, inputs.stream_place.data))
     log = StepLog(lambda: trainer.tokens, row_name, timeline, lambda: trainer.flops_per_token)
     trainer.add_callback(log)
     checks = LossChecks(

@@ -5,22 +5,20 @@ temporary folder and renamed at the end, so every existing entry is complete. If
 first one wins. A CRC-32 checksum, at 4 GB per second, detects damage by disks; it does not protect against attackers.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import inspect
 import json
 import os
 import shutil
-import socket
 import tempfile
-import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zero_sft.data import temporary_folders
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.sources.data_path import DataSource
 from zero_sft.errors import DataError
@@ -33,7 +31,6 @@ ROWS, SUMMARY = "rows.arrow", "summary.json"
 
 _TEMPORARY = ".making-"
 _CHUNK_BYTES = 2**22
-_ABANDONED_SECONDS = 3 * 24 * 3600
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "trl")
 
@@ -146,8 +143,8 @@ def store(root: Path, key: str, write: Callable[[Path], tuple[int, Mapping[str, 
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(root)
-        prefix = f"{_temporary_prefix()}{os.getpid()}-"
+        temporary_folders.remove_abandoned(root, _TEMPORARY)
+        prefix = temporary_folders.prefix(_TEMPORARY)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as temporary:
             entry = Path(temporary) / key
             entry.mkdir()
@@ -174,23 +171,3 @@ def _move_into_place(entry: Path, target: Path) -> None:
             return
         shutil.rmtree(target, ignore_errors=True)  # the remains of an entry that was partly deleted
         entry.rename(target)
-
-
-def _temporary_prefix() -> str:
-    """Return the prefix of temporary folders whose writer's PID is valid here: the same host and PID namespace."""
-    try:
-        namespace = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        namespace = 0
-    return f"{_TEMPORARY}{socket.gethostname()}-{namespace}-"
-
-
-def _remove_abandoned(root: Path) -> None:
-    """Remove the temporary folders of killed writers: at once if they ran on this machine, otherwise after some days."""
-    for folder in root.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):
-            pid = folder.name.removeprefix(_temporary_prefix()).split("-")[0]
-            is_local = folder.name.startswith(_temporary_prefix()) and pid.isdecimal()
-            has_ended = is_local and not Path(f"/proc/{pid}").exists()
-            if has_ended or time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,8 @@
 
 A run with `--streaming` has `max_steps` steps, so it needs a known number of rows. The Trainer takes them one after the other
 (`train_sampling_strategy` "sequential"), each rank its own. So all that the Trainer does with a dataset works with a stream as
-well: sharding batches over ranks, and going on at a row after a resume. Each rank makes all blocks, with processes for it.
+well: sharding batches over ranks, and going on at a row after a resume. The first rank of each node makes the blocks, with
+worker processes, and hands them to the others (`spool`).
 """
 
 import itertools
@@ -11,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,6 +25,7 @@ from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.pipeline import Pipeline
 from zero_sft.data.report import DataReport
 from zero_sft.data.sources.data_path import DataSource
+from zero_sft.data.spool import Spool, shared
 from zero_sft.data.stream import Block, Stream, StreamState
 from zero_sft.data.tokenize import WEIGHTS
 from zero_sft.data.workers import BATCH_OBJECTS
@@ -79,6 +82,20 @@ class _Producer:
         return False
 
 
+class _Taker:
+    """Takes the blocks of a stream when they are asked for."""
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self._blocks = blocks
+
+    def next(self) -> Block:
+        """Return the next block."""
+        return next(self._blocks)
+
+    def stop(self) -> None:
+        """Do nothing: nothing goes on."""
+
+
 class StreamedRows(datasets.Dataset):
     """The first `length` rows of a stream as a dataset. Rows are asked for in ascending order; going back opens it again.
 
@@ -89,6 +106,9 @@ class StreamedRows(datasets.Dataset):
         length: in rows.
         rows_a_step: of all ranks. A row has weights if a row of its step may have some, so that all ranks agree.
         states: known states, from a checkpoint.
+        on_pass: called with the number of a pass, from 0, and its reports when its last block is taken.
+        on_drop: called with each block that is no longer kept in memory.
+        in_background: a thread takes the blocks, one ahead.
     """
 
     def __init__(
@@ -99,11 +119,14 @@ class StreamedRows(datasets.Dataset):
         rows_a_step: int,
         states: Sequence[StreamState] = (),
         on_pass: Callable[[int, Sequence[DataReport]], None] = lambda number, reports: None,
+        on_drop: Callable[[Block], None] = lambda block: None,
+        in_background: bool = True,
     ) -> None:
         super().__init__(pyarrow.table({"input_ids": pyarrow.array([[0, 0]]), "labels": pyarrow.array([[0, 0]])}))
-        self._open, self._length, self._rows_a_step, self._on_pass = open_stream, length, rows_a_step, on_pass
+        self._open, self._length, self._rows_a_step = open_stream, length, rows_a_step
+        self._on_pass, self._on_drop, self._in_background = on_pass, on_drop, in_background
         self._states = sorted([StreamState(), *states], key=lambda state: state.row)
-        self._producer: _Producer | None = None
+        self._producer: _Producer | _Taker | None = None
         self._blocks: list[Block] = []
 
     def __len__(self) -> int:
@@ -128,7 +151,7 @@ class StreamedRows(datasets.Dataset):
         """Begin to make the blocks from the one with a row on."""
         self.close()
         state = [state for state in self._states if state.row <= row][-1]
-        self._producer = _Producer(self._open(state))
+        self._producer = (_Producer if self._in_background else _Taker)(self._open(state))
 
     def close(self) -> None:
         """End the thread that makes the blocks."""
@@ -166,6 +189,8 @@ class StreamedRows(datasets.Dataset):
                 return
             assert self._producer is not None
             block = self._producer.next()
+            for dropped in (each for each in self._blocks if each.stop <= keep_from):
+                self._on_drop(dropped)
             self._blocks = [*(each for each in self._blocks if each.stop > keep_from), block]
             if block.reports:
                 self._on_pass(block.start.pass_number, block.reports)
@@ -173,9 +198,13 @@ class StreamedRows(datasets.Dataset):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamedData:
-    """Training data that is streamed; the counterpart of `PreparedDataset`. `reports` are those on the first samples."""
+    """Training data that is streamed; the counterpart of `PreparedDataset`. `reports` are those on the first samples.
+
+    `spool` is that of this rank, if it makes blocks for other ranks.
+    """
 
     rows: StreamedRows
+    spool: Spool | None = None
     is_packed: bool
     reports: tuple[DataReport, ...]
     keys: list[str] = field(default_factory=list)
@@ -183,6 +212,12 @@ class StreamedData:
     def recent_samples(self) -> datasets.Dataset:
         """Return the samples in memory, among which those of a batch are looked for."""
         return self.rows.recent_samples()
+
+    def close(self) -> None:
+        """End the making of rows, and remove what it wrote."""
+        self.rows.close()
+        if self.spool is not None:
+            self.spool.close()
 
 
 def stream_data(
@@ -221,16 +256,41 @@ def stream_data(
             for warning in warnings_of(named):
                 logger.warning(warning)
 
-    processes = min(spec.processes, max(1, world.cpu_cores))
+    own, visible = _open_spool(world)
+
+    def open_stream(state: StreamState) -> Iterator[Block]:
+        if visible is not None:
+            return visible.read(state)
+        blocks = iter(Stream(spec, pipeline, processes=spec.processes, shuffle=shuffle, state=state))
+        return blocks if own is None else shared(blocks, own, state.row)
+
     rows = StreamedRows(
-        lambda state: iter(Stream(spec, pipeline, processes=processes, shuffle=shuffle, state=state)),
+        open_stream,
         length=length,
         rows_a_step=rows_a_step,
         states=states,
         on_pass=on_pass,
+        on_drop=own.remove if own is not None else lambda block: None,
+        in_background=visible is None,  # else the writer is ahead
     )
     rows.begin_at(begin_at)
-    return StreamedData(rows=rows, is_packed=spec.pack, reports=reports)
+    return StreamedData(rows=rows, spool=own, is_packed=spec.pack, reports=reports)
+
+
+def _open_spool(world: World) -> tuple[Spool | None, Spool | None]:
+    """Make a spool on each node with several ranks. Every rank; communicates.
+
+    Returns:
+        The spool that this rank writes to, and the one that it reads from. A rank that does not see the spool of its node, such
+        as one in another container, has neither.
+    """
+    has_others = world.node_leaders.count(world.node_leader) > 1
+    with collective_stage(world, "opening the data stream") as exchange:
+        own = Spool.create() if world.leads_node and has_others else None
+        exchange.local = None if own is None else str(own.folder)
+    folder = exchange.gathered[world.node_leader]
+    visible = Spool(Path(folder)) if own is None and folder is not None else None
+    return own, visible if visible is not None and visible.is_visible() else None
 
 
 def _first_report(data: DataSource, pipeline: Pipeline) -> DataReport:

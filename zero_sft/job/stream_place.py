@@ -52,17 +52,17 @@ class StreamPosition(TrainerCallback, ExportableState):
     """Keep in each checkpoint the states of the stream from which it can go on, and end the stream with the run.
 
     Args:
-        rows: the streamed rows.
+        streamed: the `StreamedData`.
         rows_a_step: of all ranks.
         data: as in `StreamPlace`.
     """
 
-    def __init__(self, rows: Any, rows_a_step: int, data: list[Any]) -> None:
-        self._rows, self._rows_a_step, self._data, self._step = rows, rows_a_step, data, 0
+    def __init__(self, streamed: Any, rows_a_step: int, data: list[Any]) -> None:
+        self._streamed, self._rows_a_step, self._data, self._step = streamed, rows_a_step, data, 0
 
     def state(self) -> dict[str, Any]:
         """Return the states for the trainer state; the Trainer calls this when it saves a checkpoint."""
-        states = self._rows.states_at(self._step * self._rows_a_step)
+        states = self._streamed.rows.states_at(self._step * self._rows_a_step)
         return {"args": {}, "attributes": {"states": [state.to_json() for state in states], "data": self._data}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -75,5 +75,5 @@ class StreamPosition(TrainerCallback, ExportableState):
         self._step = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the processes that make rows. The Trainer calls this after the last step, on every rank."""
-        self._rows.close()
+        """End the making of rows. The Trainer calls this after the last step, on every rank."""
+        self._streamed.close()
