@@ -271,10 +271,9 @@ def test_tools_that_the_system_text_has_already(tmp_path):
     path.write_text(json.dumps([sample] * 2))
     tokenizer, _ = model_of("qwen3")
     options = {"parser": SampleParser(options=ReadOptions(tools="ignore"))}
-    assert (
-        "2 samples whose `tools` are not given to the template (--tools ignore)"
-        in prepare(path, tokenizer, model_max_length=4000, **options).lines()
-    )
+    lines = prepare(path, tokenizer, model_max_length=4000, **options).lines()
+    assert "2 samples whose `tools` are not given to the template (--tools ignore)" in lines
+    assert "2 results of tools after answers without `tool_calls`; their calls are to be in the text" in lines
 
 
 def hermes():

@@ -43,6 +43,7 @@ from zero_sft.data.samples.marks import WEIGHT, weight_of_sample
 from zero_sft.data.samples.token_ids import MASKS, parse_token_ids
 from zero_sft.data.samples.tools import (
     TOOL_KEYS,
+    count_results_without_calls,
     count_unknown_calls,
     parse_tools,
     require_answered,
@@ -338,7 +339,7 @@ def _conversation(
         ),
         dropped_turns=dropped,
         unread_keys=parsed.unread_keys,
-        changes=changes + count_unknown_calls(kept, tools),
+        changes=changes + count_unknown_calls(kept, tools) + count_results_without_calls(kept),
     )
 
 

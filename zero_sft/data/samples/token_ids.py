@@ -13,7 +13,7 @@ from zero_sft.errors import DataError
 from zero_sft.printable import excerpt
 
 MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")
-"""The keys of masks: 1 for a token that is trained on, 0 for others."""
+"""The keys of masks: 1 or true for a token that is trained on, 0 or false for others."""
 
 
 def parse_token_ids(sample: Mapping[str, Any], where: str, weight: float) -> TokenIds:
@@ -52,9 +52,9 @@ def parse_token_ids(sample: Mapping[str, Any], where: str, weight: float) -> Tok
 
 
 def _numbers(sample: Mapping[str, Any], key: str, where: str, length: int | None = None) -> list[int]:
-    """Return a list of whole numbers; raises `DataError`."""
-    value = sample[key]
-    if not isinstance(value, list) or not value or any(type(each) is not int for each in value):
+    """Return a list of whole numbers, in a mask also true and false; raises `DataError`."""
+    value, types = sample[key], (int, bool) if key in (*MASKS, "attention_mask") else (int,)
+    if not isinstance(value, list) or not value or any(type(each) not in types for each in value):
         raise DataError(f"{where}: `{key}` must be a list of whole numbers; got {excerpt(value)}.", code="data.not_token_ids")
     if length is not None and len(value) != length:
         raise DataError(

@@ -133,6 +133,15 @@ def with_tool_names(turns: Sequence[Turn]) -> list[Turn]:
     return named
 
 
+def count_results_without_calls(turns: Sequence[Turn]) -> Counter[str]:
+    """Count the results of tools that follow an answer without calls, by description: the call may be in its text."""
+    count, answer = 0, None
+    for turn in turns:
+        answer = turn if turn.role == ASSISTANT else answer
+        count += turn.role == TOOL and not (answer and answer.calls)
+    return Counter({"results of tools after answers without `tool_calls`; their calls are to be in the text": count})
+
+
 def count_unknown_calls(turns: Sequence[Turn], tools: str) -> Counter[str]:
     """Count the calls of tools that the sample does not offer, if it offers some."""
     names = set(tool_names(tools))
