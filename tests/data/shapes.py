@@ -15,9 +15,10 @@ from typing import Any
 from tests.data.test_chat_templates import model_of
 from tests.data.test_published_tokenizers import model_of as published_model
 from tests.data.tiny import byte_tokenizer, make_pipeline, trained_text
+from zero_sft.data.samples.assemble import ReadOptions
 from zero_sft.data.samples.columns import parse_columns
 from zero_sft.data.samples.parse import SampleParser
-from zero_sft.data.samples.sample_formats import FORMAT_KEYS, ReadOptions
+from zero_sft.data.samples.sample_formats import FORMAT_KEYS
 from zero_sft.data.templates.choose import choose_template
 from zero_sft.data.tokenize import WEIGHTS, TokenizedSample
 from zero_sft.errors import DataError

@@ -10,9 +10,10 @@ from pyarrow import parquet
 from tests.data.tiny import CHATML, byte_tokenizer, make_pipeline, prepare, trained_text
 from tests.errors import raises
 from zero_sft.data.dataset import prepare_source
+from zero_sft.data.samples.assemble import ReadOptions
 from zero_sft.data.samples.columns import parse_columns
 from zero_sft.data.samples.parse import SampleParser
-from zero_sft.data.samples.sample_formats import FORMAT_KEYS, ReadOptions, read_sample
+from zero_sft.data.samples.sample_formats import FORMAT_KEYS, read_sample
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.data.tokenize import WEIGHTS, TokenizedSample
 

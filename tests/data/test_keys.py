@@ -7,9 +7,9 @@ import pytest
 
 from tests.data.tiny import CHATML, byte_tokenizer, prepare
 from tests.errors import raises
+from zero_sft.data.samples.assemble import ReadOptions
 from zero_sft.data.samples.conversation import UNANSWERED
 from zero_sft.data.samples.parse import SampleParser
-from zero_sft.data.samples.sample_formats import ReadOptions
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.errors import DataError
 

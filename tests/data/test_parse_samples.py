@@ -11,9 +11,10 @@ import pytest
 
 from tests.data.tiny import byte_tokenizer, prepare
 from tests.errors import raises
+from zero_sft.data.samples.assemble import ReadOptions
 from zero_sft.data.samples.conversation import LEADING, UNANSWERED, Conversation, PromptCompletion, Turn
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
-from zero_sft.data.samples.sample_formats import SAMPLE_FORMATS, DataFormat, ReadOptions
+from zero_sft.data.samples.sample_formats import SAMPLE_FORMATS, DataFormat
 from zero_sft.data.sources.data_path import parse_sources
 from zero_sft.data.sources.local_files import LocalFiles
 from zero_sft.packaged_file import packaged_file

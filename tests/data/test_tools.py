@@ -9,8 +9,9 @@ from pyarrow import parquet
 from tests.data.test_chat_templates import TEMPLATES, model_of
 from tests.data.tiny import byte_tokenizer, prepare, trained_text
 from tests.errors import raises
+from zero_sft.data.samples.assemble import ReadOptions
 from zero_sft.data.samples.parse import SampleParser
-from zero_sft.data.samples.sample_formats import ReadOptions, read_sample
+from zero_sft.data.samples.sample_formats import read_sample
 from zero_sft.data.templates.choose import choose_template
 from zero_sft.data.tokenize import tokenize_rendered
 from zero_sft.errors import DataError

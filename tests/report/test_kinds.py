@@ -4,7 +4,8 @@ import pytest
 
 from tests.data.test_chat_templates import model_of
 from tests.data.test_tools import call, chat
-from zero_sft.data.samples.sample_formats import ReadOptions, read_sample
+from zero_sft.data.samples.assemble import ReadOptions
+from zero_sft.data.samples.sample_formats import read_sample
 from zero_sft.report.kinds import find_kinds
 
 

@@ -12,11 +12,12 @@ from zero_sft.data import cache
 from zero_sft.data.dataset import PreparedDataset, dataset_of_entry, prepare_source
 from zero_sft.data.packing import pack, packed_line
 from zero_sft.data.pipeline import Pipeline
+from zero_sft.data.samples.assemble import ReadOptions
 from zero_sft.data.samples.columns import parse_columns
 from zero_sft.data.samples.embedded_tokens import id_limit
 from zero_sft.data.samples.overlong import TRUNCATE
 from zero_sft.data.samples.parse import DEFAULT_PARSER, SampleParser
-from zero_sft.data.samples.sample_formats import FORMAT_KEYS, ReadOptions
+from zero_sft.data.samples.sample_formats import FORMAT_KEYS
 from zero_sft.data.sources.data_path import Source, require_sources
 from zero_sft.data.templates.choose import Template
 from zero_sft.data.tokenize import WEIGHTS

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from zero_sft.data.samples.assemble import DEFAULT_OPTIONS, ParsedSample, ReadOptions
 from zero_sft.data.samples.conversation import ASSISTANT, Conversation, Sample
-from zero_sft.data.samples.sample_formats import DEFAULT_OPTIONS, ParsedSample, ReadOptions, read_sample
+from zero_sft.data.samples.sample_formats import read_sample
 from zero_sft.errors import DataError
 
 Item = TypeVar("Item")

@@ -17,75 +17,40 @@
 - For other keys, see `keys` and `turns`.
 """
 
-import contextlib
-import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from zero_sft.data.samples.columns import Columns, rename_columns
+from zero_sft.data.samples.assemble import (
+    CONVERSATION_KEYS,
+    DEFAULT_OPTIONS,
+    ParsedSample,
+    ReadOptions,
+    make_conversation,
+    text_of,
+    text_or_empty,
+)
+from zero_sft.data.samples.columns import rename_columns
 from zero_sft.data.samples.conversation import (
     ASSISTANT,
-    SYSTEM,
     USER,
-    Conversation,
     PromptCompletion,
     Sample,
     TokenIds,
     Turn,
-    dialogue,
 )
 from zero_sft.data.samples.key_meanings import is_empty
 from zero_sft.data.samples.keys import check_keys, contains_texts
 from zero_sft.data.samples.marks import WEIGHT, weight_of_sample
 from zero_sft.data.samples.token_ids import MASKS, parse_token_ids
-from zero_sft.data.samples.tools import (
-    TOOL_KEYS,
-    count_results_without_calls,
-    count_unknown_calls,
-    parse_tools,
-    require_answered,
-    tool_names,
-    with_tool_names,
-    without_nulls,
-)
 from zero_sft.data.samples.turn import require_unicode
-from zero_sft.data.samples.turns import ParsedTurns, Reasoning, parse_turns
+from zero_sft.data.samples.turns import ParsedTurns, parse_turns
 from zero_sft.errors import DataError
-from zero_sft.json_text import JsonError, parse_json
 from zero_sft.printable import excerpt, first_of
 
 DataFormat = Literal["sharegpt", "messages", "alpaca", "prompt_completion", "text", "token_ids"]
 """The values of `--data_format`, the keys of `SAMPLE_FORMATS`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadOptions:
-    """The user's options for reading samples: `--data_format`, `--columns`, `--tools`, `--reasoning`, `--merge_turns`."""
-
-    data_format: str | None = None
-    columns: Columns = ()
-    tools: Literal["render", "ignore"] = "render"
-    reasoning: Reasoning = "field"
-    merge_turns: bool = False
-
-
-DEFAULT_OPTIONS = ReadOptions()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParsedSample:
-    """A sample, the number of its dropped turns by reason (see `dialogue`), and its keys that were not read.
-
-    `changes` counts what the options have changed, and what looks wrong, by description.
-    """
-
-    sample: Sample
-    dropped_turns: Counter[str] = field(default_factory=Counter)
-    unread_keys: tuple[str, ...] = ()
-    changes: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,21 +61,6 @@ class SampleFormat:
     example: str
     parse: Callable[[Mapping[str, Any], str, ReadOptions], ParsedSample]
     optional_keys: tuple[str, ...] = ()
-
-
-_TEMPLATE_KWARGS = "chat_template_kwargs"
-_CONVERSATION_KEYS = (*TOOL_KEYS, _TEMPLATE_KWARGS)
-"""The optional keys of a conversation, next to its turns."""
-
-_RESERVED = (
-    "messages",
-    "tools",
-    "add_generation_prompt",
-    "conversation",
-    "chat_template",
-    "tokenize",
-    "continue_final_message",
-)
 
 
 def read_sample(sample: Any, where: str, options: ReadOptions = DEFAULT_OPTIONS) -> tuple[str, ParsedSample]:
@@ -192,19 +142,19 @@ def _texts_of(sample: Sample) -> list[str]:
 
 def _parse_sharegpt(sample: Mapping[str, Any], where: str, options: ReadOptions) -> ParsedSample:
     turns = _turns(sample, "conversations", where, options, names=("from", "value"))
-    return _conversation(sample, turns, where, options, {USER: "human", ASSISTANT: "gpt"})
+    return make_conversation(sample, turns, where, options, {USER: "human", ASSISTANT: "gpt"})
 
 
 def _parse_messages(sample: Mapping[str, Any], where: str, options: ReadOptions) -> ParsedSample:
-    return _conversation(sample, _turns(sample, "messages", where, options), where, options)
+    return make_conversation(sample, _turns(sample, "messages", where, options), where, options)
 
 
 def _parse_alpaca(sample: Mapping[str, Any], where: str, options: ReadOptions) -> ParsedSample:
-    texts = {key: _text_or_empty(sample, key, where) for key in ("instruction", "input", "output")}
+    texts = {key: text_or_empty(sample, key, where) for key in ("instruction", "input", "output")}
     question = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
     pairs = (*_history(sample, where), (question, texts["output"]))
     turns = [Turn(role=role, text=text) for pair in pairs for role, text in zip((USER, ASSISTANT), pair, strict=True)]
-    return _conversation(sample, ParsedTurns(turns=turns, numbers=list(range(1, len(turns) + 1))), where, options)
+    return make_conversation(sample, ParsedTurns(turns=turns, numbers=list(range(1, len(turns) + 1))), where, options)
 
 
 def _history(sample: Mapping[str, Any], where: str) -> list:
@@ -239,7 +189,7 @@ def _parse_prompt_completion(sample: Mapping[str, Any], where: str, options: Rea
             unread_keys=(*prompt.unread_keys, *completion.unread_keys),
             changes=prompt.changes + completion.changes,
         )
-        return _conversation(sample, turns, where, options)
+        return make_conversation(sample, turns, where, options)
     message_keys = [key for key in keys if isinstance(sample[key], list | Mapping)]
     if message_keys and any(isinstance(sample[key], str) for key in keys):
         raise DataError(
@@ -247,14 +197,14 @@ def _parse_prompt_completion(sample: Mapping[str, Any], where: str, options: Rea
             'lists of messages, [{"role": ..., "content": ...}], or both texts.',
             code="data.prompt_and_completion_differ",
         )
-    prompt, completion = (_text(sample[key], key, where) for key in keys)
+    prompt, completion = (text_of(sample[key], key, where) for key in keys)
     return ParsedSample(
         sample=PromptCompletion(prompt=prompt, completion=completion, where=where, weight=weight_of_sample(sample, where))
     )
 
 
 def _parse_text(sample: Mapping[str, Any], where: str, _options: ReadOptions) -> ParsedSample:
-    text, weight = _text(sample["text"], "text", where), weight_of_sample(sample, where)
+    text, weight = text_of(sample["text"], "text", where), weight_of_sample(sample, where)
     return ParsedSample(sample=PromptCompletion(prompt="", completion=text, where=where, weight=weight))
 
 
@@ -267,25 +217,25 @@ SAMPLE_FORMATS = {
         keys=("conversations",),
         parse=_parse_sharegpt,
         example='{"conversations": [{"from": "human", "value": ...}, ...]}',
-        optional_keys=("system", *_CONVERSATION_KEYS),
+        optional_keys=("system", *CONVERSATION_KEYS),
     ),
     "messages": SampleFormat(
         keys=("messages",),
         parse=_parse_messages,
         example='{"messages": [{"role": "user", "content": ...}, ...]}',
-        optional_keys=("system", *_CONVERSATION_KEYS),
+        optional_keys=("system", *CONVERSATION_KEYS),
     ),
     "alpaca": SampleFormat(
         keys=("instruction", "output"),
         parse=_parse_alpaca,
         example='{"instruction": ..., "input": ..., "output": ...}',
-        optional_keys=("input", "history", "system", *_CONVERSATION_KEYS),
+        optional_keys=("input", "history", "system", *CONVERSATION_KEYS),
     ),
     "prompt_completion": SampleFormat(
         keys=("prompt", "completion"),
         parse=_parse_prompt_completion,
         example='{"prompt": ..., "completion": ...}',
-        optional_keys=_CONVERSATION_KEYS,
+        optional_keys=CONVERSATION_KEYS,
     ),
     "text": SampleFormat(keys=("text",), parse=_parse_text, example='{"text": ...}'),
     "token_ids": SampleFormat(
@@ -304,84 +254,3 @@ def _turns(
     sample: Mapping[str, Any], key: str, where: str, options: ReadOptions, names: tuple[str, str] = ("role", "content")
 ) -> ParsedTurns:
     return parse_turns(sample[key], key, where, names=names, reasoning=options.reasoning, merge=options.merge_turns)
-
-
-def _conversation(
-    sample: Mapping[str, Any],
-    parsed: ParsedTurns,
-    where: str,
-    options: ReadOptions,
-    words: Mapping[str, str] | None = None,
-) -> ParsedSample:
-    """Make a conversation of turns, and of what stands next to them: a system text, tools, variables for the template."""
-    turns, numbers = parsed.turns, parsed.numbers
-    system = _text_or_empty(sample, "system", where)
-    if system and turns and turns[0].role == SYSTEM:
-        raise DataError(
-            f"{where}: two system texts, one as the first turn and one as `system`. Remove one.",
-            code="data.second_system_text",
-        )
-    if system:
-        turns, numbers = [Turn(role=SYSTEM, text=system), *turns], [0, *numbers]
-    kept, dropped = dialogue(turns, numbers, where, words or {})
-    tools, changes = parse_tools(sample, where), parsed.changes
-    if tools and options.tools == "ignore":
-        tools, changes = "", changes + Counter({"samples whose `tools` are not given to the template (--tools ignore)": 1})
-    _require_new_tools(tools, kept, where)
-    require_answered(kept, where)
-    return ParsedSample(
-        sample=Conversation(
-            turns=tuple(with_tool_names(kept)),
-            where=where,
-            tools=tools,
-            template_kwargs=_template_kwargs(sample, where),
-            weight=weight_of_sample(sample, where),
-        ),
-        dropped_turns=dropped,
-        unread_keys=parsed.unread_keys,
-        changes=changes + count_unknown_calls(kept, tools) + count_results_without_calls(kept),
-    )
-
-
-def _require_new_tools(tools: str, turns: Sequence[Turn], where: str) -> None:
-    """Raise `DataError` if the system text lists the tools already, as in Hermes' data: the template would list them twice."""
-    text = turns[0].text if tools and turns and turns[0].role == SYSTEM else ""
-    if text and all(f'"{name}"' in text for name in tool_names(tools)):
-        raise DataError(
-            f"{where}: the system text already has the tools of `tools`, so the chat template would show them twice. Give "
-            "--tools ignore to keep those of the text, or remove them from the text.",
-            code="data.tools_in_system_text",
-        )
-
-
-def _template_kwargs(sample: Mapping[str, Any], where: str) -> str:
-    """Return the variables for the chat template as JSON text; raises `DataError` for something else than an object."""
-    value = sample.get(_TEMPLATE_KWARGS)
-    if is_empty(value):
-        return ""
-    if isinstance(value, str):
-        with contextlib.suppress(JsonError):
-            value = parse_json(value)
-    if not isinstance(value, Mapping):
-        raise DataError(
-            f"{where}: `{_TEMPLATE_KWARGS}` must be an object, or its JSON as text; got {excerpt(value)}.",
-            code="data.bad_template_kwargs",
-        )
-    reserved = next((key for key in value if key in _RESERVED), None)
-    if reserved:
-        raise DataError(
-            f"{where}: `{_TEMPLATE_KWARGS}` has the key `{reserved}`, which the rendering itself sets. Remove it.",
-            code="data.bad_template_kwargs",
-        )
-    return json.dumps(without_nulls(value), ensure_ascii=False, sort_keys=True)
-
-
-def _text_or_empty(sample: Mapping[str, Any], key: str, where: str) -> str:
-    return "" if sample.get(key) is None else _text(sample[key], key, where)
-
-
-def _text(value: Any, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: `{key}` must be a text; got {excerpt(value)}.", code="data.not_a_text")
-    require_unicode(value, where)
-    return value
