@@ -125,7 +125,7 @@ class StreamedRows(datasets.Dataset):
         super().__init__(pyarrow.table({"input_ids": pyarrow.array([[0, 0]]), "labels": pyarrow.array([[0, 0]])}))
         self._open, self._length, self._rows_a_step = open_stream, length, rows_a_step
         self._on_pass, self._on_drop, self._in_background = on_pass, on_drop, in_background
-        self._states = sorted([StreamState(), *states], key=lambda state: state.row)
+        self._states = sorted([StreamState(), *states], key=lambda state: state.row)  # and those of blocks that were made
         self._producer: _Producer | _Taker | None = None
         self._blocks: list[Block] = []
 
@@ -160,8 +160,8 @@ class StreamedRows(datasets.Dataset):
         self._producer, self._blocks = None, []
 
     def states_at(self, row: int) -> list[StreamState]:
-        """Return the states before the blocks that are in memory and begin at or before a row, the newest last."""
-        return [block.start for block in self._blocks if block.start.row <= row] or self._states[:1]
+        """Return the states before the last two blocks that begin at or before a row, the newest last."""
+        return [state for state in self._states if state.row <= row][-2:]
 
     def recent_samples(self) -> datasets.Dataset:
         """Return the samples of the blocks in memory, with their places."""
@@ -192,6 +192,8 @@ class StreamedRows(datasets.Dataset):
             for dropped in (each for each in self._blocks if each.stop <= keep_from):
                 self._on_drop(dropped)
             self._blocks = [*(each for each in self._blocks if each.stop > keep_from), block]
+            if block.start.row > self._states[-1].row:
+                self._states.append(block.start)
             if block.reports:
                 self._on_pass(block.start.pass_number, block.reports)
 
