@@ -222,7 +222,7 @@ def _explained(error: Exception, file: RemoteFile) -> OSError:
     """Return the error of a library as an `OSError` with the reason."""
     if isinstance(error, IsADirectoryError | RemoteError):
         return error
-    if isinstance(error, PermissionError) or _status(error) in (401, 403):
+    if isinstance(error, PermissionError) or _status(error) in (401, 403) or _lacks_credentials(error):
         return PermissionError(errno.EACCES, f"access denied: {_reason(error, file)}", str(file))
     if isinstance(error, FileNotFoundError) and _status(error) in (None, 404, 410):
         return FileNotFoundError(errno.ENOENT, "no such file", str(file))
@@ -237,7 +237,12 @@ def _is_final(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 429)
-    return isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError | ImportError)
+    return _lacks_credentials(error) or isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError | ImportError)
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    """Whether a library found no credentials: botocore's, google's and azure's errors have such names."""
+    return "credential" in type(error).__name__.lower()
 
 
 def _status(error: BaseException) -> int | None:

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 
 import pytest
 
+from testing.runner import run_ranks
 from tests import small_job
+from tests.remote import standin
 
 CALM = {
     "optim": "sgd", "max_grad_norm": 0.0, "model_max_length": 100, "per_device_train_batch_size": 2, "max_steps": 6,
@@ -81,3 +84,23 @@ def tokens(folder, out):
     """The tokens of each step, which depend on its rows alone."""
     totals = [0, *(int(entry["num_tokens"]) for entry in small_job.history(folder, out) if "loss" in entry)]
     return [after - before for before, after in itertools.pairwise(totals)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_comes_from_an_s3_server(folder, streaming, monkeypatch):
+    arguments = {**CALM, "train_sampling_strategy": "sequential", "packing": False, "streaming": streaming}
+    local = losses(folder, f"local-{streaming}", 2, **arguments)
+    store = standin.Store({"bucket/talks/data.json": (folder / "data.json").read_bytes()}, key="the-key")
+    with standin.serve_s3(store, monkeypatch):
+        given = {**arguments, "data_path": "s3://bucket/talks"}
+        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        kwargs = {"folder": folder, "out": f"far-{streaming}", "arguments": given, "environment": environment}
+        run_ranks(2, _train, kwargs, 400)
+        assert store.sent["bucket/talks/data.json"] > 0
+    assert small_job.losses(folder, f"far-{streaming}") == local
+
+
+def _train(folder, out, arguments, environment):
+    os.environ.update(environment)
+    small_job.train(folder, out, **arguments)

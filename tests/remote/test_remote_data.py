@@ -3,9 +3,11 @@
 import bz2
 import gzip
 import json
+import sys
 
 import pyarrow
 import pytest
+import s3fs
 from pyarrow import parquet
 
 from tests.data.tiny import CHATML, byte_tokenizer
@@ -165,7 +167,13 @@ def test_refusals_name_the_reason(s3, web, monkeypatch):
     with raises("data.no_such_file", "/bucket/none.jsonl"):
         web.key = None
         objects(f"{web.url}/bucket/none.jsonl")
-    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with raises("data.file_unreadable", "s3://bucket/one/train.jsonl", "access denied", "credentials"):
+        objects("s3://bucket/one/train.jsonl")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with raises("data.file_unreadable", "gs://bucket/a.jsonl", "pip install gcsfs"):
         objects("gs://bucket/a.jsonl")
 
