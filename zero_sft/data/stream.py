@@ -29,7 +29,7 @@ DRAWS_AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcePosition:
-    """How far a source is read: `objects`, in whole batches, then `rows` of the next batch; `exhausted` before in this pass."""
+    """The progress in a source: `objects`, in whole batches, then `rows` of the next batch; `exhausted` before in this pass."""
 
     objects: int = 0
     rows: int = 0

@@ -1,4 +1,4 @@
-"""Where a run with `--streaming` is in its data: kept in its checkpoints, and found again when it is resumed."""
+"""The place of a run with `--streaming` in its data: kept in its checkpoints, and found again when it is resumed."""
 
 import logging
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ logger = logging.getLogger("zero_sft.train")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPlace:
-    """Where a run begins in its stream: at `row`. `states` are known ones; `data` identifies the sources and their order."""
+    """The place at which a run begins in its stream: `row`. `states` are known ones; `data` identifies the sources and their order."""
 
     row: int = 0
     states: tuple[StreamState, ...] = ()
