@@ -33,10 +33,12 @@ LIBRARIES = {
 """The schemes that are read, and the library that fsspec needs for each."""
 
 TRIES = 5
+_LONGEST_SILENCE = 60  # seconds without a byte of an answer
 _FIRST_WAIT = 0.5  # seconds before the second try; doubled before each further one
 _FIRST_BYTES, _MOST_BYTES = 2**18, 2**23  # of a request, at the beginning and after reading on for a while
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.:-]*)://.*", re.DOTALL)
+_ADDRESS = re.compile(r"https?://[^\s'\"<>,]+(,[^\s'\"<>,]+)*", re.IGNORECASE)
 _CONTENT_KEYS = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "md5", "checksum", "sha256")
 _TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime", "Last-Modified")
 
@@ -54,10 +56,25 @@ def scheme_of(text: str) -> str | None:
     return match and match["scheme"].lower()
 
 
+def is_web(url: str) -> bool:
+    """Whether a URL is an address of the web, where `?` begins a query and `@` follows a password."""
+    return scheme_of(url) in ("http", "https")
+
+
 def redacted(url: str) -> str:
-    """Return a URL without user, password and query, which may hold a signature; `...` stands for a query."""
+    """Return an address of the web without user, password and query, which may hold a signature; `...` stands for a query.
+
+    Other URLs hold no secrets: a key of S3 may have any of these characters.
+    """
+    if not is_web(url):
+        return url
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "..." if parts.query else "", ""))
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in which all addresses of the web are `redacted`."""
+    return _ADDRESS.sub(lambda match: redacted(match[0]), text)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -75,7 +92,8 @@ class RemoteFile:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return posixpath.basename(urlsplit(self.url).path.rstrip("/"))
+        path = urlsplit(self.url).path if is_web(self.url) else self.url.partition("://")[2]
+        return posixpath.basename(path.rstrip("/"))
 
     @property
     def suffix(self) -> str:
@@ -94,8 +112,7 @@ class RemoteFile:
 
     def version(self) -> tuple[Any, ...]:
         """Return values that change when the file is written to: its size, digest or ETag, and time, as far as it has them."""
-        info = self.info()
-        return (info.get("size"), *(str(info.get(key)) for key in (*_CONTENT_KEYS, *_TIME_KEYS) if info.get(key)))
+        return _version(self.info())
 
     def digest(self) -> str | None:
         """Return the size and the digest or ETag that the server gives, as text; None if it gives neither."""
@@ -105,14 +122,14 @@ class RemoteFile:
 
     def is_folder(self) -> bool:
         """Whether the URL is that of a folder; an address of the web is always that of a file."""
-        return scheme_of(self.url) not in ("http", "https") and self.info().get("type") == "directory"
+        return not is_web(self.url) and self.info().get("type") == "directory"
 
     def files(self) -> dict[str, "RemoteFile"]:
         """Return all files in and below a folder, by their path inside it, sorted."""
         filesystem, path = _open_filesystem(self.url)
         top = path.rstrip("/") + "/"
         found = sorted(self._retry(lambda: filesystem.find(path)))
-        return {name.removeprefix(top): RemoteFile(filesystem.unstrip_protocol(name)) for name in found}
+        return {name.removeprefix(top).lstrip("/"): RemoteFile(filesystem.unstrip_protocol(name)) for name in found}
 
     def open(self, mode: Literal["rb"] = "rb") -> BinaryIO:
         """Open the file. It is read in ranges, each of them tried several times, or downloaded if the server has no ranges."""
@@ -123,7 +140,7 @@ class RemoteFile:
         size = info.get("size")
         if size is None or not self._retry(lambda: _has_ranges(filesystem, path, info)):
             return self._downloaded(filesystem, path, size)
-        return io.BufferedReader(_Ranges(self, filesystem, path, size))
+        return io.BufferedReader(_Ranges(self, filesystem, path, size, _version(info)))
 
     def _downloaded(self, filesystem: Any, path: str, size: int | None) -> BinaryIO:
         """Download the file into a temporary one, which the system removes when it is closed."""
@@ -156,8 +173,9 @@ class RemoteFile:
 class _Ranges(io.RawIOBase):
     """A remote file as a raw file that can seek. It asks for ranges, which grow while the file is read from front to back."""
 
-    def __init__(self, file: RemoteFile, filesystem: Any, path: str, size: int) -> None:
+    def __init__(self, file: RemoteFile, filesystem: Any, path: str, size: int, version: tuple[Any, ...]) -> None:
         self._file, self._filesystem, self._path, self._size, self._at = file, filesystem, path, size, 0
+        self._version = version
         self._block, self._block_start, self._next_bytes = b"", 0, _FIRST_BYTES
 
     def readable(self) -> bool:
@@ -183,6 +201,8 @@ class _Ranges(io.RawIOBase):
             wanted = min(max(len(view), self._next_bytes), self._size - self._at)
             self._block = self._file._retry(functools.partial(self._read, self._at, self._at + wanted))
             self._block_start = self._at
+            if self._file.version() != self._version:
+                raise RemoteError("it changed while it was read. Start again when nobody writes to it")
         begin = self._at - self._block_start
         part = memoryview(self._block)[begin : begin + len(view)]
         view[: len(part)] = part
@@ -194,6 +214,10 @@ class _Ranges(io.RawIOBase):
         if len(data) != stop - start:
             raise RemoteError(f"the server sent {len(data):,} bytes in place of {stop - start:,}")
         return data
+
+
+def _version(info: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (info.get("size"), *(str(info[key]) for key in (*_CONTENT_KEYS, *_TIME_KEYS) if info.get(key)))
 
 
 def _has_ranges(filesystem: Any, path: str, info: Mapping[str, Any]) -> bool:
@@ -213,9 +237,19 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **_options_of(url))
     except Exception as error:
         raise _explained(error, RemoteFile(url)) from error
+
+
+def _options_of(url: str) -> dict[str, Any]:
+    """Return options for fsspec: on the web, limits for silence in place of one for a whole download."""
+    if not is_web(url):
+        return {}
+    import aiohttp
+
+    limits = aiohttp.ClientTimeout(total=None, sock_connect=_LONGEST_SILENCE, sock_read=_LONGEST_SILENCE)
+    return {"client_kwargs": {"timeout": limits}}
 
 
 def _explained(error: Exception, file: RemoteFile) -> OSError:
@@ -224,7 +258,7 @@ def _explained(error: Exception, file: RemoteFile) -> OSError:
         return error
     if isinstance(error, PermissionError) or _status(error) in (401, 403) or _lacks_credentials(error):
         return PermissionError(errno.EACCES, f"access denied: {_reason(error, file)}", str(file))
-    if isinstance(error, FileNotFoundError) and _status(error) in (None, 404, 410):
+    if isinstance(error, FileNotFoundError) and not _hides_another(error):
         return FileNotFoundError(errno.ENOENT, "no such file", str(file))
     if isinstance(error, ImportError):
         library = LIBRARIES.get(scheme_of(file.url) or "", "a library")
@@ -237,7 +271,16 @@ def _is_final(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
         return 400 <= status < 500 and status not in (408, 429)
-    return _lacks_credentials(error) or isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError | ImportError)
+    is_final = isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError | ImportError)
+    return _lacks_credentials(error) or (is_final and not _hides_another(error))
+
+
+def _hides_another(error: Exception) -> bool:
+    """Whether fsspec says that a file is not there where its request failed otherwise, for example to connect."""
+    cause, status = error.__cause__, _status(error)
+    if status is not None:
+        return status not in (404, 410)
+    return cause is not None and type(cause).__module__.startswith("aiohttp")
 
 
 def _lacks_credentials(error: Exception) -> bool:
@@ -248,16 +291,16 @@ def _lacks_credentials(error: Exception) -> bool:
 def _status(error: BaseException) -> int | None:
     """Return the status that a server answered with; None if the error has none. fsspec hides it in the cause."""
     for each in filter(None, (error, error.__cause__)):
-        status = getattr(each, "status", None) or getattr(getattr(each, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
+        response = getattr(each, "response", None)
+        of_botocore = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
+        for status in (getattr(each, "status", None), getattr(response, "status_code", None), of_botocore):
+            if isinstance(status, int):
+                return status
     return None
 
 
 def _reason(error: Exception, file: RemoteFile) -> str:
     """Return the first line of an error's message, without what may be secret in the URL."""
-    shown = error.__cause__ if _status(error) and error.__cause__ else error
+    shown = error.__cause__ if error.__cause__ and (_status(error) or _hides_another(error)) else error
     text = str(getattr(shown, "strerror", None) or shown).replace(file.url, str(file))
-    query = urlsplit(file.url).query
-    first = next(iter(text.strip().splitlines()), "") or type(error).__name__
-    return first.replace(query, "...") if query else first
+    return without_secrets(next(iter(text.strip().splitlines()), "") or type(error).__name__)

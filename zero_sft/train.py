@@ -35,6 +35,7 @@ from zero_sft.console.log import close_console, copy_log_to, open_console, silen
 from zero_sft.errors import ArgumentError, ConfigError, DistributedError
 from zero_sft.launcher import launch_note
 from zero_sft.printable import with_count
+from zero_sft.remote import without_secrets
 
 if TYPE_CHECKING:
     from zero_sft.data.dataset import PreparedDataset
@@ -71,6 +72,7 @@ def run(parsed: ParsedArguments, world: World) -> None:
         ZeroSftError: the same on every rank.
     """
     from zero_sft.cluster.stages import collective_stage, require_identical
+    from zero_sft.data import temporary_folders
     from zero_sft.job.inputs import read_inputs
     from zero_sft.job.later_start import resumed_if_started_again
     from zero_sft.job.load_model import load_for_training
@@ -98,9 +100,14 @@ def run(parsed: ParsedArguments, world: World) -> None:
         if parsed.training.get("simulate_fault"):
             require_ranks(parse_faults(parsed.training["simulate_fault"]), world.world_size)
     timeline.end("joining")
-    with stage_watch.watching(leave, parsed.training.get("stage_timeout")), _sole_run(parsed.training["output_dir"], world):
+    with (
+        contextlib.ExitStack() as cleanup,
+        stage_watch.watching(leave, parsed.training.get("stage_timeout")),
+        _sole_run(parsed.training["output_dir"], world),
+    ):
         failure.set_activity("preparing tokenizer and data")
         parsed = resumed_if_started_again(parsed, world)
+        cleanup.callback(temporary_folders.remove_own)
         inputs = read_inputs(parsed, world)
         failure.set_log_folder(inputs.log_folder)
         timeline.end("inputs")
@@ -425,9 +432,10 @@ def _evaluation_rows(sets: Mapping[str, "PreparedDataset"]) -> Any:
 
 
 def _shown(parsed: ParsedArguments) -> dict[str, Any]:
-    """Return all arguments except the token, to be compared and logged."""
+    """Return all arguments without the token and what may be secret in URLs, to be compared and logged."""
     model = {key: value for key, value in dataclasses.asdict(parsed.model).items() if key != "token"}
-    return {**model, **dataclasses.asdict(parsed.data), **dataclasses.asdict(parsed.lora), **parsed.training}
+    shown = {**model, **dataclasses.asdict(parsed.data), **dataclasses.asdict(parsed.lora), **parsed.training}
+    return {key: without_secrets(value) if isinstance(value, str) else value for key, value in shown.items()}
 
 
 if __name__ == "__main__":

@@ -115,6 +115,48 @@ def test_every_kind_of_file_is_taken_up_in_the_middle(tmp_path, kind):
         assert list(source.data.objects(start=start)) == whole[start:]
 
 
+@pytest.mark.parametrize("data", ["a.jsonl", "a.jsonl,b.jsonl"])
+def test_a_pass_is_reported_where_it_ends_with_a_whole_block(files, monkeypatch, data):
+    for name in ("a", "b"):
+        lines = [json.dumps({"prompt": f"{n}", "completion": "x" * (n % 4)}) for n in range(400)]
+        (files / f"{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(packing, "_BATCH_SAMPLES", 100)
+    blocks = blocks_of_pass(spec_of(files, data))
+    sources = data.count(",") + 1
+    assert [block.rows.num_rows for block in blocks] == [100] * 3 * sources
+    assert [len(block.reports) for block in blocks] == [*[0] * (3 * sources - 1), sources]
+    assert [(report.samples, report.kept) for report in blocks[-1].reports] == [(400, 300)] * sources
+
+
+def test_a_source_that_is_repeated_is_counted_once(files):
+    (files / "b.jsonl").write_text("\n".join((files / "b.jsonl").read_text().splitlines()[:40]))
+    spec = spec_of(files, "a.jsonl:0.5,b.jsonl:0.5")
+    prepared = prepare_sources(spec, TOKENIZER, TEMPLATE)
+    reports = blocks_of_pass(spec)[-1].reports
+    assert [(report.samples, report.kept, report.dropped) for report in reports] == [
+        (report.samples, report.kept, report.dropped) for report in prepared.reports
+    ]
+
+
+def test_a_file_that_is_written_to_ends_the_stream(files):
+    blocks = iter(stream(spec_of(files, "a.jsonl")))
+    next(blocks)
+    with (files / "a.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "a", "completion": "b"}))
+    with raises("data.changed_while_read", "a.jsonl"):
+        list(itertools.islice(blocks, 10))
+
+
+def test_contents_of_the_same_size_are_told_apart(files):
+    (source,) = parse_sources(f"{files}/a.jsonl")
+    before = source.data.sizes()
+    lines = (files / "a.jsonl").read_text().splitlines()
+    (files / "a.jsonl").write_text("\n".join([*lines[30:], *lines[:30]]) + "\n")
+    after = source.data.sizes()
+    assert after != before
+    assert after[0][:2] == before[0][:2]
+
+
 def test_a_source_without_anything_to_train_on_ends_the_stream(files):
     (files / "a.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 3)
     for data in ("a.jsonl", "b.jsonl,a.jsonl", "a.jsonl:0.5,b.jsonl:0.5"):
@@ -178,6 +220,16 @@ class TestStreamedRows:
         assert first % 7
         assert ["weights" in rows[index] for index in (7 * step - 1, 7 * step, 7 * step + 6)] == [False, True, True]
         assert rows[7 * step]["weights"] == [1.0] * len(rows[7 * step]["input_ids"])
+        rows.close()
+
+    def test_passes_are_reported_when_their_rows_are_taken(self, files):
+        ended = []
+        rows = self.opened(files, on_pass=lambda number, reports: ended.append((number, len(reports))))
+        length = blocks_of_pass(spec_of(files, "a.jsonl"))[-1].stop
+        rows.__getitems__([0, length - 1])
+        assert ended == []
+        rows.__getitems__([length])
+        assert ended == [(0, 1)]
         rows.close()
 
     def test_an_error_is_raised_each_time(self, files):

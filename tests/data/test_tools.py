@@ -277,6 +277,36 @@ def test_tools_that_the_system_text_has_already(tmp_path):
     assert "2 results of tools after answers without `tool_calls`; their calls are to be in the text" in lines
 
 
+def test_results_that_have_the_templates_tags_already():
+    """As in Hermes' data: the template writes the same tags around them."""
+    plain = chat(WEATHER)
+    tagged = chat(WEATHER, result="<tool_response>\nsunny\n</tool_response>")
+    for name in ("qwen3", "qwen2_5"):
+        assert shown(tagged, name) == shown(plain, name)
+    assert "<tool_response>\nsunny" in shown(tagged, "llama3_1")  # which has other tags, so the text stays
+
+
+@pytest.mark.parametrize("thoughts", ["in the text", "in a field"])
+def test_thoughts_before_a_turn_that_is_a_call(thoughts):
+    """As LLaMA-Factory writes them."""
+    text = json.dumps({"name": "weather", "arguments": ARGUMENTS})
+    call_turn = {"from": "function_call", "value": text, "reasoning_content": "I look."}
+    if thoughts == "in the text":
+        call_turn = {"from": "function_call", "value": f"<think>\nI look.\n</think>\n\n{text}"}
+    sample = {"tools": json.dumps(TOOLS), "conversations": [
+        {"from": "human", "value": "Weather?"}, call_turn, {"from": "observation", "value": "sunny"},
+        {"from": "gpt", "value": "Sunny."},
+    ]}  # fmt: skip
+    first, last = trained(sample)
+    assert first.startswith("<think>\nI look.\n</think>\n\n<tool_call>\n{")
+    assert last == "Sunny.<|im_end|>"
+
+
+def test_a_key_of_openais_requests_is_a_note():
+    sample = {**chat(WEATHER), "parallel_tool_calls": False}
+    assert trained(sample) == trained(chat(WEATHER))
+
+
 def hermes():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

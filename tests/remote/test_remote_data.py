@@ -143,6 +143,60 @@ def test_a_server_without_ranges_or_etags(web, name):
     assert source(url).identity() != before
 
 
+@pytest.mark.parametrize("name", ["a#1.jsonl", "what?x.jsonl", "with space.jsonl", "é%20.jsonl", "a@b.jsonl"])
+def test_keys_of_s3_may_have_any_character(s3, name):
+    s3.files[f"bucket/odd/{name}"] = LINES
+    assert objects("s3://bucket/odd") == ROWS
+    (_, place) = next(iter(source("s3://bucket/odd").objects()))
+    assert place == f"s3://bucket/odd/{name}, line 1"
+    if "?" not in name:  # s3fs takes what follows for a version
+        assert objects(f"s3://bucket/odd/{name}") == ROWS
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(web):
+    content = LINES * 20
+    web.files["bucket/big.jsonl"] = content
+    found = source(f"{web.url}/bucket/big.jsonl").objects()
+    next(found)
+    web.files["bucket/big.jsonl"] = content.replace(b"say 7", b"say 8")
+    with raises("data.file_unreadable", "big.jsonl", "changed while it was read"):
+        list(found)
+
+
+def test_a_server_that_is_not_there_is_not_a_missing_file(monkeypatch):
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+    with standin.serve(standin.Store({})) as store:
+        url = f"{store.url}/a.jsonl"
+    with raises("data.file_unreadable", url, "connect"):
+        objects(url)
+
+
+def test_what_is_secret_is_not_shown_in_the_error_of_a_server(web, caplog):
+    """aiohttp writes the query in another form than it was given."""
+    url = f"{web.url}/bucket/one/train.jsonl?X-Sig=5ec2e7%2Fx%3D,5ec2e7%20y"
+    web.busy = 10**6
+    caplog.set_level("INFO")
+    with raises("data.file_unreadable", "503") as caught:
+        objects(url)
+    assert "5ec2e7" not in str(caught.value) + caplog.text
+    assert "trying again" in caplog.text
+
+
+def test_commas_in_an_address_of_the_web():
+    first, second = parse_sources("https://h/a.jsonl?sig=a,5ec2e7,b:0.5,s3://b/c.jsonl:0.5")
+    assert (first.data.url, first.weight) == ("https://h/a.jsonl?sig=a,5ec2e7,b", 0.5)
+    assert (second.data.url, first.text) == ("s3://b/c.jsonl", "https://h/a.jsonl?...")
+    (only,) = parse_sources("http://user:PA,SSW@h/a.jsonl")
+    assert (only.data.url, only.text) == ("http://user:PA,SSW@h/a.jsonl", "http://h/a.jsonl")
+    assert [source.text for source in parse_sources("https://h/a.jsonl?s=1,other.jsonl")] == [
+        "https://h/a.jsonl?...",
+        "other.jsonl",
+    ]
+    for empty in ("s3://", "https:///"):
+        with raises("data.no_path", empty):
+            parse_sources(empty)
+
+
 def test_what_is_secret_is_not_shown(web):
     url = f"{web.url.replace('://', '://user:pass@')}/bucket/one/train.jsonl?X-Amz-Signature=5ec2e7"
     (only,) = parse_sources(f"{url}:0.5")

@@ -120,10 +120,10 @@ def _report(options: Any, notes: Sequence[str]) -> None:
         _print_sample(number, sample, console, samples[number]["input_ids"] if options.ids else ())
     _print_dropped(prepared, spec, options.show_dropped, console)
     if options.html:
-        _write_page(Path(options.html), options, lines, prepared, shown[:SAMPLES_OF_PAGE])
+        _write_page(Path(options.html), spec, lines, prepared, shown[:SAMPLES_OF_PAGE])
         console.print(f"page: {options.html}", markup=False)
     if options.plot:
-        _draw(lengths, Path(options.plot), f"{len(lengths):,} samples of {options.data_path}")
+        _draw(lengths, Path(options.plot), f"{len(lengths):,} samples of {spec.name}")
         console.print(f"lengths drawn in {options.plot}", markup=False)
 
 
@@ -171,7 +171,7 @@ def _cut(parts: Sequence[tuple[str, float]], kinds: Sequence[tuple[int, int, str
 
 
 def _write_page(
-    path: Path, options: Any, lines: Sequence[str], prepared: "PreparedDataset", shown: "Sequence[ShownSample]"
+    path: Path, spec: "DatasetSpec", lines: Sequence[str], prepared: "PreparedDataset", shown: "Sequence[ShownSample]"
 ) -> None:
     """Write the page of `--html`; raise `ExportError` if it can't be written."""
     from zero_sft.report.samples import ShownSource, samples_page
@@ -189,7 +189,7 @@ def _write_page(
         for report, count in zip(prepared.reports, rows, strict=True)
     ]
     bins = histogram(prepared.samples["length"])
-    page = samples_page(f"Training data: {options.data_path}", lines, sources, bins, shown)
+    page = samples_page(f"Training data: {spec.name}", lines, sources, bins, shown)
     try:
         path.expanduser().write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:

@@ -51,8 +51,12 @@ def key_of(*parts: Any) -> str:
 
 def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
     """Return the key of the rows that a pipeline makes from a source; raises `DataError` if the source does not exist."""
-    return key_of(
-        data.identity(),
+    return key_of(data.identity(), *pipeline_identity(pipeline))
+
+
+def pipeline_identity(pipeline: Pipeline) -> list[Any]:
+    """Return all that the rows of an object depend on, as JSON-able values."""
+    return [
         _tokenizer_identity(pipeline.tokenizer),
         [type(pipeline.template).__name__, str(pipeline.template.jinja(pipeline.tokenizer))],
         [
@@ -62,7 +66,7 @@ def key_of_rows(data: DataSource, pipeline: Pipeline) -> str:
             pipeline.lazy,
             pipeline.id_limit,
         ],
-    )
+    ]
 
 
 def _tokenizer_identity(tokenizer: Any) -> dict[str, Any]:

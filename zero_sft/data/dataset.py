@@ -81,7 +81,9 @@ def warnings_of(reports: Sequence[DataReport]) -> list[str]:
     for report in reports:
         if report.bad > _WARNING_SHARE * report.samples:
             warnings.append(f"{report.file}: {report.bad / report.samples:.0%} of the samples are bad and were skipped")
-        if report.untrained_share > _WARNING_SHARE:
+        if report.samples > report.bad and not report.kept:
+            warnings.append(f"{report.file}: no sample with anything to train on ({list_counts(report.dropped)})")
+        elif report.untrained_share > _WARNING_SHARE:
             share = f"{report.untrained_share:.0%} of the {'usable ' if report.bad else ''}samples"
             warnings.append(f"{report.file}: nothing is trained on in {share} ({list_counts(report.untrained)})")
         if report.thoughts and report.dropped_thoughts == report.thoughts:
@@ -164,11 +166,16 @@ def _write_rows(file: Path, data: DataSource, state: Any, pipeline: Pipeline, pr
                 reports.append(batch.report)
     report = report_of_source(data, reports, pipeline.model_max_length)
     if data.state() != state:
-        raise DataError(
-            f"{data.name} changed while it was read. Start again when no other process writes to it.",
-            code="data.changed_while_read",
-        )
+        raise changed_error(data)
     return report.kept, asdict(report)
+
+
+def changed_error(data: DataSource) -> DataError:
+    """Make the error for data that was written to while it was read."""
+    return DataError(
+        f"{data.name} changed while it was read. Start again when no other process writes to it.",
+        code="data.changed_while_read",
+    )
 
 
 def report_of_source(data: DataSource, reports: list[DataReport], model_max_length: int) -> DataReport:

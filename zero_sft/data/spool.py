@@ -5,11 +5,9 @@ for the file and map it. Ranks are at most a step apart, so a file is removed so
 when it is complete.
 """
 
-import atexit
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -44,10 +42,8 @@ class Spool:
         """
         root = Path(tempfile.gettempdir())
         with _explained(root):
-            temporary_folders.remove_abandoned(root, _PREFIX)
-            spool = cls(Path(tempfile.mkdtemp(prefix=temporary_folders.prefix(_PREFIX), dir=root)))
+            spool = cls(temporary_folders.make(root, _PREFIX))
             (spool.folder / _WRITER).write_text(str(os.getpid()))
-        atexit.register(spool.close)
         return spool
 
     def is_visible(self) -> bool:
@@ -92,7 +88,7 @@ class Spool:
 
     def close(self) -> None:
         """Remove the folder. The writer's process calls it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        temporary_folders.remove(self.folder)
 
     def _wait_for(self, row: int) -> Block:
         while True:

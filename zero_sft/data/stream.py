@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from zero_sft.data.dataset import report_of_source
+from zero_sft.data.dataset import changed_error, report_of_source
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import pack_table, samples_packed_together
 from zero_sft.data.pipeline import Pipeline
@@ -89,6 +89,7 @@ class _Reader:
     processes: int
     position: SourcePosition
     reports: list[DataReport] = field(default_factory=list)
+    state: Any = None
     _batches: Iterator[Any] | None = None
     _batch: pyarrow.RecordBatch | None = None
 
@@ -104,6 +105,7 @@ class _Reader:
     def at_end(self) -> bool:
         """Whether there is no further row; reads the next batches if there are no rows in memory."""
         if self._batches is None:
+            self.state = self.data.state_of_local_files()
             objects = self.data.objects(start=self.position.objects, streaming=True)
             self._batches = iter(make_batches(self.pipeline, objects, self.processes))
             self._batch = None
@@ -114,10 +116,16 @@ class _Reader:
             if self._batch is not None:
                 self.position = replace(self.position, objects=self.position.objects + BATCH_OBJECTS, rows=0)
             self._batch = made.rows
-            self.reports.append(made.report)
+            if not self.position.exhausted:  # else it is read again in the same pass
+                self.reports.append(made.report)
             if len(self.reports) > DRAWS_AT_ONCE:
                 self.reports = [total(self.reports)]
         return False
+
+    def require_unchanged(self) -> None:
+        """Raise `DataError` if the files that are read were written to since reading began."""
+        if self._batches is not None and self.data.state_of_local_files() != self.state:
+            raise changed_error(self.data)
 
     def begin_again(self, *, exhausted: bool) -> None:
         """Go back to the beginning of the source."""
@@ -189,11 +197,19 @@ class Stream:
                     break
                 taken.append(part)
                 count += part.num_rows
+            ended = ended or self._is_over()
             reports = self._reports() if ended else ()
+            for reader in self._readers:
+                reader.require_unchanged()
             if taken:
                 block = self._block(pyarrow.Table.from_batches(taken).combine_chunks(), start)
                 self._state = replace(self._state, row=block.stop, block=start.block + 1)
                 yield replace(block, reports=reports)
+
+    def _is_over(self) -> bool:
+        """Whether there is no further sample in the pass."""
+        readers = [reader for reader in self._readers if not reader.position.exhausted]
+        return all(reader.at_end() for reader in readers) if not self._probabilities else not readers
 
     def _here(self) -> StreamState:
         return replace(self._state, sources=tuple(reader.position for reader in self._readers))
@@ -203,6 +219,7 @@ class Stream:
         for reader in self._readers:
             while not reader.position.exhausted and (part := reader.take(self._wanted)) is not None:
                 yield part
+            reader.require_unchanged()
             reader.position = replace(reader.position, exhausted=True)
             reader.close()
 

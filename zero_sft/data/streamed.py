@@ -106,7 +106,7 @@ class StreamedRows(datasets.Dataset):
         length: in rows.
         rows_a_step: of all ranks. A row has weights if a row of its step may have some, so that all ranks agree.
         states: known states, from a checkpoint.
-        on_pass: called with the number of a pass, from 0, and its reports when its last block is taken.
+        on_pass: called with the number of a pass, from 0, and its reports when the first row after it is asked for.
         on_drop: called with each block that is no longer kept in memory.
         in_background: a thread takes the blocks, one ahead.
     """
@@ -128,6 +128,7 @@ class StreamedRows(datasets.Dataset):
         self._states = sorted([StreamState(), *states], key=lambda state: state.row)  # and those of blocks that were made
         self._producer: _Producer | _Taker | None = None
         self._blocks: list[Block] = []
+        self._ended: list[Block] = []  # the last blocks of passes whose rows are not yet all taken
 
     def __len__(self) -> int:
         return self._length
@@ -157,7 +158,7 @@ class StreamedRows(datasets.Dataset):
         """End the thread that makes the blocks."""
         if self._producer is not None:
             self._producer.stop()
-        self._producer, self._blocks = None, []
+        self._producer, self._blocks, self._ended = None, [], []
 
     def states_at(self, row: int) -> list[StreamState]:
         """Return the states before the last two blocks that begin at or before a row, the newest last."""
@@ -170,6 +171,9 @@ class StreamedRows(datasets.Dataset):
         return datasets.Dataset(pyarrow.concat_tables([block.samples for block in self._blocks]))
 
     def _row(self, index: int) -> dict[str, Any]:
+        while self._ended and index >= self._ended[0].stop:
+            block = self._ended.pop(0)
+            self._on_pass(block.start.pass_number, block.reports)
         step = index // self._rows_a_step
         first, stop = step * self._rows_a_step, (step + 1) * self._rows_a_step
         self._make(index, stop, keep_from=first - KEPT_STEPS * self._rows_a_step)
@@ -195,7 +199,7 @@ class StreamedRows(datasets.Dataset):
             if block.start.row > self._states[-1].row:
                 self._states.append(block.start)
             if block.reports:
-                self._on_pass(block.start.pass_number, block.reports)
+                self._ended.append(block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

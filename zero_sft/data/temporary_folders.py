@@ -4,10 +4,35 @@ import contextlib
 import os
 import shutil
 import socket
+import tempfile
 import time
 from pathlib import Path
 
 _ABANDONED_SECONDS = 3 * 24 * 3600
+
+
+_own: set[Path] = set()
+"""The folders that this process has made with `make` and not removed, until it ends."""
+
+
+def make(root: Path, kind: str) -> Path:
+    """Make a folder of a kind for this process, after removing those of killed ones; raises `OSError`."""
+    remove_abandoned(root, kind)
+    folder = Path(tempfile.mkdtemp(prefix=prefix(kind), dir=root))
+    _own.add(folder)
+    return folder
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all that is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _own.discard(folder)
+
+
+def remove_own() -> None:
+    """Remove all folders that this process has made."""
+    for folder in list(_own):
+        remove(folder)
 
 
 def prefix(kind: str) -> str:

@@ -1,6 +1,7 @@
 """Read and check all inputs of the job except the weights: configs, tokenizer, chat template and data."""
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from zero_sft.arguments.vocabulary import added_tokens, required_rows, with_rows
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.config import prepare_config_from
+from zero_sft.data import cache
 from zero_sft.data.dataset import PreparedDataset, require_one_batch
 from zero_sft.data.mixture import DatasetSpec
 from zero_sft.data.packing import PackingDecision, packing_unless_too_few, resolve_packing
@@ -382,6 +384,7 @@ def _streamed_data(
     Returns:
         The data, the record with the steps, and the place in the data.
     """
+    from zero_sft.data.dataset import warnings_of
     from zero_sft.data.streamed import stream_data
     from zero_sft.job.stream_place import find_place
 
@@ -393,12 +396,14 @@ def _streamed_data(
     shuffle = arguments.train_sampling_strategy != "sequential"
     arguments.train_sampling_strategy = "sequential"
     with collective_stage(world, "finding the place in the data"):
+        pipeline = spec.pipeline(preparation.tokenizer, preparation.template)
         weights, sizes = [source.weight for source in sources], [source.data.sizes() for source in sources]
-        identity = json.loads(json.dumps([shuffle, spec.seed, packing.enabled, weights, sizes]))
+        made_by = hashlib.sha256(json.dumps(cache.pipeline_identity(pipeline), sort_keys=True).encode()).hexdigest()
+        identity = json.loads(json.dumps([shuffle, spec.seed, packing.enabled, weights, sizes, made_by]))
         place = find_place(checkpoint and checkpoint.folder, record, identity, world.is_main)
     data = stream_data(
         spec,
-        spec.pipeline(preparation.tokenizer, preparation.template),
+        pipeline,
         world,
         length=arguments.max_steps * record.samples_a_step,
         rows_a_step=record.samples_a_step,
@@ -408,6 +413,8 @@ def _streamed_data(
     )
     for line in (line for report in data.reports for line in report.lines()):
         logger.info("  %s", line)
+    for warning in warnings_of(data.reports) if world.is_main else ():
+        logger.warning(warning)
     logger.info("  %s", "packed block by block" if packing.enabled else f"not packed: {packing.reason}")
     return data, record, place
 

@@ -23,6 +23,7 @@ from zero_sft.checkpoint.run_state import TRAINER_STATE_FILE, TRAINING_STATE_FIL
 from zero_sft.cluster.stages import collective_stage
 from zero_sft.cluster.world import World
 from zero_sft.errors import CheckpointError
+from zero_sft.printable import with_count
 from zero_sft.saving.checkpoint_folders import remove, surplus
 from zero_sft.saving.checkpoint_reader import read_random_states, restore_optimizer, restore_own_weights, restore_weights
 from zero_sft.saving.checkpoint_saver import CheckpointSaver, SaveReport
@@ -220,8 +221,8 @@ def restore(trainer: Any, folder: Path, world: World) -> None:
         restore_engine_state(trainer.model_wrapped, training["engine"])
     if manifest.world_size != world.world_size:
         logger.info(
-            "%s was saved by %d ranks, and is read by %d: the random generators start from --seed",
-            folder.name, manifest.world_size, world.world_size,
+            "%s was saved by %s, and is read by %d: the random generators start from --seed",
+            folder.name, with_count(manifest.world_size, "rank"), world.world_size,
         )  # fmt: skip
 
 

@@ -18,7 +18,10 @@ logger = logging.getLogger("zero_sft.train")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPlace:
-    """The place at which a run begins in its stream: `row`. `states` are known ones; `data` identifies the sources and their order."""
+    """The place at which a run begins in its stream: `row`.
+
+    `states` are known ones; `data` identifies the sources, and how rows are made of them.
+    """
 
     row: int = 0
     states: tuple[StreamState, ...] = ()

@@ -167,7 +167,9 @@ class JobTrainer(SavingTrainer):
                 yield whole if self._shared is None else self._shared.own_part(whole)
         except DataError as error:
             message = str(error).rpartition("DataError: ")[2].strip()  # without the traceback of a worker process
-            raise DataError(message, code=error.code or "data.unusable_sample", scope=Scope.THIS_RANK) from None
+            # a stream has the same rows on all ranks, so all of them have the error
+            scope = Scope.UNKNOWN if hasattr(self.train_dataset, "states_at") else Scope.THIS_RANK
+            raise DataError(message, code=error.code or "data.unusable_sample", scope=scope) from None
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do the Trainer's forward and backward pass of a batch, and keep its loss. Every rank; communicates."""

@@ -69,7 +69,7 @@ _COUNTS = word_set("num count n id ids name names total")
 """Words that make a key a note, such as `num_images`. They don't do so for masks, which may be lists of numbers."""
 _ABOUT = word_set("model type source score length tokens level category language difficulty quality format")
 """Words that make a key a note about an answer, thoughts or tools. Not for images: an `image_source` may be the image."""
-_NOTES = word_set("skip_prompt_formatting")
+_NOTES = word_set("skip_prompt_formatting parallel_tool_calls")
 """Notes in well-known datasets (OpenHermes 2.5) that would otherwise be taken for marks."""
 
 _AMBIGUOUS_WITH_MASK = word_set("loss losses train trains trained training trainable weight weights")

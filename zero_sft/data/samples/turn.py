@@ -4,6 +4,7 @@ A turn's role and text are `role` and `content`, or `from` and `value`. Turns ha
 unknown key of a turn is refused.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,8 @@ ROLES = {
 """The data's names of roles, in lower case. Templates that have a developer render it as they render a system text."""
 
 _KEY_PAIRS = (("role", "content"), ("from", "value"))
+
+_THOUGHTS_BEFORE_CALL = re.compile(r"\s*<think>.*?</think>\s*(?=[\[{])", re.DOTALL)
 
 _TOOL_NOTES = ("name", "tool_call_id")
 """The keys of a tool's turn that name the tool and the call."""
@@ -63,7 +66,11 @@ def parse_turn(raw: Any, place: str, names: tuple[str, str]) -> tuple[str, Turn,
     weight = weight_of_turn(raw, place, is_answer=is_answer)
     ranges = trained_ranges(raw, content, place, is_answer=is_answer)
     if role == CALL:
-        return role, Turn(role=ASSISTANT, text="", calls=parse_call_text(content, place), weight=weight), unread
+        block = _THOUGHTS_BEFORE_CALL.match(content)  # as LLaMA-Factory writes them
+        text, call = (block[0].strip(), content[block.end() :]) if block else ("", content)
+        thoughts = _thoughts(raw, text, place)
+        calls = parse_call_text(call, place)
+        return role, Turn(role=ASSISTANT, text=text, thoughts=thoughts, calls=calls, weight=weight), unread
     turn = Turn(role=role, text=content, weight=weight, trained_ranges=ranges, calls=calls)
     if is_answer:
         turn = replace(turn, thoughts=_thoughts(raw, content, place))

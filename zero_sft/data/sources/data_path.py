@@ -13,7 +13,7 @@ from zero_sft.data.sources.hub_dataset import HubDataset
 from zero_sft.data.sources.local_files import LocalFiles, is_named_as_data
 from zero_sft.data.sources.remote_files import RemoteFiles
 from zero_sft.errors import DataError
-from zero_sft.remote import LIBRARIES, redacted, scheme_of
+from zero_sft.remote import LIBRARIES, is_web, redacted, scheme_of, without_secrets
 
 DataSource = LocalFiles | RemoteFiles | HubDataset
 
@@ -52,7 +52,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     if _exists(text):
         return (Source(data=_data(text), text=text),)
     shown = _shown(text)
-    sources = tuple(_parse_source(part.strip(), shown) for part in text.split(","))
+    sources = tuple(_parse_source(part.strip(), shown) for part in _parts(text))
     weights = [source.weight for source in sources if source.weight is not None]
     if 0 < len(weights) < len(sources):
         raise DataError(
@@ -78,7 +78,7 @@ def parse_evaluation(text: str) -> dict[str, tuple[Source, ...]]:
     Raises:
         DataError: as `parse_sources`, or names for only some of the sources.
     """
-    parts = [part.strip() for part in text.split(",")]
+    parts = [part.strip() for part in _parts(text)]
     named = [part for part in parts if _NAMED.fullmatch(part) and not _exists(part)]
     if _exists(text) or not named:
         return {"": parse_sources(text)}
@@ -128,7 +128,30 @@ def require_outputs_outside(sources: Sequence[Source], output_dir: str) -> None:
 
 def _shown(text: str) -> str:
     """Return sources as the user wrote them, but without what may be secret in their URLs."""
-    return ",".join(redacted(part) if scheme_of(part.strip()) else part for part in text.split(","))
+    return ",".join(without_secrets(part) for part in _parts(text))
+
+
+def _parts(text: str) -> list[str]:
+    """Divide sources at commas, but not at those in the password or the query of an address of the web."""
+    parts = list[str]()
+    for part in text.split(","):
+        if parts and _is_open_address(parts[-1]) and not _is_source(part.strip()):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts
+
+
+def _is_open_address(part: str) -> bool:
+    """Whether a comma may follow in the same address: it has a query, or no path yet."""
+    name, equals, rest = part.strip().partition("=")
+    url = rest if equals and scheme_of(rest) and not scheme_of(name) else part.strip()
+    return is_web(url) and ("?" in url or "/" not in url.partition("://")[2])
+
+
+def _is_source(part: str) -> bool:
+    name = part.rpartition("=")[2]
+    return scheme_of(name) is not None or _exists(part) or is_named_as_data(Path(name.partition(":")[0]))
 
 
 def _exists(text: str) -> bool:
@@ -159,11 +182,16 @@ def _at_url(url: str) -> DataSource:
     """Return the source at a URL; raise `DataError` for one that can't be read."""
     if (hub_dataset := _HUB_DATASET.fullmatch(url)) is not None:
         return HubDataset(id=hub_dataset["id"], split=hub_dataset["split"] or "train", revision=hub_dataset["revision"])
+    if not url.partition("://")[2].strip("/"):
+        raise DataError(
+            f"{url} names no file. Write for example {url.partition(':')[0]}://bucket/a.jsonl.", code="data.no_path"
+        )
     page = _HUB_PAGE.fullmatch(url)
     if page is None and scheme_of(url) in LIBRARIES:
         match = _REMOTE.fullmatch(url)
-        is_web = scheme_of(url) in ("http", "https")  # which has no folders, and so no splits
-        return RemoteFiles(url=url) if is_web or match is None else RemoteFiles(url=match["url"], split=match["split"])
+        if is_web(url) or match is None:  # the web has no folders, and so no splits
+            return RemoteFiles(url=url)
+        return RemoteFiles(url=match["url"], split=match["split"])
     if page is not None:
         remedy = f"It is a page about a dataset: write {page['id']}, or {page['id']}:split."
     elif scheme_of(url) == "file":

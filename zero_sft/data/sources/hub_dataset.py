@@ -1,5 +1,6 @@
 """Read a dataset on the Hugging Face hub as a source of objects; `datasets` downloads, caches and reads it."""
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,8 +39,17 @@ class HubDataset:
         With `streaming`, the dataset is not downloaded as a whole. Raises `DataError` as `_load` does.
         """
         rows = _load(self, streaming=True).skip(start) if streaming else _loaded(self).skip(start) if start else _loaded(self)
-        for number, row in enumerate(rows, start=start + 1):
+        number, rows = start, iter(rows)
+        while True:
+            with _explained(self):
+                row = next(rows, None)
+            if row is None:
+                return
+            number += 1
             yield row, f"{self.name}, sample {number}"
+
+    def state_of_local_files(self) -> None:
+        """Return None: a commit does not change."""
 
     def sizes(self) -> list[Any]:
         """Return JSON-able names, which tell a run that is resumed whether the data is the same."""
@@ -74,12 +84,20 @@ def _loaded(source: HubDataset) -> "datasets.Dataset":
 def _load(source: HubDataset, *, streaming: bool) -> Any:
     """Load a dataset, or with `streaming` open it; raise `DataError` if that is not possible."""
     import datasets
-    from datasets.exceptions import DatasetsError
 
-    try:
+    with _explained(source):
         return datasets.load_dataset(
             source.id, source.config, split=source.split, revision=source.revision, streaming=streaming
         )
+
+
+@contextlib.contextmanager
+def _explained(source: HubDataset) -> Iterator[None]:
+    """Turn the errors of `datasets` within the block into a `DataError`."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = next(iter(printable(str(error)).strip().splitlines()), type(error).__name__)
         raise DataError(

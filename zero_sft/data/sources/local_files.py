@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -16,6 +17,7 @@ from zero_sft.errors import DataError
 _TEXTS = (".json", ".jsonl", *TABLES)
 _ENDINGS = (*_TEXTS, PARQUET, *(text + compressed for text in _TEXTS for compressed in COMPRESSED))
 
+_END_BYTES = 2**20
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that the library `datasets` writes next to the data."""
 
@@ -76,9 +78,16 @@ class LocalFiles:
         """Return values that change when the files are written to, without reading the files; raises `DataError`."""
         return [(file, _stat(file)) for file in self.chosen().files]
 
+    def state_of_local_files(self) -> list[Any]:
+        """Return `state`."""
+        return self.state()
+
     def sizes(self) -> list[Any]:
-        """Return JSON-able names and sizes of the files, which tell a run that is resumed whether the data is the same."""
-        return [[file.name, _stat(file)[2]] for file in self.chosen().files]
+        """Return JSON-able names, sizes and checksums of the ends of the files.
+
+        They tell a run that is resumed whether the data is the same, without reading all of it.
+        """
+        return [[file.name, _stat(file)[2], *_checksums(file)] for file in self.chosen().files]
 
     def require_outside(self, root: Path, *, option: str, code: str) -> None:
         """Raise an error with that code if files written below `root`, the value of `option`, would be read as data."""
@@ -148,6 +157,14 @@ def _stat(file: Path) -> tuple[int, int, int, int]:
 def _digest(file: Path) -> str:
     with readable(file, argument=DATA_OPTIONS), file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _checksums(file: Path) -> list[int]:
+    """Return the CRC-32 of the beginning and of the end of a file."""
+    with readable(file, argument=DATA_OPTIONS), file.open("rb") as opened:
+        first = zlib.crc32(opened.read(_END_BYTES))
+        opened.seek(-min(_END_BYTES, file.stat().st_size), os.SEEK_END)
+        return [first, zlib.crc32(opened.read())]
 
 
 def _is_file(path: Path) -> bool:

@@ -88,7 +88,7 @@ def _require_kind(path: DataFile, *, is_parquet: bool) -> None:
     if is_parquet or path.suffix.lower() in COMPRESSED:
         return
     for beginning, kind in _BEGINNINGS.items():
-        if start.startswith(beginning):
+        if start.startswith(beginning) or (beginning.startswith(b"<") and start.upper().startswith(beginning.upper())):
             raise DataError(f"{path} is {kind}.", code="data.unsupported_kind")
 
 

@@ -23,10 +23,10 @@ import contextlib
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from zero_sft.data.samples.conversation import ASSISTANT, USER, Conversation, Messages
+from zero_sft.data.samples.conversation import ASSISTANT, TOOL, USER, Conversation, Messages
 from zero_sft.data.templates.chat import DEFAULT_FORM, Chat, chat_of
 from zero_sft.data.templates.completeness import require_all_shown, require_place_for_calls, require_places, require_tools
 from zero_sft.data.templates.locate import LocatedAnswers, locate_answers, rewriting_error
@@ -36,6 +36,8 @@ from zero_sft.data.templates.rendered import RenderedText, TrainedSpans
 from zero_sft.data.templates.stand_ins import STAND_IN, TextPiece, around_stand_ins
 from zero_sft.data.templates.thoughts import Answers, split_answer
 from zero_sft.errors import DataError
+
+_TAGGED_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,7 @@ class ChatTemplate:
             DataError: the template fails on this conversation, leaves out a text, rewrites an answer, or writes nothing that
                 ends an answer.
         """
+        conversation = self._without_tags_of_results(conversation)
         turns, where = conversation.turns, conversation.where
         if not turns:
             return RenderedText(text="")
@@ -120,6 +123,16 @@ class ChatTemplate:
             thoughts=located.thoughts,
             dropped_thoughts=located.dropped_thoughts,
         )
+
+    def _without_tags_of_results(self, conversation: Conversation) -> Conversation:
+        """Remove the tags around the results of tools that the template writes itself; Hermes' data has them in the text."""
+        results = [_TAGGED_RESULT.fullmatch(turn.text) if turn.role == TOOL else None for turn in conversation.turns]
+        if not any(results) or "<tool_response>" not in str(self.jinja(self.tokenizer)):
+            return conversation
+        turns = (
+            replace(turn, text=found[1]) if found else turn for turn, found in zip(conversation.turns, results, strict=True)
+        )
+        return replace(conversation, turns=tuple(turns))
 
     def prompt(self, question: str) -> str:
         """Render one question and the generation prompt, after which the model writes its answer."""
