@@ -35,7 +35,6 @@ from zero_sft.console.log import close_console, copy_log_to, open_console, silen
 from zero_sft.errors import ArgumentError, ConfigError, DistributedError
 from zero_sft.launcher import launch_note
 from zero_sft.printable import with_count
-from zero_sft.remote import without_secrets
 
 if TYPE_CHECKING:
     from zero_sft.data.dataset import PreparedDataset
@@ -433,9 +432,13 @@ def _evaluation_rows(sets: Mapping[str, "PreparedDataset"]) -> Any:
 
 def _shown(parsed: ParsedArguments) -> dict[str, Any]:
     """Return all arguments without the token and what may be secret in URLs, to be compared and logged."""
+    from zero_sft.data.sources.data_path import shown_sources
+
     model = {key: value for key, value in dataclasses.asdict(parsed.model).items() if key != "token"}
-    shown = {**model, **dataclasses.asdict(parsed.data), **dataclasses.asdict(parsed.lora), **parsed.training}
-    return {key: without_secrets(value) if isinstance(value, str) else value for key, value in shown.items()}
+    data = dataclasses.asdict(parsed.data)
+    for name in ("data_path", "eval_data_path"):
+        data[name] = None if data[name] is None else shown_sources(data[name])
+    return {**model, **data, **dataclasses.asdict(parsed.lora), **parsed.training}
 
 
 if __name__ == "__main__":

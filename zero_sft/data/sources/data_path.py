@@ -51,7 +51,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
         )
     if _exists(text):
         return (Source(data=_data(text), text=text),)
-    shown = _shown(text)
+    shown = shown_sources(text)
     sources = tuple(_parse_source(part.strip(), shown) for part in _parts(text))
     weights = [source.weight for source in sources if source.weight is not None]
     if 0 < len(weights) < len(sources):
@@ -84,8 +84,8 @@ def parse_evaluation(text: str) -> dict[str, tuple[Source, ...]]:
         return {"": parse_sources(text)}
     if len(named) < len(parts):
         raise DataError(
-            f"--eval_data_path {_shown(text)}: {len(named)} of {len(parts)} sources have a name. Give all a name, such as "
-            "chat=a.json,tide=b.json, or none.",
+            f"--eval_data_path {shown_sources(text)}: {len(named)} of {len(parts)} sources have a name. Give all a name, such "
+            "as chat=a.json,tide=b.json, or none.",
             code="data.names_missing",
         )
     sets: dict[str, tuple[Source, ...]] = {}
@@ -126,7 +126,7 @@ def require_outputs_outside(sources: Sequence[Source], output_dir: str) -> None:
         source.data.require_outside(Path(output_dir), option="--output_dir", code="data.output_inside_data")
 
 
-def _shown(text: str) -> str:
+def shown_sources(text: str) -> str:
     """Return sources as the user wrote them, but without what may be secret in their URLs."""
     return ",".join(without_secrets(part) for part in _parts(text))
 
@@ -168,14 +168,14 @@ def _parse_source(part: str, shown: str) -> Source:
     except ValueError:
         weight = None
     if weight is None:
-        return Source(data=_data(part), text=_shown(part))
+        return Source(data=_data(part), text=shown_sources(part))
     if not name or not math.isfinite(weight) or weight <= 0:
         raise DataError(
-            f"{_shown(part)}: expected a weight above 0 after a path; got {weight_text!r}. Write for example "
+            f"{shown_sources(part)}: expected a weight above 0 after a path; got {weight_text!r}. Write for example "
             "a.json:0.7,b.jsonl:0.3.",
             code="data.bad_weight",
         )
-    return Source(data=_data(name), weight=weight, text=_shown(part))
+    return Source(data=_data(name), weight=weight, text=shown_sources(part))
 
 
 def _at_url(url: str) -> DataSource:
