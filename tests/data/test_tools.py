@@ -283,7 +283,7 @@ def test_results_that_have_the_templates_tags_already():
     tagged = chat(WEATHER, result="<tool_response>\nsunny\n</tool_response>")
     for name in ("qwen3", "qwen2_5"):
         assert shown(tagged, name) == shown(plain, name)
-    assert "<tool_response>\nsunny" in shown(tagged, "llama3_1")  # which has other tags, so the text stays
+    assert "<tool_response>" in shown(tagged, "llama3_1")  # which has other tags, so the text stays
 
 
 @pytest.mark.parametrize("thoughts", ["in the text", "in a field"])

@@ -167,7 +167,7 @@ def test_a_server_that_is_not_there_is_not_a_missing_file(monkeypatch):
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
     with standin.serve(standin.Store({})) as store:
         url = f"{store.url}/a.jsonl"
-    with raises("data.file_unreadable", url, "connect"):
+    with raises("data.file_unreadable", url, "Connect call failed"):
         objects(url)
 
 

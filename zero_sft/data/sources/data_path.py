@@ -135,23 +135,24 @@ def _parts(text: str) -> list[str]:
     """Divide sources at commas, but not at those in the password or the query of an address of the web."""
     parts = list[str]()
     for part in text.split(","):
-        if parts and _is_open_address(parts[-1]) and not _is_source(part.strip()):
+        if parts and _goes_on(parts[-1], part.strip()):
             parts[-1] += f",{part}"
         else:
             parts.append(part)
     return parts
 
 
-def _is_open_address(part: str) -> bool:
-    """Whether a comma may follow in the same address: it has a query, or no path yet."""
-    name, equals, rest = part.strip().partition("=")
-    url = rest if equals and scheme_of(rest) and not scheme_of(name) else part.strip()
-    return is_web(url) and ("?" in url or "/" not in url.partition("://")[2])
-
-
-def _is_source(part: str) -> bool:
-    name = part.rpartition("=")[2]
-    return scheme_of(name) is not None or _exists(part) or is_named_as_data(Path(name.partition(":")[0]))
+def _goes_on(before: str, part: str) -> bool:
+    """Whether a part belongs to the address before its comma, whose password or query has the comma in it."""
+    name, equals, rest = before.strip().partition("=")
+    url = rest if equals and scheme_of(rest) and not scheme_of(name) else before.strip()
+    if not is_web(url):
+        return False
+    if "/" not in url.partition("://")[2]:
+        return "@" in part
+    value = part.rpartition("=")[2]
+    is_source = scheme_of(value) is not None or _exists(part) or is_named_as_data(Path(value.partition(":")[0]))
+    return "?" in url and not is_source
 
 
 def _exists(text: str) -> bool:
