@@ -23,12 +23,15 @@ TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2")
 LONG = {"max_steps": 16, "save_strategy": "steps", "save_steps": 4, "simulate_fault": "slow:rank=0,step=1,start=0,seconds=1"}
 """A run that takes a quarter of a minute, since a rank waits a second in each step."""
 
+UNDISTURBED = {**LONG, "simulate_fault": "slow:rank=0,step=99"}
+"""The same run without waiting."""
+
 
 @pytest.fixture(scope="module")
 def one_node(cluster, job, tmp_path_factory) -> Path:
-    """The output of four ranks on one node, in 4 steps."""
+    """The output of four ranks on one node, in as many steps as `whole`."""
     folder = tmp_path_factory.mktemp("one_node")
-    number = submit(cluster, folder / "log", words(job, folder / "out"), "--ntasks-per-node=4")
+    number = submit(cluster, folder / "log", words(job, folder / "out", **UNDISTURBED), "--ntasks-per-node=4")
     assert cluster.wait(number)["JobState"] == "COMPLETED", (folder / "log").read_text()
     return folder / "out"
 
@@ -37,9 +40,9 @@ def one_node(cluster, job, tmp_path_factory) -> Path:
 def whole(cluster, job, tmp_path_factory) -> Path:
     """The output of a run of `LONG`'s steps that nothing has interrupted, on four ranks."""
     folder = tmp_path_factory.mktemp("whole")
-    arguments = words(job, folder / "out", **{**LONG, "simulate_fault": "slow:rank=0,step=99"})
-    number = submit(cluster, folder / "log", arguments, *TWO_BY_TWO)
-    assert cluster.wait(number)["JobState"] == "COMPLETED", (folder / "log").read_text()
+    number = submit(cluster, folder / "log", words(job, folder / "out", **UNDISTURBED), *TWO_BY_TWO)
+    ended = cluster.wait(number)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), (folder / "log").read_text()
     return folder / "out"
 
 
@@ -52,16 +55,13 @@ def wait_for_step(cluster, log: Path, step: int, seconds: float = 90) -> None:
     cluster.until(lambda: f"step {step}/" in log.read_text(), f"step {step} has not come", seconds)
 
 
-def test_two_nodes_train_as_one(cluster, job, one_node, tmp_path):
+def test_two_nodes_train_as_one(whole, one_node):
     """The same seed gives the same losses and weights as four ranks on one node; plain transformers opens the export."""
-    number = submit(cluster, tmp_path / "log", words(job, tmp_path / "out"), *TWO_BY_TWO)
-    ended = cluster.wait(number)
-    log = (tmp_path / "log").read_text()
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "0"), log
-    assert "0:    " in log, "each line has its rank"
-    assert losses(tmp_path / "out") == losses(one_node)
-    assert same_weights(tmp_path / "out", one_node)
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "0:    " in (whole.parent / "log").read_text(), "each line has its rank"
+    assert len(losses(whole)) == LONG["max_steps"]
+    assert losses(whole) == losses(one_node)
+    assert same_weights(whole, one_node)
+    opened = AutoModelForCausalLM.from_pretrained(whole)
     assert opened.config.use_cache is True
 
 
@@ -70,6 +70,8 @@ def test_a_time_limit(cluster, job, whole, tmp_path):
     log, out = tmp_path / "log", tmp_path / "out"
     longer = {**LONG, "simulate_fault": "slow:rank=0,step=1,start=0,seconds=4"}
     number = submit(cluster, log, words(job, out, **longer), *TWO_BY_TWO, "--time=2", "--signal=B:USR1@50")
+    cluster.until(lambda: "queued again" in log.read_text(), "the job was not queued again", 150)
+    cluster.run("scontrol", "update", f"JobId={number}", "TimeLimit=10")  # one signal is enough
     ended = cluster.wait(number, seconds=240)
     text = log.read_text()
     assert ended["JobState"] == "COMPLETED", text[-5000:]
