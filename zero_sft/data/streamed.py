@@ -255,7 +255,7 @@ def stream_data(
     def on_pass(number: int, reports: Sequence[DataReport]) -> None:
         if world.is_main:
             logger.info("the training data was read to its end, in pass %d", number + 1)
-        if world.is_main and number == 0:
+        if world.is_main and number == 0 and begin_at == 0:  # else a part of the pass was not counted
             named = [replace(report, template=pipeline.template.name) for report in reports]
             for line in (line for report in named for line in report.lines()):
                 logger.info("  %s", line)
