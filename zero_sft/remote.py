@@ -276,7 +276,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _hides_another(error: Exception) -> bool:
-    """Whether fsspec says that a file is not there where its request failed otherwise, for example to connect."""
+    """Whether fsspec reports a missing file although its request failed for another reason, such as no connection."""
     cause, status = error.__cause__, _status(error)
     if status is not None:
         return status not in (404, 410)

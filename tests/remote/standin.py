@@ -2,13 +2,15 @@
 
 import contextlib
 import hashlib
-import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from tests.hub import standin
 
 
 @dataclass
@@ -30,23 +32,9 @@ class Store:
     url: str = ""
 
 
-@contextlib.contextmanager
-def serve(store: Store) -> Iterator[Store]:
-    """Answer on a free port of loopback until the body ends; `store.url` tells where."""
-
-    class Handler(_Handler):
-        served = store
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    store.url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield store
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def serve(store: Store) -> AbstractContextManager[Store]:
+    """Answer on a free port of loopback until the block ends; `store.url` tells where."""
+    return standin.serve(store, _Handler)
 
 
 @contextlib.contextmanager

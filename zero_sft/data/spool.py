@@ -146,6 +146,6 @@ def shared(blocks: Iterator[Block], spool: Spool, row: int) -> Iterator[Block]:
             spool.write(block)
             row = block.stop
             yield block
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other processes wait for this block
         spool.write_error(error, row)
         raise

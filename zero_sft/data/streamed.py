@@ -33,7 +33,7 @@ from zero_sft.data.workers import BATCH_OBJECTS
 logger = logging.getLogger(__name__)
 
 KEPT_STEPS = 4
-"""Blocks are kept for this many steps after their last row, for the places of samples and the states of checkpoints."""
+"""Blocks are kept for this many steps after their last row: for ranks that are a step behind, and for the places of samples."""
 
 _POLL_SECONDS = 0.2
 _LONGEST_WAIT = 20  # seconds for the thread to end

@@ -397,9 +397,9 @@ def _streamed_data(
     arguments.train_sampling_strategy = "sequential"
     with collective_stage(world, "finding the place in the data"):
         pipeline = spec.pipeline(preparation.tokenizer, preparation.template)
-        weights, sizes = [source.weight for source in sources], [source.data.sizes() for source in sources]
+        weights, contents = [source.weight for source in sources], [source.data.fingerprint() for source in sources]
         made_by = hashlib.sha256(json.dumps(cache.pipeline_identity(pipeline), sort_keys=True).encode()).hexdigest()
-        identity = json.loads(json.dumps([shuffle, spec.seed, packing.enabled, weights, sizes, made_by]))
+        identity = json.loads(json.dumps([shuffle, spec.seed, packing.enabled, weights, contents, made_by]))
         place = find_place(checkpoint and checkpoint.folder, record, identity, world.is_main)
     data = stream_data(
         spec,

@@ -86,14 +86,14 @@ def _closing(text: str, opening: int) -> int:
         return -1
 
 
-def _leaves(value: Any, key: str = "name") -> list[str]:
+def _leaves(value: Any) -> list[str]:
     """Return the texts in a JSON value that are worth looking for; of an object with a `type`, its names and descriptions."""
     if isinstance(value, dict):
         keys = ("name", "description") if "type" in value else tuple(value)
-        parts = [_leaves(each, name) for name, each in value.items() if name in keys or isinstance(each, dict | list)]
+        parts = [_leaves(each) for name, each in value.items() if name in keys or isinstance(each, dict | list)]
         return [leaf for part in parts for leaf in part]
     if isinstance(value, list):
-        return [leaf for each in value for leaf in _leaves(each, key)]
+        return [leaf for each in value for leaf in _leaves(each)]
     return [value] if isinstance(value, str) and len(value) >= _LEAST else []
 
 

@@ -51,7 +51,7 @@ class HubDataset:
     def state_of_local_files(self) -> None:
         """Return None: a commit does not change."""
 
-    def sizes(self) -> list[Any]:
+    def fingerprint(self) -> list[Any]:
         """Return JSON-able names, which tell a run that is resumed whether the data is the same."""
         return [self.name]
 

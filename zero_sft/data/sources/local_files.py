@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from zero_sft.data.sources.declared_files import DeclaredFiles, declared_in
-from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, TABLES, Skip, ending_of, read_objects
+from zero_sft.data.sources.objects import DATA_OPTIONS, PARQUET, TABLES, ending_of, read_files
 from zero_sft.data.sources.splits import ChosenSplit, File, choose_split
 from zero_sft.data.sources.text_io import COMPRESSED, readable
 from zero_sft.errors import DataError
@@ -66,9 +66,7 @@ class LocalFiles:
 
     def objects(self, *, start: int = 0, streaming: bool = False) -> Iterator[tuple[Any, str]]:
         """Yield each object of all files from number `start` on with its place, as `read_objects` does."""
-        skip = Skip(start)
-        for file in self.chosen().files:
-            yield from read_objects(file, skip)
+        yield from read_files(self.chosen().files, start)
 
     def identity(self) -> list[Any]:
         """Return JSON-able digests of the files' contents; they do not depend on the folder or on dates."""
@@ -79,10 +77,10 @@ class LocalFiles:
         return [(file, _stat(file)) for file in self.chosen().files]
 
     def state_of_local_files(self) -> list[Any]:
-        """Return `state`."""
+        """Return `state`; of other sources, there is nothing to compare."""
         return self.state()
 
-    def sizes(self) -> list[Any]:
+    def fingerprint(self) -> list[Any]:
         """Return JSON-able names, sizes and checksums of the ends of the files.
 
         They tell a run that is resumed whether the data is the same, without reading all of it.

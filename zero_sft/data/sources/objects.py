@@ -5,7 +5,7 @@ decompressed. Every object comes with its place for messages: its line or sample
 """
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -71,6 +71,13 @@ def read_objects(path: DataFile, skip: Skip | None = None) -> Iterator[tuple[Any
         rows = _read_table(path, separator, skip) if separator else _read_json(path, skip)
     for sample, place in rows:
         yield sample, f"{name}, {place}{_id_suffix(sample)}"
+
+
+def read_files(files: Iterable[DataFile], start: int) -> Iterator[tuple[Any, str]]:
+    """Yield each object of all files from number `start` on with its place, as `read_objects` does."""
+    skip = Skip(start)
+    for file in files:
+        yield from read_objects(file, skip)
 
 
 def _require_kind(path: DataFile, *, is_parquet: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from zero_sft.data.sources.declared_files import README, YAML, DeclaredFiles, declared_in
 from zero_sft.data.sources.local_files import choose_among
-from zero_sft.data.sources.objects import DATA_OPTIONS, Skip, read_objects
+from zero_sft.data.sources.objects import DATA_OPTIONS, read_files
 from zero_sft.data.sources.splits import ChosenSplit
 from zero_sft.data.sources.text_io import readable
 from zero_sft.remote import RemoteFile
@@ -46,9 +46,7 @@ class RemoteFiles:
 
     def objects(self, *, start: int = 0, streaming: bool = False) -> Iterator[tuple[Any, str]]:
         """Yield each object of all files from number `start` on with its place, as `read_objects` does."""
-        skip = Skip(start)
-        for file in self.chosen().files:
-            yield from read_objects(file, skip)
+        yield from read_files(self.chosen().files, start)
 
     def identity(self) -> list[Any]:
         """Return the URLs of the files, and digests of their contents, those of the server if it gives any."""
@@ -61,7 +59,7 @@ class RemoteFiles:
     def state_of_local_files(self) -> None:
         """Return None: a remote file is compared while it is read."""
 
-    def sizes(self) -> list[Any]:
+    def fingerprint(self) -> list[Any]:
         """Return JSON-able names and versions of the files, which tell a run that is resumed whether the data is the same."""
         return [[file.name, *_version(file)] for file in self.chosen().files]
 
