@@ -400,7 +400,7 @@ def _streamed_data(
         weights, contents = [source.weight for source in sources], [source.data.fingerprint() for source in sources]
         made_by = hashlib.sha256(json.dumps(cache.pipeline_identity(pipeline), sort_keys=True).encode()).hexdigest()
         identity = json.loads(json.dumps([shuffle, spec.seed, packing.enabled, weights, contents, made_by]))
-        place = find_place(checkpoint and checkpoint.folder, record, identity, world.is_main)
+        place = find_place(checkpoint and checkpoint.folder, record, identity, is_main=world.is_main)
     data = stream_data(
         spec,
         pipeline,

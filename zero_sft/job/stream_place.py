@@ -28,12 +28,13 @@ class StreamPlace:
     data: list[Any] = field(default_factory=list)
 
 
-def find_place(checkpoint: Path | None, record: RunRecord, data: list[Any], world_is_main: bool) -> StreamPlace:
+def find_place(checkpoint: Path | None, record: RunRecord, data: list[Any], *, is_main: bool) -> StreamPlace:
     """Return the place at which a run goes on from a checkpoint; the beginning without one. Any rank.
 
     Args:
         record: of this run.
         data: JSON-able values that identify the sources and their order.
+        is_main: whether this rank logs a warning if the data is not the checkpoint's.
     """
     if checkpoint is None:
         return StreamPlace(data=data)
@@ -41,7 +42,7 @@ def find_place(checkpoint: Path | None, record: RunRecord, data: list[Any], worl
     step = state["global_step"] if then is None else step_of_same_sample(state["global_step"], then, record)
     callback = state.get("stateful_callbacks", {}).get(StreamPosition.__name__)
     saved = callback["attributes"] if isinstance(callback, dict) else {}
-    if world_is_main and saved.get("data") != data:
+    if is_main and saved.get("data") != data:
         what = "is not the checkpoint's" if saved else "was not streamed in the checkpoint's run"
         logger.warning(
             "the training data %s: the run goes on at the same row, and the rows before it are skipped, though others were "
